@@ -1,0 +1,110 @@
+"""Configuration: pydantic classes beside the components, YAML files, dotted overrides."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml import YAMLError
+
+from megafusion.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every component's configuration: immutable, strict in types, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -> C:
+    """Read a YAML file, apply dotted overrides (`train.num_steps=50`) and validate.
+
+    Raises UserError naming the file and the key's path, with the nearest valid name for a typing slip.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file; see the ones in configs/")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not of the form key.path=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    return parse_config(cls, values, str(path))
+
+
+def parse_config(cls: type[C], values: Any, origin: str) -> C:
+    """Validate plain values into `cls`; `origin` names their source in the error."""
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: expected a mapping of keys, found {type(values).__name__}")
+    try:
+        # JSON mode: strict about types, yet a path may be written as a string and a tuple as a list.
+        return cls.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        lines = [f"{origin}: {_describe(cls, detail)}" for detail in error.errors()]
+        raise UserError("\n".join(lines)) from error
+    except TypeError as error:
+        raise UserError(f"{origin}: {error}") from error
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML, every default written out: what a run folder freezes."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Dotted paths of the leaves in which two configurations differ."""
+    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            found
+            for key in keys
+            for found in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [path]
+
+
+def _describe(cls: type[Config], detail: dict) -> str:
+    location = [part for part in detail["loc"] if isinstance(part, str | int)]
+    path = ".".join(str(part) for part in location)
+    match detail["type"]:
+        case "extra_forbidden":
+            fields = _fields_at(cls, location[:-1])
+            nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(sorted(fields))}"
+            return f"unknown key {path!r}; {hint}"
+        case "missing":
+            return f"key {path!r} is required and missing"
+        case _:
+            where = f"key {path!r}: " if path else ""
+            return f"{where}{detail['msg']} (got {detail['input']!r})"
+
+
+def _fields_at(cls: type[Config], location: list[str | int]) -> list[str]:
+    """Names of the fields of the configuration class that stands at a location."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = cls.model_fields[part].annotation
+        cls = next((c for c in _classes_in(annotation) if issubclass(c, Config)), cls)
+    return list(cls.model_fields)
+
+
+def _classes_in(annotation: Any) -> list[type]:
+    if isinstance(annotation, type):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _classes_in(part)]
