@@ -1,0 +1,1 @@
+"""What turns raw pictures, captions and text into the files that training reads."""

@@ -1,0 +1,1 @@
+"""The embedded picture-caption pack and its builder."""

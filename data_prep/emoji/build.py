@@ -1,0 +1,151 @@
+"""Build the emoji pack: 64 x 64 pictures in two styles with captions, as one webdataset tar.
+
+Pictures come from Fluent Emoji ("3d") and Noto Emoji ("flat"), captions from emojibase; README.md
+beside this file gives provenance and licences.
+"""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from data_prep.command import run_command, write_atomically
+from data_prep.npm import NpmPackage, read_package
+from megafusion.errors import UserError
+
+FLUENT = NpmPackage(
+    "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+)
+NOTO = NpmPackage(
+    "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+)
+EMOJIBASE = NpmPackage(
+    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
+)
+
+IMAGE_SIZE = 64
+WEBP_QUALITY = 90
+SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+FLAG_GROUP = 9
+
+FLUENT_DUPLICATE = "1F63A"
+"""Fluent ships one picture for both `cat face` (1F431) and `grinning cat` (1F63A)."""
+
+STARTER_CONCEPTS = """
+red apple, banana, strawberry, watermelon, lemon, grapes, carrot, avocado, mushroom, pizza, hamburger,
+doughnut, birthday cake, red heart, yellow heart, green heart, blue heart, purple heart, black heart,
+cat face, dog face, frog, panda, fox, lion, pig face, monkey face, penguin, octopus, turtle, butterfly,
+lady beetle, tropical fish, ghost, skull, robot, alien, snowman, jack-o-lantern, sun, star, crescent moon, rainbow,
+snowflake, fire, evergreen tree, palm tree, cactus, sunflower, tulip, automobile, airplane, rocket,
+sailboat, house, umbrella, balloon, wrapped gift, soccer ball, basketball, guitar, key, bell,
+crown, trophy, light bulb
+"""
+"""Captions' labels of the starter split: everyday, short, and clearly different in both styles."""
+
+
+def code_points(name: str) -> str:
+    """`1f3f4-fe0f-200d` as `1F3F4-200D`: upper case, padded to four digits, no variation selector."""
+    points = (point.upper().zfill(4) for point in name.split("-"))
+    return "-".join(point for point in points if point != "FE0F")
+
+
+def read_labels(emojis: list[dict]) -> dict[str, str]:
+    """English label by code points, from emojibase's list; flags, skin tones and components left out.
+
+    Flags are hundreds of near-identical rectangles; components have no group.
+    """
+    labels = {}
+    for emoji in emojis:
+        key = code_points(emoji["hexcode"])
+        if emoji.get("group", FLAG_GROUP) != FLAG_GROUP and not SKIN_TONES & set(key.split("-")):
+            labels[key] = emoji["label"]
+    return labels
+
+
+def render(encoded: bytes) -> bytes:
+    """Any picture as WebP: composited on white, padded to a square, 64 x 64, RGB."""
+    picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    side = max(picture.size)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    picture = canvas.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
+    return buffer.getvalue()
+
+
+def join_pairs(
+    labels: dict[str, str], fluent: dict[str, bytes], noto: dict[str, bytes]
+) -> dict[str, tuple[bytes, str]]:
+    """(encoded picture, caption) by key, sorted; pictures are given by their file names.
+
+    A key is the code points and the style, such as `1F34E-3d`: no dot, which would end it in webdataset.
+    """
+    pairs = {}
+    for style, files in (("3d", fluent), ("flat", noto)):
+        # Reversed, so that of two files for the same code points the first by name stays.
+        pictures = {code_points(Path(name).stem): files[name] for name in reversed(list(files))}
+        if style == "3d":
+            pictures.pop(FLUENT_DUPLICATE, None)
+        for key in labels.keys() & pictures.keys():
+            pairs[f"{key}-{style}"] = (pictures[key], f"{labels[key]}, {style} style")
+    return dict(sorted(pairs.items()))
+
+
+def pack(pairs: dict[str, tuple[bytes, str]]) -> bytes:
+    """A webdataset tar of KEY.webp and KEY.txt; the same pairs give the same bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for key, (picture, caption) in pairs.items():
+            for extension, content in (("webp", picture), ("txt", caption.encode())):
+                # A fresh TarInfo has mtime 0, owner 0 and mode 644: nothing of this machine gets in.
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def starter_keys(captions: dict[str, str], concepts: list[str]) -> list[str]:
+    """Keys of the concepts in both styles, in the order of the concepts.
+
+    Raises UserError for a concept that the pack lacks in one of the styles.
+    """
+    by_caption = {caption: key for key, caption in captions.items()}
+    wanted = [f"{concept}, {style} style" for concept in concepts for style in ("3d", "flat")]
+    missing = [caption for caption in wanted if caption not in by_caption]
+    if missing:
+        raise UserError(
+            f"starter concepts not in the pack: {missing}; correct STARTER_CONCEPTS in {__file__}"
+        )
+    return [by_caption[caption] for caption in wanted]
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def build(
+    packages: Annotated[Path, typer.Option(help="Folder with the three npm tarballs (see README.md).")],
+    out: Annotated[Path, typer.Option(help="Folder to write emoji-000000.tar and starter.txt to.")],
+) -> None:
+    """Build the emoji pack and its starter split from pinned npm tarballs."""
+    labels = read_labels(json.loads(read_package(EMOJIBASE, packages, "en/data.json")[""]))
+    fluent = read_package(FLUENT, packages, "assets/")
+    noto = read_package(NOTO, packages, "img/google/64/")
+    pairs = {
+        key: (render(picture), text) for key, (picture, text) in join_pairs(labels, fluent, noto).items()
+    }
+    concepts = [concept.strip() for concept in STARTER_CONCEPTS.split(",")]
+    starter = starter_keys({key: caption for key, (_, caption) in pairs.items()}, concepts)
+    content = pack(pairs)
+    write_atomically(out / "emoji-000000.tar", content)
+    write_atomically(out / "starter.txt", "".join(f"{key}\n" for key in starter).encode())
+    typer.echo(f"{len(pairs)} pairs, {len(content)} bytes; {len(starter)} starter keys")
+
+
+if __name__ == "__main__":
+    run_command(app)

