@@ -1,0 +1,1 @@
+"""The model in plain PyTorch on one device; it knows nothing of parallelism."""

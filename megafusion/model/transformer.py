@@ -1,0 +1,91 @@
+"""Llama's block: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megafusion.model.attention import BACKENDS, Backend
+from megafusion.model.rope import Rope
+from megafusion.sequence.intervals import Intervals
+
+
+class LayerCache(Protocol):
+    """One layer's keys and values in generation."""
+
+    def update(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return all of them, [B, T, G, K]."""
+
+
+class SelfAttention(nn.Module):
+    """Queries see the keys of their interval."""
+
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, backend: Backend):
+        super().__init__()
+        self.head_size = width // num_heads
+        self.query = nn.Linear(width, num_heads * self.head_size, bias=False)
+        self.key = nn.Linear(width, num_kv_heads * self.head_size, bias=False)
+        self.value = nn.Linear(width, num_kv_heads * self.head_size, bias=False)
+        self.out = nn.Linear(num_heads * self.head_size, width, bias=False)
+        self.attend = BACKENDS[backend]
+
+    def forward(
+        self, x_BSD: Tensor, intervals: Intervals, rope: Rope, cache: LayerCache | None = None
+    ) -> Tensor:
+        q, k, v = (
+            linear(x_BSD).unflatten(-1, (-1, self.head_size)) for linear in (self.query, self.key, self.value)
+        )
+        q, k = rope.rotate(q), rope.rotate(k)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        return self.out(self.attend(q, k, v, intervals).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        hidden: int,
+        backend: Backend,
+        norm_epsilon: float,
+    ):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=norm_epsilon)
+        self.attention = SelfAttention(width, num_heads, num_kv_heads, backend)
+        self.feed_forward_norm = nn.RMSNorm(width, eps=norm_epsilon)
+        self.feed_forward = FeedForward(width, hidden)
+
+    def forward(
+        self, x_BSD: Tensor, intervals: Intervals, rope: Rope, cache: LayerCache | None = None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), intervals, rope, cache)
+        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, num_layers: int) -> None:
+    """Llama-like random start: normal with deviation 0.02, 1/sqrt(2 layers) of it on residual outputs."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            residual = name.endswith(("attention.out", "feed_forward.down"))
+            nn.init.normal_(part.weight, std=0.02 / (2 * num_layers) ** 0.5 if residual else 0.02)
+            if getattr(part, "bias", None) is not None:
+                nn.init.zeros_(part.bias)

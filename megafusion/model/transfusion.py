@@ -1,0 +1,181 @@
+"""The whole model: stem, blocks, tail - the three kinds of pipeline stage, called in turn on one device."""
+
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from megafusion.config import Config
+from megafusion.model.adapters import LinearDown, LinearUp, Skips
+from megafusion.model.attention import Backend
+from megafusion.model.rope import Rope, rope_at
+from megafusion.model.transformer import Block, initialize
+from megafusion.model.unet import UNetDown, UNetUp
+from megafusion.objective.losses import Losses, ObjectiveConfig, image_loss, text_loss, total_loss
+from megafusion.objective.schedule import NoiseSchedule
+from megafusion.sequence.packing import PackedBatch
+
+
+class ModelConfig(Config):
+    """A size of the model, named as the paper's table names it."""
+
+    num_layers: int
+    """Transformer blocks."""
+    width: int
+    """Size D of the residual stream."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads, fewer for grouped-query attention; as many as num_heads by default."""
+    hidden_width: int | None = None
+    """Size of the feed-forward's hidden layer; 8/3 of the width rounded up to 128 by default."""
+    vocab_size: int
+    """Text pieces plus boi and eoi: the tokenizer's vocab_size."""
+    latent_shape: tuple[int, int, int]
+    """Channels, height and width of an image's latents."""
+    patch_size: Literal[1, 2, 4, 8]
+    """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
+    adapter: Literal["linear", "unet"] = "linear"
+    """What stands between latents and the transformer."""
+    unet_channels: int = 320
+    """Channels of the U-Net adapter at full resolution; twice as many below it."""
+    attention: Backend = "sdpa"
+    """Attention backend."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.width % self.num_heads or self.width // self.num_heads % 2:
+            raise ValueError(
+                f"width {self.width} over num_heads {self.num_heads} must be a whole, even head size"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if any(side % self.patch_size for side in self.latent_shape[1:]):
+            raise ValueError(
+                f"patch_size {self.patch_size} does not divide the latents' sides {self.latent_shape[1:]}"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden(self) -> int:
+        return self.hidden_width or -(-8 * self.width // 3 // 128) * 128
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across an image."""
+        _, height, width = self.latent_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class Stem(nn.Module):
+    """Tokens and noised latents to the sequence of vectors that the blocks read."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        channels = config.latent_shape[0]
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        if config.adapter == "linear":
+            self.adapter = LinearDown(channels, config.patch_size, config.width)
+        else:
+            self.adapter = UNetDown(channels, config.patch_size, config.width, config.unet_channels)
+
+    def forward(
+        self, tokens_BS: Tensor, patch_index_BS: Tensor, latents_BNCHW: Tensor, timesteps_BN: Tensor
+    ) -> tuple[Tensor, Skips]:
+        """x [B, S, D] with each patch gathered to its position, and the adapter's skips."""
+        num_rows = tokens_BS.shape[0]
+        patches_NPD, skips = self.adapter(latents_BNCHW.flatten(0, 1), timesteps_BN.flatten())
+        patches_BPD = patches_NPD.unflatten(0, (num_rows, -1)).flatten(1, 2)
+        index = patch_index_BS.clamp(min=0).long()[..., None].expand(-1, -1, patches_BPD.shape[-1])
+        is_patch = patch_index_BS[..., None] >= 0
+        return torch.where(is_patch, patches_BPD.gather(1, index), self.embedding(tokens_BS)), skips
+
+
+class Tail(nn.Module):
+    """The last norm, the language head, and the adapter back to latents."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        channels = config.latent_shape[0]
+        self.num_patches = config.num_patches
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.adapter == "linear":
+            self.adapter = LinearUp(channels, config.patch_size, config.width, config.grid)
+        else:
+            self.adapter = UNetUp(
+                channels, config.patch_size, config.width, config.unet_channels, config.grid
+            )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Normalised hidden states [B, S, D], which `head` and `images` read."""
+        return self.norm(x_BSD)
+
+    def images(
+        self, hidden_BSD: Tensor, image_start_BN: Tensor, timesteps_BN: Tensor, skips: Skips
+    ) -> Tensor:
+        """Predictions [B, N, C, H, W] for each slot from the hidden states at its patches."""
+        num_rows, num_slots = image_start_BN.shape
+        patch = torch.arange(self.num_patches, device=hidden_BSD.device)
+        index = (image_start_BN.clamp(min=0).long()[..., None] + patch).flatten(1)[..., None]
+        hidden_NPD = (
+            hidden_BSD.gather(1, index.expand(-1, -1, hidden_BSD.shape[-1]))
+            .unflatten(1, (num_slots, self.num_patches))
+            .flatten(0, 1)
+        )
+        predictions = self.adapter(hidden_NPD, timesteps_BN.flatten(), skips)
+        return predictions.unflatten(0, (num_rows, num_slots))
+
+
+class Transfusion(nn.Module):
+    """One transformer over text tokens and image patches, with both losses."""
+
+    def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
+        super().__init__()
+        self.config, self.objective = config, objective
+        self.schedule = NoiseSchedule(objective.schedule)
+        self.stem = Stem(config)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                config.num_heads,
+                config.kv_heads,
+                config.hidden,
+                config.attention,
+                config.norm_epsilon,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.tail = Tail(config)
+        initialize(self, config.num_layers)
+
+    def rope(self, positions_BS: Tensor) -> Rope:
+        """The rotation of a batch's positions, for all layers."""
+        return rope_at(positions_BS, self.config.width // self.config.num_heads, self.config.rope_theta)
+
+    def forward(self, batch: PackedBatch) -> Losses:
+        """Both losses of a packed batch, each a share of its mean over the global batch."""
+        noised = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        x_BSD, skips = self.stem(batch.tokens, batch.patch_index, noised, batch.timesteps)
+        intervals, rope = batch.intervals(), self.rope(batch.positions)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, intervals, rope)
+        hidden_BSD = self.tail(x_BSD)
+        predictions = self.tail.images(hidden_BSD, batch.image_start, batch.timesteps, skips)
+        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
+        text = text_loss(self.tail.head(hidden_BSD), batch.labels, batch.num_text_targets)
+        image = image_loss(predictions, target, batch.image_start >= 0, batch.num_images)
+        return total_loss(text, image, self.objective)

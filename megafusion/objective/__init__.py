@@ -1,0 +1,1 @@
+"""The two losses, and the noise schedule that one of them needs."""

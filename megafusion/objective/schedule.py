@@ -1,0 +1,57 @@
+"""The forward noise process, from diffusers' schedulers."""
+
+from typing import Literal
+
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from megafusion.config import Config
+
+
+class ScheduleConfig(Config):
+    """How images are noised, and what the model predicts about them."""
+
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    """diffusers' name of the schedule; squaredcos_cap_v2 is the cosine schedule of the paper."""
+    num_steps: int = 1000
+    """Timesteps of the noise process in training."""
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What is predicted: the noise (the paper), or the velocity (Salimans and Ho, arXiv 2202.00512)."""
+
+    def scheduler(self) -> DDPMScheduler:
+        """The diffusers scheduler that these values describe; samplers are made from its config."""
+        return DDPMScheduler(
+            num_train_timesteps=self.num_steps,
+            beta_schedule=self.beta_schedule,
+            prediction_type=self.prediction,
+            clip_sample=False,
+        )
+
+
+class NoiseSchedule(nn.Module):
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, with a_t diffusers' alphas_cumprod.
+
+    A table on the model's device, so that a step does no lookup on the host.
+    """
+
+    def __init__(self, config: ScheduleConfig):
+        super().__init__()
+        self.prediction = config.prediction
+        alphas = config.scheduler().alphas_cumprod
+        self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - alphas).sqrt().float(), persistent=False)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noised latents [..., C, H, W] at integer timesteps [...]."""
+        signal, sigma = self._at(timesteps)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model is to predict: the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, sigma = self._at(timesteps)
+        return signal * noise - sigma * latents
+
+    def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        return self.signal[timesteps][..., None, None, None], self.sigma[timesteps][..., None, None, None]

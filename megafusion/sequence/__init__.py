@@ -1,0 +1,1 @@
+"""What a mixed sequence is: text tokens, image patches, the intervals that they see, and packing."""

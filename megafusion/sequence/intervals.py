@@ -1,0 +1,63 @@
+"""The mask of a packed row as two integers a position.
+
+In a packed sequence, the query at position i sees exactly one contiguous run of keys
+[row_start(i), row_end(i)): it starts where its document starts, and ends at i + 1 for text and at the
+image's end for a patch. Nothing else about the mask is ever stored or sent.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Keys visible to each query, made once a batch and shared by all layers.
+
+    row_start, row_end: int32 [B, S]; the query at [b, i] sees keys row_start <= j < row_end, and none
+    where the two are equal. num_keys: number of key positions; S in training, the cache's length in
+    generation.
+    """
+
+    row_start: Tensor
+    row_end: Tensor
+    num_keys: int
+
+    @cached_property
+    def dense_mask(self) -> Tensor:
+        """bool [B, 1, S, num_keys], True where visible: for the reference backend and for tests."""
+        key = torch.arange(self.num_keys, device=self.row_start.device)
+        return ((key >= self.row_start[..., None]) & (key < self.row_end[..., None]))[:, None]
+
+    @cached_property
+    def column_bounds(self) -> tuple[Tensor, Tensor]:
+        """The transpose, also one interval a column: int32 [B, num_keys] first and last+1 query row.
+
+        Needs row_start and row_end non-decreasing along S, as packing makes them.
+        """
+        key = torch.arange(self.num_keys, device=self.row_start.device, dtype=torch.int32)
+        key = key.expand(self.row_start.shape[0], -1).contiguous()
+        first = torch.searchsorted(self.row_end.contiguous(), key, right=True, out_int32=True)
+        last = torch.searchsorted(self.row_start.contiguous(), key, right=True, out_int32=True)
+        return first, last
+
+    @cached_property
+    def additive_mask(self) -> Tensor:
+        """float [B, 1, S, num_keys]: 0 where visible, -inf elsewhere; rows that see nothing are all 0.
+
+        An all -inf row would give NaN; `some_visible` zeroes those rows' output afterwards instead.
+        """
+        hidden = ~self.dense_mask & self.some_visible[:, None, :, None]
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+    @cached_property
+    def some_visible(self) -> Tensor:
+        """bool [B, S]: whether the row sees any key."""
+        return self.row_end > self.row_start
+
+    @cached_property
+    def any_empty(self) -> bool:
+        """Whether some row sees no key at all."""
+        return not bool(self.some_visible.all())

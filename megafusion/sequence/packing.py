@@ -1,0 +1,118 @@
+"""Documents side by side in rows of one length and one number of image slots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megafusion.sequence.document import IGNORED_LABEL, FlatDocument
+from megafusion.sequence.intervals import Intervals
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The fixed shape of a row: S positions, N image slots of P patches, latents [C, H, W]."""
+
+    length: int
+    num_images: int
+    num_patches: int
+    latent_shape: tuple[int, int, int]
+
+    def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
+        """Whether a document still fits behind what a row holds already."""
+        return (
+            used_length + len(document) <= self.length
+            and used_images + len(document.images) <= self.num_images
+        )
+
+
+@dataclass
+class PackedBatch:
+    """B packed rows: what a stream yields, what the first and the last stage read.
+
+    tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where no LM loss;
+    positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: which of the row's
+    N x P patches stands here, -1 for text; row_start, row_end int32 [B, S]: the mask;
+    latents, noise float32 [B, N, C, H, W], zeros in unused slots; timesteps int64 [B, N];
+    image_start int32 [B, N]: first position of each image, -1 for an unused slot.
+    num_text_targets, num_images int64 []: of the whole global batch, the losses' denominators.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    patch_index: Tensor
+    row_start: Tensor
+    row_end: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    image_start: Tensor
+    num_text_targets: Tensor
+    num_images: Tensor
+
+    def intervals(self) -> Intervals:
+        """The mask of this batch, to be made once and handed to every layer."""
+        return Intervals(self.row_start, self.row_end, self.tokens.shape[1])
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        return PackedBatch(
+            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        )
+
+    def counts(self) -> Tensor:
+        """int64 [2]: text targets and images in these rows alone."""
+        return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.image_start >= 0).sum()])
+
+
+def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np.ndarray]:
+    """One row from documents that fit in it together. Positions left over see only themselves."""
+    length, slots = shape.length, shape.num_images
+    own = np.arange(length, dtype=np.int32)
+    row = {
+        "tokens": np.zeros(length, np.int64),
+        "labels": np.full(length, IGNORED_LABEL, np.int64),
+        "positions": np.zeros(length, np.int32),
+        "patch_index": np.full(length, -1, np.int32),
+        "row_start": own.copy(),
+        "row_end": own + 1,
+        "latents": np.zeros((slots, *shape.latent_shape), np.float32),
+        "noise": np.zeros((slots, *shape.latent_shape), np.float32),
+        "timesteps": np.zeros(slots, np.int64),
+        "image_start": np.full(slots, -1, np.int32),
+    }
+    first, slot = 0, 0
+    for document in documents:
+        assert shape.fits(document, first, slot)
+        here = slice(first, first + len(document))
+        row["tokens"][here] = document.tokens
+        row["labels"][here] = document.labels
+        row["positions"][here] = own[: len(document)]
+        patches = document.patch
+        row["patch_index"][here] = np.where(patches < 0, -1, patches + slot * shape.num_patches)
+        row["row_start"][here] = first
+        row["row_end"][here] = document.row_end + first
+        for image, start in zip(document.images, document.image_start, strict=True):
+            row["latents"][slot] = image.latents
+            row["noise"][slot] = image.noise
+            row["timesteps"][slot] = image.timestep
+            row["image_start"][slot] = first + start
+            slot += 1
+        first += len(document)
+    return row
+
+
+def collate(rows: Sequence[dict[str, np.ndarray]]) -> PackedBatch:
+    """Stack rows into a batch whose denominators count these rows alone; see `with_counts`."""
+    stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    zero = torch.zeros((), dtype=torch.int64)
+    batch = PackedBatch(**stacked, num_text_targets=zero, num_images=zero)
+    return with_counts(batch, batch.counts())
+
+
+def with_counts(batch: PackedBatch, counts: Tensor) -> PackedBatch:
+    """Set the losses' denominators: int64 [2], text targets and images of the whole global batch."""
+    batch.num_text_targets, batch.num_images = counts.unbind()
+    return batch
