@@ -39,8 +39,8 @@ STARTER_CONCEPTS = """
 red apple, banana, strawberry, watermelon, lemon, grapes, carrot, avocado, mushroom, pizza, hamburger,
 doughnut, birthday cake, red heart, yellow heart, green heart, blue heart, purple heart, black heart,
 cat face, dog face, frog, panda, fox, lion, pig face, monkey face, penguin, octopus, turtle, butterfly,
-lady beetle, tropical fish, ghost, skull, robot, alien, snowman, jack-o-lantern, sun, star, crescent moon, rainbow,
-snowflake, fire, evergreen tree, palm tree, cactus, sunflower, tulip, automobile, airplane, rocket,
+lady beetle, tropical fish, ghost, skull, robot, alien, snowman, jack-o-lantern, sun, star, crescent moon,
+rainbow, snowflake, fire, evergreen tree, palm tree, cactus, sunflower, tulip, automobile, airplane, rocket,
 sailboat, house, umbrella, balloon, wrapped gift, soccer ball, basketball, guitar, key, bell,
 crown, trophy, light bulb
 """

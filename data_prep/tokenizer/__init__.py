@@ -1,0 +1,1 @@
+"""The small default tokenizer and its training."""
