@@ -1,0 +1,166 @@
+"""The `megafusion` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megafusion import __version__
+from megafusion.config import load_config
+from megafusion.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train one transformer that writes text and draws images.\n\n"
+    "A typical way through: `preprocess`, `train`, `generate`. Configurations are YAML files in configs/; "
+    "any key can be overridden behind the file, as in `train.num_steps=50`.",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; examples are in configs/.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values that replace the file's, as dotted.key=value.", metavar="[KEY=VALUE]..."),
+]
+
+
+def main() -> None:
+    """Run the command line; what the user can fix ends with one message and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+@app.callback()
+def _version(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def preprocess(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Turn pictures, captions and text into shards: image latents, token ids, metadata, a manifest.
+
+    Example: megafusion preprocess configs/preprocess/quickstart.yaml out=data/mine
+    """
+    from data_prep.preprocess import PreprocessConfig
+    from data_prep.preprocess import preprocess as run
+
+    run(load_config(PreprocessConfig, config, overrides or []))
+
+
+@app.command()
+def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train the autoencoder that turns pictures into latents (a diffusers AutoencoderKL folder).
+
+    Example: megafusion train-vae configs/vae/emoji.yaml output=runs/vae
+    """
+    from megafusion.autoencoder.train import AutoencoderConfig, train_autoencoder
+
+    train_autoencoder(load_config(AutoencoderConfig, config, overrides or []))
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(help="End after this step of the run, with a checkpoint; resume later.", min=1),
+    ] = None,
+) -> None:
+    """Train a model, or go on with the run that stands in the output folder.
+
+    Example: megafusion train configs/quickstart.yaml train.num_steps=50 output=runs/try
+    """
+    from megafusion.train.config import RunConfig
+    from megafusion.train.run import train as run
+
+    run(load_config(RunConfig, config, overrides or []), stop_after)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to draw; repeat for several prompts.", metavar="TEXT")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture to describe; repeat for several.", metavar="PATH")
+    ] = None,
+    interleave: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One prompt of texts and pictures in order: each is a text, or @PATH for a picture. "
+            "The model answers with text or a picture as it likes.",
+            metavar="PART",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and captions.txt.")] = Path("generated"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0)] = 0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 is none.", min=0)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim or dpm++.")] = None,
+) -> None:
+    """Draw prompts, describe pictures, or continue a mixture of both.
+
+    Examples:
+
+    megafusion generate runs/quickstart --prompt "red apple, 3d style" --out apples
+
+    megafusion generate runs/quickstart --image apples/0-red-apple-3d-style.png
+
+    megafusion generate runs/quickstart --interleave @apple.png --interleave "pizza, 3d style"
+    """
+    from megafusion.generate.command import GenerateRequest, run
+
+    overrides = {"guidance": guidance, "num_steps": steps, "sampler": sampler}
+    run(
+        checkpoint,
+        GenerateRequest(prompt or [], image or [], interleave or [], seed),
+        out,
+        {key: value for key, value in overrides.items() if value is not None},
+    )
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
+    pictures: Annotated[Path, typer.Option(help="Tar of the pictures that the run was trained on.")] = Path(
+        "data_prep/emoji/emoji-000000.tar"
+    ),
+    classifier: Annotated[Path, typer.Option(help="Weights of the classifier of those pictures.")] = Path(
+        "data_prep/emoji/classifier.safetensors"
+    ),
+    setup_seconds: Annotated[
+        float, typer.Option(help="Seconds spent before the run, to be counted in the total.")
+    ] = 0.0,
+) -> None:
+    """Measure a quickstart run and show it: samples.png, captions.txt, losses.png, report.json.
+
+    Example: megafusion report runs/quickstart
+    """
+    from megafusion.evaluate.report import write_report
+
+    report = write_report(run_folder, pictures, classifier, setup_seconds)
+    for name, value in report.items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(f"look at {run_folder / 'samples.png'}, captions.txt and losses.png beside it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Sharded streams of packed sequences, with state."""

@@ -1,0 +1,250 @@
+"""Shards on disk: webdataset tars of documents, an index of offsets each, and one manifest a folder.
+
+A document is a tar member `KEY.json` (its kind and metadata) followed by its segments in order:
+`KEY.0.tokens.npy` int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and
+log-variance of an image's latents. The index `shard-000000.index.npy` holds int64 [n + 1] offsets, so
+any document is one read away and no archive is ever scanned.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from webdataset import TarWriter
+
+from megafusion.config import Config, parse_config
+from megafusion.errors import UserError
+
+MANIFEST = "manifest.json"
+Kind = Literal["pair", "text"]
+
+
+class ShardEntry(Config):
+    """One shard of a folder."""
+
+    name: str
+    """File name of the tar."""
+    num_documents: int
+    """Documents in it."""
+    num_bytes: int
+    """Size of the tar; another size on disk means a truncated or altered file."""
+    sha256: str
+    """Hash of the tar."""
+
+
+class Manifest(Config):
+    """What a folder of shards holds, and what it was made with."""
+
+    format: Literal["megafusion-shards/1"] = "megafusion-shards/1"
+    """Version of the layout."""
+    kind: Kind
+    """pair: one text and one image a document, in either order; text: texts only."""
+    num_tokens: int
+    """Text tokens, without bos, eos, boi and eoi."""
+    num_images: int
+    """Images."""
+    tokenizer_sha256: str
+    """Hash of the SentencePiece model that made the tokens."""
+    vae_sha256: str | None = None
+    """Hash of the autoencoder that made the latents; null without images."""
+    latent_shape: tuple[int, int, int] | None = None
+    """Channels, height and width of the latents; null without images."""
+    latent_scale: float = 1.0
+    """Factor that brings latents to unit deviation: the autoencoder's scaling_factor."""
+    latent_shift: float = 0.0
+    """Subtracted before scaling: the autoencoder's shift_factor."""
+    provenance: dict[str, str]
+    """Inputs and versions, for people."""
+    shards: tuple[ShardEntry, ...]
+    """The tars, in order."""
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """A document as stored: metadata, and segments in order (int32 [L] or float16 [2, C, H, W])."""
+
+    metadata: dict
+    segments: tuple[np.ndarray, ...]
+
+
+def write_shards(
+    folder: Path,
+    documents: Iterable[StoredDocument],
+    documents_per_shard: int,
+    **manifest: object,
+) -> Manifest:
+    """Write a folder of shards that appears whole or not at all; an older folder of that name goes.
+
+    `manifest` gives the fields that the documents themselves do not tell. Deterministic: equal
+    documents make equal bytes. Raises UserError naming the folder when the disk is full.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        made = _write_all(partial, documents, documents_per_shard, manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        return made
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write shards ({error.strerror or error}); free space or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int, manifest: dict) -> Manifest:
+    entries, batch = [], []
+    num_tokens = num_images = 0
+    for document in documents:
+        batch.append(document)
+        num_tokens += sum(len(s) for s in document.segments if s.ndim == 1)
+        num_images += sum(s.ndim == 4 for s in document.segments)
+        if len(batch) == per_shard:
+            entries.append(_write_shard(folder, len(entries), batch))
+            batch = []
+    if batch:
+        entries.append(_write_shard(folder, len(entries), batch))
+    made = Manifest(num_tokens=num_tokens, num_images=num_images, shards=tuple(entries), **manifest)
+    (folder / MANIFEST).write_text(made.model_dump_json(indent=1) + "\n")
+    return made
+
+
+def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> ShardEntry:
+    path = folder / f"shard-{number:06d}.tar"
+    with path.open("wb") as file:
+        writer = TarWriter(file, encoder=False, mtime=0)
+        for position, document in enumerate(documents):
+            members = {"json": json.dumps(document.metadata, sort_keys=True).encode()}
+            for order, segment in enumerate(document.segments):
+                name = "tokens" if segment.ndim == 1 else "moments"
+                members[f"{order}.{name}.npy"] = _npy(segment)
+            writer.write({"__key__": f"{number:06d}-{position:06d}", **members})
+        writer.close()
+    np.save(path.with_suffix(".index.npy"), _document_offsets(path))
+    return ShardEntry(
+        name=path.name,
+        num_documents=len(documents),
+        num_bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+    )
+
+
+def _document_offsets(path: Path) -> np.ndarray:
+    """Where each document's first member starts, and where the last one's last member ends."""
+    offsets, previous, end = [], None, 0
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            key = member.name.partition(".")[0]
+            if key != previous:
+                offsets.append(member.offset)
+                previous = key
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return np.array([*offsets, end], np.int64)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards. Raises UserError when there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no {MANIFEST}, so no folder of shards; make it with `megafusion preprocess`"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); preprocess again") from error
+    return parse_config(Manifest, values, str(path))
+
+
+class ShardFolder:
+    """Random access to the documents of a folder of shards, each by (shard, position in it)."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.manifest = load_manifest(self.folder)
+        self._files: dict[int, int] = {}
+        self._offsets: dict[int, np.ndarray] = {}
+        for entry in self.manifest.shards:
+            self._check(entry)
+
+    def __len__(self) -> int:
+        return self.manifest.num_documents
+
+    def read(self, shard: int, position: int) -> StoredDocument:
+        """One document. Raises UserError naming the shard and the member when its bytes are bad."""
+        if shard not in self._files:
+            self._open(shard)
+        first, last = self._offsets[shard][position : position + 2]
+        content = os.pread(self._files[shard], int(last - first), int(first))
+        where = f"{self.folder / self.manifest.shards[shard].name}, document {position}"
+        try:
+            return self._parse(content, where)
+        except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{where}: not readable ({error}); preprocess again") from error
+
+    def _check(self, entry: ShardEntry) -> None:
+        path = self.folder / entry.name
+        if not path.is_file():
+            raise UserError(f"{path}: shard named in {MANIFEST} is missing; copy it back or preprocess again")
+        if path.stat().st_size != entry.num_bytes:
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes where {MANIFEST} says {entry.num_bytes}: truncated or "
+                "altered; copy it again or preprocess again"
+            )
+
+    def _open(self, shard: int) -> None:
+        path = self.folder / self.manifest.shards[shard].name
+        index = path.with_suffix(".index.npy")
+        try:
+            self._offsets[shard] = np.load(index, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{index}: not a readable index ({error}); preprocess again") from error
+        self._files[shard] = os.open(path, os.O_RDONLY)
+
+    def _parse(self, content: bytes, where: str) -> StoredDocument:
+        metadata, segments = None, []
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for member in archive:
+                data = archive.extractfile(member).read()
+                if member.name.endswith(".json"):
+                    metadata = json.loads(data)
+                else:
+                    segments.append(np.load(io.BytesIO(data), allow_pickle=False))
+                    if member.name.endswith("moments.npy"):
+                        self._check_moments(segments[-1], f"{where}, {member.name}")
+        if metadata is None:
+            raise UserError(f"{where}: has no .json member; preprocess again")
+        return StoredDocument(metadata, tuple(segments))
+
+    def _check_moments(self, moments: np.ndarray, where: str) -> None:
+        expected = (2, *(self.manifest.latent_shape or ()))
+        if moments.shape != expected:
+            raise UserError(f"{where}: moments of shape {moments.shape} where {MANIFEST} says {expected}")

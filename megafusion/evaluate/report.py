@@ -1,0 +1,154 @@
+"""The quickstart's figures and pictures: what the model draws, what it writes, how its losses fell."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from PIL import Image
+from rich.progress import Progress
+
+from data_prep.preprocess import decode_picture, tar_pictures
+from megafusion.autoencoder.codec import to_tensor
+from megafusion.data.shards import ShardFolder
+from megafusion.errors import UserError
+from megafusion.evaluate.classifier import IMAGE_SIZE, PictureClassifier
+from megafusion.evaluate.sheets import picture_sheet
+from megafusion.generate.command import open_pipeline
+from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.progress import progress_bar
+from megafusion.train.config import RunConfig
+from megafusion.train.metrics import read_metrics
+from megafusion.train.record import load_run_config, peak_memory_bytes
+
+NUM_DRAWN = 32
+NUM_DESCRIBED_AT_A_TIME = 34
+SMOOTHED_LINES = 5
+"""The last losses are means over this many lines of metrics: one batch's loss is noisy."""
+
+
+class Pair(NamedTuple):
+    """A pair that the run was trained on, with its real picture."""
+
+    key: str
+    caption: str
+    picture: Image.Image
+
+
+def write_report(run_folder: Path, tar: Path, classifier_path: Path, setup_seconds: float) -> dict:
+    """Measure a finished run; writes samples.png, captions.txt, losses.png and report.json into it.
+
+    tar: the pictures that the run's pairs were made from; classifier_path: names their concept and style.
+    """
+    started = time.monotonic()
+    config = load_run_config(run_folder)
+    metrics = read_metrics(run_folder)
+    pipeline = open_pipeline(run_folder)
+    classifier = PictureClassifier.load(classifier_path)
+    pairs = training_pairs(config, tar)
+    with progress_bar() as progress:
+        concept_top1 = _draw(pipeline, classifier, pairs, run_folder / "samples.png", progress)
+        caption_exact = _describe(pipeline, pairs, run_folder / "captions.txt", progress)
+    plot_losses(metrics, run_folder / "losses.png")
+    last = metrics[-SMOOTHED_LINES:]
+    seconds_train = metrics[-1]["seconds"]
+    seconds_report = time.monotonic() - started
+    report = {
+        "num_steps": metrics[-1]["step"],
+        "seconds_total": round(setup_seconds + seconds_train + seconds_report, 1),
+        "seconds_setup": setup_seconds,
+        "seconds_train": round(seconds_train, 1),
+        "seconds_report": round(seconds_report, 1),
+        "peak_memory_bytes": max(peak_memory_bytes(), *(line["memory_bytes"] for line in metrics)),
+        "lm_loss_first": metrics[0]["text_loss"],
+        "lm_loss_last": statistics.mean(line["text_loss"] for line in last),
+        "diffusion_loss_first": metrics[0]["image_loss"],
+        "diffusion_loss_last": statistics.mean(line["image_loss"] for line in last),
+        "concept_top1": concept_top1,
+        "caption_exact": caption_exact,
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in metrics),
+        "classifier_on_real_pictures": classifier.figures,
+    }
+    (run_folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def training_pairs(config: RunConfig, tar: Path) -> list[Pair]:
+    """The pairs of the run's first pair source, with their pictures from a tar, by key."""
+    folders = [ShardFolder(source.path) for source in config.data.sources.values()]
+    folder = next((f for f in folders if f.manifest.kind == "pair"), None)
+    if folder is None:
+        raise UserError("the run has no source of pairs, so there is nothing to draw or describe")
+    pictures = {picture.key: picture for picture in tar_pictures(tar)}
+    pairs = []
+    for shard, entry in enumerate(folder.manifest.shards):
+        for position in range(entry.num_documents):
+            metadata = folder.read(shard, position).metadata
+            if metadata["key"] not in pictures:
+                raise UserError(f"{tar}: has no picture {metadata['key']!r}, which the run was trained on")
+            _, _, picture = decode_picture(pictures[metadata["key"]])
+            pairs.append(Pair(metadata["key"], metadata["caption"], picture))
+    return pairs
+
+
+def _draw(
+    pipeline: TransfusionPipeline,
+    classifier: PictureClassifier,
+    pairs: list[Pair],
+    path: Path,
+    progress: Progress,
+) -> float:
+    """Draw captions spread evenly over the pairs; the share that the classifier gives its own key."""
+    chosen = [pairs[len(pairs) * i // NUM_DRAWN] for i in range(NUM_DRAWN)]
+    task = progress.add_task("drawing", total=None, losses="")
+    drawn = pipeline.draw(
+        [pair.caption for pair in chosen],
+        report=lambda done, total: progress.update(task, completed=done, total=total),
+    )
+    found = classifier.classify(to_tensor(drawn, IMAGE_SIZE) / 2 + 0.5)
+    marks = [key == pair.key for key, pair in zip(found, chosen, strict=True)]
+    cells = [
+        (f"{pair.caption}{'' if right else f' (taken for {key})'}", pair.picture.convert("RGB"), picture)
+        for pair, picture, key, right in zip(chosen, drawn, found, marks, strict=True)
+    ]
+    picture_sheet(cells, ("real", "drawn")).save(path)
+    return sum(marks) / len(marks)
+
+
+def _describe(pipeline: TransfusionPipeline, pairs: list[Pair], path: Path, progress: Progress) -> float:
+    """Describe every picture; the share whose words are exactly the caption's."""
+    said = []
+    for first in progress.track(
+        range(0, len(pairs), NUM_DESCRIBED_AT_A_TIME), description="describing", update_period=0.5
+    ):
+        batch = pairs[first : first + NUM_DESCRIBED_AT_A_TIME]
+        said += pipeline.describe([pair.picture for pair in batch])
+    right = [caption == pair.caption for caption, pair in zip(said, pairs, strict=True)]
+    lines = [
+        f"{'=' if mark else 'x'} {pair.caption} -> {caption}"
+        for mark, pair, caption in zip(right, pairs, said, strict=True)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return sum(right) / len(right)
+
+
+def plot_losses(metrics: list[dict], path: Path) -> None:
+    """Both losses over the steps, each on its own logarithmic axis."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    steps = [line["step"] for line in metrics]
+    named = (
+        ("text_loss", "text: nats a token", "tab:blue"),
+        ("image_loss", "image: squared error", "tab:orange"),
+    )
+    for axis, (name, label, colour) in zip(axes, named, strict=True):
+        axis.plot(steps, [line[name] for line in metrics], color=colour)
+        axis.set(xlabel="step", title=label, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,39 @@
+"""Sheets of pictures with their captions, for people to look at."""
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def picture_sheet(
+    rows: Sequence[tuple[str, *tuple[Image.Image, ...]]],
+    headings: Sequence[str] = (),
+    *,
+    columns: int = 4,
+    side: int = 96,
+) -> Image.Image:
+    """Cells of one or several pictures side by side above their caption, `columns` cells across.
+
+    rows: a caption and its pictures, each; headings: a word above the pictures of every cell.
+    """
+    font = ImageFont.load_default(size=12)
+    num_pictures = max(len(row) - 1 for row in rows)
+    cell_width, heading_height, text_height = num_pictures * (side + 4) + 12, 16 if headings else 0, 34
+    cell_height = heading_height + side + text_height + 6
+    num_lines = -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + 12, num_lines * cell_height + 12), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (caption, *pictures) in enumerate(rows):
+        left = 12 + number % columns * cell_width
+        top = 8 + number // columns * cell_height
+        for position, picture in enumerate(pictures):
+            x = left + position * (side + 4)
+            if headings:
+                pen.text((x, top), headings[position], fill="#888888", font=font)
+            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, top + heading_height))
+        wrapped = "\n".join(textwrap.wrap(caption, width=max(14, cell_width // 7))[:2])
+        pen.multiline_text(
+            (left, top + heading_height + side + 2), wrapped, fill="black", font=font, spacing=2
+        )
+    return sheet

@@ -1,0 +1,1 @@
+"""Text and pictures from a trained model: caches, samplers, the pipeline that a user calls."""

@@ -1,0 +1,89 @@
+"""Keys and values of what has been read, for rows of unequal length.
+
+Each row's keys stand in the slots from 0 to its length; a pass writes behind them, and only `advance`
+makes what it wrote part of the row. So an image can be denoised in place, pass after pass, and what a
+padded position wrote is never seen and overwritten by the next pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megafusion.model.transfusion import ModelConfig
+from megafusion.sequence.intervals import Intervals
+
+
+@dataclass
+class _Layer:
+    """One layer's keys and values [B, T, G, K], and where the running pass writes: int64 [B, S]."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+
+    def update(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(self.keys), device=self.keys.device)[:, None]
+        self.keys[rows, self.slots] = k_BSGK
+        self.values[rows, self.slots] = v_BSGK
+        return self.keys, self.values
+
+
+@dataclass
+class KVCache:
+    """Keys and values of B rows for all layers; lengths int64 [B] count what each row holds."""
+
+    capacity: int
+    lengths: Tensor
+    layers: list[_Layer]
+
+    @classmethod
+    def empty(cls, num_rows: int, capacity: int, config: ModelConfig, like: Tensor) -> "KVCache":
+        """Nothing read yet, room for `capacity` positions a row, on the device and in the dtype of `like`."""
+        size = (num_rows, capacity, config.kv_heads, config.width // config.num_heads)
+        nowhere = torch.zeros((num_rows, 0), dtype=torch.int64, device=like.device)
+        layers = [
+            _Layer(like.new_zeros(size), like.new_zeros(size), nowhere) for _ in range(config.num_layers)
+        ]
+        return cls(capacity, torch.zeros(num_rows, dtype=torch.int64, device=like.device), layers)
+
+    def place(self, row_end_BS: Tensor) -> tuple[Tensor, Intervals]:
+        """Make room for S positions a row, behind its length.
+
+        row_end_BS: end of each new position's keys, counted from the row's length (i + 1 for the i-th
+        text position; P for an image's patches; 0 for padding). Returns positions [B, S] and intervals.
+        """
+        own = torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
+        positions = self.lengths[:, None] + own
+        end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
+        # Padding may reach past the capacity; it is written to the last slot, which is always spare.
+        slots = positions.clamp(max=self.capacity - 1)
+        for layer in self.layers:
+            layer.slots = slots
+        return positions, Intervals(torch.zeros_like(end), end, self.capacity)
+
+    def advance(self, counts_B: Tensor) -> None:
+        """Keep the first `counts` positions of the last pass in each row."""
+        self.lengths = self.lengths + counts_B
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """A copy of some rows, or of some rows repeatedly."""
+        layers = [_Layer(each.keys[rows], each.values[rows], each.slots[rows]) for each in self.layers]
+        return KVCache(self.capacity, self.lengths[rows], layers)
+
+    def assign(self, rows: Tensor, other: "KVCache") -> None:
+        """Put rows of another cache in the place of some of these."""
+        self.lengths[rows] = other.lengths
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            layer.keys[rows], layer.values[rows] = source.keys, source.values
+
+    def joined(self, other: "KVCache") -> "KVCache":
+        """The rows of both, one behind the other; their capacities must be equal."""
+        assert self.capacity == other.capacity
+        layers = [
+            _Layer(
+                torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values]), torch.cat([a.slots, b.slots])
+            )
+            for a, b in zip(self.layers, other.layers, strict=True)
+        ]
+        return KVCache(self.capacity, torch.cat([self.lengths, other.lengths]), layers)

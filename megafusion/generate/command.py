@@ -1,0 +1,117 @@
+"""What `megafusion generate` does: find the model, draw, describe or continue, write files."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import ValidationError
+
+from megafusion.autoencoder.codec import ImageCodec
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import Part, TransfusionPipeline
+from megafusion.generate.sampling import SamplingConfig
+from megafusion.progress import progress_bar
+from megafusion.sequence.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Prompts to draw, pictures to describe, and the parts of one mixed prompt to continue."""
+
+    prompts: Sequence[str]
+    images: Sequence[Path]
+    parts: Sequence[str]
+    seed: int = 0
+
+
+def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[str, object]) -> None:
+    """Answer a request into a folder: PNG files, and captions.txt for what was written."""
+    if not (request.prompts or request.images or request.parts):
+        raise UserError("nothing to generate: give --prompt, --image or --interleave")
+    pictures = [open_picture(path) for path in request.images]
+    mixed: list[Part] = [open_picture(Path(p[1:])) if p.startswith("@") else p for p in request.parts]
+    pipeline = open_pipeline(checkpoint)
+    sampling = _sampling(pipeline.config.sampling, overrides)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    with progress_bar() as progress:
+        task = progress.add_task("denoising", total=sampling.num_steps, losses="", visible=False)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        drawn = pipeline.draw(request.prompts, seed=request.seed, sampling=sampling, report=report)
+        for number, (prompt, picture) in enumerate(zip(request.prompts, drawn, strict=True)):
+            path = out / f"{number}-{_slug(prompt)}.png"
+            picture.save(path)
+            lines.append(f"{path}: drawn from {prompt!r}")
+        for path, caption in zip(request.images, pipeline.describe(pictures, sampling=sampling), strict=True):
+            lines.append(f"{path}: {caption}")
+        if mixed:
+            (answer,) = pipeline([mixed], seed=request.seed, sampling=sampling, report=report)
+            lines += _write_answer(answer, out)
+    (out / "captions.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def open_pipeline(path: Path) -> TransfusionPipeline:
+    """The model of a pipeline folder, a run folder (published or its newest checkpoint), or a checkpoint."""
+    from megafusion.train.checkpoint import complete_checkpoints, load_ema
+    from megafusion.train.record import load_run_config
+    from megafusion.train.run import make_pipeline
+    from megafusion.train.samples import with_weights
+
+    if (path / "config.json").is_file():
+        return TransfusionPipeline.from_pretrained(path)
+    if (path / "pipeline").is_dir():
+        return TransfusionPipeline.from_pretrained(path / "pipeline")
+    if (path / "config.yaml").is_file():
+        checkpoints = complete_checkpoints(path / "checkpoints")
+        if not checkpoints:
+            raise UserError(f"{path}: the run has no complete checkpoint yet; train it further")
+        path = checkpoints[-1]
+    if not path.name.startswith("step-"):
+        raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
+    config = load_run_config(path.parent.parent)
+    tokenizer, codec = Tokenizer(config.data.tokenizer), ImageCodec.from_pretrained(config.data.vae)
+    pipeline = make_pipeline(config, tokenizer, codec)
+    shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
+    with_weights(pipeline.model, load_ema(path, shapes))
+    return pipeline
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Decode a picture. UserError naming the file when that cannot be done."""
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such picture") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a picture that can be decoded ({error})") from error
+    return picture
+
+
+def _sampling(defaults: SamplingConfig, overrides: dict[str, object]) -> SamplingConfig:
+    try:
+        return SamplingConfig.model_validate({**defaults.model_dump(), **overrides})
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise UserError(f"--{detail['loc'][0]}: {detail['msg']} (got {detail['input']!r})") from error
+
+
+def _write_answer(answer: Sequence[Part], out: Path) -> list[str]:
+    lines = []
+    for number, part in enumerate(answer):
+        if isinstance(part, str):
+            lines.append(f"answer {number}: {part}")
+        else:
+            part.save(out / f"answer-{number}.png")
+            lines.append(f"answer {number}: {out / f'answer-{number}.png'}")
+    return lines or ["answer: nothing (the model ended at once)"]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"

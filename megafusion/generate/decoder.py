@@ -1,0 +1,94 @@
+"""The model read with a cache: one text position or one image at a time, for a batch of rows."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megafusion.generate.cache import KVCache
+from megafusion.generate.sampling import SamplingConfig, guided, make_sampler
+from megafusion.model.transfusion import Transfusion
+from megafusion.sequence.packing import PackedBatch
+
+Report = Callable[[int, int], None]
+"""Called with the steps done and the steps in all."""
+
+
+class Decoder:
+    """Stem, blocks and tail of a model over a cache. All methods are without gradients."""
+
+    def __init__(self, model: Transfusion):
+        self.model = model
+        self.num_patches = model.config.num_patches
+
+    def new_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """An empty cache for this model."""
+        return KVCache.empty(num_rows, capacity, self.model.config, like=self.model.tail.head.weight)
+
+    @torch.no_grad()
+    def read_prompts(self, cache: KVCache, batch: PackedBatch, lengths_B: Tensor) -> Tensor:
+        """Read whole prompts, texts and clean images, one a row; next-token logits [B, V] after each.
+
+        The batch holds one document a row from position 0; lengths_B int64 [B] are their lengths. Images
+        are read without noise, at timestep 0.
+        """
+        own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        row_end = torch.where(own < lengths_B[:, None], batch.row_end, 0)
+        x_BSD, _ = self.model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps)
+        hidden_BSD = self._run(cache, x_BSD, row_end)
+        cache.advance(lengths_B)
+        last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
+        return self.model.tail.head(hidden_BSD.gather(1, last))[:, 0]
+
+    @torch.no_grad()
+    def read_tokens(self, cache: KVCache, tokens_B: Tensor) -> Tensor:
+        """Append one token to each row; the next token's logits [B, V]."""
+        x_BSD = self.model.stem.embedding(tokens_B[:, None])
+        hidden_BSD = self._run(cache, x_BSD, torch.ones_like(tokens_B)[:, None])
+        cache.advance(torch.ones_like(tokens_B))
+        return self.model.tail.head(hidden_BSD)[:, 0]
+
+    @torch.no_grad()
+    def draw(
+        self,
+        cache: KVCache,
+        unconditional: KVCache,
+        noise_BCHW: Tensor,
+        sampling: SamplingConfig,
+        report: Report | None = None,
+    ) -> Tensor:
+        """Denoise an image behind each row's boi and append it, clean; latents [B, C, H, W].
+
+        unconditional: the rows that guidance steers away from, read up to their boi too.
+        """
+        sampler = make_sampler(sampling, self.model.objective.schedule)
+        is_guided = sampling.guidance != 1
+        both = cache.joined(unconditional) if is_guided else cache
+        latents = noise_BCHW * sampler.init_noise_sigma
+        for step, timestep in enumerate(sampler.timesteps):
+            prediction = self._predict(
+                both, torch.cat([latents, latents]) if is_guided else latents, timestep
+            )
+            if is_guided:
+                prediction = guided(*prediction.chunk(2), sampling.guidance)
+            latents = sampler.step(prediction, timestep, latents).prev_sample
+            if report:
+                report(step + 1, len(sampler.timesteps))
+        # What follows must see the clean image: its keys and values take the place of the noised ones.
+        self._predict(cache, latents, torch.zeros((), dtype=torch.int64))
+        cache.advance(torch.full_like(cache.lengths, self.num_patches))
+        return latents
+
+    def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
+        """The model's prediction for noised latents behind each row, [B, C, H, W]."""
+        timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
+        patches_BPD, skips = self.model.stem.adapter(latents_BCHW, timesteps_B)
+        end = torch.full(patches_BPD.shape[:2], self.num_patches, device=latents_BCHW.device)
+        return self.model.tail.adapter(self._run(cache, patches_BPD, end), timesteps_B, skips)
+
+    def _run(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor) -> Tensor:
+        positions, intervals = cache.place(row_end_BS)
+        rope = self.model.rope(positions)
+        for block, layer in zip(self.model.blocks, cache.layers, strict=True):
+            x_BSD = block(x_BSD, intervals, rope, layer)
+        return self.model.tail(x_BSD)

@@ -1,0 +1,27 @@
+"""The one progress bar that every command shows for what takes longer than a few seconds."""
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+def progress_bar(disable: bool = False) -> Progress:
+    """A rich progress bar on stderr: description, count, time left, and the task's `losses` text."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+        console=Console(stderr=True),
+        disable=disable,
+    )

@@ -1,0 +1,90 @@
+"""What a run tells while it goes: a progress bar, JSON lines, TensorBoard, optionally W&B."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from megafusion.errors import UserError
+from megafusion.progress import progress_bar
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """A context that opens every sink on rank 0, and is silent on the others."""
+
+    def __init__(
+        self, folder: Path, num_steps: int, first_step: int, silent: bool, wandb_project: str | None
+    ):
+        self._silent = silent
+        self.progress = progress_bar(disable=silent)
+        self._task = self.progress.add_task("training", total=num_steps, completed=first_step, losses="")
+        if silent:
+            return
+        _forget_from(folder / METRICS, first_step)
+        self._lines = (folder / METRICS).open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._wandb = _start_wandb(wandb_project, folder) if wandb_project else None
+
+    def __enter__(self) -> "Metrics":
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        if not self._silent:
+            self._lines.close()
+            self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self.progress.update(self._task, completed=step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record numbers as they are after `step` updates."""
+        if self._silent:
+            return
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+        shown = f"text {values['text_loss']:.3f}  image {values['image_loss']:.4f}"
+        self.progress.update(self._task, losses=f"{shown}  {values['tokens_per_second']:,.0f} tokens/s")
+
+    def show(self, step: int, sheet: Image.Image, captions: str) -> None:
+        """Record a sheet of sample pictures and the captions written."""
+        self._board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        self._board.add_text("captions", captions, step)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The recorded lines of a run, oldest first."""
+    path = folder / METRICS
+    if not path.is_file():
+        raise UserError(f"{path}: no metrics there; give the folder of a run that has trained")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _forget_from(path: Path, step: int) -> None:
+    """Drop lines of steps that are about to be run again after a resume."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def _start_wandb(project: str, folder: Path):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "train.wandb_project: wandb is not installed; pip install 'megafusion[wandb]' or set it to null"
+        ) from error
+    return wandb.init(project=project, dir=folder, name=folder.name, resume="allow")

@@ -1,0 +1,49 @@
+"""AdamW, its two parameter groups, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from megafusion.config import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW (arXiv 1711.05101) with warm-up and cosine decay."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    """Peak, reached after the warm-up."""
+    final_learning_rate: float = Field(1.5e-5, ge=0)
+    """Where the cosine ends, at the last step."""
+    num_warmup_steps: int = Field(4000, ge=0)
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """For matrices; biases, norms and other vectors have none."""
+    gradient_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 for no clipping."""
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: weight decay on matrices and convolutions, none on vectors."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
+    )
+
+
+def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """The rate for the update after `step` updates: it depends on nothing else, so it has no state."""
+    if step < config.num_warmup_steps:
+        return config.learning_rate * (step + 1) / config.num_warmup_steps
+    progress = (step - config.num_warmup_steps) / max(1, num_steps - config.num_warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine

@@ -1,0 +1,91 @@
+"""The record of a run: its folder, frozen configuration, and what it was started with."""
+
+import json
+import platform
+import resource
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megafusion.config import changed_keys, dump_config, load_config
+from megafusion.data.shards import load_manifest
+from megafusion.errors import UserError
+from megafusion.train.config import RunConfig
+
+# Keys that may differ between a run's start and its resumption: they decide no number of any step.
+FREE_KEYS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.wandb_project",
+    "samples.",
+)
+
+
+def freeze(config: RunConfig) -> None:
+    """Write the run folder's record, or check that a run to be resumed is this one."""
+    path = config.output / "config.yaml"
+    if path.is_file():
+        changed = [
+            k for k in changed_keys(load_run_config(config.output), config) if not k.startswith(FREE_KEYS)
+        ]
+        if changed:
+            raise UserError(
+                f"{config.output}: holds a run with other values of {', '.join(changed)}; choose another "
+                "output=, or delete the folder to train anew"
+            )
+        return
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / "environment.json").write_text(json.dumps(_environment(config), indent=1) + "\n")
+    path.write_text(dump_config(config))
+
+
+def _environment(config: RunConfig) -> dict:
+    """What a run depends on beside its configuration: versions, git state, the shards' hashes."""
+    packages = ("megafusion", "torch", "deepspeed", "diffusers", "numpy", "sentencepiece", "webdataset")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "world_size": dist.get_world_size(),
+        "num_threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in packages},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--short"),
+        "shards": {
+            name: [shard.sha256 for shard in load_manifest(source.path).shards]
+            for name, source in config.data.sources.items()
+        },
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the source tree; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def load_run_config(folder: Path) -> RunConfig:
+    """The frozen configuration of a run folder."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.yaml, so no run folder; `megafusion train` makes one")
+    return load_config(RunConfig, path)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has held so far: the device's where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,55 @@
+"""A sheet of what the model draws and writes at some step, beside the real pairs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from megafusion.data.source import Source
+from megafusion.evaluate.sheets import picture_sheet
+from megafusion.generate.pipeline import TransfusionPipeline
+
+
+@dataclass(frozen=True)
+class SamplePairs:
+    """Captions and their real pictures, taken evenly from a source of pairs."""
+
+    captions: list[str]
+    pictures: list[Image.Image]
+
+
+def sample_pairs(
+    sources: dict[str, Source], pipeline: TransfusionPipeline, num_pairs: int
+) -> SamplePairs | None:
+    """Pairs to draw and describe; None where no source has any."""
+    source = next((s for s in sources.values() if s.folder.manifest.kind == "pair"), None)
+    if source is None:
+        return None
+    size = len(source.folder)
+    chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
+    means = torch.stack([torch.from_numpy(document.segments[1][0]).float() for document in chosen])
+    return SamplePairs(
+        captions=[document.metadata["caption"] for document in chosen],
+        pictures=pipeline.pictures(pipeline.codec.normalize(means)),
+    )
+
+
+def show_samples(pipeline: TransfusionPipeline, pairs: SamplePairs, path: Path) -> tuple[Image.Image, str]:
+    """Draw the captions, describe the pictures, write the sheet; returns it and the captions written."""
+    drawn = pipeline.draw(pairs.captions)
+    described = pipeline.describe(pairs.pictures)
+    sheet = picture_sheet(list(zip(pairs.captions, pairs.pictures, drawn, strict=True)), ("real", "drawn"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    lines = [f"- {true} -> {said}" for true, said in zip(pairs.captions, described, strict=True)]
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    return sheet, "\n".join(lines)
+
+
+def with_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put named weights into a model in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
