@@ -1,0 +1,143 @@
+"""Frozen feature networks for perceptual losses: VGG-16 and ResNet-50 trunks, torchvision's names."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megafusion.errors import UserError
+
+# ImageNet's mean and deviation a channel, for pictures in [-1, 1].
+MEAN = (-0.030, -0.088, -0.188)
+DEVIATION = (0.458, 0.448, 0.450)
+
+
+class _Features(nn.Module):
+    """A trunk that is never trained and whose batch norms always use what they learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "_Features":
+        return super().train(False)
+
+    def scaled(self, images_N3HW: Tensor) -> Tensor:
+        return (images_N3HW - self.mean) / self.deviation
+
+
+class VGG16Features(_Features):
+    """Pictures [N, 3, H, W] in [-1, 1] to the features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+
+    widths = (64, 128, 256, 512, 512)
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.outputs: set[int] = set()
+        in_channels = 3
+        for width, num_convolutions in zip(self.widths, (2, 2, 3, 3, 3), strict=True):
+            for _ in range(num_convolutions):
+                layers += [nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU()]
+                in_channels = width
+            self.outputs.add(len(layers) - 1)
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+
+    def forward(self, images_N3HW: Tensor) -> list[Tensor]:
+        x = self.scaled(images_N3HW)
+        found = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.outputs:
+                found.append(x)
+        return found
+
+
+class ResNet50Features(_Features):
+    """Pictures [N, 3, H, W] in [-1, 1] to the outputs of the four stages."""
+
+    widths = (256, 512, 1024, 2048)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = self._stage(64, 64, 3, 1)
+        self.layer2 = self._stage(256, 128, 4, 2)
+        self.layer3 = self._stage(512, 256, 6, 2)
+        self.layer4 = self._stage(1024, 512, 3, 2)
+
+    @staticmethod
+    def _stage(in_channels: int, width: int, num_blocks: int, stride: int) -> nn.Sequential:
+        first = _Bottleneck(in_channels, width, stride)
+        return nn.Sequential(first, *(_Bottleneck(4 * width, width, 1) for _ in range(num_blocks - 1)))
+
+    def forward(self, images_N3HW: Tensor) -> list[Tensor]:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(self.scaled(images_N3HW)))), 3, 2, 1)
+        found = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            found.append(x)
+        return found
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = None
+        if in_channels != 4 * width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+def load_weights(network: nn.Module, path: Path, key: str) -> None:
+    """Fill and freeze a feature network; what the file holds beside it (a classifier) is ignored.
+
+    UserError, naming the file and the configuration's `key`, if it is unreadable or lacks a weight.
+    """
+    weights = _read(path, key)
+    for name, wanted in network.state_dict().items():
+        # Batch norm's count of batches, which many exports leave out, plays no part in evaluation.
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, wanted)
+        elif name not in weights or weights[name].shape != wanted.shape:
+            raise UserError(f"{key}: {path}: lacks {name} of shape {tuple(wanted.shape)}")
+    network.load_state_dict({name: weights[name] for name in network.state_dict()})
+    network.eval().requires_grad_(False)
+
+
+def load_heads(path: Path, widths: tuple[int, ...], key: str) -> list[Tensor]:
+    """LPIPS' learned weights, one [C] a level: lin0.model.1.weight [1, C, 1, 1] and so on."""
+    weights = _read(path, key)
+    heads = []
+    for level, width in enumerate(widths):
+        name = f"lin{level}.model.1.weight"
+        if name not in weights or weights[name].numel() != width:
+            raise UserError(f"{key}: {path}: lacks {name} of {width} numbers")
+        heads.append(weights[name].flatten())
+    return heads
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{key}: {path}: not readable as a safetensors file ({error})") from error
