@@ -16,15 +16,15 @@ def start_process_group() -> torch.device:
     """Join the launcher's processes, or be one alone; returns this rank's device."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if "WORLD_SIZE" not in os.environ:
-            # A process alone needs no meeting point, so it opens no port.
+        if "MASTER_ADDR" not in os.environ:
+            # No launcher: a process alone needs no meeting point, so it opens no port.
             os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # DeepSpeed's shared-memory collectives for CPUs are compiled at start, for which a user would
         # need a compiler; gloo's serve.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(backend)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))

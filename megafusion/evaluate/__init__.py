@@ -1,0 +1,1 @@
+"""Figures that say whether a trained model is any good."""

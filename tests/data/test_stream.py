@@ -1,0 +1,232 @@
+"""The data order: the same at any number of ranks and after any restart; each document once an epoch."""
+
+import hashlib
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megafusion.config import parse_config
+from megafusion.data.config import DataConfig
+from megafusion.data.shards import ShardFolder
+from megafusion.data.source import Source, open_sources
+from megafusion.data.stream import BatchStream, LogicalStream
+from megafusion.errors import UserError
+from megafusion.sequence.packing import RowShape
+
+NUM_ROWS = 4
+
+
+@pytest.fixture
+def data(run_values) -> DataConfig:
+    return parse_config(DataConfig, run_values["data"], "test")
+
+
+@pytest.fixture
+def make_stream(data, tokenizer, codec):
+    def make(rows=range(NUM_ROWS), seed=0, data=data, micro=1) -> BatchStream:
+        sources = open_sources(data, tokenizer, codec.hash, seed)
+        shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+        return BatchStream(data, sources, shape, tokenizer, 1000, NUM_ROWS, rows, micro)
+
+    return make
+
+
+def digest(batch) -> list[str]:
+    """A hash of every row of a global batch."""
+    rows = []
+    for micro in batch.micro_batches:
+        for row in range(len(micro.tokens)):
+            whole = hashlib.sha256()
+            for name, value in vars(micro).items():
+                if value.ndim:
+                    whole.update(name.encode() + value[row].numpy().tobytes())
+            rows.append(whole.hexdigest())
+    return rows
+
+
+def test_the_same_rows_at_any_number_of_ranks(make_stream):
+    whole = make_stream()
+    expected = [digest(whole.next()) for _ in range(12)]
+    for num_ranks in (2, 4):
+        share = NUM_ROWS // num_ranks
+        ranks = [make_stream(range(r * share, (r + 1) * share)) for r in range(num_ranks)]
+        found = [[row for rank in ranks for row in digest(rank.next())] for _ in range(12)]
+        assert found == expected
+
+
+def test_another_seed_gives_other_rows(make_stream):
+    assert digest(make_stream(seed=0).next()) != digest(make_stream(seed=1).next())
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7, 15])
+def test_a_restart_goes_on_with_the_same_rows_past_the_end_of_an_epoch(make_stream, stop):
+    """22 pairs in 4 streams: an epoch ends after a few rows."""
+    whole = make_stream()
+    expected = [digest(whole.next()) for _ in range(20)]
+    assert max(s["position"]["pairs"][0] for s in whole.state()["streams"].values()) >= 2
+    first = make_stream()
+    for _ in range(stop):
+        batch = first.next()
+    state = json.loads(json.dumps(batch.state))
+    # Restarted at another number of ranks.
+    ranks = [make_stream(range(2)), make_stream(range(2, 4))]
+    for rank in ranks:
+        rank.restore(state)
+    for step in range(stop, 20):
+        assert [row for rank in ranks for row in digest(rank.next())] == expected[step]
+
+
+@given(num_documents=st.integers(1, 50), num_streams=st.integers(1, 7), seed=st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_every_document_stands_exactly_once_in_an_epoch(num_documents, num_streams, seed):
+    if num_documents < num_streams:
+        return
+    source = source_of(num_documents, num_streams, seed)
+    for epoch in range(2):
+        seen = [
+            source.document_at(stream, epoch, order)
+            for stream in range(num_streams)
+            for order in range(source.size(stream))
+        ]
+        assert sorted(seen) == list(range(num_documents))
+
+
+def source_of(num_documents: int, num_streams: int, seed: int) -> Source:
+    """A source that holds an index alone: shards of 7 documents, the last one short."""
+
+    class Entry:
+        def __init__(self, num):
+            self.num_documents = num
+
+    class Folder:
+        folder = "nowhere"
+
+        class manifest:
+            shards = tuple(Entry(min(7, num_documents - i)) for i in range(0, num_documents, 7))
+
+        def __len__(self):
+            return num_documents
+
+    return Source("s", 0, Folder(), num_streams, seed)
+
+
+def test_epochs_are_shuffled_anew():
+    source = source_of(40, 2, 0)
+    orders = [[source.document_at(0, epoch, i) for i in range(20)] for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+
+
+def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
+    """Over whole epochs, the images that come out are those that went in, each once an epoch."""
+    data = data.model_copy(update={"caption_first": 1.0, "caption_dropout": 0.0, "num_streams": 1})
+    sources = open_sources(data, tokenizer, codec.hash, 0)
+    shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
+    found = Counter()
+    for _ in range(60):
+        row = stream.next_row()
+        for start in row["image_start"][row["image_start"] >= 0]:
+            document = row["row_start"][start]
+            found[tuple(row["tokens"][document:start])] += 1
+    epoch, order = stream.state.position["pairs"]
+    waiting = sum(place[0] == "pairs" for place in stream.state.pending)
+    assert epoch >= 2
+    assert sum(found.values()) == epoch * 22 + order - waiting
+    assert len(found) == 22
+    assert max(found.values()) - min(found.values()) <= 1
+
+
+def test_mixture_follows_the_weights(data, tokenizer, codec):
+    values = data.model_dump()
+    values["sources"]["text"]["weight"] = 1.5
+    data = DataConfig(**values)
+    sources = open_sources(data, tokenizer, codec.hash, 0)
+    shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
+    for _ in range(120):
+        stream.next_row()
+    packed = stream.state.positions_packed
+    assert packed["text"] / sum(packed.values()) == pytest.approx(0.75, abs=0.02)
+
+
+def test_coins_timesteps_and_the_noise_limit(data, tokenizer, codec):
+    """Caption first in 80%; without a caption in a tenth of those; t < 500 where the image is first."""
+    values = data.model_dump() | {"num_streams": 1}
+    del values["sources"]["text"]
+    data = DataConfig(**values)
+    sources = open_sources(data, tokenizer, codec.hash, 0)
+    stream = LogicalStream(0, sources, data, RowShape(96, 4, 16, (4, 8, 8)), tokenizer, 1000)
+    kinds, limited, free = Counter(), [], []
+    for _ in range(300):
+        row = stream.next_row()
+        for slot, start in enumerate(row["image_start"]):
+            if start < 0:
+                continue
+            document = row["row_start"][start]
+            after = start + 16 + 1
+            if start - document > 2:
+                kinds["caption first"] += 1
+                free.append(row["timesteps"][slot])
+            elif row["tokens"][after] == tokenizer.eos:
+                kinds["no caption"] += 1
+                free.append(row["timesteps"][slot])
+            else:
+                kinds["image first"] += 1
+                limited.append(row["timesteps"][slot])
+    total = kinds.total()
+    assert kinds["image first"] / total == pytest.approx(0.2, abs=0.04)
+    assert kinds["no caption"] / total == pytest.approx(0.08, abs=0.03)
+    assert max(limited) < 500
+    assert max(free) > 900
+    assert np.mean(free) == pytest.approx(500, abs=40)
+
+
+def test_latents_are_normalised_samples_of_the_posterior(make_stream, shards):
+    folder = ShardFolder(shards / "pairs")
+    moments = [
+        folder.read(shard, position).segments[1].astype(np.float32)
+        for shard, entry in enumerate(folder.manifest.shards)
+        for position in range(entry.num_documents)
+    ]
+    batch = make_stream().next()
+    latents = [m.latents[0, 0].numpy() for m in batch.micro_batches if m.image_start[0, 0] >= 0]
+    for latent in latents:
+        raw = latent / folder.manifest.latent_scale + folder.manifest.latent_shift
+        standard = [(raw - mean) * np.exp(-0.5 * log_variance) for mean, log_variance in moments]
+        nearest = min(standard, key=lambda x: np.abs(x).mean())
+        assert nearest.std() == pytest.approx(1, abs=0.2)
+        assert nearest.mean() == pytest.approx(0, abs=0.2)
+
+
+def test_other_tokenizer_or_autoencoder_is_refused(data, tokenizer, codec):
+    with pytest.raises(UserError, match=r"data\.sources\.pairs.*made with a vae of hash"):
+        open_sources(data, tokenizer, "0" * 64, 0)
+
+    class Other:
+        hash = "1" * 64
+
+    with pytest.raises(UserError, match=r"made with a tokenizer of hash"):
+        open_sources(data, Other(), codec.hash, 0)
+
+
+def test_a_caption_longer_than_the_row_is_refused_with_its_name(data, tokenizer, codec):
+    data = data.model_copy(update={"sequence_length": 20})
+    sources = open_sources(data, tokenizer, codec.hash, 0)
+    stream = LogicalStream(0, sources, data, RowShape(20, 4, 16, (4, 8, 8)), tokenizer, 1000)
+    with pytest.raises(
+        UserError, match=r"pairs, document \d+ .*style.*do not fit in a row of data.sequence_length 20"
+    ):
+        for _ in range(20):
+            stream.next_row()
+
+
+def test_stream_counts_that_do_not_fit_are_refused(make_stream, data):
+    with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of the 4 rows"):
+        make_stream(data=data.model_copy(update={"num_streams": 6}))
+    with pytest.raises(UserError, match=r"holds 22 documents, fewer than data.num_streams 40"):
+        make_stream(data=data.model_copy(update={"num_streams": 40}))

@@ -1,0 +1,159 @@
+"""The model: sizes, what sees what, adapters, and that it stays plain."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from megafusion.config import load_config
+from megafusion.model.adapters import LinearDown, LinearUp
+from megafusion.model.attention import sdpa
+from megafusion.model.rope import rope_at
+from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.model.unet import UNetDown, UNetUp
+from megafusion.objective.losses import ObjectiveConfig
+from megafusion.sequence.intervals import Intervals
+from megafusion.train.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "num_layers": 2,
+    "width": 32,
+    "num_heads": 4,
+    "hidden_width": 48,
+    "vocab_size": 40,
+    "latent_shape": (2, 8, 8),
+    "patch_size": 4,
+    "unet_channels": 4,
+}
+
+
+def small(**changes) -> Transfusion:
+    torch.manual_seed(0)
+    return Transfusion(ModelConfig(**SMALL | changes), ObjectiveConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "layers", "width", "heads"),
+    [
+        ("0.16b", 0.16, 16, 768, 12),
+        ("0.37b", 0.37, 24, 1024, 16),
+        ("0.76b", 0.76, 24, 1536, 24),
+        ("1.4b", 1.4, 24, 2048, 16),
+        ("7b", 7.0, 32, 4096, 32),
+    ],
+)
+def test_sizes_of_the_paper(name, billions, layers, width, heads):
+    config = load_config(RunConfig, ROOT / f"configs/{name}.yaml")
+    assert (config.model.num_layers, config.model.width, config.model.num_heads) == (layers, width, heads)
+    with torch.device("meta"):
+        model = Transfusion(config.model, config.objective)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.08)
+    adapter = sum(p.numel() for part in (model.stem, model.tail) for p in part.adapter.parameters())
+    assert adapter < 0.005 * billions * 1e9
+    # 2M tokens a step, and the paper's 4,096 positions a row.
+    assert config.train.global_batch_rows * config.data.sequence_length in (2**21, 2**22)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_unet_adapter_of_the_paper_has_027b_parameters(patch_size):
+    config = load_config(RunConfig, ROOT / f"configs/baselines/7b-unet-{patch_size}x{patch_size}.yaml").model
+    assert config.patch_size == patch_size
+    with torch.device("meta"):
+        model = Transfusion(config.model_copy(update={"num_layers": 1}), ObjectiveConfig())
+    adapter = sum(p.numel() for part in (model.stem, model.tail) for p in part.adapter.parameters())
+    assert adapter == pytest.approx(0.27e9, rel=0.06)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+def test_adapters_go_from_latents_to_patches_and_back(adapter, patch_size):
+    grid = (16 // patch_size, 8 // patch_size)
+    latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
+    if adapter == "linear":
+        down, up = LinearDown(2, patch_size, 32), LinearUp(2, patch_size, 32, grid)
+    else:
+        down, up = UNetDown(2, patch_size, 32, 4), UNetUp(2, patch_size, 32, 4, grid)
+    patches, skips = down(latents, timesteps)
+    assert patches.shape == (3, grid[0] * grid[1], 32)
+    out = up(patches, timesteps, skips)
+    assert out.shape == latents.shape
+    # The prediction depends on the timestep, and each image on itself alone.
+    moved = up(*(lambda p, s: (p, timesteps, s))(*down(latents, timesteps.flip(0))))
+    assert not torch.allclose(out[0], moved[0])
+    alone = up(*(lambda p, s: (p, timesteps[:1], s))(*down(latents[:1], timesteps[:1])))
+    torch.testing.assert_close(out[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_adapter_orders_patches_in_raster():
+    down, up = LinearDown(1, 2, 4), LinearUp(1, 2, 4, (2, 2))
+    with torch.no_grad():
+        down.linear.weight.copy_(torch.eye(4))
+        down.linear.bias.zero_()
+        up.linear.weight.copy_(torch.eye(4))
+        up.linear.bias.zero_()
+        for parameter in down.timestep.parameters():
+            parameter.zero_()
+    latents = torch.arange(16.0).view(1, 1, 4, 4)
+    patches, _ = down(latents, torch.tensor([3]))
+    assert patches[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert torch.equal(up(patches, torch.tensor([3]), ()), latents)
+
+
+def test_attention_equals_softmax_written_out_with_grouped_queries_and_empty_rows():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
+    start = torch.tensor([[0, 0, 2, 3, 3], [0, 1, 1, 1, 4]], dtype=torch.int32)
+    end = torch.tensor([[1, 4, 4, 3, 6], [1, 1, 6, 6, 6]], dtype=torch.int32)
+    out = sdpa(q, k, v, Intervals(start, end, 6))
+    for b in range(2):
+        for i in range(5):
+            for h in range(4):
+                first, last = start[b, i], end[b, i]
+                if first == last:
+                    assert (out[b, i, h] == 0).all()
+                    continue
+                scores = k[b, first:last, h // 2] @ q[b, i, h] / 8**0.5
+                expected = scores.softmax(0) @ v[b, first:last, h // 2]
+                torch.testing.assert_close(out[b, i, h], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_depends_on_distance_alone():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(i: int, j: int) -> torch.Tensor:
+        turned_q = rope_at(torch.tensor([[i]]), 16, 10_000.0).rotate(q)
+        return (turned_q * rope_at(torch.tensor([[j]]), 16, 10_000.0).rotate(k)).sum()
+
+    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(score(7, 3), score(7, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "head size"),
+        ({"num_kv_heads": 3}, "num_kv_heads 3"),
+        ({"latent_shape": (2, 6, 8)}, "patch_size 4 does not divide"),
+        ({"patch_size": 3}, "Input should be 1, 2, 4 or 8"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(**SMALL | changes)
+
+
+def test_plain_rooms_import_nothing_distributed():
+    for room in ("model", "sequence", "objective"):
+        for path in (ROOT / "megafusion" / room).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not [n for n in names if n.startswith(("torch.distributed", "deepspeed"))], path
+
+
+def test_the_model_folder_stays_short():
+    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "megafusion/model").glob("*.py"))
+    assert lines < 900

@@ -1,0 +1,94 @@
+"""The mask: two integers a row against the definition in words."""
+
+import random
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megafusion.sequence.document import NoisedImage, flatten
+from megafusion.sequence.intervals import Intervals
+from megafusion.sequence.packing import RowShape, collate, pack_row
+
+LATENTS = (1, 1, 1)
+
+
+class Ids:
+    """The four ids that flattening needs."""
+
+    bos, eos, boi, eoi = 1, 2, 3, 4
+
+
+def lay_out(documents: list[list[int]], num_patches: int, padding: int):
+    """A packed row from documents given as segment lengths: 0 for an image, n > 0 for n text tokens."""
+    image = NoisedImage(np.zeros(LATENTS, np.float32), np.zeros(LATENTS, np.float32), 0)
+    flat = [
+        flatten([np.full(n, 9) if n else image for n in document], Ids, num_patches) for document in documents
+    ]
+    num_images = max(1, sum(len(document.images) for document in flat))
+    length = sum(len(document) for document in flat) + padding
+    return collate([pack_row(flat, RowShape(length, num_images, num_patches, LATENTS))]), length
+
+
+def mask_by_definition(documents: list[list[int]], num_patches: int, padding: int) -> torch.Tensor:
+    """For each pair of positions: same document, and not later or in the same image."""
+    place = []  # document and image of each position
+    image_number = 0
+    for number, document in enumerate(documents):
+        place.append((number, None))
+        for n in document:
+            if n:
+                place += [(number, None)] * n
+            else:
+                place += [(number, None), *[(number, image_number)] * num_patches, (number, None)]
+                image_number += 1
+        place.append((number, None))
+    place += [(f"padding {i}", None) for i in range(padding)]
+    size = len(place)
+    visible = torch.zeros(size, size, dtype=torch.bool)
+    for i, (document, image) in enumerate(place):
+        for j, (other, other_image) in enumerate(place):
+            visible[i, j] = document == other and (j <= i or (image is not None and image == other_image))
+    return visible
+
+
+def check(documents, num_patches, padding):
+    batch, length = lay_out(documents, num_patches, padding)
+    intervals = batch.intervals()
+    expected = mask_by_definition(documents, num_patches, padding)
+    assert torch.equal(intervals.dense_mask[0, 0], expected)
+    first, last = intervals.column_bounds
+    row = torch.arange(length)[:, None]
+    assert torch.equal((row >= first) & (row < last), expected)
+    for bound in (batch.row_start[0], batch.row_end[0]):
+        assert (bound.diff() >= 0).all()
+
+
+def test_dense_mask_equals_the_definition_on_1000_random_layouts():
+    """Adjacent images, one-patch images, images first and last, and padding all occur."""
+    random.seed(0)
+    for _ in range(1000):
+        documents = [
+            [random.choice([0, 0, 1, 2, 5]) for _ in range(random.randint(1, 4))]
+            for _ in range(random.randint(1, 3))
+        ]
+        check(documents, random.choice([1, 1, 2, 4]), random.choice([0, 0, 1, 3]))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=0, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 5),
+    st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_dense_mask_equals_the_definition(documents, num_patches, padding):
+    check(documents, num_patches, padding)
+
+
+def test_rows_that_see_nothing_are_marked():
+    start = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    intervals = Intervals(start, torch.tensor([[1, 1, 3]], dtype=torch.int32), 3)
+    assert intervals.any_empty
+    assert intervals.some_visible.tolist() == [[True, False, True]]
+    assert intervals.additive_mask[0, 0, 1].tolist() == [0, 0, 0]

@@ -1,0 +1,149 @@
+"""Packing: what has a target, and that a packed row's losses and gradients are its documents' own."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.objective.losses import ObjectiveConfig
+from megafusion.sequence.document import NoisedImage, flatten, split_text
+from megafusion.sequence.packing import RowShape, collate, pack_row, with_counts
+
+VOCABULARY, LATENTS, NUM_PATCHES = 32, (2, 4, 4), 4
+
+
+class Ids:
+    bos, eos, boi, eoi = 1, 2, 30, 31
+
+
+def image(random: np.random.Generator) -> NoisedImage:
+    latents, noise = random.standard_normal((2, *LATENTS), dtype=np.float32)
+    return NoisedImage(latents, noise, int(random.integers(1000)))
+
+
+def document(lengths: list[int], seed: int):
+    """A document of texts of these lengths, an image for each 0."""
+    random = np.random.default_rng(seed)
+    segments = [random.integers(3, 30, n) if n else image(random) for n in lengths]
+    return flatten(segments, Ids, NUM_PATCHES)
+
+
+def test_targets_of_a_caption_and_its_image():
+    flat = document([3, 0], seed=0)
+    a, b, c = flat.tokens[1:4]
+    # bos and the caption predict the caption and boi; boi, patches predict nothing; eoi predicts eos.
+    assert flat.labels.tolist() == [a, b, c, 30, -100, -100, -100, -100, -100, 2, -100]
+    assert flat.patch.tolist() == [-1, -1, -1, -1, -1, 0, 1, 2, 3, -1, -1]
+    assert flat.row_end.tolist() == [1, 2, 3, 4, 5, 9, 9, 9, 9, 10, 11]
+    assert flat.image_start.tolist() == [5]
+
+
+def test_targets_of_two_adjacent_images_and_a_caption():
+    flat = document([0, 0, 2], seed=1)
+    assert flat.tokens[:3].tolist() == [1, 30, 31]
+    assert flat.labels[0] == 30  # bos predicts boi
+    assert flat.labels[6] == 30  # eoi of the first predicts boi of the second
+    assert flat.labels[12] == flat.tokens[13]  # eoi of the second predicts the caption
+    assert flat.image_start.tolist() == [2, 8]
+
+
+def test_a_row_holds_its_documents_side_by_side():
+    first, second = document([3, 0], 0), document([0, 2], 1)
+    shape = RowShape(26, 3, NUM_PATCHES, LATENTS)
+    row = pack_row([first, second], shape)
+    n, m = len(first), len(second)
+    assert row["positions"].tolist() == [*range(n), *range(m), *[0] * (26 - n - m)]
+    assert row["row_start"].tolist() == [*[0] * n, *[n] * m, *range(n + m, 26)]
+    assert row["image_start"].tolist() == [5, n + 2, -1]
+    assert (row["patch_index"] >= 0).sum() == 2 * NUM_PATCHES
+    assert row["patch_index"].max() == 2 * NUM_PATCHES - 1
+    assert np.array_equal(row["latents"][1], second.images[0].latents)
+    assert row["timesteps"].tolist() == [first.images[0].timestep, second.images[0].timestep, 0]
+
+
+def test_long_text_is_split_and_keeps_its_targets():
+    flat = document([20], 0)
+    pieces = split_text(flat, 8)
+    assert [len(piece) for piece in pieces] == [8, 8, 6]
+    assert np.array_equal(np.concatenate([p.labels for p in pieces]), flat.labels)
+    assert pieces[1].row_end.tolist() == list(range(1, 9))
+
+
+def model(adapter: str) -> Transfusion:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        num_layers=2,
+        width=32,
+        num_heads=4,
+        num_kv_heads=2,
+        hidden_width=48,
+        vocab_size=VOCABULARY,
+        latent_shape=LATENTS,
+        patch_size=2,
+        adapter=adapter,
+        unet_channels=4,
+    )
+    return Transfusion(config, ObjectiveConfig())
+
+
+def losses_and_gradients(net, rows, shape, counts=None):
+    net.zero_grad()
+    batch = collate([pack_row(row, shape) for row in rows])
+    if counts is not None:
+        batch = with_counts(batch, counts)
+    losses = net(batch)
+    losses.total.backward()
+    return (
+        torch.stack(losses).detach(),
+        {n: p.grad.clone() for n, p in net.named_parameters()},
+        batch.counts(),
+    )
+
+
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+@given(
+    layout=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), min_size=2, max_size=4).filter(
+        lambda documents: any(0 in d for d in documents)
+    )
+)
+@settings(max_examples=12, deadline=None)
+def test_packed_equals_documents_one_by_one(adapter, layout):
+    net = model(adapter)
+    documents = [document(lengths, seed) for seed, lengths in enumerate(layout)]
+    total_length = sum(len(d) for d in documents)
+    num_images = sum(len(d.images) for d in documents)
+    packed, packed_gradients, counts = losses_and_gradients(
+        net, [documents], RowShape(total_length + 2, num_images + 1, NUM_PATCHES, LATENTS)
+    )
+    summed, summed_gradients = torch.zeros(3), {n: torch.zeros_like(g) for n, g in packed_gradients.items()}
+    for single in documents:
+        shape = RowShape(max(NUM_PATCHES, len(single)), max(1, len(single.images)), NUM_PATCHES, LATENTS)
+        losses, gradients, _ = losses_and_gradients(net, [[single]], shape, counts)
+        summed += losses
+        for name, gradient in gradients.items():
+            summed_gradients[name] += gradient
+    torch.testing.assert_close(packed, summed, rtol=1e-5, atol=1e-5)
+    for name, gradient in packed_gradients.items():
+        torch.testing.assert_close(gradient, summed_gradients[name], rtol=1e-5, atol=1e-5)
+
+
+def test_micro_batches_with_global_counts_add_up_to_the_whole():
+    net = model("linear")
+    rows = [[document([3, 0], 0)], [document([6], 1)], [document([0, 0], 2)], [document([1], 3)]]
+    shape = RowShape(24, 2, NUM_PATCHES, LATENTS)
+    whole, _, counts = losses_and_gradients(net, rows, shape)
+    parts = [losses_and_gradients(net, rows[i : i + 2], shape, counts)[0] for i in (0, 2)]
+    torch.testing.assert_close(whole, sum(parts), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_without_images_or_without_text_has_finite_losses():
+    net = model("unet")
+    shape = RowShape(12, 1, NUM_PATCHES, LATENTS)
+    text_only, gradients, _ = losses_and_gradients(net, [[document([4], 0)]], shape)
+    assert text_only[1] == 0
+    assert torch.isfinite(text_only).all()
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+    empty, _, _ = losses_and_gradients(net, [[]], shape)
+    assert empty.tolist() == [0, 0, 0]

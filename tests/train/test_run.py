@@ -1,0 +1,238 @@
+"""A run: resumed equals uninterrupted, what does not fit is refused at start, what breaks is survived."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from megafusion.config import parse_config
+from megafusion.errors import UserError
+from megafusion.train.checkpoint import complete_checkpoints, verify_checkpoint
+from megafusion.train.config import RunConfig
+from megafusion.train.metrics import read_metrics
+from megafusion.train.run import assemble, train
+
+
+def start(values: dict, stop_after: int | None = None, **changes) -> Path:
+    config = parse_config(RunConfig, values | changes, "test")
+    train(config, stop_after)
+    return config.output
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    stored = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    dcp.load(found, checkpoint_id=checkpoint / "tensors", no_dist=True)
+    return found
+
+
+def losses(run: Path) -> list[tuple]:
+    names = ("step", "text_loss", "image_loss", "gradient_norm", "learning_rate")
+    return [tuple(line[name] for name in names) for line in read_metrics(run)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    first, second = (
+        tensors(complete_checkpoints(a / "checkpoints")[-1]),
+        tensors(complete_checkpoints(b / "checkpoints")[-1]),
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    states = [
+        json.loads((complete_checkpoints(r / "checkpoints")[-1] / "state.json").read_text()) for r in (a, b)
+    ]
+    assert states[0]["data"] == states[1]["data"]
+
+
+@pytest.fixture
+def long_values(run_values):
+    """Twelve steps, over the end of an epoch of every stream."""
+    run_values["train"] |= {"num_steps": 12, "checkpoint_every": 4}
+    return run_values
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(long_values, tmp_path):
+    whole = start(long_values, output=str(tmp_path / "whole"))
+    for stop in (5, 8, None):  # at a checkpoint's step, and between two
+        parts = start(long_values, stop, output=str(tmp_path / "parts"))
+    assert_same_run(whole, parts)
+    state = json.loads((complete_checkpoints(parts / "checkpoints")[-1] / "state.json").read_text())
+    assert min(stream["position"]["pairs"][0] for stream in state["data"]["streams"].values()) >= 1
+    assert (whole / "pipeline/model.safetensors").read_bytes() == (
+        parts / "pipeline/model.safetensors"
+    ).read_bytes()
+
+
+def test_same_seed_same_bits_and_another_seed_others(run_values, tmp_path):
+    a, b, c = (start(run_values, output=str(tmp_path / n), seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert_same_run(a, b)
+    assert losses(a) != losses(c)
+
+
+def test_a_finished_run_is_left_as_it_is(run_values, tmp_path):
+    run = start(run_values)
+    before = losses(run)
+    start(run_values)
+    assert losses(run) == before
+
+
+def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_path):
+    whole = start(long_values, output=str(tmp_path / "whole"))
+    long_values["output"] = str(tmp_path / "killed")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(long_values))
+    command = [sys.executable, "-m", "megafusion.cli", "train", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed/checkpoints"
+    deadline = time.monotonic() + 120
+    while not complete_checkpoints(checkpoints) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for checkpoint in complete_checkpoints(checkpoints):
+        verify_checkpoint(checkpoint)
+    start(long_values)
+    assert_same_run(whole, tmp_path / "killed")
+
+
+def test_nothing_in_a_step_draws_from_a_global_generator(run_values):
+    """So that no random state needs to be saved."""
+    start(run_values, stop_after=2)
+    before = torch.get_rng_state()
+    torch.manual_seed(0)
+    start(run_values, stop_after=4)
+    state = torch.get_rng_state()
+    torch.manual_seed(run_values.get("seed", 0))
+    assemble(parse_config(RunConfig, run_values, "test"))  # the initial weights are all that draws
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(before, torch.zeros_like(before))
+
+
+def test_old_checkpoints_go_and_samples_come(run_values):
+    run_values["train"] |= {"checkpoint_every": 1, "keep_last": 2}
+    run_values["samples"] = {"every": 3, "num_pairs": 2}
+    run = start(run_values)
+    assert [c.name for c in complete_checkpoints(run / "checkpoints")] == ["step-00000005", "step-00000006"]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == [
+        "step-00000003.png",
+        "step-00000003.txt",
+        "step-00000006.png",
+        "step-00000006.txt",
+    ]
+    assert list((run / "tensorboard").iterdir())
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["deepspeed"]
+    assert len(environment["shards"]["pairs"]) == 3
+
+
+def test_a_changed_configuration_is_refused_for_an_old_run(run_values):
+    run = start(run_values, stop_after=1)
+    before = losses(run)
+    run_values["optimizer"]["learning_rate"] = 1e-3
+    with pytest.raises(UserError, match=r"other values of optimizer\.learning_rate"):
+        start(run_values)
+    assert losses(run) == before
+    run_values["optimizer"]["learning_rate"] = 3e-3
+    run_values["train"] |= {"log_every": 2, "checkpoint_every": 5}
+    start(run_values)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("state.json", "cut", r"state\.json: not as it was written"),
+        ("tensors/.metadata", "remove", r"\.metadata: missing from the checkpoint"),
+        ("manifest.json", "remove", None),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(run_values, name, damage, message):
+    run = start(run_values, stop_after=2)
+    (checkpoint,) = complete_checkpoints(run / "checkpoints")
+    file = checkpoint / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    if message is None:  # without its manifest it is no checkpoint
+        assert complete_checkpoints(run / "checkpoints") == []
+        with pytest.raises(UserError, match="no complete checkpoint"):
+            verify_checkpoint(checkpoint)
+        return
+    with pytest.raises(UserError, match=message):
+        start(run_values)
+
+
+def test_a_disk_that_is_full_ends_the_run_with_its_last_checkpoint_whole(run_values, tmp_path):
+    """The limit on a file's size makes the real writes fail, as a full disk does."""
+    start(run_values, stop_after=3)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    size = max(p.stat().st_size for p in Path(run_values["output"]).rglob("*.distcp"))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    command = [sys.executable, "-m", "megafusion.cli", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "step-00000006: cannot write the checkpoint" in done.stderr
+    assert "free space" in done.stderr
+    checkpoints = Path(run_values["output"]) / "checkpoints"
+    assert [p.name for p in checkpoints.iterdir()] == ["step-00000003"]
+    verify_checkpoint(checkpoints / "step-00000003")
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(run_values, tmp_path):
+    cases = [
+        (("model", "vocab_size"), 2000, r"model\.vocab_size 2000.*has 2048 ids"),
+        (("model", "latent_shape"), [4, 16, 16], r"data\.sources\.pairs: latents of shape \(4, 8, 8\)"),
+        (("data", "tokenizer"), str(tmp_path / "none.model"), r"none\.model: no such tokenizer"),
+        (("data", "vae"), str(tmp_path / "none"), r"none: no config\.json"),
+        (("data", "num_streams"), 6, r"num_streams 6"),
+        (
+            ("train", "micro_batch_rows"),
+            3,
+            r"global_batch_rows 4 is not a multiple of train\.micro_batch_rows 3",
+        ),
+    ]
+    for (room, key), value, message in cases:
+        changed = {**run_values, room: {**run_values[room], key: value}}
+        with pytest.raises(UserError, match=message):
+            start(changed)
+    assert not Path(run_values["output"]).exists()
+
+
+def test_non_finite_losses_stop_the_run(run_values):
+    run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
+    with pytest.raises(UserError, match=r"step \d: the loss is (nan|inf); lower optimizer.learning_rate"):
+        start(run_values)
+
+
+def test_two_ranks_under_the_deepspeed_launcher_equal_one(run_values, tmp_path):
+    """The same code, gradients and data; only the order of float additions differs."""
+    alone = start(run_values, output=str(tmp_path / "alone"))
+    run_values |= {"output": str(tmp_path / "two"), "train": run_values["train"] | {"micro_batch_rows": 2}}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
+    module = ["--num_gpus", "2", "--no_local_rank", "--master_port", "29541", "--module", "megafusion.cli", "train", str(config)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([launcher, *module], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    torch.testing.assert_close(
+        torch.tensor(losses(alone)), torch.tensor(losses(tmp_path / "two")), rtol=2e-4, atol=1e-5
+    )

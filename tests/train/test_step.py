@@ -1,0 +1,99 @@
+"""The step: it learns, accumulates exactly, and follows the schedule."""
+
+import pytest
+import torch
+
+from megafusion.config import parse_config
+from megafusion.train.config import RunConfig
+from megafusion.train.ema import Ema
+from megafusion.train.engine import make_engine, start_process_group
+from megafusion.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from megafusion.train.run import assemble
+from megafusion.train.step import train_step
+
+
+def test_overfits_one_batch_of_four_pairs(run_values):
+    """Both losses fall to under 5% of their start."""
+    run_values["data"] |= {
+        "num_streams": 1,
+        "sequence_length": 112,
+        "caption_first": 1.0,
+        "caption_dropout": 0.0,
+    }
+    del run_values["data"]["sources"]["text"]
+    run_values["model"] |= {"width": 64, "hidden_width": 192}
+    run_values["train"] |= {"global_batch_rows": 1, "micro_batch_rows": 1}
+    run_values["optimizer"] = {"gradient_clip": 1.0, "weight_decay": 0.0}
+    config = parse_config(RunConfig, run_values, "test")
+    start_process_group()
+    parts = assemble(config)
+    engine = make_engine(parts.model, config)
+    batch = parts.stream.next().micro_batches
+    assert batch[0].num_images == 4
+    first = last = train_step(engine, batch, 3e-3)
+    for step in range(700):
+        last = train_step(engine, batch, 5e-3 * (1 - step / 700))
+    assert last.text < 0.05 * first.text
+    assert last.image < 0.05 * first.image
+
+
+def test_accumulation_equals_one_large_batch(run_values):
+    """And both equal a plain AdamW loop without DeepSpeed."""
+    start_process_group()
+    found = []
+    for micro in (1, 2, 4):
+        run_values["train"]["micro_batch_rows"] = micro
+        config = parse_config(RunConfig, run_values, "test")
+        parts = assemble(config)
+        engine = make_engine(parts.model, config)
+        for _ in range(3):
+            train_step(engine, parts.stream.next().micro_batches, 1e-3)
+        found.append({n: p.detach().clone() for n, p in engine.module.named_parameters()})
+    parts = assemble(config)
+    optimizer = make_optimizer(parts.model, config.optimizer)
+    for _ in range(3):
+        (batch,) = parts.stream.next().micro_batches
+        optimizer.zero_grad()
+        parts.model(batch).total.backward()
+        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), config.optimizer.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        optimizer.step()
+    found.append({n: p.detach().clone() for n, p in parts.model.named_parameters()})
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-5)
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, num_warmup_steps=10)
+    rates = [learning_rate(step, 110, config) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_decay_is_for_matrices_alone(run_config):
+    start_process_group()
+    model = assemble(run_config).model
+    decayed, free = make_optimizer(model, run_config.optimizer).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim < 2 for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_average_follows_its_formula():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(layer.weight, 0.0)
+    ema = Ema(layer, 0.5)
+    expected = 0.0
+    for step in range(1, 15):
+        torch.nn.init.constant_(layer.weight, float(step))
+        ema.update(layer, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.weights["weight"].item() == pytest.approx(expected, rel=1e-6)
