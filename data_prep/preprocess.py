@@ -1,6 +1,7 @@
 """Pictures, captions and text to shards that a run reads: latents, token ids, metadata, a manifest."""
 
 import io
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -201,7 +202,7 @@ def tar_pictures(path: Path) -> Iterator[Picture]:
             name = next((suffix for suffix in sample if suffix in IMAGE_SUFFIXES), None)
             if name:
                 yield Picture(sample["__key__"], str(path), sample[name], sample.get("txt"))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{path}: not readable as a tar ({error}); fetch it again") from error
 
 

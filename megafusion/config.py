@@ -38,8 +38,8 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path}: not readable as YAML keys and values: {error}") from error
     return parse_config(cls, values, str(path))
 
 
@@ -97,7 +97,7 @@ def _describe(cls: type[Config], detail: dict) -> str:
 def _fields_at(cls: type[Config], location: list[str | int]) -> list[str]:
     """Names of the fields of the configuration class that stands at a location."""
     for part in location:
-        if isinstance(part, int):
+        if part not in cls.model_fields:  # an index of a list or a key of a mapping
             continue
         annotation = cls.model_fields[part].annotation
         cls = next((c for c in _classes_in(annotation) if issubclass(c, Config)), cls)

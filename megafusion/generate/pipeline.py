@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class TransfusionPipeline:
         try:
             config = parse_config(PipelineConfig, json.loads(path.read_text()), str(path))
             weights = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error

@@ -39,7 +39,7 @@ class UNetDown(nn.Module):
         self.blocks, self.halvings = nn.ModuleList(), nn.ModuleList()
         previous = channels
         for level, size in enumerate(levels):
-            self.halvings.append(Downsample2D(previous, use_conv=True) if level else nn.Identity())
+            self.halvings.append(Downsample2D(previous, use_conv=True, name="op") if level else nn.Identity())
             self.blocks.append(_residual(previous, size, timestep_width))
             self.blocks.append(_residual(size, size, timestep_width))
             previous = size

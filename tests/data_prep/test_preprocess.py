@@ -1,0 +1,147 @@
+"""Pictures, captions and text to shards; what cannot be used is named, and nothing half-made stays."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.preprocess import PreprocessConfig, preprocess
+from megafusion.autoencoder.codec import ImageCodec, to_tensor
+from megafusion.data.shards import ShardFolder, load_manifest
+from megafusion.errors import UserError
+
+
+def png(color: str = "red", size: tuple[int, int] = (40, 40), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, samples: dict[str, dict[str, bytes]]):
+    with tarfile.open(path, "w") as archive:
+        for key, members in samples.items():
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, vae_folder):
+    def run(**changes):
+        values = {"out": tmp_path / "out", "tokenizer": tokenizer.path, "vae": vae_folder, "image_size": 32}
+        return preprocess(PreprocessConfig(**values | changes))
+
+    return run
+
+
+GOOD = {
+    "a": {"png": png("red"), "txt": b"red square"},
+    "b": {"png": png("blue"), "txt": "café".encode()},
+}
+
+
+def test_pairs_hold_the_encoded_picture_and_its_caption(make, tmp_path, vae_folder, tokenizer):
+    make(pictures=(write_tar(tmp_path / "in.tar", GOOD),))
+    folder = ShardFolder(tmp_path / "out/pairs")
+    codec = ImageCodec.from_pretrained(vae_folder)
+    assert folder.manifest.kind == "pair"
+    assert folder.manifest.vae_sha256 == codec.hash
+    assert folder.manifest.tokenizer_sha256 == tokenizer.hash
+    assert folder.manifest.latent_shape == (4, 8, 8)
+    assert (folder.manifest.latent_scale, folder.manifest.latent_shift) == (2.0, 0.1)
+    document = folder.read(0, 1)
+    tokens, moments = document.segments
+    assert document.metadata == {"key": "b", "caption": "café"}
+    assert tokenizer.decode(tokens) == "café"
+    mean, log_variance = codec.encode(to_tensor([Image.new("RGB", (40, 40), "blue")], 32))
+    expected = torch.stack([mean[0], log_variance[0]]).numpy()
+    np.testing.assert_allclose(moments, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_texts_are_a_document_a_line(make, tmp_path, tokenizer):
+    path = tmp_path / "t.txt"
+    path.write_text("one two\n\n  three \n")
+    make(texts=(path,))
+    folder = ShardFolder(tmp_path / "out/text")
+    assert len(folder) == 2
+    assert [tokenizer.decode(folder.read(0, i).segments[0]) for i in range(2)] == ["one two", "three"]
+
+
+def test_a_folder_of_pictures_with_captions_beside_them(make, tmp_path):
+    pictures = tmp_path / "pictures/deep"
+    pictures.mkdir(parents=True)
+    (pictures / "x.JPG").write_bytes(png())
+    (pictures / "x.txt").write_text("a square")
+    make(pictures=(tmp_path / "pictures",))
+    assert ShardFolder(tmp_path / "out/pairs").read(0, 0).metadata == {"key": "deep/x", "caption": "a square"}
+
+
+def test_what_is_current_is_kept_and_what_is_not_is_made_anew(make, tmp_path):
+    tar = write_tar(tmp_path / "in.tar", GOOD)
+    shard = tmp_path / "out/pairs/shard-000000.tar"
+    make(pictures=(tar,))
+    first, content = shard.stat().st_ino, shard.read_bytes()
+    make(pictures=(tar,))
+    assert shard.stat().st_ino == first
+    shard.write_bytes(content[:-512])
+    make(pictures=(tar,))
+    assert shard.read_bytes() == content
+    write_tar(tar, {**GOOD, "c": {"png": png("green"), "txt": b"green"}})
+    make(pictures=(tar,))
+    assert load_manifest(tmp_path / "out/pairs").num_documents == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"png": b"not a picture", "txt": b"x"}, "key 'bad': picture does not decode"),
+        ({"png": png()[:60], "txt": b"x"}, "key 'bad': picture does not decode"),
+        ({"png": png(), "txt": b"  \n"}, "key 'bad': empty caption"),
+        ({"png": png(), "txt": b"\xff\xfe"}, "key 'bad': caption is not UTF-8"),
+        ({"png": png()}, "key 'bad': no .txt caption"),
+    ],
+)
+def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, capsys):
+    tar = write_tar(tmp_path / "in.tar", {**GOOD, "bad": bad})
+    with pytest.raises(UserError, match=rf"in\.tar, {message}.*on_error=skip"):
+        make(pictures=(tar,))
+    assert not (tmp_path / "out/pairs").exists()
+    assert not list((tmp_path / "out").glob("*.partial"))
+    make(pictures=(tar,), on_error="skip")
+    assert load_manifest(tmp_path / "out/pairs").num_documents == 2
+    assert f"1 x {message.split(': ')[1]}" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "I;16"])
+def test_any_mode_of_picture_is_taken(make, tmp_path, mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (50, 30)).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
+    make(pictures=(write_tar(tmp_path / "in.tar", {"a": {"png": buffer.getvalue(), "txt": b"x"}}),))
+    assert load_manifest(tmp_path / "out/pairs").num_images == 1
+
+
+def test_inputs_that_are_not_there_or_broken_are_named(make, tmp_path):
+    with pytest.raises(UserError, match="nothing to preprocess"):
+        make()
+    with pytest.raises(UserError, match=r"none\.tar: no such file"):
+        make(pictures=(tmp_path / "none.tar",))
+    tar = write_tar(tmp_path / "in.tar", GOOD)
+    keys = tmp_path / "keys.txt"
+    keys.write_text("a\nzz\n")
+    with pytest.raises(UserError, match=r"keys\.txt: 1 keys are in no picture source, the first 'zz'"):
+        make(pictures=(tar,), keys=keys)
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(tar.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"cut\.tar: not readable as a tar"):
+        make(pictures=(cut,))
+    text = tmp_path / "t.txt"
+    text.write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(UserError, match=r"t\.txt, line 2: not UTF-8"):
+        make(texts=(text,))
+    assert not (tmp_path / "out/pairs").exists()
+    assert not (tmp_path / "out/text").exists()

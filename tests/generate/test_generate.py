@@ -1,0 +1,208 @@
+"""Generation: cached equals uncached, rows of a batch do not touch, the same seed gives the same picture."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megafusion.errors import UserError
+from megafusion.generate.decoder import Decoder
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
+from megafusion.generate.sampling import SamplingConfig, guided, make_sampler
+from megafusion.model.transfusion import Transfusion
+from megafusion.objective.schedule import ScheduleConfig
+from megafusion.sequence.document import NoisedImage, flatten
+from megafusion.sequence.packing import RowShape, collate, pack_row
+
+
+@pytest.fixture(params=["linear", "unet"])
+def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
+    torch.manual_seed(0)
+    model_config = run_config.model.model_copy(update={"adapter": request.param, "unet_channels": 4})
+    model = Transfusion(model_config, run_config.objective)
+    with torch.no_grad():  # larger weights, so that what is seen matters
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    config = PipelineConfig(
+        image_size=(32, 32),
+        model=model_config,
+        objective=run_config.objective,
+        sampling=SamplingConfig(sampler="ddim", num_steps=5, max_new_tokens=5),
+    )
+    return TransfusionPipeline(model, tokenizer, codec, config)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+
+
+def prompt_batch(pipeline, segments_of_rows):
+    documents = [flatten(s, pipeline.tokenizer, 16) for s in segments_of_rows]
+    shape = RowShape(max(map(len, documents)), 2, 16, (4, 8, 8))
+    return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
+
+
+def image(seed: int, timestep: int = 0) -> NoisedImage:
+    latents = np.random.default_rng(seed).standard_normal((4, 8, 8), dtype=np.float32)
+    return NoisedImage(latents, np.zeros_like(latents), timestep)
+
+
+@torch.no_grad()
+def full_hidden(model, batch):
+    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps)
+    intervals, rope = batch.intervals(), model.rope(batch.positions)
+    for block in model.blocks:
+        x = block(x, intervals, rope)
+    return model.tail(x), skips
+
+
+def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
+    """Rows of unequal length with texts and images in them, then token after token."""
+    model, decoder = pipeline.model, Decoder(pipeline.model)
+    text, more = np.array([5, 6, 7, 8]), np.array([9, 10, 11])
+    rows = [[text, image(0), more], [text[:2], more], [image(1), image(2), text[:1]]]
+    extra = torch.tensor([[20, 21, 22], [23, 24, 25], [26, 27, 28]])
+    whole = [[*row, extra[i].numpy()] for i, row in enumerate(rows)]
+    batch, lengths = prompt_batch(pipeline, rows)
+    cache = decoder.new_cache(3, int(lengths.max()) + 5)
+    found = [decoder.read_prompts(cache, batch, lengths)]
+    found += [decoder.read_tokens(cache, extra[:, i]) for i in range(3)]
+    full, full_lengths = prompt_batch(pipeline, whole)
+    hidden, _ = full_hidden(model, full)
+    for row in range(3):
+        for step in range(4):
+            expected = model.tail.head(hidden[row, full_lengths[row] - 4 + step])
+            torch.testing.assert_close(found[step][row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cached_denoising_pass_equals_the_training_layout(pipeline):
+    model, decoder = pipeline.model, Decoder(pipeline.model)
+    text = np.array([5, 6, 7])
+    noised = image(3, timestep=400)
+    batch, _ = prompt_batch(pipeline, [[text, noised]])
+    hidden, skips = full_hidden(model, batch)
+    with torch.no_grad():
+        expected = model.tail.images(hidden, batch.image_start, batch.timesteps, skips)[0, 0]
+    prefix, lengths = prompt_batch(pipeline, [[text]])
+    cache = decoder.new_cache(1, 40)
+    decoder.read_prompts(cache, prefix, lengths)
+    decoder.read_tokens(cache, torch.tensor([pipeline.tokenizer.boi]))
+    for _ in range(2):  # a second pass in place sees nothing of the first
+        with torch.no_grad():
+            found = decoder._predict(cache, torch.from_numpy(noised.latents)[None], torch.tensor(400))[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_follows_a_drawn_image_sees_it_clean(pipeline):
+    """After drawing, the cache is as if the finished latents had been read from a prompt."""
+    decoder, tokenizer = Decoder(pipeline.model), pipeline.tokenizer
+    text = np.array([5, 6])
+    prefix, lengths = prompt_batch(pipeline, [[text]])
+    cache = decoder.new_cache(1, 40)
+    decoder.read_prompts(cache, prefix, lengths)
+    decoder.read_tokens(cache, torch.tensor([tokenizer.boi]))
+    empty = decoder.new_cache(1, 40)
+    for token in (tokenizer.bos, tokenizer.boi):
+        decoder.read_tokens(empty, torch.tensor([token]))
+    latents = decoder.draw(cache, empty, torch.randn(1, 4, 8, 8), pipeline.config.sampling)
+    logits = decoder.read_tokens(cache, torch.tensor([tokenizer.eoi]))
+    clean = NoisedImage(latents[0].numpy(), np.zeros((4, 8, 8), np.float32), 0)
+    batch, lengths = prompt_batch(pipeline, [[text, clean]])
+    expected = decoder.read_prompts(decoder.new_cache(1, 40), batch, lengths)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_batch_do_not_touch(pipeline):
+    captions = ["red apple, 3d style", "x", "a much longer caption than the others, flat style"]
+    together = pipeline.draw(captions, seed=3)
+    for row, caption in enumerate(captions):
+        (alone,) = pipeline.draw([caption], seed=3 + row)
+        difference = np.abs(np.asarray(alone, int) - np.asarray(together[row], int))
+        assert difference.max() <= 2
+    pictures = [picture(0), picture(1)]
+    assert pipeline.describe(pictures) == [pipeline.describe([p])[0] for p in pictures]
+
+
+def test_the_seed_and_the_caption_decide_the_picture(pipeline):
+    def draw(caption, seed):
+        return np.asarray(pipeline.draw([caption], seed=seed)[0])
+
+    assert np.array_equal(draw("apple", 1), draw("apple", 1))
+    assert not np.array_equal(draw("apple", 1), draw("apple", 2))
+    assert not np.array_equal(draw("apple", 1), draw("pizza", 1))
+
+
+def test_guidance_of_one_is_the_conditional_prediction_alone(pipeline):
+    one = pipeline.config.sampling.model_copy(update={"guidance": 1.0})
+    nearly = pipeline.config.sampling.model_copy(update={"guidance": 1.0 + 1e-7})
+    a, b = (np.asarray(pipeline.draw(["apple"], sampling=s)[0], int) for s in (one, nearly))
+    assert np.abs(a - b).max() <= 2
+    conditional, unconditional = torch.tensor([2.0]), torch.tensor([1.0])
+    assert guided(conditional, unconditional, 3.0) == 4
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("sampler", "num_steps"), [("ddim", 50), ("dpm++", 20)])
+def test_samplers_reach_the_clean_image_of_a_perfect_model(sampler, num_steps, prediction):
+    """A model that knows x_0 exactly: any consistent sampler ends there."""
+    schedule = ScheduleConfig(prediction=prediction)
+    made = make_sampler(SamplingConfig(sampler=sampler, num_steps=num_steps), schedule)
+    clean, alphas = torch.randn(1, 2, 4, 4), schedule.scheduler().alphas_cumprod
+    x = torch.randn(1, 2, 4, 4)
+    for t in made.timesteps:
+        a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+        noise = (x - a * clean) / s
+        x = made.step(noise if prediction == "epsilon" else a * noise - s * clean, t, x).prev_sample
+    torch.testing.assert_close(x, clean, rtol=1e-3, atol=2e-3)
+
+
+def test_free_prompts_interleave_and_draw_where_the_model_says_boi(pipeline):
+    """A head that always prefers boi: an image is drawn, then text, never more images than allowed."""
+    tokenizer = pipeline.tokenizer
+    with torch.no_grad():
+        pipeline.model.tail.head.weight.zero_()
+        pipeline.model.tail.norm.weight.zero_()
+        pipeline.model.tail.head.weight[tokenizer.boi] = 1.0
+    answers = pipeline([["apple", picture(0), "and"], ["pizza"]], max_images=1)
+    # All logits are 0: the first id, 0, is chosen unless boi is taken, which it cannot be at a tie.
+    assert all(isinstance(part, str) for answer in answers for part in answer)
+    pipeline.model.tail.norm.weight.data.fill_(1.0)
+    pipeline.model.tail.head.weight.data[tokenizer.boi] = 0
+    original = pipeline._decoder.read_prompts
+
+    def prefer_boi(*arguments):
+        logits = original(*arguments)
+        logits[:, tokenizer.boi] = 1e9
+        return logits
+
+    pipeline._decoder.read_prompts = prefer_boi
+    answers = pipeline([["apple", picture(0), "and"], ["pizza"]], max_images=1)
+    assert [isinstance(answer[0], Image.Image) for answer in answers] == [True, True]
+    answers = pipeline([["apple"]], max_images=0)
+    assert not any(isinstance(part, Image.Image) for part in answers[0])
+
+
+def test_saved_and_loaded_draws_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded = TransfusionPipeline.from_pretrained(tmp_path / "pipeline")
+    a, b = (np.asarray(p.draw(["apple"])[0]) for p in (pipeline, loaded))
+    assert np.array_equal(a, b)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_folders_that_are_no_pipeline_are_named(pipeline, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
+        TransfusionPipeline.from_pretrained(tmp_path / "nowhere")
+    folder = tmp_path / "pipeline"
+    pipeline.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="not a readable pipeline"):
+        TransfusionPipeline.from_pretrained(folder)
+
+
+def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
+    class Other:
+        vocab_size, path = 100, "other.model"
+
+    with pytest.raises(UserError, match=r"vocab_size 2048, but other\.model has 100 ids"):
+        TransfusionPipeline(pipeline.model, Other(), codec, pipeline.config)

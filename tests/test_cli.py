@@ -1,0 +1,175 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from megafusion.cli import app, main
+from megafusion.config import load_config
+from megafusion.errors import UserError
+from megafusion.generate.command import open_picture, open_pipeline
+from megafusion.train.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("preprocess", "train-vae", "train", "generate", "report")
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit status and error text of a command, in this process."""
+    result = CliRunner().invoke(app, list(arguments))
+    if isinstance(result.exception, UserError):
+        return 2, str(result.exception)
+    return result.exit_code, result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_complete(command):
+    status, text = run(command, "--help")
+    assert status == 0
+    assert "Example" in text
+    for line in text.splitlines():
+        if line.startswith("│ --") and "--help" not in line:
+            assert len(line.strip("│ ").split("  ")) > 1, line
+
+
+def test_top_level_help_names_every_command():
+    status, text = run("--help")
+    assert status == 0
+    assert all(command in text for command in COMMANDS)
+
+
+def test_a_user_error_is_one_message_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megafusion", "train", "nowhere.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: nowhere.yaml: no such configuration file")
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "megafusion.cli", "--version"], capture_output=True, check=True
+    )
+    assert done.stdout.strip() == b"0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_stepz=5", r"unknown key 'train.num_stepz'; did you mean 'num_steps'\?"),
+        ("data.sources.emoji.wieght=1", r"unknown key 'data.sources.emoji.wieght'; did you mean 'weight'\?"),
+        ("zzz=1", r"unknown key 'zzz'; valid keys: data, model"),
+        ("train.num_steps=many", r"key 'train.num_steps': Input should be a valid integer \(got 'many'\)"),
+        ("train.num_steps=1.5", r"key 'train.num_steps'"),
+        ("train.num_steps=0", r"key 'train.num_steps': Input should be greater than 0"),
+        ("model.patch_size=3", r"key 'model.patch_size'"),
+        ("objective.schedule.prediction=x", r"key 'objective.schedule.prediction'"),
+        ("data.sequence_length=10", r"an image takes 20 positions, more than data.sequence_length 10"),
+        ("nonsense", r"override 'nonsense' is not of the form key.path=value"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_named_with_the_way_out(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(RunConfig, ROOT / "configs/quickstart.yaml", [override])
+
+
+def test_overrides_change_what_they_name():
+    config = load_config(
+        RunConfig, ROOT / "configs/quickstart.yaml", ["train.num_steps=50", "model.width=96", "seed=3"]
+    )
+    assert (config.train.num_steps, config.model.width, config.seed) == (50, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "not readable as YAML"),
+        ("- 1\n", "not readable as YAML keys"),
+        ("seed: 1\n", "'output' is required"),
+    ],
+)
+def test_configuration_files_that_are_none(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(RunConfig, path)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
+def test_every_configuration_is_valid(path):
+    from data_prep.preprocess import PreprocessConfig
+    from megafusion.autoencoder.train import AutoencoderConfig
+
+    cls = {"preprocess": PreprocessConfig, "vae": AutoencoderConfig}.get(path.parent.name, RunConfig)
+    load_config(cls, path)
+
+
+def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
+    """train, then draw and describe from the run, its pipeline and a checkpoint."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    status, text = run("train", str(config), "train.num_steps=2", "train.checkpoint_every=1")
+    assert status == 0, text
+    folder = Path(run_values["output"])
+    places = [folder, folder / "pipeline", folder / "checkpoints/step-00000002"]
+    drawn = []
+    for number, place in enumerate(places):
+        out = tmp_path / f"out{number}"
+        status, text = run(
+            "generate", str(place), "--prompt", "red apple, 3d style", "--prompt", "x", "--out", str(out)
+        )
+        assert status == 0, text
+        assert sorted(p.name for p in out.iterdir()) == [
+            "0-red-apple-3d-style.png",
+            "1-x.png",
+            "captions.txt",
+        ]
+        drawn.append((out / "0-red-apple-3d-style.png").read_bytes())
+    assert drawn[0] == drawn[1] == drawn[2]
+    apple = str(tmp_path / "out0/0-red-apple-3d-style.png")
+    status, text = run("generate", str(folder), "--image", apple, "--out", str(tmp_path / "said"))
+    assert status == 0
+    assert text.startswith(f"{apple}: ")
+    mixed = ("--interleave", f"@{apple}", "--interleave", "and then")
+    status, text = run(
+        "generate", str(folder), *mixed, "--steps", "2", "--sampler", "dpm++", "--out", str(tmp_path / "m")
+    )
+    assert status == 0
+    assert text.startswith("answer")
+
+
+def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    for arguments, message in [
+        ((), "nothing to generate"),
+        (("--image", str(tmp_path / "none.png")), "none.png: no such picture"),
+        (("--image", str(broken)), "broken.png: not a picture"),
+        (("--prompt", "x"), "neither a pipeline folder, a run folder nor a checkpoint"),
+    ]:
+        out = tmp_path / "out"
+        status, text = run("generate", str(tmp_path / "nowhere"), *arguments, "--out", str(out))
+        assert status == 2
+        assert message in text
+        assert not out.exists()
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    assert run("train", str(config), "--stop-after", "1")[0] == 0
+    with pytest.raises(UserError, match="--sampler"):
+        from megafusion.generate.command import GenerateRequest
+        from megafusion.generate.command import run as generate
+
+        generate(
+            Path(run_values["output"]), GenerateRequest(["x"], [], []), tmp_path / "o", {"sampler": "euler"}
+        )
+    assert open_pipeline(Path(run_values["output"])).config.image_size == (32, 32)
+
+
+def test_pictures_open(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert open_picture(tmp_path / "a.png").size == (4, 4)
