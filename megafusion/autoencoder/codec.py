@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -109,8 +110,8 @@ def unshuffle_factor(model: AutoencoderKL) -> int:
     return factor
 
 
-def encode(model: AutoencoderKL, images_N3HW: Tensor):
-    """The posterior of pictures in [-1, 1], with gradients: diffusers' DiagonalGaussianDistribution."""
+def encode(model: AutoencoderKL, images_N3HW: Tensor) -> DiagonalGaussianDistribution:
+    """The posterior of pictures in [-1, 1], raw and with gradients."""
     return model.encode(F.pixel_unshuffle(images_N3HW, unshuffle_factor(model))).latent_dist
 
 

@@ -42,6 +42,8 @@ WRITTEN = (
 # Training pictures for the latent scale and shift: this many batches of this many.
 STATISTICS_BATCHES = 16
 STATISTICS_BATCH_SIZE = 64
+# Steps between updates of the progress bar.
+LOG_EVERY = 10
 # A change of these between a stop and its continuation changes no step that is still to come.
 FREE_ON_RESUME = ("out", "device", "num_threads", "optimization.checkpoint_every")
 
@@ -239,11 +241,6 @@ def _optimize(
             terms = loss(images, reconstructions, posterior, step)
             sum(terms.values()).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
-            if not torch.isfinite(norm):
-                raise UserError(
-                    f"step {step}: the gradient is not finite; lower optimization.learning_rate "
-                    f"(now {options.learning_rate}) or use optimization.precision=fp32"
-                )
             optimizer.step()
             optimizer.zero_grad()
             if loss.adversarial_at(step):
@@ -255,18 +252,28 @@ def _optimize(
             _average(averaged, model, options.ema_decay, step)
 
             last = step == options.num_steps
-            if step % options.evaluate_every == 0 or last:
+            evaluates = step % options.evaluate_every == 0 or last
+            saves = step % options.checkpoint_every == 0 and not last
+            logs = step % LOG_EVERY == 0 or last
+            # Weights spoilt by one such step spoil all later ones: looking now and then is enough, and a look
+            # makes a GPU wait.
+            if (evaluates or saves or logs) and not torch.isfinite(norm):
+                raise UserError(
+                    f"step {step}: the gradient is not finite; lower optimization.learning_rate "
+                    f"(now {options.learning_rate}) or use optimization.precision=fp32"
+                )
+            if evaluates:
                 measured, _ = measure(ImageCodec(averaged), held_out)
                 losses = {name: float(term.detach()) for name, term in terms.items()}
                 history.append({"step": step, **measured, **losses})
                 if not bar.console.is_terminal:
                     bar.console.print(f"step {step}: held-out PSNR {measured['psnr']:.2f} dB")
-            if step % 10 == 0 or last:
+            if logs:
                 numbers = "  ".join(f"{name} {float(term.detach()):.4f}" for name, term in terms.items())
                 if history:
                     numbers += f"  held-out {history[-1]['psnr']:.2f} dB"
                 bar.update(task, completed=step, losses=numbers)
-            if step % options.checkpoint_every == 0 and not last:
+            if saves:
                 meta = {
                     "step": step,
                     "seconds": seconds_before + time.perf_counter() - started,
@@ -334,6 +341,8 @@ def _write(config: AutoencoderConfig, model: AutoencoderKL, report: dict, sheet:
         (folder / "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         sheet.save(folder / "reconstructions.png", optimize=True)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone
         if out.exists():
             out.replace(Path(scratch) / "previous")
         folder.replace(out)
