@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -16,15 +15,13 @@ from torch import Tensor
 from megafusion.autoencoder.codec import ImageCodec, to_pil, to_tensor
 from megafusion.config import Config, parse_config
 from megafusion.errors import UserError
-from megafusion.generate.decoder import Decoder, Report
+from megafusion.generate.decoder import Report
+from megafusion.generate.generation import Generation, Part
 from megafusion.generate.sampling import SamplingConfig
 from megafusion.model.transfusion import ModelConfig, Transfusion
 from megafusion.objective.losses import ObjectiveConfig
-from megafusion.sequence.document import NoisedImage, flatten
-from megafusion.sequence.packing import RowShape, collate, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
 
-Part = str | Image.Image
 FORMAT = "megafusion-pipeline/1"
 
 
@@ -52,7 +49,17 @@ class TransfusionPipeline:
     def __init__(self, model: Transfusion, tokenizer: Tokenizer, codec: ImageCodec, config: PipelineConfig):
         self.model, self.tokenizer, self.codec, self.config = model.eval(), tokenizer, codec, config
         check_parts(config.model, tokenizer, codec, config.image_size)
-        self._decoder = Decoder(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.tail.head.weight.device
+
+    def to(self, device: torch.device | str) -> "TransfusionPipeline":
+        """Move model and autoencoder to a device, in place."""
+        self.model.to(device)
+        self.codec.model.to(device)
+        return self
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "TransfusionPipeline":
@@ -115,8 +122,9 @@ class TransfusionPipeline:
     def describe(
         self, pictures: Sequence[Image.Image], *, sampling: SamplingConfig | None = None
     ) -> list[str]:
-        """A caption for each picture, decoded greedily."""
-        answers = self([[picture] for picture in pictures], max_images=0, sampling=sampling)
+        """A caption for each picture, decoded greedily; never an empty one."""
+        prompts = [[picture] for picture in pictures]
+        answers = self(prompts, begin="text", max_images=0, sampling=sampling)
         return [" ".join(answer).strip() for answer in answers]
 
     @torch.no_grad()
@@ -124,7 +132,7 @@ class TransfusionPipeline:
         self,
         prompts: Sequence[Sequence[Part]],
         *,
-        begin: Literal["free", "image"] = "free",
+        begin: Literal["free", "text", "image"] = "free",
         max_images: int = 1,
         seed: int = 0,
         sampling: SamplingConfig | None = None,
@@ -132,133 +140,23 @@ class TransfusionPipeline:
     ) -> list[list[Part]]:
         """Continue prompts of texts and pictures in any order with texts and pictures.
 
-        begin: "image" draws at once; "free" lets the model write first and draw when it emits boi.
+        begin: "image" draws at once; "text" writes at least one token (many pairs were trained without
+        their caption, after which nothing follows); "free" lets the model end, write or draw as it likes.
         max_images: pictures a row may hold beyond its prompt; boi is not chosen after that.
         """
         if not prompts:
             return []
         sampling = sampling or self.config.sampling
-        return _Generation(self, prompts, sampling, seed, max_images, report).run(begin)
+        return Generation(self, prompts, sampling, seed, max_images, report).run(begin)
 
     def latents(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Normalised latents [N, C, H, W] of pictures, the mean of each posterior."""
-        mean, _ = self.codec.encode(to_tensor(pictures, self.config.image_size))
+        mean, _ = self.codec.encode(to_tensor(pictures, self.config.image_size).to(self.device))
         return self.codec.normalize(mean)
 
     def pictures(self, latents_NCHW: Tensor) -> list[Image.Image]:
         """PIL pictures of normalised latents."""
         return to_pil(self.codec.decode(self.codec.denormalize(latents_NCHW)))
-
-
-class _Generation:
-    """One call's rows: their cache, what they have said, who is still speaking."""
-
-    def __init__(self, pipeline: TransfusionPipeline, prompts, sampling, seed, max_images, report):
-        self.pipeline, self.decoder, self.sampling = pipeline, pipeline._decoder, sampling
-        self.tokenizer, self.report = pipeline.tokenizer, report
-        # A generator a row: what one row draws does not depend on the others of its batch.
-        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-        self.images_left = [max_images] * len(prompts)
-        self.answers: list[list[Part | int]] = [[] for _ in prompts]
-        num_patches = pipeline.config.model.num_patches
-        documents = [self._document(prompt) for prompt in prompts]
-        longest = max(len(document) for document in documents)
-        room = max_images * (num_patches + 2) + sampling.max_new_tokens + 1
-        self.cache = self.decoder.new_cache(len(prompts), longest + room)
-        shape = RowShape(
-            length=longest,
-            num_images=max(1, *(len(document.images) for document in documents)),
-            num_patches=num_patches,
-            latent_shape=pipeline.config.model.latent_shape,
-        )
-        batch = collate([pack_row([document], shape) for document in documents])
-        # A document ends in eos, which a prompt does not have.
-        lengths = torch.tensor([len(document) - 1 for document in documents])
-        self.logits = self.decoder.read_prompts(self.cache, batch, lengths)
-
-    def run(self, begin: str) -> list[list[Part]]:
-        if begin == "image":
-            self._draw(list(range(len(self.answers))))
-        budget = self.sampling.max_new_tokens
-        speaking = list(range(len(self.answers)))
-        while speaking and budget:
-            speaking = self._write(speaking)
-            budget -= 1
-        return [self._finish(answer) for answer in self.answers]
-
-    def _write(self, speaking: list[int]) -> list[int]:
-        """Choose and read one token for each speaking row; returns those that go on."""
-        logits = self.logits[speaking].clone()
-        logits[:, self.tokenizer.eoi] = -torch.inf
-        silent = [i for i, row in enumerate(speaking) if not self.images_left[row]]
-        logits[silent, self.tokenizer.boi] = -torch.inf
-        tokens = logits.argmax(-1).tolist()
-        drawing = [row for row, t in zip(speaking, tokens, strict=True) if t == self.tokenizer.boi]
-        writing = {
-            row: t
-            for row, t in zip(speaking, tokens, strict=True)
-            if t not in (self.tokenizer.boi, self.tokenizer.eos)
-        }
-        for row, token in writing.items():
-            self.answers[row].append(token)
-        if writing:
-            self._read(list(writing), list(writing.values()))
-        if drawing:
-            self._draw(drawing)
-        return sorted([*writing, *drawing])
-
-    def _draw(self, rows: list[int]) -> None:
-        """Draw an image in some rows, between boi and eoi."""
-        index = torch.tensor(rows)
-        self._read(rows, [self.tokenizer.boi] * len(rows))
-        unconditional = self.decoder.new_cache(1, self.cache.capacity)
-        for token in (self.tokenizer.bos, self.tokenizer.boi):
-            self.decoder.read_tokens(unconditional, torch.tensor([token]))
-        chosen = self.cache.select(index)
-        shape = self.pipeline.config.model.latent_shape
-        noise = torch.stack([torch.randn(shape, generator=self.generators[row]) for row in rows])
-        latents = self.decoder.draw(
-            chosen, unconditional.select(torch.zeros_like(index)), noise, self.sampling, self.report
-        )
-        self.cache.assign(index, chosen)
-        self._read(rows, [self.tokenizer.eoi] * len(rows))
-        for row, picture in zip(rows, self.pipeline.pictures(latents), strict=True):
-            self.answers[row].append(picture)
-            self.images_left[row] -= 1
-
-    def _read(self, rows: list[int], tokens: list[int]) -> None:
-        index = torch.tensor(rows)
-        whole = len(rows) == len(self.answers)
-        chosen = self.cache if whole else self.cache.select(index)
-        self.logits[index] = self.decoder.read_tokens(chosen, torch.tensor(tokens))
-        if not whole:
-            self.cache.assign(index, chosen)
-
-    def _document(self, prompt: Sequence[Part]):
-        """A prompt as a flat document; its pictures are clean."""
-        segments = []
-        for part in prompt:
-            if isinstance(part, str):
-                segments.append(np.array(self.tokenizer.encode(part), np.int64))
-            else:
-                latents = self.pipeline.latents([part])[0].numpy()
-                segments.append(NoisedImage(latents, np.zeros_like(latents), timestep=0))
-        return flatten(segments, self.tokenizer, self.pipeline.config.model.num_patches)
-
-    def _finish(self, answer: list[Part | int]) -> list[Part]:
-        """Runs of token ids become texts."""
-        parts: list[Part] = []
-        pending: list[int] = []
-        for piece in [*answer, None]:
-            if isinstance(piece, int):
-                pending.append(piece)
-                continue
-            if pending:
-                parts.append(self.tokenizer.decode(pending))
-                pending = []
-            if piece is not None:
-                parts.append(piece)
-        return parts
 
 
 def check_parts(

@@ -156,30 +156,37 @@ def test_samplers_reach_the_clean_image_of_a_perfect_model(sampler, num_steps, p
     torch.testing.assert_close(x, clean, rtol=1e-3, atol=2e-3)
 
 
-def test_free_prompts_interleave_and_draw_where_the_model_says_boi(pipeline):
-    """A head that always prefers boi: an image is drawn, then text, never more images than allowed."""
-    tokenizer = pipeline.tokenizer
+def always_prefer(pipeline, token: int) -> None:
+    """Make the model choose one token wherever it may."""
     with torch.no_grad():
         pipeline.model.tail.head.weight.zero_()
-        pipeline.model.tail.norm.weight.zero_()
-        pipeline.model.tail.head.weight[tokenizer.boi] = 1.0
-    answers = pipeline([["apple", picture(0), "and"], ["pizza"]], max_images=1)
-    # All logits are 0: the first id, 0, is chosen unless boi is taken, which it cannot be at a tie.
-    assert all(isinstance(part, str) for answer in answers for part in answer)
-    pipeline.model.tail.norm.weight.data.fill_(1.0)
-    pipeline.model.tail.head.weight.data[tokenizer.boi] = 0
-    original = pipeline._decoder.read_prompts
+        pipeline.model.tail.head.weight[token] = 1.0
+        # Hidden states become a constant positive vector, so that the token's logit is large.
+        pipeline.model.tail.norm.register_forward_hook(lambda *_: torch.ones_like(_[2]))
 
-    def prefer_boi(*arguments):
-        logits = original(*arguments)
-        logits[:, tokenizer.boi] = 1e9
-        return logits
 
-    pipeline._decoder.read_prompts = prefer_boi
-    answers = pipeline([["apple", picture(0), "and"], ["pizza"]], max_images=1)
-    assert [isinstance(answer[0], Image.Image) for answer in answers] == [True, True]
-    answers = pipeline([["apple"]], max_images=0)
-    assert not any(isinstance(part, Image.Image) for part in answers[0])
+def kinds(answer):
+    return ["text" if isinstance(part, str) else "image" for part in answer]
+
+
+def test_free_prompts_are_drawn_where_the_model_says_boi(pipeline):
+    """Never more images than allowed; what the prompt holds does not count."""
+    always_prefer(pipeline, pipeline.tokenizer.boi)
+    for max_images in (0, 1, 2):
+        answers = pipeline([["apple", picture(0), "and"], ["pizza"]], max_images=max_images)
+        for answer in answers:
+            assert kinds(answer)[:max_images] == ["image"] * max_images
+            assert kinds(answer)[max_images:] in ([], ["text"])
+
+
+def test_an_end_is_kept_or_put_off_as_asked(pipeline):
+    always_prefer(pipeline, pipeline.tokenizer.eos)
+    assert pipeline([["apple"]]) == [[]]
+    assert kinds(pipeline([["apple"]], begin="text")[0]) in ([], ["text"])
+    assert kinds(pipeline([["apple"]], begin="image")[0]) == ["image"]
+    always_prefer(pipeline, 100)
+    (answer,) = pipeline([["apple"]])
+    assert answer == [pipeline.tokenizer.decode([100] * 5)]
 
 
 def test_saved_and_loaded_draws_the_same(pipeline, tmp_path):

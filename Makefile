@@ -1,0 +1,50 @@
+# MegaFusion: `make quickstart` and `make test` are all that a newcomer needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: help quickstart test lint format preprocess benchmark clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, draw and describe (runs/quickstart/).
+	@set -e; begin=$$(date +%s); \
+	$(BIN)/megafusion preprocess configs/preprocess/quickstart.yaml; \
+	setup=$$(( $$(cat $(INSTALLED)) + $$(date +%s) - begin )); \
+	$(BIN)/megafusion train configs/quickstart.yaml; \
+	$(BIN)/megafusion report runs/quickstart --setup-seconds $$setup
+
+test: $(INSTALLED)  ## Run every test, on two processes, with coverage.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+lint: $(INSTALLED)  ## Check format and style.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(INSTALLED)  ## Put the code into format.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+CONFIG ?= configs/preprocess/quickstart.yaml
+preprocess: $(INSTALLED)  ## Turn pictures, captions and text into shards (CONFIG=...).
+	$(BIN)/megafusion preprocess $(CONFIG)
+
+benchmark: $(INSTALLED)  ## Time a training step of the quickstart model.
+	$(BIN)/python benchmarks/step.py
+
+clean:  ## Remove the environment, the shards and the quickstart's run.
+	rm -rf $(VENV) data/quickstart runs/quickstart
+
+# The file holds the seconds that installing took, which the quickstart's report counts in.
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@set -e; begin=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .; \
+	echo $$(( $$(date +%s) - begin )) > $@

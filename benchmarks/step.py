@@ -1,0 +1,108 @@
+"""How long is a training step of the quickstart model, and where does the time go?
+
+    python benchmarks/step.py [--json FILE]
+
+Needs the quickstart's shards (`make preprocess`). Seconds are medians over the steps.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megafusion.config import load_config
+from megafusion.sequence.packing import with_counts
+from megafusion.train.config import RunConfig
+from megafusion.train.engine import make_engine, start_process_group
+from megafusion.train.run import assemble
+from megafusion.train.step import global_counts
+
+PHASES = ("data", "forward", "backward", "optimizer")
+
+
+def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dict:
+    """Median seconds of each phase of a step, and positions a second."""
+    start_process_group()
+    parts = assemble(config)
+    engine = make_engine(parts.model, config)
+    seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for step in range(num_warmup_steps + num_steps):
+        spent = dict.fromkeys(PHASES, 0.0)
+        clock = _clock(engine.device)
+        micro_batches = parts.stream.next().micro_batches
+        counts = global_counts(micro_batches, engine.device)
+        spent["data"] += next(clock)
+        for batch in micro_batches:
+            losses = engine(with_counts(batch.to(engine.device), counts))
+            spent["forward"] += next(clock)
+            engine.backward(losses.total * len(micro_batches))
+            spent["backward"] += next(clock)
+            engine.step()
+            spent["optimizer"] += next(clock)
+        if step >= num_warmup_steps:
+            for phase in PHASES:
+                seconds[phase].append(spent[phase])
+    medians = {phase: statistics.median(values) for phase, values in seconds.items()}
+    positions = config.train.global_batch_rows * config.data.sequence_length
+    return {
+        "tokens_per_second": positions / sum(medians.values()),
+        **medians,
+        "num_steps": num_steps,
+        "num_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _clock(device: torch.device):
+    """Yields the seconds since the last time it was asked, work on the device finished."""
+    last = time.perf_counter()
+    while True:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        yield now - last
+        last = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/quickstart.yaml"), help="run configuration"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="steps measured, after three to warm up")
+    parser.add_argument("--json", type=Path, help="file that receives the figures")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the file's")
+    arguments = parser.parse_args()
+    figures = measure(load_config(RunConfig, arguments.config, arguments.overrides), arguments.steps)
+    whole = sum(figures[phase] for phase in PHASES)
+    table = Table(
+        "phase", "seconds", "share", title=f"{figures['tokens_per_second']:,.0f} positions a second"
+    )
+    for phase in PHASES:
+        table.add_row(phase, f"{figures[phase]:.3f}", f"{figures[phase] / whole:.0%}")
+    Console().print(table)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
