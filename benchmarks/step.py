@@ -18,9 +18,9 @@ from rich.table import Table
 
 from megafusion.config import load_config
 from megafusion.sequence.packing import with_counts
+from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import make_engine, start_process_group
-from megafusion.train.run import assemble
 from megafusion.train.step import global_counts
 
 PHASES = ("data", "forward", "backward", "optimizer")

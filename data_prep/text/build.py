@@ -62,12 +62,13 @@ def documents(data: str, pos: str, counts: dict[tuple[str, str, str], int]) -> I
         count, word = max(
             ((counts.get((pos, offset, w.lower()), 0), w) for w in words), key=lambda pair: pair[0]
         )
-        text = f"{word.replace('_', ' ')}: {clean_gloss(gloss)}"
+        word, definition = word.replace("_", " "), clean_gloss(gloss)
+        text = f"{word}: {definition}"
         if (
-            READABLE.fullmatch(word.replace("_", " "))
+            READABLE.fullmatch(word)
+            and definition
             and text.isascii()
             and len(text) <= MAX_LINE_LENGTH
-            and not text.endswith(":")
             and not UNWANTED.search(text)
         ):
             yield count, text

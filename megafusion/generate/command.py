@@ -58,9 +58,9 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
 
 def open_pipeline(path: Path) -> TransfusionPipeline:
     """The model of a pipeline folder, a run folder (published or its newest checkpoint), or a checkpoint."""
+    from megafusion.train.assemble import make_pipeline
     from megafusion.train.checkpoint import complete_checkpoints, load_ema
     from megafusion.train.record import load_run_config
-    from megafusion.train.run import make_pipeline
     from megafusion.train.samples import with_weights
 
     if (path / "config.json").is_file():

@@ -156,7 +156,7 @@ class TransfusionPipeline:
 
     def pictures(self, latents_NCHW: Tensor) -> list[Image.Image]:
         """PIL pictures of normalised latents."""
-        return to_pil(self.codec.decode(self.codec.denormalize(latents_NCHW)))
+        return to_pil(self.codec.decode(self.codec.denormalize(latents_NCHW.to(self.device))))
 
 
 def check_parts(

@@ -9,6 +9,7 @@ into it. No random state is kept, for nothing in a step draws from a global gene
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -87,7 +88,9 @@ def load_ema(path: Path, names_and_shapes: dict[str, torch.Size]) -> dict[str, T
     """The averaged weights of a checkpoint alone, in one process and without an engine."""
     verify_checkpoint(path)
     tensors = {f"ema.{name}": torch.empty(shape) for name, shape in names_and_shapes.items()}
-    dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
+        dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=True)
     return {name: tensors[f"ema.{name}"] for name in names_and_shapes}
 
 

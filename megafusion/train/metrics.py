@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
+from megafusion.train.config import TrainConfig
 
 METRICS = "metrics.jsonl"
 
@@ -17,21 +18,23 @@ METRICS = "metrics.jsonl"
 class Metrics:
     """A context that opens every sink on rank 0, and is silent on the others."""
 
-    def __init__(
-        self, folder: Path, num_steps: int, first_step: int, silent: bool, wandb_project: str | None
-    ):
-        self._silent = silent
+    def __init__(self, folder: Path, config: TrainConfig, first_step: int, silent: bool):
+        self._silent, self._first_step = silent, first_step
         self.progress = progress_bar(disable=silent)
-        self._task = self.progress.add_task("training", total=num_steps, completed=first_step, losses="")
+        self._task = self.progress.add_task(
+            "training", total=config.num_steps, completed=first_step, losses=""
+        )
         if silent:
             return
         _forget_from(folder / METRICS, first_step)
         self._lines = (folder / METRICS).open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._wandb = _start_wandb(wandb_project, folder) if wandb_project else None
+        self._wandb = _start_wandb(config.wandb_project, folder) if config.wandb_project else None
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
+        if self._first_step:
+            self.progress.console.print(f"resuming after step {self._first_step}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

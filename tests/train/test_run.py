@@ -17,10 +17,11 @@ import yaml
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
+from megafusion.train.assemble import assemble
 from megafusion.train.checkpoint import complete_checkpoints, verify_checkpoint
 from megafusion.train.config import RunConfig
 from megafusion.train.metrics import read_metrics
-from megafusion.train.run import assemble, train
+from megafusion.train.run import train
 
 
 def start(values: dict, stop_after: int | None = None, **changes) -> Path:
@@ -229,9 +230,15 @@ def test_two_ranks_under_the_deepspeed_launcher_equal_one(run_values, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
-    module = ["--num_gpus", "2", "--no_local_rank", "--master_port", "29541", "--module", "megafusion.cli", "train", str(config)]
+    module = ["--num_gpus", "2", "--no_local_rank", "--master_port", "29541", "--module", "megafusion.cli"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([launcher, *module], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [launcher, *module, "train", str(config)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     torch.testing.assert_close(
         torch.tensor(losses(alone)), torch.tensor(losses(tmp_path / "two")), rtol=2e-4, atol=1e-5

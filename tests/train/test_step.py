@@ -1,14 +1,16 @@
 """The step: it learns, accumulates exactly, and follows the schedule."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from megafusion.config import parse_config
+from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import make_engine, start_process_group
 from megafusion.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from megafusion.train.run import assemble
 from megafusion.train.step import train_step
 
 
@@ -72,7 +74,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
     assert rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_decay_is_for_matrices_alone(run_config):

@@ -1,0 +1,74 @@
+"""What a run is made of, opened and checked before anything is written."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megafusion.autoencoder.codec import ImageCodec
+from megafusion.data.source import Source, open_sources
+from megafusion.data.stream import BatchStream
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts
+from megafusion.model.transfusion import Transfusion
+from megafusion.sequence.packing import RowShape
+from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.train.config import RunConfig
+from megafusion.train.engine import rows_of_rank
+
+
+@dataclass
+class Parts:
+    """What a run is assembled from."""
+
+    tokenizer: Tokenizer
+    codec: ImageCodec
+    sources: dict[str, Source]
+    stream: BatchStream
+    model: Transfusion
+
+
+def assemble(config: RunConfig) -> Parts:
+    """Open and check everything that a run needs, before anything is written."""
+    tokenizer = Tokenizer(config.data.tokenizer)
+    codec = ImageCodec.from_pretrained(config.data.vae)
+    check_parts(config.model, tokenizer, codec, None)
+    sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
+    for name, source in sources.items():
+        shape = source.folder.manifest.latent_shape
+        if shape not in (None, config.model.latent_shape):
+            raise UserError(
+                f"data.sources.{name}: latents of shape {shape}, but model.latent_shape is "
+                f"{config.model.latent_shape}"
+            )
+    stream = BatchStream(
+        config.data,
+        sources,
+        row_shape(config),
+        tokenizer,
+        config.objective.schedule.num_steps,
+        config.train.global_batch_rows,
+        rows_of_rank(config),
+        config.train.micro_batch_rows,
+    )
+    torch.manual_seed(config.seed)
+    return Parts(tokenizer, codec, sources, stream, Transfusion(config.model, config.objective))
+
+
+def row_shape(config: RunConfig) -> RowShape:
+    """The shape of a packed row that data and model agree on."""
+    return RowShape(
+        config.data.sequence_length,
+        config.data.images_per_row,
+        config.model.num_patches,
+        config.model.latent_shape,
+    )
+
+
+def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
+    """A pipeline of a run's model, its weights still to be put in."""
+    _, height, width = config.model.latent_shape
+    image_size = (height * codec.downsampling, width * codec.downsampling)
+    pipeline_config = PipelineConfig(
+        image_size=image_size, model=config.model, objective=config.objective, sampling=config.sampling
+    )
+    return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)
