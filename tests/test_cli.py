@@ -160,13 +160,9 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(run_values))
     assert run("train", str(config), "--stop-after", "1")[0] == 0
-    with pytest.raises(UserError, match="--sampler"):
-        from megafusion.generate.command import GenerateRequest
-        from megafusion.generate.command import run as generate
-
-        generate(
-            Path(run_values["output"]), GenerateRequest(["x"], [], []), tmp_path / "o", {"sampler": "euler"}
-        )
+    status, text = run("generate", run_values["output"], "--prompt", "x", "--sampler", "euler")
+    assert status == 2
+    assert "--sampler: Input should be 'ddim' or 'dpm++' (got 'euler')" in text
     assert open_pipeline(Path(run_values["output"])).config.image_size == (32, 32)
 
 
