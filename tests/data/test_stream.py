@@ -220,7 +220,7 @@ def test_a_caption_longer_than_the_row_is_refused_with_its_name(data, tokenizer,
     stream = LogicalStream(0, sources, data, RowShape(20, 4, 16, (4, 8, 8)), tokenizer, 1000)
     message = r"pairs, document \d+ .*style.*do not fit in a row of data.sequence_length 20"
     with pytest.raises(UserError, match=message):
-        list(stream.next_row() for _ in range(20))
+        [stream.next_row() for _ in range(20)]
 
 
 def test_stream_counts_that_do_not_fit_are_refused(make_stream, data):
