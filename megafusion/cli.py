@@ -68,7 +68,7 @@ def preprocess(config: ConfigFile, overrides: Overrides = None) -> None:
 def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train the autoencoder that turns pictures into latents (a diffusers AutoencoderKL folder).
 
-    Example: megafusion train-vae configs/vae/emoji.yaml output=runs/vae
+    Example: megafusion train-vae configs/vae/emoji.yaml out=runs/vae
     """
     from megafusion.autoencoder.train import AutoencoderConfig, train_autoencoder
 
@@ -86,7 +86,7 @@ def train(
 ) -> None:
     """Train a model, or go on with the run that stands in the output folder.
 
-    Example: megafusion train configs/quickstart.yaml train.num_steps=50 output=runs/try
+    Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
     """
     from megafusion.train.config import RunConfig
     from megafusion.train.run import train as run

@@ -82,7 +82,7 @@ def shards(tmp_path_factory, vae_folder) -> Path:
 def run_values(shards, vae_folder, tmp_path) -> dict:
     """Plain values of a run that takes a fraction of a second a step, to be changed at will."""
     return {
-        "output": str(tmp_path / "run"),
+        "out": str(tmp_path / "run"),
         "data": {
             "sources": {
                 "pairs": {"path": str(shards / "pairs"), "weight": 0.5},

@@ -90,7 +90,7 @@ def test_overrides_change_what_they_name():
     [
         ("a: [", "not readable as YAML"),
         ("- 1\n", "not readable as YAML keys"),
-        ("seed: 1\n", "'output' is required"),
+        ("seed: 1\n", "'out' is required"),
     ],
 )
 def test_configuration_files_that_are_none(tmp_path, content, message):
@@ -115,7 +115,7 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
     config.write_text(yaml.safe_dump(run_values))
     status, text = run("train", str(config), "train.num_steps=2", "train.checkpoint_every=1")
     assert status == 0, text
-    folder = Path(run_values["output"])
+    folder = Path(run_values["out"])
     places = [folder, folder / "pipeline", folder / "checkpoints/step-00000002"]
     drawn = []
     for number, place in enumerate(places):
@@ -160,10 +160,10 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(run_values))
     assert run("train", str(config), "--stop-after", "1")[0] == 0
-    status, text = run("generate", run_values["output"], "--prompt", "x", "--sampler", "euler")
+    status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "euler")
     assert status == 2
     assert "--sampler: Input should be 'ddim' or 'dpm++' (got 'euler')" in text
-    assert open_pipeline(Path(run_values["output"])).config.image_size == (32, 32)
+    assert open_pipeline(Path(run_values["out"])).config.image_size == (32, 32)
 
 
 def test_pictures_open(tmp_path):

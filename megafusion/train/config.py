@@ -45,7 +45,7 @@ class TrainConfig(Config):
 class RunConfig(Config):
     """Everything that decides a run's numbers, and where it is kept."""
 
-    output: Path
+    out: Path
     """Run folder: frozen configuration, metrics, checkpoints, samples."""
     seed: int = Field(0, ge=0)
     """Seed of the initial weights and of the data order."""

@@ -19,7 +19,7 @@ class Metrics:
     """A context that opens every sink on rank 0, and is silent on the others."""
 
     def __init__(self, folder: Path, config: TrainConfig, first_step: int, silent: bool):
-        self._silent, self._first_step = silent, first_step
+        self._silent, self._folder, self._first_step = silent, folder, first_step
         self.progress = progress_bar(disable=silent)
         self._task = self.progress.add_task(
             "training", total=config.num_steps, completed=first_step, losses=""
@@ -34,7 +34,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         self.progress.start()
         if self._first_step:
-            self.progress.console.print(f"resuming after step {self._first_step}")
+            self.progress.console.print(f"{self._folder}: goes on after step {self._first_step}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -28,19 +28,19 @@ FREE_KEYS = (
 
 def freeze(config: RunConfig) -> None:
     """Write the run folder's record, or check that a run to be resumed is this one."""
-    path = config.output / "config.yaml"
+    path = config.out / "config.yaml"
     if path.is_file():
         changed = [
-            k for k in changed_keys(load_run_config(config.output), config) if not k.startswith(FREE_KEYS)
+            k for k in changed_keys(load_run_config(config.out), config) if not k.startswith(FREE_KEYS)
         ]
         if changed:
             raise UserError(
-                f"{config.output}: holds a run with other values of {', '.join(changed)}; choose another "
-                "output=, or delete the folder to train anew"
+                f"{config.out}: holds a run with other values of {', '.join(changed)}; choose another "
+                "out=, or delete the folder to train anew"
             )
         return
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "environment.json").write_text(json.dumps(_environment(config), indent=1) + "\n")
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "environment.json").write_text(json.dumps(_environment(config), indent=1) + "\n")
     path.write_text(dump_config(config))
 
 

@@ -35,7 +35,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
     dist.barrier()
     engine = make_engine(parts.model, config)
     ema = Ema(engine.module, config.train.ema_decay)
-    checkpoints = config.output / "checkpoints"
+    checkpoints = config.out / "checkpoints"
     step, spent_seconds = 0, 0.0
     if newest := complete_checkpoints(checkpoints)[-1:]:
         state = load_checkpoint(newest[0], engine, ema)
@@ -48,7 +48,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
     def due(every: int) -> bool:
         return step == last_step or (every > 0 and step % every == 0)
 
-    with Metrics(config.output, config.train, step, silent=not is_first) as metrics:
+    with Metrics(config.out, config.train, step, silent=not is_first) as metrics:
         while step < last_step:
             batch = parts.stream.next()
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
@@ -64,7 +64,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
             if sampler and config.samples.every and due(config.samples.every):
                 metrics.show(step, *sampler.show(step))
     if sampler and step == config.train.num_steps:
-        sampler.pipeline().save_pretrained(config.output / "pipeline")
+        sampler.pipeline().save_pretrained(config.out / "pipeline")
 
 
 def _figures(step: int, losses: Losses, engine: DeepSpeedEngine, rate: float) -> dict[str, float]:
@@ -122,4 +122,4 @@ class _Sampler:
         self._pairs = self._pairs or sample_pairs(
             self._parts.sources, pipeline, self._config.samples.num_pairs
         )
-        return show_samples(pipeline, self._pairs, self._config.output / "samples" / f"step-{step:08d}.png")
+        return show_samples(pipeline, self._pairs, self._config.out / "samples" / f"step-{step:08d}.png")

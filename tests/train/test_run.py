@@ -27,7 +27,7 @@ from megafusion.train.run import train
 def start(values: dict, stop_after: int | None = None, **changes) -> Path:
     config = parse_config(RunConfig, values | changes, "test")
     train(config, stop_after)
-    return config.output
+    return config.out
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -66,9 +66,9 @@ def long_values(run_values):
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(long_values, tmp_path):
-    whole = start(long_values, output=str(tmp_path / "whole"))
+    whole = start(long_values, out=str(tmp_path / "whole"))
     for stop in (5, 8, None):  # at a checkpoint's step, and between two
-        parts = start(long_values, stop, output=str(tmp_path / "parts"))
+        parts = start(long_values, stop, out=str(tmp_path / "parts"))
     assert_same_run(whole, parts)
     state = json.loads((complete_checkpoints(parts / "checkpoints")[-1] / "state.json").read_text())
     assert min(stream["position"]["pairs"][0] for stream in state["data"]["streams"].values()) >= 1
@@ -78,7 +78,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(long_values, tmp_path):
 
 
 def test_same_seed_same_bits_and_another_seed_others(run_values, tmp_path):
-    a, b, c = (start(run_values, output=str(tmp_path / n), seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    a, b, c = (start(run_values, out=str(tmp_path / n), seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     assert_same_run(a, b)
     assert losses(a) != losses(c)
 
@@ -91,8 +91,8 @@ def test_a_finished_run_is_left_as_it_is(run_values, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_path):
-    whole = start(long_values, output=str(tmp_path / "whole"))
-    long_values["output"] = str(tmp_path / "killed")
+    whole = start(long_values, out=str(tmp_path / "whole"))
+    long_values["out"] = str(tmp_path / "killed")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(long_values))
     command = [sys.executable, "-m", "megafusion.cli", "train", str(config)]
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_ends_the_run_with_its_last_checkpoint_whole(run_val
     start(run_values, stop_after=3)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
-    size = max(p.stat().st_size for p in Path(run_values["output"]).rglob("*.distcp"))
+    size = max(p.stat().st_size for p in Path(run_values["out"]).rglob("*.distcp"))
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_ends_the_run_with_its_last_checkpoint_whole(run_val
     assert done.returncode == 2, done.stderr
     assert "step-00000006: cannot write the checkpoint" in done.stderr
     assert "free space" in done.stderr
-    checkpoints = Path(run_values["output"]) / "checkpoints"
+    checkpoints = Path(run_values["out"]) / "checkpoints"
     assert [p.name for p in checkpoints.iterdir()] == ["step-00000003"]
     verify_checkpoint(checkpoints / "step-00000003")
 
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run_values, tmp
         changed = {**run_values, room: {**run_values[room], key: value}}
         with pytest.raises(UserError, match=message):
             start(changed)
-    assert not Path(run_values["output"]).exists()
+    assert not Path(run_values["out"]).exists()
 
 
 def test_non_finite_losses_stop_the_run(run_values):
@@ -225,8 +225,8 @@ def test_non_finite_losses_stop_the_run(run_values):
 
 def test_two_ranks_under_the_deepspeed_launcher_equal_one(run_values, tmp_path):
     """The same code, gradients and data; only the order of float additions differs."""
-    alone = start(run_values, output=str(tmp_path / "alone"))
-    run_values |= {"output": str(tmp_path / "two"), "train": run_values["train"] | {"micro_batch_rows": 2}}
+    alone = start(run_values, out=str(tmp_path / "alone"))
+    run_values |= {"out": str(tmp_path / "two"), "train": run_values["train"] | {"micro_batch_rows": 2}}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")

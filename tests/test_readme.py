@@ -1,0 +1,113 @@
+"""What README promises: its commands run, in order, and the quickstart's report has its figures."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from megafusion.cli import app
+
+ROOT = Path(__file__).parents[1]
+REPORT_KEYS = {
+    "num_steps",
+    "seconds_total",
+    "seconds_train",
+    "peak_memory_bytes",
+    "lm_loss_first",
+    "lm_loss_last",
+    "diffusion_loss_first",
+    "diffusion_loss_last",
+    "concept_top1",
+    "caption_exact",
+    "tokens_per_second",
+}
+
+
+def blocks(language: str = "") -> list[str]:
+    """The code blocks of README in one language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [content for name, content in fenced if name == language]
+
+
+def megafusion(command: str) -> str:
+    """Run a `megafusion ...` line in this process."""
+    _, *arguments = shlex.split(command, comments=True)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder like a fresh clone, with a quickstart run of three steps."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "data_prep"):
+        (folder / name).symlink_to(ROOT / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        megafusion("megafusion preprocess configs/preprocess/quickstart.yaml")
+        megafusion("megafusion train configs/quickstart.yaml train.num_steps=3 train.log_every=1")
+    return folder
+
+
+def test_the_two_commands_stand_alone_and_are_targets():
+    first = blocks()[0].split("\n")[:-1]
+    assert first == ["make quickstart", "make test"]
+    for command in first:
+        subprocess.run([*command.split(), "-n"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_make_quickstart_runs_what_these_tests_run():
+    shown = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for command in (
+        "preprocess configs/preprocess/quickstart.yaml",
+        "train configs/quickstart.yaml",
+        "report runs/",
+    ):
+        assert f"megafusion {command}" in shown.stdout
+
+
+def test_the_report_has_its_figures_and_pictures(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    megafusion("megafusion report runs/quickstart --setup-seconds 12")
+    report = json.loads((folder / "runs/quickstart/report.json").read_text())
+    assert report.keys() >= REPORT_KEYS
+    assert report["num_steps"] == 3
+    assert report["seconds_total"] >= 12 + report["seconds_train"]
+    assert 0 <= report["concept_top1"] <= 1
+    assert 0 <= report["caption_exact"] <= 1
+    assert report["lm_loss_first"] == pytest.approx(7.6, abs=0.4)  # nearly log 2048
+    assert report["diffusion_loss_first"] == pytest.approx(1.0, abs=0.3)  # nearly the target's variance
+    assert 2e8 < report["peak_memory_bytes"] < 4 * 2**30
+    for name in ("samples.png", "losses.png"):
+        assert min(Image.open(folder / "runs/quickstart" / name).size) > 300
+    lines = (folder / "runs/quickstart/captions.txt").read_text().splitlines()
+    assert len(lines) == 132
+    assert all(re.match(r"[=x] .+ -> ", line) for line in lines)
+
+
+def test_every_command_runs(folder, monkeypatch):
+    """Training is cut to two steps; TensorBoard's server is not started, its folder is looked at."""
+    monkeypatch.chdir(folder)
+    commands = [line for block in blocks() for line in block.splitlines() if not line.startswith("make ")]
+    assert len(commands) >= 6
+    for command in commands:
+        if command.startswith("tensorboard"):
+            assert list(Path(shlex.split(command, comments=True)[2]).iterdir())
+        else:
+            megafusion(command.replace("num_steps=50", "num_steps=2"))
+    assert Path("drawn/0-red-apple-3d-style.png").is_file()
+
+
+def test_the_python_example_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (example,) = blocks("python")
+    names: dict = {}
+    exec(example, names)
+    assert isinstance(names["picture"], Image.Image)
+    assert isinstance(names["caption"], str)
