@@ -34,17 +34,17 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for step in range(num_warmup_steps + num_steps):
         spent = dict.fromkeys(PHASES, 0.0)
-        clock = _clock(engine.device)
+        watch = Stopwatch(engine.device)
         micro_batches = parts.stream.next().micro_batches
         counts = global_counts(micro_batches, engine.device)
-        spent["data"] += next(clock)
+        spent["data"] += watch.lap()
         for batch in micro_batches:
             losses = engine(with_counts(batch.to(engine.device), counts))
-            spent["forward"] += next(clock)
+            spent["forward"] += watch.lap()
             engine.backward(losses.total * len(micro_batches))
-            spent["backward"] += next(clock)
+            spent["backward"] += watch.lap()
             engine.step()
-            spent["optimizer"] += next(clock)
+            spent["optimizer"] += watch.lap()
         if step >= num_warmup_steps:
             for phase in PHASES:
                 seconds[phase].append(spent[phase])
@@ -69,15 +69,17 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _clock(device: torch.device):
-    """Yields the seconds since the last time it was asked, work on the device finished."""
-    last = time.perf_counter()
-    while True:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        yield now - last
-        last = now
+class Stopwatch:
+    """Seconds between laps, the device's work finished at each."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        previous, self._last = self._last, time.perf_counter()
+        return self._last - previous
 
 
 def main() -> None:
