@@ -84,10 +84,11 @@ def test_equal_pictures_are_at_no_distance_and_have_finite_gradients(weights, sc
     assert distance == 0
     assert torch.autograd.grad(distance, same)[0].isfinite().all()
     assert feature_distance(network, scene[0], scene[1]) > 0
-    # Positions where no feature fires have no direction, and must not spoil the gradient.
+    # Positions where no feature fires have no direction: neither distance nor gradient may be spoilt.
     for parameter in network.parameters():
         parameter.data.zero_()
     distance = feature_distance(network, scene[0], same)
+    assert distance == 0
     assert torch.autograd.grad(distance, same)[0].isfinite().all()
 
 
