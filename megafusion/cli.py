@@ -72,7 +72,8 @@ def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
     """
     from megafusion.autoencoder.train import AutoencoderConfig, train_autoencoder
 
-    train_autoencoder(load_config(AutoencoderConfig, config, overrides or []))
+    report = train_autoencoder(load_config(AutoencoderConfig, config, overrides or []))
+    typer.echo(f"held-out PSNR {report['psnr']:.2f} dB after {report['num_steps']} steps")
 
 
 @app.command()

@@ -7,10 +7,9 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import typer
 from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import Field
@@ -27,7 +26,7 @@ from megafusion.autoencoder.data import (
 from megafusion.autoencoder.losses import AutoencoderLoss, LossConfig
 from megafusion.autoencoder.measure import contact_sheet, latent_statistics, measure
 from megafusion.autoencoder.state import load_state, read_meta, remove_state, save_state
-from megafusion.config import Config, changed_keys, dump_config, load_config, parse_config
+from megafusion.config import Config, changed_keys, dump_config, parse_config
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
 
@@ -346,20 +345,3 @@ def _write(config: AutoencoderConfig, model: AutoencoderKL, report: dict, sheet:
         if out.exists():
             out.replace(Path(scratch) / "previous")
         folder.replace(out)
-
-
-def main(
-    config: Annotated[Path, typer.Argument(help="YAML file of an AutoencoderConfig.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
-) -> None:
-    """Train an image autoencoder and write its folder."""
-    try:
-        report = train_autoencoder(load_config(AutoencoderConfig, config, overrides or []))
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(f"held-out PSNR {report['psnr']:.2f} dB after {report['num_steps']} steps")
-
-
-if __name__ == "__main__":
-    typer.run(main)
