@@ -1,0 +1,195 @@
+"""The public function, and the custom operators behind it that torch.compile and autograd know."""
+
+import torch
+import triton
+from torch import Tensor
+
+from interval_attention.backward import delta_kernel, dkdv_kernel, dq_kernel
+from interval_attention.configs import HEAD_DIMS, Tile, stored_tiles
+from interval_attention.forward import forward_kernel
+from interval_attention.intervals import RUN, Prepared, prepare
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MASK = (
+    "Tensor row_start, Tensor row_end, Tensor first_row, Tensor last_row, Tensor row_order, Tensor key_order"
+)
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_start: Tensor,
+    row_end: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which query i of row b sees the keys row_start[b, i] <= j < row_end[b, i].
+
+    q [B, S, H, K]; k, v [B, T, G, K] with G dividing H (grouped-query), any strides; row_start, row_end
+    int32 [B, S] within 0 .. T, non-decreasing along S if gradients are wanted. scale is 1 / sqrt(K) by
+    default. Returns o [B, S, H, K], and with return_lse also the natural log of each row's sum of exp
+    scores, float32 [B, H, S]. A row that sees no key gives zeros, and -inf in lse.
+
+    Derives the transposed mask on each call; where layers share a mask, call `prepare` once and
+    `prepared_attention` in each layer. The backward pass is deterministic. ValueError for what the
+    kernels do not serve.
+    """
+    if k.ndim != 4:
+        raise ValueError(f"k must be of shape (batch, keys, heads, head_dim), got {list(k.shape)}")
+    prepared = prepare(row_start, row_end, k.shape[1])
+    return prepared_attention(q, k, v, prepared, scale=scale, return_lse=return_lse)
+
+
+def prepared_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prepared: Prepared,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`interval_attention` with a mask made once by `prepare(row_start, row_end, T)` for many layers."""
+    _check_shapes(q, k, v, prepared)
+    check_served(q.device, q.dtype, q.shape[3])
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be greater than 0, got {scale}")
+    o, lse = torch.ops.interval_attention.forward(q, k, v, *prepared, scale)
+    return (o, lse) if return_lse else o
+
+
+def check_served(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """ValueError for a device, dtype or head size that no kernel serves: to be asked at start-up."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not served; served are {', '.join(map(str, DTYPES))}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim {head_dim} is not served; served are {', '.join(map(str, HEAD_DIMS))}")
+    if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
+        raise ValueError(
+            f"tensors on {device}: the kernels run on CUDA devices of compute capability 8.0 and above "
+            "(and on the CPU under TRITON_INTERPRET=1, for tests)"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{torch.cuda.get_device_name(device)}: compute capability is below 8.0")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be of shape (batch, seq, heads, head_dim), got {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    num_batch, num_rows, num_heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != num_batch or k.shape[3] != head_dim or num_heads % k.shape[2]:
+        raise ValueError(
+            f"k {list(k.shape)} and v {list(v.shape)} must be (batch, keys, groups, head_dim) with the batch "
+            f"and head_dim of q {list(q.shape)} and groups dividing its heads"
+        )
+    mask_shape, key_shape = tuple(prepared.row_start.shape), tuple(prepared.first_row.shape)
+    if mask_shape != (num_batch, num_rows) or key_shape != (num_batch, k.shape[1]):
+        raise ValueError(
+            f"intervals for {list(mask_shape)} queries and {list(key_shape)} keys, but q is {list(q.shape)} "
+            f"and k {list(k.shape)}"
+        )
+    if prepared.row_start.device != q.device:
+        raise ValueError(f"row_start is on {prepared.row_start.device}, but q on {q.device}")
+
+
+@torch.library.custom_op(
+    "interval_attention::forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, float scale) -> (Tensor, Tensor)",
+)
+def _forward(q, k, v, row_start, row_end, first_row, last_row, row_order, key_order, scale):
+    o, lse = _empty_outputs(q)
+    if o.numel():
+        _, num_rows, num_heads, head_dim = q.shape
+        tiles = stored_tiles(q.device, head_dim, q.dtype)
+        tile = tiles.decode if num_rows <= 16 else tiles.forward
+        sizes = (num_rows, k.shape[1], num_heads, num_heads // k.shape[2], triton.cdiv(num_rows, RUN))
+        grid = (row_order.numel() * (RUN // tile.rows) * num_heads,)
+        with torch.cuda.device_of(q):
+            forward_kernel[grid](
+                q, k, v, o, lse, row_start, row_end, row_order, scale,
+                *q.stride(), *k.stride(), *v.stride(), *sizes, RUN, **_blocks(tile, head_dim),
+            )  # fmt: skip
+    return o, lse
+
+
+@_forward.register_fake
+def _(q, k, v, row_start, row_end, first_row, last_row, row_order, key_order, scale):
+    return _empty_outputs(q)
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    num_batch, num_rows, num_heads, _ = q.shape
+    lse = torch.empty((num_batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op(
+    "interval_attention::backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor do, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_MASK}, float scale) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _backward(
+    do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_order, key_order, scale
+):
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    num_batch, num_rows, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads = k.shape[1:3]
+    if not (q.numel() and k.numel()):
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    tiles = stored_tiles(q.device, head_dim, q.dtype)
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
+    sizes = (num_rows, num_keys, num_heads, num_heads // num_kv_heads)
+    with torch.cuda.device_of(q):
+        delta_kernel[(triton.cdiv(num_rows, tiles.delta.rows) * num_batch * num_heads,)](
+            o, do, lse, dlse.contiguous(), delta, lse2, *do.stride(), num_rows, num_heads,
+            BLOCK_M=tiles.delta.rows, HEAD_DIM=head_dim, num_warps=tiles.delta.warps,
+        )  # fmt: skip
+        dkdv_kernel[(key_order.numel() * (RUN // tiles.dkdv.keys) * num_kv_heads,)](
+            q, k, v, do, delta, lse2, dk, dv, row_start, row_end, first_row, last_row, key_order, scale,
+            *strides, *sizes, triton.cdiv(num_keys, RUN), RUN, **_blocks(tiles.dkdv, head_dim),
+        )  # fmt: skip
+        dq_kernel[(row_order.numel() * (RUN // tiles.dq.rows) * num_heads,)](
+            q, k, v, do, delta, lse2, dq, row_start, row_end, row_order, scale,
+            *strides, *sizes, triton.cdiv(num_rows, RUN), RUN, **_blocks(tiles.dq, head_dim),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_order, key_order, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+
+
+def _differentiate(ctx, do, dlse):
+    q, k, v, o, lse, *mask = ctx.saved_tensors
+    gradients = torch.ops.interval_attention.backward(do, dlse, q, k, v, o, lse, *mask, ctx.scale)
+    return (*gradients, *[None] * 7)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _blocks(tile: Tile, head_dim: int) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "HEAD_DIM": head_dim,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

@@ -1,0 +1,27 @@
+"""Dense attention under the same mask, in the precision it is given: what the kernels are held against."""
+
+import torch
+from torch import Tensor
+
+
+def dense_mask(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor:
+    """bool [B, 1, S, T], True where a query sees a key. O(S x T) memory: for tests."""
+    key = torch.arange(num_keys, device=row_start.device)
+    return ((key >= row_start[..., None]) & (key < row_end[..., None]))[:, None]
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, row_start: Tensor, row_end: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(o [B, S, H, K], lse [B, H, S]) of `interval_attention` by its definition, in the dtype of q."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    score_BHST = torch.einsum("bshk,bthk->bhst", q, k) * scale
+    seen = dense_mask(row_start, row_end, k.shape[1])
+    some = seen.any(-1, keepdim=True)
+    # A row that sees nothing takes finite scores here and is replaced below: -inf alone would give NaN.
+    score_BHST = score_BHST.masked_fill(~seen & some, float("-inf"))
+    o = torch.einsum("bhst,bthk->bshk", score_BHST.softmax(-1), v)
+    lse = score_BHST.logsumexp(-1).masked_fill(~some[..., 0], float("-inf"))
+    return o * some[:, 0, :, :, None], lse
