@@ -45,6 +45,6 @@ $(INSTALLED): requirements.txt pyproject.toml
 	  { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@set -e; begin=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -r requirements.txt; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .; \
 	echo $$(( $$(date +%s) - begin )) > $@

@@ -27,6 +27,7 @@ from torch import Tensor
 from megafusion.data.shards import file_sha256
 from megafusion.errors import UserError
 from megafusion.train.ema import Ema
+from megafusion.train.reader import Reader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
@@ -74,7 +75,7 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema) -> dict:
     state = json.loads((path / "state.json").read_text())
     _materialize_moments(engine, state["step"])
     tensors = _tensors(engine, ema)
-    dcp.load(tensors, checkpoint_id=path / "tensors")
+    _read_tensors(path, tensors)
     for name, parameter in engine.module.named_parameters():
         safe_set_full_fp32_param(parameter, tensors[f"model.{name}"])
         parameter.data.copy_(tensors[f"model.{name}"])
@@ -90,7 +91,7 @@ def load_ema(path: Path, names_and_shapes: dict[str, torch.Size]) -> dict[str, T
     tensors = {f"ema.{name}": torch.empty(shape) for name, shape in names_and_shapes.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
-        dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=True)
+        _read_tensors(path, tensors, no_dist=True)
     return {name: tensors[f"ema.{name}"] for name in names_and_shapes}
 
 
@@ -124,6 +125,18 @@ def _publish(partial: Path, path: Path) -> None:
         os.fsync(manifest.fileno())
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+def _read_tensors(path: Path, tensors: dict[str, Tensor], no_dist: bool = False) -> None:
+    """Fill tensors by name. UserError where the checkpoint holds others, or is not one of ours."""
+    reader = Reader(path / "tensors")
+    reader.read_metadata()  # once by itself, for torch would wrap what it refuses
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
+    except dcp.api.CheckpointException as error:
+        raise UserError(
+            f"{path}: does not hold the tensors of this model ({_reason(error)}); choose another step-* folder"
+        ) from error
 
 
 def _tensors(engine: DeepSpeedEngine, ema: Ema) -> dict[str, Tensor]:

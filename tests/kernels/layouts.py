@@ -1,0 +1,112 @@
+"""Random packed rows and the comparison with dense attention that the kernel tests share."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from interval_attention import interval_attention
+from interval_attention.reference import reference_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def packed_row(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
+    """row_start and row_end of a row of random documents, images of one patch and more, and padding."""
+    start, end = [], []
+    while len(start) < length:
+        first = len(start)
+        if rng.random() < 0.1:  # padding: positions that see nothing, and that nobody sees
+            for position in range(first, first + rng.randint(1, 6)):
+                start.append(position)
+                end.append(position)
+            continue
+        for _ in range(rng.randint(1, 5)):
+            here = len(start)
+            size = rng.choice([1, 1, 2, 5, 9, 20])
+            if rng.random() < 0.5:  # an image, perhaps right behind another
+                end += [here + size] * size
+            else:
+                end += range(here + 1, here + size + 1)
+            start += [first] * size
+    return start[:length], [min(e, length) for e in end[:length]]
+
+
+def packed_rows(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """int32 [num_rows, length] starts and ends of as many random layouts."""
+    rng = random.Random(seed)
+    rows = [packed_row(rng, length) for _ in range(num_rows)]
+    start, end = (torch.tensor(bound, dtype=torch.int32, device=DEVICE) for bound in zip(*rows, strict=True))
+    return start, end
+
+
+@dataclass
+class Case:
+    """Inputs of one call, and what the output and the log-sum-exp are weighted with for gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    row_start: Tensor
+    row_end: Tensor
+    weight: Tensor
+    lse_weight: Tensor
+
+    @classmethod
+    def random(
+        cls,
+        row_start: Tensor,
+        row_end: Tensor,
+        num_heads: int = 2,
+        num_kv_heads: int = 1,
+        head_dim: int = 16,
+        num_keys: int | None = None,
+        seed: int = 0,
+    ) -> "Case":
+        """Normal values; num_keys is the queries' number by default."""
+        generator = torch.Generator().manual_seed(seed)
+        num_batch, num_rows = row_start.shape
+        num_keys = num_rows if num_keys is None else num_keys
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator).to(DEVICE)
+
+        return cls(
+            normal(num_batch, num_rows, num_heads, head_dim),
+            normal(num_batch, num_keys, num_kv_heads, head_dim),
+            normal(num_batch, num_keys, num_kv_heads, head_dim),
+            row_start,
+            row_end,
+            normal(num_batch, num_rows, num_heads, head_dim),
+            normal(num_batch, num_heads, num_rows),
+        )
+
+    def results(self, attention, dtype: torch.dtype, backward: bool = True) -> dict[str, Tensor]:
+        """Output, log-sum-exp and gradients of attention(q, k, v, row_start, row_end)."""
+        q, k, v = (x.detach().to(dtype).requires_grad_(backward) for x in (self.q, self.k, self.v))
+        o, lse = attention(q, k, v, self.row_start, self.row_end)
+        found = {"o": o.detach(), "lse": lse.detach()}
+        if backward:
+            finite = torch.where(lse.isfinite(), lse, 0)
+            ((o * self.weight.to(dtype)).sum() + (finite * self.lse_weight).sum()).backward()
+            found |= {"dq": q.grad, "dk": k.grad, "dv": v.grad}
+        return found
+
+    def check(
+        self,
+        attention=lambda *inputs: interval_attention(*inputs, return_lse=True),
+        dtype: torch.dtype = torch.float32,
+        forward_error: float = 1e-5,
+        gradient_error: float = 1e-4,
+        backward: bool = True,
+    ) -> None:
+        """The kernels against dense attention in float64 on the same values."""
+        found = self.results(attention, dtype, backward)
+        rounded = Case(*(x.to(dtype) for x in (self.q, self.k, self.v)), *list(vars(self).values())[3:])
+        expected = rounded.results(reference_attention, torch.float64, backward)
+        for name, value in expected.items():
+            error = forward_error if name in ("o", "lse") else gradient_error
+            torch.testing.assert_close(
+                found[name].double(), value.double(), atol=error, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
