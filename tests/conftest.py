@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# Without a GPU the kernels run under Triton's interpreter, which must be chosen before diffusers imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from diffusers import AutoencoderKL
 
 from data_prep.preprocess import PreprocessConfig, preprocess

@@ -9,6 +9,8 @@ from interval_attention.configs import HEAD_DIMS, Tile, stored_tiles
 from interval_attention.forward import forward_kernel
 from interval_attention.intervals import RUN, Prepared, prepare
 
+# Decided when the kernels were decorated, above.
+INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MASK = (
     "Tensor row_start, Tensor row_end, Tensor first_row, Tensor last_row, Tensor row_order, Tensor key_order"
@@ -67,12 +69,14 @@ def check_served(device: torch.device, dtype: torch.dtype, head_dim: int) -> Non
         raise ValueError(f"dtype {dtype} is not served; served are {', '.join(map(str, DTYPES))}")
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim {head_dim} is not served; served are {', '.join(map(str, HEAD_DIMS))}")
-    if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         raise ValueError(
             f"tensors on {device}: the kernels run on CUDA devices of compute capability 8.0 and above "
             "(and on the CPU under TRITON_INTERPRET=1, for tests)"
         )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    # Not traced by torch.compile, which cannot: such a chip is refused by the first eager call.
+    traced = torch.compiler.is_compiling()
+    if device.type == "cuda" and not traced and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"{torch.cuda.get_device_name(device)}: compute capability is below 8.0")
 
 

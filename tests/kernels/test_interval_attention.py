@@ -1,0 +1,313 @@
+"""The kernels against dense attention; on a CPU under Triton's interpreter (see tests/conftest.py)."""
+
+import random
+
+import pytest
+import torch
+from layouts import DEVICE, Case, packed_row, packed_rows
+from torch.utils.checkpoint import checkpoint
+
+import interval_attention as package
+from interval_attention import interval_attention, prepare, prepared_attention
+from interval_attention.reference import reference_attention
+
+
+def int32(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+
+
+def with_lse(q, k, v, row_start, row_end):
+    return interval_attention(q, k, v, row_start, row_end, return_lse=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_160_random_layouts_equal_dense_attention(seed):
+    rng = random.Random(seed)
+    heads = rng.choice([(1, 1), (2, 1), (2, 2), (3, 1)])
+    Case.random(*packed_rows(seed, 8, rng.randint(16, 52)), *heads, seed=seed).check()
+
+
+@pytest.mark.parametrize(("seed", "length"), [(100, 131), (101, 160), (102, 128)])
+def test_rows_longer_than_a_run_of_the_schedule(seed, length):
+    Case.random(*packed_rows(seed, 3, length), 1, 1, seed=seed).check()
+
+
+def test_grouped_queries():
+    Case.random(*packed_rows(7, 8, 30), num_heads=6, num_kv_heads=2).check()
+
+
+def test_one_document_over_everything():
+    """Full steps on both sides, as in plain causal attention and in a single image."""
+    size = 96
+    Case.random(int32([[0] * size] * 2), int32([list(range(1, size + 1)), [size] * size])).check()
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [("image", 16), ("image", 16), ("image", 3)],
+        [("image", 1), ("image", 1), ("text", 1), ("image", 1)] * 5,
+        [("text", 31), ("image", 2), ("text", 31)],
+        [("text", 16), ("new", 0), ("image", 16), ("new", 0), ("image", 17), ("text", 4)],
+        [("new", 0), ("text", 1)] * 20,
+    ],
+    ids=[
+        "adjacent images",
+        "one-patch images",
+        "image over a tile's edge",
+        "edges on tiles",
+        "one token each",
+    ],
+)
+def test_named_layouts(segments):
+    start, end, document = [], [], 0
+    for kind, size in segments:
+        here = len(start)
+        document = here if kind == "new" else document
+        end += [here + size] * size if kind == "image" else range(here + 1, here + size + 1)
+        start += [document] * size
+    Case.random(int32([start]), int32([end])).check()
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 17, 40])
+def test_fewer_queries_than_keys(num_rows):
+    """Decoding with a cache: some rows of packed layouts of 70 keys, in their order."""
+    rng = random.Random(num_rows)
+    start, end = packed_rows(num_rows, 8, 70)
+    chosen = torch.tensor([sorted(rng.sample(range(70), num_rows)) for _ in range(8)], device=DEVICE)
+    Case.random(start.gather(1, chosen), end.gather(1, chosen), num_keys=70).check()
+
+
+def test_the_forward_pass_takes_intervals_in_any_order():
+    """As generation makes them, whose padding behind a row's last position sees nothing."""
+    rng = random.Random(0)
+    bounds = [[sorted(rng.choices(range(51), k=2)) for _ in range(40)] for _ in range(8)]
+    start, end = (int32([[pair[i] for pair in row] for row in bounds]) for i in (0, 1))
+    end[:, ::7] = 0
+    Case.random(start, end, num_keys=50).check(backward=False)
+
+
+def test_rows_that_see_nothing_give_zeros_and_no_gradient():
+    nothing = int32([[0] * 20, [20] * 20])
+    found = Case.random(nothing, nothing).results(with_lse, torch.float32)
+    assert (found["lse"] == -torch.inf).all()
+    for name in ("o", "dq", "dk", "dv"):
+        assert (found[name] == 0).all(), name
+
+
+def test_intervals_beyond_the_keys_are_cut_to_them():
+    start, end = packed_rows(3, 2, 40)
+    case = Case.random(start, end)
+    found = case.results(
+        lambda q, k, v, s, e: with_lse(q, k, v, s.where(s > 0, -5), e.where(e < 40, 99)),
+        torch.float32,
+        backward=False,
+    )
+    expected = case.results(with_lse, torch.float32, backward=False)
+    assert torch.equal(found["o"], expected["o"])
+
+
+def reverse_strides(x):
+    return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+
+def heads_first(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def every_second(x):
+    return torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("view", [reverse_strides, heads_first, every_second])
+def test_inputs_and_gradients_of_any_strides(view):
+    def attention(q, k, v, row_start, row_end):
+        q, k, v = view(q), view(k), view(v)
+        assert not any(x.is_contiguous() for x in (q, k, v))
+        o, lse = interval_attention(q, k, v, row_start, row_end, return_lse=True)
+        return view(o), lse
+
+    # Two heads each, so that no order of dimensions is contiguous by chance.
+    Case.random(*packed_rows(11, 4, 37), 2, 2).check(attention)
+
+
+def test_a_broadcast_gradient_and_views_of_one_projection():
+    start, end = packed_rows(12, 2, 33)
+    qkv = torch.randn(2, 33, 4, 16, device=DEVICE, requires_grad=True)
+    q, k, v = qkv.split([2, 1, 1], dim=2)
+    (found,) = torch.autograd.grad(interval_attention(q, k, v, start, end).sum(), qkv)
+    (expected,) = torch.autograd.grad(reference_attention(q, k, v, start, end)[0].sum(), qkv)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_other_head_sizes(head_dim):
+    Case.random(*packed_rows(head_dim, 2, 35), 1, 1, head_dim).check()
+
+
+def test_half_precision():
+    Case.random(*packed_rows(21, 8, 40)).check(dtype=torch.float16, forward_error=3e-3, gradient_error=3e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="bfloat16 products are wrong under Triton's interpreter")
+def test_bfloat16_is_as_exact_as_pytorchs():
+    case = Case.random(*packed_rows(22, 8, 300), 4, 2, 128)
+    case = Case(*(x.bfloat16() for x in list(vars(case).values())[:3]), *list(vars(case).values())[3:])
+
+    def pytorch(q, k, v, row_start, row_end):
+        mask = (reference_attention(q, k, v, row_start, row_end)[1] > -torch.inf).any()
+        assert mask
+        key = torch.arange(k.shape[1], device=DEVICE)
+        seen = ((key >= row_start[..., None]) & (key < row_end[..., None]))[:, None]
+        o = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, enable_gqa=True
+        )
+        return o.transpose(1, 2), torch.zeros(1, device=DEVICE)
+
+    exact = case.results(reference_attention, torch.float64, backward=False)["o"]
+    some = (case.row_end > case.row_start)[..., None, None]
+    ours = case.results(with_lse, torch.bfloat16, backward=False)["o"]
+    theirs = case.results(pytorch, torch.bfloat16, backward=False)["o"]
+    error, their_error = (((o - exact) * some).abs().max() for o in (ours, theirs))
+    assert error <= 1.5 * their_error
+
+
+def test_scale_and_what_is_returned():
+    case = Case.random(*packed_rows(5, 2, 24))
+    inputs = (case.q, case.k, case.v, case.row_start, case.row_end)
+    o, _ = reference_attention(*inputs, scale=0.3)
+    found = interval_attention(*inputs, scale=0.3)
+    torch.testing.assert_close(found, o, atol=1e-5, rtol=0)
+    assert found.shape == case.q.shape
+    assert found.is_contiguous()
+
+
+def test_the_backward_pass_repeats_bit_for_bit():
+    case = Case.random(*packed_rows(31, 2, 90), 2, 1)
+    first, second = (case.results(with_lse, torch.float32) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+def test_the_reference_has_right_gradients():
+    start, end = int32([[0, 0, 2, 2, 4]]), int32([[1, 2, 4, 4, 4]])
+    q, k, v = (
+        torch.randn(1, 5, heads, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for heads in (2, 1, 1)
+    )
+    assert torch.autograd.gradcheck(lambda *x: reference_attention(*x, start, end)[0], (q, k, v))
+
+
+# What PyTorch sees of it
+
+
+def gradients(attention, case: Case) -> list[torch.Tensor]:
+    inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    o = attention(*inputs, case.row_start, case.row_end)
+    return [o.detach(), *torch.autograd.grad((o * case.weight).sum(), inputs)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile_keeps_it_in_one_graph(backend):
+    case = Case.random(*packed_rows(41, 2, 24))
+
+    def layer(q, k, v, row_start, row_end):
+        return torch.tanh(interval_attention(torch.sin(q), k, v, row_start, row_end) + q)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for found, expected in zip(gradients(compiled, case), gradients(layer, case), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_operators_are_registered_as_pytorch_wants():
+    case = Case.random(*packed_rows(42, 2, 20))
+    prepared = prepare(case.row_start, case.row_end)
+    inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    torch.library.opcheck(torch.ops.interval_attention.forward.default, (*inputs, *prepared, 0.25))
+    o, lse = torch.ops.interval_attention.forward(case.q, case.k, case.v, *prepared, 0.25)
+    torch.library.opcheck(
+        torch.ops.interval_attention.backward.default,
+        (case.weight, case.lse_weight, case.q, case.k, case.v, o, lse, *prepared, 0.25),
+    )
+
+
+def test_fake_tensors_have_the_real_ones_shapes_and_strides():
+    case = Case.random(*packed_rows(43, 2, 20), 2, 1)
+    q = heads_first(case.q)
+    real = with_lse(q, case.k, case.v, case.row_start, case.row_end)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = with_lse(*(mode.from_tensor(x) for x in (q, case.k, case.v, case.row_start, case.row_end)))
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    case = Case.random(*packed_rows(44, 2, 24))
+
+    def checkpointed(*inputs):
+        return checkpoint(interval_attention, *inputs, use_reentrant=False)
+
+    plain, again = gradients(interval_attention, case), gradients(checkpointed, case)
+    for found, expected in zip(again, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_one_preparation_serves_many_layers():
+    case = Case.random(*packed_rows(45, 2, 30))
+    prepared = prepare(case.row_start, case.row_end, 30)
+    found = gradients(lambda q, k, v, *_: prepared_attention(q, k, v, prepared), case)
+    for a, b in zip(found, gradients(interval_attention, case), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_empty_batch():
+    start, end = (x[:0] for x in packed_rows(0, 2, 8))
+    for value in Case.random(start, end).results(with_lse, torch.float32).values():
+        assert value.numel() == 0
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 8, 2, 48)}, r"head_dim 48 is not served; served are 16, 32, 64, 128, 256"),
+        ({"q": torch.zeros(1, 8, 32)}, r"q must be of shape .*\[1, 8, 32\]"),
+        ({"k": torch.zeros(1, 8, 2, 16, dtype=torch.float16)}, "k is torch.float16.*q is torch.float32"),
+        ({"k": torch.zeros(1, 9, 2, 16)}, r"k \[1, 9, 2, 16\] and v \[1, 8, 2, 16\]"),
+        ({"row_start": torch.zeros(1, 7, dtype=torch.int32)}, r"row_start \[1, 7\]"),
+        ({"row_start": torch.zeros(1, 8, dtype=torch.int64)}, "row_start must be int32.*int64"),
+        ({"scale": -1.0}, "scale must be greater than 0, got -1.0"),
+        ({"q": torch.zeros(1, 8, 3, 16)}, r"groups dividing its heads"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    head_dim = change["q"].shape[-1] if "q" in change and change["q"].ndim == 4 else 16
+    inputs = {name: torch.zeros(1, 8, 2, head_dim) for name in ("q", "k", "v")}
+    inputs |= {name: torch.zeros(1, 8, dtype=torch.int32) for name in ("row_start", "row_end")}
+    inputs = {n: x.to(DEVICE) if torch.is_tensor(x) else x for n, x in (inputs | change).items()}
+    with pytest.raises(ValueError, match=message):
+        interval_attention(**inputs)
+
+
+def test_devices_and_dtypes_are_refused_by_name(monkeypatch):
+    with pytest.raises(ValueError, match=r"torch\.float64 is not served; served are .*bfloat16"):
+        package.check_served(torch.device(DEVICE), torch.float64, 64)
+    monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"tensors on cpu: the kernels run on CUDA devices"):
+        package.check_served(torch.device("cpu"), torch.float32, 64)
+
+
+def test_the_layouts_hold_what_they_should():
+    """Non-decreasing bounds, with empty rows, text and images among them."""
+    kinds = set()
+    for seed in range(20):
+        start, end = packed_row(random.Random(seed), 60)
+        assert start == sorted(start)
+        assert end == sorted(end)
+        kinds |= {
+            "empty" if s == e else "text" if e == i + 1 else "image"
+            for i, (s, e) in enumerate(zip(start, end, strict=True))
+        }
+    assert kinds == {"empty", "text", "image"}
