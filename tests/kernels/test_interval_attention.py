@@ -24,7 +24,7 @@ def with_lse(q, k, v, row_start, row_end):
 def test_160_random_layouts_equal_dense_attention(seed):
     rng = random.Random(seed)
     heads = rng.choice([(1, 1), (2, 1), (2, 2), (3, 1)])
-    Case.random(*packed_rows(seed, 8, rng.randint(16, 52)), *heads, seed=seed).check()
+    Case.random(*packed_rows(seed, 8, rng.randint(16, 44)), *heads, seed=seed).check()
 
 
 @pytest.mark.parametrize(("seed", "length"), [(100, 131), (101, 160), (102, 128)])
@@ -37,9 +37,9 @@ def test_grouped_queries():
 
 
 def test_one_document_over_everything():
-    """Full steps on both sides, as in plain causal attention and in a single image."""
+    """Full steps for each head of each group, as in plain causal attention and in a single image."""
     size = 96
-    Case.random(int32([[0] * size] * 2), int32([list(range(1, size + 1)), [size] * size])).check()
+    Case.random(int32([[0] * size] * 2), int32([list(range(1, size + 1)), [size] * size]), 4, 2).check()
 
 
 @pytest.mark.parametrize(

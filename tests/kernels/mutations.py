@@ -1,0 +1,133 @@
+"""Break the kernels in many ways, one at a time, and show that a few tests catch each.
+
+python tests/kernels/mutations.py [name ...]
+
+Each mutation is a substitution in a temporary copy of the package; the tests below then run against the
+copy. Status 1 when one survives, or when the unbroken copy does not pass.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "kernels/interval_attention"
+TESTS = (
+    "test_160_random_layouts_equal_dense_attention[3]",
+    "test_grouped_queries",
+    "test_one_document_over_everything",
+    "test_rows_longer_than_a_run_of_the_schedule[100-131]",
+    "test_rows_that_see_nothing_give_zeros_and_no_gradient",
+    "test_fewer_queries_than_keys[7]",
+    "test_the_forward_pass_takes_intervals_in_any_order",
+    "test_inputs_and_gradients_of_any_strides[every_second]",
+    "test_intervals_beyond_the_keys_are_cut_to_them",
+)
+
+
+class Mutation(NamedTuple):
+    """Replace `old`, which stands once or more in `file`, by `new` everywhere."""
+
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = {
+    "a query sees one key too many": Mutation(
+        "forward.py", "(keys[None, :] < end[:, None])", "(keys[None, :] <= end[:, None])"
+    ),
+    "a query misses its first key": Mutation(
+        "forward.py", "(keys[None, :] >= start[:, None])", "(keys[None, :] > start[:, None])"
+    ),
+    "mask dropped in forward edges": Mutation(
+        "forward.py", "s = tl.where(seen, s, float", "s = tl.where(True, s, float"
+    ),
+    "mask dropped in dK and dV": Mutation("backward.py", "p_NM = tl.where(seen, p_NM, 0.0)", "p_NM = p_NM"),
+    "mask dropped in dQ": Mutation("backward.py", "p = tl.where(seen, p, 0.0)", "p = p"),
+    "last edge step skipped": Mutation(
+        "tiles.py", "num_left, num_left + num_right", "num_left, num_left + tl.maximum(num_right - 1, 0)"
+    ),
+    "a step counted as full that is not": Mutation(
+        "tiles.py",
+        "tl.maximum(inner_high - full_low, 0) // BLOCK",
+        "tl.cdiv(tl.maximum(inner_high - full_low, 0), BLOCK)",
+    ),
+    "left edge counted as full": Mutation("tiles.py", "low + tl.cdiv(inner_low - low, BLOCK) * BLOCK", "low"),
+    "wrong head group in forward": Mutation(
+        "forward.py", "(head // group).to", "(head % (num_heads // group)).to"
+    ),
+    "wrong head group in dK and dV": Mutation(
+        "backward.py", "head = (kv_head * group + i // num_full)", "head = (kv_head + i // num_full)"
+    ),
+    "only the group's first head adds to dK and dV": Mutation(
+        "backward.py", "range(0, num_edges * group)", "range(0, num_edges)"
+    ),
+    "scale missing in dQ": Mutation("backward.py", "dq_MD * scale", "dq_MD"),
+    "scale missing in dK": Mutation("backward.py", "dk_ND * scale", "dk_ND"),
+    "lse in base 2": Mutation("forward.py", "* 0.6931471805599453", "* 1.0"),
+    "gradient of lse ignored": Mutation("backward.py", " - dlse_M, mask", ", mask"),
+    "delta ignored in dQ": Mutation("backward.py", "dp - delta_M[:, None]", "dp"),
+    "accumulator not shrunk": Mutation("forward.py", "acc * shrink[:, None]", "acc"),
+    "first visible row one too late": Mutation(
+        "intervals.py",
+        "first_row = torch.searchsorted(row_end, key, right=True",
+        "first_row = torch.searchsorted(row_end, key + 1, right=True",
+    ),
+    "last visible row one too early": Mutation(
+        "intervals.py",
+        "last_row = torch.searchsorted(row_start, key, right=True",
+        "last_row = torch.searchsorted(row_start, key, right=False",
+    ),
+    "a run worked on twice, another never": Mutation(
+        "intervals.py", "argsort(descending=True, stable=True).int()", "argsort().int() // 2 * 2"
+    ),
+    "empty rows not zeroed": Mutation("forward.py", "some = start < end", "some = start <= end"),
+    "interval not cut to the keys": Mutation("tiles.py", "tl.minimum(end, num_keys)", "end"),
+    "last stride taken for 1": Mutation("tiles.py", "[None, :] * stride_d", "[None, :]"),
+}
+
+
+def run_tests(mutation: Mutation | None) -> subprocess.CompletedProcess:
+    """The tests against a copy of the package with one mutation, or with none."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "interval_attention"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if mutation is not None:
+            source = (copy / mutation.file).read_text()
+            if mutation.old not in source:
+                raise SystemExit(
+                    f"{mutation.file} does not hold {mutation.old!r}: bring mutations.py up to date"
+                )
+            (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
+        file = ROOT / "tests/kernels/test_interval_attention.py"
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--noconftest"]
+        command += [f"{file}::{test}" for test in TESTS]
+        environment = os.environ | {"PYTHONPATH": folder, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def main(names: list[str]) -> int:
+    """Print a line a mutation, after the tests have passed on the unbroken package."""
+    if (whole := run_tests(None)).returncode:
+        print(whole.stdout[-3000:])
+        return 1
+    survivors = 0
+    for name in names or MUTATIONS:
+        begin = time.perf_counter()
+        done = run_tests(MUTATIONS[name])
+        caught = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        by = caught[0].split("::")[1].split(" ")[0] if caught else "NOT CAUGHT"
+        survivors += not caught
+        print(f"{name:<48}{by:<64}{time.perf_counter() - begin:5.1f} s", flush=True)
+    print(f"{len(names or MUTATIONS) - survivors} of {len(names or MUTATIONS)} caught")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
