@@ -10,11 +10,10 @@ help:  ## Show this list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, draw and describe (runs/quickstart/).
-	@set -e; begin=$$(date +%s); \
+	@set -e; begin=$$(( $$(date +%s) - $$(cat $(INSTALLED)) )); \
 	$(BIN)/megafusion preprocess configs/preprocess/quickstart.yaml; \
-	setup=$$(( $$(cat $(INSTALLED)) + $$(date +%s) - begin )); \
 	$(BIN)/megafusion train configs/quickstart.yaml; \
-	$(BIN)/megafusion report runs/quickstart --setup-seconds $$setup
+	$(BIN)/megafusion report runs/quickstart --seconds-before $$(( $$(date +%s) - begin ))
 
 test: $(INSTALLED)  ## Run every test, on two processes, with coverage.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term

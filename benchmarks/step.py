@@ -1,6 +1,6 @@
 """How long is a training step of the quickstart model, and where does the time go?
 
-    python benchmarks/step.py [--json FILE]
+    python benchmarks/step.py [--json [FILE]]
 
 Needs the quickstart's shards (`make preprocess`). Seconds are medians over the steps.
 """
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megafusion.config import load_config
 from megafusion.sequence.packing import with_counts
+from megafusion.storage import write_file
 from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import make_engine, start_process_group
@@ -90,7 +91,7 @@ def main() -> None:
         "--config", type=Path, default=Path("configs/quickstart.yaml"), help="run configuration"
     )
     parser.add_argument("--steps", type=int, default=10, help="steps measured, after three to warm up")
-    parser.add_argument("--json", type=Path, help="file that receives the figures")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the file's")
     arguments = parser.parse_args()
     figures = measure(load_config(RunConfig, arguments.config, arguments.overrides), arguments.steps)
@@ -100,10 +101,11 @@ def main() -> None:
     )
     for phase in PHASES:
         table.add_row(phase, f"{figures[phase]:.3f}", f"{figures[phase] / whole:.0%}")
-    Console().print(table)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    Console(stderr=True).print(table)
+    if arguments.json == "-":
+        print(json.dumps(figures, indent=1))
+    elif arguments.json:
+        write_file(Path(arguments.json), json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

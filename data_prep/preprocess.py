@@ -13,15 +13,25 @@ import torch
 from PIL import Image
 from pydantic import Field
 from rich.progress import Progress
-from webdataset import WebDataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import megafusion
 from megafusion.autoencoder.codec import ImageCodec, to_tensor
 from megafusion.config import Config, dump_config
-from megafusion.data.shards import Kind, Manifest, StoredDocument, file_sha256, load_manifest, write_shards
+from megafusion.data.shards import (
+    MANIFEST,
+    Kind,
+    Manifest,
+    ShardFolder,
+    StoredDocument,
+    load_manifest,
+    write_shards,
+)
+from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.storage import file_sha256, refuse_foreign
 
 IMAGE_SUFFIXES = {"webp", "png", "jpg", "jpeg"}
 
@@ -82,7 +92,7 @@ def _make(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, progress: 
     fields = {"kind": kind, "tokenizer_sha256": tokenizer.hash}
     codec = None
     if kind == "pair":
-        codec = ImageCodec.from_pretrained(config.vae)
+        codec = ImageCodec.from_pretrained(config.vae, default_device())
         fields |= {
             "vae_sha256": codec.hash,
             "latent_shape": codec.latent_shape(config.image_size, config.image_size),
@@ -90,10 +100,13 @@ def _make(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, progress: 
             "latent_shift": codec.shift_factor,
         }
         if config.keys:
+            if not config.keys.is_file():
+                raise UserError(f"{config.keys}: no such file of keys")
             provenance[str(config.keys)] = file_sha256(config.keys)
     if _is_current(folder, fields, provenance):
         progress.console.print(f"{folder}: up to date")
         return load_manifest(folder)
+    refuse_foreign(folder, MANIFEST)
     skipped: Counter[str] = Counter()
     task = progress.add_task(f"{kind}s to {folder}", total=None, losses="")
     documents = _pairs(config, tokenizer, codec, skipped) if codec else _texts(config, tokenizer)
@@ -111,15 +124,11 @@ def _make(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, progress: 
 def _is_current(folder: Path, fields: dict, provenance: dict) -> bool:
     """Whether shards of the same inputs, tokenizer, autoencoder and settings stand there whole."""
     try:
-        manifest = load_manifest(folder)
+        shards = ShardFolder(folder)
     except UserError:
         return False
-    same = all(getattr(manifest, name) == value for name, value in fields.items())
-    whole = all(
-        (folder / shard.name).is_file() and (folder / shard.name).stat().st_size == shard.num_bytes
-        for shard in manifest.shards
-    )
-    return same and whole and manifest.provenance == provenance
+    same = all(getattr(shards.manifest, name) == value for name, value in fields.items())
+    return same and shards.manifest.provenance == provenance and shards.is_intact()
 
 
 def _input_files(paths: Iterable[Path]) -> list[Path]:
@@ -139,8 +148,9 @@ def _pairs(
 ) -> Iterator[StoredDocument]:
     usable = _usable(config, skipped)
     while batch := list(islice(usable, config.batch_size)):
-        means, log_variances = codec.encode(to_tensor([image for _, _, image in batch], config.image_size))
-        moments = torch.stack([means, log_variances], dim=1).to(torch.float16).numpy()
+        pictures = to_tensor([image for _, _, image in batch], config.image_size)
+        mean_and_log_variance = codec.encode(pictures.to(codec.model.device))
+        moments = torch.stack(mean_and_log_variance, dim=1).to(torch.float16).cpu().numpy()
         for (key, caption, _), picture_moments in zip(batch, moments, strict=True):
             tokens = np.array(tokenizer.encode(caption), np.int32)
             yield StoredDocument({"key": key, "caption": caption}, (tokens, picture_moments))
@@ -179,8 +189,6 @@ def decode_picture(picture: Picture) -> tuple[str, str, Image.Image]:
 def _pictures(config: PreprocessConfig) -> Iterator[Picture]:
     wanted = None
     if config.keys:
-        if not config.keys.is_file():
-            raise UserError(f"{config.keys}: no such file of keys")
         wanted = set(config.keys.read_text().split())
     found = set()
     origins = (_folder_pictures(path) if path.is_dir() else tar_pictures(path) for path in config.pictures)
@@ -198,16 +206,17 @@ def _pictures(config: PreprocessConfig) -> Iterator[Picture]:
 def tar_pictures(path: Path) -> Iterator[Picture]:
     """Every picture of a webdataset tar, with its caption. UserError when the tar cannot be read."""
     try:
-        for sample in WebDataset(str(path), shardshuffle=False, empty_check=False):
-            name = next((suffix for suffix in sample if suffix in IMAGE_SUFFIXES), None)
-            if name:
-                yield Picture(sample["__key__"], str(path), sample[name], sample.get("txt"))
-    except (OSError, EOFError, tarfile.TarError) as error:
+        with path.open("rb") as file:
+            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
+                name = next((suffix for suffix in sample if suffix in IMAGE_SUFFIXES), None)
+                if name:
+                    yield Picture(sample["__key__"], str(path), sample[name], sample.get("txt"))
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise UserError(f"{path}: not readable as a tar ({error}); fetch it again") from error
 
 
 def _folder_pictures(path: Path) -> Iterator[Picture]:
-    for file in sorted(path.rglob("*")):
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
         if file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES:
             caption = file.with_suffix(".txt")
             content = caption.read_bytes() if caption.is_file() else None

@@ -1,5 +1,6 @@
 """The `megafusion` command."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,9 @@ import typer
 from megafusion import __version__
 from megafusion.config import load_config
 from megafusion.errors import UserError
+
+# What a disk answers when it will not take more.
+DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +37,12 @@ def main() -> None:
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_REFUSALS:
+            raise
+        where = error.filename or "the disk"
+        typer.echo(f"error: {where}: {error.strerror}; make room, or choose another place", err=True)
         sys.exit(2)
 
 
@@ -152,8 +162,8 @@ def report(
     classifier: Annotated[Path, typer.Option(help="Weights of the classifier of those pictures.")] = Path(
         "data_prep/emoji/classifier.safetensors"
     ),
-    setup_seconds: Annotated[
-        float, typer.Option(help="Seconds spent before the run, to be counted in the total.")
+    seconds_before: Annotated[
+        float, typer.Option(help="Seconds from the first command to this one, for the total.", min=0)
     ] = 0.0,
 ) -> None:
     """Measure a quickstart run and show it: samples.png, captions.txt, losses.png, report.json.
@@ -162,7 +172,7 @@ def report(
     """
     from megafusion.evaluate.report import write_report
 
-    report = write_report(run_folder, pictures, classifier, setup_seconds)
+    report = write_report(run_folder, pictures, classifier, seconds_before)
     for name, value in report.items():
         typer.echo(f"{name}: {value}")
     typer.echo(f"look at {run_folder / 'samples.png'}, captions.txt and losses.png beside it")

@@ -17,7 +17,9 @@ from megafusion.errors import UserError
 class Config(BaseModel):
     """Base of every component's configuration: immutable, strict in types, closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 C = TypeVar("C", bound=Config)
@@ -89,6 +91,8 @@ def _describe(cls: type[Config], detail: dict) -> str:
             return f"unknown key {path!r}; {hint}"
         case "missing":
             return f"key {path!r} is required and missing"
+        case "value_error":  # ours: the message names the values itself
+            return f"{path + ': ' if path else ''}{detail['ctx']['error']}"
         case _:
             where = f"key {path!r}: " if path else ""
             return f"{where}{detail['msg']} (got {detail['input']!r})"

@@ -74,11 +74,11 @@ def test_make_quickstart_runs_what_these_tests_run():
 
 def test_the_report_has_its_figures_and_pictures(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    megafusion("megafusion report runs/quickstart --setup-seconds 12")
+    megafusion("megafusion report runs/quickstart --seconds-before 12")
     report = json.loads((folder / "runs/quickstart/report.json").read_text())
     assert report.keys() >= REPORT_KEYS
     assert report["num_steps"] == 3
-    assert report["seconds_total"] >= 12 + report["seconds_train"]
+    assert 12 < report["seconds_total"] < 120
     assert 0 <= report["concept_top1"] <= 1
     assert 0 <= report["caption_exact"] <= 1
     assert report["lm_loss_first"] == pytest.approx(7.6, abs=0.4)  # nearly log 2048

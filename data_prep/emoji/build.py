@@ -13,9 +13,10 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from data_prep.command import run_command, write_atomically
+from data_prep.command import run_command
 from data_prep.npm import NpmPackage, read_package
 from megafusion.errors import UserError
+from megafusion.storage import write_file
 
 FLUENT = NpmPackage(
     "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
@@ -142,8 +143,8 @@ def build(
     concepts = [concept.strip() for concept in STARTER_CONCEPTS.split(",")]
     starter = starter_keys({key: caption for key, (_, caption) in pairs.items()}, concepts)
     content = pack(pairs)
-    write_atomically(out / "emoji-000000.tar", content)
-    write_atomically(out / "starter.txt", "".join(f"{key}\n" for key in starter).encode())
+    write_file(out / "emoji-000000.tar", content)
+    write_file(out / "starter.txt", "".join(f"{key}\n" for key in starter).encode())
     typer.echo(f"{len(pairs)} pairs, {len(content)} bytes; {len(starter)} starter keys")
 
 

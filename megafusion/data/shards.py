@@ -6,11 +6,9 @@ log-variance of an image's latents. The index `shard-000000.index.npy` holds int
 any document is one read away and no archive is ever scanned.
 """
 
-import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from webdataset import TarWriter
 
 from megafusion.config import Config, parse_config
 from megafusion.errors import UserError
+from megafusion.storage import file_sha256, new_folder
 
 MANIFEST = "manifest.json"
 Kind = Literal["pair", "text"]
@@ -51,6 +50,10 @@ class Manifest(Config):
     """Text tokens, without bos, eos, boi and eoi."""
     num_images: int
     """Images."""
+    max_images: int = 0
+    """Most images of a document."""
+    max_tokens_beside_images: int = 0
+    """Most text tokens of a document with images, which is never split: it must fit in a row."""
     tokenizer_sha256: str
     """Hash of the SentencePiece model that made the tokens."""
     vae_sha256: str | None = None
@@ -88,37 +91,39 @@ def write_shards(
     """Write a folder of shards that appears whole or not at all; an older folder of that name goes.
 
     `manifest` gives the fields that the documents themselves do not tell. Deterministic: equal
-    documents make equal bytes. Raises UserError naming the folder when the disk is full.
+    documents make equal bytes. Raises UserError naming the folder when there is no document, when the
+    disk is full, and when the folder holds anything but shards.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(folder, MANIFEST) as partial:
         made = _write_all(partial, documents, documents_per_shard, manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        return made
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write shards ({error.strerror or error}); free space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not made.shards:
+            raise UserError(f"{folder}: the inputs hold no document that can be used; nothing is written")
+    return made
 
 
 def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int, manifest: dict) -> Manifest:
     entries, batch = [], []
-    num_tokens = num_images = 0
+    num_tokens = num_images = max_images = max_tokens = 0
     for document in documents:
         batch.append(document)
-        num_tokens += sum(len(s) for s in document.segments if s.ndim == 1)
-        num_images += sum(s.ndim == 4 for s in document.segments)
+        tokens = sum(len(s) for s in document.segments if s.ndim == 1)
+        images = sum(s.ndim == 4 for s in document.segments)
+        num_tokens, num_images = num_tokens + tokens, num_images + images
+        max_images = max(max_images, images)
+        max_tokens = max(max_tokens, tokens if images else 0)
         if len(batch) == per_shard:
             entries.append(_write_shard(folder, len(entries), batch))
             batch = []
     if batch:
         entries.append(_write_shard(folder, len(entries), batch))
-    made = Manifest(num_tokens=num_tokens, num_images=num_images, shards=tuple(entries), **manifest)
+    made = Manifest(
+        num_tokens=num_tokens,
+        num_images=num_images,
+        max_images=max_images,
+        max_tokens_beside_images=max_tokens,
+        shards=tuple(entries),
+        **manifest,
+    )
     (folder / MANIFEST).write_text(made.model_dump_json(indent=1) + "\n")
     return made
 
@@ -162,12 +167,6 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of shards. Raises UserError when there is none."""
     path = folder / MANIFEST
@@ -189,9 +188,7 @@ class ShardFolder:
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
         self._files: dict[int, int] = {}
-        self._offsets: dict[int, np.ndarray] = {}
-        for entry in self.manifest.shards:
-            self._check(entry)
+        self._offsets = [self._check(entry) for entry in self.manifest.shards]
 
     def __len__(self) -> int:
         return self.manifest.num_documents
@@ -199,7 +196,8 @@ class ShardFolder:
     def read(self, shard: int, position: int) -> StoredDocument:
         """One document. Raises UserError naming the shard and the member when its bytes are bad."""
         if shard not in self._files:
-            self._open(shard)
+            path = self.folder / self.manifest.shards[shard].name
+            self._files[shard] = os.open(path, os.O_RDONLY)
         first, last = self._offsets[shard][position : position + 2]
         content = os.pread(self._files[shard], int(last - first), int(first))
         where = f"{self.folder / self.manifest.shards[shard].name}, document {position}"
@@ -210,7 +208,12 @@ class ShardFolder:
                 raise
             raise UserError(f"{where}: not readable ({error}); preprocess again") from error
 
-    def _check(self, entry: ShardEntry) -> None:
+    def is_intact(self) -> bool:
+        """Whether every shard still has the hash that the manifest gives it; reads all of them."""
+        return all(file_sha256(self.folder / entry.name) == entry.sha256 for entry in self.manifest.shards)
+
+    def _check(self, entry: ShardEntry) -> np.ndarray:
+        """The offsets of a shard that is there whole, as far as a look without reading it can tell."""
         path = self.folder / entry.name
         if not path.is_file():
             raise UserError(f"{path}: shard named in {MANIFEST} is missing; copy it back or preprocess again")
@@ -219,15 +222,20 @@ class ShardFolder:
                 f"{path}: {path.stat().st_size} bytes where {MANIFEST} says {entry.num_bytes}: truncated or "
                 "altered; copy it again or preprocess again"
             )
-
-    def _open(self, shard: int) -> None:
-        path = self.folder / self.manifest.shards[shard].name
         index = path.with_suffix(".index.npy")
         try:
-            self._offsets[shard] = np.load(index, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            offsets = np.load(index, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{index}: not a readable index ({error}); preprocess again") from error
-        self._files[shard] = os.open(path, os.O_RDONLY)
+        if (
+            offsets.dtype != np.int64
+            or offsets.shape != (entry.num_documents + 1,)
+            or offsets[0] != 0
+            or offsets[-1] > entry.num_bytes
+            or (np.diff(offsets) <= 0).any()
+        ):
+            raise UserError(f"{index}: is not the index of {path.name}; preprocess again")
+        return offsets
 
     def _parse(self, content: bytes, where: str) -> StoredDocument:
         metadata, segments = None, []

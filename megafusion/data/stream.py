@@ -8,7 +8,7 @@ integers: the documents it has not packed yet, and where it reads next.
 """
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,14 @@ class StreamState:
     """By source: sequence positions packed so far, which steer the mixture."""
     pending: list[list] = field(default_factory=list)
     """Documents read and not packed yet, oldest first: source, epoch, order in it, piece."""
+
+    def plain(self) -> dict:
+        """A copy as plain values, which JSON can hold."""
+        return {
+            "position": {name: list(place) for name, place in self.position.items()},
+            "positions_packed": dict(self.positions_packed),
+            "pending": [list(place) for place in self.pending],
+        }
 
 
 class LogicalStream:
@@ -193,7 +201,7 @@ class BatchStream:
 
     def state(self) -> dict:
         """Plain values for a checkpoint: the batch's number and the state of each stream of this rank."""
-        streams = {str(number): asdict(stream.state) for number, stream in self._streams.items()}
+        streams = {str(number): stream.state.plain() for number, stream in self._streams.items()}
         return {"batch_number": self._batch_number, "streams": streams}
 
     def restore(self, state: dict) -> None:

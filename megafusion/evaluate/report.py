@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import psutil
 
 matplotlib.use("Agg")
 
@@ -17,12 +18,14 @@ from rich.progress import Progress
 from data_prep.preprocess import decode_picture, tar_pictures
 from megafusion.autoencoder.codec import to_tensor
 from megafusion.data.shards import ShardFolder
+from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.evaluate.classifier import IMAGE_SIZE, PictureClassifier
-from megafusion.evaluate.sheets import picture_sheet
+from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.generate.command import open_pipeline
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.progress import progress_bar
+from megafusion.storage import write_file
 from megafusion.train.config import RunConfig
 from megafusion.train.metrics import read_metrics
 from megafusion.train.record import load_run_config, peak_memory_bytes
@@ -41,15 +44,16 @@ class Pair(NamedTuple):
     picture: Image.Image
 
 
-def write_report(run_folder: Path, tar: Path, classifier_path: Path, setup_seconds: float) -> dict:
+def write_report(run_folder: Path, tar: Path, classifier_path: Path, seconds_before: float) -> dict:
     """Measure a finished run; writes samples.png, captions.txt, losses.png and report.json into it.
 
+    seconds_before: what the caller spent until this process began, for the total;
     tar: the pictures that the run's pairs were made from; classifier_path: names their concept and style.
     """
     started = time.monotonic()
     config = load_run_config(run_folder)
     metrics = read_metrics(run_folder)
-    pipeline = open_pipeline(run_folder)
+    pipeline = open_pipeline(run_folder).to(default_device())
     classifier = PictureClassifier.load(classifier_path)
     pairs = training_pairs(config, tar)
     with progress_bar() as progress:
@@ -61,8 +65,7 @@ def write_report(run_folder: Path, tar: Path, classifier_path: Path, setup_secon
     seconds_report = time.monotonic() - started
     report = {
         "num_steps": metrics[-1]["step"],
-        "seconds_total": round(setup_seconds + seconds_train + seconds_report, 1),
-        "seconds_setup": setup_seconds,
+        "seconds_total": round(seconds_before + time.time() - psutil.Process().create_time(), 1),
         "seconds_train": round(seconds_train, 1),
         "seconds_report": round(seconds_report, 1),
         "peak_memory_bytes": max(peak_memory_bytes(), *(line["memory_bytes"] for line in metrics)),
@@ -75,7 +78,7 @@ def write_report(run_folder: Path, tar: Path, classifier_path: Path, setup_secon
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in metrics),
         "classifier_on_real_pictures": classifier.figures,
     }
-    (run_folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_file(run_folder / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -117,24 +120,23 @@ def _draw(
         (f"{pair.caption}{'' if right else f' (taken for {key})'}", pair.picture.convert("RGB"), picture)
         for pair, picture, key, right in zip(chosen, drawn, found, marks, strict=True)
     ]
-    picture_sheet(cells, ("real", "drawn")).save(path)
+    write_file(path, png(picture_sheet(cells, ("real", "drawn"))))
     return sum(marks) / len(marks)
 
 
 def _describe(pipeline: TransfusionPipeline, pairs: list[Pair], path: Path, progress: Progress) -> float:
     """Describe every picture; the share whose words are exactly the caption's."""
     said = []
-    for first in progress.track(
-        range(0, len(pairs), NUM_DESCRIBED_AT_A_TIME), description="describing", update_period=0.5
-    ):
-        batch = pairs[first : first + NUM_DESCRIBED_AT_A_TIME]
-        said += pipeline.describe([pair.picture for pair in batch])
+    task = progress.add_task("describing", total=len(pairs), losses="")
+    for first in range(0, len(pairs), NUM_DESCRIBED_AT_A_TIME):
+        said += pipeline.describe([pair.picture for pair in pairs[first : first + NUM_DESCRIBED_AT_A_TIME]])
+        progress.update(task, completed=len(said))
     right = [caption == pair.caption for caption, pair in zip(said, pairs, strict=True)]
     lines = [
-        f"{'=' if mark else 'x'} {pair.caption} -> {caption}"
+        f"{'=' if mark else 'x'} {pair.caption} -> {' '.join(caption.split())}"
         for mark, pair, caption in zip(right, pairs, said, strict=True)
     ]
-    path.write_text("\n".join(lines) + "\n")
+    write_file(path, "\n".join(lines) + "\n")
     return sum(right) / len(right)
 
 

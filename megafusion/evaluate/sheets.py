@@ -1,5 +1,6 @@
 """Sheets of pictures with their captions, for people to look at."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 
@@ -37,3 +38,10 @@ def picture_sheet(
             (left, top + heading_height + side + 2), wrapped, fill="black", font=font, spacing=2
         )
     return sheet
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -55,12 +55,14 @@ class KVCache:
         """
         own = torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
         positions = self.lengths[:, None] + own
+        last = (self.lengths[:, None] + row_end_BS).max()
+        assert last < self.capacity, f"{last} positions, and room for {self.capacity - 1}"
         end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
         # Padding may reach past the capacity; it is written to the last slot, which is always spare.
         slots = positions.clamp(max=self.capacity - 1)
         for layer in self.layers:
             layer.slots = slots
-        return positions, Intervals(torch.zeros_like(end), end, self.capacity)
+        return positions, Intervals(torch.zeros_like(end), end, self.capacity, may_be_empty=True)
 
     def advance(self, counts_B: Tensor) -> None:
         """Keep the first `counts` positions of the last pass in each row."""

@@ -9,11 +9,14 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
 from megafusion.autoencoder.codec import ImageCodec
+from megafusion.device import default_device
 from megafusion.errors import UserError
+from megafusion.evaluate.sheets import png
 from megafusion.generate.pipeline import Part, TransfusionPipeline
 from megafusion.generate.sampling import SamplingConfig
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.storage import write_file
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         raise UserError("nothing to generate: give --prompt, --image or --interleave")
     pictures = [open_picture(path) for path in request.images]
     mixed: list[Part] = [open_picture(Path(p[1:])) if p.startswith("@") else p for p in request.parts]
-    pipeline = open_pipeline(checkpoint)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give --out a folder")
+    pipeline = open_pipeline(checkpoint).to(default_device())
     sampling = _sampling(pipeline.config.sampling, overrides)
-    out.mkdir(parents=True, exist_ok=True)
     lines = []
     with progress_bar() as progress:
         task = progress.add_task("denoising", total=sampling.num_steps, losses="", visible=False)
@@ -45,14 +49,14 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         drawn = pipeline.draw(request.prompts, seed=request.seed, sampling=sampling, report=report)
         for number, (prompt, picture) in enumerate(zip(request.prompts, drawn, strict=True)):
             path = out / f"{number}-{_slug(prompt)}.png"
-            picture.save(path)
+            write_file(path, png(picture))
             lines.append(f"{path}: drawn from {prompt!r}")
         for path, caption in zip(request.images, pipeline.describe(pictures, sampling=sampling), strict=True):
             lines.append(f"{path}: {caption}")
         if mixed:
             (answer,) = pipeline([mixed], seed=request.seed, sampling=sampling, report=report)
             lines += _write_answer(answer, out)
-    (out / "captions.txt").write_text("\n".join(lines) + "\n")
+    write_file(out / "captions.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
@@ -61,7 +65,6 @@ def open_pipeline(path: Path) -> TransfusionPipeline:
     from megafusion.train.assemble import make_pipeline
     from megafusion.train.checkpoint import complete_checkpoints, load_ema
     from megafusion.train.record import load_run_config
-    from megafusion.train.samples import with_weights
 
     if (path / "config.json").is_file():
         return TransfusionPipeline.from_pretrained(path)
@@ -78,7 +81,7 @@ def open_pipeline(path: Path) -> TransfusionPipeline:
     tokenizer, codec = Tokenizer(config.data.tokenizer), ImageCodec.from_pretrained(config.data.vae)
     pipeline = make_pipeline(config, tokenizer, codec)
     shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
-    with_weights(pipeline.model, load_ema(path, shapes))
+    pipeline.model.load_state_dict(load_ema(path, shapes))
     return pipeline
 
 
@@ -108,7 +111,7 @@ def _write_answer(answer: Sequence[Part], out: Path) -> list[str]:
         if isinstance(part, str):
             lines.append(f"answer {number}: {part}")
         else:
-            part.save(out / f"answer-{number}.png")
+            write_file(out / f"answer-{number}.png", png(part))
             lines.append(f"answer {number}: {out / f'answer-{number}.png'}")
     return lines or ["answer: nothing (the model ended at once)"]
 

@@ -69,7 +69,7 @@ class Generation:
         """Choose and read one token for each speaking row; returns those that go on."""
         logits = self.logits[speaking].clone()
         logits[:, self.tokenizer.eoi] = -torch.inf
-        silent = [i for i, row in enumerate(speaking) if not self.images_left[row]]
+        silent = [i for i, row in enumerate(speaking) if self.images_left[row] <= 0]
         logits[silent, self.tokenizer.boi] = -torch.inf
         tokens = logits.argmax(-1).tolist()
         drawing = [row for row, t in zip(speaking, tokens, strict=True) if t == self.tokenizer.boi]

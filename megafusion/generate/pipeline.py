@@ -21,14 +21,15 @@ from megafusion.generate.sampling import SamplingConfig
 from megafusion.model.transfusion import ModelConfig, Transfusion
 from megafusion.objective.losses import ObjectiveConfig
 from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.storage import new_folder
 
-FORMAT = "megafusion-pipeline/1"
+WEIGHTS = "model.safetensors"
 
 
 class PipelineConfig(Config):
     """What a pipeline folder's config.json holds."""
 
-    format: str = FORMAT
+    format: Literal["megafusion-pipeline/1"] = "megafusion-pipeline/1"
     """Version of the folder's layout."""
     image_size: tuple[int, int]
     """Height and width of pictures, in pixels."""
@@ -72,38 +73,30 @@ class TransfusionPipeline:
             )
         try:
             config = parse_config(PipelineConfig, json.loads(path.read_text()), str(path))
-            weights = load_file(folder / "model.safetensors")
+            weights = load_file(folder / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
         model = Transfusion(config.model, config.objective)
-        missing = model.state_dict().keys() ^ weights.keys()
-        if missing:
-            raise UserError(
-                f"{folder}/model.safetensors: weights do not fit config.json: {sorted(missing)[:3]}"
-            )
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in weights.items()}
+        if wrong := sorted(name for name in shapes | found if shapes.get(name) != found.get(name)):
+            raise UserError(f"{folder / WEIGHTS}: does not fit config.json, first at {wrong[0]}")
         model.load_state_dict(weights)
         tokenizer = Tokenizer(folder / "tokenizer.model")
         return cls(model, tokenizer, ImageCodec.from_pretrained(folder / "vae"), config)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json, model.safetensors, tokenizer.model and vae/; the folder appears whole."""
-        folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
+        """Write config.json, model.safetensors, tokenizer.model and vae/; the folder appears whole.
+
+        Raises UserError where it holds anything but an older pipeline, or when the disk is full.
+        """
+        with new_folder(Path(folder), WEIGHTS) as partial:
             (partial / "config.json").write_text(self.config.model_dump_json(indent=1) + "\n")
-            save_file(self.model.state_dict(), partial / "model.safetensors")
+            save_file(self.model.state_dict(), partial / WEIGHTS)
             shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
             self.codec.model.save_pretrained(partial / "vae")
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot write the pipeline ({error.strerror or error})") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def draw(
         self,
@@ -122,7 +115,7 @@ class TransfusionPipeline:
     def describe(
         self, pictures: Sequence[Image.Image], *, sampling: SamplingConfig | None = None
     ) -> list[str]:
-        """A caption for each picture, decoded greedily; never an empty one."""
+        """A caption of at least one token for each picture, decoded greedily."""
         prompts = [[picture] for picture in pictures]
         answers = self(prompts, begin="text", max_images=0, sampling=sampling)
         return [" ".join(answer).strip() for answer in answers]
@@ -146,6 +139,8 @@ class TransfusionPipeline:
         """
         if not prompts:
             return []
+        if begin == "image" and max_images < 1:
+            raise UserError('begin="image" needs max_images of at least 1')
         sampling = sampling or self.config.sampling
         return Generation(self, prompts, sampling, seed, max_images, report).run(begin)
 
@@ -160,7 +155,7 @@ class TransfusionPipeline:
 
 
 def check_parts(
-    model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec, image_size: tuple[int, int] | None
+    model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec, image_size: tuple[int, int]
 ) -> None:
     """UserError where tokenizer or autoencoder are not the size that the model was made for."""
     if tokenizer.vocab_size != model.vocab_size:
@@ -168,8 +163,14 @@ def check_parts(
             f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {tokenizer.vocab_size} ids (its "
             "pieces, boi and eoi); set model.vocab_size to that or give the tokenizer of the model"
         )
-    if image_size and codec.latent_shape(*image_size) != model.latent_shape:
+    if codec.latent_shape(*image_size) != model.latent_shape:
         raise UserError(
             f"model.latent_shape {model.latent_shape}, but the autoencoder makes "
             f"{codec.latent_shape(*image_size)} of {image_size[0]} x {image_size[1]} pixels"
         )
+
+
+def picture_size(model: ModelConfig, codec: ImageCodec) -> tuple[int, int]:
+    """Height and width of the pictures whose latents have the model's shape."""
+    _, height, width = model.latent_shape
+    return height * codec.downsampling, width * codec.downsampling

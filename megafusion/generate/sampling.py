@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from pydantic import Field
 
 from megafusion.config import Config
+from megafusion.errors import UserError
 from megafusion.objective.schedule import ScheduleConfig
 
 
@@ -18,14 +19,19 @@ class SamplingConfig(Config):
     """Denoising steps; DPM-Solver++ needs about a tenth of DDIM's."""
     guidance: float = Field(3.0, ge=0)
     """Classifier-free guidance: 1 is none; see `guided`."""
-    max_new_tokens: int = Field(128, gt=0)
+    max_new_tokens: int = Field(128, ge=0)
     """Longest text written before giving up on an end."""
 
 
 def make_sampler(
     sampling: SamplingConfig, schedule: ScheduleConfig
 ) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    """A diffusers sampler of the run's noise schedule, its timesteps set."""
+    """A diffusers sampler of the run's noise schedule, its timesteps set. UserError for too many."""
+    if sampling.num_steps > schedule.num_steps:
+        raise UserError(
+            f"sampling.num_steps {sampling.num_steps} is more than the {schedule.num_steps} timesteps that "
+            "the model was trained on; lower it"
+        )
     config = schedule.scheduler().config
     if sampling.sampler == "ddim":
         sampler = DDIMScheduler.from_config(config, set_alpha_to_one=True, timestep_spacing="trailing")

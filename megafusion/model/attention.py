@@ -22,7 +22,7 @@ def sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -
     mask = intervals.additive_mask.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     o_BSHK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
-    return o_BSHK * intervals.some_visible[..., None, None] if intervals.any_empty else o_BSHK
+    return o_BSHK * intervals.some_visible[..., None, None] if intervals.may_be_empty else o_BSHK
 
 
 BACKENDS: dict[str, Attention] = {"sdpa": sdpa}

@@ -1,9 +1,9 @@
 """The whole model: stem, blocks, tail - the three kinds of pipeline stage, called in turn on one device."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megafusion.config import Config
@@ -16,35 +16,37 @@ from megafusion.objective.losses import Losses, ObjectiveConfig, image_loss, tex
 from megafusion.objective.schedule import NoiseSchedule
 from megafusion.sequence.packing import PackedBatch
 
+Positive = Annotated[int, Field(gt=0)]
+
 
 class ModelConfig(Config):
     """A size of the model, named as the paper's table names it."""
 
-    num_layers: int
+    num_layers: int = Field(gt=0)
     """Transformer blocks."""
-    width: int
+    width: int = Field(gt=0)
     """Size D of the residual stream."""
-    num_heads: int
+    num_heads: int = Field(gt=0)
     """Query heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: int | None = Field(None, gt=0)
     """Key and value heads, fewer for grouped-query attention; as many as num_heads by default."""
-    hidden_width: int | None = None
+    hidden_width: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of the width rounded up to 128 by default."""
-    vocab_size: int
+    vocab_size: int = Field(gt=0)
     """Text pieces plus boi and eoi: the tokenizer's vocab_size."""
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[Positive, Positive, Positive]
     """Channels, height and width of an image's latents."""
     patch_size: Literal[1, 2, 4, 8]
     """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
     adapter: Literal["linear", "unet"] = "linear"
     """What stands between latents and the transformer."""
-    unet_channels: int = 320
+    unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
     attention: Backend = "sdpa"
     """Attention backend."""
-    rope_theta: float = 10_000.0
+    rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = Field(1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
 
     @model_validator(mode="after")

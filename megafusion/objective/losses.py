@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from megafusion.config import Config
@@ -14,7 +15,7 @@ from megafusion.sequence.document import IGNORED_LABEL
 class ObjectiveConfig(Config):
     """total = text + image_weight x image."""
 
-    image_weight: float = 5.0
+    image_weight: float = Field(5.0, ge=0)
     """The paper's lambda: the weight of the mean diffusion loss an image beside the mean loss a token."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The noise process."""

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from diffusers import DDPMScheduler
+from pydantic import Field
 from torch import Tensor, nn
 
 from megafusion.config import Config
@@ -13,7 +14,7 @@ class ScheduleConfig(Config):
 
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
     """diffusers' name of the schedule; squaredcos_cap_v2 is the cosine schedule of the paper."""
-    num_steps: int = 1000
+    num_steps: int = Field(1000, gt=0)
     """Timesteps of the noise process in training."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """What is predicted: the noise (the paper), or the velocity (Salimans and Ho, arXiv 2202.00512)."""

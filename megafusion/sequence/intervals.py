@@ -18,12 +18,14 @@ class Intervals:
 
     row_start, row_end: int32 [B, S]; the query at [b, i] sees keys row_start <= j < row_end, and none
     where the two are equal. num_keys: number of key positions; S in training, the cache's length in
-    generation.
+    generation. may_be_empty: whether some row may see none; packed rows never do, and knowing so spares
+    each layer the question.
     """
 
     row_start: Tensor
     row_end: Tensor
     num_keys: int
+    may_be_empty: bool = False
 
     @cached_property
     def dense_mask(self) -> Tensor:
@@ -56,8 +58,3 @@ class Intervals:
     def some_visible(self) -> Tensor:
         """bool [B, S]: whether the row sees any key."""
         return self.row_end > self.row_start
-
-    @cached_property
-    def any_empty(self) -> bool:
-        """Whether some row sees no key at all."""
-        return not bool(self.some_visible.all())

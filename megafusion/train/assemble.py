@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from megafusion.autoencoder.codec import ImageCodec
+from megafusion.data.shards import Manifest
 from megafusion.data.source import Source, open_sources
 from megafusion.data.stream import BatchStream
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts, picture_size
 from megafusion.model.transfusion import Transfusion
 from megafusion.sequence.packing import RowShape
 from megafusion.sequence.tokenizer import Tokenizer
@@ -31,15 +32,10 @@ def assemble(config: RunConfig) -> Parts:
     """Open and check everything that a run needs, before anything is written."""
     tokenizer = Tokenizer(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
-    check_parts(config.model, tokenizer, codec, None)
+    check_parts(config.model, tokenizer, codec, picture_size(config.model, codec))
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
     for name, source in sources.items():
-        shape = source.folder.manifest.latent_shape
-        if shape not in (None, config.model.latent_shape):
-            raise UserError(
-                f"data.sources.{name}: latents of shape {shape}, but model.latent_shape is "
-                f"{config.model.latent_shape}"
-            )
+        _check_rows(f"data.sources.{name}", source.folder.manifest, config)
     stream = BatchStream(
         config.data,
         sources,
@@ -54,6 +50,24 @@ def assemble(config: RunConfig) -> Parts:
     return Parts(tokenizer, codec, sources, stream, Transfusion(config.model, config.objective))
 
 
+def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
+    """UserError where a source's latents or longest documents do not fit the run's rows."""
+    model, data = config.model, config.data
+    if manifest.latent_shape not in (None, model.latent_shape):
+        raise UserError(
+            f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
+        )
+    if not manifest.num_images:
+        return
+    most = 2 + manifest.max_tokens_beside_images + manifest.max_images * (model.num_patches + 2)
+    if most > data.sequence_length or manifest.max_images > data.images_per_row:
+        raise UserError(
+            f"{key}: its documents with images take up to {most} positions and {manifest.max_images} images, "
+            f"more than a row of data.sequence_length {data.sequence_length} and data.images_per_row "
+            f"{data.images_per_row}; raise them or shorten the captions"
+        )
+
+
 def row_shape(config: RunConfig) -> RowShape:
     """The shape of a packed row that data and model agree on."""
     return RowShape(
@@ -66,9 +80,10 @@ def row_shape(config: RunConfig) -> RowShape:
 
 def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
     """A pipeline of a run's model, its weights still to be put in."""
-    _, height, width = config.model.latent_shape
-    image_size = (height * codec.downsampling, width * codec.downsampling)
     pipeline_config = PipelineConfig(
-        image_size=image_size, model=config.model, objective=config.objective, sampling=config.sampling
+        image_size=picture_size(config.model, codec),
+        model=config.model,
+        objective=config.objective,
+        sampling=config.sampling,
     )
     return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,9 +26,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from megafusion.data.shards import file_sha256
 from megafusion.errors import UserError
+from megafusion.storage import file_sha256
 from megafusion.train.ema import Ema
+from megafusion.train.engine import together
 from megafusion.train.reader import Reader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,30 +51,32 @@ def save_checkpoint(
     dist.all_gather_object(states, stream_state["streams"])
     streams = {number: state for part in states for number, state in part.items()}
     state = {**state, "data": {**stream_state, "streams": streams}}
+    with together():
+        if dist.get_rank() == 0:
+            with _named(path):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / "state.json").write_text(json.dumps(state))
     try:
+        with together(), _named(path):
+            dcp.save(_tensors(engine, ema), checkpoint_id=partial / "tensors")
+        with together():
+            if dist.get_rank() == 0:
+                with _named(path):
+                    _publish(partial, path)
+                    for old in complete_checkpoints(folder)[:-keep_last]:
+                        shutil.rmtree(old)
+    finally:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / "state.json").write_text(json.dumps(state))
-        dist.barrier()
-        dcp.save(_tensors(engine, ema), checkpoint_id=partial / "tensors")
-        if dist.get_rank() == 0:
-            _publish(partial, path)
-            for old in complete_checkpoints(folder)[:-keep_last]:
-                shutil.rmtree(old)
-    except (OSError, dcp.api.CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{path}: cannot write the checkpoint ({_reason(error)}); free space and start again: the run "
-            "resumes from the checkpoint before"
-        ) from error
-    dist.barrier()
     return path
 
 
 def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema) -> dict:
     """Put weights, moments and averages in place; returns the plain state (step, data)."""
-    verify_checkpoint(path)
+    with together():
+        if dist.get_rank() == 0:
+            verify_checkpoint(path)
     state = json.loads((path / "state.json").read_text())
     _materialize_moments(engine, state["step"])
     tensors = _tensors(engine, ema)
@@ -81,7 +86,6 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema) -> dict:
         parameter.data.copy_(tensors[f"model.{name}"])
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, tensors[f"{moment}.{name}"], moment)
-        ema.weights[name].copy_(tensors[f"ema.{name}"])
     return state
 
 
@@ -102,15 +106,31 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def verify_checkpoint(path: Path) -> None:
     """Raise UserError naming the file that is missing or not as it was written."""
+    way_out = f"delete {path} to go on from the checkpoint before"
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path}: no {MANIFEST}, so no complete checkpoint; choose another step-* folder")
-    manifest = json.loads((path / MANIFEST).read_text())
-    for name, written in manifest["files"].items():
-        file = path / name
+        raise UserError(f"{path}: no {MANIFEST}, so no complete checkpoint; {way_out}")
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        written = {path / name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / MANIFEST}: not readable ({error}); {way_out}") from error
+    for file, (num_bytes, sha256) in written.items():
         if not file.is_file():
-            raise UserError(f"{file}: missing from the checkpoint; choose another step-* folder")
-        if file.stat().st_size != written["bytes"] or file_sha256(file) != written["sha256"]:
-            raise UserError(f"{file}: not as it was written; choose another step-* folder")
+            raise UserError(f"{file}: missing from the checkpoint; {way_out}")
+        if file.stat().st_size != num_bytes or file_sha256(file) != sha256:
+            raise UserError(f"{file}: not as it was written; {way_out}")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the disk refuses, as a UserError that names the checkpoint."""
+    try:
+        yield
+    except (OSError, dcp.api.CheckpointException) as error:
+        raise UserError(
+            f"{path}: cannot write the checkpoint ({_reason(error)}); free space and start again: the run "
+            "resumes from the checkpoint before"
+        ) from error
 
 
 def _publish(partial: Path, path: Path) -> None:
@@ -135,7 +155,8 @@ def _read_tensors(path: Path, tensors: dict[str, Tensor], no_dist: bool = False)
         dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except dcp.api.CheckpointException as error:
         raise UserError(
-            f"{path}: does not hold the tensors of this model ({_reason(error)}); choose another step-* folder"
+            f"{path}: does not hold the tensors of this model ({_reason(error)}); delete it to go on from "
+            "the checkpoint before"
         ) from error
 
 

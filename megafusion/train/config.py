@@ -47,7 +47,7 @@ class RunConfig(Config):
 
     out: Path
     """Run folder: frozen configuration, metrics, checkpoints, samples."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights and of the data order."""
     data: DataConfig
     model: ModelConfig
@@ -69,5 +69,10 @@ class RunConfig(Config):
             raise ValueError(
                 f"data.image_first_max_timestep {self.data.image_first_max_timestep} is beyond "
                 f"objective.schedule.num_steps {self.objective.schedule.num_steps}"
+            )
+        if self.sampling.num_steps > self.objective.schedule.num_steps:
+            raise ValueError(
+                f"sampling.num_steps {self.sampling.num_steps} is beyond objective.schedule.num_steps "
+                f"{self.objective.schedule.num_steps}"
             )
         return self

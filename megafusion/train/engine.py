@@ -1,6 +1,8 @@
 """DeepSpeed's engine around the plain model: one process here, many under its launcher."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -12,22 +14,37 @@ from megafusion.train.config import RunConfig
 from megafusion.train.optimizer import make_optimizer
 
 
-def start_process_group() -> torch.device:
-    """Join the launcher's processes, or be one alone; returns this rank's device."""
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if "MASTER_ADDR" not in os.environ:
-            # No launcher: a process alone needs no meeting point, so it opens no port.
-            os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # DeepSpeed's shared-memory collectives for CPUs are compiled at start, for which a user would
-        # need a compiler; gloo's serve.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+def start_process_group() -> None:
+    """Join the launcher's processes, or be one alone; from then on this rank's device is the default."""
+    if dist.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if on_gpu else "gloo"
+    if "MASTER_ADDR" not in os.environ:
+        # No launcher: a process alone needs no meeting point, and nothing to be reached at from outside.
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # DeepSpeed's shared-memory collectives for CPUs are compiled at start, for which a user would
+    # need a compiler; gloo's serve.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What one rank refuses in this block, every rank refuses with its message: none waits for it."""
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    if found := next((m for m in messages if m is not None), None):
+        raise UserError(found)
 
 
 def rows_of_rank(config: RunConfig) -> range:

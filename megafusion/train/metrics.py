@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
+from megafusion.storage import write_file
 from megafusion.train.config import TrainConfig
 
 METRICS = "metrics.jsonl"
@@ -26,7 +27,7 @@ class Metrics:
         )
         if silent:
             return
-        _forget_from(folder / METRICS, first_step)
+        _forget_after(folder, first_step)
         self._lines = (folder / METRICS).open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._wandb = _start_wandb(config.wandb_project, folder) if config.wandb_project else None
@@ -66,21 +67,31 @@ class Metrics:
         """Record a sheet of sample pictures and the captions written."""
         self._board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         self._board.add_text("captions", captions, step)
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({"samples": wandb.Image(sheet, caption=captions)}, step=step)
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The recorded lines of a run, oldest first."""
+    """The recorded lines of a run, oldest first; one that a killed process left unfinished is no line."""
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"{path}: no metrics there; give the folder of a run that has trained")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
 
 
-def _forget_from(path: Path, step: int) -> None:
+def _forget_after(folder: Path, step: int) -> None:
     """Drop lines of steps that are about to be run again after a resume."""
-    if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+    if (folder / METRICS).is_file():
+        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        write_file(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _start_wandb(project: str, folder: Path):
@@ -90,4 +101,4 @@ def _start_wandb(project: str, folder: Path):
         raise UserError(
             "train.wandb_project: wandb is not installed; pip install 'megafusion[wandb]' or set it to null"
         ) from error
-    return wandb.init(project=project, dir=folder, name=folder.name, resume="allow")
+    return wandb.init(project=project, dir=folder, id=folder.name, name=folder.name, resume="allow")

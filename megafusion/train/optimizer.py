@@ -1,12 +1,15 @@
 """AdamW, its two parameter groups, and the learning rate as a function of the step."""
 
 import math
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from megafusion.config import Config
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
@@ -18,7 +21,7 @@ class OptimizerConfig(Config):
     """Where the cosine ends, at the last step."""
     num_warmup_steps: int = Field(4000, ge=0)
     """Steps of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the two moments."""
     epsilon: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""

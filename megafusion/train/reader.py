@@ -35,7 +35,8 @@ _ALLOWED = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) in _ALLOWED or isinstance(getattr(torch, name, None), torch.dtype):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours holds")
 
@@ -50,7 +51,9 @@ class Reader(FileSystemReader):
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: not read ({error}); choose another step-* folder") from error
+            raise UserError(
+                f"{path}: not read ({error}); delete {path.parents[1]} to go on from the one before"
+            ) from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from megafusion.config import changed_keys, dump_config, load_config
 from megafusion.data.shards import load_manifest
 from megafusion.errors import UserError
+from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
 # Keys that may differ between a run's start and its resumption: they decide no number of any step.
 FREE_KEYS = (
+    "out",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
@@ -38,10 +40,29 @@ def freeze(config: RunConfig) -> None:
                 f"{config.out}: holds a run with other values of {', '.join(changed)}; choose another "
                 "out=, or delete the folder to train anew"
             )
+        _check_shards(config)
         return
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "environment.json").write_text(json.dumps(_environment(config), indent=1) + "\n")
-    path.write_text(dump_config(config))
+    refuse_foreign(config.out, "config.yaml")
+    write_file(config.out / "environment.json", json.dumps(_environment(config), indent=1) + "\n")
+    write_file(path, dump_config(config))
+
+
+def _check_shards(config: RunConfig) -> None:
+    """UserError where a run to be resumed would read other shards than it began with."""
+    recorded = json.loads((config.out / "environment.json").read_text())["shards"]
+    for name, hashes in _shard_hashes(config).items():
+        if hashes != recorded[name]:
+            raise UserError(
+                f"data.sources.{name}: other shards than {config.out} was started with; bring those back, or "
+                "choose another out= to train on these"
+            )
+
+
+def _shard_hashes(config: RunConfig) -> dict[str, list[str]]:
+    return {
+        name: [shard.sha256 for shard in load_manifest(source.path).shards]
+        for name, source in config.data.sources.items()
+    }
 
 
 def _environment(config: RunConfig) -> dict:
@@ -59,10 +80,7 @@ def _environment(config: RunConfig) -> dict:
         "packages": {name: version(name) for name in packages},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--short"),
-        "shards": {
-            name: [shard.sha256 for shard in load_manifest(source.path).shards]
-            for name, source in config.data.sources.items()
-        },
+        "shards": _shard_hashes(config),
     }
 
 

@@ -13,11 +13,11 @@ from megafusion.train.assemble import Parts, assemble, make_pipeline
 from megafusion.train.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
-from megafusion.train.engine import make_engine, start_process_group
+from megafusion.train.engine import make_engine, start_process_group, together
 from megafusion.train.metrics import Metrics
 from megafusion.train.optimizer import learning_rate
 from megafusion.train.record import freeze, peak_memory_bytes
-from megafusion.train.samples import sample_pairs, show_samples, with_weights
+from megafusion.train.samples import sample_pairs, show_samples
 from megafusion.train.step import train_step
 
 
@@ -28,11 +28,11 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
     limit would. Raises UserError before the first step for whatever does not fit together.
     """
     start_process_group()
-    parts = assemble(config)
     is_first = dist.get_rank() == 0
-    if is_first:
-        freeze(config)
-    dist.barrier()
+    with together():
+        parts = assemble(config)
+        if is_first:
+            freeze(config)
     engine = make_engine(parts.model, config)
     ema = Ema(engine.module, config.train.ema_decay)
     checkpoints = config.out / "checkpoints"
@@ -59,6 +59,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
             if due(config.train.log_every) or step == 1:
                 metrics.log(step, {**_figures(step, losses, engine, rate), **clock.read(step)})
             if due(config.train.checkpoint_every):
+                _check_finite(step, losses, engine)
                 state = {"step": step, "seconds": clock.seconds()}
                 save_checkpoint(checkpoints, engine, ema, state, batch.state, config.train.keep_last)
             if sampler and config.samples.every and due(config.samples.every):
@@ -67,13 +68,19 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
         sampler.pipeline().save_pretrained(config.out / "pipeline")
 
 
-def _figures(step: int, losses: Losses, engine: DeepSpeedEngine, rate: float) -> dict[str, float]:
-    """What a line of metrics says about a step. UserError when the losses are no longer numbers."""
-    if not torch.isfinite(losses.total):
+def _check_finite(step: int, losses: Losses, engine: DeepSpeedEngine) -> None:
+    """UserError, before anything is saved, when losses or gradients are no longer numbers."""
+    norm = torch.as_tensor(engine.get_global_grad_norm())
+    if not (torch.isfinite(losses.total) and torch.isfinite(norm)):
         raise UserError(
-            f"step {step}: the loss is {losses.total.item()}; lower optimizer.learning_rate or lengthen "
-            "optimizer.num_warmup_steps. The last checkpoint is kept"
+            f"step {step}: the loss is {losses.total.item()} and the gradient norm {norm.item()}; lower "
+            "optimizer.learning_rate or lengthen optimizer.num_warmup_steps. The last checkpoint is kept"
         )
+
+
+def _figures(step: int, losses: Losses, engine: DeepSpeedEngine, rate: float) -> dict[str, float]:
+    """What a line of metrics says about a step."""
+    _check_finite(step, losses, engine)
     return {
         "text_loss": losses.text.item(),
         "image_loss": losses.image.item(),
@@ -113,7 +120,7 @@ class _Sampler:
         if self._pipeline is None:
             pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
             self._pipeline = pipeline.to(self._device)
-        with_weights(self._pipeline.model, self._ema.weights)
+        self._pipeline.model.load_state_dict(self._ema.weights)
         return self._pipeline
 
     def show(self, step: int):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
 
 from megafusion.data.source import Source
-from megafusion.evaluate.sheets import picture_sheet
+from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.storage import write_file
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,7 @@ def show_samples(pipeline: TransfusionPipeline, pairs: SamplePairs, path: Path) 
     drawn = pipeline.draw(pairs.captions)
     described = pipeline.describe(pairs.pictures)
     sheet = picture_sheet(list(zip(pairs.captions, pairs.pictures, drawn, strict=True)), ("real", "drawn"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    write_file(path, png(sheet))
     lines = [f"- {true} -> {said}" for true, said in zip(pairs.captions, described, strict=True)]
-    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_file(path.with_suffix(".txt"), "\n".join(lines) + "\n")
     return sheet, "\n".join(lines)
-
-
-def with_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put named weights into a model in place."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])

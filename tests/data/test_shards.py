@@ -119,7 +119,7 @@ def test_a_failing_write_leaves_the_older_folder_as_it_was(folder):
         yield from documents(5)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=f"{folder}: cannot write shards .No space left"):
+    with pytest.raises(UserError, match=f"{folder}: cannot be written .No space left"):
         write_shards(folder, failing(), 4, **FIELDS)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert not list(folder.parent.glob("*.partial"))

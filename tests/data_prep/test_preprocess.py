@@ -114,7 +114,7 @@ def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, 
     assert not list((tmp_path / "out").glob("*.partial"))
     make(pictures=(tar,), on_error="skip")
     assert load_manifest(tmp_path / "out/pairs").num_documents == 2
-    assert f"1 x {message.split(': ')[1]}" in capsys.readouterr().err.replace("\n", " ")
+    assert f"1 x {message.split(': ')[1]}" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "I;16"])

@@ -107,7 +107,7 @@ def test_attention_equals_softmax_written_out_with_grouped_queries_and_empty_row
     q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
     start = torch.tensor([[0, 0, 2, 3, 3], [0, 1, 1, 1, 4]], dtype=torch.int32)
     end = torch.tensor([[1, 4, 4, 3, 6], [1, 1, 6, 6, 6]], dtype=torch.int32)
-    out = sdpa(q, k, v, Intervals(start, end, 6))
+    out = sdpa(q, k, v, Intervals(start, end, 6, may_be_empty=True))
     for b in range(2):
         for i in range(5):
             for h in range(4):

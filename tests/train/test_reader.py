@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megafusion.data.shards import file_sha256
 from megafusion.errors import UserError
+from megafusion.storage import file_sha256
 from megafusion.train.checkpoint import load_ema
 
 

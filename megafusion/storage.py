@@ -1,0 +1,62 @@
+"""Files and folders that appear whole or not at all."""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megafusion.errors import UserError
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: a reader never sees a part of it. Makes the folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.close()
+            # Temporary files are private by default; what we publish is readable by all.
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def new_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """A folder to fill, which takes its place when the block ends well, and is gone otherwise.
+
+    An older folder of that name is replaced if it is of the same kind, which its file `marker` shows.
+    Raises UserError where it holds anything else, or when the disk is full.
+    """
+    refuse_foreign(folder, marker)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_foreign(folder: Path, marker: str) -> None:
+    """UserError where a folder to be replaced holds something that is not ours to delete."""
+    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds other files, which would be lost; choose another folder")

@@ -1,0 +1,59 @@
+"""Folders and files appear whole, and what is not ours is never deleted."""
+
+import pytest
+
+from megafusion.errors import UserError
+from megafusion.storage import new_folder, write_file
+
+
+def fill(folder, content="new"):
+    with new_folder(folder, "marker") as partial:
+        (partial / "marker").write_text(content)
+
+
+def test_a_folder_replaces_its_own_kind_and_an_empty_one(tmp_path):
+    fill(tmp_path / "a", "old")
+    fill(tmp_path / "a")
+    assert (tmp_path / "a/marker").read_text() == "new"
+    (tmp_path / "empty").mkdir()
+    fill(tmp_path / "empty")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "empty"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_not_ours_stays(tmp_path, kind):
+    place = tmp_path / "thesis"
+    if kind == "folder":
+        place.mkdir()
+        (place / "thesis.txt").write_text("years of work")
+    else:
+        place.write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis: holds other files, which would be lost"):
+        fill(place)
+    assert (place / "thesis.txt" if kind == "folder" else place).read_text() == "years of work"
+
+
+def test_a_failure_leaves_the_old_and_nothing_half_made(tmp_path):
+    fill(tmp_path / "a", "old")
+    with (
+        pytest.raises(UserError, match=r"a: cannot be written \(No space left"),
+        new_folder(tmp_path / "a", "marker") as partial,
+    ):
+        (partial / "marker").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "a/marker").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep/file.txt"
+    write_file(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]

@@ -1,0 +1,164 @@
+"""What a run refuses, and when: before the first step, with the way out, and nothing lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megafusion.config import parse_config
+from megafusion.data.shards import ShardFolder, write_shards
+from megafusion.errors import UserError
+from megafusion.train.checkpoint import complete_checkpoints, load_ema, verify_checkpoint
+from megafusion.train.config import RunConfig
+from megafusion.train.metrics import read_metrics
+from megafusion.train.run import train
+
+
+def start(values: dict, stop_after: int | None = None) -> Path:
+    config = parse_config(RunConfig, values, "test")
+    train(config, stop_after)
+    return config.out
+
+
+@pytest.fixture
+def own_shards(run_values, shards, tmp_path) -> Path:
+    """The run's shards in a folder that a test may change."""
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    for name, source in run_values["data"]["sources"].items():
+        source["path"] = str(folder / name)
+    return folder
+
+
+def test_other_shards_under_a_run_are_refused(run_values, own_shards):
+    run = start(run_values, stop_after=2)
+    source = ShardFolder(own_shards / "text")
+    documents = [source.read(0, i) for i in (1, 0, *range(2, 8))]
+    manifest = source.manifest.model_dump(include={"kind", "tokenizer_sha256", "provenance"})
+    write_shards(own_shards / "text", documents, 8, **manifest)
+    with pytest.raises(UserError, match=r"data\.sources\.text: other shards than .* was started with"):
+        start(run_values)
+    assert len(read_metrics(run)) == 2
+
+
+def test_a_moved_run_goes_on(run_values, tmp_path):
+    run = start(run_values, stop_after=2)
+    run.rename(tmp_path / "elsewhere")
+    assert len(read_metrics(start(run_values | {"out": str(tmp_path / "elsewhere")}))) == 6
+
+
+def test_a_folder_that_is_no_run_is_left_alone(run_values):
+    other = Path(run_values["out"])
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        start(run_values)
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+
+
+def test_diverged_weights_never_push_out_a_good_checkpoint(run_values):
+    run_values["train"] |= {"log_every": 5, "checkpoint_every": 1, "keep_last": 1}
+    run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
+    with pytest.raises(UserError, match="step 2: the loss is"):
+        start(run_values)
+    (kept,) = complete_checkpoints(Path(run_values["out"]) / "checkpoints")
+    assert kept.name == "step-00000001"
+
+
+def test_a_line_of_metrics_that_a_kill_cut_short_is_written_anew(run_values):
+    run = start(run_values, stop_after=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "text_l')
+    start(run_values)
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": {}}}'])
+def test_a_damaged_manifest_of_a_checkpoint_is_named(run_values, content):
+    run = start(run_values, stop_after=1)
+    (checkpoint,) = complete_checkpoints(run / "checkpoints")
+    (checkpoint / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json: not readable .*delete .* to go on"):
+        verify_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_of_another_model_is_named(run_values):
+    run = start(run_values, stop_after=1)
+    (checkpoint,) = complete_checkpoints(run / "checkpoints")
+    with pytest.raises(UserError, match="does not hold the tensors of this model"):
+        load_ema(checkpoint, {"no.such.weight": (1,)})
+
+
+def test_captions_that_do_not_fit_in_a_row_are_refused_at_start(run_values):
+    run_values["data"]["sequence_length"] = 22
+    message = r"data\.sources\.pairs: its documents with images take up to \d+ positions and 1 images"
+    with pytest.raises(UserError, match=message):
+        start(run_values)
+    assert not Path(run_values["out"]).exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "type", "order"])
+def test_a_wrong_index_is_refused_at_start(run_values, own_shards, damage):
+    index = own_shards / "pairs/shard-000001.index.npy"
+    offsets = np.load(index)
+    if damage == "missing":
+        index.unlink()
+    else:
+        changed = {"short": offsets[:-1], "type": offsets.astype(np.float64), "order": offsets[::-1]}
+        np.save(index, changed[damage])
+    with pytest.raises(UserError, match=r"shard-000001\.index\.npy: .*preprocess again"):
+        start(run_values)
+
+
+def test_a_flipped_byte_in_a_shard_is_seen_by_its_hash(own_shards):
+    folder = ShardFolder(own_shards / "pairs")
+    assert folder.is_intact()
+    path = own_shards / "pairs/shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    assert not ShardFolder(own_shards / "pairs").is_intact()
+
+
+@pytest.mark.parametrize(
+    ("room", "values", "message"),
+    [
+        ("model", {"num_heads": 0}, r"key 'model\.num_heads'"),
+        ("model", {"width": -4}, r"key 'model\.width'"),
+        ("model", {"latent_shape": [0, 8, 8]}, r"key 'model\.latent_shape\.0'"),
+        ("optimizer", {"betas": [2.0, 0.5]}, r"key 'optimizer\.betas\.0'"),
+        ("optimizer", {"learning_rate": float("inf")}, r"key 'optimizer\.learning_rate'"),
+        ("sampling", {"num_steps": 5000}, r"sampling\.num_steps 5000 is beyond"),
+    ],
+)
+def test_values_out_of_bounds_are_named(run_values, room, values, message):
+    run_values[room] = run_values.get(room, {}) | values
+    with pytest.raises(UserError, match=message) as refused:
+        parse_config(RunConfig, run_values, "test")
+    assert len(str(refused.value)) < 300
+
+
+def test_a_seed_too_large_is_refused(run_values):
+    with pytest.raises(UserError, match="key 'seed'"):
+        parse_config(RunConfig, run_values | {"seed": 2**64}, "test")
+
+
+def test_the_step_benchmark_runs(run_values, tmp_path, monkeypatch, capsys):
+    from benchmarks import step
+
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    monkeypatch.setattr("sys.argv", ["step.py", "--config", str(config), "--steps", "2", "--json"])
+    step.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert all(figures[phase] > 0 for phase in ("data", "forward", "backward", "optimizer"))
+    assert figures["tokens_per_second"] > 0
+
+
+def test_a_source_without_documents_is_refused(tmp_path):
+    with pytest.raises(UserError, match="hold no document"):
+        write_shards(tmp_path / "text", [], 4, kind="text", tokenizer_sha256="t", provenance={})
+    assert not (tmp_path / "text").exists()
