@@ -35,12 +35,14 @@ def test_what_is_not_ours_stays(tmp_path, kind):
 
 def test_a_failure_leaves_the_old_and_nothing_half_made(tmp_path):
     fill(tmp_path / "a", "old")
-    with (
-        pytest.raises(UserError, match=r"a: cannot be written \(No space left"),
-        new_folder(tmp_path / "a", "marker") as partial,
-    ):
-        (partial / "marker").write_text("half")
-        raise OSError(28, "No space left on device")
+
+    def fail():
+        with new_folder(tmp_path / "a", "marker") as partial:
+            (partial / "marker").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"a: cannot be written \(No space left"):
+        fail()
     assert (tmp_path / "a/marker").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
