@@ -1,14 +1,18 @@
 """attention(q, k, v, intervals): one signature for every backend."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
+from megafusion.errors import UserError
 from megafusion.sequence.intervals import Intervals
 
-Backend = Literal["sdpa"]
+Backend = Literal["auto", "sdpa", "flex", "interval"]
 Attention = Callable[[Tensor, Tensor, Tensor, Intervals], Tensor]
 
 
@@ -25,4 +29,61 @@ def sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -
     return o_BSHK * intervals.some_visible[..., None, None] if intervals.may_be_empty else o_BSHK
 
 
-BACKENDS: dict[str, Attention] = {"sdpa": sdpa}
+def flex(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -> Tensor:
+    """PyTorch's FlexAttention with the intervals as a BlockMask, shapes as in `sdpa`; compiled on CUDA.
+
+    UserError for gradients on a CPU, for which PyTorch has no such backward pass.
+    """
+    if not q_BSHK.is_cuda and (q_BSHK.requires_grad or k_BTGK.requires_grad or v_BTGK.requires_grad):
+        raise UserError(
+            "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
+        )
+    attend = _compiled_flex() if q_BSHK.is_cuda else flex_attention
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
+    grouped = q.shape[1] != k.shape[1]
+    return attend(q, k, v, block_mask=intervals.block_mask, enable_gqa=grouped).transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable:
+    return torch.compile(flex_attention)
+
+
+def interval(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -> Tensor:
+    """The Triton kernels of `kernels/interval_attention`, shapes as in `sdpa`: CUDA only."""
+    # Not at the top: Triton exists for Linux alone, and the other backends need none.
+    from interval_attention import prepared_attention
+
+    return prepared_attention(q_BSHK, k_BTGK, v_BTGK, intervals.prepared)
+
+
+def auto(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -> Tensor:
+    """`interval` for half precision on CUDA where it serves the head size; `sdpa` for everything else."""
+    half = q_BSHK.is_cuda and q_BSHK.dtype in (torch.bfloat16, torch.float16)
+    chosen = interval if half and not _refusal(q_BSHK.device, q_BSHK.dtype, q_BSHK.shape[-1]) else sdpa
+    return chosen(q_BSHK, k_BTGK, v_BTGK, intervals)
+
+
+def check_backend(backend: Backend, head_size: int) -> None:
+    """UserError at start-up where `interval` is asked for and cannot serve: there is no silent fall-back."""
+    if backend != "interval":
+        return
+    reason = "no CUDA device is here"
+    if torch.cuda.is_available():
+        reason = _refusal(torch.device("cuda"), torch.bfloat16, head_size)
+    if reason:
+        raise UserError(f"model.attention: interval cannot serve ({reason}); use auto or sdpa")
+
+
+def _refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Why the kernels do not serve a case; empty where they do."""
+    try:
+        from interval_attention import check_served
+
+        check_served(device, dtype, head_size)
+    except (ImportError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+BACKENDS: dict[str, Attention] = {"auto": auto, "sdpa": sdpa, "flex": flex, "interval": interval}

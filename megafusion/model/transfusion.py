@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megafusion.config import Config
 from megafusion.model.adapters import LinearDown, LinearUp, Skips
-from megafusion.model.attention import Backend
+from megafusion.model.attention import Backend, check_backend
 from megafusion.model.rope import Rope, rope_at
 from megafusion.model.transformer import Block, initialize
 from megafusion.model.unet import UNetDown, UNetUp
@@ -43,7 +43,8 @@ class ModelConfig(Config):
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
     attention: Backend = "sdpa"
-    """Attention backend."""
+    """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flex, PyTorch's FlexAttention;
+    auto takes interval where it serves, else sdpa."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     norm_epsilon: float = Field(1e-5, gt=0)
@@ -147,6 +148,7 @@ class Transfusion(nn.Module):
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
+        check_backend(config.attention, config.width // config.num_heads)
         self.config, self.objective = config, objective
         self.schedule = NoiseSchedule(objective.schedule)
         self.stem = Stem(config)

@@ -7,9 +7,14 @@ image's end for a patch. Nothing else about the mask is ever stored or sent.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+if TYPE_CHECKING:
+    from interval_attention import Prepared
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,22 @@ class Intervals:
     def some_visible(self) -> Tensor:
         """bool [B, S]: whether the row sees any key."""
         return self.row_end > self.row_start
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask as FlexAttention wants it; making it looks at all S x num_keys pairs once a batch."""
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key >= self.row_start[row, query]) & (key < self.row_end[row, query])
+
+        num_rows, num_queries = self.row_start.shape
+        return create_block_mask(
+            sees, num_rows, None, num_queries, self.num_keys, device=self.row_start.device
+        )
+
+    @cached_property
+    def prepared(self) -> "Prepared":
+        """Column bounds and schedule for the Triton kernels."""
+        from interval_attention import prepare
+
+        return prepare(self.row_start, self.row_end, self.num_keys)

@@ -1,0 +1,109 @@
+"""Attention backends: each equals sdpa where it serves, and says so where it does not."""
+
+import pytest
+import torch
+
+from megafusion.errors import UserError
+from megafusion.model.attention import BACKENDS, auto, check_backend, flex, sdpa
+from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.objective.losses import ObjectiveConfig
+from megafusion.sequence.intervals import Intervals
+
+SMALL = {
+    "num_layers": 1,
+    "width": 32,
+    "num_heads": 2,
+    "vocab_size": 40,
+    "latent_shape": (2, 8, 8),
+    "patch_size": 4,
+}
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+eager_flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def mixed_rows(num_rows: int) -> Intervals:
+    """Text, an image of 40 patches, text; then a second document of text; a last row that sees nothing."""
+    row = torch.arange(num_rows, dtype=torch.int32)
+    end = torch.where((row >= 10) & (row < 50), 50, row + 1)
+    start = torch.where(row < 70, 0, 70)
+    end[-1] = 0
+    return Intervals(start.int()[None], end.int()[None], num_rows, may_be_empty=True)
+
+
+def inputs(num_queries: int, num_keys: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = ((1, num_queries, 4, 16), (1, num_keys, 2, 16), (1, num_keys, 2, 16))
+    return tuple(torch.randn(shape).to(dtype) for shape in shapes)
+
+
+@eager_flex
+def test_flex_equals_sdpa():
+    intervals = mixed_rows(150)
+    found, expected = (attend(*inputs(150, 150), intervals) for attend in (flex, sdpa))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found[:, -1] == 0).all()
+
+
+@eager_flex
+def test_flex_with_fewer_queries_than_keys():
+    whole = mixed_rows(150)
+    part = Intervals(whole.row_start[:, 60:75], whole.row_end[:, 60:75], 150)
+    found, expected = (attend(*inputs(15, 150), part) for attend in (flex, sdpa))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@without_gpu
+def test_flex_refuses_to_train_on_a_cpu():
+    q, k, v = inputs(20, 20)
+    with pytest.raises(UserError, match=r"model\.attention: flex cannot train on a CPU.*use sdpa"):
+        flex(q.requires_grad_(), k, v, mixed_rows(20))
+
+
+@without_gpu
+def test_interval_is_refused_at_start_up_without_a_gpu():
+    with pytest.raises(UserError, match=r"model\.attention: interval .*no CUDA device.*use auto or sdpa"):
+        Transfusion(ModelConfig(**SMALL, attention="interval"), ObjectiveConfig())
+    for backend in ("auto", "sdpa", "flex"):
+        check_backend(backend, 16)
+
+
+@without_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_is_sdpa_on_a_cpu(dtype):
+    intervals = mixed_rows(30)
+    assert torch.equal(auto(*inputs(30, 30, dtype), intervals), sdpa(*inputs(30, 30, dtype), intervals))
+
+
+def test_head_sizes_that_the_kernels_lack_are_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError, match=r"head_dim 24 is not served; served are 16, .*use auto or sdpa"):
+        check_backend("interval", 24)
+
+
+@without_gpu
+def test_interval_equals_sdpa_under_the_interpreter():
+    intervals, found = mixed_rows(90), []
+    intervals.row_end[0, -1] = 90  # non-decreasing, as the backward pass needs
+    for attend in (BACKENDS["interval"], sdpa):
+        q, k, v = (x.requires_grad_() for x in inputs(90, 90))
+        o = attend(q, k, v, intervals)
+        found.append([o, *torch.autograd.grad((o * torch.arange(16)).sum(), (q, k, v))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    assert intervals.prepared is intervals.prepared
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
+@pytest.mark.parametrize("name", ["interval", "flex", "auto"])
+def test_backends_equal_sdpa_on_a_gpu(name):
+    whole = mixed_rows(150)
+    end = whole.row_end.clone()
+    end[0, -1] = 150
+    found = []
+    for attend in (BACKENDS[name], sdpa):
+        intervals = Intervals(whole.row_start.cuda(), end.cuda(), 150)
+        q, k, v = (x.cuda().requires_grad_() for x in inputs(150, 150, torch.bfloat16))
+        o = attend(q, k, v, intervals)
+        found.append([o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=3e-2, rtol=3e-2)
