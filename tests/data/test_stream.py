@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
-from megafusion.data.shards import ShardFolder
+from megafusion.data.shards import ShardFolder, StoredDocument, write_shards
 from megafusion.data.source import Source, open_sources
-from megafusion.data.stream import BatchStream, LogicalStream
+from megafusion.data.stream import BatchStream, GlobalBatch, LogicalStream
 from megafusion.errors import UserError
-from megafusion.sequence.packing import RowShape
+from megafusion.sequence.packing import RowShape, collate
 
 NUM_ROWS = 4
 
@@ -33,6 +33,38 @@ def make_stream(data, tokenizer, codec):
         return BatchStream(data, sources, shape, tokenizer, 1000, NUM_ROWS, rows, micro)
 
     return make
+
+
+@pytest.fixture
+def make_logical_stream(data, tokenizer, codec, tmp_path):
+    """Stream 0 of 1 over hand-made sources: weight, documents and manifest fields, by name."""
+
+    def make(made: dict[str, tuple[float, list, dict]], seed: int = 0, **changes) -> LogicalStream:
+        values = data.model_dump() | {"num_streams": 1, "sources": {}} | changes
+        for name, (weight, segments, fields) in made.items():
+            documents = [StoredDocument({}, s) for s in segments]
+            origin = {"tokenizer_sha256": tokenizer.hash, "provenance": {}}
+            write_shards(tmp_path / name, documents, 16, **origin | fields)
+            values["sources"][name] = {"path": tmp_path / name, "weight": weight}
+        config = DataConfig(**values)
+        shape = RowShape(config.sequence_length, config.images_per_row, 16, (4, 8, 8))
+        sources = open_sources(config, tokenizer, codec.hash, seed)
+        return LogicalStream(0, sources, config, shape, tokenizer, 1000)
+
+    return make
+
+
+def texts_of(lengths) -> tuple[list, dict]:
+    """Documents that take these numbers of positions, bos and eos among them."""
+    return [(np.full(length - 2, 7, np.int32),) for length in lengths], {"kind": "text"}
+
+
+def pairs_of(num: int, codec, mean: float, log_variance: float) -> tuple[list, dict]:
+    """Pairs whose pictures are as vague as asked."""
+    moments = np.stack([np.full((4, 8, 8), value, np.float16) for value in (mean, log_variance)])
+    fields = {"kind": "pair", "vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
+    scale = {"latent_scale": 2.0, "latent_shift": 0.1}
+    return [(np.array([7, 8], np.int32), moments)] * num, fields | scale
 
 
 def digest(batch) -> list[str]:
@@ -80,6 +112,28 @@ def test_a_restart_goes_on_with_the_same_rows_past_the_end_of_an_epoch(make_stre
         assert [row for rank in ranks for row in digest(rank.next())] == expected[step]
 
 
+def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data, tokenizer, codec):
+    """With twice as many streams as rows every stream is read, also by ranks and after a restart."""
+    data = data.model_copy(update={"num_streams": 2 * NUM_ROWS})
+    shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    sources = open_sources(data, tokenizer, codec.hash, 0)
+    streams = [LogicalStream(m, sources, data, shape, tokenizer, 1000) for m in range(2 * NUM_ROWS)]
+    expected = []
+    for batch in range(7):
+        rows = [streams[(batch * NUM_ROWS + g) % (2 * NUM_ROWS)].next_row() for g in range(NUM_ROWS)]
+        expected.append(digest(GlobalBatch([collate(rows)], {})))
+    whole, first = make_stream(data=data), make_stream(data=data)
+    assert [digest(whole.next()) for _ in range(7)] == expected
+    assert all(sum(s["positions_packed"].values()) for s in whole.state()["streams"].values())
+    for _ in range(3):  # odd, so that the second half of the streams is next
+        state = json.loads(json.dumps(first.next().state))
+    ranks = [make_stream(range(2), data=data), make_stream(range(2, 4), data=data)]
+    for rank in ranks:
+        rank.restore(state)
+    for rows in expected[3:]:
+        assert [row for rank in ranks for row in digest(rank.next())] == rows
+
+
 @given(num_documents=st.integers(1, 50), num_streams=st.integers(1, 7), seed=st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_every_document_stands_exactly_once_in_an_epoch(num_documents, num_streams, seed):
@@ -95,7 +149,7 @@ def test_every_document_stands_exactly_once_in_an_epoch(num_documents, num_strea
         assert sorted(seen) == list(range(num_documents))
 
 
-def source_of(num_documents: int, num_streams: int, seed: int) -> Source:
+def source_of(num_documents: int, num_streams: int, seed: int, number: int = 0) -> Source:
     """A source that holds an index alone: shards of 7 documents, the last one short."""
 
     class Entry:
@@ -111,7 +165,7 @@ def source_of(num_documents: int, num_streams: int, seed: int) -> Source:
         def __len__(self):
             return num_documents
 
-    return Source("s", 0, Folder(), num_streams, seed)
+    return Source("s", number, Folder(), num_streams, seed)
 
 
 def test_epochs_are_shuffled_anew():
@@ -119,6 +173,32 @@ def test_epochs_are_shuffled_anew():
     orders = [[source.document_at(0, epoch, i) for i in range(20)] for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2]
     assert orders[0] != sorted(orders[0])
+
+
+def test_shards_are_shuffled_and_each_is_read_whole():
+    source = source_of(42, 1, 0)
+    shard_orders = []
+    for epoch in range(3):
+        shards = [source.document_at(0, epoch, i) // 7 for i in range(42)]
+        assert all(len(set(shards[i : i + 7])) == 1 for i in range(0, 42, 7))
+        shard_orders.append(shards[::7])
+    assert all(sorted(order) == list(range(6)) != order for order in shard_orders)
+    assert shard_orders[0] != shard_orders[1]
+
+
+def test_every_stream_source_and_seed_has_a_shuffle_of_its_own():
+    def order(source: Source, stream: int) -> list[int]:
+        """Places within the stream's own run, so that the orders of two streams can be compared."""
+        return [source.document_at(stream, 0, i) - 42 * stream for i in range(42)]
+
+    orders = [
+        order(source_of(84, 2, seed, number), stream)
+        for seed in (0, 1)
+        for number in (0, 1)
+        for stream in (0, 1)
+    ]
+    assert all(sorted(each) == list(range(42)) for each in orders)
+    assert len({tuple(each) for each in orders}) == len(orders)
 
 
 def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
@@ -152,6 +232,59 @@ def test_mixture_follows_the_weights(data, tokenizer, codec):
         stream.next_row()
     packed = stream.state.positions_packed
     assert packed["text"] / sum(packed.values()) == pytest.approx(0.75, abs=0.02)
+
+
+def test_what_waits_in_the_look_ahead_counts_for_the_mixture(make_logical_stream):
+    """After any row the sources are read in step, to within one document, not only in the long run."""
+    lengths, weights = {"short": 12, "long": 22}, {"short": 1.0, "long": 2.0}
+    made = {name: (weights[name], *texts_of([lengths[name]] * 20)) for name in lengths}
+    stream = make_logical_stream(made, look_ahead=16, sequence_length=50)
+    for _ in range(30):
+        stream.next_row()
+        position = stream.state.position
+        read = {n: (position[n][0] * 20 + position[n][1]) * lengths[n] / weights[n] for n in lengths}
+        assert abs(read["short"] - read["long"]) <= 12
+
+
+def test_no_document_waits_for_more_rows_than_the_look_ahead_holds(make_logical_stream):
+    """Two of 20 positions fill a row of 40, so that the ones of 21 would never be the best fit."""
+    made = {"text": (1.0, *texts_of([21 if i % 5 == 0 else 20 for i in range(200)]))}
+    stream = make_logical_stream(made, look_ahead=8, sequence_length=40)
+    rows_waited = Counter()
+    for _ in range(60):
+        stream.next_row()
+        rows_waited.update(tuple(place) for place in stream.state.pending)
+    assert max(rows_waited.values()) < 8
+
+
+def test_the_seed_decides_noise_timesteps_and_coins_of_a_document(make_logical_stream, codec):
+    """One document alone, so that no shuffle tells two seeds apart; its epochs come one after another."""
+
+    def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        made = {"pair": (1.0, *pairs_of(1, codec, 0.0, 0.0))}
+        stream = make_logical_stream(made, seed, look_ahead=1, images_per_row=1, caption_first=0.5)
+        rows = [stream.next_row() for _ in range(20)]
+        names = ("noise", "latents", "timesteps", "tokens")
+        return tuple(np.stack([row[name] for row in rows]) for name in names)
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    noise, latents, timesteps, tokens = (a == b for a, b in zip(first, other, strict=True))
+    assert noise.mean() < 0.01
+    assert latents.mean() < 0.01
+    assert timesteps.mean() < 0.2
+    assert not tokens.all()  # the order of picture and caption, and whether there is one
+
+
+def test_a_log_variance_of_two_is_a_deviation_of_e(make_logical_stream, codec):
+    made = {"pair": (1.0, *pairs_of(8, codec, 3.0, 2.0))}
+    stream = make_logical_stream(made)
+    rows = [stream.next_row() for _ in range(10)]
+    latents = np.concatenate([row["latents"][row["image_start"] >= 0] for row in rows])
+    sample = latents / 2.0 + 0.1
+    assert len(latents) > 20
+    assert sample.mean() == pytest.approx(3.0, abs=0.15)
+    assert sample.std() == pytest.approx(np.e, rel=0.05)
 
 
 def test_coins_timesteps_and_the_noise_limit(data, tokenizer, codec):

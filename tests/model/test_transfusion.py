@@ -87,6 +87,24 @@ def test_adapters_go_from_latents_to_patches_and_back(adapter, patch_size):
     torch.testing.assert_close(out[:1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_unet_reads_every_skip_and_the_timestep_of_both_halves():
+    torch.manual_seed(0)
+    down, up = UNetDown(2, 4, 32, 4), UNetUp(2, 4, 32, 4, (4, 2))
+    latents, timesteps, others = torch.randn(1, 2, 16, 8), torch.tensor([10]), torch.tensor([900])
+    patches, skips = down(latents, timesteps)
+    out = up(patches, timesteps, skips)
+    for changed, skip in enumerate(skips):
+        assert skip.std() > 0
+        moved = [s + (i == changed) * torch.randn_like(s) for i, s in enumerate(skips)]
+        assert not torch.allclose(up(patches, timesteps, tuple(moved)), out, rtol=1e-2)
+    assert not torch.allclose(up(patches, others, skips), out, rtol=1e-3)
+    other_patches, other_skips = down(latents, others)
+    assert not torch.allclose(other_patches, patches, rtol=1e-3)
+    assert not torch.allclose(up(patches, timesteps, other_skips), out, rtol=1e-3)
+    # The features kept are the picture's own, with its detail at full resolution.
+    assert not torch.allclose(up(patches, timesteps, down(-latents, timesteps)[1]), out, rtol=1e-2)
+
+
 def test_linear_adapter_orders_patches_in_raster():
     down, up = LinearDown(1, 2, 4), LinearUp(1, 2, 4, (2, 2))
     with torch.no_grad():
@@ -129,6 +147,27 @@ def test_rope_depends_on_distance_alone():
 
     torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
     assert not torch.isclose(score(7, 3), score(7, 4))
+
+
+@pytest.mark.parametrize("theta", [100.0, 500_000.0])
+def test_the_model_turns_with_the_theta_of_its_configuration(theta):
+    positions = torch.tensor([[0, 1, 7]])
+    rope = small(rope_theta=theta).rope(positions)
+    frequencies = torch.tensor([1.0, theta**-0.25, theta**-0.5, theta**-0.75])  # heads of 8
+    angles = positions[0, :, None] * frequencies
+    torch.testing.assert_close(rope.cos[0, :, 0], angles.cos())
+    torch.testing.assert_close(rope.sin[0, :, 0], angles.sin())
+
+
+@pytest.mark.parametrize("num_layers", [2, 8])
+def test_residual_outputs_start_smaller_by_the_root_of_twice_the_layers(num_layers):
+    model = small(num_layers=num_layers, width=64, hidden_width=128)
+    for block in model.blocks:
+        for layer in (block.attention.out, block.feed_forward.down):
+            assert layer.weight.std().item() == pytest.approx(0.02 / (2 * num_layers) ** 0.5, rel=0.06)
+        for layer in (block.attention.query, block.attention.value, block.feed_forward.up):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.06)
+    assert model.tail.head.weight.std().item() == pytest.approx(0.02, rel=0.06)
 
 
 @pytest.mark.parametrize(

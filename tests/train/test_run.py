@@ -2,14 +2,17 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,8 +23,10 @@ from megafusion.errors import UserError
 from megafusion.train.assemble import assemble
 from megafusion.train.checkpoint import complete_checkpoints, verify_checkpoint
 from megafusion.train.config import RunConfig
+from megafusion.train.engine import make_engine, start_process_group
 from megafusion.train.metrics import read_metrics
 from megafusion.train.run import train
+from megafusion.train.step import train_step
 
 
 def start(values: dict, stop_after: int | None = None, **changes) -> Path:
@@ -110,17 +115,21 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_
     assert_same_run(whole, tmp_path / "killed")
 
 
-def test_nothing_in_a_step_draws_from_a_global_generator(run_values):
+def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
     """So that no random state needs to be saved."""
-    start(run_values, stop_after=2)
-    before = torch.get_rng_state()
-    torch.manual_seed(0)
-    start(run_values, stop_after=4)
-    state = torch.get_rng_state()
-    torch.manual_seed(run_values.get("seed", 0))
-    assemble(parse_config(RunConfig, run_values, "test"))  # the initial weights are all that draws
-    assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(before, torch.zeros_like(before))
+
+    def states() -> tuple:
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    start_process_group()
+    parts = assemble(run_config)
+    engine = make_engine(parts.model, run_config)
+    before = states()
+    for _ in range(2):
+        train_step(engine, parts.stream.next().micro_batches, 1e-3)
+    assert states() == before
+    torch.rand(1)
+    assert states() != before
 
 
 def test_old_checkpoints_go_and_samples_come(run_values):
@@ -156,6 +165,7 @@ def test_a_changed_configuration_is_refused_for_an_old_run(run_values):
     ("name", "damage", "message"),
     [
         ("state.json", "cut", r"state\.json: not as it was written"),
+        ("tensors/__0_0.distcp", "flip", r"\.distcp: not as it was written"),
         ("tensors/.metadata", "remove", r"\.metadata: missing from the checkpoint"),
         ("manifest.json", "remove", None),
     ],
@@ -164,8 +174,12 @@ def test_a_damaged_checkpoint_is_named(run_values, name, damage, message):
     run = start(run_values, stop_after=2)
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
     file = checkpoint / name
+    content = bytearray(file.read_bytes())
     if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-1])
+        file.write_bytes(content[:-1])
+    elif damage == "flip":  # of the same size, so that only the hash tells
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     else:
         file.unlink()
     if message is None:  # without its manifest it is no checkpoint
@@ -224,14 +238,14 @@ def test_non_finite_losses_stop_the_run(run_values):
         start(run_values)
 
 
-def test_two_ranks_under_the_deepspeed_launcher_equal_one(run_values, tmp_path):
-    """The same code, gradients and data; only the order of float additions differs."""
-    alone = start(run_values, out=str(tmp_path / "alone"))
-    run_values |= {"out": str(tmp_path / "two"), "train": run_values["train"] | {"micro_batch_rows": 2}}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(run_values))
+def start_two_ranks(values: dict, config: Path) -> None:
+    """Train with two processes under DeepSpeed's launcher."""
+    config.write_text(yaml.safe_dump(values))
     launcher = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
-    module = ["--num_gpus", "2", "--no_local_rank", "--master_port", "29541", "--module", "megafusion.cli"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    module = ["--num_gpus", "2", "--no_local_rank", "--master_port", port, "--module", "megafusion.cli"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [launcher, *module, "train", str(config)],
@@ -241,6 +255,28 @@ def test_two_ranks_under_the_deepspeed_launcher_equal_one(run_values, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    torch.testing.assert_close(
-        torch.tensor(losses(alone)), torch.tensor(losses(tmp_path / "two")), rtol=2e-4, atol=1e-5
-    )
+
+
+def assert_same_course(alone: Path, other: Path) -> None:
+    """Losses but for rounding, and the streams of every rank where they should stand."""
+    torch.testing.assert_close(torch.tensor(losses(alone)), torch.tensor(losses(other)), rtol=2e-4, atol=1e-5)
+    last = [complete_checkpoints(run / "checkpoints")[-1] / "state.json" for run in (alone, other)]
+    first, second = (json.loads(path.read_text()) for path in last)
+    assert (first["step"], first["data"]) == (second["step"], second["data"])
+
+
+def test_two_ranks_under_the_deepspeed_launcher_equal_one_which_can_go_on_from_them(run_values, tmp_path):
+    """The same code, gradients and data; only the order of float additions differs."""
+    alone, two = start(run_values, out=str(tmp_path / "alone")), tmp_path / "two"
+    start_two_ranks(run_values | {"out": str(two)}, tmp_path / "config.yaml")
+    assert_same_course(alone, two)
+    shutil.rmtree(complete_checkpoints(two / "checkpoints")[-1])
+    start(run_values, out=str(two))  # one rank from step 3
+    assert_same_course(alone, two)
+
+
+def test_two_ranks_go_on_from_the_checkpoint_of_one(run_values, tmp_path):
+    alone = start(run_values, out=str(tmp_path / "alone"))
+    resumed = start(run_values, stop_after=3, out=str(tmp_path / "resumed"))
+    start_two_ranks(run_values | {"out": str(resumed)}, tmp_path / "config.yaml")
+    assert_same_course(alone, resumed)
