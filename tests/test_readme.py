@@ -78,7 +78,7 @@ def test_the_report_has_its_figures_and_pictures(folder, monkeypatch):
     report = json.loads((folder / "runs/quickstart/report.json").read_text())
     assert report.keys() >= REPORT_KEYS
     assert report["num_steps"] == 3
-    assert 12 < report["seconds_total"] < 120
+    assert report["seconds_total"] > 12
     assert 0 <= report["concept_top1"] <= 1
     assert 0 <= report["caption_exact"] <= 1
     assert report["lm_loss_first"] == pytest.approx(7.6, abs=0.4)  # nearly log 2048
