@@ -56,6 +56,7 @@ STORED: dict[tuple[int, int], Tiles] = {
 
 # float32 serves tests and comparisons; the interpreter's tiles are small so that short rows have edges.
 _FLOAT32 = Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), _DELTA, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+_WIDE_FLOAT32 = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), _DELTA, Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 INTERPRETED = Tiles(
     Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(32, 1, 1, 1), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1)
 )
@@ -66,6 +67,6 @@ def stored_tiles(device: torch.device, head_dim: int, dtype: torch.dtype) -> Til
     if device.type == "cpu":
         return INTERPRETED
     if dtype == torch.float32:
-        return _FLOAT32
+        return _WIDE_FLOAT32 if head_dim == 256 else _FLOAT32
     major, _ = torch.cuda.get_device_capability(device)
     return STORED[90 if major in (9, 10) else 80, head_dim]
