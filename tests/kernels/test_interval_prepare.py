@@ -1,9 +1,13 @@
 """The transpose of the mask, the order of work, and the checks of the intervals' contents."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from layouts import DEVICE, packed_rows
 
+import interval_attention
 from interval_attention import prepare
 from interval_attention.intervals import RUN
 from interval_attention.reference import dense_mask
@@ -56,3 +60,8 @@ def test_the_debug_flag_names_the_first_bad_value(start, end, message):
     with pytest.raises(ValueError, match=message):
         prepare(start, end, check=True)
     prepare(start, end)
+
+
+def test_the_package_stands_alone():
+    for file in Path(interval_attention.__file__).parent.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) megafusion", file.read_text(), re.MULTILINE), file
