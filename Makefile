@@ -31,7 +31,7 @@ preprocess: $(INSTALLED)  ## Turn pictures, captions and text into shards (CONFI
 	$(BIN)/megafusion preprocess $(CONFIG)
 
 benchmark: $(INSTALLED)  ## Time a training step of the quickstart model.
-	$(BIN)/python benchmarks/step.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/step.py
 
 clean:  ## Remove the environment, the shards and the quickstart's run.
 	rm -rf $(VENV) data/quickstart runs/quickstart

@@ -1,6 +1,7 @@
 """The `megafusion` command."""
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,10 @@ import typer
 from megafusion import __version__
 from megafusion.config import load_config
 from megafusion.errors import UserError
+
+# Threads of a CPU that wait for one another by spinning slow a step sevenfold as soon as anything else runs
+# on a core; read when torch is loaded, which no command does before this line.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What a disk answers when it will not take more.
 DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}

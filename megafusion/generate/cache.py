@@ -82,10 +82,9 @@ class KVCache:
     def joined(self, other: "KVCache") -> "KVCache":
         """The rows of both, one behind the other; their capacities must be equal."""
         assert self.capacity == other.capacity
+        # Each pass is placed anew, so where the last ones wrote, in unequal widths, is left behind.
         layers = [
-            _Layer(
-                torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values]), torch.cat([a.slots, b.slots])
-            )
+            _Layer(torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values]), self.lengths.new_zeros(0, 0))
             for a, b in zip(self.layers, other.layers, strict=True)
         ]
         return KVCache(self.capacity, torch.cat([self.lengths, other.lengths]), layers)

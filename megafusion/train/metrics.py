@@ -60,8 +60,13 @@ class Metrics:
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
-        shown = f"text {values['text_loss']:.3f}  image {values['image_loss']:.4f}"
-        self.progress.update(self._task, losses=f"{shown}  {values['tokens_per_second']:,.0f} tokens/s")
+        shown = (
+            f"text {values['text_loss']:.3f}  image {values['image_loss']:.4f}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s"
+        )
+        self.progress.update(self._task, losses=shown)
+        if not self.progress.console.is_terminal:  # a log file shows no bar
+            self.progress.console.print(f"step {step}  {shown}")
 
     def show(self, step: int, sheet: Image.Image, captions: str) -> None:
         """Record a sheet of sample pictures and the captions written."""

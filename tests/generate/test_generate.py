@@ -138,16 +138,8 @@ def prefer_by_state(pipeline) -> None:
 
 
 CAPTIONS = ["apple", "red apple, 3d style", "x", "a much longer caption than the others", "pizza", "cat face"]
-# KVCache.joined puts the slots of each cache's last pass side by side, which differ in width where only
-# some rows draw right after the prompt. Strict: whoever mends it takes these marks away.
-JOINED_AFTER_PASSES_OF_UNEQUAL_LENGTH = pytest.mark.xfail(
-    raises=RuntimeError,
-    strict=True,
-    reason="KVCache.joined refuses caches whose last passes differ in length",
-)
 
 
-@JOINED_AFTER_PASSES_OF_UNEQUAL_LENGTH
 def test_rows_that_end_and_draw_at_different_times_are_as_if_alone(pipeline, monkeypatch):
     prefer_by_state(pipeline)
     monkeypatch.setattr(pipeline, "pictures", list)  # latents stand for the pictures made of them
@@ -169,7 +161,6 @@ def test_rows_that_end_and_draw_at_different_times_are_as_if_alone(pipeline, mon
             torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-3)
 
 
-@JOINED_AFTER_PASSES_OF_UNEQUAL_LENGTH
 def test_what_a_batch_of_rows_writes_is_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):
     """Through text, pictures drawn in between, rows that end early, and what follows."""
     prefer_by_state(pipeline)
