@@ -30,6 +30,10 @@ class Parts:
 
 def assemble(config: RunConfig) -> Parts:
     """Open and check everything that a run needs, before anything is written."""
+    if config.model.attention == "flex" and not torch.cuda.is_available():
+        raise UserError(
+            "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
+        )
     tokenizer = Tokenizer(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_parts(config.model, tokenizer, codec, picture_size(config.model, codec))

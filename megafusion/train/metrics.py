@@ -20,7 +20,8 @@ class Metrics:
     """A context that opens every sink on rank 0, and is silent on the others."""
 
     def __init__(self, folder: Path, config: TrainConfig, first_step: int, silent: bool):
-        self._silent, self._folder, self._first_step = silent, folder, first_step
+        self._silent, self._folder = silent, folder
+        self._first_step, self._num_steps = first_step, config.num_steps
         self.progress = progress_bar(disable=silent)
         self._task = self.progress.add_task(
             "training", total=config.num_steps, completed=first_step, losses=""
@@ -35,7 +36,8 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         self.progress.start()
         if self._first_step:
-            self.progress.console.print(f"{self._folder}: goes on after step {self._first_step}")
+            state = "is finished" if self._first_step >= self._num_steps else "goes on"
+            self.progress.console.print(f"{self._folder}: {state} after step {self._first_step}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

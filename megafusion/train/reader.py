@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from megafusion.errors import UserError
 
@@ -33,8 +33,17 @@ _ALLOWED = {
 }
 
 
+def _member(owner: type, name: str) -> object:
+    """An enumeration's member, which Python up to 3.11.3 pickles as an attribute of its class."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
+        raise pickle.UnpicklingError(f"it asks for an attribute of {owner!r}")
+    return owner[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)

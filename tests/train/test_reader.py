@@ -1,5 +1,6 @@
 """A checkpoint from a stranger may name what it likes: nothing of it runs."""
 
+import io
 import json
 import os
 import pickle
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 from megafusion.train.checkpoint import load_ema
+from megafusion.train.reader import _Unpickler
 
 
 class Evil:
@@ -18,7 +21,38 @@ class Evil:
         return os.system, ("touch evil-was-here",)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(Evil()), b"", b"garbage", pickle.dumps(eval)])
+class Attribute:
+    """What reads an attribute when it is unpickled."""
+
+    def __init__(self, owner, name):
+        self.arguments = owner, name
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_members_of_torchs_enumeration_are_read_as_older_pythons_wrote_them():
+    for member in _MEM_FORMAT_ENCODING:
+        content = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
+        assert _Unpickler(io.BytesIO(content)).load() is member
+
+
+# A name that torch has, asked of another module.
+ELSEWHERE = b"cantigravity\nfloat32\n."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Evil()),
+        b"",
+        b"garbage",
+        pickle.dumps(eval),
+        pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "__subclasses__")),
+        pickle.dumps(Attribute(torch.Size, "mro")),
+        ELSEWHERE,
+    ],
+)
 def test_a_list_of_tensors_that_asks_for_more_is_refused(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "step-00000001"

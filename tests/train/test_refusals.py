@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from megafusion.config import parse_config
@@ -139,6 +140,15 @@ def test_values_out_of_bounds_are_named(run_values, room, values, message):
     with pytest.raises(UserError, match=message) as refused:
         parse_config(RunConfig, run_values, "test")
     assert len(str(refused.value)) < 300
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("backend", ["flex", "interval"])
+def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend):
+    run_values["model"]["attention"] = backend
+    with pytest.raises(UserError, match=rf"model\.attention: {backend} cannot .*use"):
+        start(run_values)
+    assert not Path(run_values["out"]).exists()
 
 
 def test_a_seed_too_large_is_refused(run_values):
