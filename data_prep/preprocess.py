@@ -74,6 +74,8 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
     """Make the folders of shards that the configuration asks for; those already up to date are kept."""
     if not config.pictures and not config.texts:
         raise UserError("nothing to preprocess: give `pictures`, `texts` or both")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"{config.out}: is a file; name a folder")
     tokenizer = Tokenizer(config.tokenizer)
     made = []
     with progress_bar() as progress:

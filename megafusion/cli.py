@@ -145,7 +145,7 @@ def generate(
 
     megafusion generate runs/quickstart --image apples/0-red-apple-3d-style.png
 
-    megafusion generate runs/quickstart --interleave @apple.png --interleave "pizza, 3d style"
+    megafusion generate runs/quickstart --interleave "pizza, 3d style"
     """
     from megafusion.generate.command import GenerateRequest, run
 

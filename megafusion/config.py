@@ -87,7 +87,12 @@ def _describe(cls: type[Config], detail: dict) -> str:
         case "extra_forbidden":
             fields = _fields_at(cls, location[:-1])
             nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(sorted(fields))}"
+            parent = "".join(f"{part}." for part in location[:-1])
+            hint = (
+                f"did you mean {parent + nearest[0]!r}?"
+                if nearest
+                else f"valid keys: {', '.join(sorted(fields))}"
+            )
             return f"unknown key {path!r}; {hint}"
         case "missing":
             return f"key {path!r} is required and missing"

@@ -58,5 +58,7 @@ def new_folder(folder: Path, marker: str) -> Iterator[Path]:
 
 def refuse_foreign(folder: Path, marker: str) -> None:
     """UserError where a folder to be replaced holds something that is not ours to delete."""
-    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise UserError(f"{folder}: holds other files, which would be lost; choose another folder")

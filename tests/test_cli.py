@@ -61,8 +61,11 @@ def test_the_installed_command_runs():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.num_stepz=5", r"unknown key 'train.num_stepz'; did you mean 'num_steps'\?"),
-        ("data.sources.emoji.wieght=1", r"unknown key 'data.sources.emoji.wieght'; did you mean 'weight'\?"),
+        ("train.num_stepz=5", r"unknown key 'train.num_stepz'; did you mean 'train.num_steps'\?"),
+        (
+            "data.sources.emoji.wieght=1",
+            r"unknown key 'data.sources.emoji.wieght'; did you mean 'data.sources.emoji.weight'\?",
+        ),
         ("zzz=1", r"unknown key 'zzz'; valid keys: data, model"),
         ("train.num_steps=many", r"key 'train.num_steps': Input should be a valid integer \(got 'many'\)"),
         ("train.num_steps=1.5", r"key 'train.num_steps'"),

@@ -12,7 +12,7 @@ class SourceConfig(Config):
 
     path: Path
     """Folder of shards, made by `megafusion preprocess`."""
-    weight: float = Field(gt=0)
+    weight: float = Field(1.0, gt=0)
     """Share of the sequence positions that this source gets, beside the other sources' weights."""
 
 

@@ -171,9 +171,9 @@ def load_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of shards. Raises UserError when there is none."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(
-            f"{folder}: no {MANIFEST}, so no folder of shards; make it with `megafusion preprocess`"
-        )
+        inside = [str(folder / kind) for kind in ("pairs", "text") if (folder / kind / MANIFEST).is_file()]
+        way_out = f"name {' or '.join(inside)}" if inside else "make it with `megafusion preprocess`"
+        raise UserError(f"{folder}: no {MANIFEST}, so no folder of shards; {way_out}")
     try:
         values = json.loads(path.read_text())
     except ValueError as error:

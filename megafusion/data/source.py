@@ -17,7 +17,8 @@ class Source:
         if len(folder) < num_streams:
             raise UserError(
                 f"data.sources.{name}: {folder.folder} holds {len(folder)} documents, fewer than "
-                f"data.num_streams {num_streams}; lower num_streams"
+                f"data.num_streams {num_streams}; lower num_streams, and with it train.global_batch_rows, "
+                "which must divide it"
             )
         self.name, self.number, self.folder, self.num_streams, self.seed = (
             name,

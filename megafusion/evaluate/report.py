@@ -138,7 +138,8 @@ def _describe(pipeline: TransfusionPipeline, pairs: list[Pair], path: Path, prog
         f"{'=' if mark else 'x'} {pair.caption} -> {' '.join(caption.split())}"
         for mark, pair, caption in zip(right, pairs, said, strict=True)
     ]
-    write_file(path, "\n".join(lines) + "\n")
+    heading = "# caption -> what the model writes for its picture; = the same, x another"
+    write_file(path, "\n".join([heading, *lines]) + "\n")
     return sum(right) / len(right)
 
 

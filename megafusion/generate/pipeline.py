@@ -107,6 +107,7 @@ class TransfusionPipeline:
         report: Report | None = None,
     ) -> list[Image.Image]:
         """A picture for each caption; the r-th starts from the noise of seed + r."""
+        _refuse_others(captions, (str,), 'draw(["a caption", ...])')
         silent = (sampling or self.config.sampling).model_copy(update={"max_new_tokens": 0})
         prompts = [[caption] for caption in captions]
         answers = self(prompts, begin="image", seed=seed, sampling=silent, report=report)
@@ -116,6 +117,7 @@ class TransfusionPipeline:
         self, pictures: Sequence[Image.Image], *, sampling: SamplingConfig | None = None
     ) -> list[str]:
         """A caption of at least one token for each picture, decoded greedily."""
+        _refuse_others(pictures, (Image.Image,), "describe([PIL picture, ...])")
         prompts = [[picture] for picture in pictures]
         answers = self(prompts, begin="text", max_images=0, sampling=sampling)
         return [" ".join(answer).strip() for answer in answers]
@@ -137,6 +139,9 @@ class TransfusionPipeline:
         their caption, after which nothing follows); "free" lets the model end, write or draw as it likes.
         max_images: pictures a row may hold beyond its prompt; boi is not chosen after that.
         """
+        _refuse_others(prompts, (list, tuple), 'pipeline([["text", picture, ...], ...])')
+        for prompt in prompts:
+            _refuse_others(prompt, (str, Image.Image), 'pipeline([["text", picture, ...], ...])')
         if not prompts:
             return []
         if begin == "image" and max_images < 1:
@@ -152,6 +157,13 @@ class TransfusionPipeline:
     def pictures(self, latents_NCHW: Tensor) -> list[Image.Image]:
         """PIL pictures of normalised latents."""
         return to_pil(self.codec.decode(self.codec.denormalize(latents_NCHW.to(self.device))))
+
+
+def _refuse_others(given: Sequence, kinds: tuple[type, ...], call: str) -> None:
+    """UserError where a bare string or other parts are given, which would be read letter by letter."""
+    if isinstance(given, str) or not all(isinstance(part, kinds) for part in given):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"expected a list of {names}, got {given!r:.80}; call it as {call}")
 
 
 def check_parts(

@@ -24,7 +24,7 @@ class Tokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise UserError(f"{self.path}: not a SentencePiece model ({error})") from error
+            raise UserError(f"{self.path}: not a SentencePiece model") from error
         self.hash = hashlib.sha256(model).hexdigest()
         self.bos, self.eos = self._pieces.bos_id(), self._pieces.eos_id()
         if min(self.bos, self.eos) < 0:

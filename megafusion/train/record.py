@@ -32,13 +32,12 @@ def freeze(config: RunConfig) -> None:
     """Write the run folder's record, or check that a run to be resumed is this one."""
     path = config.out / "config.yaml"
     if path.is_file():
-        changed = [
-            k for k in changed_keys(load_run_config(config.out), config) if not k.startswith(FREE_KEYS)
-        ]
+        changed = changed_keys(load_run_config(config.out), config)
+        changed = [key for key in changed if not key.startswith(FREE_KEYS)]
         if changed:
             raise UserError(
-                f"{config.out}: holds a run with other values of {', '.join(changed)}; choose another "
-                "out=, or delete the folder to train anew"
+                f"{config.out}: holds a run with other values of {', '.join(changed)} (see its config.yaml); "
+                "a run keeps its length and recipe: choose another out="
             )
         _check_shards(config)
         return

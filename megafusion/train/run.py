@@ -66,6 +66,9 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
                 metrics.show(step, *sampler.show(step))
     if sampler and step == config.train.num_steps:
         sampler.pipeline().save_pretrained(config.out / "pipeline")
+        metrics.progress.console.print(
+            f"{config.out / 'pipeline'}: the model; megafusion generate {config.out}"
+        )
 
 
 def _check_finite(step: int, losses: Losses, engine: DeepSpeedEngine) -> None:

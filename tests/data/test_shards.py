@@ -127,3 +127,8 @@ def test_a_failing_write_leaves_the_older_folder_as_it_was(folder):
     with pytest.raises(UserError):
         write_shards(folder, failing(), 4, **FIELDS)
     assert not folder.exists()
+
+
+def test_the_folder_above_names_the_ones_inside(folder):
+    with pytest.raises(UserError, match=rf"no folder of shards; name {folder}$"):
+        load_manifest(folder.parent)

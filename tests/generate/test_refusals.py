@@ -1,0 +1,25 @@
+"""What the Python interface refuses instead of guessing."""
+
+import pytest
+from PIL import Image
+
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import TransfusionPipeline
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.draw("red apple"), r"list of str, got 'red apple'; call it as draw"),
+        (lambda p: p.draw([1]), r"list of str, got \[1\]"),
+        (lambda p: p.describe(["mine.png"]), r"list of Image, got \['mine.png'\]"),
+        (lambda p: p.describe("mine.png"), r"list of Image"),
+        (lambda p: p(["red apple", "pizza"]), r"list of list or tuple"),
+        (lambda p: p([["red apple", 3]]), r"list of str or Image"),
+        (lambda p: p([[Image.new("RGB", (4, 4))]], begin="image", max_images=0), r"max_images of at least 1"),
+    ],
+)
+def test_other_parts_than_it_takes_are_refused_with_the_right_call(call, message):
+    # Refused before any model is touched, so none is needed.
+    with pytest.raises(UserError, match=message):
+        call(object.__new__(TransfusionPipeline))
