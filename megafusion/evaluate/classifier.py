@@ -7,7 +7,6 @@ of the concepts' reference embeddings, by cosine, names it; a picture near none 
 import io
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +23,7 @@ from webdataset import WebDataset
 
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
+from megafusion.storage import write_file
 
 IMAGE_SIZE = 64
 CHANNELS = (24, 48, 96, 128)
@@ -81,12 +81,7 @@ class PictureClassifier(nn.Module):
     def save(self, path: Path) -> None:
         """Write weights, keys and figures, whole or not at all."""
         stored = json.dumps({"keys": self.keys, "figures": self.figures})
-        content = save(self.state_dict(), {METADATA_KEY: stored})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            partial = Path(folder) / path.name
-            partial.write_bytes(content)
-            partial.replace(path)
+        write_file(path, save(self.state_dict(), {METADATA_KEY: stored}))
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """Cosine to each reference, [N, K], of pictures [N, 3, 64, 64] with values in [0, 1]."""
