@@ -61,7 +61,7 @@ class Decoder:
 
         unconditional: the rows that guidance steers away from, read up to their boi too.
         """
-        sampler = make_sampler(sampling, self.model.objective.schedule)
+        sampler = make_sampler(sampling, self.model.objective.config.schedule)
         is_guided = sampling.guidance != 1
         both = cache.joined(unconditional) if is_guided else cache
         latents = noise_BCHW * sampler.init_noise_sigma

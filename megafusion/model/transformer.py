@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,24 +17,33 @@ class LayerCache(Protocol):
         """Store new keys and values; return all of them, [B, T, G, K]."""
 
 
+class FusedLinear(nn.Linear):
+    """Several linear layers of one input, without biases, as one matrix product."""
+
+    def __init__(self, width: int, sizes: tuple[int, ...]):
+        super().__init__(width, sum(sizes), bias=False)
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[..., width] -> one tensor [..., size] for each of the sizes."""
+        return super().forward(x).split(self.sizes, dim=-1)
+
+
 class SelfAttention(nn.Module):
     """Queries see the keys of their interval."""
 
     def __init__(self, width: int, num_heads: int, num_kv_heads: int, backend: Backend):
         super().__init__()
         self.head_size = width // num_heads
-        self.query = nn.Linear(width, num_heads * self.head_size, bias=False)
-        self.key = nn.Linear(width, num_kv_heads * self.head_size, bias=False)
-        self.value = nn.Linear(width, num_kv_heads * self.head_size, bias=False)
+        sizes = (num_heads * self.head_size, num_kv_heads * self.head_size, num_kv_heads * self.head_size)
+        self.qkv = FusedLinear(width, sizes)
         self.out = nn.Linear(num_heads * self.head_size, width, bias=False)
         self.attend = BACKENDS[backend]
 
     def forward(
         self, x_BSD: Tensor, intervals: Intervals, rope: Rope, cache: LayerCache | None = None
     ) -> Tensor:
-        q, k, v = (
-            linear(x_BSD).unflatten(-1, (-1, self.head_size)) for linear in (self.query, self.key, self.value)
-        )
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in self.qkv(x_BSD))
         q, k = rope.rotate(q), rope.rotate(k)
         if cache is not None:
             k, v = cache.update(k, v)
@@ -47,12 +55,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
+        self.gate_up = FusedLinear(width, (hidden, hidden))
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+        gate, up = self.gate_up(x_BSD)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -78,14 +86,3 @@ class Block(nn.Module):
     ) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), intervals, rope, cache)
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
-
-
-@torch.no_grad()
-def initialize(module: nn.Module, num_layers: int) -> None:
-    """Llama-like random start: normal with deviation 0.02, 1/sqrt(2 layers) of it on residual outputs."""
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            residual = name.endswith(("attention.out", "feed_forward.down"))
-            nn.init.normal_(part.weight, std=0.02 / (2 * num_layers) ** 0.5 if residual else 0.02)
-            if getattr(part, "bias", None) is not None:
-                nn.init.zeros_(part.bias)

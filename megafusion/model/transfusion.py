@@ -10,10 +10,9 @@ from megafusion.config import Config
 from megafusion.model.adapters import LinearDown, LinearUp, Skips
 from megafusion.model.attention import Backend, check_backend
 from megafusion.model.rope import Rope, rope_at
-from megafusion.model.transformer import Block, initialize
+from megafusion.model.transformer import Block
 from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import Losses, ObjectiveConfig, image_loss, text_loss, total_loss
-from megafusion.objective.schedule import NoiseSchedule
+from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
 from megafusion.sequence.packing import PackedBatch
 
 Positive = Annotated[int, Field(gt=0)]
@@ -100,7 +99,8 @@ class Stem(nn.Module):
     ) -> tuple[Tensor, Skips]:
         """x [B, S, D] with each patch gathered to its position, and the adapter's skips."""
         num_rows = tokens_BS.shape[0]
-        patches_NPD, skips = self.adapter(latents_BNCHW.flatten(0, 1), timesteps_BN.flatten())
+        latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
+        patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten())
         patches_BPD = patches_NPD.unflatten(0, (num_rows, -1)).flatten(1, 2)
         index = patch_index_BS.clamp(min=0).long()[..., None].expand(-1, -1, patches_BPD.shape[-1])
         is_patch = patch_index_BS[..., None] >= 0
@@ -149,8 +149,7 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
         check_backend(config.attention, config.width // config.num_heads)
-        self.config, self.objective = config, objective
-        self.schedule = NoiseSchedule(objective.schedule)
+        self.config, self.objective = config, Objective(objective)
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(
             Block(
@@ -164,7 +163,6 @@ class Transfusion(nn.Module):
             for _ in range(config.num_layers)
         )
         self.tail = Tail(config)
-        initialize(self, config.num_layers)
 
     def rope(self, positions_BS: Tensor) -> Rope:
         """The rotation of a batch's positions, for all layers."""
@@ -172,14 +170,12 @@ class Transfusion(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""
-        noised = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        x_BSD, skips = self.stem(batch.tokens, batch.patch_index, noised, batch.timesteps)
-        intervals, rope = batch.intervals(), self.rope(batch.positions)
+        inputs = batch.inputs()
+        noised = self.objective.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
+        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, inputs.timesteps)
+        intervals, rope = batch.intervals(), self.rope(inputs.positions)
         for block in self.blocks:
             x_BSD = block(x_BSD, intervals, rope)
         hidden_BSD = self.tail(x_BSD)
-        predictions = self.tail.images(hidden_BSD, batch.image_start, batch.timesteps, skips)
-        target = self.schedule.target(batch.latents, batch.noise, batch.timesteps)
-        text = text_loss(self.tail.head(hidden_BSD), batch.labels, batch.num_text_targets)
-        image = image_loss(predictions, target, batch.image_start >= 0, batch.num_images)
-        return total_loss(text, image, self.objective)
+        images = self.tail.images(hidden_BSD, inputs.image_start, inputs.timesteps, skips)
+        return self.objective(self.tail.head(hidden_BSD), images, batch.targets())

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from megafusion.config import Config
-from megafusion.objective.schedule import ScheduleConfig
+from megafusion.objective.schedule import NoiseSchedule, ScheduleConfig
 from megafusion.sequence.document import IGNORED_LABEL
+from megafusion.sequence.packing import Targets
 
 
 class ObjectiveConfig(Config):
@@ -29,20 +30,34 @@ class Losses(NamedTuple):
     total: Tensor
 
 
-def text_loss(logits_BSV: Tensor, labels_BS: Tensor, num_text_targets: Tensor) -> Tensor:
-    """Cross-entropy in nats summed over the labels that count, over the global number of targets."""
-    summed = F.cross_entropy(
+def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over the labels that count."""
+    return F.cross_entropy(
         logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
     )
-    return summed / num_text_targets.clamp(min=1)
 
 
-def image_loss(prediction_BNCHW: Tensor, target_BNCHW: Tensor, used_BN: Tensor, num_images: Tensor) -> Tensor:
-    """Mean squared error of each used image summed, over the global number of images."""
+def squared_error(prediction_BNCHW: Tensor, target_BNCHW: Tensor, used_BN: Tensor) -> Tensor:
+    """Mean squared error of each used image, summed over them."""
     error_BN = (prediction_BNCHW.float() - target_BNCHW).square().mean(dim=(2, 3, 4))
-    return torch.where(used_BN, error_BN, 0).sum() / num_images.clamp(min=1)
+    return torch.where(used_BN, error_BN, 0).sum()
 
 
-def total_loss(text: Tensor, image: Tensor, config: ObjectiveConfig) -> Losses:
-    """Both losses added once, so that backward runs once."""
-    return Losses(text, image, text + config.image_weight * image)
+class Objective(nn.Module):
+    """Both losses, added once so that backward runs once. It has no parameters."""
+
+    def __init__(self, config: ObjectiveConfig):
+        super().__init__()
+        self.config = config
+        self.schedule = NoiseSchedule(config.schedule)
+        # Where the vocabulary is split over devices, another function takes its place.
+        self.cross_entropy = cross_entropy
+
+    def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
+        """The losses of next-token logits and of predictions for every image slot."""
+        target = self.schedule.target(targets.latents, targets.noise, targets.timesteps)
+        text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
+        image = squared_error(images_BNCHW, target, targets.image_start >= 0) / targets.num_images.clamp(
+            min=1
+        )
+        return Losses(text, image, text + self.config.image_weight * image)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from diffusers import DDPMScheduler
 from pydantic import Field
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class NoiseSchedule(nn.Module):
     def __init__(self, config: ScheduleConfig):
         super().__init__()
         self.prediction = config.prediction
-        alphas = config.scheduler().alphas_cumprod
+        with torch.device("cpu"):  # also where a model is first made without storage
+            alphas = config.scheduler().alphas_cumprod
         self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - alphas).sqrt().float(), persistent=False)
 

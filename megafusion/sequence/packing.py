@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,32 @@ class RowShape:
         )
 
 
+class Inputs(NamedTuple):
+    """What the model reads of a packed batch; fields as there."""
+
+    tokens: Tensor
+    patch_index: Tensor
+    positions: Tensor
+    row_start: Tensor
+    row_end: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    image_start: Tensor
+
+
+class Targets(NamedTuple):
+    """What the losses read of a packed batch; fields as there."""
+
+    labels: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    image_start: Tensor
+    num_text_targets: Tensor
+    num_images: Tensor
+
+
 @dataclass
 class PackedBatch:
     """B packed rows: what a stream yields, what the first and the last stage read.
@@ -52,6 +79,12 @@ class PackedBatch:
     image_start: Tensor
     num_text_targets: Tensor
     num_images: Tensor
+
+    def inputs(self) -> Inputs:
+        return Inputs(*(getattr(self, name) for name in Inputs._fields))
+
+    def targets(self) -> Targets:
+        return Targets(*(getattr(self, name) for name in Targets._fields))
 
     def intervals(self) -> Intervals:
         """The mask of this batch, to be made once and handed to every layer."""

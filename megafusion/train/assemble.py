@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megafusion.autoencoder.codec import ImageCodec
 from megafusion.data.shards import Manifest
@@ -11,7 +12,7 @@ from megafusion.data.stream import BatchStream
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts, picture_size
 from megafusion.model.transfusion import Transfusion
-from megafusion.sequence.packing import RowShape
+from megafusion.parallel.topology import Topology, check_degrees
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import rows_of_rank
@@ -25,11 +26,11 @@ class Parts:
     codec: ImageCodec
     sources: dict[str, Source]
     stream: BatchStream
-    model: Transfusion
 
 
-def assemble(config: RunConfig) -> Parts:
+def assemble(config: RunConfig, topology: Topology) -> Parts:
     """Open and check everything that a run needs, before anything is written."""
+    check_degrees(config, dist.get_world_size())
     if config.model.attention == "flex" and not torch.cuda.is_available():
         raise UserError(
             "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
@@ -43,15 +44,14 @@ def assemble(config: RunConfig) -> Parts:
     stream = BatchStream(
         config.data,
         sources,
-        row_shape(config),
+        config.row_shape,
         tokenizer,
         config.objective.schedule.num_steps,
         config.train.global_batch_rows,
-        rows_of_rank(config),
+        rows_of_rank(config, topology),
         config.train.micro_batch_rows,
     )
-    torch.manual_seed(config.seed)
-    return Parts(tokenizer, codec, sources, stream, Transfusion(config.model, config.objective))
+    return Parts(tokenizer, codec, sources, stream)
 
 
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
@@ -70,16 +70,6 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
             f"more than a row of data.sequence_length {data.sequence_length} and data.images_per_row "
             f"{data.images_per_row}; raise them or shorten the captions"
         )
-
-
-def row_shape(config: RunConfig) -> RowShape:
-    """The shape of a packed row that data and model agree on."""
-    return RowShape(
-        config.data.sequence_length,
-        config.data.images_per_row,
-        config.model.num_patches,
-        config.model.latent_shape,
-    )
 
 
 def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:

@@ -1,6 +1,7 @@
 """One file describes a run."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +10,8 @@ from megafusion.data.config import DataConfig
 from megafusion.generate.sampling import SamplingConfig
 from megafusion.model.transfusion import ModelConfig
 from megafusion.objective.losses import ObjectiveConfig
+from megafusion.parallel.config import ParallelConfig, Recompute
+from megafusion.sequence.packing import RowShape
 from megafusion.train.optimizer import OptimizerConfig
 
 
@@ -30,6 +33,14 @@ class TrainConfig(Config):
     """Packed rows of an optimizer step, over all ranks."""
     micro_batch_rows: int = Field(gt=0)
     """Packed rows that a rank computes at a time; the rest is gradient accumulation."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """fp32; bf16 with float32 masters, moments and gradient sums; fp8, which is bf16 with transformer-engine's
+    8-bit matrix products in the blocks (Hopper or later)."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: what a block's backward pass computes again - none; selective, attention and
+    cheap operations; full, everything."""
+    compile: bool = False
+    """Whether torch.compile fuses the blocks' operations."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the averaged weights, reached as (1 + step) / (10 + step) rises to it."""
     log_every: int = Field(10, gt=0)
@@ -54,11 +65,16 @@ class RunConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
     sampling: SamplingConfig = SamplingConfig()
     samples: SamplesConfig = SamplesConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if self.train.precision != "fp32" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 has not; use 1"
+            )
         positions = self.model.num_patches + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
@@ -76,3 +92,9 @@ class RunConfig(Config):
                 f"{self.objective.schedule.num_steps}"
             )
         return self
+
+    @property
+    def row_shape(self) -> RowShape:
+        """The shape of a packed row that data and model agree on."""
+        data, model = self.data, self.model
+        return RowShape(data.sequence_length, data.images_per_row, model.num_patches, model.latent_shape)

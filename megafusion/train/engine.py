@@ -1,15 +1,28 @@
-"""DeepSpeed's engine around the plain model: one process here, many under its launcher."""
+"""DeepSpeed's engine around this rank's part of the model: one process here, many under its launcher."""
 
+import contextlib
+import io
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
 from megafusion.errors import UserError
+from megafusion.model.transfusion import Transfusion
+from megafusion.objective.losses import Objective
+from megafusion.parallel.parallelize import divided_objective, parallelize
+from megafusion.parallel.stage import PipelineLosses, Stage, Whole
+from megafusion.parallel.topology import Topology
 from megafusion.train.config import RunConfig
 from megafusion.train.optimizer import make_optimizer
 
@@ -47,31 +60,93 @@ def together() -> Iterator[None]:
         raise UserError(found)
 
 
-def rows_of_rank(config: RunConfig) -> range:
-    """The rows of a global batch that this rank computes. UserError where they do not divide."""
-    rows, micro, world = config.train.global_batch_rows, config.train.micro_batch_rows, dist.get_world_size()
-    if rows % (micro * world):
-        raise UserError(
-            f"train.global_batch_rows {rows} is not a multiple of train.micro_batch_rows {micro} "
-            f"x {world} ranks"
+def rows_of_rank(config: RunConfig, topology: Topology) -> range:
+    """The rows of a global batch that this rank computes, alike for all that share them."""
+    share = config.train.global_batch_rows // topology.size("data")
+    return range(topology.place("data") * share, (topology.place("data") + 1) * share)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """DeepSpeed's engine around this rank's stage of the model."""
+
+    deepspeed: deepspeed.DeepSpeedEngine
+    """PipelineEngine with several stages, the plain engine with one."""
+    stage: Stage
+    """The layers on this rank; its parameters' names are the checkpoint's."""
+    topology: Topology
+
+    @property
+    def device(self) -> torch.device:
+        return self.deepspeed.device
+
+
+def make_engine(config: RunConfig, topology: Topology) -> Engine:
+    """This rank's part of a model with its random start, wrapped by DeepSpeed. Called by every rank."""
+    with torch.device("meta"):
+        model = Transfusion(config.model, config.objective)
+    device = torch.device(get_accelerator().current_device_name())
+    stage = parallelize(model, topology, config, device)
+    objective = divided_objective(config, topology).to(device)
+    pipelined = topology.size("pipeline") > 1
+    module = _pipeline(stage, objective, config, topology) if pipelined else Whole(stage, objective)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=make_optimizer(stage, config.optimizer),
+            config=_deepspeed_config(config, topology),
+            mpu=None if pipelined else topology.grid,
         )
-    share = rows // world
-    return range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    if config.parallel.zero_stage == 0:
+        engine.clip_fp32_gradients = partial(_clip, engine)
+    return Engine(engine, stage, topology)
 
 
-def make_engine(model: nn.Module, config: RunConfig) -> deepspeed.DeepSpeedEngine:
-    """Wrap the model: ZeRO-1, clipping, accumulation over this rank's micro-batches."""
-    num_micro_batches = len(rows_of_rank(config)) // config.train.micro_batch_rows
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(model, config.optimizer),
-        config={
-            "train_micro_batch_size_per_gpu": config.train.micro_batch_rows,
-            "gradient_accumulation_steps": num_micro_batches,
-            "gradient_clipping": config.optimizer.gradient_clip,
-            "zero_optimization": {"stage": 1},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        },
+def num_micro_batches(config: RunConfig, topology: Topology) -> int:
+    """Micro-batches that this rank computes for a step."""
+    return len(rows_of_rank(config, topology)) // config.train.micro_batch_rows
+
+
+def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
+    """What DeepSpeed's stage 0 does, which forgets the norm that it found."""
+    engine._global_grad_norm = clip_grad_norm_(
+        list(engine.module.parameters()), engine.gradient_clipping(), mpu=engine.mpu
     )
-    return engine
+
+
+def _pipeline(stage: Stage, objective: Objective, config: RunConfig, topology: Topology) -> PipelineModule:
+    """DeepSpeed's pipeline of one layer a stage: ours; the others' stand elsewhere."""
+    layers = [LayerSpec(nn.Identity)] * topology.size("pipeline")
+    layers[topology.place("pipeline")] = stage
+    losses = PipelineLosses(objective, topology, num_micro_batches(config, topology))
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = PipelineModule(
+            layers, topology=topology.grid.topology(), loss_fn=losses, partition_method="uniform"
+        )
+    module.get_additional_losses = losses.named
+    return module
+
+
+def _deepspeed_config(config: RunConfig, topology: Topology) -> dict:
+    parallel = config.parallel
+    zero = {
+        "stage": parallel.zero_stage,
+        "overlap_comm": topology.size("pipeline") == 1,
+        # Vectors of the model's width stay whole on every rank: gathering them costs more than they do.
+        "param_persistence_threshold": config.model.width,
+    }
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    values = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_rows,
+        "gradient_accumulation_steps": num_micro_batches(config, topology),
+        # Without clipping, DeepSpeed's stage 0 would not measure the norm.
+        "gradient_clipping": config.optimizer.gradient_clip or math.inf,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if config.train.precision != "fp32":
+        values |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return values

@@ -1,0 +1,42 @@
+"""Activation checkpointing: what a block's backward pass computes again instead of keeping."""
+
+from collections.abc import Callable
+from functools import partial
+
+import deepspeed.sequence.layer  # noqa: F401 - registers its all-to-all as an operation
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from megafusion.parallel.config import Recompute
+
+# Costly to compute again, or to send again; everything else of a block is cheap or, as attention, large.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.wait_tensor.default,
+    torch.ops.deepspeed.dim_zero_all_to_all.default,
+}
+
+
+def recompute(block: nn.Module, what: Recompute) -> None:
+    """Let a block keep everything; matrix products and what was communicated; or its input alone."""
+    if what == "none":
+        return
+    options: dict[str, Callable] = {}
+    if what == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    block.forward = partial(
+        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
+    )
+
+
+def _policy(context: object, operation: object, *arguments: object, **options: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

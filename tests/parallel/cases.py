@@ -1,0 +1,126 @@
+"""What a worker process computes: some steps of a run at a topology, and what comes of them."""
+
+import os
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from megafusion.config import parse_config
+from megafusion.model.initialize import initialize
+from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.layout import Layout, layout_of
+from megafusion.parallel.topology import make_topology
+from megafusion.sequence.packing import PackedBatch
+from megafusion.train.assemble import assemble
+from megafusion.train.config import RunConfig
+from megafusion.train.engine import Engine, make_engine, start_process_group
+from megafusion.train.optimizer import make_optimizer
+from megafusion.train.step import train_step
+
+LEARNING_RATE = 3e-3
+
+
+@dataclass
+class Outcome:
+    """A rank's losses (text, image, total, gradient norm) by step, and its parts of the weights."""
+
+    losses: list[list[float]]
+    weights: list[tuple[str, Layout, Tensor]]
+
+
+class Batches:
+    """The emoji stream; every fifth batch has text alone, and every fifth images without captions."""
+
+    def __init__(self, values: dict, topology):
+        text = {**values, "data": {**values["data"], "sources": {"text": values["data"]["sources"]["text"]}}}
+        images = {
+            **values,
+            "data": {
+                **values["data"],
+                "sources": {"pairs": values["data"]["sources"]["pairs"]},
+                "caption_first": 1.0,
+                "caption_dropout": 1.0,
+            },
+        }
+        self.streams = [
+            assemble(parse_config(RunConfig, v, "test"), topology).stream for v in (values, text, images)
+        ]
+        self.number = 0
+
+    def next(self) -> list[PackedBatch]:
+        self.number += 1
+        return self.streams[{3: 1, 4: 2}.get(self.number % 5, 0)].next().micro_batches
+
+
+def parallel_steps(values: dict, num_steps: int) -> Outcome:
+    """The steps at the topology that the values ask for. Called by each rank."""
+    start_process_group()
+    torch.set_num_threads(1)
+    config = parse_config(RunConfig, values, "test")
+    topology = make_topology(config.parallel, "cpu")
+    batches, engine = Batches(values, topology), make_engine(config, topology)
+    losses = []
+    for _ in range(num_steps):
+        found = train_step(engine, batches.next(), LEARNING_RATE)
+        norm = float(engine.deepspeed.get_global_grad_norm())
+        losses.append([*(float(loss) for loss in found), norm])
+    return Outcome(losses, weights_of(engine))
+
+
+def weights_of(engine: Engine) -> list[tuple[str, Layout, Tensor]]:
+    found = []
+    for name, parameter in engine.stage.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            found.append((name, layout_of(parameter), parameter.detach().float().clone()))
+    return found
+
+
+def plain_steps(values: dict, num_steps: int) -> Outcome:
+    """The same steps by the plain model and a plain optimizer on one device, without DeepSpeed."""
+    start_process_group()
+    values = {**values, "parallel": {}}
+    config = parse_config(RunConfig, values, "test")
+    batches = Batches(values, make_topology(config.parallel, "cpu"))
+    model = Transfusion(config.model, config.objective)
+    initialize(model, config.model.num_layers, config.seed)
+    optimizer = make_optimizer(model, config.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    losses = []
+    for _ in range(num_steps):
+        micro_batches = batches.next()
+        counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
+        optimizer.zero_grad()
+        sums = torch.zeros(3)
+        for batch in micro_batches:
+            batch.num_text_targets, batch.num_images = counts.unbind()
+            found = model(batch)
+            found.total.backward()
+            sums += torch.stack(found).detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+        optimizer.step()
+        losses.append([*sums.tolist(), norm.item()])
+    return Outcome(losses, [(n, layout_of(p), p.detach().clone()) for n, p in model.named_parameters()])
+
+
+def loss_error(outcome: Outcome, plain: Outcome) -> float:
+    """Largest relative error of any loss at any step; of a loss that is 0, the absolute."""
+    found, true = torch.tensor(outcome.losses)[:, :3], torch.tensor(plain.losses)[:, :3]
+    return ((found - true).abs() / torch.where(true == 0, 1, true.abs())).max().item()
+
+
+def parameter_error(outcomes: list[Outcome], plain: Outcome) -> float:
+    """Largest absolute error of any weight on any rank; every weight must be somewhere."""
+    true = {name: value for name, _, value in plain.weights}
+    covered = {name: torch.zeros_like(value) for name, value in true.items()}
+    worst = 0.0
+    for outcome in outcomes:
+        for name, layout, value in outcome.weights:
+            assert layout.shape == true[name].shape, name
+            worst = max(worst, (value - layout.take(true[name])).abs().max().item())
+            for run in layout.runs:
+                covered[name].narrow(layout.dim, run.whole_start, run.length).fill_(1)
+    assert all(value.all() for value in covered.values())
+    return worst
