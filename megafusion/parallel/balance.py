@@ -1,5 +1,7 @@
 """Which blocks stand on which pipeline stage, so that the slowest stage is as fast as can be."""
 
+from itertools import pairwise
+
 import torch
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
@@ -33,13 +35,13 @@ def layer_flops(config: ModelConfig, shape: RowShape) -> list[int]:
 
 
 def stage_blocks(flops: list[int], num_stages: int) -> list[range]:
-    """Numbers of the blocks of each stage, from the cost of stem, blocks and tail. At least one block each."""
+    """Numbers of each stage's blocks, at least one, from the costs of stem, blocks and tail."""
     stem, *blocks, tail = flops
     costs = list(blocks)
     costs[0] += stem
     costs[-1] += tail
     bounds = partition_balanced(costs, num_stages)
-    return [range(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [range(first, last) for first, last in pairwise(bounds)]
 
 
 def _counted(function, *arguments) -> tuple[Tensor, int]:

@@ -8,6 +8,7 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Objective
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.parallel.collectives import sum_over
+from megafusion.parallel.fp8 import use_fp8
 from megafusion.parallel.images import OwnImages, divide_images
 from megafusion.parallel.layout import layout_of
 from megafusion.parallel.recompute import recompute
@@ -33,10 +34,11 @@ def parallelize(model: Transfusion, topology: Topology, config: RunConfig, devic
     1. pipeline: the consecutive blocks of this rank's stage, balanced by counted operations;
     2. tensor: matrices, embedding and head are replaced by this rank's parts, norms by ones that enter;
     3. Ulysses: attention exchanges positions for heads;
-    4. images: the adapters run on this rank's slots;
-    5. weights: each parameter that is left gets its storage and its part of the same random start;
-    6. gradients that ranks compute in part are summed: hooks, before DeepSpeed's;
-    7. activation checkpointing around the blocks, then torch.compile around that.
+    4. fp8: transformer-engine's layers in the place of ours, with the same parts;
+    5. images: the adapters run on this rank's slots;
+    6. weights: each parameter that is left gets its storage and its part of the same random start;
+    7. gradients that ranks compute in part are summed: hooks, before DeepSpeed's;
+    8. activation checkpointing around the blocks, then torch.compile around that.
 
     DeepSpeed then adds ZeRO, precision and the data-parallel sums (train/engine.py).
     """
@@ -51,6 +53,9 @@ def parallelize(model: Transfusion, topology: Topology, config: RunConfig, devic
     if topology.size("ulysses") > 1:
         for block in stage.blocks.values():
             exchange_heads(block, topology)
+    if config.train.precision == "fp8":
+        for block in stage.blocks.values():
+            use_fp8(block, topology.group("tensor"))
     if own.num_ranks > 1:
         if stage.stem:
             divide_stem(stage.stem, topology)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import deepspeed.sequence.layer  # noqa: F401 - registers its all-to-all as an operation
 import torch
 from torch import nn
 from torch.utils.checkpoint import (
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import (
 from megafusion.parallel.config import Recompute
 
 # Costly to compute again, or to send again; everything else of a block is cheap or, as attention, large.
+# (Ulysses' exchanges write into buffers, which cannot be kept: they are sent again.)
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -22,7 +22,6 @@ _KEPT = {
     torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.wait_tensor.default,
-    torch.ops.deepspeed.dim_zero_all_to_all.default,
 }
 
 

@@ -76,12 +76,13 @@ def make_topology(config: ParallelConfig, device_type: str) -> Topology:
 
 
 def data_degree(config: ParallelConfig, world_size: int) -> int:
-    """Data-parallel ranks: what is left of the world. UserError, with the arithmetic, where nothing whole is."""
+    """Data-parallel ranks: what is left of the world. UserError, with the arithmetic, if it is not whole."""
     others = config.pipeline * config.ulysses * config.tensor
     if world_size % others:
         raise UserError(
-            f"parallel: pipeline {config.pipeline} x ulysses {config.ulysses} x tensor {config.tensor} = {others} "
-            f"ranks a copy of the model, but the world has {world_size} ranks, which is not a multiple of {others}"
+            f"parallel: pipeline {config.pipeline} x ulysses {config.ulysses} x tensor {config.tensor} = "
+            f"{others} ranks a copy of the model, but the world has {world_size} ranks, which is not a multiple "
+            f"of {others}"
         )
     return world_size // others
 
@@ -110,7 +111,7 @@ def check_degrees(config: "RunConfig", world_size: int) -> None:
         (
             model.vocab_size
             >= vocabulary_share(model.vocab_size, parallel.tensor) * (parallel.tensor - 1) + 1,
-            f"model.vocab_size {model.vocab_size} is too small to be split over parallel.tensor {parallel.tensor}",
+            f"model.vocab_size {model.vocab_size} is too small for parallel.tensor {parallel.tensor}",
         ),
         (
             config.data.sequence_length % slices == 0,
@@ -119,12 +120,14 @@ def check_degrees(config: "RunConfig", world_size: int) -> None:
         ),
         (
             model.num_layers >= parallel.pipeline,
-            f"model.num_layers {model.num_layers} are fewer than parallel.pipeline {parallel.pipeline} stages",
+            f"model.num_layers {model.num_layers} is less than the stages of parallel.pipeline "
+            f"{parallel.pipeline}",
         ),
         (
             train.global_batch_rows % (train.micro_batch_rows * data) == 0,
             f"train.global_batch_rows {train.global_batch_rows} is not a multiple of train.micro_batch_rows "
-            f"{train.micro_batch_rows} x {data} data-parallel ranks (world {world_size} / {world_size // data})",
+            f"{train.micro_batch_rows} x {data} data-parallel ranks (a world of {world_size} / "
+            f"{world_size // data})",
         ),
     ]
     if broken := [message for holds, message in rules if not holds]:

@@ -12,6 +12,7 @@ from megafusion.data.stream import BatchStream
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts, picture_size
 from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.topology import Topology, check_degrees
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
@@ -31,6 +32,8 @@ class Parts:
 def assemble(config: RunConfig, topology: Topology) -> Parts:
     """Open and check everything that a run needs, before anything is written."""
     check_degrees(config, dist.get_world_size())
+    if config.train.precision == "fp8":
+        check_fp8()
     if config.model.attention == "flex" and not torch.cuda.is_available():
         raise UserError(
             "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"

@@ -34,8 +34,8 @@ class TrainConfig(Config):
     micro_batch_rows: int = Field(gt=0)
     """Packed rows that a rank computes at a time; the rest is gradient accumulation."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """fp32; bf16 with float32 masters, moments and gradient sums; fp8, which is bf16 with transformer-engine's
-    8-bit matrix products in the blocks (Hopper or later)."""
+    """fp32; bf16 with float32 masters, moments and gradient sums; fp8, which is bf16 with 8-bit matrix
+    products in the blocks by transformer-engine (Hopper or later)."""
     recompute: Recompute = "none"
     """Activation checkpointing: what a block's backward pass computes again - none; selective, attention and
     cheap operations; full, everything."""
@@ -73,7 +73,8 @@ class RunConfig(Config):
     def _consistent(self) -> "RunConfig":
         if self.train.precision != "fp32" and self.parallel.zero_stage == 0:
             raise ValueError(
-                f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 has not; use 1"
+                f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 "
+                "has not; use 1"
             )
         positions = self.model.num_patches + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:

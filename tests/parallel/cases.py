@@ -1,6 +1,5 @@
 """What a worker process computes: some steps of a run at a topology, and what comes of them."""
 
-import os
 from dataclasses import dataclass
 
 import deepspeed

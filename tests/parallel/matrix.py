@@ -1,0 +1,177 @@
+"""Every way to lay the same run over devices, against one device: `make test-parallel` runs them all.
+
+    python -m tests.parallel.matrix [NAME ...]
+
+Ends with a table, and writes runs/parallel.json.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tests.parallel.cases import Outcome, loss_error, parallel_steps, parameter_error, plain_steps
+from tests.small import make_shards, make_vae, small_run
+from tests.workers import WorkersFailed, run_workers
+
+NUM_STEPS = 20
+MAX_LOSS_ERROR, MAX_PARAMETER_ERROR = 1e-5, 1e-4
+MAX_BF16_LOSS_ERROR = 1e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A topology and what else may differ from one device without changing a run."""
+
+    name: str
+    world: int
+    parallel: dict
+    adapter: str = "linear"
+    train: dict = field(default_factory=dict)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether float32 is asked of it."""
+        return self.train.get("precision", "fp32") == "fp32"
+
+    def values(self, shards: Path, vae: Path, out: Path) -> dict:
+        """Plain values of the run."""
+        values = small_run(shards, vae, out)
+        values["data"]["num_streams"] = 8
+        values["model"] |= {"num_layers": 4, "num_kv_heads": 4, "adapter": self.adapter, "unet_channels": 8}
+        values["train"] |= {
+            "num_steps": NUM_STEPS,
+            "global_batch_rows": 8,
+            "micro_batch_rows": 2,
+            **self.train,
+        }
+        return values | {"parallel": self.parallel}
+
+
+TOPOLOGIES = {
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2-sp": (2, {"tensor": 2, "sequence": True}),
+    "ulysses2": (2, {"ulysses": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2-dp2": (4, {"tensor": 2}),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "pp2-dp2": (4, {"pipeline": 2}),
+    "tp2-pp2-dp2": (8, {"tensor": 2, "pipeline": 2}),
+}
+"""World size and degrees, by name; with one ZeRO stage and adapter each they are in `make test`."""
+
+MIXED = {
+    "ulysses2-tp2": (4, {"ulysses": 2, "tensor": 2}),
+    "ulysses2-tp2-sp": (4, {"ulysses": 2, "tensor": 2, "sequence": True}),
+    "ulysses2-pp2": (4, {"ulysses": 2, "pipeline": 2}),
+    "tp2-sp-pp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
+    "tp4": (4, {"tensor": 4}),
+    "pp4": (4, {"pipeline": 4}),
+    "dp4": (4, {}),
+}
+
+
+def make_cases() -> list[Case]:
+    """All of them."""
+    cases = [Case("one", 1, {}), Case("one-unet", 1, {}, "unet")]
+    for name, (world, degrees) in TOPOLOGIES.items():
+        for adapter in ("linear", "unet"):
+            for stage in (0, 1) if "pipeline" in degrees else (0, 1, 2, 3):
+                cases.append(
+                    Case(f"{name}-zero{stage}-{adapter}", world, {**degrees, "zero_stage": stage}, adapter)
+                )
+    for name, (world, degrees) in MIXED.items():
+        cases.append(Case(f"{name}-unet", world, degrees, "unet"))
+    for what in ("selective", "full"):
+        cases.append(Case(f"tp2-sp-recompute-{what}", 2, TOPOLOGIES["tp2-sp"][1], train={"recompute": what}))
+        cases.append(Case(f"pp2-recompute-{what}", 2, {"pipeline": 2}, "unet", {"recompute": what}))
+        cases.append(Case(f"ulysses2-recompute-{what}", 2, {"ulysses": 2}, train={"recompute": what}))
+        cases.append(Case(f"dp2-zero3-recompute-{what}", 2, {"zero_stage": 3}, train={"recompute": what}))
+    for stage in (1, 2, 3):
+        degrees = {"zero_stage": stage, "offload_optimizer": True}
+        cases.append(Case(f"dp2-zero{stage}-offload", 2, degrees))
+    bf16 = {"precision": "bf16"}
+    for name in ("tp2-sp", "ulysses2", "pp2", "tp2-pp2", "dp2"):
+        world, degrees = TOPOLOGIES[name]
+        cases.append(Case(f"{name}-bf16", world, degrees, "unet", bf16))
+    cases += [Case(f"dp2-zero{stage}-bf16", 2, {"zero_stage": stage}, train=bf16) for stage in (2, 3)]
+    return [*cases, Case("one-bf16", 1, {}, train=bf16)]
+
+
+CASES = {case.name: case for case in make_cases()}
+
+
+@dataclass
+class Result:
+    """A line of runs/parallel.json."""
+
+    name: str
+    world: int
+    max_loss_error: float
+    max_parameter_error: float
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether both errors are within the limits; NaN is not."""
+        if not CASES[self.name].is_exact:
+            return self.max_loss_error < MAX_BF16_LOSS_ERROR
+        return self.max_loss_error < MAX_LOSS_ERROR and self.max_parameter_error < MAX_PARAMETER_ERROR
+
+
+class OneDevice:
+    """The plain model's steps, once for each adapter."""
+
+    def __init__(self, shards: Path, vae: Path, out: Path):
+        self.places, self.outcomes = (shards, vae, out), {}
+
+    def of(self, adapter: str) -> Outcome:
+        """The outcome that every topology must have."""
+        if adapter not in self.outcomes:
+            values = Case("plain", 1, {}, adapter).values(*self.places)
+            (self.outcomes[adapter],) = run_workers(plain_steps, 1, values, NUM_STEPS)
+        return self.outcomes[adapter]
+
+    def compare(self, case: Case) -> Result:
+        """Run a case and measure how far it is from one device."""
+        plain, begin = self.of(case.adapter), time.monotonic()
+        outcomes = run_workers(parallel_steps, case.world, case.values(*self.places), NUM_STEPS, timeout=240)
+        seconds = time.monotonic() - begin
+        loss = max(loss_error(outcome, plain) for outcome in outcomes)
+        return Result(case.name, case.world, loss, parameter_error(outcomes, plain), seconds)
+
+
+def main(names: list[str]) -> int:
+    """Run the named cases, or all; the number of those that do not hold."""
+    results, failed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        vae = make_vae(Path(folder) / "vae")
+        shards = Path(folder) / "shards"
+        shards.mkdir()
+        one = OneDevice(make_shards(shards, vae), vae, Path(folder) / "run")
+        for name in track(names or list(CASES), description="topologies", console=Console(stderr=True)):
+            try:
+                results.append(one.compare(CASES[name]))
+            except WorkersFailed as error:
+                failed.append(f"{name}: {error}")
+    table = Table("case", "ranks", "loss error", "weight error", "seconds", "")
+    for r in results:
+        errors = f"{r.max_loss_error:.1e}", f"{r.max_parameter_error:.1e}"
+        table.add_row(r.name, str(r.world), *errors, f"{r.seconds:.1f}", "" if r.holds else "TOO FAR")
+    Console().print(table, *failed, sep="\n")
+    Path("runs").mkdir(exist_ok=True)
+    Path("runs/parallel.json").write_text(
+        json.dumps({"cases": [asdict(r) for r in results]}, indent=1) + "\n"
+    )
+    return len(failed) + sum(not r.holds for r in results)
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(sys.argv[1:])))

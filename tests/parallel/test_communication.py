@@ -1,0 +1,91 @@
+"""What the ranks send in a block, forward and backward: as docs/parallelism.md says, and nothing else."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megafusion.config import parse_config
+from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.parallelize import parallelize
+from megafusion.parallel.topology import make_topology
+from megafusion.sequence.intervals import Intervals
+from megafusion.train.config import RunConfig
+from tests.parallel.matrix import Case
+from tests.workers import run_workers
+
+ROWS, LENGTH, WIDTH, HEADS, KV_HEADS, RANKS = 2, 96, 32, 4, 4, 2
+STREAM = ROWS * LENGTH * WIDTH * 4
+"""Bytes of the residual stream of a micro-batch."""
+
+
+NOT_SENT = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+class Sent(TorchDispatchMode):
+    """Counts collectives and the bytes of the whole tensors that they work on."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.num_bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **options or {})
+        namespace, _, name = str(operation).partition(".")
+        name = name.partition(".")[0]
+        if namespace in ("_c10d_functional", "c10d") and name not in NOT_SENT:
+            largest = max(t.numel() * t.element_size() for t in (arguments[0], result) if torch.is_tensor(t))
+            self.number[name] += 1
+            self.num_bytes[name] += largest
+        return result
+
+
+def one_block(values: dict) -> list[tuple[dict, dict]]:
+    """Counts and bytes of a block's forward, and of its backward."""
+    config = parse_config(RunConfig, values, "test")
+    topology = make_topology(config.parallel, "cpu")
+    with torch.device("meta"):
+        model = Transfusion(config.model, config.objective)
+    stage = parallelize(model, topology, config, torch.device("cpu"))
+    slices = topology.size("ulysses") * (topology.size("tensor") if config.parallel.sequence else 1)
+    x = torch.randn(ROWS, LENGTH // slices, WIDTH, requires_grad=True)
+    positions = torch.arange(LENGTH).expand(ROWS, -1).int()
+    intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)
+    rope = stage.rope(stage.slices.take(positions))
+    with Sent() as forward:
+        out = stage.blocks["0"](x, intervals, rope)
+    with Sent() as backward:
+        out.sum().backward()
+    return [(dict(sent.number), dict(sent.num_bytes)) for sent in (forward, backward)]
+
+
+HEADS_SENT = ROWS * LENGTH // RANKS * WIDTH // HEADS * 4
+"""Bytes of one head of a Ulysses rank's positions."""
+
+CASES = {
+    "tensor": ({"tensor": 2}, {"all_reduce": (2, 2 * STREAM)}, {"all_reduce": (2, 2 * STREAM)}),
+    "sequence": (
+        {"tensor": 2, "sequence": True},
+        {"all_gather_into_tensor": (2, 2 * STREAM), "reduce_scatter_tensor": (2, 2 * STREAM)},
+        {
+            "all_gather_into_tensor": (2, 2 * STREAM),
+            "reduce_scatter_tensor": (2, 2 * STREAM),
+            "all_reduce": (2, 2 * WIDTH * 4),  # the gradients of the two norms
+        },
+    ),
+    "ulysses": (
+        {"ulysses": 2},
+        {"alltoall_base_": (4, (2 * HEADS + 2 * KV_HEADS) * HEADS_SENT)},
+        {"alltoall_base_": (4, (2 * HEADS + 2 * KV_HEADS) * HEADS_SENT)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_sends_what_the_formula_says(shards, vae_folder, tmp_path, name):
+    degrees, forward, backward = CASES[name]
+    values = Case(name, RANKS, degrees).values(shards, vae_folder, tmp_path)
+    for rank in run_workers(one_block, RANKS, values):
+        for (number, num_bytes), expected in zip(rank, (forward, backward), strict=True):
+            assert {key: (number[key], num_bytes[key]) for key in number} == expected

@@ -1,0 +1,54 @@
+"""Every form of parallelism gives what one device gives; the whole matrix is `make test-parallel`."""
+
+import pytest
+
+from tests.parallel.cases import parallel_steps
+from tests.parallel.matrix import CASES, OneDevice
+from tests.workers import run_workers
+
+QUICK = [
+    "one",
+    "dp2-zero0-linear",
+    "dp2-zero2-unet",
+    "dp2-zero3-linear",
+    "tp2-zero1-linear",
+    "tp2-zero3-unet",
+    "tp2-sp-zero1-unet",
+    "tp2-sp-zero3-linear",
+    "ulysses2-zero1-unet",
+    "ulysses2-zero2-linear",
+    "pp2-zero0-linear",
+    "pp2-zero1-unet",
+    "tp2-dp2-zero1-linear",
+    "tp2-pp2-zero1-unet",
+    "pp2-dp2-zero1-linear",
+    "tp2-pp2-dp2-zero1-linear",
+    "ulysses2-tp2-sp-unet",
+    "tp2-sp-recompute-selective",
+    "pp2-recompute-full",
+    "dp2-zero1-offload",
+    "tp2-pp2-bf16",
+    "dp2-zero2-bf16",
+]
+
+
+@pytest.fixture(scope="module")
+def one_device(shards, vae_folder, tmp_path_factory) -> OneDevice:
+    return OneDevice(shards, vae_folder, tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_equals_one_device(one_device, name):
+    result = one_device.compare(CASES[name])
+    assert result.holds, result
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2-zero1-unet", "tp2-sp-zero3-linear", "ulysses2-zero2-linear"])
+def test_same_topology_and_seed_give_the_same_bits(shards, vae_folder, tmp_path, name):
+    case = CASES[name]
+    values = case.values(shards, vae_folder, tmp_path)
+    first, second = (run_workers(parallel_steps, case.world, values, 5) for _ in range(2))
+    assert [outcome.losses for outcome in first] == [outcome.losses for outcome in second]
+    for one, other in zip(first, second, strict=True):
+        for (name, _, value), (_, _, again) in zip(one.weights, other.weights, strict=True):
+            assert (value == again).all(), name

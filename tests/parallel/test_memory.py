@@ -1,0 +1,80 @@
+"""A rank's weights and optimizer state fall with each degree as the formula says."""
+
+import pytest
+import torch
+from megafusion.train.masters import masters
+
+from megafusion.config import parse_config
+from megafusion.parallel.memory import state_bytes
+from megafusion.parallel.topology import make_topology
+from megafusion.train.config import RunConfig
+from megafusion.train.ema import Ema
+from megafusion.train.engine import make_engine
+from megafusion.train.step import train_step
+from tests.parallel.cases import Batches
+from tests.parallel.matrix import Case
+from tests.workers import run_workers
+
+CASES = {
+    "one-zero0": (1, {"zero_stage": 0}, "fp32"),
+    "one": (1, {}, "fp32"),
+    "tp2": (2, {"tensor": 2}, "fp32"),
+    "pp2": (2, {"pipeline": 2}, "fp32"),
+    "dp2-zero0": (2, {"zero_stage": 0}, "fp32"),
+    "dp2-zero1": (2, {"zero_stage": 1}, "fp32"),
+    "dp2-zero1-bf16": (2, {"zero_stage": 1}, "bf16"),
+    "dp2-zero2": (2, {"zero_stage": 2}, "fp32"),
+    "dp2-zero3": (2, {"zero_stage": 3}, "fp32"),
+    "ulysses2": (2, {"ulysses": 2}, "fp32"),
+    "tp2-dp2-zero3": (4, {"tensor": 2, "zero_stage": 3}, "bf16"),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}, "fp32"),
+}
+
+
+def held(values: dict) -> tuple[list[int], list[int]]:
+    """Bytes measured, and bytes by the formula: weights, optimizer, average."""
+    config = parse_config(RunConfig, values, "test")
+    topology = make_topology(config.parallel, "cpu")
+    engine = make_engine(config, topology)
+    owned = masters(engine.deepspeed, engine.stage.named_parameters())
+    ema = Ema(owned, 0.9)
+    train_step(engine, Batches(values, topology).next(), 1e-3)
+    parameters = list(engine.stage.parameters())
+    if config.parallel.zero_stage == 3:
+        kept = [p for p in parameters if p.ds_persist]
+        weights = [p.ds_tensor for p in parameters if not p.ds_persist] + kept
+    else:
+        weights = parameters
+    optimizer = engine.deepspeed.optimizer
+    adamw = getattr(optimizer, "optimizer", optimizer)
+    states = [t for s in adamw.state.values() for t in s.values() if t.numel() > 1]
+    if config.parallel.zero_stage:
+        states += list(adamw.state)
+    measured = [
+        sum(t.numel() * t.element_size() for t in tensors) for tensors in (weights, states, ema.fragments)
+    ]
+    return measured, list(state_bytes(engine.stage, topology, config))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_are_as_the_formula_says(shards, vae_folder, tmp_path, name):
+    world, degrees, precision = CASES[name]
+    values = Case(name, world, degrees, "unet", {"precision": precision}).values(shards, vae_folder, tmp_path)
+    values["model"] |= {"width": 64, "hidden_width": 256}
+    for measured, formula in run_workers(held, world, values):
+        assert measured == pytest.approx(formula, rel=0.02)
+        assert sum(measured) > 1_000_000
+
+
+def test_each_degree_divides(shards, vae_folder, tmp_path):
+    """The sums over ranks of one copy's weights are the whole, whatever the degrees: nothing is held twice."""
+    totals = {}
+    for name in ("one", "tp2", "pp2", "tp2-pp2"):
+        world, degrees, _ = CASES[name]
+        values = Case(name, world, degrees).values(shards, vae_folder, tmp_path)
+        totals[name] = sum(measured[0] for measured, _ in run_workers(held, world, values))
+    assert totals["pp2"] == totals["one"]
+    # Norms and the linear adapters are held by every tensor rank.
+    assert totals["one"] < totals["tp2"] < 1.1 * totals["one"]
+    assert totals["tp2-pp2"] == totals["tp2"]
+    assert torch.tensor(list(totals.values())).min() == totals["one"]
