@@ -38,12 +38,12 @@ class Layout:
 
 def set_layout(parameter: nn.Parameter, layout: Layout) -> None:
     """Remember with a parameter that it is a part."""
-    parameter.layout = layout
+    parameter.cut_layout = layout  # every tensor has a `layout` of its own
 
 
 def layout_of(parameter: nn.Parameter) -> Layout:
     """A parameter's layout; one that was never cut is whole."""
-    if (layout := getattr(parameter, "layout", None)) is not None:
+    if (layout := getattr(parameter, "cut_layout", None)) is not None:
         return layout
     # A ZeRO-3 parameter is empty between uses, and remembers its shape.
     shape = getattr(parameter, "ds_shape", parameter.shape)
