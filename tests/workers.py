@@ -6,6 +6,7 @@ fraction of a second.
 
 import multiprocessing
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def run_workers(function: Callable, world_size: int, *arguments: object, timeout
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                succeeded, answer = pipe.recv()
+                succeeded, answer = pickle.loads(pipe.recv_bytes())
             except EOFError:  # killed, so it said nothing
                 processes[rank].join(5)
                 succeeded, answer = False, f"ended with status {processes[rank].exitcode}"
@@ -90,7 +91,9 @@ def _work(answer: Connection, place: tuple[int, int, int], function: Callable, a
 
         torch.set_num_threads(1)
         start_process_group()
-        answer.send((True, function(*arguments)))
-        dist.destroy_process_group()
+        result = True, function(*arguments)
+        dist.barrier()
     except BaseException:
-        answer.send((False, traceback.format_exc()))
+        result = False, traceback.format_exc()
+    # Not as multiprocessing pickles, by which torch hands over memory that ends with this process.
+    answer.send_bytes(pickle.dumps(result))

@@ -21,7 +21,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Layout:
-    """A parameter cut along one dimension; a fused one (queries, keys and values) is cut into several runs."""
+    """A parameter cut along one dimension; a fused one (queries, keys, values) is cut into several runs."""
 
     shape: torch.Size
     """Shape of the whole parameter."""

@@ -108,7 +108,7 @@ class Checkpointer:
                 saving.result()
 
     def published(self) -> Path | None:
-        """Wait for the save under way, on this rank alone: its folder, or None where there is none or it failed.
+        """Wait for the save under way, on this rank alone: its folder; None where there is none or it failed.
 
         A failure is told by the next `save` or `wait`, to every rank.
         """
@@ -214,7 +214,10 @@ def load_ema(path: Path, names_and_shapes: dict[str, torch.Size]) -> dict[str, T
 
 
 def load_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one kind, in one process. UserError where the checkpoint is damaged or of another model."""
+    """Whole tensors of one kind (of KINDS), in one process.
+
+    Raises UserError where the checkpoint is damaged or of another model.
+    """
     verify_checkpoint(path)
     shapes = {f"{kind}.{name}": torch.Size(shape) for name, shape in names_and_shapes.items()}
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
@@ -308,7 +311,7 @@ def _publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
 
 
 def _read(path: Path, boxes: dict[str, Boxes], shapes: dict[str, torch.Size], kinds: tuple[str, ...]) -> None:
-    """Fill boxes. UserError where the checkpoint is not one of ours, or its tensors of these kinds are others."""
+    """Fill boxes. UserError where the checkpoint is none of ours, or has other tensors of these kinds."""
     reader = Reader(path / "tensors")
     stored = {
         name: entry.size
@@ -318,8 +321,9 @@ def _read(path: Path, boxes: dict[str, Boxes], shapes: dict[str, torch.Size], ki
     for name in sorted(stored.keys() | shapes.keys(), key=lambda name: name.partition(".")[::-1]):
         if stored.get(name) != shapes.get(name):
             there, here = (_shape_text(found.get(name)) for found in (stored, shapes))
+            parameter = name.partition(".")[2]
             raise UserError(
-                f"{path}: does not hold the tensors of this model: {name.partition('.')[2]} {there} there and "
+                f"{path}: does not hold the tensors of this model: {parameter} {there} there, "
                 f"{here} here; give the model that it was saved from, or {_way_out(path)}"
             )
     with warnings.catch_warnings():

@@ -81,7 +81,7 @@ def refresh(engine: DeepSpeedEngine, step: int) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a fragment lies: in which tensor of the optimizer, from where, and what of the parameter it is."""
+    """Where a fragment lies in the optimizer: in which tensor, from where; and what of a parameter it is."""
 
     storage: Tensor
     offset: int
