@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection, wait
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megafusion.train.run"])
+# The second is what DeepSpeed imports late, and most of torch's compiler with it: seconds for each rank.
+_CONTEXT.set_forkserver_preload(["megafusion.train.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 SECONDS_AFTER_A_FAILURE = 15
 """How long the other ranks may take to end after one has failed."""
