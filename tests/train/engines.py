@@ -34,13 +34,13 @@ BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 class Model(nn.Module):
     """Parameters of 1 to 4 dimensions, of sizes that no number of ranks divides."""
 
-    def __init__(self):
+    def __init__(self, width: int = 13):
         super().__init__()
         self.embedding = nn.Embedding(11, 7)
         self.convolution = nn.Conv2d(1, 3, (3, 5), padding=(1, 2))
-        self.hidden = nn.Linear(7, 13)
+        self.hidden = nn.Linear(7, width)
         self.scale = nn.Parameter(torch.tensor([1.5]))
-        self.head = nn.Linear(13, 11, bias=False)
+        self.head = nn.Linear(width, 11, bias=False)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """The mean cross-entropy."""
@@ -95,10 +95,10 @@ class Run:
         return total.item() / dist.get_world_size()
 
 
-def make_run(topology: Topology, seed: int = 0) -> Run:
+def make_run(topology: Topology, seed: int = 0, width: int = 13) -> Run:
     """A run of Model that has not begun."""
     torch.manual_seed(seed)
-    engine = make_engine(Model(), topology)
+    engine = make_engine(Model(width), topology)
     owned = masters(engine, engine.module.named_parameters())
     return Run(engine, topology, owned, Ema(owned, 0.9))
 
