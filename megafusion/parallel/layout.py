@@ -41,7 +41,7 @@ def set_layout(parameter: nn.Parameter, layout: Layout) -> None:
     parameter.cut_layout = layout  # every tensor has a `layout` of its own
 
 
-def layout_of(parameter: nn.Parameter) -> Layout:
+def layout_of(parameter: Tensor) -> Layout:
     """A parameter's layout; one that was never cut is whole."""
     if (layout := getattr(parameter, "cut_layout", None)) is not None:
         return layout

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megafusion.errors import UserError
-from megafusion.parallel.layout import Layout, Run
+from megafusion.parallel.layout import layout_of
 from megafusion.storage import file_sha256
 from megafusion.train.boxes import Boxes
 from megafusion.train.ema import Ema
@@ -81,9 +81,11 @@ class Checkpointer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let the save under way end; report its failure unless something else failed already."""
-        if kind is None:
-            self.wait()
-        self._thread.shutdown()
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
 
     def save(self, state: dict, stream_state: dict) -> None:
         """Begin to write `folder`/step-N; all but the ones to be kept are deleted once it is complete.
@@ -131,9 +133,9 @@ class Checkpointer:
         parts: list[dict | None] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, {name: entry.shape for name, entry in boxes.items()}, self._group)
         shapes = {name: shape for part in parts for name, shape in part.items()}
+        state = json.loads((path / "state.json").read_text())
         with together(self._group):
             _read(path, boxes, shapes, KINDS)
-            state = json.loads((path / "state.json").read_text())
         refresh(self._engine, state["step"])
         return state
 
@@ -221,7 +223,7 @@ def load_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -
     verify_checkpoint(path)
     shapes = {f"{kind}.{name}": torch.Size(shape) for name, shape in names_and_shapes.items()}
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    boxes = {name: Boxes(tensor.view(-1), 0, _whole(tensor.shape)) for name, tensor in tensors.items()}
+    boxes = {name: Boxes(tensor.view(-1), 0, layout_of(tensor)) for name, tensor in tensors.items()}
     _read(path, boxes, shapes, (kind,))
     return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
 
@@ -266,10 +268,6 @@ def _way_out(path: Path) -> str:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _whole(shape: torch.Size) -> Layout:
-    return Layout(shape, 0, (Run(0, 0, shape[0] if shape else 1),))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from megafusion.parallel.layout import Layout, Run, set_layout
 from megafusion.train.checkpoint import KINDS, Checkpointer, load_whole
 from megafusion.train.ema import Ema
 from megafusion.train.masters import Master, masters
+from megafusion.train.reader import Reader
 from tests.train.engines import Run as EngineRun
 from tests.train.engines import Topology, make_engine, steps_taken
 from tests.workers import run_workers
@@ -120,6 +121,16 @@ def test_what_any_place_saved_is_whole(folders, place):
     for kind in KINDS:
         found = load_whole(folders[place] / "step-00000003", SHAPES, kind)
         assert all(torch.equal(found[name], whole) for name, whole in wholes(kind).items())
+
+
+def test_replicas_that_zero_cut_at_other_places_overlap(folders):
+    """Else what is said of them above is not tried."""
+    place = PLACES.index((1, 2, 2, 1))
+    stored = Reader(folders[place] / "step-00000003/tensors").read_metadata().state_dict_metadata
+    written = {name: sum(c.sizes.numel() for c in stored[f"model.{name}"].chunks) for name in SHAPES}
+    whole = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
+    assert {name for name in SHAPES if written[name] > whole[name]} <= {"table", "norm"}
+    assert written != whole
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
