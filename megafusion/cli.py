@@ -183,5 +183,56 @@ def report(
     typer.echo(f"look at {run_folder / 'samples.png'}, captions.txt and losses.png beside it")
 
 
+checkpoint_app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at a run's checkpoints, check them, or turn one into a pipeline folder.\n\n"
+    "Example: megafusion checkpoint show runs/quickstart",
+)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(help="Run folder, or one of its checkpoints/step-*.", metavar="RUN_OR_CHECKPOINT")
+]
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(path: RunOrCheckpoint) -> None:
+    """List a run's checkpoints (step, bytes, complete or not, what saved it), or describe one.
+
+    Example: megafusion checkpoint show runs/quickstart
+    """
+    from megafusion.train.checkpoint_command import show
+
+    show(path)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(path: RunOrCheckpoint) -> None:
+    """Hash every file of a checkpoint, or of all of a run's; exit status 2 names a bad one.
+
+    Example: megafusion checkpoint verify runs/quickstart/checkpoints/step-00000900
+    """
+    from megafusion.train.checkpoint_command import verify
+
+    verify(path)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    checkpoint: Annotated[Path, typer.Argument(help="One checkpoint of a run: RUN/checkpoints/step-*.")],
+    out: Annotated[Path, typer.Argument(help="Pipeline folder to write, for generate and from_pretrained.")],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Take the raw weights, not their moving average.")
+    ] = False,
+) -> None:
+    """Write the model of a checkpoint as safetensors: a folder that TransfusionPipeline loads.
+
+    Example: megafusion checkpoint export runs/quickstart/checkpoints/step-00000600 exported
+    """
+    from megafusion.train.checkpoint_command import export
+
+    export(checkpoint, out, weights)
+
+
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from megafusion.generate.command import open_picture, open_pipeline
 from megafusion.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("preprocess", "train-vae", "train", "generate", "report")
+COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint")
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -35,6 +35,13 @@ def test_help_is_complete(command):
     for line in text.splitlines():
         if line.startswith("│ --") and "--help" not in line:
             assert len(line.strip("│ ").split("  ")) > 1, line
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "export"])
+def test_help_of_checkpoint_is_complete(command):
+    status, text = run("checkpoint", command, "--help")
+    assert status == 0
+    assert "Example" in text
 
 
 def test_top_level_help_names_every_command():

@@ -10,6 +10,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
 import torch.distributed as dist
@@ -93,8 +94,9 @@ def _work(answer: Connection, place: tuple[int, int, int], function: Callable, a
         torch.set_num_threads(1)
         start_process_group()
         result = True, function(*arguments)
-        dist.barrier()
     except BaseException:
         result = False, traceback.format_exc()
     # Not as multiprocessing pickles, by which torch hands over memory that ends with this process.
     answer.send_bytes(pickle.dumps(result))
+    with suppress(RuntimeError):  # the connections of this rank stay until all have answered
+        dist.barrier()

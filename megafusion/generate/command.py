@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
@@ -62,9 +63,7 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
 
 def open_pipeline(path: Path) -> TransfusionPipeline:
     """The model of a pipeline folder, a run folder (published or its newest checkpoint), or a checkpoint."""
-    from megafusion.train.assemble import make_pipeline
-    from megafusion.train.checkpoint import complete_checkpoints, load_ema
-    from megafusion.train.record import load_run_config
+    from megafusion.train.checkpoint import complete_checkpoints
 
     if (path / "config.json").is_file():
         return TransfusionPipeline.from_pretrained(path)
@@ -77,11 +76,20 @@ def open_pipeline(path: Path) -> TransfusionPipeline:
         path = checkpoints[-1]
     if not path.name.startswith("step-"):
         raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
+    return open_checkpoint(path, "ema")
+
+
+def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPipeline:
+    """The model of a run's checkpoint, with the averaged weights or the raw ones."""
+    from megafusion.train.assemble import make_pipeline
+    from megafusion.train.checkpoint import load_whole
+    from megafusion.train.record import load_run_config
+
     config = load_run_config(path.parent.parent)
     tokenizer, codec = Tokenizer(config.data.tokenizer), ImageCodec.from_pretrained(config.data.vae)
     pipeline = make_pipeline(config, tokenizer, codec)
     shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
-    pipeline.model.load_state_dict(load_ema(path, shapes))
+    pipeline.model.load_state_dict(load_whole(path, shapes, kind))
     return pipeline
 
 

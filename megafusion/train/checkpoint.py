@@ -1,16 +1,19 @@
-"""Checkpoints: tensors under canonical names, complete or not there at all.
+"""Checkpoints: tensors under canonical names, complete or not there at all, for any topology.
 
-A checkpoint is a folder `step-00000400` with `tensors/` (torch.distributed.checkpoint: model, ema,
-exp_avg and exp_avg_sq, each by parameter name), `state.json` (step and stream states) and, written
-last, `manifest.json` with the size and hash of every file. It is made beside its place and renamed
-into it. No random state is kept, for nothing in a step draws from a global generator.
+A checkpoint is a folder `step-00000400` with `tensors/` (torch.distributed.checkpoint: model, ema, exp_avg
+and exp_avg_sq, each by parameter name and in its whole shape; every rank writes what it owns), `state.json`
+(step, stream states, and what else the run says) and, written last, `manifest.json` with the size and hash
+of every file. It is made beside its place and renamed into it. No random state is kept, for nothing in a
+step draws from a global generator.
 """
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,179 +21,314 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megafusion.errors import UserError
+from megafusion.parallel.layout import layout_of
 from megafusion.storage import file_sha256
+from megafusion.train.boxes import Boxes
 from megafusion.train.ema import Ema
 from megafusion.train.engine import together
+from megafusion.train.masters import Master, refresh
+from megafusion.train.planners import BoxLoadPlanner, BoxSavePlanner
 from megafusion.train.reader import Reader
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
+FORMAT = "megafusion-checkpoint/1"
+PARTIAL = ".partial"
 
 
-def save_checkpoint(
-    folder: Path, engine: DeepSpeedEngine, ema: Ema, state: dict, stream_state: dict, keep_last: int
-) -> Path:
-    """Write `folder`/step-N and delete all but the newest `keep_last`. Called by every rank.
+class Checkpointer:
+    """Saves and loads a run's checkpoints. Every rank makes one and calls it at the same steps.
 
-    state: plain values, `step` among them, to which the streams of all ranks are added as `data`.
+    A save takes as long as a copy to host memory; a thread writes while training goes on. Only ranks of this
+    group of threads talk to one another, so nothing mixes with what training sends.
 
-    Raises UserError naming the folder when it cannot be written; nothing half-written stays.
+    folder: of the checkpoints; keep_last: newest ones that stay; keep_every: steps whose multiples stay too,
+    0 for none. Needs host memory for what this rank owns: 16 bytes a parameter.
     """
-    path = folder / f"step-{state['step']:08d}"
-    partial = path.with_name(path.name + ".partial")
-    states: list[dict | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, stream_state["streams"])
-    streams = {number: state for part in states for number, state in part.items()}
-    state = {**state, "data": {**stream_state, "streams": streams}}
-    with together():
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: DeepSpeedEngine,
+        masters: list[Master],
+        ema: Ema,
+        keep_last: int,
+        keep_every: int = 0,
+    ):
+        self._folder, self._engine = folder, engine
+        self._keep_last, self._keep_every = keep_last, keep_every
+        # What is kept: by name, the master whose place it has, and the fragment on the device.
+        self._fragments: dict[str, tuple[Master, Tensor]] = {}
+        for master, average in zip(masters, ema.fragments, strict=True):
+            values = (master.weight, average, master.exp_avg, master.exp_avg_sq)
+            for kind, fragment in zip(KINDS, values, strict=True):
+                self._fragments[f"{kind}.{master.name}"] = (master, fragment)
+        self._copies: list[Tensor] = []
+        self._boxes: dict[str, Boxes] = {}
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[Path] | None = None
         if dist.get_rank() == 0:
-            with _named(path):
+            for left_behind in folder.glob(f"step-*{PARTIAL}"):
+                shutil.rmtree(left_behind)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let the save under way end; report its failure unless something else failed already."""
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, state: dict, stream_state: dict) -> None:
+        """Begin to write `folder`/step-N; all but the ones to be kept are deleted once it is complete.
+
+        state: plain values, `step` among them, to which the streams of all ranks are added as `data`.
+
+        Raises UserError, on every rank, where the save before this one failed.
+        """
+        self.wait()
+        self._copy_to_host()
+        self._saving = self._thread.submit(self._write, state, stream_state)
+
+    def wait(self) -> None:
+        """Wait for the save under way. Called by every rank.
+
+        Raises UserError on every rank, naming the folder and the rank, where it could not be written; nothing
+        half-written stays then.
+        """
+        saving, self._saving = self._saving, None
+        with together(self._group):
+            if saving is not None:
+                saving.result()
+
+    def published(self) -> Path | None:
+        """Wait for the save under way, on this rank alone: its folder; None where there is none or it failed.
+
+        A failure is told by the next `save` or `wait`, to every rank.
+        """
+        if self._saving is None or self._saving.exception() is not None:
+            return None
+        return self._saving.result()
+
+    def load(self, path: Path) -> dict:
+        """Put weights, moments and averages in place, whatever the topology; returns the plain state.
+
+        Raises UserError, on every rank, before anything is overwritten: where a file is missing or not as it
+        was written, or where the checkpoint is of another model.
+        """
+        with together(self._group):
+            verify_checkpoint(path, dist.get_rank(), dist.get_world_size())
+        boxes = {
+            name: Boxes(fragment, master.start, master.layout)
+            for name, (master, fragment) in self._fragments.items()
+        }
+        parts: list[dict | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, {name: entry.shape for name, entry in boxes.items()}, self._group)
+        shapes = {name: shape for part in parts for name, shape in part.items()}
+        state = json.loads((path / "state.json").read_text())
+        with together(self._group):
+            _read(path, boxes, shapes, KINDS)
+        refresh(self._engine, state["step"])
+        return state
+
+    def _copy_to_host(self) -> None:
+        """Fill the host's copies, which are made at the first save and used again."""
+        if not self._copies:
+            on_gpu = torch.cuda.is_available()
+            lengths = [len(fragment) for _, fragment in self._fragments.values()]
+            self._copies = list(torch.empty(sum(lengths), pin_memory=on_gpu).split(lengths))
+            self._boxes = {
+                name: Boxes(copy, master.start, master.layout)
+                for (name, (master, _)), copy in zip(self._fragments.items(), self._copies, strict=True)
+            }
+        for copy, (_, fragment) in zip(self._copies, self._fragments.values(), strict=True):
+            copy.copy_(fragment, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _write(self, state: dict, stream_state: dict) -> Path:
+        """The thread's work, on all ranks together: write, hash, publish, delete."""
+        rank, group = dist.get_rank(), self._group
+        is_first = rank == 0
+        path = self._folder / f"step-{state['step']:08d}"
+        partial = path.with_name(path.name + PARTIAL)
+        parts = [None] * dist.get_world_size() if is_first else None
+        dist.gather_object(stream_state["streams"], parts, group=group)
+        try:
+            with together(group), _named(path):
+                if is_first:
+                    streams = {number: stream for part in parts for number, stream in part.items()}
+                    shutil.rmtree(partial, ignore_errors=True)
+                    (partial / "tensors").mkdir(parents=True)
+                    (partial / "state.json").write_text(
+                        json.dumps({**state, "data": {**stream_state, "streams": streams}})
+                    )
+            # No copying ahead: torch would do it with a CUDA stream, on the first device.
+            writer = _Writer(partial / "tensors", per_thread_copy_ahead=0)
+            with together(group), _named(path):
+                dcp.save(self._boxes, storage_writer=writer, planner=BoxSavePlanner(), process_group=group)
+            with together(group), _named(path):
+                own = _entries(partial, f"tensors/__{rank}_*.distcp")
+            dist.gather_object(own, parts, group=group)
+            with together(group), _named(path):
+                if is_first:
+                    own = _entries(partial, "state.json") | _entries(partial, "tensors/.metadata")
+                    _publish(
+                        partial, path, {name: entry for part in (own, *parts) for name, entry in part.items()}
+                    )
+                    self._delete_old()
+        finally:
+            if is_first:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                (partial / "state.json").write_text(json.dumps(state))
-    try:
-        with together(), _named(path):
-            dcp.save(_tensors(engine, ema), checkpoint_id=partial / "tensors")
-        with together():
-            if dist.get_rank() == 0:
-                with _named(path):
-                    _publish(partial, path)
-                    for old in complete_checkpoints(folder)[:-keep_last]:
-                        shutil.rmtree(old)
-    finally:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-    return path
+        return path
+
+    def _delete_old(self) -> None:
+        for old in complete_checkpoints(self._folder)[: -self._keep_last]:
+            if not self._keep_every or _step(old) % self._keep_every:
+                # Under a name that is no checkpoint's, for deleting takes a while and may be cut short.
+                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
 
-def load_checkpoint(path: Path, engine: DeepSpeedEngine, ema: Ema) -> dict:
-    """Put weights, moments and averages in place; returns the plain state (step, data)."""
-    with together():
-        if dist.get_rank() == 0:
-            verify_checkpoint(path)
-    state = json.loads((path / "state.json").read_text())
-    _materialize_moments(engine, state["step"])
-    tensors = _tensors(engine, ema)
-    _read_tensors(path, tensors)
-    for name, parameter in engine.module.named_parameters():
-        safe_set_full_fp32_param(parameter, tensors[f"model.{name}"])
-        parameter.data.copy_(tensors[f"model.{name}"])
-        for moment in MOMENTS:
-            safe_set_full_optimizer_state(parameter, tensors[f"{moment}.{name}"], moment)
-    return state
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer of a checkpoint's folder, which says what the disk said."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save notices a full disk once more as it closes its archive, and reports that.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def load_ema(path: Path, names_and_shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint alone, in one process and without an engine."""
+    return load_whole(path, names_and_shapes, "ema")
+
+
+def load_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
+    """Whole tensors of one kind (of KINDS), in one process.
+
+    Raises UserError where the checkpoint is damaged or of another model.
+    """
     verify_checkpoint(path)
-    tensors = {f"ema.{name}": torch.empty(shape) for name, shape in names_and_shapes.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
-        _read_tensors(path, tensors, no_dist=True)
-    return {name: tensors[f"ema.{name}"] for name in names_and_shapes}
+    shapes = {f"{kind}.{name}": torch.Size(shape) for name, shape in names_and_shapes.items()}
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    boxes = {name: Boxes(tensor.view(-1), 0, layout_of(tensor)) for name, tensor in tensors.items()}
+    _read(path, boxes, shapes, (kind,))
+    return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial" and (p / MANIFEST).is_file())
+    found = [
+        p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()
+    ]
+    return sorted(found, key=_step)
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raise UserError naming the file that is missing or not as it was written."""
-    way_out = f"delete {path} to go on from the checkpoint before"
+def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
+    """Raise UserError naming the file that is missing or not as it was written.
+
+    first, stride: hash every stride-th file from the first on, for ranks that share the work.
+    """
+    files = read_manifest(path)
+    # The largest first, so that shares are about equal.
+    for name in sorted(files, key=lambda name: -files[name]["bytes"])[first::stride]:
+        file, entry = path / name, files[name]
+        if not file.is_file():
+            raise UserError(f"{file}: missing from the checkpoint; {_way_out(path)}")
+        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+            raise UserError(f"{file}: not as it was written; {_way_out(path)}")
+
+
+def read_manifest(path: Path) -> dict[str, dict]:
+    """`bytes` and `sha256` of a checkpoint's files. UserError where it is not complete or not readable."""
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path}: no {MANIFEST}, so no complete checkpoint; {way_out}")
+        raise UserError(f"{path}: no {MANIFEST}, so no complete checkpoint; {_way_out(path)}")
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-        written = {path / name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / MANIFEST}: not readable ({error}); {way_out}") from error
-    for file, (num_bytes, sha256) in written.items():
-        if not file.is_file():
-            raise UserError(f"{file}: missing from the checkpoint; {way_out}")
-        if file.stat().st_size != num_bytes or file_sha256(file) != sha256:
-            raise UserError(f"{file}: not as it was written; {way_out}")
+        raise UserError(f"{path / MANIFEST}: not readable ({error}); {_way_out(path)}") from error
+
+
+def _way_out(path: Path) -> str:
+    return f"delete {path} to go on from the checkpoint before"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What the disk refuses, as a UserError that names the checkpoint."""
+    """What a rank's disk refuses, as a UserError that names the checkpoint and the rank."""
     try:
         yield
-    except (OSError, dcp.api.CheckpointException) as error:
-        raise UserError(
-            f"{path}: cannot write the checkpoint ({_reason(error)}); free space and start again: the run "
-            "resumes from the checkpoint before"
-        ) from error
+    except OSError as error:
+        refused = {dist.get_rank(): error}
+    except dcp.api.CheckpointException as error:
+        refused = {rank: failure[0] for rank, failure in error.failures.items()}
+        if not all(isinstance(failure, OSError) for failure in refused.values()):
+            raise  # a defect of ours
+    else:
+        return
+    reasons = ", ".join(f"rank {rank}: {error.strerror or error}" for rank, error in sorted(refused.items()))
+    raise UserError(
+        f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run resumes from "
+        "the checkpoint before"
+    )
 
 
-def _publish(partial: Path, path: Path) -> None:
-    files = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(partial.rglob("*"))
-        if file.is_file()
+def _entries(folder: Path, pattern: str) -> dict[str, dict]:
+    """Sizes and hashes of files, as the manifest has them."""
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.glob(pattern))
     }
+
+
+def _publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
+    """Write the manifest, and rename the folder into place."""
     with (partial / MANIFEST).open("w") as manifest:
-        json.dump({"format": "megafusion-checkpoint/1", "files": files}, manifest, indent=1)
+        json.dump({"format": FORMAT, "files": files}, manifest, indent=1)
         manifest.flush()
         os.fsync(manifest.fileno())
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
 
 
-def _read_tensors(path: Path, tensors: dict[str, Tensor], no_dist: bool = False) -> None:
-    """Fill tensors by name. UserError where the checkpoint holds others, or is not one of ours."""
+def _read(path: Path, boxes: dict[str, Boxes], shapes: dict[str, torch.Size], kinds: tuple[str, ...]) -> None:
+    """Fill boxes. UserError where the checkpoint is none of ours, or has other tensors of these kinds."""
     reader = Reader(path / "tensors")
-    reader.read_metadata()  # once by itself, for torch would wrap what it refuses
-    try:
-        dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
-    except dcp.api.CheckpointException as error:
-        raise UserError(
-            f"{path}: does not hold the tensors of this model ({_reason(error)}); delete it to go on from "
-            "the checkpoint before"
-        ) from error
+    stored = {
+        name: entry.size
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.partition(".")[0] in kinds
+    }
+    for name in sorted(stored.keys() | shapes.keys(), key=lambda name: name.partition(".")[::-1]):
+        if stored.get(name) != shapes.get(name):
+            there, here = (_shape_text(found.get(name)) for found in (stored, shapes))
+            parameter = name.partition(".")[2]
+            raise UserError(
+                f"{path}: does not hold the tensors of this model: {parameter} {there} there, "
+                f"{here} here; give the model that it was saved from, or {_way_out(path)}"
+            )
+    with warnings.catch_warnings():
+        # A rank reads what it needs and no other rank needs to know.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(boxes, storage_reader=reader, planner=BoxLoadPlanner(), no_dist=True)
 
 
-def _tensors(engine: DeepSpeedEngine, ema: Ema) -> dict[str, Tensor]:
-    """Every tensor of the run under its canonical name, whole on every rank."""
-    _link_moments(engine)
-    tensors = {}
-    for name, parameter in engine.module.named_parameters():
-        tensors[f"model.{name}"] = safe_get_full_fp32_param(parameter).detach()
-        tensors[f"ema.{name}"] = ema.weights[name]
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
-    return tensors
-
-
-def _link_moments(engine: DeepSpeedEngine) -> None:
-    """DeepSpeed links parameters to their moments once, before the second group has any; link anew."""
-    engine.optimizer._hp_optimizer_states_linked = False
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _materialize_moments(engine: DeepSpeedEngine, step: int) -> None:
-    """Give a fresh AdamW the state that it would make at its first step, at a chosen step."""
-    optimizer = engine.optimizer.optimizer
-    for group in optimizer.param_groups:
-        for partition in group["params"]:
-            optimizer.state[partition] = {
-                "step": torch.tensor(float(step), device=partition.device),
-                **{moment: torch.zeros_like(partition) for moment in MOMENTS},
-            }
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in words: torch wraps the disk's answer in its own report."""
-    if isinstance(error, dcp.api.CheckpointException):
-        return "; ".join(str(failure[0]) for failure in error.failures.values())
-    return getattr(error, "strerror", None) or str(error)
+def _shape_text(shape: torch.Size | None) -> str:
+    return "is missing" if shape is None else f"has shape {list(shape)}"

@@ -19,7 +19,7 @@ class SamplesConfig(Config):
     """Pictures drawn and captions written while training, to look at."""
 
     every: int = Field(0, ge=0)
-    """Steps between two sample sheets; 0 for none."""
+    """Steps between two sample sheets, a multiple of train.checkpoint_every; 0 for none."""
     num_pairs: int = Field(8, gt=0)
     """Pairs of the first pair source whose caption is drawn and whose picture is described."""
 
@@ -49,6 +49,8 @@ class TrainConfig(Config):
     """Steps between two checkpoints; one is always made at the end."""
     keep_last: int = Field(2, gt=0)
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    keep_every: int = Field(0, ge=0)
+    """Steps whose multiples have checkpoints that are never deleted; 0 for none."""
     wandb_project: str | None = None
     """Weights & Biases project that also receives the metrics (extra `wandb`); null for none."""
 
@@ -91,6 +93,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"sampling.num_steps {self.sampling.num_steps} is beyond objective.schedule.num_steps "
                 f"{self.objective.schedule.num_steps}"
+            )
+        if self.samples.every % self.train.checkpoint_every:
+            raise ValueError(
+                f"samples.every {self.samples.every} is not a multiple of train.checkpoint_every "
+                f"{self.train.checkpoint_every}: sheets are drawn from checkpoints"
             )
         return self
 

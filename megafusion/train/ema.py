@@ -1,21 +1,23 @@
 """An exponential moving average of the weights, from which pictures are drawn."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from megafusion.train.masters import Master
 
 
 class Ema:
-    """float32 copies of the parameters, by name; decay rises with the step as (1 + step) / (10 + step)."""
+    """A float32 fragment for each master; decay rises with the step as (1 + step) / (10 + step)."""
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, masters: list[Master], decay: float):
         self.decay = decay
-        self.weights: dict[str, Tensor] = {
-            name: p.detach().float().clone() for name, p in model.named_parameters()
-        }
+        self._weights = [master.weight for master in masters]
+        self.fragments: list[Tensor] = [weight.clone() for weight in self._weights]
+        """In the order of the masters."""
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Move towards the weights as they are after `step` updates."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+        if self.fragments:  # a rank may own nothing
+            torch._foreach_lerp_(self.fragments, self._weights, 1 - decay)

@@ -47,15 +47,15 @@ def start_process_group() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What one rank refuses in this block, every rank refuses with its message: none waits for it."""
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """What one rank of a group refuses in this block, every rank refuses with its message: none waits."""
     message = None
     try:
         yield
     except UserError as error:
         message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, message, group)
     if found := next((m for m in messages if m is not None), None):
         raise UserError(found)
 

@@ -21,7 +21,6 @@ _ALLOWED = {
         ("torch.distributed.checkpoint.metadata", name)
         for name in (
             "_MEM_FORMAT_ENCODING",
-            "BytesStorageMetadata",
             "ChunkStorageMetadata",
             "Metadata",
             "MetadataIndex",

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.keep_every",
     "train.wandb_project",
     "samples.",
 )

@@ -1,6 +1,7 @@
 """A run from its configuration to its last step: resume, loop, publish."""
 
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,10 +11,11 @@ from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.objective.losses import Losses
 from megafusion.train.assemble import Parts, assemble, make_pipeline
-from megafusion.train.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from megafusion.train.checkpoint import Checkpointer, complete_checkpoints, load_ema
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import make_engine, start_process_group, together
+from megafusion.train.masters import masters
 from megafusion.train.metrics import Metrics
 from megafusion.train.optimizer import learning_rate
 from megafusion.train.record import freeze, peak_memory_bytes
@@ -34,38 +36,45 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
         if is_first:
             freeze(config)
     engine = make_engine(parts.model, config)
-    ema = Ema(engine.module, config.train.ema_decay)
+    owned = masters(engine, engine.module.named_parameters())
+    ema = Ema(owned, config.train.ema_decay)
     checkpoints = config.out / "checkpoints"
+    checkpointer = Checkpointer(
+        checkpoints, engine, owned, ema, config.train.keep_last, config.train.keep_every
+    )
+    topology = {"world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
     step, spent_seconds = 0, 0.0
     if newest := complete_checkpoints(checkpoints)[-1:]:
-        state = load_checkpoint(newest[0], engine, ema)
+        state = checkpointer.load(newest[0])
         step, spent_seconds = state["step"], state["seconds"]
         parts.stream.restore(state["data"])
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
-    sampler = _Sampler(config, parts, ema, engine.device) if is_first else None
+    sampler = _Sampler(config, parts, engine.device) if is_first else None
     clock = _Clock(step, spent_seconds, config.train.global_batch_rows * config.data.sequence_length)
 
     def due(every: int) -> bool:
         return step == last_step or (every > 0 and step % every == 0)
 
-    with Metrics(config.out, config.train, step, silent=not is_first) as metrics:
+    with checkpointer, Metrics(config.out, config.train, step, silent=not is_first) as metrics:
         while step < last_step:
             batch = parts.stream.next()
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
             losses = train_step(engine, batch.micro_batches, rate)
             step += 1
-            ema.update(engine.module, step)
+            ema.update(step)
             metrics.advance(step)
             if due(config.train.log_every) or step == 1:
                 metrics.log(step, {**_figures(step, losses, engine, rate), **clock.read(step)})
             if due(config.train.checkpoint_every):
                 _check_finite(step, losses, engine)
-                state = {"step": step, "seconds": clock.seconds()}
-                save_checkpoint(checkpoints, engine, ema, state, batch.state, config.train.keep_last)
-            if sampler and config.samples.every and due(config.samples.every):
-                metrics.show(step, *sampler.show(step))
+                state = {"step": step, "seconds": clock.seconds(), "topology": topology}
+                checkpointer.save(state, batch.state)
+            # From the checkpoint of this step, for no rank holds the whole average; the others go on.
+            sheet_due = sampler and config.samples.every and due(config.samples.every)
+            if sheet_due and (checkpoint := checkpointer.published()):
+                metrics.show(step, *sampler.show(step, checkpoint))
     if sampler and step == config.train.num_steps:
-        sampler.pipeline().save_pretrained(config.out / "pipeline")
+        sampler.pipeline(complete_checkpoints(checkpoints)[-1]).save_pretrained(config.out / "pipeline")
         metrics.progress.console.print(
             f"{config.out / 'pipeline'}: the model; megafusion generate {config.out}"
         )
@@ -111,24 +120,25 @@ class _Clock:
 
 
 class _Sampler:
-    """A second copy of the model that carries the averaged weights, and the pairs to try it on."""
+    """A second copy of the model that carries a checkpoint's averaged weights, and the pairs to try it on."""
 
-    def __init__(self, config: RunConfig, parts: Parts, ema: Ema, device: torch.device):
-        self._config, self._parts, self._ema, self._device = config, parts, ema, device
+    def __init__(self, config: RunConfig, parts: Parts, device: torch.device):
+        self._config, self._parts, self._device = config, parts, device
         self._pipeline: TransfusionPipeline | None = None
         self._pairs = None
 
-    def pipeline(self) -> TransfusionPipeline:
-        """The pipeline with the averaged weights as they are now."""
+    def pipeline(self, checkpoint: Path) -> TransfusionPipeline:
+        """The pipeline with the averaged weights of a checkpoint."""
         if self._pipeline is None:
             pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
             self._pipeline = pipeline.to(self._device)
-        self._pipeline.model.load_state_dict(self._ema.weights)
+        shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
+        self._pipeline.model.load_state_dict(load_ema(checkpoint, shapes))
         return self._pipeline
 
-    def show(self, step: int):
+    def show(self, step: int, checkpoint: Path):
         """A sheet of pictures drawn, and the captions written, both also in the run folder."""
-        pipeline = self.pipeline()
+        pipeline = self.pipeline(checkpoint)
         self._pairs = self._pairs or sample_pairs(
             self._parts.sources, pipeline, self._config.samples.num_pairs
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
@@ -51,6 +51,7 @@ ELSEWHERE = b"cantigravity\nfloat32\n."
         pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "__subclasses__")),
         pickle.dumps(Attribute(torch.Size, "mro")),
         ELSEWHERE,
+        pickle.dumps(BytesStorageMetadata()),  # which torch would unpickle with no limit
     ],
 )
 def test_a_list_of_tensors_that_asks_for_more_is_refused(tmp_path, monkeypatch, content):

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from safetensors.torch import load_file
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
@@ -27,6 +28,7 @@ from megafusion.train.engine import make_engine, start_process_group
 from megafusion.train.metrics import read_metrics
 from megafusion.train.run import train
 from megafusion.train.step import train_step
+from tests.workers import run_workers
 
 
 def start(values: dict, stop_after: int | None = None, **changes) -> Path:
@@ -273,6 +275,24 @@ def test_two_ranks_under_the_deepspeed_launcher_equal_one_which_can_go_on_from_t
     shutil.rmtree(complete_checkpoints(two / "checkpoints")[-1])
     start(run_values, out=str(two))  # one rank from step 3
     assert_same_course(alone, two)
+
+
+def train_values(values: dict) -> None:
+    train(parse_config(RunConfig, values, "test"))
+
+
+def test_sheets_and_the_published_model_come_from_checkpoints_where_no_rank_holds_the_whole(run_values):
+    run_values["samples"] = {"every": 3, "num_pairs": 1}
+    run_workers(train_values, 2, run_values)
+    run = Path(run_values["out"])
+    assert [p.name for p in sorted((run / "samples").glob("*.png"))] == [
+        "step-00000003.png",
+        "step-00000006.png",
+    ]
+    published = load_file(run / "pipeline/model.safetensors")
+    stored = tensors(run / "checkpoints/step-00000006")
+    assert all(torch.equal(tensor, stored[f"ema.{name}"]) for name, tensor in published.items())
+    assert any(not torch.equal(tensor, stored[f"model.{name}"]) for name, tensor in published.items())
 
 
 def test_two_ranks_go_on_from_the_checkpoint_of_one(run_values, tmp_path):
