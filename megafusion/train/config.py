@@ -38,6 +38,9 @@ class TrainConfig(Config):
     """Steps between two checkpoints; one is always made at the end."""
     keep_last: int = Field(2, gt=0)
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Longest time without progress in one step, checkpoint or start-up before every rank writes its stacks
+    and ends."""
     wandb_project: str | None = None
     """Weights & Biases project that also receives the metrics (extra `wandb`); null for none."""
 

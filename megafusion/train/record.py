@@ -23,6 +23,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.timeout_seconds",
     "train.wandb_project",
     "samples.",
 )
@@ -41,7 +42,8 @@ def freeze(config: RunConfig) -> None:
             )
         _check_shards(config)
         return
-    refuse_foreign(config.out, "config.yaml")
+    # A start that hung has left its stacks; they are no reason to refuse the next one.
+    refuse_foreign(config.out, "config.yaml", beside=("stacks",))
     write_file(config.out / "environment.json", json.dumps(_environment(config), indent=1) + "\n")
     write_file(path, dump_config(config))
 

@@ -19,6 +19,7 @@ from megafusion.train.optimizer import learning_rate
 from megafusion.train.record import freeze, peak_memory_bytes
 from megafusion.train.samples import sample_pairs, show_samples
 from megafusion.train.step import train_step
+from megafusion.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, stop_after: int | None = None) -> None:
@@ -27,17 +28,24 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
     stop_after: end the process's work after this many steps of the run, with a checkpoint, as a time
     limit would. Raises UserError before the first step for whatever does not fit together.
     """
-    start_process_group()
+    start_process_group(config.train.timeout_seconds)
+    with Watchdog(config.out, config.train.timeout_seconds) as watchdog:
+        _train(config, stop_after, watchdog)
+
+
+def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> None:
     is_first = dist.get_rank() == 0
     with together():
         parts = assemble(config)
         if is_first:
             freeze(config)
+    watchdog.beat(0, "engine")
     engine = make_engine(parts.model, config)
     ema = Ema(engine.module, config.train.ema_decay)
     checkpoints = config.out / "checkpoints"
     step, spent_seconds = 0, 0.0
     if newest := complete_checkpoints(checkpoints)[-1:]:
+        watchdog.beat(0, "load checkpoint")
         state = load_checkpoint(newest[0], engine, ema)
         step, spent_seconds = state["step"], state["seconds"]
         parts.stream.restore(state["data"])
@@ -50,6 +58,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
 
     with Metrics(config.out, config.train, step, silent=not is_first) as metrics:
         while step < last_step:
+            watchdog.beat(step + 1, "train")
             batch = parts.stream.next()
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
             losses = train_step(engine, batch.micro_batches, rate)
@@ -59,11 +68,14 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
             if due(config.train.log_every) or step == 1:
                 metrics.log(step, {**_figures(step, losses, engine, rate), **clock.read(step)})
             if due(config.train.checkpoint_every):
+                watchdog.beat(step, "checkpoint")
                 _check_finite(step, losses, engine)
                 state = {"step": step, "seconds": clock.seconds()}
                 save_checkpoint(checkpoints, engine, ema, state, batch.state, config.train.keep_last)
             if sampler and config.samples.every and due(config.samples.every):
+                watchdog.beat(step, "samples")
                 metrics.show(step, *sampler.show(step))
+    watchdog.beat(step, "end")
     if sampler and step == config.train.num_steps:
         sampler.pipeline().save_pretrained(config.out / "pipeline")
         metrics.progress.console.print(
