@@ -248,7 +248,7 @@ class Watchdog:
         """Let every rank know, write the stacks, see to it that one rank prints the message, and end."""
         # A disk or a store that hangs, which may be what is wrong, must not keep the process.
         limit = threading.Timer(10 * self._interval, os._exit, (EXIT_STATUS,))
-        limit.daemon = True
+        limit.daemon, limit.name = True, "watchdog-limit"
         limit.start()
         try:
             if self._world == 1:
@@ -272,9 +272,11 @@ class Watchdog:
             _within(self._interval, lambda: self._store.set("verdict", reason))
             self._await_keys([f"told-{rank}" for rank in others], 2 * self._interval)
             _within(self._interval, self._exchange)
-        message = _report(reason, self._heard, silent, self._folder)
-        _print(message)  # before the disk is touched
-        write_file(self._report_file(), message)
+        # Having been stopped and gone on, it may come late.
+        if not _within(self._interval, self._report_file().exists):
+            message = _report(reason, self._heard, silent, self._folder)
+            _print(message)  # before anything is written, for which a disk may make it wait
+            write_file(self._report_file(), message)
         self._write_stacks(reason)
         if self._store is not None:
             _within(self._interval, lambda: self._store.set("reported", "yes"))
@@ -327,10 +329,10 @@ class Watchdog:
     def _write_stacks(self, reason: str) -> None:
         status = self._status()
         lines = [f"rank {self._rank}: {_locate(status)}", json.dumps(status), reason, ""]
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
         if self._error:
             lines += traceback.format_exception(self._error)
-        for thread, frame in sys._current_frames().items():
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        for thread, frame in _frames(self._main).items():
             lines += [f"thread {thread} {names.get(thread, '')}", *traceback.format_stack(frame)]
         write_file(self._folder / f"rank-{self._rank:05}.txt", "\n".join(line.rstrip("\n") for line in lines))
 
@@ -347,7 +349,8 @@ class Watchdog:
 def _report(reason: str, statuses: dict[int, dict], silent: list[int], folder: Path) -> str:
     """The message: the reason, then who does not answer, who waits where, and who does not wait."""
     places: dict[str, list[int]] = {}
-    someone_waits = any(s.get("collective") for r, s in statuses.items() if r not in silent)
+    waiting = any(s.get("collective") for r, s in statuses.items() if r not in silent)
+    all_there = not silent and not any(status.get("end") for status in statuses.values())
     for rank, status in statuses.items():
         if rank in silent:
             state = _process(status)
@@ -355,7 +358,7 @@ def _report(reason: str, statuses: dict[int, dict], silent: list[int], folder: P
             text += f"; last seen at {_locate(status)}" if status else ""
         elif status.get("end"):
             text = f"has ended: {status['end']}"
-        elif someone_waits and not status.get("collective"):
+        elif all_there and waiting and not status.get("collective"):
             text = f"in no collective while others wait, so look there first: {_locate(status)}"
         else:
             text = _locate(status)
@@ -454,15 +457,19 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
     return value
 
 
+def _frames(main: int) -> dict[int, FrameType]:
+    """The innermost frame of every thread but the watchdog's own, the main one first."""
+    own = {thread.ident for thread in threading.enumerate() if thread.name.startswith("watchdog")}
+    frames = {thread: frame for thread, frame in sys._current_frames().items() if thread not in own}
+    return {main: frames.pop(main), **frames}
+
+
 def _place(main: int) -> tuple[str | None, str, str | None]:
     """The collective that a thread of this process sits in, ours that called it, and the innermost frame.
 
     Backward passes on a device run in autograd's threads, so all are looked at, the main one first.
     """
-    frames = sys._current_frames()
-    own = {thread.ident for thread in threading.enumerate() if thread.name.startswith("watchdog")}
-    threads = [main, *(thread for thread in frames if thread not in own and thread != main)]
-    stacks = [list(traceback.walk_stack(frames[thread])) for thread in threads]  # innermost first
+    stacks = [list(traceback.walk_stack(frame)) for frame in _frames(main).values()]  # innermost first
     place = _name_frames(stacks[0])
     for stack in stacks[1:]:
         if place[0]:

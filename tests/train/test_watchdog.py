@@ -88,7 +88,7 @@ def run_rank(
 
 
 class Ranks:
-    """Some ranks that have ended, but for those that cannot: exit statuses, messages, stacks, when."""
+    """Some ranks, run to their end: exit statuses, messages, stacks, and when all ended `but` some."""
 
     def __init__(self, folder: Path, world: int, behave, *arguments, timeout_seconds=60.0, but=()):
         context = multiprocessing.get_context("forkserver")
@@ -104,6 +104,10 @@ class Ranks:
             if rank not in but:
                 process.join(60)
         self.ended = time.time()
+        for rank in but:
+            if processes[rank].is_alive():  # stopped: it goes on when all others have ended
+                os.kill(processes[rank].pid, signal.SIGCONT)
+                processes[rank].join(20)
         self.statuses = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
@@ -119,17 +123,18 @@ WAITS = r"step \d, train, in all_gather called from megafusion/train/engine\.py:
 
 @pytest.mark.parametrize(("culprit", "others"), [(0, "ranks 1-2"), (1, "ranks 0, 2")])
 @pytest.mark.parametrize(
-    ("number", "state", "status"), [(signal.SIGSTOP, "stopped", None), (signal.SIGKILL, "gone", -9)]
+    ("number", "state", "statuses"),
+    [(signal.SIGSTOP, "stopped", (EXIT_STATUS, 1)), (signal.SIGKILL, "gone", (-signal.SIGKILL,))],
 )
-def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, culprit, others, number, state, status):
+def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, culprit, others, number, state, statuses):
     ranks = Ranks(tmp_path, 3, signal_itself, culprit, number, tmp_path / "mark", but=(culprit,))
     assert [s for rank, s in enumerate(ranks.statuses) if rank != culprit] == [EXIT_STATUS] * 2, ranks.errors
-    assert ranks.statuses[culprit] == status
+    assert ranks.statuses[culprit] in statuses  # a stopped one goes on in the end
     assert re.search(rf"^megafusion: rank {culprit}\b.* does not answer", ranks.report), ranks.errors
     assert re.search(rf"^  rank {culprit}: its process is {state}; last seen at step 2", ranks.report, re.M)
     assert re.search(rf"^  {others}: {WAITS}", ranks.report, re.M), ranks.report
-    assert ranks.stacks == [f"rank-0000{rank}.txt" for rank in range(3) if rank != culprit]
-    assert "join_collective" in (tmp_path / "stacks" / ranks.stacks[0]).read_text()
+    for rank in {0, 1, 2} - {culprit}:
+        assert "join_collective" in (tmp_path / f"stacks/rank-0000{rank}.txt").read_text()
     assert ranks.ended - (tmp_path / "mark").stat().st_mtime < 4 * SILENCE_SECONDS
 
 
