@@ -97,7 +97,9 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = (world, port, folder, timeout_seconds, behave, arguments)
-        processes = [context.Process(target=run_rank, args=(rank, *common)) for rank in range(world)]
+        processes = [
+            context.Process(target=run_rank, args=(rank, *common), daemon=True) for rank in range(world)
+        ]
         for process in processes:
             process.start()
         for rank, process in enumerate(processes):
