@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megafusion.config import load_config
+from megafusion.parallel.topology import make_topology
 from megafusion.sequence.packing import with_counts
 from megafusion.storage import write_file
 from megafusion.train.assemble import assemble
@@ -30,21 +31,22 @@ PHASES = ("data", "forward", "backward", "optimizer")
 def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dict:
     """Median seconds of each phase of a step, and positions a second."""
     start_process_group()
-    parts = assemble(config)
-    engine = make_engine(parts.model, config)
+    topology = make_topology(config.parallel)
+    parts = assemble(config, topology)
+    engine = make_engine(config, topology)
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for step in range(num_warmup_steps + num_steps):
         spent = dict.fromkeys(PHASES, 0.0)
         watch = Stopwatch(engine.device)
         micro_batches = parts.stream.next().micro_batches
-        counts = global_counts(micro_batches, engine.device)
+        counts = global_counts(micro_batches, engine)
         spent["data"] += watch.lap()
         for batch in micro_batches:
-            losses = engine(with_counts(batch.to(engine.device), counts))
+            losses = engine.deepspeed(with_counts(batch.to(engine.device), counts))
             spent["forward"] += watch.lap()
-            engine.backward(losses.total * len(micro_batches))
+            engine.deepspeed.backward(losses.total * len(micro_batches))
             spent["backward"] += watch.lap()
-            engine.step()
+            engine.deepspeed.step()
             spent["optimizer"] += watch.lap()
         if step >= num_warmup_steps:
             for phase in PHASES:

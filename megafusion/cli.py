@@ -102,6 +102,8 @@ def train(
 ) -> None:
     """Train a model, or go on with the run that stands in the output folder.
 
+    Where it hangs or a process of it is lost, all end with exit status 75: start it again to go on.
+
     Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
     """
     from megafusion.train.config import RunConfig

@@ -56,9 +56,13 @@ def new_folder(folder: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def refuse_foreign(folder: Path, marker: str) -> None:
-    """UserError where a folder to be replaced holds something that is not ours to delete."""
+def refuse_foreign(folder: Path, marker: str, beside: tuple[str, ...] = ()) -> None:
+    """UserError where a folder to be replaced holds something that is not ours to delete.
+
+    beside: names that may stand there without the marker.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
+    others = folder.exists() and any(entry.name not in beside for entry in folder.iterdir())
+    if others and not (folder / marker).is_file():
         raise UserError(f"{folder}: holds other files, which would be lost; choose another folder")

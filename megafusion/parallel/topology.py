@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -67,11 +68,11 @@ class Topology:
         return ", ".join(f"{axis} {self.place(axis)} of {self.size(axis)}" for axis in AXES)
 
 
-def make_topology(config: ParallelConfig, device_type: str) -> Topology:
-    """Lay the world out. UserError where the degrees do not fill it."""
+def make_topology(config: ParallelConfig) -> Topology:
+    """Lay the world out; called by every rank. UserError where the degrees do not fill it."""
     data = data_degree(config, dist.get_world_size())
     shape = (config.pipeline, data, config.ulysses, config.tensor)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    mesh = init_device_mesh(get_accelerator().device_name(), shape, mesh_dim_names=AXES)
     return Topology(mesh, mesh["ulysses", "tensor"]._flatten("rows").get_group(), config)
 
 
@@ -81,8 +82,8 @@ def data_degree(config: ParallelConfig, world_size: int) -> int:
     if world_size % others:
         raise UserError(
             f"parallel: pipeline {config.pipeline} x ulysses {config.ulysses} x tensor {config.tensor} = "
-            f"{others} ranks a copy of the model, but the world has {world_size} ranks, which is not a multiple "
-            f"of {others}"
+            f"{others} ranks a copy of the model, but the world has {world_size} ranks, which is not a "
+            f"multiple of {others}"
         )
     return world_size // others
 
@@ -101,8 +102,8 @@ def check_degrees(config: "RunConfig", world_size: int) -> None:
         ),
         (
             model.kv_heads % heads == 0,
-            f"model.num_kv_heads {model.kv_heads} is not a multiple of {named_heads}; key and value heads are "
-            "divided, not copied",
+            f"model.num_kv_heads {model.kv_heads} is not a multiple of {named_heads}; key and value heads "
+            "are divided, not copied",
         ),
         (
             model.hidden % parallel.tensor == 0,

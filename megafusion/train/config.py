@@ -51,6 +51,9 @@ class TrainConfig(Config):
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     keep_every: int = Field(0, ge=0)
     """Steps whose multiples have checkpoints that are never deleted; 0 for none."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Longest time without progress in one step, checkpoint or start-up before every rank writes its stacks
+    and ends."""
     wandb_project: str | None = None
     """Weights & Biases project that also receives the metrics (extra `wandb`); null for none."""
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import deepspeed
@@ -27,23 +28,27 @@ from megafusion.train.config import RunConfig
 from megafusion.train.optimizer import make_optimizer
 
 
-def start_process_group() -> None:
-    """Join the launcher's processes, or be one alone; from then on this rank's device is the default."""
+def start_process_group(timeout_seconds: float = 600.0) -> None:
+    """Join the launcher's processes, or be one alone; from then on this rank's device is the default.
+
+    timeout_seconds: longest time that a collective waits for another rank.
+    """
     if dist.is_initialized():
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
     if "MASTER_ADDR" not in os.environ:
         # No launcher: a process alone needs no meeting point, and nothing to be reached at from outside.
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     # DeepSpeed's shared-memory collectives for CPUs are compiled at start, for which a user would
     # need a compiler; gloo's serve.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
 
 
 @contextmanager

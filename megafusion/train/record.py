@@ -24,6 +24,11 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
+    "train.timeout_seconds",
+    "train.micro_batch_rows",
+    "train.recompute",
+    "train.compile",
+    "parallel.",
     "train.wandb_project",
     "samples.",
 )
@@ -42,7 +47,8 @@ def freeze(config: RunConfig) -> None:
             )
         _check_shards(config)
         return
-    refuse_foreign(config.out, "config.yaml")
+    # A start that hung has left its stacks; they are no reason to refuse the next one.
+    refuse_foreign(config.out, "config.yaml", beside=("stacks",))
     write_file(config.out / "environment.json", json.dumps(_environment(config), indent=1) + "\n")
     write_file(path, dump_config(config))
 

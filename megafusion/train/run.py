@@ -5,22 +5,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.objective.losses import Losses
+from megafusion.parallel.topology import make_topology
 from megafusion.train.assemble import Parts, assemble, make_pipeline
 from megafusion.train.checkpoint import Checkpointer, complete_checkpoints, load_ema
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
-from megafusion.train.engine import make_engine, start_process_group, together
+from megafusion.train.engine import Engine, make_engine, start_process_group, together
 from megafusion.train.masters import masters
 from megafusion.train.metrics import Metrics
 from megafusion.train.optimizer import learning_rate
 from megafusion.train.record import freeze, peak_memory_bytes
 from megafusion.train.samples import sample_pairs, show_samples
 from megafusion.train.step import train_step
+from megafusion.train.watchdog import Watchdog
 
 
 def train(config: RunConfig, stop_after: int | None = None) -> None:
@@ -29,22 +30,30 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
     stop_after: end the process's work after this many steps of the run, with a checkpoint, as a time
     limit would. Raises UserError before the first step for whatever does not fit together.
     """
-    start_process_group()
+    start_process_group(config.train.timeout_seconds)
+    with Watchdog(config.out, config.train.timeout_seconds) as watchdog:
+        _train(config, stop_after, watchdog)
+
+
+def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> None:
     is_first = dist.get_rank() == 0
+    topology = make_topology(config.parallel)
     with together():
-        parts = assemble(config)
+        parts = assemble(config, topology)
         if is_first:
             freeze(config)
-    engine = make_engine(parts.model, config)
-    owned = masters(engine, engine.module.named_parameters())
+    watchdog.beat(0, "engine")
+    engine = make_engine(config, topology)
+    owned = masters(engine.deepspeed, engine.stage.named_parameters())
     ema = Ema(owned, config.train.ema_decay)
     checkpoints = config.out / "checkpoints"
     checkpointer = Checkpointer(
-        checkpoints, engine, owned, ema, config.train.keep_last, config.train.keep_every
+        checkpoints, engine.deepspeed, owned, ema, config.train.keep_last, config.train.keep_every
     )
-    topology = {"world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}
+    laid_out = {"world_size": dist.get_world_size(), **config.parallel.model_dump()}
     step, spent_seconds = 0, 0.0
     if newest := complete_checkpoints(checkpoints)[-1:]:
+        watchdog.beat(0, "load checkpoint")
         state = checkpointer.load(newest[0])
         step, spent_seconds = state["step"], state["seconds"]
         parts.stream.restore(state["data"])
@@ -57,6 +66,7 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
 
     with checkpointer, Metrics(config.out, config.train, step, silent=not is_first) as metrics:
         while step < last_step:
+            watchdog.beat(step + 1, "train")
             batch = parts.stream.next()
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
             losses = train_step(engine, batch.micro_batches, rate)
@@ -66,13 +76,16 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
             if due(config.train.log_every) or step == 1:
                 metrics.log(step, {**_figures(step, losses, engine, rate), **clock.read(step)})
             if due(config.train.checkpoint_every):
+                watchdog.beat(step, "checkpoint")
                 _check_finite(step, losses, engine)
-                state = {"step": step, "seconds": clock.seconds(), "topology": topology}
+                state = {"step": step, "seconds": clock.seconds(), "topology": laid_out}
                 checkpointer.save(state, batch.state)
             # From the checkpoint of this step, for no rank holds the whole average; the others go on.
-            sheet_due = sampler and config.samples.every and due(config.samples.every)
-            if sheet_due and (checkpoint := checkpointer.published()):
-                metrics.show(step, *sampler.show(step, checkpoint))
+            if sampler and config.samples.every and due(config.samples.every):
+                watchdog.beat(step, "samples")
+                if checkpoint := checkpointer.published():
+                    metrics.show(step, *sampler.show(step, checkpoint))
+        watchdog.beat(step, "end")
     if sampler and step == config.train.num_steps:
         sampler.pipeline(complete_checkpoints(checkpoints)[-1]).save_pretrained(config.out / "pipeline")
         metrics.progress.console.print(
@@ -80,9 +93,9 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
         )
 
 
-def _check_finite(step: int, losses: Losses, engine: DeepSpeedEngine) -> None:
+def _check_finite(step: int, losses: Losses, engine: Engine) -> None:
     """UserError, before anything is saved, when losses or gradients are no longer numbers."""
-    norm = torch.as_tensor(engine.get_global_grad_norm())
+    norm = torch.as_tensor(engine.deepspeed.get_global_grad_norm())
     if not (torch.isfinite(losses.total) and torch.isfinite(norm)):
         raise UserError(
             f"step {step}: the loss is {losses.total.item()} and the gradient norm {norm.item()}; lower "
@@ -90,13 +103,13 @@ def _check_finite(step: int, losses: Losses, engine: DeepSpeedEngine) -> None:
         )
 
 
-def _figures(step: int, losses: Losses, engine: DeepSpeedEngine, rate: float) -> dict[str, float]:
+def _figures(step: int, losses: Losses, engine: Engine, rate: float) -> dict[str, float]:
     """What a line of metrics says about a step."""
     _check_finite(step, losses, engine)
     return {
         "text_loss": losses.text.item(),
         "image_loss": losses.image.item(),
-        "gradient_norm": float(engine.get_global_grad_norm()),
+        "gradient_norm": float(engine.deepspeed.get_global_grad_norm()),
         "learning_rate": rate,
         "memory_bytes": peak_memory_bytes(),
     }

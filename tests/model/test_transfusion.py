@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megafusion.config import load_config
 from megafusion.model.adapters import LinearDown, LinearUp
 from megafusion.model.attention import sdpa
+from megafusion.model.initialize import initialize
 from megafusion.model.rope import rope_at
 from megafusion.model.transfusion import ModelConfig, Transfusion
 from megafusion.model.unet import UNetDown, UNetUp
@@ -31,8 +32,9 @@ SMALL = {
 
 
 def small(**changes) -> Transfusion:
-    torch.manual_seed(0)
-    return Transfusion(ModelConfig(**SMALL | changes), ObjectiveConfig())
+    model = Transfusion(ModelConfig(**SMALL | changes), ObjectiveConfig())
+    initialize(model, model.config.num_layers, seed=0)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_residual_outputs_start_smaller_by_the_root_of_twice_the_layers(num_laye
     for block in model.blocks:
         for layer in (block.attention.out, block.feed_forward.down):
             assert layer.weight.std().item() == pytest.approx(0.02 / (2 * num_layers) ** 0.5, rel=0.06)
-        for layer in (block.attention.query, block.attention.value, block.feed_forward.up):
+        for layer in (block.attention.qkv, block.feed_forward.gate_up):
             assert layer.weight.std().item() == pytest.approx(0.02, rel=0.06)
     assert model.tail.head.weight.std().item() == pytest.approx(0.02, rel=0.06)
 
@@ -185,12 +187,13 @@ def test_impossible_sizes_are_refused(changes, message):
 
 
 def test_plain_rooms_import_nothing_distributed():
+    foreign = ("torch.distributed", "deepspeed", "megafusion.parallel", "megafusion.train")
     for room in ("model", "sequence", "objective"):
         for path in (ROOT / "megafusion" / room).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not [n for n in names if n.startswith(("torch.distributed", "deepspeed"))], path
+                assert not [n for n in names if n.startswith(foreign)], path
 
 
 def test_the_model_folder_stays_short():

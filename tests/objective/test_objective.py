@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megafusion.objective.losses import ObjectiveConfig, image_loss, text_loss, total_loss
+from megafusion.objective.losses import Objective, ObjectiveConfig
 from megafusion.objective.schedule import NoiseSchedule, ScheduleConfig
+from megafusion.sequence.packing import Targets
 
 
 @pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear"])
@@ -37,15 +38,35 @@ def test_cosine_schedule_of_the_paper():
 def test_losses_are_means_over_the_global_counts():
     logits, labels = torch.randn(2, 3, 7), torch.tensor([[1, -100, 4], [-100, -100, 0]])
     picked = logits.log_softmax(-1)
-    expected = -(picked[0, 0, 1] + picked[0, 2, 4] + picked[1, 2, 0]) / 10
-    torch.testing.assert_close(text_loss(logits, labels, torch.tensor(10)), expected)
-    prediction, target = torch.randn(2, 2, 2, 3, 4, 4)
-    used = torch.tensor([[True, False], [True, True]])
-    errors = ((prediction - target) ** 2).mean((2, 3, 4))
-    expected = (errors[0, 0] + errors[1, 0] + errors[1, 1]) / 6
-    torch.testing.assert_close(image_loss(prediction, target, used, torch.tensor(6)), expected)
+    text = -(picked[0, 0, 1] + picked[0, 2, 4] + picked[1, 2, 0]) / 10
+    prediction, latents, noise = torch.randn(3, 2, 2, 3, 4, 4)
+    errors = ((prediction - noise) ** 2).mean((2, 3, 4))
+    image = (errors[0, 0] + errors[1, 0] + errors[1, 1]) / 6
+    timesteps, start = torch.zeros(2, 2, dtype=torch.int64), torch.tensor([[3, -1], [0, 7]])
+    targets = Targets(labels, latents, noise, timesteps, start, torch.tensor(10), torch.tensor(6))
+    losses = Objective(ObjectiveConfig())(logits, prediction, targets)
+    torch.testing.assert_close(losses.text, text)
+    torch.testing.assert_close(losses.image, image)
+    torch.testing.assert_close(losses.total, text + 5 * image)
+    weighed = Objective(ObjectiveConfig(image_weight=0.5))(logits, prediction, targets)
+    torch.testing.assert_close(weighed.total, text + 0.5 * image)
 
 
-def test_total_weighs_images_five_times():
-    losses = total_loss(torch.tensor(2.0), torch.tensor(3.0), ObjectiveConfig())
-    assert losses.total == 17
+def test_a_batch_without_targets_has_no_loss():
+    targets = Targets(
+        torch.full((1, 3), -100),
+        *torch.randn(2, 1, 1, 2, 2, 2),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.tensor([[-1]]),
+        torch.tensor(0),
+        torch.tensor(0),
+    )
+    logits, prediction = (
+        torch.randn(1, 3, 7, requires_grad=True),
+        torch.randn(1, 1, 2, 2, 2, requires_grad=True),
+    )
+    losses = Objective(ObjectiveConfig())(logits, prediction, targets)
+    losses.total.backward()
+    assert losses == (0, 0, 0)
+    assert not logits.grad.any()
+    assert not prediction.grad.any()

@@ -58,7 +58,7 @@ def parallel_steps(values: dict, num_steps: int) -> Outcome:
     start_process_group()
     torch.set_num_threads(1)
     config = parse_config(RunConfig, values, "test")
-    topology = make_topology(config.parallel, "cpu")
+    topology = make_topology(config.parallel)
     batches, engine = Batches(values, topology), make_engine(config, topology)
     losses = []
     for _ in range(num_steps):
@@ -81,7 +81,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
     start_process_group()
     values = {**values, "parallel": {}}
     config = parse_config(RunConfig, values, "test")
-    batches = Batches(values, make_topology(config.parallel, "cpu"))
+    batches = Batches(values, make_topology(config.parallel))
     model = Transfusion(config.model, config.objective)
     initialize(model, config.model.num_layers, config.seed)
     optimizer = make_optimizer(model, config.optimizer)

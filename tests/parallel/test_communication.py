@@ -44,7 +44,7 @@ class Sent(TorchDispatchMode):
 def one_block(values: dict) -> list[tuple[dict, dict]]:
     """Counts and bytes of a block's forward, and of its backward."""
     config = parse_config(RunConfig, values, "test")
-    topology = make_topology(config.parallel, "cpu")
+    topology = make_topology(config.parallel)
     with torch.device("meta"):
         model = Transfusion(config.model, config.objective)
     stage = parallelize(model, topology, config, torch.device("cpu"))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megafusion.train.masters import masters
 
 from megafusion.config import parse_config
 from megafusion.parallel.memory import state_bytes
@@ -10,6 +9,7 @@ from megafusion.parallel.topology import make_topology
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import make_engine
+from megafusion.train.masters import masters
 from megafusion.train.step import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
@@ -34,7 +34,7 @@ CASES = {
 def held(values: dict) -> tuple[list[int], list[int]]:
     """Bytes measured, and bytes by the formula: weights, optimizer, average."""
     config = parse_config(RunConfig, values, "test")
-    topology = make_topology(config.parallel, "cpu")
+    topology = make_topology(config.parallel)
     engine = make_engine(config, topology)
     owned = masters(engine.deepspeed, engine.stage.named_parameters())
     ema = Ema(owned, 0.9)
@@ -50,9 +50,7 @@ def held(values: dict) -> tuple[list[int], list[int]]:
     states = [t for s in adamw.state.values() for t in s.values() if t.numel() > 1]
     if config.parallel.zero_stage:
         states += list(adamw.state)
-    measured = [
-        sum(t.numel() * t.element_size() for t in tensors) for tensors in (weights, states, ema.fragments)
-    ]
+    measured = [sum(t.numel() * t.element_size() for t in held) for held in (weights, states, ema.fragments)]
     return measured, list(state_bytes(engine.stage, topology, config))
 
 

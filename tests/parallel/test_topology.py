@@ -14,7 +14,7 @@ from tests.workers import run_workers
 
 def places() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
     """This rank's place, its tensor group, its rows group, and DeepSpeed's view of stage and replica."""
-    topology = make_topology(ParallelConfig(pipeline=2, ulysses=2, tensor=2), "cpu")
+    topology = make_topology(ParallelConfig(pipeline=2, ulysses=2, tensor=2))
     tensor, rows = (dist.get_process_group_ranks(g) for g in (topology.group("tensor"), topology.rows))
     grid = topology.grid
     place = tuple(topology.place(axis) for axis in AXES)
@@ -88,7 +88,7 @@ def refuse(values: dict) -> str:
     """The message with which this rank refuses a run."""
     config = parse_config(RunConfig, values, "test")
     try:
-        assemble(config, make_topology(config.parallel, "cpu"))
+        assemble(config, make_topology(config.parallel))
     except UserError as error:
         return str(error)
     return "nothing"

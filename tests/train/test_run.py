@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
+from megafusion.parallel.topology import make_topology
 from megafusion.train.assemble import assemble
 from megafusion.train.checkpoint import complete_checkpoints, verify_checkpoint
 from megafusion.train.config import RunConfig
@@ -124,8 +125,9 @@ def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
         return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
     start_process_group()
-    parts = assemble(run_config)
-    engine = make_engine(parts.model, run_config)
+    topology = make_topology(run_config.parallel)
+    parts = assemble(run_config, topology)
+    engine = make_engine(run_config, topology)
     before = states()
     for _ in range(2):
         train_step(engine, parts.stream.next().micro_batches, 1e-3)

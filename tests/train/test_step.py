@@ -6,13 +6,31 @@ import pytest
 import torch
 
 from megafusion.config import parse_config
+from megafusion.data.stream import BatchStream
+from megafusion.model.initialize import initialize
+from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.topology import make_topology
 from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
-from megafusion.train.engine import make_engine, start_process_group
+from megafusion.train.engine import Engine, make_engine, start_process_group
 from megafusion.train.masters import masters
 from megafusion.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from megafusion.train.step import train_step
+
+
+def alone(config: RunConfig) -> tuple[Engine, BatchStream]:
+    """The engine and the stream of a run in this process alone."""
+    start_process_group()
+    topology = make_topology(config.parallel)
+    return make_engine(config, topology), assemble(config, topology).stream
+
+
+def plain_model(config: RunConfig) -> Transfusion:
+    """The model that a run starts from."""
+    model = Transfusion(config.model, config.objective)
+    initialize(model, config.model.num_layers, config.seed)
+    return model
 
 
 def test_overfits_one_batch_of_four_pairs(run_values):
@@ -28,10 +46,8 @@ def test_overfits_one_batch_of_four_pairs(run_values):
     run_values["train"] |= {"global_batch_rows": 1, "micro_batch_rows": 1}
     run_values["optimizer"] = {"gradient_clip": 1.0, "weight_decay": 0.0}
     config = parse_config(RunConfig, run_values, "test")
-    start_process_group()
-    parts = assemble(config)
-    engine = make_engine(parts.model, config)
-    batch = parts.stream.next().micro_batches
+    engine, stream = alone(config)
+    batch = stream.next().micro_batches
     assert batch[0].num_images == 4
     first = last = train_step(engine, batch, 3e-3)
     for step in range(700):
@@ -42,27 +58,26 @@ def test_overfits_one_batch_of_four_pairs(run_values):
 
 def test_accumulation_equals_one_large_batch(run_values):
     """And both equal a plain AdamW loop without DeepSpeed."""
-    start_process_group()
     found = []
     for micro in (1, 2, 4):
         run_values["train"]["micro_batch_rows"] = micro
         config = parse_config(RunConfig, run_values, "test")
-        parts = assemble(config)
-        engine = make_engine(parts.model, config)
+        engine, stream = alone(config)
         for _ in range(3):
-            train_step(engine, parts.stream.next().micro_batches, 1e-3)
-        found.append({n: p.detach().clone() for n, p in engine.module.named_parameters()})
-    parts = assemble(config)
-    optimizer = make_optimizer(parts.model, config.optimizer)
+            train_step(engine, stream.next().micro_batches, 1e-3)
+        found.append({n: p.detach().clone() for n, p in engine.stage.named_parameters()})
+    stream = alone(config)[1]
+    model = plain_model(config)
+    optimizer = make_optimizer(model, config.optimizer)
     for _ in range(3):
-        (batch,) = parts.stream.next().micro_batches
+        (batch,) = stream.next().micro_batches
         optimizer.zero_grad()
-        parts.model(batch).total.backward()
-        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), config.optimizer.gradient_clip)
+        model(batch).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3
         optimizer.step()
-    found.append({n: p.detach().clone() for n, p in parts.model.named_parameters()})
+    found.append({n: p.detach().clone() for n, p in model.named_parameters()})
     for other in found[1:]:
         for name, value in found[0].items():
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-5)
@@ -79,8 +94,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_decay_is_for_matrices_alone(run_config):
-    start_process_group()
-    model = assemble(run_config).model
+    model = plain_model(run_config)
     decayed, free = make_optimizer(model, run_config.optimizer).param_groups
     assert decayed["weight_decay"] == 0.1
     assert free["weight_decay"] == 0
@@ -90,9 +104,8 @@ def test_decay_is_for_matrices_alone(run_config):
 
 
 def test_average_follows_its_formula(run_config):
-    start_process_group()
-    engine = make_engine(assemble(run_config).model, run_config)
-    owned = masters(engine, engine.module.named_parameters())
+    engine, _ = alone(run_config)
+    owned = masters(engine.deepspeed, engine.stage.named_parameters())
     ema = Ema(owned, 0.5)
     expected = [master.weight.clone() for master in owned]
     for step in range(1, 15):
