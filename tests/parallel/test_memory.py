@@ -50,7 +50,8 @@ def held(values: dict) -> tuple[list[int], list[int]]:
     states = [t for s in adamw.state.values() for t in s.values() if t.numel() > 1]
     if config.parallel.zero_stage:
         states += list(adamw.state)
-    measured = [sum(t.numel() * t.element_size() for t in held) for held in (weights, states, ema.fragments)]
+    kinds = (weights, states, ema.fragments)
+    measured = [sum(t.numel() * t.element_size() for t in tensors) for tensors in kinds]
     return measured, list(state_bytes(engine.stage, topology, config))
 
 
@@ -65,7 +66,7 @@ def test_bytes_are_as_the_formula_says(shards, vae_folder, tmp_path, name):
 
 
 def test_each_degree_divides(shards, vae_folder, tmp_path):
-    """The sums over ranks of one copy's weights are the whole, whatever the degrees: nothing is held twice."""
+    """The sums over ranks of one copy's weights are the whole, whatever the degrees: nothing is twice."""
     totals = {}
     for name in ("one", "tp2", "pp2", "tp2-pp2"):
         world, degrees, _ = CASES[name]

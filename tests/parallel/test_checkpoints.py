@@ -1,0 +1,120 @@
+"""A checkpoint of any topology loads in any other: weights, moments and averages to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megafusion.config import parse_config
+from megafusion.parallel.topology import make_topology
+from megafusion.train.checkpoint import KINDS, Checkpointer
+from megafusion.train.config import RunConfig
+from megafusion.train.ema import Ema
+from megafusion.train.engine import make_engine
+from megafusion.train.masters import masters
+from megafusion.train.step import train_step
+from tests.parallel.cases import LEARNING_RATE, Batches
+from tests.parallel.matrix import Case
+from tests.workers import run_workers
+
+TOPOLOGIES = {
+    "one": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "dp2-zero3": (2, {"zero_stage": 3}),
+    "dp4": (4, {}),
+}
+NUM_BEFORE, NUM_AFTER = 4, 5
+
+
+class Training:
+    """A run at a topology that can be saved, loaded and stepped."""
+
+    def __init__(self, values: dict, folder: Path):
+        config = parse_config(RunConfig, values, "test")
+        topology = make_topology(config.parallel)
+        self.values, self.topology = values, topology
+        self.engine = make_engine(config, topology)
+        owned = masters(self.engine.deepspeed, self.engine.stage.named_parameters())
+        self.ema = Ema(owned, 0.9)
+        self.checkpointer = Checkpointer(folder, self.engine.deepspeed, owned, self.ema, keep_last=100)
+        self.step = 0
+
+    def run(self, num_steps: int) -> list[list[float]]:
+        """Losses of the steps after the one that the run stands at."""
+        batches = Batches(self.values, self.topology)
+        for _ in range(self.step):
+            batches.next()
+        losses = []
+        for _ in range(num_steps):
+            losses.append([float(x) for x in train_step(self.engine, batches.next(), LEARNING_RATE)])
+            self.step += 1
+            self.ema.update(self.step)
+        return losses
+
+    def save(self) -> None:
+        self.checkpointer.save({"step": self.step}, {"batch_number": 0, "streams": {}})
+        self.checkpointer.wait()
+
+    def load(self, checkpoint: Path) -> None:
+        self.step = self.checkpointer.load(checkpoint)["step"]
+
+
+def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:
+    """Some steps, a checkpoint, and the losses of the steps after it."""
+    training = Training(values, folder)
+    training.run(NUM_BEFORE)
+    training.save()
+    return training.run(NUM_AFTER)
+
+
+def load_each(values: dict, checkpoints: dict[str, Path], folder: Path) -> dict[str, list[list[float]]]:
+    """For each checkpoint: load it, save it again as this topology would, and the losses that follow."""
+    losses = {}
+    training = Training(values, folder)
+    for name, checkpoint in checkpoints.items():
+        training.load(checkpoint)
+        training.checkpointer._folder = folder / name
+        training.save()
+        losses[name] = training.run(NUM_AFTER)
+    return losses
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    stored = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    dcp.load(found, checkpoint_id=checkpoint / "tensors", no_dist=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(shards, vae_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
+    """A checkpoint of each topology, and the losses with which each goes on."""
+    folder, losses = tmp_path_factory.mktemp("checkpoints"), {}
+    for name, (world, degrees) in TOPOLOGIES.items():
+        values = Case(name, world, degrees).values(shards, vae_folder, folder / "run")
+        losses[name] = run_workers(save_and_go_on, world, values, folder / "saved" / name)[0]
+    return folder, losses
+
+
+@pytest.mark.parametrize("target", TOPOLOGIES)
+def test_each_topology_goes_on_from_every_other(saved, shards, vae_folder, target):
+    folder, losses = saved
+    world, degrees = TOPOLOGIES[target]
+    values = Case(target, world, degrees).values(shards, vae_folder, folder / "run")
+    step = f"step-{NUM_BEFORE:08d}"
+    checkpoints = {name: folder / "saved" / name / step for name in TOPOLOGIES}
+    for found in run_workers(load_each, world, values, checkpoints, folder / f"again-{target}"):
+        for name in TOPOLOGIES:
+            torch.testing.assert_close(
+                torch.tensor(found[name]), torch.tensor(losses[name]), rtol=1e-5, atol=1e-7
+            )
+    for name, checkpoint in checkpoints.items():
+        before, after = tensors(checkpoint), tensors(folder / f"again-{target}" / name / step)
+        assert before.keys() == after.keys()
+        assert {key.partition(".")[0] for key in before} == set(KINDS)
+        for key, value in before.items():
+            assert torch.equal(value, after[key]), (name, key)
