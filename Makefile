@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help quickstart test lint format preprocess benchmark clean
+.PHONY: help quickstart test test-parallel lint format preprocess benchmark clean
 
 help:  ## Show this list.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, draw and describe (runs/quickstart/).
 	@set -e; begin=$$(( $$(date +%s) - $$(cat $(INSTALLED)) )); \
@@ -17,6 +17,9 @@ quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, 
 
 test: $(INSTALLED)  ## Run every test, on two processes, with coverage.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+test-parallel: $(INSTALLED)  ## Every form of parallelism against one device: a table, and runs/parallel.json.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.matrix
 
 lint: $(INSTALLED)  ## Check format and style.
 	$(BIN)/ruff format --check .

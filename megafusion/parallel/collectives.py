@@ -1,30 +1,35 @@
 """Communication with a gradient: each function names what it does forward, and its docstring backward.
 
 They are the conjugate pairs of Megatron (arXiv 1909.08053, section 3) and of its sequence parallelism
-(arXiv 2205.05198, section 4.2). torch's functional collectives carry them, which torch.compile and
-selective checkpointing understand.
+(arXiv 2205.05198, section 4.2). They are sent by torch's functional operations, which
+torch.compile and selective checkpointing understand.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 Group = dist.ProcessGroup
 
+_FUNCTIONAL = torch.ops._c10d_functional
+
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
 def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
-    return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), dim, group))
+    size = group.size()
+    rows = _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_gather_into_tensor(x.contiguous(), size, group.group_name))
+    return rows if dim == 0 else torch.cat(rows.chunk(size), dim)
 
 
 def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
-    return functional.wait_tensor(functional.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+    size = group.size()
+    rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(size, dim))
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.reduce_scatter_tensor(rows, "sum", size, group.group_name))
 
 
 class _Copy(torch.autograd.Function):

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rich.filesize import decimal
 
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.objective.losses import Losses
-from megafusion.parallel.topology import make_topology
+from megafusion.parallel.memory import state_bytes
+from megafusion.parallel.topology import AXES, make_topology
 from megafusion.train.assemble import Parts, assemble, make_pipeline
 from megafusion.train.checkpoint import Checkpointer, complete_checkpoints, load_ema
 from megafusion.train.config import RunConfig
@@ -52,9 +54,9 @@ def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> Non
     )
     laid_out = {"world_size": dist.get_world_size(), **config.parallel.model_dump()}
     step, spent_seconds = 0, 0.0
-    if newest := complete_checkpoints(checkpoints)[-1:]:
+    if newest := _newest(checkpoints):
         watchdog.beat(0, "load checkpoint")
-        state = checkpointer.load(newest[0])
+        state = checkpointer.load(newest)
         step, spent_seconds = state["step"], state["seconds"]
         parts.stream.restore(state["data"])
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
@@ -65,6 +67,8 @@ def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> Non
         return step == last_step or (every > 0 and step % every == 0)
 
     with checkpointer, Metrics(config.out, config.train, step, silent=not is_first) as metrics:
+        if is_first and dist.get_world_size() > 1:
+            metrics.progress.console.print(_laid_out(engine, config))
         while step < last_step:
             watchdog.beat(step + 1, "train")
             batch = parts.stream.next()
@@ -91,6 +95,21 @@ def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> Non
         metrics.progress.console.print(
             f"{config.out / 'pipeline'}: the model; megafusion generate {config.out}"
         )
+
+
+def _laid_out(engine: Engine, config: RunConfig) -> str:
+    """How the run lies over its ranks, and what one holds."""
+    axes = " x ".join(f"{axis} {engine.topology.size(axis)}" for axis in AXES)
+    held = state_bytes(engine.stage, engine.topology, config)
+    parts = ", ".join(f"{name} {decimal(size)}" for name, size in held._asdict().items())
+    return f"{dist.get_world_size()} ranks: {axes}; rank 0 holds {parts}"
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint, as rank 0 sees it: all ranks must load the same."""
+    found = [(complete_checkpoints(checkpoints) or [None])[-1]]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _check_finite(step: int, losses: Losses, engine: Engine) -> None:

@@ -20,9 +20,6 @@ STREAM = ROWS * LENGTH * WIDTH * 4
 """Bytes of the residual stream of a micro-batch."""
 
 
-NOT_SENT = ("wait_tensor", "_wrap_tensor_autograd")
-
-
 class Sent(TorchDispatchMode):
     """Counts collectives and the bytes of the whole tensors that they work on."""
 
@@ -34,7 +31,7 @@ class Sent(TorchDispatchMode):
         result = operation(*arguments, **options or {})
         namespace, _, name = str(operation).partition(".")
         name = name.partition(".")[0]
-        if namespace in ("_c10d_functional", "c10d") and name not in NOT_SENT:
+        if namespace in ("_c10d_functional", "c10d") and name != "wait_tensor":
             largest = max(t.numel() * t.element_size() for t in (arguments[0], result) if torch.is_tensor(t))
             self.number[name] += 1
             self.num_bytes[name] += largest
