@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megafusion.errors import UserError
@@ -67,6 +68,10 @@ def load_each(topology: Topology, folders: list[Path]) -> list[tuple[dict, list[
         state = checkpointer.load(folder / "step-00000003")
         assert state["step"] == 3
         assert steps_taken(run) == {3.0}
+        # As after its own step: the small parameters are whole on every rank.
+        persistent = getattr(run.engine.optimizer, "persistent_parameters", [])
+        assert all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in persistent)
+        assert bool(persistent) == (topology.stage == 3)
         after = contents(run)
         for name, weight in forward_weights(run).items():
             assert torch.equal(weight, after[f"model.{name}"].to(weight.dtype)), name
