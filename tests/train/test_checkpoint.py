@@ -285,6 +285,25 @@ def test_another_model_is_refused_with_nothing_overwritten(saved, width, forget,
         assert message in said
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 9])
+def test_each_file_is_hashed_by_one_rank(saved, tmp_path, num_ranks):
+    folder, _, _ = saved[str(Topology(4, 1))]
+    path = shutil.copytree(folder, tmp_path / "copy") / "step-00000003"
+    names = checkpoint.read_manifest(path)
+    assert len(names) == 6
+    for name in names:
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[:-1])
+        refusals = []
+        for rank in range(num_ranks):
+            try:
+                verify_checkpoint(path, rank, num_ranks)
+            except UserError as error:
+                refusals.append(str(error).partition(";")[0])
+        assert refusals == [f"{path / name}: not as it was written"]
+        (path / name).write_bytes(content)
+
+
 def test_a_damaged_file_of_any_rank_is_named_to_all_ranks(saved, tmp_path):
     folder, _, _ = saved[str(Topology(4, 1))]
     for name, damage in (("__3_0.distcp", "flip"), ("__1_0.distcp", "remove"), (".metadata", "cut")):
