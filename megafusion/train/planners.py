@@ -4,7 +4,6 @@ torch's own planners take tensors alone, refuse overlap, and unpickle what a che
 """
 
 import io
-from math import prod
 from typing import NoReturn
 
 from torch import Tensor
@@ -14,24 +13,25 @@ from torch.distributed.checkpoint.default_planner import (
     create_default_global_save_plan,
 )
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 
 from megafusion.train.boxes import Boxes, is_covered
 
 
 class BoxSavePlanner(DefaultSavePlanner):
-    """Writes each rank's boxes, once where several ranks hold the same one.
+    """Writes each rank's boxes, one from each place.
 
     Tensor-parallel ranks hold equal copies of a parameter that is not cut, which ZeRO may cut at other
     places on each. Boxes of such copies overlap; as their values are equal, either is right to write and
-    to read, so overlap is left alone. What must never be is a gap.
+    to read, so overlap is left alone. torch knows a box by its name and offsets, and of those that begin
+    together keeps one, long or short. That leaves no gap: where the kept one ends, its own copy goes on.
     """
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        plans = self._dedup_save_plans(_largest(all_plans))
+        plans = self._dedup_save_plans(all_plans)
         plans, metadata = create_default_global_save_plan(plans)
         for name, entry in metadata.state_dict_metadata.items():
             boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
@@ -40,26 +40,6 @@ class BoxSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
-
-
-def _largest(plans: list[SavePlan]) -> list[SavePlan]:
-    """Plans without the boxes that begin where a larger one does.
-
-    torch knows a box by its name and offsets alone. Boxes of ranges lie within each other where they
-    begin together: the shorter range ends first.
-    """
-    largest: dict[MetadataIndex, int] = {}
-    for plan in plans:
-        for item in plan.items:
-            largest[item.index] = max(largest.get(item.index, 0), _volume(item))
-    return [
-        SavePlan([item for item in plan.items if _volume(item) == largest[item.index]], plan.storage_data)
-        for plan in plans
-    ]
-
-
-def _volume(item: WriteItem) -> int:
-    return prod(item.tensor_data.chunk.sizes)
 
 
 class BoxLoadPlanner(DefaultLoadPlanner):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megafusion.errors import UserError
@@ -67,6 +68,10 @@ def load_each(topology: Topology, folders: list[Path]) -> list[tuple[dict, list[
         state = checkpointer.load(folder / "step-00000003")
         assert state["step"] == 3
         assert steps_taken(run) == {3.0}
+        # As after its own step: the small parameters are whole on every rank.
+        persistent = getattr(run.engine.optimizer, "persistent_parameters", [])
+        assert all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in persistent)
+        assert bool(persistent) == (topology.stage == 3)
         after = contents(run)
         for name, weight in forward_weights(run).items():
             assert torch.equal(weight, after[f"model.{name}"].to(weight.dtype)), name
@@ -278,6 +283,25 @@ def test_another_model_is_refused_with_nothing_overwritten(saved, width, forget,
     folder, _, _ = saved[str(Topology(4, 1))]
     for said in run_workers(load_what_does_not_fit, 2, folder, width, forget):
         assert message in said
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 9])
+def test_each_file_is_hashed_by_one_rank(saved, tmp_path, num_ranks):
+    folder, _, _ = saved[str(Topology(4, 1))]
+    path = shutil.copytree(folder, tmp_path / "copy") / "step-00000003"
+    names = checkpoint.read_manifest(path)
+    assert len(names) == 6
+    for name in names:
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[:-1])
+        refusals = []
+        for rank in range(num_ranks):
+            try:
+                verify_checkpoint(path, rank, num_ranks)
+            except UserError as error:
+                refusals.append(str(error).partition(";")[0])
+        assert refusals == [f"{path / name}: not as it was written"]
+        (path / name).write_bytes(content)
 
 
 def test_a_damaged_file_of_any_rank_is_named_to_all_ranks(saved, tmp_path):
