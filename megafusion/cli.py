@@ -203,7 +203,7 @@ def checkpoint_show(path: RunOrCheckpoint) -> None:
 
     Example: megafusion checkpoint show runs/quickstart
     """
-    from megafusion.train.checkpoint_command import show
+    from megafusion.checkpoint.command import show
 
     show(path)
 
@@ -214,7 +214,7 @@ def checkpoint_verify(path: RunOrCheckpoint) -> None:
 
     Example: megafusion checkpoint verify runs/quickstart/checkpoints/step-00000900
     """
-    from megafusion.train.checkpoint_command import verify
+    from megafusion.checkpoint.command import verify
 
     verify(path)
 
@@ -231,7 +231,7 @@ def checkpoint_export(
 
     Example: megafusion checkpoint export runs/quickstart/checkpoints/step-00000600 exported
     """
-    from megafusion.train.checkpoint_command import export
+    from megafusion.checkpoint.command import export
 
     export(checkpoint, out, weights)
 

@@ -63,7 +63,7 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
 
 def open_pipeline(path: Path) -> TransfusionPipeline:
     """The model of a pipeline folder, a run folder (published or its newest checkpoint), or a checkpoint."""
-    from megafusion.train.checkpoint import complete_checkpoints
+    from megafusion.checkpoint.folder import complete_checkpoints
 
     if (path / "config.json").is_file():
         return TransfusionPipeline.from_pretrained(path)
@@ -81,8 +81,8 @@ def open_pipeline(path: Path) -> TransfusionPipeline:
 
 def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPipeline:
     """The model of a run's checkpoint, with the averaged weights or the raw ones."""
+    from megafusion.checkpoint.reader import load_whole
     from megafusion.train.assemble import make_pipeline
-    from megafusion.train.checkpoint import load_whole
     from megafusion.train.record import load_run_config
 
     config = load_run_config(path.parent.parent)

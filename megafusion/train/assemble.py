@@ -11,6 +11,7 @@ from megafusion.data.source import Source, open_sources
 from megafusion.data.stream import BatchStream
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts, picture_size
+from megafusion.model.attention import check_backend
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.topology import Topology, check_degrees
@@ -38,6 +39,7 @@ def assemble(config: RunConfig, topology: Topology) -> Parts:
         raise UserError(
             "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
         )
+    check_backend(config.model.attention, config.model.width // config.model.num_heads)
     tokenizer = Tokenizer(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_parts(config.model, tokenizer, codec, picture_size(config.model, codec))

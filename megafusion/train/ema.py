@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megafusion.train.masters import Master
+from megafusion.checkpoint.masters import Master
 
 
 class Ema:

@@ -7,17 +7,19 @@ import torch
 import torch.distributed as dist
 from rich.filesize import decimal
 
+from megafusion.checkpoint.checkpointer import Checkpointer
+from megafusion.checkpoint.folder import complete_checkpoints
+from megafusion.checkpoint.masters import masters
+from megafusion.checkpoint.reader import read_whole
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.objective.losses import Losses
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.topology import AXES, make_topology
 from megafusion.train.assemble import Parts, assemble, make_pipeline
-from megafusion.train.checkpoint import Checkpointer, complete_checkpoints, load_ema
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import Engine, make_engine, start_process_group, together
-from megafusion.train.masters import masters
 from megafusion.train.metrics import Metrics
 from megafusion.train.optimizer import learning_rate
 from megafusion.train.record import freeze, peak_memory_bytes
@@ -165,7 +167,7 @@ class _Sampler:
             pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
             self._pipeline = pipeline.to(self._device)
         shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
-        self._pipeline.model.load_state_dict(load_ema(checkpoint, shapes))
+        self._pipeline.model.load_state_dict(read_whole(checkpoint, shapes, "ema"))
         return self._pipeline
 
     def show(self, step: int, checkpoint: Path):

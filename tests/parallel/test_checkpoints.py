@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megafusion.checkpoint.checkpointer import Checkpointer
+from megafusion.checkpoint.folder import KINDS
+from megafusion.checkpoint.masters import masters
 from megafusion.config import parse_config
 from megafusion.parallel.topology import make_topology
-from megafusion.train.checkpoint import KINDS, Checkpointer
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import make_engine
-from megafusion.train.masters import masters
 from megafusion.train.step import train_step
 from tests.parallel.cases import LEARNING_RATE, Batches
 from tests.parallel.matrix import Case

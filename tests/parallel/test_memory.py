@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from megafusion.checkpoint.masters import masters
 from megafusion.config import parse_config
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.topology import make_topology
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import make_engine
-from megafusion.train.masters import masters
 from megafusion.train.step import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case

@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
+from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
+from megafusion.checkpoint.reader import load_whole
 from megafusion.config import parse_config
 from megafusion.data.shards import ShardFolder, write_shards
 from megafusion.errors import UserError
-from megafusion.train.checkpoint import complete_checkpoints, load_ema, verify_checkpoint
 from megafusion.train.config import RunConfig
 from megafusion.train.metrics import read_metrics
 from megafusion.train.run import train
@@ -90,7 +91,7 @@ def test_a_checkpoint_of_another_model_is_named(run_values):
     run = start(run_values, stop_after=1)
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
     with pytest.raises(UserError, match="does not hold the tensors of this model"):
-        load_ema(checkpoint, {"no.such.weight": (1,)})
+        load_whole(checkpoint, {"no.such.weight": (1,)}, "ema")
 
 
 def test_captions_that_do_not_fit_in_a_row_are_refused_at_start(run_values):

@@ -19,11 +19,11 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors.torch import load_file
 
+from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.parallel.topology import make_topology
 from megafusion.train.assemble import assemble
-from megafusion.train.checkpoint import complete_checkpoints, verify_checkpoint
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import make_engine, start_process_group
 from megafusion.train.metrics import read_metrics

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from megafusion.checkpoint.masters import masters
 from megafusion.config import parse_config
 from megafusion.data.stream import BatchStream
 from megafusion.model.initialize import initialize
@@ -14,7 +15,6 @@ from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import Engine, make_engine, start_process_group
-from megafusion.train.masters import masters
 from megafusion.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from megafusion.train.step import train_step
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
+from megafusion.checkpoint.folder import KINDS, MANIFEST, read_manifest, verify_checkpoint
+from megafusion.checkpoint.reader import Reader
 from megafusion.errors import UserError
 from megafusion.generate.command import open_checkpoint
-from megafusion.train.checkpoint import KINDS, MANIFEST, read_manifest, verify_checkpoint
-from megafusion.train.reader import Reader
 
 
 def show(path: Path) -> None:
@@ -71,7 +71,11 @@ def _state(checkpoint: Path) -> dict:
 
 
 def _topology(state: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in state["topology"].items()) or "unknown"
+    """How the run lay over its ranks, without the axes that had one."""
+    shown = {
+        k: v for k, v in state["topology"].items() if k in ("world_size", "zero_stage") or v not in (1, False)
+    }
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in shown.items())
 
 
 def _describe(checkpoint: Path) -> list[str]:

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
+from megafusion.checkpoint.reader import _Unpickler, load_whole
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
-from megafusion.train.checkpoint import load_ema
-from megafusion.train.reader import _Unpickler
 
 
 class Evil:
@@ -63,5 +62,5 @@ def test_a_list_of_tensors_that_asks_for_more_is_refused(tmp_path, monkeypatch, 
     written = {"bytes": len(content), "sha256": file_sha256(metadata)}
     (checkpoint / "manifest.json").write_text(json.dumps({"files": {"tensors/.metadata": written}}))
     with pytest.raises(UserError, match=r"\.metadata: not read"):
-        load_ema(checkpoint, {"x": torch.Size([1])})
+        load_whole(checkpoint, {"x": torch.Size([1])}, "ema")
     assert not Path("evil-was-here").exists()

@@ -8,13 +8,14 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megafusion.checkpoint.checkpointer import Checkpointer
+from megafusion.checkpoint.folder import KINDS
+from megafusion.checkpoint.masters import Master, masters
+from megafusion.checkpoint.reader import Reader, load_whole
 from megafusion.parallel.layout import Layout, Run, set_layout
-from megafusion.train.checkpoint import KINDS, Checkpointer, load_whole
 from megafusion.train.ema import Ema
-from megafusion.train.masters import Master, masters
-from megafusion.train.reader import Reader
-from tests.train.engines import Run as EngineRun
-from tests.train.engines import Topology, make_engine, steps_taken
+from tests.checkpoint.engines import Run as EngineRun
+from tests.checkpoint.engines import Topology, make_engine, steps_taken
 from tests.workers import run_workers
 
 SHAPES = {

@@ -8,10 +8,7 @@ step draws from a global generator.
 """
 
 import json
-import os
-import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,20 +21,22 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from megafusion.checkpoint.boxes import Boxes
+from megafusion.checkpoint.folder import (
+    KINDS,
+    PARTIAL,
+    complete_checkpoints,
+    hash_files,
+    publish,
+    step_of,
+    verify_checkpoint,
+)
+from megafusion.checkpoint.masters import Master, refresh
+from megafusion.checkpoint.planners import BoxSavePlanner
+from megafusion.checkpoint.reader import read_boxes
 from megafusion.errors import UserError
-from megafusion.parallel.layout import layout_of
-from megafusion.storage import file_sha256
-from megafusion.train.boxes import Boxes
 from megafusion.train.ema import Ema
 from megafusion.train.engine import together
-from megafusion.train.masters import Master, refresh
-from megafusion.train.planners import BoxLoadPlanner, BoxSavePlanner
-from megafusion.train.reader import Reader
-
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
-MANIFEST = "manifest.json"
-FORMAT = "megafusion-checkpoint/1"
-PARTIAL = ".partial"
 
 
 class Checkpointer:
@@ -135,7 +134,7 @@ class Checkpointer:
         shapes = {name: shape for part in parts for name, shape in part.items()}
         state = json.loads((path / "state.json").read_text())
         with together(self._group):
-            _read(path, boxes, shapes, KINDS)
+            read_boxes(path, boxes, shapes, KINDS)
         refresh(self._engine, state["step"])
         return state
 
@@ -176,12 +175,12 @@ class Checkpointer:
             with together(group), _named(path):
                 dcp.save(self._boxes, storage_writer=writer, planner=BoxSavePlanner(), process_group=group)
             with together(group), _named(path):
-                own = _entries(partial, f"tensors/__{rank}_*.distcp")
+                own = hash_files(partial, f"tensors/__{rank}_*.distcp")
             dist.gather_object(own, parts, group=group)
             with together(group), _named(path):
                 if is_first:
-                    own = _entries(partial, "state.json") | _entries(partial, "tensors/.metadata")
-                    _publish(
+                    own = hash_files(partial, "state.json") | hash_files(partial, "tensors/.metadata")
+                    publish(
                         partial, path, {name: entry for part in (own, *parts) for name, entry in part.items()}
                     )
                     self._delete_old()
@@ -192,7 +191,7 @@ class Checkpointer:
 
     def _delete_old(self) -> None:
         for old in complete_checkpoints(self._folder)[: -self._keep_last]:
-            if not self._keep_every or _step(old) % self._keep_every:
+            if not self._keep_every or step_of(old) % self._keep_every:
                 # Under a name that is no checkpoint's, for deleting takes a while and may be cut short.
                 shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
 
@@ -208,66 +207,6 @@ class _Writer(dcp.FileSystemWriter):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
-
-
-def load_ema(path: Path, names_and_shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint alone, in one process and without an engine."""
-    return load_whole(path, names_and_shapes, "ema")
-
-
-def load_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one kind (of KINDS), in one process.
-
-    Raises UserError where the checkpoint is damaged or of another model.
-    """
-    verify_checkpoint(path)
-    shapes = {f"{kind}.{name}": torch.Size(shape) for name, shape in names_and_shapes.items()}
-    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    boxes = {name: Boxes(tensor.view(-1), 0, layout_of(tensor)) for name, tensor in tensors.items()}
-    _read(path, boxes, shapes, (kind,))
-    return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    found = [
-        p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()
-    ]
-    return sorted(found, key=_step)
-
-
-def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
-    """Raise UserError naming the file that is missing or not as it was written.
-
-    first, stride: hash every stride-th file from the first on, for ranks that share the work.
-    """
-    files = read_manifest(path)
-    # The largest first, so that shares are about equal.
-    for name in sorted(files, key=lambda name: -files[name]["bytes"])[first::stride]:
-        file, entry = path / name, files[name]
-        if not file.is_file():
-            raise UserError(f"{file}: missing from the checkpoint; {_way_out(path)}")
-        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-            raise UserError(f"{file}: not as it was written; {_way_out(path)}")
-
-
-def read_manifest(path: Path) -> dict[str, dict]:
-    """`bytes` and `sha256` of a checkpoint's files. UserError where it is not complete or not readable."""
-    if not (path / MANIFEST).is_file():
-        raise UserError(f"{path}: no {MANIFEST}, so no complete checkpoint; {_way_out(path)}")
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / MANIFEST}: not readable ({error}); {_way_out(path)}") from error
-
-
-def _way_out(path: Path) -> str:
-    return f"delete {path} to go on from the checkpoint before"
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 @contextmanager
@@ -288,47 +227,3 @@ def _named(path: Path) -> Iterator[None]:
         f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run resumes from "
         "the checkpoint before"
     )
-
-
-def _entries(folder: Path, pattern: str) -> dict[str, dict]:
-    """Sizes and hashes of files, as the manifest has them."""
-    return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(folder.glob(pattern))
-    }
-
-
-def _publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
-    """Write the manifest, and rename the folder into place."""
-    with (partial / MANIFEST).open("w") as manifest:
-        json.dump({"format": FORMAT, "files": files}, manifest, indent=1)
-        manifest.flush()
-        os.fsync(manifest.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-
-
-def _read(path: Path, boxes: dict[str, Boxes], shapes: dict[str, torch.Size], kinds: tuple[str, ...]) -> None:
-    """Fill boxes. UserError where the checkpoint is none of ours, or has other tensors of these kinds."""
-    reader = Reader(path / "tensors")
-    stored = {
-        name: entry.size
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.partition(".")[0] in kinds
-    }
-    for name in sorted(stored.keys() | shapes.keys(), key=lambda name: name.partition(".")[::-1]):
-        if stored.get(name) != shapes.get(name):
-            there, here = (_shape_text(found.get(name)) for found in (stored, shapes))
-            parameter = name.partition(".")[2]
-            raise UserError(
-                f"{path}: does not hold the tensors of this model: {parameter} {there} there, "
-                f"{here} here; give the model that it was saved from, or {_way_out(path)}"
-            )
-    with warnings.catch_warnings():
-        # A rank reads what it needs and no other rank needs to know.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(boxes, storage_reader=reader, planner=BoxLoadPlanner(), no_dist=True)
-
-
-def _shape_text(shape: torch.Size | None) -> str:
-    return "is missing" if shape is None else f"has shape {list(shape)}"

@@ -15,12 +15,22 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megafusion.checkpoint import checkpointer as checkpointer_module
+from megafusion.checkpoint.checkpointer import Checkpointer
+from megafusion.checkpoint.folder import complete_checkpoints, read_manifest, verify_checkpoint
+from megafusion.checkpoint.reader import Reader, load_whole
 from megafusion.errors import UserError
-from megafusion.train import checkpoint
-from megafusion.train.checkpoint import Checkpointer, complete_checkpoints, load_ema, verify_checkpoint
 from megafusion.train.ema import Ema
-from megafusion.train.reader import Reader
-from tests.train.engines import BF16, Model, Run, Topology, contents, forward_weights, make_run, steps_taken
+from tests.checkpoint.engines import (
+    BF16,
+    Model,
+    Run,
+    Topology,
+    contents,
+    forward_weights,
+    make_run,
+    steps_taken,
+)
 from tests.workers import WorkersFailed, run_workers
 
 # Some parameters stay whole on every rank, and there are more flat groups than groups of the optimizer.
@@ -121,7 +131,7 @@ def shapes_of_model() -> dict[str, torch.Size]:
 
 def test_whole_averages_are_read_without_an_engine(saved):
     for folder, before, _ in saved.values():
-        for name, tensor in load_ema(folder / "step-00000003", shapes_of_model()).items():
+        for name, tensor in load_whole(folder / "step-00000003", shapes_of_model(), "ema").items():
             assert torch.equal(tensor, before[f"ema.{name}"])
 
 
@@ -150,13 +160,13 @@ def test_every_rank_writes_its_own_and_nothing_twice(saved, topology):
 def save_while_writing_is_held(folder: Path) -> list[float]:
     run = make_run(Topology(2, 1))
     run.step(1)
-    released, write = threading.Event(), checkpoint._Writer.write_data
+    released, write = threading.Event(), checkpointer_module._Writer.write_data
 
     def held(*arguments):
         assert released.wait(60)
         return write(*arguments)
 
-    checkpoint._Writer.write_data = held
+    checkpointer_module._Writer.write_data = held
     with checkpointer_of(run, folder) as checkpointer:
         expected = contents(run)
         save(checkpointer, 3)
@@ -173,7 +183,7 @@ def save_while_writing_is_held(folder: Path) -> list[float]:
 def test_training_goes_on_while_a_thread_writes_what_stood_at_the_save(tmp_path):
     expected, later = run_workers(save_while_writing_is_held, 2, tmp_path)[0]
     for step, contents_then in ((3, expected), (4, later)):
-        for name, tensor in load_ema(tmp_path / f"step-{step:08d}", shapes_of_model()).items():
+        for name, tensor in load_whole(tmp_path / f"step-{step:08d}", shapes_of_model(), "ema").items():
             assert torch.equal(tensor, contents_then[f"ema.{name}"])
     assert any(not torch.equal(expected[name], later[name]) for name in expected)
 
@@ -189,7 +199,7 @@ def die_while_saving(folder: Path, victim: int) -> str:
             (Path(writer.path) / f"__{victim}_0.distcp").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint._Writer.write_data = killed
+        checkpointer_module._Writer.write_data = killed
     save(checkpointer, 4)
     with pytest.raises(RuntimeError, match=r"(?i)clos|reset|peer|timed out"):
         checkpointer.wait()
@@ -289,7 +299,7 @@ def test_another_model_is_refused_with_nothing_overwritten(saved, width, forget,
 def test_each_file_is_hashed_by_one_rank(saved, tmp_path, num_ranks):
     folder, _, _ = saved[str(Topology(4, 1))]
     path = shutil.copytree(folder, tmp_path / "copy") / "step-00000003"
-    names = checkpoint.read_manifest(path)
+    names = read_manifest(path)
     assert len(names) == 6
     for name in names:
         content = (path / name).read_bytes()

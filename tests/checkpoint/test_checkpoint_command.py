@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from megafusion import TransfusionPipeline
+from megafusion.checkpoint.reader import load_whole
 from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.errors import UserError
-from megafusion.train.checkpoint import load_whole
 from megafusion.train.config import RunConfig
 from megafusion.train.run import train
 

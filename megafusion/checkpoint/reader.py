@@ -1,13 +1,20 @@
 """Reading a checkpoint without trusting it: torch pickles the list of its tensors."""
 
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
+from megafusion.checkpoint.boxes import Boxes
+from megafusion.checkpoint.folder import verify_checkpoint, way_out
+from megafusion.checkpoint.planners import BoxLoadPlanner
 from megafusion.errors import UserError
+from megafusion.parallel.layout import layout_of
 
 # All that the list of tensors is made of; the tensors themselves are loaded with weights_only.
 _ALLOWED = {
@@ -65,3 +72,49 @@ class Reader(FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def read_boxes(
+    path: Path, boxes: dict[str, Boxes], shapes: dict[str, torch.Size], kinds: tuple[str, ...]
+) -> None:
+    """Fill boxes. UserError where the checkpoint is none of ours, or has other tensors of these kinds."""
+    reader = Reader(path / "tensors")
+    stored = {
+        name: entry.size
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.partition(".")[0] in kinds
+    }
+    for name in sorted(stored.keys() | shapes.keys(), key=lambda name: name.partition(".")[::-1]):
+        if stored.get(name) != shapes.get(name):
+            there, here = (_shape_text(found.get(name)) for found in (stored, shapes))
+            parameter = name.partition(".")[2]
+            raise UserError(
+                f"{path}: does not hold the tensors of this model: {parameter} {there} there, "
+                f"{here} here; give the model that it was saved from, or {way_out(path)}"
+            )
+    with warnings.catch_warnings():
+        # A rank reads what it needs and no other rank needs to know.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(boxes, storage_reader=reader, planner=BoxLoadPlanner(), no_dist=True)
+
+
+def _shape_text(shape: torch.Size | None) -> str:
+    return "is missing" if shape is None else f"has shape {list(shape)}"
+
+
+def load_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
+    """Whole tensors of one kind (of KINDS) by parameter name, in one process, every file's hash checked.
+
+    Raises UserError where the checkpoint is damaged or of another model.
+    """
+    verify_checkpoint(path)
+    return read_whole(path, names_and_shapes, kind)
+
+
+def read_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
+    """The same of a checkpoint that this run has just written or verified."""
+    shapes = {f"{kind}.{name}": torch.Size(shape) for name, shape in names_and_shapes.items()}
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    boxes = {name: Boxes(tensor.view(-1), 0, layout_of(tensor)) for name, tensor in tensors.items()}
+    read_boxes(path, boxes, shapes, (kind,))
+    return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.default_planner import (
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 
-from megafusion.train.boxes import Boxes, is_covered
+from megafusion.checkpoint.boxes import Boxes, is_covered
 
 
 class BoxSavePlanner(DefaultSavePlanner):

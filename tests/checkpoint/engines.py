@@ -8,8 +8,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from megafusion.checkpoint.masters import Master, masters
 from megafusion.train.ema import Ema
-from megafusion.train.masters import Master, masters
 from megafusion.train.optimizer import OptimizerConfig, make_optimizer
 
 ROWS = 4

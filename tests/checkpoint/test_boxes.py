@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megafusion.checkpoint.boxes import Boxes, cut_range, is_covered
+from megafusion.checkpoint.planners import BoxSavePlanner
 from megafusion.parallel.layout import Layout, Run
-from megafusion.train.boxes import Boxes, cut_range, is_covered
-from megafusion.train.planners import BoxSavePlanner
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 

@@ -1,0 +1,1 @@
+"""Checkpoints: tensors by name, complete or not there, for any topology."""
