@@ -58,13 +58,13 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
         **medians,
         "num_steps": num_steps,
         "num_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, where the system tells it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
