@@ -8,13 +8,17 @@ import signal
 import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megafusion.errors import UserError
 from megafusion.train.engine import start_process_group, together
-from megafusion.train.watchdog import EXIT_STATUS, Watchdog, _ranks
+from megafusion.watch.report import EXIT_STATUS, ranks_in_words
+from megafusion.watch.watchdog import Watchdog
 
 SILENCE_SECONDS = 3.0
 
@@ -26,13 +30,20 @@ def join_collective(rank: int, watchdog: Watchdog) -> None:
             pass
 
 
-def signal_itself(rank: int, watchdog: Watchdog, culprit: int, number: signal.Signals, mark: Path) -> None:
+def compute(rank: int, watchdog: Watchdog) -> None:
+    while True:
+        sum(range(1000))
+
+
+def signal_itself(
+    rank: int, watchdog: Watchdog, culprit: int, number: signal.Signals, mark: Path, others=join_collective
+) -> None:
     join_collective(rank, watchdog)
     if rank == culprit:
-        time.sleep(1)  # the others wait in their collective
+        time.sleep(1)  # the others are where they stay
         mark.touch()
         os.kill(os.getpid(), number)
-    join_collective(rank, watchdog)
+    others(rank, watchdog)
 
 
 def reads_for_ever() -> None:
@@ -46,6 +57,15 @@ def never_join(rank: int, watchdog: Watchdog, culprit: int) -> None:
     join_collective(rank, watchdog)
 
 
+def wait_for_a_handle(rank: int, watchdog: Watchdog) -> None:
+    join_collective(rank, watchdog)
+    group = dist.new_group(timeout=timedelta(seconds=60))  # it does not give up before the watchdog
+    if rank == 1:
+        reads_for_ever()
+    handle = dist.all_reduce(torch.ones(1), group=group, async_op=True)
+    handle.wait()
+
+
 def keep_the_interpreter(rank: int, watchdog: Watchdog, culprit: int) -> None:
     if rank == culprit:
         ctypes.PyDLL(None).sleep(300)  # with Python's lock held: no other thread runs
@@ -54,7 +74,7 @@ def keep_the_interpreter(rank: int, watchdog: Watchdog, culprit: int) -> None:
 
 def end_one_after_another(rank: int, watchdog: Watchdog) -> None:
     join_collective(rank, watchdog)
-    time.sleep(2.0 * rank)
+    time.sleep(1.5 * rank)
 
 
 def fail_alone(rank: int, watchdog: Watchdog, culprit: int, error: BaseException) -> None:
@@ -92,7 +112,7 @@ class Ranks:
 
     def __init__(self, folder: Path, world: int, behave, *arguments, timeout_seconds=60.0, but=()):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megafusion.train.engine", "megafusion.train.watchdog"])
+        context.set_forkserver_preload(["megafusion.train.engine", "megafusion.watch.watchdog"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -151,6 +171,27 @@ def test_a_rank_that_never_joins_the_collective_is_named_with_its_function(tmp_p
     assert "reads_for_ever" in (tmp_path / "stacks/rank-00001.txt").read_text()
 
 
+def test_a_rank_killed_while_the_others_compute_is_named(tmp_path):
+    ranks = Ranks(tmp_path, 2, signal_itself, 1, signal.SIGKILL, tmp_path / "mark", compute)
+    assert ranks.statuses == [EXIT_STATUS, -signal.SIGKILL], ranks.errors
+    assert ranks.report.startswith("megafusion: rank 1 does not answer"), ranks.errors
+    assert re.search(r"^  rank 0: step 2, train, at .*test_watchdog\.py:\d+ compute$", ranks.report, re.M)
+    assert re.search(r"^  rank 1: its process is gone; last seen at step 2", ranks.report, re.M)
+    # So less than 60 s with the silence of 15 s that runs have.
+    assert ranks.ended - (tmp_path / "mark").stat().st_mtime < 4 * SILENCE_SECONDS
+
+
+def test_a_collective_that_was_started_before_is_found_where_it_is_waited_for(tmp_path):
+    ranks = Ranks(tmp_path, 2, wait_for_a_handle, timeout_seconds=2.0)
+    assert ranks.statuses == [EXIT_STATUS] * 2, ranks.errors
+    assert re.search(
+        r"^  rank 0: step 2, train, in wait called from .*test_watchdog\.py:\d+ wait_for_a_handle$",
+        ranks.report,
+        re.M,
+    ), ranks.report
+    assert re.search(r"^  rank 1: in no collective while others wait", ranks.report, re.M), ranks.report
+
+
 def test_a_rank_that_keeps_the_interpreter_ends_too(tmp_path):
     ranks = Ranks(tmp_path, 2, keep_the_interpreter, 1)
     assert ranks.statuses == [EXIT_STATUS, 1], ranks.errors
@@ -191,4 +232,5 @@ def test_a_lone_process_that_stalls_writes_its_stacks_and_ends(tmp_path):
 
 
 def test_ranks_in_words():
-    assert (_ranks([3]), _ranks([5, 0, 1, 2]), _ranks([0, 1])) == ("rank 3", "ranks 0-2, 5", "ranks 0-1")
+    words = [ranks_in_words(ranks) for ranks in ([3], [5, 0, 1, 2], [0, 1])]
+    assert words == ["rank 3", "ranks 0-2, 5", "ranks 0-1"]
