@@ -82,7 +82,7 @@ class Others:
         self.ask(seconds, self._exchange)
 
     def part(self) -> None:
-        """Tell the others how this rank ended; rank 0, whose end may be the store's, stays until they know."""
+        """Tell the others how this rank ended; rank 0 waits until they know: its end may be the store's."""
         deadline = time.monotonic() + self._silence
         with suppress(NoStore):  # rank 0 has ended before: nobody is left to be told
             self.ask(self._silence, self._exchange)
