@@ -19,17 +19,21 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # The second is what DeepSpeed imports late, and most of torch's compiler with it: seconds for each rank.
 _CONTEXT.set_forkserver_preload(["megafusion.train.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
-SECONDS_AFTER_A_FAILURE = 15
-"""How long the other ranks may take to end after one has failed."""
-
 
 class WorkersFailed(AssertionError):
     """What the failed ranks say, the first to fail first."""
 
 
-def run_workers(function: Callable, world_size: int, *arguments: object, timeout: float = 120) -> list:
+def run_workers(
+    function: Callable,
+    world_size: int,
+    *arguments: object,
+    timeout: float = 120,
+    seconds_after_failure: float = 15,
+) -> list:
     """Run `function(*arguments)` on each rank of a process group; the results by rank.
 
+    seconds_after_failure: how long the other ranks may take to end after one has failed.
     function: of a module's top level. A rank reads its number from torch.distributed.
     Raises WorkersFailed with each failed rank's traceback or exit status; no process stays.
     """
@@ -60,7 +64,7 @@ def run_workers(function: Callable, world_size: int, *arguments: object, timeout
                 results[rank] = answer
             else:
                 failures.append(f"rank {rank}: {answer}")
-                deadline = min(deadline, time.monotonic() + SECONDS_AFTER_A_FAILURE)
+                deadline = min(deadline, time.monotonic() + seconds_after_failure)
     failures += [
         f"rank {rank}: still running after {timeout} s or others' failure" for rank in waiting.values()
     ]

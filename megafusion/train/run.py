@@ -25,7 +25,7 @@ from megafusion.train.optimizer import learning_rate
 from megafusion.train.record import freeze, peak_memory_bytes
 from megafusion.train.samples import sample_pairs, show_samples
 from megafusion.train.step import train_step
-from megafusion.train.watchdog import Watchdog
+from megafusion.watch.watchdog import Watchdog
 
 
 def train(config: RunConfig, stop_after: int | None = None) -> None:

@@ -41,7 +41,7 @@ def test_a_rank_killed_while_saving_is_named_and_the_run_goes_on(run_values, tmp
     whole = run_values | {"out": str(tmp_path / "whole")}
     run_workers(train_until_killed, 4, whole, None)
     with pytest.raises(WorkersFailed) as failed:
-        run_workers(train_until_killed, 4, run_values, lost, timeout=90)
+        run_workers(train_until_killed, 4, run_values, lost, seconds_after_failure=60)
     run = Path(run_values["out"])
     said = str(failed.value)
     assert f"rank {lost}: ended with status -9" in said

@@ -8,13 +8,17 @@ import signal
 import socket
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megafusion.errors import UserError
 from megafusion.train.engine import start_process_group, together
-from megafusion.train.watchdog import EXIT_STATUS, Watchdog, _ranks
+from megafusion.watch.report import EXIT_STATUS, ranks_in_words
+from megafusion.watch.watchdog import Watchdog
 
 SILENCE_SECONDS = 3.0
 
@@ -26,13 +30,21 @@ def join_collective(rank: int, watchdog: Watchdog) -> None:
             pass
 
 
-def signal_itself(rank: int, watchdog: Watchdog, culprit: int, number: signal.Signals, mark: Path) -> None:
+def compute(rank: int, watchdog: Watchdog) -> None:
+    while True:
+        sum(range(1000))
+        time.sleep(0.001)  # the suite runs on two cores
+
+
+def signal_itself(
+    rank: int, watchdog: Watchdog, culprit: int, number: signal.Signals, mark: Path, others=join_collective
+) -> None:
     join_collective(rank, watchdog)
     if rank == culprit:
-        time.sleep(1)  # the others wait in their collective
+        time.sleep(1)  # the others are where they stay
         mark.touch()
         os.kill(os.getpid(), number)
-    join_collective(rank, watchdog)
+    others(rank, watchdog)
 
 
 def reads_for_ever() -> None:
@@ -46,15 +58,26 @@ def never_join(rank: int, watchdog: Watchdog, culprit: int) -> None:
     join_collective(rank, watchdog)
 
 
+def wait_for_a_handle(rank: int, watchdog: Watchdog) -> None:
+    join_collective(rank, watchdog)
+    group = dist.new_group(timeout=timedelta(seconds=60))  # it does not give up before the watchdog
+    if rank == 1:
+        reads_for_ever()
+    handle = dist.all_reduce(torch.ones(1), group=group, async_op=True)
+    handle.wait()
+
+
 def keep_the_interpreter(rank: int, watchdog: Watchdog, culprit: int) -> None:
     if rank == culprit:
         ctypes.PyDLL(None).sleep(300)  # with Python's lock held: no other thread runs
     join_collective(rank, watchdog)
 
 
-def end_one_after_another(rank: int, watchdog: Watchdog) -> None:
+def end_one_after_another(rank: int, watchdog: Watchdog, mark: Path) -> None:
     join_collective(rank, watchdog)
-    time.sleep(2.0 * rank)
+    if rank == 0:
+        mark.touch()
+    time.sleep(1.5 * rank)
 
 
 def fail_alone(rank: int, watchdog: Watchdog, culprit: int, error: BaseException) -> None:
@@ -71,14 +94,21 @@ def refuse_together(rank: int, watchdog: Watchdog) -> None:
 
 
 def run_rank(
-    rank: int, world: int, port: int, folder: Path, timeout_seconds: float, behave, arguments
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    timeout_seconds: float,
+    silence_seconds: float,
+    behave,
+    arguments,
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.dup2(os.open(folder / f"stderr-{rank}", os.O_CREAT | os.O_WRONLY), 2)
     start_process_group(timeout_seconds)
     try:
-        with Watchdog(folder, timeout_seconds, 0.3, SILENCE_SECONDS) as watchdog:
+        with Watchdog(folder, timeout_seconds, 0.3, silence_seconds) as watchdog:
             behave(rank, watchdog, *arguments)
     except UserError as error:
         os.write(2, f"error: {error}".encode())
@@ -88,24 +118,34 @@ def run_rank(
 
 
 class Ranks:
-    """Some ranks, run to their end: exit statuses, messages, stacks, and when all ended `but` some."""
+    """Some ranks, run to their end: exit statuses, messages, stacks, and when each had ended `but` some."""
 
-    def __init__(self, folder: Path, world: int, behave, *arguments, timeout_seconds=60.0, but=()):
+    def __init__(
+        self,
+        folder: Path,
+        world: int,
+        behave,
+        *arguments,
+        timeout_seconds=60.0,
+        silence_seconds=SILENCE_SECONDS,
+        but=(),
+    ):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megafusion.train.engine", "megafusion.train.watchdog"])
+        context.set_forkserver_preload(["megafusion.train.engine", "megafusion.watch.watchdog"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = (world, port, folder, timeout_seconds, behave, arguments)
+        common = (world, port, folder, timeout_seconds, silence_seconds, behave, arguments)
         processes = [
             context.Process(target=run_rank, args=(rank, *common), daemon=True) for rank in range(world)
         ]
         for process in processes:
             process.start()
+        self.ended = []
         for rank, process in enumerate(processes):
             if rank not in but:
                 process.join(60)
-        self.ended = time.time()
+                self.ended.append(time.time())
         for rank in but:
             if processes[rank].is_alive():  # stopped: it goes on when all others have ended
                 os.kill(processes[rank].pid, signal.SIGCONT)
@@ -129,7 +169,10 @@ WAITS = r"step \d, train, in all_gather called from megafusion/train/engine\.py:
     [(signal.SIGSTOP, "stopped", (EXIT_STATUS, 1)), (signal.SIGKILL, "gone", (-signal.SIGKILL,))],
 )
 def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, culprit, others, number, state, statuses):
-    ranks = Ranks(tmp_path, 3, signal_itself, culprit, number, tmp_path / "mark", but=(culprit,))
+    # A process that is gone is looked for where a collective fails: its silence is not waited for.
+    silence_seconds = 15.0 if number == signal.SIGKILL else SILENCE_SECONDS
+    behaviour = (signal_itself, culprit, number, tmp_path / "mark")
+    ranks = Ranks(tmp_path, 3, *behaviour, silence_seconds=silence_seconds, but=(culprit,))
     assert [s for rank, s in enumerate(ranks.statuses) if rank != culprit] == [EXIT_STATUS] * 2, ranks.errors
     assert ranks.statuses[culprit] in statuses  # a stopped one goes on in the end
     assert re.search(rf"^megafusion: rank {culprit}\b.* does not answer", ranks.report), ranks.errors
@@ -137,7 +180,7 @@ def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, culprit, others, nu
     assert re.search(rf"^  {others}: {WAITS}", ranks.report, re.M), ranks.report
     for rank in {0, 1, 2} - {culprit}:
         assert "join_collective" in (tmp_path / f"stacks/rank-0000{rank}.txt").read_text()
-    assert ranks.ended - (tmp_path / "mark").stat().st_mtime < 4 * SILENCE_SECONDS
+    assert ranks.ended[-1] - (tmp_path / "mark").stat().st_mtime < 4 * SILENCE_SECONDS
 
 
 def test_a_rank_that_never_joins_the_collective_is_named_with_its_function(tmp_path):
@@ -151,8 +194,29 @@ def test_a_rank_that_never_joins_the_collective_is_named_with_its_function(tmp_p
     assert "reads_for_ever" in (tmp_path / "stacks/rank-00001.txt").read_text()
 
 
+def test_a_rank_killed_while_the_others_compute_is_named(tmp_path):
+    ranks = Ranks(tmp_path, 2, signal_itself, 1, signal.SIGKILL, tmp_path / "mark", compute)
+    assert ranks.statuses == [EXIT_STATUS, -signal.SIGKILL], ranks.errors
+    assert ranks.report.startswith("megafusion: rank 1 does not answer"), ranks.errors
+    assert re.search(r"^  rank 0: step 2, train, at .*test_watchdog\.py:\d+ compute$", ranks.report, re.M)
+    assert re.search(r"^  rank 1: its process is gone; last seen at step 2", ranks.report, re.M)
+    # So less than 60 s with the silence of 15 s that runs have.
+    assert ranks.ended[-1] - (tmp_path / "mark").stat().st_mtime < 4 * SILENCE_SECONDS
+
+
+def test_a_collective_that_was_started_before_is_found_where_it_is_waited_for(tmp_path):
+    ranks = Ranks(tmp_path, 2, wait_for_a_handle, timeout_seconds=2.0)
+    assert ranks.statuses == [EXIT_STATUS] * 2, ranks.errors
+    assert re.search(
+        r"^  rank 0: step 2, train, in wait called from .*test_watchdog\.py:\d+ wait_for_a_handle$",
+        ranks.report,
+        re.M,
+    ), ranks.report
+    assert re.search(r"^  rank 1: in no collective while others wait", ranks.report, re.M), ranks.report
+
+
 def test_a_rank_that_keeps_the_interpreter_ends_too(tmp_path):
-    ranks = Ranks(tmp_path, 2, keep_the_interpreter, 1)
+    ranks = Ranks(tmp_path, 2, keep_the_interpreter, 1, silence_seconds=2.0)
     assert ranks.statuses == [EXIT_STATUS, 1], ranks.errors
     assert "megafusion: rank 1 does not answer" in ranks.errors[0]
     assert "keep_the_interpreter" in ranks.errors[1]
@@ -177,8 +241,9 @@ def test_what_all_refuse_passes(tmp_path):
 
 
 def test_a_normal_end_leaves_nothing_behind(tmp_path):
-    ranks = Ranks(tmp_path, 3, end_one_after_another)
+    ranks = Ranks(tmp_path, 3, end_one_after_another, tmp_path / "mark")
     assert ranks.statuses == [0, 0, 0], ranks.errors
+    assert ranks.ended[0] - (tmp_path / "mark").stat().st_mtime < SILENCE_SECONDS
     assert not (tmp_path / "stacks").exists()
     assert not any("TCPStore" in error or "megafusion" in error for error in ranks.errors), ranks.errors
 
@@ -191,4 +256,5 @@ def test_a_lone_process_that_stalls_writes_its_stacks_and_ends(tmp_path):
 
 
 def test_ranks_in_words():
-    assert (_ranks([3]), _ranks([5, 0, 1, 2]), _ranks([0, 1])) == ("rank 3", "ranks 0-2, 5", "ranks 0-1")
+    words = [ranks_in_words(ranks) for ranks in ([3], [5, 0, 1, 2], [0, 1])]
+    assert words == ["rank 3", "ranks 0-2, 5", "ranks 0-1"]
