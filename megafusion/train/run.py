@@ -34,7 +34,8 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
     stop_after: end the process's work after this many steps of the run, with a checkpoint, as a time
     limit would. Raises UserError before the first step for whatever does not fit together.
     """
-    start_process_group(config.train.timeout_seconds)
+    # A minute more than the watchdog gives, so that its message comes before torch's.
+    start_process_group(config.train.timeout_seconds + 60)
     with Watchdog(config.out, config.train.timeout_seconds) as watchdog:
         _train(config, stop_after, watchdog)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 # Files whose functions are collectives where their name begins like one.
 _COLLECTIVE_FILES = re.compile(
     r"torch/distributed/(distributed_c10d|_functional_collectives)\.py$"
-    r"|deepspeed/comm/\w+\.py$|deepspeed/runtime/pipe/p2p\.py$"
+    r"|deepspeed/comm/\w+\.py$|deepspeed/runtime/pipe/p2p\.py$|megafusion/parallel/collectives\.py$"
 )
 _COLLECTIVE_NAMES = re.compile(
     r"_?(all_?(reduce|gather|to_all)|reduce|gather|scatter|broadcast|(monitored_|store_based_)?barrier"
@@ -88,7 +88,8 @@ def _find(stack: list[tuple[FrameType, int]]) -> Place:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(f"{_PACKAGE.name}{os.sep}")
+    """Whether a frame is of this package, and not of its collectives, which many call."""
+    return name.startswith(f"{_PACKAGE.name}{os.sep}") and "parallel/collectives" not in name
 
 
 def _name(frame: FrameType, line: int) -> str:
