@@ -11,11 +11,12 @@ from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.masters import masters
 from megafusion.config import parse_config
 from megafusion.parallel.topology import make_topology
+from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
 from megafusion.train.engine import make_engine
 from megafusion.train.step import train_step
-from tests.parallel.cases import LEARNING_RATE, Batches
+from tests.parallel.cases import LEARNING_RATE
 from tests.parallel.matrix import Case
 from tests.workers import run_workers
 
@@ -36,7 +37,8 @@ class Training:
     def __init__(self, values: dict, folder: Path):
         config = parse_config(RunConfig, values, "test")
         topology = make_topology(config.parallel)
-        self.values, self.topology = values, topology
+        self.stream = assemble(config, topology).stream
+        self.state = self.stream.state()
         self.engine = make_engine(config, topology)
         owned = masters(self.engine.deepspeed, self.engine.stage.named_parameters())
         self.ema = Ema(owned, 0.9)
@@ -45,22 +47,22 @@ class Training:
 
     def run(self, num_steps: int) -> list[list[float]]:
         """Losses of the steps after the one that the run stands at."""
-        batches = Batches(self.values, self.topology)
-        for _ in range(self.step):
-            batches.next()
         losses = []
         for _ in range(num_steps):
-            losses.append([float(x) for x in train_step(self.engine, batches.next(), LEARNING_RATE)])
-            self.step += 1
+            batch = self.stream.next()
+            losses.append([float(x) for x in train_step(self.engine, batch.micro_batches, LEARNING_RATE)])
+            self.step, self.state = self.step + 1, batch.state
             self.ema.update(self.step)
         return losses
 
     def save(self) -> None:
-        self.checkpointer.save({"step": self.step}, {"batch_number": 0, "streams": {}})
+        self.checkpointer.save({"step": self.step}, self.state)
         self.checkpointer.wait()
 
     def load(self, checkpoint: Path) -> None:
-        self.step = self.checkpointer.load(checkpoint)["step"]
+        state = self.checkpointer.load(checkpoint)
+        self.step, self.state = state["step"], state["data"]
+        self.stream.restore(self.state)
 
 
 def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:
