@@ -1,5 +1,7 @@
 """What a run is made of, opened and checked before anything is written."""
 
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +37,8 @@ def assemble(config: RunConfig, topology: Topology) -> Parts:
     check_degrees(config, dist.get_world_size())
     if config.train.precision == "fp8":
         check_fp8()
+    if config.train.compile:
+        _check_compiler()
     if config.model.attention == "flex" and not torch.cuda.is_available():
         raise UserError(
             "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
@@ -57,6 +61,16 @@ def assemble(config: RunConfig, topology: Topology) -> Parts:
         config.train.micro_batch_rows,
     )
     return Parts(tokenizer, codec, sources, stream)
+
+
+def _check_compiler() -> None:
+    """UserError where torch.compile would look for a C++ compiler in vain, at the first step."""
+    names = [os.environ.get("CXX") or "g++", "c++", "clang++"]
+    if not torch.cuda.is_available() and not any(map(shutil.which, names)):
+        raise UserError(
+            "train.compile: true needs a C++ compiler on a CPU, and none is on the PATH; on Debian: "
+            "apt-get install g++, or set it to false"
+        )
 
 
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:

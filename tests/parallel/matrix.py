@@ -6,6 +6,7 @@ Ends with a table, and writes runs/parallel.json.
 """
 
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -91,6 +92,10 @@ def make_cases() -> list[Case]:
         cases.append(Case(f"pp2-recompute-{what}", 2, {"pipeline": 2}, "unet", {"recompute": what}))
         cases.append(Case(f"ulysses2-recompute-{what}", 2, {"ulysses": 2}, train={"recompute": what}))
         cases.append(Case(f"dp2-zero3-recompute-{what}", 2, {"zero_stage": 3}, train={"recompute": what}))
+    if shutil.which("g++"):
+        cases.append(Case("one-compile", 1, {}, train={"compile": True}))
+        compiled = {"compile": True, "recompute": "selective"}
+        cases.append(Case("tp2-sp-compile-selective", 2, TOPOLOGIES["tp2-sp"][1], train=compiled))
     for stage in (1, 2, 3):
         degrees = {"zero_stage": stage, "offload_optimizer": True}
         cases.append(Case(f"dp2-zero{stage}-offload", 2, degrees))

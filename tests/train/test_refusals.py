@@ -174,3 +174,13 @@ def test_a_source_without_documents_is_refused(tmp_path):
     with pytest.raises(UserError, match="hold no document"):
         write_shards(tmp_path / "text", [], 4, kind="text", tokenizer_sha256="t", provenance={})
     assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_compiling_without_a_compiler_is_refused_at_start(run_values, monkeypatch, tmp_path):
+    run_values["train"]["compile"] = True
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"train\.compile: true needs a C\+\+ compiler"):
+        start(run_values)
+    assert not Path(run_values["out"]).exists()
