@@ -236,5 +236,42 @@ def checkpoint_export(
     export(checkpoint, out, weights)
 
 
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Look into folders of shards, or check them.\n\n"
+    "Example: megafusion data inspect data/quickstart/pairs",
+)
+app.add_typer(data_app, name="data")
+
+Shards = Annotated[Path, typer.Argument(help="Folder of shards: OUT/pairs or OUT/text of preprocess.")]
+
+
+@data_app.command("inspect")
+def data_inspect(
+    shards: Shards,
+    vae: Annotated[Path, typer.Option(help="Autoencoder that made the latents.")] = Path("data_prep/vae"),
+    out: Annotated[Path, typer.Option(help="PNG file for the pictures.")] = Path("shards.png"),
+    num: Annotated[int, typer.Option(help="Documents looked at, evenly taken.", min=1)] = 32,
+) -> None:
+    """Count what a folder of shards holds, and draw a page of its pictures, decoded, with their captions.
+
+    Example: megafusion data inspect data/quickstart/pairs --out pairs.png
+    """
+    from megafusion.data.inspect import inspect
+
+    inspect(shards, vae, out, num)
+
+
+@data_app.command("verify")
+def data_verify(shards: Shards) -> None:
+    """Hash every shard and make its index anew; exit status 2 names the first file that differs.
+
+    Example: megafusion data verify data/quickstart/pairs
+    """
+    from megafusion.data.inspect import verify
+
+    verify(shards)
+
+
 if __name__ == "__main__":
     main()

@@ -139,7 +139,7 @@ def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> 
                 members[f"{order}.{name}.npy"] = _npy(segment)
             writer.write({"__key__": f"{number:06d}-{position:06d}", **members})
         writer.close()
-    np.save(path.with_suffix(".index.npy"), _document_offsets(path))
+    np.save(path.with_suffix(".index.npy"), document_offsets(path))
     return ShardEntry(
         name=path.name,
         num_documents=len(documents),
@@ -148,7 +148,7 @@ def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> 
     )
 
 
-def _document_offsets(path: Path) -> np.ndarray:
+def document_offsets(path: Path) -> np.ndarray:
     """Where each document's first member starts, and where the last one's last member ends."""
     offsets, previous, end = [], None, 0
     with tarfile.open(path, "r:") as archive:

@@ -1,0 +1,103 @@
+"""What `megafusion data` does: look into folders of shards, and check them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from megafusion.autoencoder.codec import ImageCodec, to_pil
+from megafusion.data.shards import ShardFolder, StoredDocument, document_offsets
+from megafusion.errors import UserError
+from megafusion.evaluate.sheets import picture_sheet, png
+from megafusion.progress import progress_bar
+from megafusion.storage import file_sha256, write_file
+
+
+def inspect(folder: Path, vae: Path, out: Path, num_documents: int) -> None:
+    """Print what a folder of shards holds; write `out`: documents with pictures decoded from their latents.
+
+    Documents are taken evenly from the folder. Raises UserError where the autoencoder at `vae` is not the one
+    that made the latents.
+    """
+    shards = ShardFolder(folder)
+    chosen = [shards.read(*place) for place in _evenly(shards, num_documents)]
+    Console().print(_table(shards, chosen))
+    if shards.manifest.num_images:
+        _write_page(shards, chosen, vae, out)
+        return
+    for document in chosen[:3]:
+        print(f"tokens: {document.segments[0][:24].tolist()} ...")
+
+
+def verify(folder: Path) -> None:
+    """Hash every shard and make its index anew. UserError naming the first file that differs."""
+    shards = ShardFolder(folder)
+    with progress_bar() as progress:
+        task = progress.add_task(f"verifying {folder}", total=len(shards.manifest.shards), losses="")
+        for entry in shards.manifest.shards:
+            path = shards.folder / entry.name
+            if file_sha256(path) != entry.sha256:
+                raise UserError(
+                    f"{path}: not as it was made (its hash differs); copy it again or preprocess again"
+                )
+            index = path.with_suffix(".index.npy")
+            if not np.array_equal(np.load(index, allow_pickle=False), document_offsets(path)):
+                raise UserError(
+                    f"{index}: is not the index of {path.name}; copy it again or preprocess again"
+                )
+            progress.advance(task)
+    print(f"{folder}: {len(shards.manifest.shards)} shards, {len(shards):,} documents, as they were made")
+
+
+def _evenly(shards: ShardFolder, number: int) -> list[tuple[int, int]]:
+    """Shard and position of documents at equal distances."""
+    sizes = [entry.num_documents for entry in shards.manifest.shards]
+    ends = np.cumsum(sizes)
+    wanted = [len(shards) * i // min(number, len(shards)) for i in range(min(number, len(shards)))]
+    found = np.searchsorted(ends, wanted, side="right")
+    return [(int(s), int(w - ends[s] + sizes[s])) for s, w in zip(found, wanted, strict=True)]
+
+
+def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
+    manifest = shards.manifest
+    lengths = sorted(sum(len(s) for s in d.segments if s.ndim == 1) for d in chosen)
+    table = Table("", "", title=str(shards.folder), show_header=False)
+    table.add_row("kind", manifest.kind)
+    table.add_row("documents", f"{manifest.num_documents:,} in {len(manifest.shards)} shards")
+    table.add_row("bytes", decimal(sum(entry.num_bytes for entry in manifest.shards)))
+    table.add_row("tokens, images", f"{manifest.num_tokens:,}, {manifest.num_images:,}")
+    middle = lengths[len(lengths) // 2]
+    table.add_row(f"tokens of {len(chosen)} documents", f"{lengths[0]} to {lengths[-1]}, median {middle}")
+    if manifest.num_images:
+        latents = torch.from_numpy(np.stack([m[0] for m in _moments(chosen)])).float()
+        latents = (latents - manifest.latent_shift) * manifest.latent_scale
+        table.add_row(
+            "latents", f"{' x '.join(map(str, manifest.latent_shape))}, normalised as a run sees them:"
+        )
+        table.add_row("", f"mean {latents.mean():.3f}, deviation {latents.std():.3f}")
+    for name, value in manifest.provenance.items():
+        if name != "config":
+            table.add_row("made with" if name == "megafusion" else "from", f"{name} {value[:12]}")
+    return table
+
+
+def _moments(documents: list[StoredDocument]) -> list[np.ndarray]:
+    """Mean and log-variance of each document's first image."""
+    return [next(s for s in document.segments if s.ndim == 4) for document in documents]
+
+
+def _write_page(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, out: Path) -> None:
+    codec = ImageCodec.from_pretrained(vae)
+    if codec.hash != shards.manifest.vae_sha256:
+        raise UserError(
+            f"{vae}: is not the autoencoder that made the latents of {shards.folder} (hash "
+            f"{codec.hash[:12]}, there {str(shards.manifest.vae_sha256)[:12]}); name that one with --vae"
+        )
+    means = torch.from_numpy(np.stack([m[0] for m in _moments(chosen)])).float()
+    captions = [str(document.metadata.get("caption", "")) for document in chosen]
+    pictures = to_pil(codec.decode(means))
+    write_file(out, png(picture_sheet(list(zip(captions, pictures, strict=True)))))
+    print(f"{out}: {len(chosen)} pictures decoded from their latents, with captions")
