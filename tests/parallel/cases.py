@@ -10,11 +10,11 @@ from megafusion.config import parse_config
 from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.layout import Layout, layout_of
-from megafusion.parallel.topology import make_topology
-from megafusion.sequence.packing import PackedBatch
+from megafusion.parallel.topology import Topology, make_topology
+from megafusion.sequence.packing import PackedBatch, collate, pack_row
 from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import Engine, make_engine, start_process_group
+from megafusion.train.engine import Engine, make_engine, rows_of_rank, start_process_group
 from megafusion.train.optimizer import make_optimizer
 from megafusion.train.step import train_step
 
@@ -30,27 +30,52 @@ class Outcome:
 
 
 class Batches:
-    """The emoji stream; every fifth batch has text alone, and every fifth images without captions."""
+    """The emoji stream. Of five batches one has text alone, one images without captions, and one has each in
+    half of its rows, so that some ranks have no image and some nothing else, and an empty last row.
+    """
 
-    def __init__(self, values: dict, topology):
-        text = {**values, "data": {**values["data"], "sources": {"text": values["data"]["sources"]["text"]}}}
-        images = {
-            **values,
-            "data": {
-                **values["data"],
-                "sources": {"pairs": values["data"]["sources"]["pairs"]},
-                "caption_first": 1.0,
-                "caption_dropout": 1.0,
-            },
-        }
-        self.streams = [
-            assemble(parse_config(RunConfig, v, "test"), topology).stream for v in (values, text, images)
-        ]
-        self.number = 0
+    def __init__(self, values: dict, topology: Topology):
+        data = values["data"]
+        text = {**data, "sources": {"text": data["sources"]["text"]}}
+        images = {**data, "sources": {"pairs": data["sources"]["pairs"]}}
+        images |= {"caption_first": 1.0, "caption_dropout": 1.0}
+        configs = [parse_config(RunConfig, {**values, "data": d}, "test") for d in (data, text, images)]
+        self.streams = [assemble(config, topology).stream for config in configs]
+        self.config, self.topology, self.number = configs[0], topology, 0
 
     def next(self) -> list[PackedBatch]:
+        """This rank's micro-batches of the next global batch."""
         self.number += 1
-        return self.streams[{3: 1, 4: 2}.get(self.number % 5, 0)].next().micro_batches
+        mixed, text, images = self.streams
+        match self.number % 5:
+            case 3:
+                return text.next().micro_batches
+            case 4:
+                return images.next().micro_batches
+            case 0:
+                halves = zip(text.next().micro_batches, images.next().micro_batches, strict=True)
+                return [self._lopsided(number, *pair) for number, pair in enumerate(halves)]
+        return mixed.next().micro_batches
+
+    def _lopsided(self, number: int, text: PackedBatch, images: PackedBatch) -> PackedBatch:
+        train = self.config.train
+        first = rows_of_rank(self.config, self.topology).start + number * train.micro_batch_rows
+        rows = torch.arange(first, first + train.micro_batch_rows)
+        empty = collate([pack_row([], self.config.row_shape)] * train.micro_batch_rows)
+        return _by_row(
+            rows == train.global_batch_rows - 1,
+            empty,
+            _by_row(rows < train.global_batch_rows // 2, text, images),
+        )
+
+
+def _by_row(chosen: Tensor, first: PackedBatch, second: PackedBatch) -> PackedBatch:
+    """The first batch's rows where they are chosen, else the second's."""
+    fields = {}
+    for name, value in vars(first).items():
+        mask = chosen.view(-1, *[1] * (value.ndim - 1)) if value.ndim else torch.tensor(True)
+        fields[name] = torch.where(mask, value, getattr(second, name))
+    return PackedBatch(**fields)
 
 
 def parallel_steps(values: dict, num_steps: int) -> Outcome:
