@@ -59,9 +59,21 @@ def interval(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Interval
 
 def auto(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -> Tensor:
     """`interval` for half precision on CUDA where it serves the head size; `sdpa` for everything else."""
-    half = q_BSHK.is_cuda and q_BSHK.dtype in (torch.bfloat16, torch.float16)
-    chosen = interval if half and not _refusal(q_BSHK.device, q_BSHK.dtype, q_BSHK.shape[-1]) else sdpa
-    return chosen(q_BSHK, k_BTGK, v_BTGK, intervals)
+    return BACKENDS[_chosen(q_BSHK, q_BSHK.shape[-1])](q_BSHK, k_BTGK, v_BTGK, intervals)
+
+
+def _chosen(x: Tensor, head_size: int) -> Backend:
+    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return "interval" if half and not _refusal(x.device, x.dtype, head_size) else "sdpa"
+
+
+def prepare_mask(backend: Backend, intervals: Intervals, x: Tensor, head_size: int) -> None:
+    """Make what a backend reads of the mask before blocks that may be compiled: once made, it is looked up.
+
+    torch.compile gives up where a block makes it. x: of the blocks' device and type.
+    """
+    name = _chosen(x, head_size) if backend == "auto" else backend
+    _ = getattr(intervals, {"sdpa": "additive_mask", "flex": "block_mask", "interval": "prepared"}[name])
 
 
 def check_backend(backend: Backend, head_size: int) -> None:

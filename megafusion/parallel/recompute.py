@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -32,9 +32,13 @@ def recompute(block: nn.Module, what: Recompute) -> None:
     options: dict[str, Callable] = {}
     if what == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    block.forward = partial(
-        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
-    )
+    forward = block.forward
+
+    # A function, for torch.compile sees nothing behind functools.partial here, and would compile nothing.
+    def checkpointed(*arguments: object) -> Tensor:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+    block.forward = checkpointed
 
 
 def _policy(context: object, operation: object, *arguments: object, **options: object) -> CheckpointPolicy:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips
+from megafusion.model.attention import prepare_mask
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.tensor import Passage
@@ -45,6 +46,7 @@ class Stage(nn.Module):
     def __init__(self, model: Transfusion, blocks: range, topology: Topology, shapes: Shapes):
         super().__init__()
         self.shapes, self.width, self.rope = shapes, model.config.width, model.rope
+        self.attention, self.head_size = model.config.attention, self.width // model.config.num_heads
         self.stem = model.stem if blocks.start == 0 else None
         self.blocks = nn.ModuleDict({str(number): model.blocks[number] for number in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
@@ -66,6 +68,7 @@ class Stage(nn.Module):
         rows_3BS, slots_2BN = self._unpack_integers(integers)
         positions, row_start, row_end = rows_3BS
         intervals = Intervals(row_start, row_end, self.shapes.length)
+        prepare_mask(self.attention, intervals, x_BSD, self.head_size)
         rope = self.rope(self.slices.take(positions))
         for block in self.blocks.values():
             x_BSD = block(x_BSD, intervals, rope)

@@ -153,5 +153,7 @@ def _deepspeed_config(config: RunConfig, topology: Topology) -> dict:
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if config.train.precision != "fp32":
-        values |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # Gradients are summed in float32 over micro-batches, and over ranks, where DeepSpeed would use bf16.
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        values |= {"bf16": {"enabled": True}, **sums}
     return values

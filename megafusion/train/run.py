@@ -155,7 +155,10 @@ class _Clock:
 
 
 class _Sampler:
-    """A second copy of the model that carries a checkpoint's averaged weights, and the pairs to try it on."""
+    """A second copy of the model that carries a checkpoint's averaged weights, and the pairs to try it on.
+
+    It is in host memory until it draws: training leaves no room on a device for a whole large model.
+    """
 
     def __init__(self, config: RunConfig, parts: Parts, device: torch.device):
         self._config, self._parts, self._device = config, parts, device
@@ -165,15 +168,14 @@ class _Sampler:
     def pipeline(self, checkpoint: Path) -> TransfusionPipeline:
         """The pipeline with the averaged weights of a checkpoint."""
         if self._pipeline is None:
-            pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
-            self._pipeline = pipeline.to(self._device)
+            self._pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
         shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
         self._pipeline.model.load_state_dict(read_whole(checkpoint, shapes, "ema"))
         return self._pipeline
 
     def show(self, step: int, checkpoint: Path):
         """A sheet of pictures drawn, and the captions written, both also in the run folder."""
-        pipeline = self.pipeline(checkpoint)
+        pipeline = self.pipeline(checkpoint).to(self._device)
         self._pairs = self._pairs or sample_pairs(
             self._parts.sources, pipeline, self._config.samples.num_pairs
         )

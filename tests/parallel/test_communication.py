@@ -15,7 +15,7 @@ from megafusion.train.config import RunConfig
 from tests.parallel.matrix import Case
 from tests.workers import run_workers
 
-ROWS, LENGTH, WIDTH, HEADS, KV_HEADS, RANKS = 2, 96, 32, 4, 4, 2
+ROWS, LENGTH, WIDTH, HEADS, KV_HEADS, RANKS = 2, 96, 32, 8, 4, 2
 STREAM = ROWS * LENGTH * WIDTH * 4
 """Bytes of the residual stream of a micro-batch."""
 
@@ -61,9 +61,22 @@ HEADS_SENT = ROWS * LENGTH // RANKS * WIDTH // HEADS * 4
 """Bytes of one head of a Ulysses rank's positions."""
 
 CASES = {
-    "tensor": ({"tensor": 2}, {"all_reduce": (2, 2 * STREAM)}, {"all_reduce": (2, 2 * STREAM)}),
+    "tensor": ({"tensor": 2}, "none", {"all_reduce": (2, 2 * STREAM)}, {"all_reduce": (2, 2 * STREAM)}),
+    "tensor-selective": (
+        {"tensor": 2},
+        "selective",
+        {"all_reduce": (2, 2 * STREAM)},
+        {"all_reduce": (2, 2 * STREAM)},
+    ),
+    "tensor-full": (
+        {"tensor": 2},
+        "full",
+        {"all_reduce": (2, 2 * STREAM)},
+        {"all_reduce": (3, 3 * STREAM)},
+    ),
     "sequence": (
         {"tensor": 2, "sequence": True},
+        "none",
         {"all_gather_into_tensor": (2, 2 * STREAM), "reduce_scatter_tensor": (2, 2 * STREAM)},
         {
             "all_gather_into_tensor": (2, 2 * STREAM),
@@ -73,6 +86,7 @@ CASES = {
     ),
     "ulysses": (
         {"ulysses": 2},
+        "none",
         {"alltoall_base_": (4, (2 * HEADS + 2 * KV_HEADS) * HEADS_SENT)},
         {"alltoall_base_": (4, (2 * HEADS + 2 * KV_HEADS) * HEADS_SENT)},
     ),
@@ -81,8 +95,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_block_sends_what_the_formula_says(shards, vae_folder, tmp_path, name):
-    degrees, forward, backward = CASES[name]
-    values = Case(name, RANKS, degrees).values(shards, vae_folder, tmp_path)
+    degrees, recompute, forward, backward = CASES[name]
+    values = Case(name, RANKS, degrees, train={"recompute": recompute}).values(shards, vae_folder, tmp_path)
     for rank in run_workers(one_block, RANKS, values):
         for (number, num_bytes), expected in zip(rank, (forward, backward), strict=True):
             assert {key: (number[key], num_bytes[key]) for key in number} == expected

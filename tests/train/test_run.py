@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
 from megafusion.errors import UserError
+from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.parallel.topology import make_topology
 from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
@@ -302,3 +303,9 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(run_values, tmp_path):
     resumed = start(run_values, stop_after=3, out=str(tmp_path / "resumed"))
     start_two_ranks(run_values | {"out": str(resumed)}, tmp_path / "config.yaml")
     assert_same_course(alone, resumed)
+
+
+def test_the_model_is_published_from_host_memory(run_values, monkeypatch):
+    """A device that training fills has no room for a second, whole model."""
+    monkeypatch.setattr(TransfusionPipeline, "to", lambda *_: pytest.fail("moved to a device"))
+    assert (start(run_values) / "pipeline/model.safetensors").is_file()

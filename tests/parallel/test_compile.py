@@ -1,0 +1,42 @@
+"""torch.compile takes each block whole, whatever stands around and in it."""
+
+from functools import partialmethod
+
+import pytest
+from torch import nn
+from torch._dynamo.utils import counters
+
+from megafusion.config import parse_config
+from megafusion.parallel.topology import make_topology
+from megafusion.train.config import RunConfig
+from megafusion.train.engine import make_engine
+from megafusion.train.step import train_step
+from tests.parallel.cases import Batches
+from tests.parallel.matrix import Case
+from tests.workers import run_workers
+
+CASES = {
+    "one": (1, {}, "none"),
+    "tp2-sp-selective": (2, {"tensor": 2, "sequence": True}, "selective"),
+    "pp2-full": (2, {"pipeline": 2}, "full"),
+}
+
+
+def graphs(values: dict) -> tuple[int, dict]:
+    """Graphs that a step was compiled to, and why any ended early; without the compiler behind them."""
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+    config = parse_config(RunConfig, values, "test")
+    topology = make_topology(config.parallel)
+    train_step(make_engine(config, topology), Batches(values, topology).next(), 1e-3)
+    return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_is_one_graph(shards, vae_folder, tmp_path, name):
+    world, degrees, recompute = CASES[name]
+    train = {"compile": True, "recompute": recompute}
+    for num_graphs, broken in run_workers(
+        graphs, world, Case(name, world, degrees, train=train).values(shards, vae_folder, tmp_path)
+    ):
+        assert num_graphs > 0
+        assert not broken

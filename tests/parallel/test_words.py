@@ -1,0 +1,72 @@
+"""Words that do not divide evenly over the ranks: shares of a multiple of 64, the last one smaller."""
+
+import pytest
+import torch
+from torch import nn
+
+from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.objective.losses import ObjectiveConfig, cross_entropy
+from megafusion.parallel.config import ParallelConfig
+from megafusion.parallel.layout import layout_of
+from megafusion.parallel.tensor import (
+    VocabularyParallelCrossEntropy,
+    divide_stem,
+    divide_tail,
+    words_of_rank,
+)
+from megafusion.parallel.topology import make_topology
+from tests.workers import run_workers
+
+VOCABULARY, WIDTH = 90, 8
+
+
+def values() -> tuple[torch.Tensor, ...]:
+    """An embedding, a head, tokens and labels, alike on every rank; logits of hundreds."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    head = 100 * torch.randn(VOCABULARY, WIDTH, generator=generator)
+    tokens = torch.arange(2 * VOCABULARY).reshape(2, -1) % VOCABULARY
+    labels = tokens.flip(1).clone()
+    labels[:, ::7] = -100
+    return embedding, head, tokens, labels
+
+
+def small_model() -> Transfusion:
+    sizes = {"num_layers": 1, "width": WIDTH, "num_heads": 4, "vocab_size": VOCABULARY}
+    return Transfusion(ModelConfig(**sizes, latent_shape=(1, 2, 2), patch_size=2), ObjectiveConfig())
+
+
+def plain() -> tuple[torch.Tensor, ...]:
+    """Vectors, the loss, and the gradient of the head."""
+    embedding, head, tokens, labels = values()
+    vectors, head = nn.functional.embedding(tokens, embedding), nn.Parameter(head)
+    loss = cross_entropy(vectors @ head.T, labels)
+    loss.backward()
+    return vectors, loss.detach(), head.grad
+
+
+def divided(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tensor]:
+    """This rank's vectors, the loss, its words, and its gradient of the head."""
+    topology = make_topology(ParallelConfig(tensor=2, ulysses=ulysses))
+    model = small_model()
+    divide_stem(model.stem, topology)
+    divide_tail(model.tail, topology)
+    embedding, head, tokens, labels = values()
+    words = words_of_rank(VOCABULARY, topology.place("tensor"), 2)
+    model.stem.embedding.weight.data = layout_of(model.stem.embedding.weight).take(embedding)
+    model.tail.head.weight.data = layout_of(model.tail.head.weight).take(head)
+    whole = nn.functional.embedding(tokens, embedding)
+    loss = VocabularyParallelCrossEntropy(topology.group("tensor"), words)(model.tail.head(whole), labels)
+    loss.backward()
+    return model.stem.embedding(tokens).detach(), loss.detach(), words, model.tail.head.weight.grad
+
+
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_uneven_words_give_the_plain_loss_and_gradients(ulysses):
+    vectors, loss, head_gradient = plain()
+    ranks = run_workers(divided, 2 * ulysses, ulysses)
+    assert [len(words) for _, _, words, _ in ranks[:2]] == [64, 26]
+    torch.testing.assert_close(sum(own for own, *_ in ranks), vectors)
+    for _, found, words, gradient in ranks:
+        torch.testing.assert_close(found, loss)
+        torch.testing.assert_close(gradient, head_gradient[words.start : words.stop], rtol=1e-4, atol=1e-4)
