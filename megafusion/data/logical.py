@@ -7,8 +7,7 @@ that a stream's state is a few integers: the documents it has not packed yet, an
 """
 
 import math
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +20,8 @@ from megafusion.sequence.document import FlatDocument, cut_text, flatten
 from megafusion.sequence.packing import RowShape, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
 
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+
 
 @dataclass
 class StreamState:
@@ -32,7 +33,7 @@ class StreamState:
     """By source: sequence positions packed so far, which steer the mixture."""
     pending: list[list] = field(default_factory=list)
     """Documents and pieces of texts read and not packed yet, oldest first: source, epoch, order in it,
-    first position and end."""
+    first position, end, images."""
     num_read: int = 0
     """Documents read so far, those left out among them."""
     skipped: dict[str, int] = field(default_factory=dict)
@@ -40,7 +41,13 @@ class StreamState:
 
     def plain(self) -> dict:
         """A copy as plain values, which JSON can hold."""
-        return deepcopy(asdict(self))
+        return {
+            "position": {name: list(place) for name, place in self.position.items()},
+            "positions_packed": dict(self.positions_packed),
+            "pending": [list(place) for place in self.pending],
+            "num_read": self.num_read,
+            "skipped": dict(self.skipped),
+        }
 
 
 class LogicalStream:
@@ -65,6 +72,11 @@ class LogicalStream:
         # The least that a cut may leave on either side: slivers teach nothing and cost no fill.
         self._least = max(2, shape.length // 64)
 
+    def resume(self, state: dict) -> None:
+        """Go on from a state's plain values."""
+        self.state = StreamState(**StreamState(**state).plain())
+        self._documents.clear()
+
     def next_row(self) -> dict[str, np.ndarray]:
         """The next packed row (see `pack_row`); `state` then stands after it.
 
@@ -79,13 +91,13 @@ class LogicalStream:
             place = self._choose(room, slots) if chosen else self.state.pending[0]
             if place is None:
                 break
-            name, *_, first, last = place
-            document, generator = self._document(place)
+            name, _, _, first, last, num_images = place
+            document, generator = self._document(*place[:3])
             if last - first > room:
                 place[3] = last = self._cut(first, last, room)
             else:
                 self.state.pending.remove(place)
-            if document.images:
+            if num_images:
                 document = draw_images(document, self._sources[name].folder.manifest, generator)
             else:
                 document = cut_text(document, first, last)
@@ -97,17 +109,29 @@ class LogicalStream:
         return pack_row(chosen, self._shape)
 
     def _choose(self, room: int, slots: int) -> list | None:
-        best = longest = None
+        """What comes next in a row: of the source that is due, the longest that fits, or a text to be cut."""
+        best: dict[str, tuple[bool, int, list]] = {}
         for place in self.state.pending:
-            length, num_images = place[4] - place[3], len(self._document(place)[0].images)
-            if length <= room and num_images <= slots:
-                if best is None or length > best[4] - best[3]:
-                    best = place
-            elif not num_images and (longest is None or length > longest[4] - longest[3]):
-                longest = place
-        if best is None and longest is not None and self._cut(longest[3], longest[4], room) > longest[3]:
-            return longest
-        return best
+            name, _, _, first, last, num_images = place
+            fits = last - first <= room and num_images <= slots
+            if fits or (not num_images and self._cut(first, last, room) > first):
+                rank = (fits, last - first, place)
+                if name not in best or rank[:2] > best[name][:2]:
+                    best[name] = rank
+        if not best:
+            return None
+        return best[self._due({name: min(n, room) for name, (_, n, _) in best.items()}, self._credit())][2]
+
+    def _credit(self) -> dict[str, int]:
+        """By source: positions packed, counted from where the stream joined the mixture."""
+        return {name: self._phase[name] + self.state.positions_packed[name] for name in self._sources}
+
+    def _due(self, lengths: dict[str, int], credit: dict[str, int]) -> str:
+        """The source whose next positions, by their middle, are due first by its weight.
+
+        By the middle, so that a source of long documents is as often ahead of its weight as behind.
+        """
+        return min(lengths, key=lambda n: (2 * credit[n] + lengths[n]) / self._config.sources[n].weight)
 
     def _cut(self, first: int, last: int, room: int) -> int:
         """Where to cut [first, last) so that at most `room` come first; `first` where nowhere."""
@@ -116,21 +140,19 @@ class LogicalStream:
 
     def _read_next(self) -> None:
         """Bring one more document, or piece of a text, into the look-ahead: of the source that lags most."""
-        ahead = {name: self._phase[name] + self.state.positions_packed[name] for name in self._sources}
-        for name, *_, first, last in self.state.pending:
-            ahead[name] += last - first
-        name = min(self._sources, key=lambda n: ahead[n] / self._config.sources[n].weight)
+        credit = self._credit()
+        for name, _, _, first, last, _ in self.state.pending:
+            credit[name] += last - first
+        name = self._due({name: self._next_length(name) for name in self._sources}, credit)
         epoch, order, first = self.state.position[name]
-        place = [name, epoch, order, first, first]
         self.state.num_read += first == 0
         try:
-            document, _ = self._document(place)
+            document, _ = self._document(name, epoch, order)
         except BadDocument as error:
             self._skip(error)
-            last = None
         else:
-            last = place[4] = self._cut(first, len(document), self._shape.length)
-            self.state.pending.append(place)
+            last = self._cut(first, len(document), self._shape.length)
+            self.state.pending.append([name, epoch, order, first, last, len(document.images)])
             if last < len(document):
                 self.state.position[name] = [epoch, order, last]
                 return
@@ -153,17 +175,28 @@ class LogicalStream:
             )
 
     def _start(self, source: Source) -> int:
-        """Positions that a source is ahead at the start: as though the stream had been joined anywhere.
+        """Positions that a source is ahead at the start, as though the stream had been joined anywhere.
 
-        So streams read and pack their sources at different times, and one batch is like another.
+        Spread evenly over the streams, so that they come to each source at different times, and any few
+        rows of a batch are together like any others.
         """
-        generator = counter_generator(source.seed, source.number, self.number, 0, PHASE)
-        mean = min(source.positions_per_document(self._shape.num_patches), self._shape.length)
-        return int(generator.random() * mean)
+        place = counter_generator(source.seed, source.number, 0, 0, PHASE).random()
+        spread = (place + self.number * math.sqrt(PRIMES[source.number % len(PRIMES)])) % 1
+        return int(
+            (spread - 0.5) * min(source.positions_per_document(self._shape.num_patches), self._shape.length)
+        )
 
-    def _document(self, place: list) -> tuple[FlatDocument, np.random.Generator]:
-        """The document of a place, images not drawn; read again where a restored state names it."""
-        key = tuple(place[:3])
+    def _next_length(self, name: str) -> int:
+        """Positions that would be read next of a source; 0 where its next document is bad."""
+        epoch, order, first = self.state.position[name]
+        try:
+            document, _ = self._document(name, epoch, order)
+        except BadDocument:
+            return 0
+        return self._cut(first, len(document), self._shape.length) - first
+
+    def _document(self, *key: str | int) -> tuple[FlatDocument, np.random.Generator]:
+        """A document by source, epoch and order, images not drawn; read again where a state names it."""
         if key not in self._documents:
             self._documents[key] = self._load(*key)
         return self._documents[key]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megafusion.data.config import DataConfig
-from megafusion.data.logical import LogicalStream, StreamState
+from megafusion.data.logical import LogicalStream
 from megafusion.data.source import Source
 from megafusion.data.workers import Workers
 from megafusion.errors import UserError
@@ -149,8 +149,7 @@ class BatchStream:
                     f"the checkpoint's place in the data has no stream {number} of sources "
                     f"{', '.join(stream.state.position)}: it is of another mixture or data.num_streams"
                 )
-            stream.state = StreamState(**found)
-            stream.state = StreamState(**stream.state.plain())
+            stream.resume(found)
         self._start(state["batch_number"])
 
     def close(self) -> None:
@@ -159,7 +158,7 @@ class BatchStream:
             self._workers.close()
             self._workers = None
             for number, stream in self._streams.items():
-                stream.state = StreamState(**StreamState(**self._states[str(number)]).plain())
+                stream.resume(self._states[str(number)])
 
     def _start(self, batch_number: int) -> None:
         self._batch_number = batch_number
