@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO, IOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,28 +33,27 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"data.cache_dir: {folder}: cannot be made ({error.strerror})") from error
 
-    def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> int:
-        """A descriptor of a file, fetched if it is not there; it stays in the cache until that is closed.
+    def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> FileIO:
+        """A file, fetched if it is not there; it stays in the cache until that is closed.
 
         fetch: writes the content into a file, or raises UserError. Raises CacheFull where there is no room.
         """
         while True:
-            descriptor = self._hold(name)
-            if descriptor is not None:
-                return descriptor
+            if file := self._hold(name):
+                return file
             self._bring(name, size, fetch)
 
-    def _hold(self, name: str) -> int | None:
+    def _hold(self, name: str) -> FileIO | None:
         path = self.folder / name
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            file = path.open("rb", buffering=0)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if _is_at(descriptor, path):  # and not removed between the two lines above
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if _is_at(file, path):  # and not removed between the two lines above
             os.utime(path)
-            return descriptor
-        os.close(descriptor)
+            return file
+        file.close()
         return None
 
     def _bring(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> None:
@@ -61,7 +61,7 @@ class ShardCache:
         try:
             with partial.open("ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if not _is_at(file.fileno(), partial):  # another process has brought it meanwhile
+                if not _is_at(file, partial):  # another process has brought it meanwhile
                     return
                 try:
                     if not path.exists():
@@ -109,9 +109,9 @@ class ShardCache:
             yield
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_at(file: IOBase, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 

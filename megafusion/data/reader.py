@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ MOST_OPEN = 64
 
 
 class _OpenShard(NamedTuple):
-    descriptor: int
+    file: FileIO
     offsets: np.ndarray
 
 
@@ -57,7 +58,7 @@ class ShardFolder:
         where = self._where(shard)
         first, last = map(int, opened.offsets[position : position + 2])
         try:
-            content = os.pread(opened.descriptor, last - first, first)
+            content = os.pread(opened.file.fileno(), last - first, first)
         except OSError as error:
             raise UserError(f"{where}: cannot be read ({error.strerror})") from error
         if len(content) != last - first:
@@ -74,7 +75,7 @@ class ShardFolder:
     def close(self) -> None:
         """Let go of every shard; reading opens them again."""
         while self._open:
-            os.close(self._open.popitem()[1].descriptor)
+            self._open.popitem()[1].file.close()
 
     def _where(self, shard: int) -> str:
         return f"{self.folder}/{self.manifest.shards[shard].name}"
@@ -99,42 +100,42 @@ class ShardFolder:
             entry = self.manifest.shards[shard]
             self._open[shard] = self._open_remote(entry) if self.is_remote else self._open_local(entry)
             if len(self._open) > MOST_OPEN:
-                os.close(self._open.popitem(last=False)[1].descriptor)
+                self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
         return self._open[shard]
 
     def _open_local(self, entry: ShardEntry) -> _OpenShard:
         path = self.folder / entry.name
         self._check(entry)
-        return _open_shard(os.open(path, os.O_RDONLY), path, path.with_suffix(INDEX), entry)
+        return _open_shard(path.open("rb", buffering=0), path, path.with_suffix(INDEX), entry)
 
     def _open_remote(self, entry: ShardEntry) -> _OpenShard:
         """From the cache. The index is made here of the bytes whose hash was checked."""
         url = f"{self.folder}/{entry.name}"
 
-        def held() -> int:
+        def held() -> FileIO:
             return self._cache.open(
                 entry.sha256,
                 entry.num_bytes,
-                lambda file: fetch(url, file, entry.num_bytes, entry.sha256),
+                lambda into: fetch(url, into, entry.num_bytes, entry.sha256),
             )
 
         try:
-            descriptor = held()
+            file = held()
         except CacheFull:
             self.close()  # what this process holds may be what is in the way
-            descriptor = held()
+            file = held()
         index = self._cache.folder / (entry.sha256 + INDEX)
         if not index.is_file():
             try:
                 write_file(index, npy(document_offsets(self._cache.folder / entry.sha256)))
             except BadBytes as error:
-                os.close(descriptor)
+                file.close()
                 raise UserError(f"{url}: no tar of documents ({error}); preprocess again") from error
-        return _open_shard(descriptor, url, index, entry)
+        return _open_shard(file, url, index, entry)
 
 
-def _open_shard(descriptor: int, path: Path | str, index: Path, entry: ShardEntry) -> _OpenShard:
+def _open_shard(file: FileIO, path: Path | str, index: Path, entry: ShardEntry) -> _OpenShard:
     """A shard with its index. Raises UserError, and closes it, where the index is another's."""
     try:
         offsets = np.load(index, mmap_mode="r", allow_pickle=False)
@@ -147,9 +148,9 @@ def _open_shard(descriptor: int, path: Path | str, index: Path, entry: ShardEntr
         ):
             raise UserError(f"{index}: is not the index of {path}; preprocess again")
     except UserError:
-        os.close(descriptor)
+        file.close()
         raise
     except (OSError, ValueError, EOFError) as error:
-        os.close(descriptor)
+        file.close()
         raise UserError(f"{index}: not a readable index ({error}); preprocess again") from error
-    return _OpenShard(descriptor, offsets)
+    return _OpenShard(file, offsets)

@@ -103,7 +103,10 @@ def test_the_number_of_streams_and_the_seed_give_other_orders(sources, expected)
 def test_states_of_another_format_or_mixture_are_refused(sources, expected):
     state = json.loads(expected[1][0])
     (stream,) = ranks_of(sources, 1)
-    old = {"batch_number": 3, "streams": {"0": {"position": {"pairs": [0, 1]}, "pending": [["pairs", 0, 0, 0]]}}}
+    old = {
+        "batch_number": 3,
+        "streams": {"0": {"position": {"pairs": [0, 1]}, "pending": [["pairs", 0, 0, 0]]}},
+    }
     with pytest.raises(UserError, match="place in the data is of format 1, and this version reads 2"):
         stream.restore(old)
     with pytest.raises(UserError, match="has no stream 8"):
