@@ -18,12 +18,12 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 import megafusion
 from megafusion.autoencoder.codec import ImageCodec, to_tensor
 from megafusion.config import Config, dump_config
+from megafusion.data.members import StoredDocument
+from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import (
     MANIFEST,
     Kind,
     Manifest,
-    ShardFolder,
-    StoredDocument,
     load_manifest,
     write_shards,
 )

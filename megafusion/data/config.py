@@ -1,17 +1,19 @@
 """What the rows are made of."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megafusion.config import Config
+from megafusion.data.remote import check_location
 
 
 class SourceConfig(Config):
     """One folder of shards in the mixture."""
 
-    path: Path
-    """Folder of shards, made by `megafusion preprocess`."""
+    path: Annotated[str, BeforeValidator(lambda v: check_location(v) if isinstance(v, str | Path) else v)]
+    """Folder of shards, made by `megafusion preprocess`, or its URL: http(s)://, s3://, gs://."""
     weight: float = Field(1.0, gt=0)
     """Share of the sequence positions that this source gets, beside the other sources' weights."""
 
@@ -39,3 +41,16 @@ class DataConfig(Config):
     """Share of caption-first pairs whose caption is left out, which classifier-free guidance needs."""
     look_ahead: int = Field(16, gt=0)
     """Documents held to choose from when a row is packed (best fit)."""
+    num_workers: int = Field(0, ge=0)
+    """Processes a rank that read and pack ahead of the training; 0: in the step. Changes no row."""
+    prefetch: int = Field(2, gt=0)
+    """Global batches that workers make ahead; each takes its memory once."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a document does whose bytes are bad: stop the run, or be left out and counted. What depends on the
+    moment (a missing shard, a server) always stops the run, for it would change the order of the data."""
+    max_skip_rate: float = Field(0.01, gt=0, le=1)
+    """Share of documents left out beyond which, by more than chance brings, the run stops."""
+    cache_dir: Path = Path("data/cache")
+    """Folder on a local disk that keeps the shards of URLs, shared by all processes of a machine."""
+    cache_bytes: int = Field(100_000_000_000, gt=0)
+    """Most that the cache holds; what was read longest ago goes first."""

@@ -9,7 +9,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from megafusion.autoencoder.codec import ImageCodec, to_pil
-from megafusion.data.shards import ShardFolder, StoredDocument, document_offsets
+from megafusion.data.members import StoredDocument
+from megafusion.data.reader import ShardFolder
+from megafusion.data.shards import document_offsets
 from megafusion.errors import UserError
 from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.progress import progress_bar
@@ -43,13 +45,20 @@ def verify(folder: Path) -> None:
                 raise UserError(
                     f"{path}: not as it was made (its hash differs); copy it again or preprocess again"
                 )
-            index = path.with_suffix(".index.npy")
-            if not np.array_equal(np.load(index, allow_pickle=False), document_offsets(path)):
-                raise UserError(
-                    f"{index}: is not the index of {path.name}; copy it again or preprocess again"
-                )
+            _check_index(path)
             progress.advance(task)
     print(f"{folder}: {len(shards.manifest.shards)} shards, {len(shards):,} documents, as they were made")
+
+
+def _check_index(path: Path) -> None:
+    """UserError where a shard's index is not the one that its bytes give."""
+    index = path.with_suffix(".index.npy")
+    try:
+        is_same = np.array_equal(np.load(index, allow_pickle=False), document_offsets(path))
+    except (OSError, ValueError, EOFError):
+        is_same = False
+    if not is_same:
+        raise UserError(f"{index}: is not the index of {path.name}; copy it again or preprocess again")
 
 
 def _evenly(shards: ShardFolder, number: int) -> list[tuple[int, int]]:

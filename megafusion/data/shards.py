@@ -1,4 +1,4 @@
-"""Shards on disk: webdataset tars of documents, an index of offsets each, and one manifest a folder.
+"""Shards: webdataset tars of documents, an index of offsets each, and one manifest a folder; written here.
 
 A document is a tar member `KEY.json` (its kind and metadata) followed by its segments in order:
 `KEY.0.tokens.npy` int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and
@@ -8,17 +8,18 @@ any document is one read away and no archive is ever scanned.
 
 import io
 import json
-import os
-import tarfile
+import mmap
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 from webdataset import TarWriter
 
 from megafusion.config import Config, parse_config
+from megafusion.data.members import BLOCK, StoredDocument, tar_members
+from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, new_folder
 
@@ -29,13 +30,13 @@ Kind = Literal["pair", "text"]
 class ShardEntry(Config):
     """One shard of a folder."""
 
-    name: str
-    """File name of the tar."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
+    """File name of the tar; never a path."""
     num_documents: int
     """Documents in it."""
     num_bytes: int
     """Size of the tar; another size on disk means a truncated or altered file."""
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of the tar."""
 
 
@@ -72,14 +73,6 @@ class Manifest(Config):
     @property
     def num_documents(self) -> int:
         return sum(shard.num_documents for shard in self.shards)
-
-
-@dataclass(frozen=True)
-class StoredDocument:
-    """A document as stored: metadata, and segments in order (int32 [L] or float16 [2, C, H, W])."""
-
-    metadata: dict
-    segments: tuple[np.ndarray, ...]
 
 
 def write_shards(
@@ -136,7 +129,7 @@ def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> 
             members = {"json": json.dumps(document.metadata, sort_keys=True).encode()}
             for order, segment in enumerate(document.segments):
                 name = "tokens" if segment.ndim == 1 else "moments"
-                members[f"{order}.{name}.npy"] = _npy(segment)
+                members[f"{order}.{name}.npy"] = npy(segment)
             writer.write({"__key__": f"{number:06d}-{position:06d}", **members})
         writer.close()
     np.save(path.with_suffix(".index.npy"), document_offsets(path))
@@ -149,110 +142,44 @@ def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> 
 
 
 def document_offsets(path: Path) -> np.ndarray:
-    """Where each document's first member starts, and where the last one's last member ends."""
+    """int64 [n + 1]: where each document's first member starts, and where the last one's last member ends.
+
+    Raises BadBytes where the file is no tar of plain files. Reads the headers alone.
+    """
     offsets, previous, end = [], None, 0
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for member in tar_members(content, len(content)):
             key = member.name.partition(".")[0]
             if key != previous:
-                offsets.append(member.offset)
+                offsets.append(member.header)
                 previous = key
-            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            end = member.start + -(-member.size // BLOCK) * BLOCK
     return np.array([*offsets, end], np.int64)
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy(array: np.ndarray) -> bytes:
+    """The bytes of an npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards. Raises UserError when there is none."""
+def load_manifest(folder: Path | str) -> Manifest:
+    """The manifest of a folder of shards, or of a URL. Raises UserError when there is none."""
+    if is_remote(folder):
+        return _parse_manifest(read_remote(f"{folder}/{MANIFEST}"), f"{folder}/{MANIFEST}")
+    folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
         inside = [str(folder / kind) for kind in ("pairs", "text") if (folder / kind / MANIFEST).is_file()]
         way_out = f"name {' or '.join(inside)}" if inside else "make it with `megafusion preprocess`"
         raise UserError(f"{folder}: no {MANIFEST}, so no folder of shards; {way_out}")
+    return _parse_manifest(path.read_bytes(), str(path))
+
+
+def _parse_manifest(content: bytes, where: str) -> Manifest:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(content)
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); preprocess again") from error
-    return parse_config(Manifest, values, str(path))
-
-
-class ShardFolder:
-    """Random access to the documents of a folder of shards, each by (shard, position in it)."""
-
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        self.manifest = load_manifest(self.folder)
-        self._files: dict[int, int] = {}
-        self._offsets = [self._check(entry) for entry in self.manifest.shards]
-
-    def __len__(self) -> int:
-        return self.manifest.num_documents
-
-    def read(self, shard: int, position: int) -> StoredDocument:
-        """One document. Raises UserError naming the shard and the member when its bytes are bad."""
-        if shard not in self._files:
-            path = self.folder / self.manifest.shards[shard].name
-            self._files[shard] = os.open(path, os.O_RDONLY)
-        first, last = self._offsets[shard][position : position + 2]
-        content = os.pread(self._files[shard], int(last - first), int(first))
-        where = f"{self.folder / self.manifest.shards[shard].name}, document {position}"
-        try:
-            return self._parse(content, where)
-        except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{where}: not readable ({error}); preprocess again") from error
-
-    def is_intact(self) -> bool:
-        """Whether every shard still has the hash that the manifest gives it; reads all of them."""
-        return all(file_sha256(self.folder / entry.name) == entry.sha256 for entry in self.manifest.shards)
-
-    def _check(self, entry: ShardEntry) -> np.ndarray:
-        """The offsets of a shard that is there whole, as far as a look without reading it can tell."""
-        path = self.folder / entry.name
-        if not path.is_file():
-            raise UserError(f"{path}: shard named in {MANIFEST} is missing; copy it back or preprocess again")
-        if path.stat().st_size != entry.num_bytes:
-            raise UserError(
-                f"{path}: {path.stat().st_size} bytes where {MANIFEST} says {entry.num_bytes}: truncated or "
-                "altered; copy it again or preprocess again"
-            )
-        index = path.with_suffix(".index.npy")
-        try:
-            offsets = np.load(index, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{index}: not a readable index ({error}); preprocess again") from error
-        if (
-            offsets.dtype != np.int64
-            or offsets.shape != (entry.num_documents + 1,)
-            or offsets[0] != 0
-            or offsets[-1] > entry.num_bytes
-            or (np.diff(offsets) <= 0).any()
-        ):
-            raise UserError(f"{index}: is not the index of {path.name}; preprocess again")
-        return offsets
-
-    def _parse(self, content: bytes, where: str) -> StoredDocument:
-        metadata, segments = None, []
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            for member in archive:
-                data = archive.extractfile(member).read()
-                if member.name.endswith(".json"):
-                    metadata = json.loads(data)
-                else:
-                    segments.append(np.load(io.BytesIO(data), allow_pickle=False))
-                    if member.name.endswith("moments.npy"):
-                        self._check_moments(segments[-1], f"{where}, {member.name}")
-        if metadata is None:
-            raise UserError(f"{where}: has no .json member; preprocess again")
-        return StoredDocument(metadata, tuple(segments))
-
-    def _check_moments(self, moments: np.ndarray, where: str) -> None:
-        expected = (2, *(self.manifest.latent_shape or ()))
-        if moments.shape != expected:
-            raise UserError(f"{where}: moments of shape {moments.shape} where {MANIFEST} says {expected}")
+        raise UserError(f"{where}: not readable as JSON ({error}); preprocess again") from error
+    return parse_config(Manifest, values, where)

@@ -1,17 +1,27 @@
 """A folder of shards as M runs of documents, one a logical stream, each shuffled anew every epoch."""
 
-from itertools import pairwise
+from collections import OrderedDict
 
 import numpy as np
 
+from megafusion.data.cache import ShardCache
 from megafusion.data.config import DataConfig
-from megafusion.data.shards import ShardFolder, StoredDocument
+from megafusion.data.members import BadDocument, StoredDocument
+from megafusion.data.reader import ShardFolder
+from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
 from megafusion.sequence.tokenizer import Tokenizer
 
+# What a generator is for: the last of its counters. Shard number n of a stream has SHARDS + n.
+DOCUMENT, SHARD_ORDER, PHASE, SHARDS = range(4)
+
 
 class Source:
-    """A folder of shards cut into M runs of documents, one a stream, each shuffled anew every epoch."""
+    """A folder of shards cut into M runs of documents, one a stream, each shuffled anew every epoch.
+
+    A stream's epoch is its shards in a random order, and within each its documents in a random order, which
+    is drawn when the stream comes to that shard: so any place is reached at once, however many there are.
+    """
 
     def __init__(self, name: str, number: int, folder: ShardFolder, num_streams: int, seed: int):
         if len(folder) < num_streams:
@@ -20,15 +30,11 @@ class Source:
                 f"data.num_streams {num_streams}; lower num_streams, and with it train.global_batch_rows, "
                 "which must divide it"
             )
-        self.name, self.number, self.folder, self.num_streams, self.seed = (
-            name,
-            number,
-            folder,
-            num_streams,
-            seed,
-        )
+        self.name, self.number, self.folder, self.seed = name, number, folder, seed
+        self.num_streams = num_streams
         self._first = np.cumsum([0] + [shard.num_documents for shard in folder.manifest.shards])
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._shards: OrderedDict[tuple, tuple] = OrderedDict()
+        self._documents: OrderedDict[tuple, np.ndarray] = OrderedDict()
 
     def size(self, stream: int) -> int:
         """Documents of one stream."""
@@ -37,31 +43,59 @@ class Source:
 
     def document_at(self, stream: int, epoch: int, order: int) -> int:
         """Number, in the whole source, of the document that stands at a place in a stream's epoch."""
-        cached_epoch, permutation = self._orders.get(stream, (-1, None))
-        if cached_epoch != epoch:
-            permutation = self._shuffle(stream, epoch)
-            self._orders[stream] = (epoch, permutation)
-        return int(permutation[order])
+        firsts, starts, pieces = self._kept(self._shards, (stream, epoch), self._order_shards)
+        turn = int(np.searchsorted(starts, order, side="right")) - 1
+        piece, size = int(pieces[turn]), int(starts[turn + 1] - starts[turn])
+        key = (stream, epoch, piece, size)
+        within = self._kept(self._documents, key, self._order_documents)
+        return int(firsts[piece]) + int(within[order - starts[turn]])
 
     def read(self, document: int) -> StoredDocument:
+        """A document by its number; errors as ShardFolder's."""
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         return self.folder.read(shard, document - int(self._first[shard]))
+
+    def positions_per_document(self, num_patches: int) -> float:
+        """Mean length of a document with images of P patches."""
+        manifest = self.folder.manifest
+        return 2 + (manifest.num_tokens + manifest.num_images * (num_patches + 2)) / len(self.folder)
+
+    def check(self, stored: StoredDocument, where: str) -> None:
+        """Raises BadDocument where a document's segments are not those of the source's kind."""
+        kinds = [segment.ndim for segment in stored.segments]
+        kind = self.folder.manifest.kind
+        if kinds != [1, 4] if kind == "pair" else set(kinds) != {1}:
+            raise BadDocument(where, f"no document of kind {kind}")
 
     def _bounds(self, stream: int) -> tuple[int, int]:
         total = len(self.folder)
         return total * stream // self.num_streams, total * (stream + 1) // self.num_streams
 
-    def _shuffle(self, stream: int, epoch: int) -> np.ndarray:
-        """Shards in a random order, and documents in a random order within each."""
+    def _order_shards(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where each piece of a shard starts; where each turn starts in the epoch; whose turn it is."""
         first, last = self._bounds(stream)
-        generator = counter_generator(self.seed, self.number, stream, epoch, 1)
         cuts = np.unique(np.clip(self._first, first, last))
-        pieces = [np.arange(a, b) for a, b in pairwise(cuts)]
-        return np.concatenate([generator.permutation(pieces[i]) for i in generator.permutation(len(pieces))])
+        pieces = counter_generator(self.seed, self.number, stream, epoch, SHARD_ORDER).permutation(
+            len(cuts) - 1
+        )
+        return cuts[:-1], np.cumsum([0, *np.diff(cuts)[pieces]]), pieces
+
+    def _order_documents(self, stream: int, epoch: int, piece: int, size: int) -> np.ndarray:
+        generator = counter_generator(self.seed, self.number, stream, epoch, SHARDS + piece)
+        return generator.permutation(size).astype(np.uint32)
+
+    def _kept(self, kept: OrderedDict, key: tuple, make):
+        """A value made from its key, and remembered among the last ones used: some for each stream."""
+        if key not in kept:
+            kept[key] = make(*key)
+            if len(kept) > 2 * self.num_streams + 8:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
 
 
 def counter_generator(seed: int, *counter: int) -> np.random.Generator:
-    """A generator that depends on nothing but the seed and up to four small counters and a purpose."""
+    """A generator that depends on nothing but the seed, a source's number, two counters and a purpose."""
     source, *rest = counter
     return np.random.Generator(np.random.Philox(key=[seed, source], counter=[0, *rest]))
 
@@ -69,8 +103,8 @@ def counter_generator(seed: int, *counter: int) -> np.random.Generator:
 def open_sources(config: DataConfig, tokenizer: Tokenizer, vae_sha256: str, seed: int) -> dict[str, Source]:
     """Open every source, refusing shards that another tokenizer or autoencoder made."""
     sources = {}
-    for number, (name, source) in enumerate(config.sources.items()):
-        folder = ShardFolder(source.path)
+    for number, name in enumerate(config.sources):
+        folder = open_folder(config, name)
         _check_origin(
             f"data.sources.{name}", folder, "tokenizer", folder.manifest.tokenizer_sha256, tokenizer.hash
         )
@@ -78,6 +112,12 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer, vae_sha256: str, seed
             _check_origin(f"data.sources.{name}", folder, "vae", folder.manifest.vae_sha256, vae_sha256)
         sources[name] = Source(name, number, folder, config.num_streams, seed)
     return sources
+
+
+def open_folder(config: DataConfig, name: str) -> ShardFolder:
+    """A source's shards, with a cache where they lie on a server."""
+    path = config.sources[name].path
+    return ShardFolder(path, ShardCache(config.cache_dir, config.cache_bytes) if is_remote(path) else None)
 
 
 def _check_origin(key: str, folder: ShardFolder, what: str, made_with: str | None, given: str) -> None:

@@ -1,154 +1,57 @@
-"""Logical streams: an order of packed rows that no rank, worker or restart can change.
+"""A rank's rows of each global batch, and the state that goes on from it.
 
-The order is defined by M logical streams. Each owns a fixed run of every source's documents, shuffles
-it anew each epoch, and packs rows from it; row g of global batch k comes from stream (k B + g) mod M.
-All randomness (shuffling, timesteps, noise, the caption-first coin, caption dropout) comes from a
-counter-based generator keyed by the seed and the document's place, so that a stream's state is a few
-integers: the documents it has not packed yet, and where it reads next.
+Row g of global batch k comes from logical stream (k B + g) mod M, so a rank needs the streams of its rows
+and no others, and so does a worker of the rows that are its share.
 """
 
-from copy import deepcopy
-from dataclasses import dataclass, field
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from megafusion.data.config import DataConfig
-from megafusion.data.shards import StoredDocument
-from megafusion.data.source import Source, counter_generator
+from megafusion.data.logical import LogicalStream
+from megafusion.data.source import Source
+from megafusion.data.workers import Workers
 from megafusion.errors import UserError
-from megafusion.sequence.document import FlatDocument, NoisedImage, flatten, split_text
-from megafusion.sequence.packing import PackedBatch, RowShape, collate, pack_row
+from megafusion.sequence.packing import PackedBatch, RowShape, collate
 from megafusion.sequence.tokenizer import Tokenizer
 
-
-@dataclass
-class StreamState:
-    """Everything a logical stream remembers: small, travels with the batch, saved with the checkpoint."""
-
-    position: dict[str, list[int]]
-    """By source: the epoch and the number of its documents read in it."""
-    positions_packed: dict[str, int]
-    """By source: sequence positions packed so far, which steer the mixture."""
-    pending: list[list] = field(default_factory=list)
-    """Documents read and not packed yet, oldest first: source, epoch, order in it, piece."""
-
-    def plain(self) -> dict:
-        """A copy as plain values, which JSON can hold."""
-        return {
-            "position": {name: list(place) for name, place in self.position.items()},
-            "positions_packed": dict(self.positions_packed),
-            "pending": [list(place) for place in self.pending],
-        }
+FORMAT = 2
+log = logging.getLogger(__name__)
 
 
-class LogicalStream:
-    """An endless sequence of packed rows with a state that a checkpoint can hold."""
+class Share(NamedTuple):
+    """Some rows of a global batch, and what their streams have become."""
 
-    def __init__(
-        self,
-        number: int,
-        sources: dict[str, Source],
-        config: DataConfig,
-        shape: RowShape,
-        tokenizer: Tokenizer,
-        num_timesteps: int,
-    ):
-        self.number, self._sources, self._config = number, sources, config
-        self._shape, self._tokenizer, self._num_timesteps = shape, tokenizer, num_timesteps
-        self.state = StreamState({name: [0, 0] for name in sources}, dict.fromkeys(sources, 0))
-        self._documents: dict[tuple, FlatDocument] = {}
+    rows: dict[int, dict[str, np.ndarray]]
+    """By their number g in the global batch."""
+    states: dict[str, dict]
+    """By stream: its state after its row; of the streams that gave one."""
+    news: list[str]
+    """What was left out."""
 
-    def next_row(self) -> dict[str, np.ndarray]:
-        """The next packed row (see `pack_row`); `state` then stands after it."""
-        chosen, used_length, used_images = [], 0, 0
-        while True:
-            while len(self.state.pending) < self._config.look_ahead:
-                self._read_next()
-            fitting = [
-                place
-                for place in self.state.pending
-                if self._shape.fits(self._flat(place), used_length, used_images)
-            ]
-            if not fitting:
-                return pack_row(chosen, self._shape)
-            # The oldest opens the row, so that none waits for ever; then the longest that still fits.
-            place = max(fitting, key=lambda p: len(self._flat(p))) if chosen else fitting[0]
-            document = self._documents.pop(tuple(place))
-            self.state.pending.remove(place)
-            chosen.append(document)
-            used_length += len(document)
-            used_images += len(document.images)
-            self.state.positions_packed[place[0]] += len(document)
 
-    def _read_next(self) -> None:
-        """Bring one more document into the look-ahead, from the source that lags its weight most."""
-        waiting = dict.fromkeys(self._sources, 0)
-        for place in self.state.pending:
-            waiting[place[0]] += len(self._flat(place))
-        name = min(
-            self._sources,
-            key=lambda n: (self.state.positions_packed[n] + waiting[n]) / self._config.sources[n].weight,
-        )
-        epoch, order = self.state.position[name]
-        for piece, document in enumerate(self._load(name, epoch, order)):
-            self.state.pending.append([name, epoch, order, piece])
-            self._documents[name, epoch, order, piece] = document
-        order += 1
-        ended = order == self._sources[name].size(self.number)
-        self.state.position[name] = [epoch + 1, 0] if ended else [epoch, order]
+class RowMaker:
+    """Makes some rows of each global batch: those of a rank, or of one of its workers."""
 
-    def _flat(self, place: list) -> FlatDocument:
-        """A pending document, read again where a restored state names it."""
-        key = tuple(place)
-        if key not in self._documents:
-            name, epoch, order, piece = place
-            self._documents[key] = self._load(name, epoch, order)[piece]
-        return self._documents[key]
+    def __init__(self, streams: dict[int, LogicalStream], rows: list[int], num_rows: int, num_streams: int):
+        self._streams, self._rows, self._num_rows, self._num_streams = streams, rows, num_rows, num_streams
 
-    def _load(self, name: str, epoch: int, order: int) -> list[FlatDocument]:
-        source = self._sources[name]
-        number = source.document_at(self.number, epoch, order)
-        generator = counter_generator(source.seed, source.number, number, epoch, 0)
-        stored = source.read(number)
-        document = flatten(self._draw(stored, source, generator), self._tokenizer, self._shape.num_patches)
-        if not document.images:
-            return split_text(document, self._shape.length)
-        if not self._shape.fits(document):
-            raise UserError(
-                f"{source.folder.folder}, document {number} ({stored.metadata.get('caption', '')[:60]!r}): "
-                f"{len(document)} positions and {len(document.images)} images do not fit in a row of "
-                f"data.sequence_length {self._shape.length} and data.images_per_row "
-                f"{self._shape.num_images}; raise them or shorten the caption"
-            )
-        return [document]
-
-    def _draw(self, stored: StoredDocument, source: Source, generator: np.random.Generator) -> list:
-        """Decide everything random about a document: order, dropout, latents, timesteps, noise."""
-        segments = list(stored.segments)
-        max_timestep = self._num_timesteps
-        if source.folder.manifest.kind == "pair":
-            text, moments = segments
-            if generator.random() >= self._config.caption_first:
-                segments = [moments, text]
-                max_timestep = min(max_timestep, self._config.image_first_max_timestep)
-            elif generator.random() < self._config.caption_dropout:
-                segments = [moments]
-        manifest = source.folder.manifest
-        drawn = []
-        for segment in segments:
-            if segment.ndim == 1:
-                drawn.append(segment)
-                continue
-            mean, log_variance = segment.astype(np.float32)
-            sample = mean + np.exp(0.5 * log_variance) * generator.standard_normal(mean.shape, np.float32)
-            drawn.append(
-                NoisedImage(
-                    latents=(sample - manifest.latent_shift) * manifest.latent_scale,
-                    noise=generator.standard_normal(mean.shape, np.float32),
-                    timestep=int(generator.integers(max_timestep)),
-                )
-            )
-        return drawn
+    def make(self, batch_number: int) -> Share:
+        """The rows of a global batch, which must follow the one before."""
+        share = Share({}, {}, [])
+        for g in self._rows:
+            stream = self._streams[(batch_number * self._num_rows + g) % self._num_streams]
+            share.rows[g] = stream.next_row()
+            share.states[str(stream.number)] = stream.state.plain()
+            share.news.extend(stream.news)
+            stream.news.clear()
+        return share
 
 
 @dataclass(frozen=True)
@@ -163,6 +66,7 @@ class BatchStream:
     """This rank's rows of each global batch, from the logical streams that they need.
 
     num_rows: rows B of a global batch; rows: those of this rank; micro_batch_size: rows at a time.
+    A context: what workers it has started end with it.
     """
 
     def __init__(
@@ -181,31 +85,106 @@ class BatchStream:
                 f"data.num_streams {config.num_streams} is not a multiple of the "
                 f"{num_rows} rows of a global batch"
             )
-        self._rows, self._num_rows, self._micro_batch_size = rows, num_rows, micro_batch_size
-        self._num_streams = config.num_streams
-        self._batch_number = 0
+        self._config, self._rows, self._micro_batch_size = config, rows, micro_batch_size
         self._streams = {
             number: LogicalStream(number, sources, config, shape, tokenizer, num_timesteps)
             for number in range(config.num_streams)
             if number % num_rows in rows
         }
+        shares = min(config.num_workers, len(rows)) or 1
+        self._makers = [
+            RowMaker(self._streams, list(rows[i::shares]), num_rows, config.num_streams)
+            for i in range(shares)
+        ]
+        self._workers: Workers | None = None
+        self._told = 0
+        self._start(0)
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     def next(self) -> GlobalBatch:
         """The next global batch's rows. Raises UserError naming the document that is bad."""
-        first = self._batch_number * self._num_rows
-        rows = [self._streams[(first + g) % self._num_streams].next_row() for g in self._rows]
+        rows: dict[int, dict[str, np.ndarray]] = {}
+        for share in self._shares():
+            rows |= share.rows
+            self._states |= share.states
+            for line in share.news:
+                self._tell(line)
         self._batch_number += 1
-        size = self._micro_batch_size
-        micro_batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        first, size = self._rows.start, self._micro_batch_size
+        micro_batches = [
+            collate([rows[g] for g in range(i, i + size)])
+            for i in range(first, first + len(self._rows), size)
+        ]
+        if torch.cuda.is_available():
+            micro_batches = [batch.pinned() for batch in micro_batches]
         return GlobalBatch(micro_batches, self.state())
 
     def state(self) -> dict:
-        """Plain values for a checkpoint: the batch's number and the state of each stream of this rank."""
-        streams = {str(number): stream.state.plain() for number, stream in self._streams.items()}
-        return {"batch_number": self._batch_number, "streams": streams}
+        """Plain values for a checkpoint: the batch's number and the state of each stream of this rank.
+
+        Of the batches handed out, however many workers have made ahead.
+        """
+        return {"format": FORMAT, "batch_number": self._batch_number, "streams": dict(self._states)}
 
     def restore(self, state: dict) -> None:
-        """Go on from a state, which may hold more streams than this rank needs, and must hold its own."""
-        self._batch_number = state["batch_number"]
+        """Go on from a state, which may hold more streams than this rank needs.
+
+        Raises UserError where it is of another layout, of other sources, or lacks a stream.
+        """
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"the checkpoint's place in the data is of format {state.get('format', 1)}, and this version "
+                f"reads {FORMAT}; finish that run with the version that began it, or choose another out="
+            )
+        self.close()
         for number, stream in self._streams.items():
-            stream.state = StreamState(**deepcopy(state["streams"][str(number)]))
+            found = state["streams"].get(str(number))
+            if found is None or set(found["position"]) != set(stream.state.position):
+                raise UserError(
+                    f"the checkpoint's place in the data has no stream {number} of sources "
+                    f"{', '.join(stream.state.position)}: it is of another mixture or data.num_streams"
+                )
+            stream.resume(found)
+        self._start(state["batch_number"])
+
+    def close(self) -> None:
+        """End the workers, if there are any; `next` would start them again where they are needed."""
+        if self._workers:
+            self._workers.close()
+            self._workers = None
+            for number, stream in self._streams.items():
+                stream.resume(self._states[str(number)])
+
+    def _start(self, batch_number: int) -> None:
+        self._batch_number = batch_number
+        self._states = {str(number): stream.state.plain() for number, stream in self._streams.items()}
+
+    def _shares(self) -> list[Share]:
+        if not self._config.num_workers:
+            return [self._makers[0].make(self._batch_number)]
+        if self._workers is None:
+            self._workers = Workers(
+                [maker.make for maker in self._makers], self._batch_number, self._config.prefetch
+            )
+        return self._workers.next()
+
+    def _tell(self, line: str) -> None:
+        """Each of the first hundred, then a count is enough: metrics have it."""
+        self._told += 1
+        if self._told <= 100:
+            log.warning("%s%s", line, "; later ones are counted alone" if self._told == 100 else "")
+
+
+def packed_and_skipped(state: dict) -> tuple[Counter[str], int]:
+    """Of the streams of a state: positions packed by source, and documents left out."""
+    packed: Counter[str] = Counter()
+    skipped = 0
+    for stream in state["streams"].values():
+        packed.update(stream["positions_packed"])
+        skipped += sum(stream["skipped"].values())
+    return packed, skipped

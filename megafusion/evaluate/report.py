@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from data_prep.preprocess import decode_picture, tar_pictures
 from megafusion.autoencoder.codec import to_tensor
-from megafusion.data.shards import ShardFolder
+from megafusion.data.source import open_folder
 from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.evaluate.classifier import IMAGE_SIZE, PictureClassifier
@@ -86,7 +86,7 @@ def write_report(run_folder: Path, tar: Path, classifier_path: Path, seconds_bef
 
 def training_pairs(config: RunConfig, tar: Path) -> list[Pair]:
     """The pairs of the run's first pair source, with their pictures from a tar, by key."""
-    folders = [ShardFolder(source.path) for source in config.data.sources.values()]
+    folders = [open_folder(config.data, name) for name in config.data.sources]
     folder = next((f for f in folders if f.manifest.kind == "pair"), None)
     if folder is None:
         raise UserError("the run has no source of pairs, so there is nothing to draw or describe")

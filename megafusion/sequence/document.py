@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,64 +35,56 @@ class FlatDocument:
     patch: np.ndarray
     row_end: np.ndarray
     image_start: np.ndarray
-    images: tuple[NoisedImage, ...]
+    images: tuple[NoisedImage | Any, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def flatten(
-    segments: Sequence[np.ndarray | NoisedImage], tokenizer: Tokenizer, num_patches: int
-) -> FlatDocument:
+def flatten(segments: Sequence[np.ndarray | Any], tokenizer: Tokenizer, num_patches: int) -> FlatDocument:
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
+    Texts are arrays of ids; anything else is an image, which goes into `images` as it is.
     Next-token targets stand at every position whose input is neither boi nor a patch: boi is predicted
     by the text before it, while what follows boi is denoised and eoi is put in without being asked for.
     """
-    tokens, patch, image_start, images = [tokenizer.bos], [-1], [], []
+    images = tuple(segment for segment in segments if not isinstance(segment, np.ndarray))
+    texts = [segment for segment in segments if isinstance(segment, np.ndarray)]
+    length = 2 + sum(map(len, texts)) + len(images) * (num_patches + 2)
+    tokens = np.full(length, tokenizer.eoi, np.int64)  # the filler under patches is never read
+    patch = np.full(length, -1, np.int32)
+    row_end = np.arange(1, length + 1, dtype=np.int32)
+    image_start, first = [], 1
+    tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
     for segment in segments:
-        if isinstance(segment, NoisedImage):
-            tokens.append(tokenizer.boi)
-            image_start.append(len(tokens))
-            tokens += [tokenizer.eoi] * (num_patches + 1)  # the filler under patches is never read
-            first = len(images) * num_patches
-            patch += [-1, *range(first, first + num_patches), -1]
-            images.append(segment)
-        else:
-            tokens += segment.tolist()
-            patch += [-1] * len(segment)
-    tokens.append(tokenizer.eos)
-    patch.append(-1)
-    return _finish(
-        np.array(tokens, np.int64),
-        np.array(patch, np.int32),
-        np.array(image_start, np.int32),
-        tuple(images),
-        tokenizer.boi,
-        num_patches,
-    )
-
-
-def split_text(document: FlatDocument, length: int) -> list[FlatDocument]:
-    """Cut a document without images into pieces of at most `length` positions; no target is lost."""
-    return [
-        FlatDocument(
-            tokens=document.tokens[first : first + length],
-            labels=document.labels[first : first + length],
-            patch=document.patch[first : first + length],
-            row_end=np.arange(1, len(document.tokens[first : first + length]) + 1, dtype=np.int32),
-            image_start=document.image_start,
-            images=(),
-        )
-        for first in range(0, len(document), length)
-    ]
-
-
-def _finish(tokens, patch, image_start, images, boi, num_patches) -> FlatDocument:
-    labels = np.full_like(tokens, IGNORED_LABEL)
-    asks = (patch[:-1] < 0) & (tokens[:-1] != boi)
+        if isinstance(segment, np.ndarray):
+            tokens[first : first + len(segment)] = segment
+            first += len(segment)
+            continue
+        tokens[first] = tokenizer.boi
+        here = slice(first + 1, first + 1 + num_patches)
+        patch[here] = np.arange(len(image_start) * num_patches, (len(image_start) + 1) * num_patches)
+        row_end[here] = here.stop
+        image_start.append(here.start)
+        first = here.stop + 1
+    labels = np.full(length, IGNORED_LABEL, np.int64)
+    asks = (patch[:-1] < 0) & (tokens[:-1] != tokenizer.boi)
     labels[:-1][asks] = tokens[1:][asks]
-    row_end = np.arange(1, len(tokens) + 1, dtype=np.int32)
-    for start in image_start:
-        row_end[start : start + num_patches] = start + num_patches
-    return FlatDocument(tokens, labels, patch, row_end, image_start, images)
+    return FlatDocument(tokens, labels, patch, row_end, np.array(image_start, np.int32), images)
+
+
+def cut_text(document: FlatDocument, first: int, last: int) -> FlatDocument:
+    """Positions [first, last) of a document without images, as a document of its own.
+
+    It sees nothing of what stood before it and its positions restart; its last position keeps its target,
+    which is the next piece's first token, so that pieces end to end lose no target and double none.
+    """
+    assert not document.images
+    return FlatDocument(
+        tokens=document.tokens[first:last],
+        labels=document.labels[first:last],
+        patch=document.patch[first:last],
+        row_end=document.row_end[: last - first],
+        image_start=document.image_start,
+        images=(),
+    )

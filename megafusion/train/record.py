@@ -20,6 +20,12 @@ from megafusion.train.config import RunConfig
 # Keys that may differ between a run's start and its resumption: they decide no number of any step.
 FREE_KEYS = (
     "out",
+    "data.num_workers",
+    "data.prefetch",
+    "data.on_error",
+    "data.max_skip_rate",
+    "data.cache_dir",
+    "data.cache_bytes",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",

@@ -11,6 +11,7 @@ from megafusion.checkpoint.checkpointer import Checkpointer
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.checkpoint.masters import masters
 from megafusion.checkpoint.reader import read_whole
+from megafusion.data.stream import packed_and_skipped
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.objective.losses import Losses
@@ -66,10 +67,13 @@ def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> Non
     sampler = _Sampler(config, parts, engine.device) if is_first else None
     clock = _Clock(step, spent_seconds, config.train.global_batch_rows * config.data.sequence_length)
 
+    packing = _Packing(config, engine, parts.stream.state())
+
     def due(every: int) -> bool:
         return step == last_step or (every > 0 and step % every == 0)
 
-    with checkpointer, Metrics(config.out, config.train, step, silent=not is_first) as metrics:
+    silent = not is_first
+    with checkpointer, parts.stream, Metrics(config.out, config.train, step, silent) as metrics:
         if is_first and dist.get_world_size() > 1:
             metrics.progress.console.print(_laid_out(engine, config))
         while step < last_step:
@@ -81,7 +85,8 @@ def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> Non
             ema.update(step)
             metrics.advance(step)
             if due(config.train.log_every) or step == 1:
-                metrics.log(step, {**_figures(step, losses, engine, rate), **clock.read(step)})
+                figures = _figures(step, losses, engine, rate)
+                metrics.log(step, figures | packing.read(batch.state) | clock.read(step))
             if due(config.train.checkpoint_every):
                 watchdog.beat(step, "checkpoint")
                 _check_finite(step, losses, engine)
@@ -152,6 +157,34 @@ class _Clock:
         speed = (step - self._read_step) * self._positions / (now - self._read)
         self._read, self._read_step = now, step
         return {"tokens_per_second": speed, "seconds": self.seconds()}
+
+
+class _Packing:
+    """How full the rows of all ranks are and of what, since the last reading; called by every rank."""
+
+    def __init__(self, config: RunConfig, engine: Engine, state: dict):
+        self._names, self._engine = list(config.data.sources), engine
+        self._row_positions = config.train.global_batch_rows * config.data.sequence_length
+        self._before = self._counts(state)
+
+    def read(self, state: dict) -> dict[str, float]:
+        """Share of the positions that are real, and padding; each source's share of the real ones; how many
+        documents have been left out since the run began."""
+        counts = self._counts(state)
+        *packed, _, batches = (counts - self._before).tolist()
+        self._before = counts
+        fill = sum(packed) / (batches * self._row_positions)
+        shares = {f"share/{n}": p / sum(packed) for n, p in zip(self._names, packed, strict=True)}
+        return {"fill": fill, "padding": 1 - fill, **shares, "documents_skipped": int(counts[-2])}
+
+    def _counts(self, state: dict) -> torch.Tensor:
+        """int64 [sources + 2]: positions packed by source and documents left out, over the data-parallel
+        ranks; global batches."""
+        packed, skipped = packed_and_skipped(state)
+        values = [*(packed[name] for name in self._names), skipped]
+        counts = torch.tensor(values, dtype=torch.int64, device=self._engine.device)
+        dist.all_reduce(counts, group=self._engine.topology.group("data"))
+        return torch.cat([counts, counts.new_tensor([state["batch_number"]])])
 
 
 class _Sampler:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -29,7 +30,7 @@ def sample_pairs(
         return None
     size = len(source.folder)
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
-    means = torch.stack([torch.from_numpy(document.segments[1][0]).float() for document in chosen])
+    means = torch.stack([torch.from_numpy(document.segments[1][0].astype(np.float32)) for document in chosen])
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
         pictures=pipeline.pictures(pipeline.codec.normalize(means)),

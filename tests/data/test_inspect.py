@@ -45,11 +45,11 @@ def test_whole_shards_pass(shards):
 
 
 @pytest.mark.parametrize("damaged", ["shard-000001.tar", "shard-000002.index.npy"])
-def test_the_damaged_file_is_named(shards, tmp_path, damaged):
+@pytest.mark.parametrize("position", [0.001, 0.5, 0.95])
+def test_the_damaged_file_is_named(shards, tmp_path, damaged, position):
     folder = shutil.copytree(shards / "pairs", tmp_path / "pairs")
     content = bytearray((folder / damaged).read_bytes())
-    position = -8 if damaged.endswith("npy") else len(content) // 2
-    content[position] ^= 1
+    content[int(position * len(content))] ^= 1
     (folder / damaged).write_bytes(content)
     with pytest.raises(UserError, match=damaged.replace(".", r"\.")):
         data("verify", folder)

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
-from megafusion.data.shards import ShardFolder, StoredDocument, write_shards
+from megafusion.data.logical import LogicalStream
+from megafusion.data.members import StoredDocument
+from megafusion.data.reader import ShardFolder
+from megafusion.data.shards import write_shards
 from megafusion.data.source import Source, open_sources
-from megafusion.data.stream import BatchStream, GlobalBatch, LogicalStream
+from megafusion.data.stream import BatchStream, GlobalBatch
 from megafusion.errors import UserError
 from megafusion.sequence.packing import RowShape, collate
 
@@ -213,7 +216,7 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
         for start in row["image_start"][row["image_start"] >= 0]:
             document = row["row_start"][start]
             found[tuple(row["tokens"][document:start])] += 1
-    epoch, order = stream.state.position["pairs"]
+    epoch, order, _ = stream.state.position["pairs"]
     waiting = sum(place[0] == "pairs" for place in stream.state.pending)
     assert epoch >= 2
     assert sum(found.values()) == epoch * 22 + order - waiting

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data_prep.preprocess import PreprocessConfig, preprocess
 from megafusion.autoencoder.codec import ImageCodec, to_tensor
-from megafusion.data.shards import ShardFolder, load_manifest
+from megafusion.data.reader import ShardFolder
+from megafusion.data.shards import load_manifest
 from megafusion.errors import UserError
 
 

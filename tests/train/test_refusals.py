@@ -12,7 +12,8 @@ import yaml
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.checkpoint.reader import load_whole
 from megafusion.config import parse_config
-from megafusion.data.shards import ShardFolder, write_shards
+from megafusion.data.reader import ShardFolder
+from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
 from megafusion.train.metrics import read_metrics

@@ -1,0 +1,130 @@
+"""A folder of bounded size that keeps what was fetched, shared by all processes of a machine.
+
+A file is named by its hash, is there whole or not at all, and goes when room is needed and it is the one
+opened longest ago. Locks are flock's, which end with the process that holds them: a shared one on a file
+in use, an exclusive one on the `.partial` of a file that is being fetched, and one on `lock` while room is
+made. So the folder must lie on a disk whose flock works: a local one.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO, IOBase
+from pathlib import Path
+from typing import BinaryIO
+
+from megafusion.errors import UserError
+
+PARTIAL, INDEX = ".partial", ".index.npy"
+
+
+class CacheFull(UserError):
+    """All that the cache holds is in use, and no room is left."""
+
+
+class ShardCache:
+    """Files by the hash of their content, at most `max_bytes` of them."""
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = folder, max_bytes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: {folder}: cannot be made ({error.strerror})") from error
+
+    def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> FileIO:
+        """A file, fetched if it is not there; it stays in the cache until that is closed.
+
+        fetch: writes the content into a file, or raises UserError. Raises CacheFull where there is no room.
+        """
+        while True:
+            if file := self._hold(name):
+                return file
+            self._bring(name, size, fetch)
+
+    def _hold(self, name: str) -> FileIO | None:
+        path = self.folder / name
+        try:
+            file = path.open("rb", buffering=0)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if _is_at(file, path):  # and not removed between the two lines above
+            os.utime(path)
+            return file
+        file.close()
+        return None
+
+    def _bring(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> None:
+        path, partial = self.folder / name, self.folder / (name + PARTIAL)
+        try:
+            with partial.open("ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_at(file, partial):  # another process has brought it meanwhile
+                    return
+                try:
+                    if not path.exists():
+                        self._fill(partial, size, fetch)
+                        partial.rename(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir: {path}: cannot be written ({error.strerror or error}); free space, lower "
+                "data.cache_bytes or choose another folder"
+            ) from error
+
+    def _fill(self, partial: Path, size: int, fetch: Callable[[BinaryIO], None]) -> None:
+        with partial.open("rb+") as file:
+            with self._alone():
+                os.ftruncate(file.fileno(), 0)
+                self._make_room(size, partial)
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))  # its share of the room, at once
+            fetch(file)
+
+    def _make_room(self, size: int, beside: Path) -> None:
+        files = []
+        for path in self.folder.iterdir():
+            if path.name != "lock" and not path.name.startswith(".") and not path.name.endswith(INDEX):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(held for _, held, _ in files)
+        for _, held, path in sorted(files):
+            if total + size <= self.max_bytes:
+                return
+            if path != beside and _remove_unused(path):
+                total -= held
+        if total + size > self.max_bytes:
+            raise CacheFull(
+                f"data.cache_bytes {self.max_bytes}: {total} bytes of {self.folder} are in use and the next "
+                f"shard takes {size}; raise it, or make smaller shards"
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _is_at(file: IOBase, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file, with its index, unless a process holds it."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    path.with_name(path.name + INDEX).unlink(missing_ok=True)
+    return True

@@ -1,0 +1,230 @@
+"""Logical streams: an order of packed rows that no rank, worker or restart can change.
+
+The order is defined by M logical streams. Each owns a fixed run of every source's documents, shuffles
+it anew each epoch, and packs rows from it. All randomness (shuffling, timesteps, noise, the caption-first
+coin, caption dropout) comes from a counter-based generator keyed by the seed and the document's place, so
+that a stream's state is a few integers: the documents it has not packed yet, and where it reads next.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megafusion.data.config import DataConfig
+from megafusion.data.draw import draw_images, toss_coins
+from megafusion.data.members import BadDocument
+from megafusion.data.source import DOCUMENT, PHASE, Source, counter_generator
+from megafusion.errors import UserError
+from megafusion.sequence.document import FlatDocument, cut_text, flatten
+from megafusion.sequence.packing import RowShape, pack_row
+from megafusion.sequence.tokenizer import Tokenizer
+
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+
+
+@dataclass
+class StreamState:
+    """Everything a logical stream remembers: small, travels with the batch, saved with the checkpoint."""
+
+    position: dict[str, list[int]]
+    """By source: the epoch, the number of its documents read in it, the positions read of the next one."""
+    positions_packed: dict[str, int]
+    """By source: sequence positions packed so far, which steer the mixture."""
+    pending: list[list] = field(default_factory=list)
+    """Documents and pieces of texts read and not packed yet, oldest first: source, epoch, order in it,
+    first position, end, images."""
+    num_read: int = 0
+    """Documents read so far, those left out among them."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """By reason: documents left out so far."""
+
+    def plain(self) -> dict:
+        """A copy as plain values, which JSON can hold."""
+        return {
+            "position": {name: list(place) for name, place in self.position.items()},
+            "positions_packed": dict(self.positions_packed),
+            "pending": [list(place) for place in self.pending],
+            "num_read": self.num_read,
+            "skipped": dict(self.skipped),
+        }
+
+
+class LogicalStream:
+    """An endless sequence of packed rows with a state that a checkpoint can hold."""
+
+    def __init__(
+        self,
+        number: int,
+        sources: dict[str, Source],
+        config: DataConfig,
+        shape: RowShape,
+        tokenizer: Tokenizer,
+        num_timesteps: int,
+    ):
+        self.number, self._sources, self._config = number, sources, config
+        self._shape, self._tokenizer, self._num_timesteps = shape, tokenizer, num_timesteps
+        self.state = StreamState({name: [0, 0, 0] for name in sources}, dict.fromkeys(sources, 0))
+        self.news: list[str] = []
+        """What was left out since somebody looked."""
+        self._documents: dict[tuple, tuple[FlatDocument, np.random.Generator]] = {}
+        self._phase = {name: self._start(source) for name, source in sources.items()}
+        # The least that a cut may leave on either side: slivers teach nothing and cost no fill.
+        self._least = max(2, shape.length // 64)
+
+    def resume(self, state: dict) -> None:
+        """Go on from a state's plain values."""
+        self.state = StreamState(**StreamState(**state).plain())
+        self._documents.clear()
+
+    def next_row(self) -> dict[str, np.ndarray]:
+        """The next packed row (see `pack_row`); `state` then stands after it.
+
+        The oldest opens the row, so that none waits for ever; then comes the longest that still fits; and
+        when none fits, the longest text is cut to fill the row, its rest keeping its place in the queue.
+        """
+        chosen: list[FlatDocument] = []
+        room, slots = self._shape.length, self._shape.num_images
+        while True:
+            while len(self.state.pending) < self._config.look_ahead:
+                self._read_next()
+            place = self._choose(room, slots) if chosen else self.state.pending[0]
+            if place is None:
+                break
+            name, _, _, first, last, num_images = place
+            document, generator = self._document(*place[:3])
+            if last - first > room:
+                place[3] = last = self._cut(first, last, room)
+            else:
+                self.state.pending.remove(place)
+            if num_images:
+                document = draw_images(document, self._sources[name].folder.manifest, generator)
+            else:
+                document = cut_text(document, first, last)
+            chosen.append(document)
+            room -= len(document)
+            slots -= len(document.images)
+            self.state.positions_packed[name] += len(document)
+        self._forget()
+        return pack_row(chosen, self._shape)
+
+    def _choose(self, room: int, slots: int) -> list | None:
+        """What comes next in a row: of the source that is due, the longest that fits, or a text to be cut."""
+        best: dict[str, tuple[bool, int, list]] = {}
+        for place in self.state.pending:
+            name, _, _, first, last, num_images = place
+            fits = last - first <= room and num_images <= slots
+            if fits or (not num_images and self._cut(first, last, room) > first):
+                rank = (fits, last - first, place)
+                if name not in best or rank[:2] > best[name][:2]:
+                    best[name] = rank
+        if not best:
+            return None
+        return best[self._due({name: min(n, room) for name, (_, n, _) in best.items()}, self._credit())][2]
+
+    def _credit(self) -> dict[str, int]:
+        """By source: positions packed, counted from where the stream joined the mixture."""
+        return {name: self._phase[name] + self.state.positions_packed[name] for name in self._sources}
+
+    def _due(self, lengths: dict[str, int], credit: dict[str, int]) -> str:
+        """The source whose next positions, by their middle, are due first by its weight.
+
+        By the middle, so that a source of long documents is as often ahead of its weight as behind.
+        """
+        return min(lengths, key=lambda n: (2 * credit[n] + lengths[n]) / self._config.sources[n].weight)
+
+    def _cut(self, first: int, last: int, room: int) -> int:
+        """Where to cut [first, last) so that at most `room` come first; `first` where nowhere."""
+        end = min(first + room, last - self._least) if first + room < last else last
+        return end if end - first >= self._least or end == last else first
+
+    def _read_next(self) -> None:
+        """Bring one more document, or piece of a text, into the look-ahead: of the source that lags most."""
+        credit = self._credit()
+        for name, _, _, first, last, _ in self.state.pending:
+            credit[name] += last - first
+        name = self._due({name: self._next_length(name) for name in self._sources}, credit)
+        epoch, order, first = self.state.position[name]
+        self.state.num_read += first == 0
+        try:
+            document, _ = self._document(name, epoch, order)
+        except BadDocument as error:
+            self._skip(error)
+        else:
+            last = self._cut(first, len(document), self._shape.length)
+            self.state.pending.append([name, epoch, order, first, last, len(document.images)])
+            if last < len(document):
+                self.state.position[name] = [epoch, order, last]
+                return
+        ended = order + 1 == self._sources[name].size(self.number)
+        self.state.position[name] = [epoch + 1, 0, 0] if ended else [epoch, order + 1, 0]
+
+    def _skip(self, error: BadDocument) -> None:
+        """Leave a document out, if that is asked for and has not come to more than chance explains."""
+        if self._config.on_error == "fail":
+            raise error
+        skipped, limit = self.state.skipped, self._config.max_skip_rate
+        skipped[error.reason] = skipped.get(error.reason, 0) + 1
+        self.news.append(f"left out {error}")
+        expected = limit * self.state.num_read
+        if sum(skipped.values()) > expected + 3 * math.sqrt(expected) + 3:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
+            raise UserError(
+                f"stream {self.number} left out {sum(skipped.values())} documents of {self.state.num_read} "
+                f"({reasons}), more than data.max_skip_rate {limit}; the last: {error}"
+            )
+
+    def _start(self, source: Source) -> int:
+        """Positions that a source is ahead at the start, as though the stream had been joined anywhere.
+
+        Spread evenly over the streams, so that they come to each source at different times, and any few
+        rows of a batch are together like any others.
+        """
+        place = counter_generator(source.seed, source.number, 0, 0, PHASE).random()
+        spread = (place + self.number * math.sqrt(PRIMES[source.number % len(PRIMES)])) % 1
+        return int(
+            (spread - 0.5) * min(source.positions_per_document(self._shape.num_patches), self._shape.length)
+        )
+
+    def _next_length(self, name: str) -> int:
+        """Positions that would be read next of a source; 0 where its next document is bad."""
+        epoch, order, first = self.state.position[name]
+        try:
+            document, _ = self._document(name, epoch, order)
+        except BadDocument:
+            return 0
+        return self._cut(first, len(document), self._shape.length) - first
+
+    def _document(self, *key: str | int) -> tuple[FlatDocument, np.random.Generator]:
+        """A document by source, epoch and order, images not drawn; read again where a state names it."""
+        if key not in self._documents:
+            self._documents[key] = self._load(*key)
+        return self._documents[key]
+
+    def _forget(self) -> None:
+        """Keep the documents that are pending, or read in part, alone."""
+        kept = {tuple(place[:3]) for place in self.state.pending}
+        kept |= {(name, *place[:2]) for name, place in self.state.position.items()}
+        self._documents = {key: value for key, value in self._documents.items() if key in kept}
+
+    def _load(self, name: str, epoch: int, order: int) -> tuple[FlatDocument, np.random.Generator]:
+        source = self._sources[name]
+        number = source.document_at(self.number, epoch, order)
+        generator = counter_generator(source.seed, source.number, number, epoch, DOCUMENT)
+        stored = source.read(number)
+        where = f"{source.folder.folder}, document {number}"
+        source.check(stored, where)
+        parts = toss_coins(
+            stored.segments, source.folder.manifest, self._config, self._num_timesteps, generator
+        )
+        document = flatten(parts, self._tokenizer, self._shape.num_patches)
+        if document.tokens.max() >= self._tokenizer.vocab_size:
+            raise BadDocument(where, "a token that the tokenizer does not have")
+        if document.images and not self._shape.fits(document):
+            raise UserError(
+                f"{where} ({stored.metadata.get('caption', '')[:60]!r}): {len(document)} positions and "
+                f"{len(document.images)} images do not fit in a row of data.sequence_length "
+                f"{self._shape.length} and data.images_per_row {self._shape.num_images}; raise them or "
+                "shorten the caption"
+            )
+        return document, generator

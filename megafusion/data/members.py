@@ -1,0 +1,148 @@
+"""The bytes of one document, as they stand in a shard, to arrays: a few tar headers and npy headers.
+
+Nothing is ever written to disk, and nothing but these members is accepted: plain files named
+`KEY.json`, `KEY.0.tokens.npy`, `KEY.1.moments.npy` and so on, of one key, each once. tarfile and np.load
+would take longer over this than drawing the noise does.
+"""
+
+import ast
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from megafusion.errors import UserError
+
+BLOCK = 512
+TYPES = {"tokens": (np.dtype("<i4"), 1), "moments": (np.dtype("<f2"), 4)}
+
+
+class BadDocument(UserError):
+    """A document that its own bytes rule out, alike on every rank and at every try: it may be skipped."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(f"{where}: not readable ({reason}); preprocess again, or set data.on_error=skip")
+        self.reason = reason
+
+
+class BadBytes(ValueError):
+    """Why bytes are no document; the caller knows where they stand."""
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """A document as stored: metadata, and segments in order (int32 [L] or float16 [2, C, H, W])."""
+
+    metadata: dict
+    segments: tuple[np.ndarray, ...]
+
+
+class Member(NamedTuple):
+    """A plain file in a tar: its name, where its header starts, where its content starts and its size."""
+
+    name: str
+    header: int
+    start: int
+    size: int
+
+
+def tar_members(content: bytes | memoryview, whole: int | None = None) -> Iterator[Member]:
+    """The members of a piece of a tar that starts at a header. Raises BadBytes for what is no plain file.
+
+    whole: bytes of the piece where `content` is longer.
+    """
+    offset, end = 0, len(content) if whole is None else whole
+    while offset + BLOCK <= end:
+        header = bytes(content[offset : offset + BLOCK])
+        if not any(header):  # the zero blocks that end a tar
+            return
+        try:
+            size, checksum = int(header[124:136].strip(b"\0 "), 8), int(header[148:156].strip(b"\0 "), 8)
+            name = header[: header.index(0)].decode("ascii")
+        except ValueError as error:
+            raise BadBytes("no tar header where a member should start") from error
+        if sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
+            raise BadBytes("damaged tar header")
+        if header[156:157] not in (b"0", b"\0"):
+            raise BadBytes("a member is a link or another thing that is no plain file")
+        start = offset + BLOCK
+        if size < 0 or start + size > end:
+            raise BadBytes("a member is longer than what is there of it")
+        yield Member(name, offset, start, size)
+        offset = start + -(-size // BLOCK) * BLOCK
+    if offset < end:
+        raise BadBytes("bytes are left over after the last member")
+
+
+def parse_document(content: bytes, latent_shape: tuple[int, ...] | None) -> StoredDocument:
+    """A document from its members. Raises BadBytes saying what is wrong with them."""
+    metadata, segments, key = None, [], None
+    for member in tar_members(content):
+        own_key, _, kind = member.name.partition(".")
+        if "/" in member.name or "\\" in member.name or not own_key:
+            raise BadBytes("a member is named as a path")
+        if key not in (None, own_key):
+            raise BadBytes("members of several keys where the index says one")
+        key = own_key
+        data = content[member.start : member.start + member.size]
+        if kind == "json":
+            if metadata is not None:
+                raise BadBytes("two .json members of one key")
+            metadata = _metadata(data)
+            continue
+        number, _, name = kind.partition(".")
+        if not (name.endswith(".npy") and name[:-4] in TYPES):
+            raise BadBytes("a member of unknown kind")
+        if number != str(len(segments)):
+            raise BadBytes("members doubled, missing or out of order")
+        segments.append(_array(data, *TYPES[name[:-4]], latent_shape))
+    if metadata is None:
+        raise BadBytes("no .json member")
+    return StoredDocument(metadata, tuple(segments))
+
+
+def _metadata(data: bytes) -> dict:
+    try:
+        metadata = json.loads(data)
+    except ValueError as error:
+        raise BadBytes("its .json member is no JSON") from error
+    if not isinstance(metadata, dict):
+        raise BadBytes("its .json member is no mapping")
+    return metadata
+
+
+def _array(data: bytes, dtype: np.dtype, ndim: int, latent_shape: tuple[int, ...] | None) -> np.ndarray:
+    """A view of an npy member: tokens [L], or moments [2, C, H, W] of the shape that the manifest gives."""
+    if data[:8] != b"\x93NUMPY\x01\x00":
+        raise BadBytes("a member is no npy file of version 1")
+    start = 10 + int.from_bytes(data[8:10], "little")
+    found, shape = _npy_header(data[10:start])
+    if found != dtype or len(shape) != ndim:
+        raise BadBytes(f"an array of type {found} and shape {shape} where {dtype} with {ndim} axes belongs")
+    if ndim > 1 and shape != (2, *(latent_shape or ())):
+        raise BadBytes(f"moments of shape {shape} where the manifest says {(2, *(latent_shape or ()))}")
+    size = int(np.prod(shape))
+    if len(data) != start + size * dtype.itemsize:
+        raise BadBytes("an array's bytes are not as many as its shape says")
+    array = np.frombuffer(data, dtype, size, start).reshape(shape)
+    if ndim == 1 and size and array.min() < 0:
+        raise BadBytes("a negative token")
+    if ndim > 1 and ((array.view(np.uint16) & 0x7C00) == 0x7C00).any():
+        raise BadBytes("moments that are not finite")
+    return array
+
+
+@lru_cache(4096)
+def _npy_header(text: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape; few headers differ, so each is read once."""
+    try:
+        header = ast.literal_eval(text.decode("latin1"))
+        dtype, shape = np.dtype(header["descr"]), tuple(int(n) for n in header["shape"])
+    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+        raise BadBytes("a member is no npy file") from error
+    if header.get("fortran_order") or dtype.hasobject or min(shape, default=0) < 0:
+        raise BadBytes("an array of a layout that is never written")
+    return dtype, shape

@@ -1,0 +1,90 @@
+"""Synthetic shards, streams over them, and hashes of rows: what the tests of streams share."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from megafusion.data.config import DataConfig
+from megafusion.data.members import StoredDocument
+from megafusion.data.shards import write_shards
+from megafusion.data.source import open_sources
+from megafusion.data.stream import BatchStream
+from megafusion.sequence.packing import RowShape
+
+
+class Ids:
+    """What packing asks of a tokenizer."""
+
+    bos, eos, boi, eoi, vocab_size, hash = 1, 2, 62, 63, 64, "t"
+
+
+LATENTS, NUM_PATCHES = (1, 4, 4), 4
+
+
+def write_pairs(folder: Path, num: int, per_shard: int = 16, latents=LATENTS, caption=lambda r: 5) -> Path:
+    """Pairs whose captions' lengths a function draws."""
+    random = np.random.default_rng(0)
+
+    def documents():
+        for i in range(num):
+            tokens = random.integers(3, 60, caption(random)).astype(np.int32)
+            moments = random.standard_normal((2, *latents)).astype(np.float16)
+            yield StoredDocument({"key": f"k{i}", "caption": f"picture {i}"}, (tokens, moments))
+
+    fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "latent_shape": latents}
+    write_shards(folder, documents(), per_shard, provenance={}, **fields)
+    return folder
+
+
+def write_texts(folder: Path, num: int, per_shard: int = 16, length=lambda r: int(r.integers(1, 90))) -> Path:
+    """Texts whose lengths a function draws."""
+    random = np.random.default_rng(1)
+
+    def documents():
+        for i in range(num):
+            yield StoredDocument({"line": i}, (random.integers(3, 60, length(random)).astype(np.int32),))
+
+    write_shards(folder, documents(), per_shard, kind="text", tokenizer_sha256="t", provenance={})
+    return folder
+
+
+def stream_of(
+    sources: dict[str, tuple[Path | str, float]],
+    rows: range,
+    num_rows: int,
+    *,
+    length: int = 64,
+    slots: int = 4,
+    num_patches: int = NUM_PATCHES,
+    latents: tuple[int, int, int] = LATENTS,
+    seed: int = 0,
+    micro: int = 1,
+    **changes,
+) -> BatchStream:
+    """A rank's stream over folders (or URLs) and weights; `changes` are of DataConfig."""
+    values = {
+        "sources": {name: {"path": str(path), "weight": weight} for name, (path, weight) in sources.items()},
+        "tokenizer": Path("t"),
+        "vae": Path("v"),
+        "sequence_length": length,
+        "images_per_row": slots,
+        "num_streams": num_rows,
+    }
+    config = DataConfig(**values | changes)
+    shape = RowShape(length, slots, num_patches, latents)
+    opened = open_sources(config, Ids, "v", seed)
+    return BatchStream(config, opened, shape, Ids, 1000, num_rows, rows, micro)
+
+
+def digest(batch) -> list[str]:
+    """A hash of every row of a global batch."""
+    rows = []
+    for micro in batch.micro_batches:
+        for row in range(len(micro.tokens)):
+            whole = hashlib.sha256()
+            for name, value in vars(micro).items():
+                if value.ndim:
+                    whole.update(name.encode() + value[row].numpy().tobytes())
+            rows.append(whole.hexdigest())
+    return rows

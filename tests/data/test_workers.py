@@ -1,0 +1,151 @@
+"""Workers that read ahead: their errors are the run's, and none is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from megafusion.errors import UserError
+from tests.data.rows import digest, stream_of, write_pairs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return {"pairs": (write_pairs(tmp_path / "pairs", 200), 1.0)}
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process], seconds: float = 20) -> bool:
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def test_closing_ends_the_workers(sources):
+    with stream_of(sources, range(4), 4, num_workers=2, prefetch=3) as stream:
+        stream.next()
+        started = workers_of(os.getpid())
+        assert len(started) == 2
+    assert gone(started)
+
+
+def test_no_more_workers_than_rows(sources):
+    with stream_of(sources, range(2), 2, num_workers=7) as stream:
+        stream.next()
+        assert len(workers_of(os.getpid())) == 2
+
+
+def test_workers_draw_nothing_from_the_global_generator(sources):
+    before = torch.get_rng_state()
+    with stream_of(sources, range(4), 4, num_workers=2) as stream:
+        stream.next()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_a_worker_refuses_the_run_refuses_with_the_files_name(sources, tmp_path):
+    """And only when its batch is due, as without workers."""
+    late = stream_of(sources, range(4), 4)._streams[2]._sources["pairs"].document_at(2, 0, 45)
+    path = tmp_path / f"pairs/shard-{late // 16:06d}.tar"
+    with path.open("r+b") as file:
+        file.seek(int(np.load(path.with_suffix(".index.npy"))[late % 16]))
+        file.write(b"\xff")
+
+    def steps(num_workers: int) -> tuple[int, str]:
+        with stream_of(sources, range(4), 4, num_workers=num_workers) as stream:
+            for step in range(100):
+                try:
+                    stream.next()
+                except UserError as error:
+                    return step, str(error)
+        raise AssertionError
+
+    step, message = steps(0)
+    assert step > 0
+    assert path.name in message
+    assert steps(2)[0] == step
+    assert path.name in steps(2)[1]
+    assert not workers_of(os.getpid())
+
+
+def test_a_worker_that_is_killed_is_told(sources):
+    with stream_of(sources, range(4), 4, num_workers=2) as stream:
+        stream.next()
+        workers_of(os.getpid())[0].kill()
+        message = r"a process that reads data has died .*lower data\.num_workers"
+        with pytest.raises(UserError, match=message):
+            [stream.next() for _ in range(2000)]
+        assert gone(workers_of(os.getpid()))
+
+
+def test_a_defect_of_ours_keeps_its_traceback(sources):
+    stream = stream_of(sources, range(4), 4, num_workers=1)
+    stream._makers[0].make = lambda number: 1 / 0
+    with stream, pytest.raises(ZeroDivisionError, match="in DataLoader worker process 0"):
+        stream.next()
+
+
+def test_prefetch_is_bounded(sources, tmp_path):
+    """A worker makes no more than it is asked for, however long nobody takes its batches."""
+    log = tmp_path / "made"
+    stream = stream_of(sources, range(4), 4, num_workers=1, prefetch=3)
+    make = stream._makers[0].make
+
+    def counted(number: int):
+        with log.open("a") as file:
+            file.write("x")
+        return make(number)
+
+    stream._makers[0].make = counted
+    with stream:
+        stream.next()
+        time.sleep(1)
+        assert len(log.read_text()) <= 1 + 3
+
+
+SCRIPT = """
+import sys, time
+from tests.data.rows import stream_of
+with stream_of({"pairs": (sys.argv[1], 1.0)}, range(4), 4, num_workers=2, prefetch=8) as stream:
+    stream.next()
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_process_however_it_ends(sources, how):
+    command = [sys.executable, "-c", SCRIPT, str(sources["pairs"][0])]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        started = workers_of(process.pid)
+        assert len(started) == 2
+        process.send_signal(how)
+        assert process.wait(20) != 0
+    assert gone(started, 10)
+
+
+def test_a_batch_stays_as_it_was_when_later_ones_come(sources):
+    with stream_of(sources, range(4), 4, num_workers=1) as stream:
+        batch = stream.next()
+        before = digest(batch)
+        for _ in range(10):
+            stream.next()
+        assert digest(batch) == before
