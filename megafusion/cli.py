@@ -109,6 +109,8 @@ def train(
     Where it hangs or a process of it is lost, all end with exit status 75: start it again to go on.
 
     Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
+
+    On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
     from megafusion.train.config import RunConfig
     from megafusion.train.engine import start_process_group, together

@@ -46,6 +46,10 @@ def test_help_of_checkpoint_is_complete(command):
     assert "Example" in text
 
 
+def test_help_of_train_says_how_to_start_on_many_devices():
+    assert "--no_local_rank" in run("train", "--help")[1]
+
+
 def test_top_level_help_names_every_command():
     status, text = run("--help")
     assert status == 0
