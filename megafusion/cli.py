@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        if error.on_every_rank and os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
+        else:
+            typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_REFUSALS:
@@ -105,11 +109,22 @@ def train(
     Where it hangs or a process of it is lost, all end with exit status 75: start it again to go on.
 
     Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
+
+    On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
     from megafusion.train.config import RunConfig
+    from megafusion.train.engine import start_process_group, together
     from megafusion.train.run import train as run
 
-    run(load_config(RunConfig, config, overrides or []), stop_after)
+    try:
+        values = load_config(RunConfig, config, overrides or [])
+    except UserError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        start_process_group()
+        with together():  # as the other ranks' first collective
+            raise error
+    run(values, stop_after)
 
 
 @app.command()

@@ -7,3 +7,6 @@ class UserError(ValueError):
     The message names what is wrong and the way out. The command line prints it without a traceback
     and exits with status 2; anything else that escapes is a defect of ours and keeps its traceback.
     """
+
+    on_every_rank = False
+    """Every rank of a run raises this one with the same message, which rank 0 shows."""

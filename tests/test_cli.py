@@ -1,5 +1,7 @@
 """The command line as a user meets it."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,10 @@ def test_help_of_checkpoint_is_complete(command):
     assert "Example" in text
 
 
+def test_help_of_train_says_how_to_start_on_many_devices():
+    assert "--no_local_rank" in run("train", "--help")[1]
+
+
 def test_top_level_help_names_every_command():
     status, text = run("--help")
     assert status == 0
@@ -56,6 +62,45 @@ def test_a_user_error_is_one_message_and_status_2(monkeypatch, capsys):
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: nowhere.yaml: no such configuration file")
+
+
+@pytest.mark.parametrize("mistake", ["parallel.tensr=2", "parallel.tensor=3"])
+def test_what_every_rank_refuses_is_shown_by_rank_0(tmp_path, mistake):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "megafusion.cli",
+        "train",
+        "configs/quickstart.yaml",
+        f"out={tmp_path}/r",
+    ]
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        ranks.append(
+            subprocess.Popen(
+                [*command, mistake],
+                cwd=ROOT,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | place | meet,
+            )
+        )
+    try:
+        said = ranks[0].communicate(timeout=120)[1]
+        assert ranks[0].returncode == 2
+        assert "error: " in said
+        # A launcher kills all others as soon as one has ended: the one with the message is the first.
+        assert ranks[1].poll() is None
+        assert "error: " not in ranks[1].communicate(timeout=60)[1]
+        assert ranks[1].returncode == 2
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_the_installed_command_runs():

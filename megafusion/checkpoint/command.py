@@ -21,8 +21,10 @@ def show(path: Path) -> None:
     for checkpoint in _checkpoints(path):
         step = checkpoint.name.removeprefix("step-").lstrip("0") or "0"
         if (checkpoint / MANIFEST).is_file():
-            size = sum(entry["bytes"] for entry in read_manifest(checkpoint).values())
-            rows.append((step, f"{size:,}", "yes", _topology(_state(checkpoint))))
+            files = read_manifest(checkpoint)
+            size = sum(entry["bytes"] for entry in files.values())
+            whole = all(_size(checkpoint / name) == entry["bytes"] for name, entry in files.items())
+            rows.append((step, f"{size:,}", "yes" if whole else "damaged", _topology(_state(checkpoint))))
         else:
             rows.append((step, "", "no", ""))
     print("\n".join(_table(rows)))
@@ -56,6 +58,10 @@ def _checkpoints(run: Path) -> list[Path]:
     if not found:
         raise UserError(f"{run}: the run has no checkpoint yet; train it further")
     return found
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def _state(checkpoint: Path) -> dict:

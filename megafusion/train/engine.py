@@ -62,7 +62,9 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     messages: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(messages, message, group)
     if found := next((m for m in messages if m is not None), None):
-        raise UserError(found)
+        error = UserError(found)
+        error.on_every_rank = dist.get_world_size(group) == dist.get_world_size()
+        raise error
 
 
 def rows_of_rank(config: RunConfig, topology: Topology) -> range:

@@ -35,7 +35,7 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
-        if self._first_step:
+        if self._first_step and not self._silent:
             state = "is finished" if self._first_step >= self._num_steps else "goes on"
             self.progress.console.print(f"{self._folder}: {state} after step {self._first_step}")
         return self

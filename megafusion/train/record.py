@@ -55,8 +55,14 @@ def freeze(config: RunConfig) -> None:
         return
     # A start that hung has left its stacks; they are no reason to refuse the next one.
     refuse_foreign(config.out, "config.yaml", beside=("stacks",))
-    write_file(config.out / "environment.json", json.dumps(_environment(config), indent=1) + "\n")
-    write_file(path, dump_config(config))
+    environment = json.dumps(_environment(config), indent=1) + "\n"
+    try:
+        write_file(config.out / "environment.json", environment)
+        write_file(path, dump_config(config))
+    except OSError as error:
+        raise UserError(
+            f"{config.out}: cannot be written ({error.strerror or error}); make room, or choose another out="
+        ) from error
 
 
 def _check_shards(config: RunConfig) -> None:

@@ -43,7 +43,8 @@ def train(config: RunConfig, stop_after: int | None = None) -> None:
 
 def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> None:
     is_first = dist.get_rank() == 0
-    topology = make_topology(config.parallel)
+    with together():
+        topology = make_topology(config.parallel)
     with together():
         parts = assemble(config, topology)
         if is_first:

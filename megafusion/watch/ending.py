@@ -98,7 +98,8 @@ def _write_stacks(reason: str, here: Here, folder: Path) -> None:
     if here.error:
         lines += traceback.format_exception(here.error)
     lines += format_stacks(here.thread)
-    write_file(folder / f"rank-{here.rank:05}.txt", "\n".join(line.rstrip("\n") for line in lines))
+    with suppress(OSError):  # a disk that refuses does not keep the message back
+        write_file(folder / f"rank-{here.rank:05}.txt", "\n".join(line.rstrip("\n") for line in lines))
 
 
 def _written(folder: Path, started: str) -> dict[int, Heartbeat]:

@@ -55,6 +55,12 @@ def test_show_lists_a_run_and_describes_a_checkpoint(run):
     assert "world_size 1" in text
 
 
+def test_show_tells_a_checkpoint_with_a_file_cut_short(run):
+    with (run / "checkpoints/step-00000003/tensors/__0_0.distcp").open("r+b") as file:
+        file.truncate(1000)
+    assert [line.split()[2] for line in checkpoint("show", run).splitlines()[1:]] == ["damaged", "yes"]
+
+
 def test_verify_names_the_bad_file(run):
     assert checkpoint("verify", run).count("as they were written") == 2
     file = run / "checkpoints/step-00000003/tensors/__0_0.distcp"

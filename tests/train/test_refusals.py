@@ -62,6 +62,13 @@ def test_a_folder_that_is_no_run_is_left_alone(run_values):
     assert [p.name for p in other.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_that_cannot_be_made_is_named(run_values, tmp_path):
+    (tmp_path / "file").touch()
+    run_values["out"] = str(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"file/run: cannot be written \(Not a directory\)"):
+        start(run_values)
+
+
 def test_diverged_weights_never_push_out_a_good_checkpoint(run_values):
     run_values["train"] |= {"log_every": 5, "checkpoint_every": 1, "keep_last": 1}
     run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}

@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from megafusion.errors import UserError
 from megafusion.train.engine import start_process_group, together
+from megafusion.watch.ending import _publish, _write_stacks
+from megafusion.watch.heartbeat import Here
 from megafusion.watch.report import EXIT_STATUS, ranks_in_words
 from megafusion.watch.watchdog import Watchdog
 
@@ -253,6 +255,19 @@ def test_a_lone_process_that_stalls_writes_its_stacks_and_ends(tmp_path):
     assert ranks.statuses == [EXIT_STATUS]
     assert re.search(r"^  rank 0: step 2, train, at .*reads_for_ever$", ranks.report, re.M), ranks.report
     assert ranks.stacks == ["rank-00000.txt"]
+
+
+def test_stacks_that_cannot_be_written_do_not_keep_the_message_back(tmp_path, capfd):
+    start_process_group()
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "stacks"
+    here = Here()
+    Path(tmp_path / "in-place").mkdir()
+    _write_stacks("lost", here, tmp_path / "in-place")
+    assert (tmp_path / "in-place" / "rank-00000.txt").is_file()
+    _write_stacks("lost", here, folder)
+    _publish("megafusion: lost", folder, here, 1.0)
+    assert capfd.readouterr().err.count("megafusion: lost") == 1
 
 
 def test_ranks_in_words():
