@@ -177,14 +177,15 @@ class LogicalStream:
     def _start(self, source: Source) -> int:
         """Positions that a source is ahead at the start, as though the stream had been joined anywhere.
 
-        Spread evenly over the streams, so that they come to each source at different times, and any few
-        rows of a batch are together like any others.
+        Spread evenly over the streams and over the source's share of a row or its mean document, so that rows
+        end at different places of the mixture, and any few of a batch are together like any others.
         """
         place = counter_generator(source.seed, source.number, 0, 0, PHASE).random()
         spread = (place + self.number * math.sqrt(PRIMES[source.number % len(PRIMES)])) % 1
-        return int(
-            (spread - 0.5) * min(source.positions_per_document(self._shape.num_patches), self._shape.length)
-        )
+        weights = {name: about.weight for name, about in self._config.sources.items()}
+        share = self._shape.length * weights[source.name] / sum(weights.values())
+        document = min(source.positions_per_document(self._shape.num_patches), self._shape.length)
+        return int((spread - 0.5) * max(share, document))
 
     def _next_length(self, name: str) -> int:
         """Positions that would be read next of a source; 0 where its next document is bad."""

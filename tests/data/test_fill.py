@@ -180,7 +180,20 @@ def test_a_long_text_does_not_hold_up_what_came_before(tmp_path):
     assert max(waited.values()) < 8
 
 
+def test_streams_start_at_different_places_of_the_mixture(tmp_path):
+    """Documents of one length each, so that streams that start alike would stay in step."""
+    write_pairs(tmp_path / "pairs", 600, latents=(1, 2, 2), caption=lambda r: 20)
+    write_texts(tmp_path / "text", 600, length=lambda r: 3000)
+    sources = {"pairs": (tmp_path / "pairs", 0.5), "text": (tmp_path / "text", 0.5)}
+    stream = stream_of(sources, range(16), 16, length=4096, slots=15, num_patches=256, latents=(1, 2, 2))
+    _, batches = packed(stream, 12)
+    shares = np.array([b["pairs"] / b.total() for b in batches])
+    assert np.abs(shares - 0.5).max() < 0.13  # 0.16 if all began alike
+    assert shares.std() < 0.065  # 0.084
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_memory_stays_flat_over_100_000_rows(tmp_path):
     import psutil
 

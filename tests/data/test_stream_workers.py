@@ -27,22 +27,29 @@ def workers_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+@pytest.fixture
+def own_workers():
+    """Those begun since the test began: other tests of the session leave servers of processes."""
+    before = set(workers_of(os.getpid()))
+    return lambda: [process for process in workers_of(os.getpid()) if process not in before]
+
+
 def gone(processes: list[psutil.Process], seconds: float = 20) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
-def test_closing_ends_the_workers(sources):
+def test_closing_ends_the_workers(sources, own_workers):
     with stream_of(sources, range(4), 4, num_workers=2, prefetch=3) as stream:
         stream.next()
-        started = workers_of(os.getpid())
+        started = own_workers()
         assert len(started) == 2
     assert gone(started)
 
 
-def test_no_more_workers_than_rows(sources):
+def test_no_more_workers_than_rows(sources, own_workers):
     with stream_of(sources, range(2), 2, num_workers=7) as stream:
         stream.next()
-        assert len(workers_of(os.getpid())) == 2
+        assert len(own_workers()) == 2
 
 
 def test_workers_draw_nothing_from_the_global_generator(sources):
@@ -52,7 +59,7 @@ def test_workers_draw_nothing_from_the_global_generator(sources):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_what_a_worker_refuses_the_run_refuses_with_the_files_name(sources, tmp_path):
+def test_what_a_worker_refuses_the_run_refuses_with_the_files_name(sources, own_workers, tmp_path):
     """And only when its batch is due, as without workers."""
     late = stream_of(sources, range(4), 4)._streams[2]._sources["pairs"].document_at(2, 0, 45)
     path = tmp_path / f"pairs/shard-{late // 16:06d}.tar"
@@ -74,17 +81,17 @@ def test_what_a_worker_refuses_the_run_refuses_with_the_files_name(sources, tmp_
     assert path.name in message
     assert steps(2)[0] == step
     assert path.name in steps(2)[1]
-    assert not workers_of(os.getpid())
+    assert not own_workers()
 
 
-def test_a_worker_that_is_killed_is_told(sources):
+def test_a_worker_that_is_killed_is_told(sources, own_workers):
     with stream_of(sources, range(4), 4, num_workers=2) as stream:
         stream.next()
-        workers_of(os.getpid())[0].kill()
+        own_workers()[0].kill()
         message = r"a process that reads data has died .*lower data\.num_workers"
         with pytest.raises(UserError, match=message):
             [stream.next() for _ in range(2000)]
-        assert gone(workers_of(os.getpid()))
+        assert gone(own_workers())
 
 
 def test_a_defect_of_ours_keeps_its_traceback(sources):
