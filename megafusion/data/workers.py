@@ -1,8 +1,9 @@
 """Processes that make shares of batches ahead: torch's DataLoader, each worker with a maker of its own."""
 
-import ctypes
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -12,7 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
 
-PR_SET_PDEATHSIG = 1
+# Not forked from this process: a trainer has threads (NCCL's, those that save), and a lock that one of them
+# holds at a fork stays locked in the copy. The server has none, and loads what its workers need once.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["megafusion.data.stream"])
 
 
 class _Refused(NamedTuple):
@@ -39,7 +43,7 @@ class _Ahead(IterableDataset):
 class Workers:
     """Processes that call makers for batch after batch, at most `prefetch` batches ahead.
 
-    They begin as copies of this process (fork), and end with `close`, or with this process however it ends.
+    makers: picklable. The processes end with `close`, or with this process however it ends.
     """
 
     def __init__(self, makers: Sequence[Callable[[int], Any]], first: int, prefetch: int):
@@ -51,7 +55,7 @@ class Workers:
             prefetch_factor=prefetch,
             collate_fn=_as_it_is,
             worker_init_fn=_begin,
-            multiprocessing_context="fork",
+            multiprocessing_context=_CONTEXT,
             generator=torch.Generator(),  # or it would draw from the global one
         )
         self._parts = iter(loader)
@@ -84,8 +88,11 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _begin(number: int) -> None:
-    """The kernel ends a worker with its parent, whatever ends that; Ctrl-C is the parent's to handle."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """A worker ends with the process that reads, whatever ends that; Ctrl-C is for that one to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.getppid() == 1:
-        os._exit(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
