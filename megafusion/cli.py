@@ -39,6 +39,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; what the user can fix ends with one message and exit status 2."""
+    os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
     try:
         app()
     except UserError as error:
@@ -198,6 +199,36 @@ def report(
     for name, value in report.items():
         typer.echo(f"{name}: {value}")
     typer.echo(f"look at {run_folder / 'samples.png'}, captions.txt and losses.png beside it")
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    site: Annotated[
+        str, typer.Option(help="Cluster: a name in launchers/sites/, or a file like the ones there.")
+    ] = ...,
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.", min=1)] = 1,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Time limit, as sbatch takes it; else the site's.")
+    ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="What starts the ranks: srun or deepspeed; else the site's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the job script, submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a run to SLURM: its job script and frozen configuration go into the run folder.
+
+    The job goes back into the queue by itself until the run is finished. Submitting again, with other --nodes,
+    replaces a job that is in the queue once that has ended.
+
+    Example: megafusion launch configs/7b.yaml parallel.tensor=8 --site example --nodes 16 --dry-run
+    """
+    from megafusion.launch.command import launch as run
+
+    typer.echo(run(config, overrides or [], site, nodes, time_limit, launcher, dry_run))
 
 
 checkpoint_app = typer.Typer(
