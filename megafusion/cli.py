@@ -133,6 +133,19 @@ def train(
 
 
 @app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a run, training or ended.", metavar="RUN")],
+) -> None:
+    """Show a run on one screen: progress, losses, speed, last checkpoint, what was left out, restarts.
+
+    Example: megafusion status runs/quickstart
+    """
+    from megafusion.health.status import show_status
+
+    show_status(run_folder)
+
+
+@app.command()
 def generate(
     checkpoint: Annotated[
         Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")

@@ -23,6 +23,8 @@ class Starts:
     def __init__(self, folder: Path):
         self._folder = folder
         self._starts = read_starts(folder)
+        for start in self._starts:
+            start.pop("is_open", None)  # this process is the run now
         self._step_file: int | None = None
 
     def refuse_crash_loop(self, most: int) -> None:

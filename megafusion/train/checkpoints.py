@@ -76,7 +76,7 @@ class Checkpoints:
         self._saved = state["step"]
 
     def settle(self, must: bool = False) -> None:
-        """Wait for the save under way; raise SaveFailed if it must be written or the run stops, else say it."""
+        """Wait for the save under way; SaveFailed if it must be written or the run stops, else it is said."""
         try:
             self._checkpointer.wait()
         except SaveFailed as error:

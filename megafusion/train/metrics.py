@@ -1,6 +1,8 @@
 """What a run tells while it goes: a progress bar, RUN/metrics.jsonl, and the trackers."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -36,9 +38,21 @@ class Metrics:
         self._trackers = open_trackers(self._config, step)
 
     def _close(self) -> None:
-        self._lines.close()
+        with self._as_the_disk_allows():
+            self._lines.close()
         for tracker in self._trackers:
-            tracker.close()
+            with self._as_the_disk_allows():
+                tracker.close()
+
+    @contextmanager
+    def _as_the_disk_allows(self) -> Iterator[None]:
+        """Where training goes on without a checkpoint, it does so without a line of metrics."""
+        try:
+            yield
+        except OSError as error:
+            if self._config.train.on_save_error == "stop":
+                raise
+            self.say(f"warning: metrics not written ({error.strerror or error})")
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
@@ -73,10 +87,12 @@ class Metrics:
         """Record numbers as they are after `step` updates."""
         if self._silent:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        with self._as_the_disk_allows():
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()  # what a full disk does not take stays in the buffer, for the next time
         for tracker in self._trackers:
-            tracker.log(step, values)
+            with self._as_the_disk_allows():
+                tracker.log(step, values)
         shown = (
             f"text {values['text_loss']:.3f}  image {values['image_loss']:.4f}  "
             f"{values['tokens_per_second']:,.0f} tokens/s"
