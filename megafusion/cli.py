@@ -38,7 +38,7 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Run the command line; what the user can fix ends with one message and exit status 2."""
+    """Run the command line; what the user can fix ends with one message and exit status 2 (or 1)."""
     os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
     try:
         app()
@@ -47,7 +47,7 @@ def main() -> None:
             time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
         else:
             typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except OSError as error:
         if error.errno not in DISK_REFUSALS:
             raise
@@ -107,12 +107,16 @@ def train(
 ) -> None:
     """Train a model, or go on with the run that stands in the output folder.
 
-    Where it hangs or a process of it is lost, all end with exit status 75: start it again to go on.
+    SIGTERM or SIGUSR1 to any process ends all after the step, with a checkpoint and exit status 75; so does a
+    hang or a lost process, without a new checkpoint: start it again to go on.
 
     Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
+    from megafusion.health.signals import StopSignals
+
+    signals = StopSignals().listen()  # before torch is loaded, which takes seconds
     from megafusion.train.config import RunConfig
     from megafusion.train.engine import start_process_group, together
     from megafusion.train.run import train as run
@@ -125,7 +129,21 @@ def train(
         start_process_group()
         with together():  # as the other ranks' first collective
             raise error
-    run(values, stop_after)
+    if run(values, stop_after, signals) == "preempted":
+        raise typer.Exit(os.EX_TEMPFAIL)
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a run, training or ended.", metavar="RUN")],
+) -> None:
+    """Show a run on one screen: progress, losses, speed, last checkpoint, what was left out, restarts.
+
+    Example: megafusion status runs/quickstart
+    """
+    from megafusion.health.status import show_status
+
+    show_status(run_folder)
 
 
 @app.command()

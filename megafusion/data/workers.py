@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
+from megafusion.health.signals import ignore_stop_signals
 
 PR_SET_PDEATHSIG = 1
 
@@ -55,6 +57,8 @@ class Workers:
             generator=torch.Generator(),  # or it would draw from the global one
         )
         self._parts = iter(loader)
+        # Python ends such processes with SIGTERM, which these leave to their parent.
+        self._end = weakref.finalize(self, _kill, list(self._parts._workers))
 
     def next(self) -> list[Any]:
         """What each worker has made of the next batch. Raises UserError as a worker did."""
@@ -77,6 +81,14 @@ class Workers:
     def close(self) -> None:
         """End the processes and wait for them."""
         self._parts._shutdown_workers()
+        self._end()
+
+
+def _kill(processes: list) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _as_it_is(made: Any) -> Any:
@@ -84,8 +96,9 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _begin(number: int) -> None:
-    """The kernel ends a worker with its parent, whatever ends that; Ctrl-C is the parent's to handle."""
+    """The kernel ends a worker with its parent, whatever ends that; signals are the parent's to handle."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_stop_signals()
     if os.getppid() == 1:
         os._exit(1)

@@ -30,12 +30,15 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
+    "train.on_save_error",
     "train.timeout_seconds",
     "train.micro_batch_rows",
     "train.recompute",
     "train.compile",
     "parallel.",
+    "train.trackers",
     "train.wandb_project",
+    "health.max_crashes",
     "samples.",
 )
 

@@ -1,6 +1,7 @@
 """A rank that is killed while it saves: the others end and name it, and the run goes on from before."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -49,9 +50,9 @@ def test_a_rank_killed_while_saving_is_named_and_the_run_goes_on(run_values, tmp
     (report,) = (run / "stacks").glob("report-*.txt")
     first, *places = report.read_text().splitlines()
     assert f"rank {lost} does not answer" in first
-    assert any("in _all_reduce called from megafusion/parallel/tensor.py" in place for place in places), (
-        places
-    )
+    # In a backward pass no frame of the layer is left between autograd and the collective.
+    waits = r"in _all_reduce called from megafusion/(parallel/tensor|train/step)\.py"
+    assert any(re.search(waits, place) for place in places), places
     checkpoints = complete_checkpoints(run / "checkpoints")
     assert [path.name for path in checkpoints] == ["step-00000002"]
     verify_checkpoint(checkpoints[0])
