@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help quickstart test test-parallel lint format preprocess benchmark clean
+.PHONY: help quickstart test test-parallel slurm-test audit lint format preprocess benchmark clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +20,17 @@ test: $(INSTALLED)  ## Run every test, on two processes, with coverage.
 
 test-parallel: $(INSTALLED)  ## Every form of parallelism against one device: a table, and runs/parallel.json.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.matrix
+
+slurm-test: $(INSTALLED)  ## A real SLURM of two nodes here: runs on it, disturbed ten times; runs/slurm.json.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launchers.slurm_matrix
+
+audit: $(INSTALLED)  ## Look every pinned package up among known vulnerabilities (needs the internet).
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
+	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	@rm -f build/audit.json
+	-@build/audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
+	  --format json --output build/audit.json 2>&1 | tail -n 1 >&2
+	@$(BIN)/python -m tests.audit build/audit.json
 
 lint: $(INSTALLED)  ## Check format and style.
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@
 # starts again from the last checkpoint. Logs are RUN/logs/rank-*.log on the machines' shared disk.
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launchers/common.sh
 . "$here/common.sh"
 if [ $# -lt 2 ] || [ ! -f "$1" ]; then
     sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2

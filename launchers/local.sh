@@ -8,6 +8,7 @@
 # the trainer's status: 75 means that the same command goes on.
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launchers/common.sh
 . "$here/common.sh"
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
     sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2

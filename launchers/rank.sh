@@ -11,15 +11,9 @@ if [ -z "${RANK:-}" ]; then
     : "${SLURM_PROCID:?no RANK: start this through srun, local.sh or deepspeed.sh}"
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 fi
-umask o-w
+# shellcheck source=launchers/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 mkdir -p "$run/logs"
 exec >> "$run/logs/$(printf 'rank-%05d.log' "$RANK")" 2>&1
 echo "== $(date +%Y-%m-%dT%H:%M:%S%z) rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, on $(hostname -s)"
-# Enroot's containers come with srun (--container-image, see slurm/train.sbatch); Apptainer's begin here.
-if [ "${MEGAFUSION_CONTAINER:-}" = apptainer ]; then
-    options=(--pwd "$PWD")
-    [ -e /dev/nvidiactl ] && options+=(--nv)
-    [ -n "${MEGAFUSION_CONTAINER_MOUNTS:-}" ] && options+=(--bind "$MEGAFUSION_CONTAINER_MOUNTS")
-    set -- apptainer exec "${options[@]}" "${MEGAFUSION_CONTAINER_IMAGE:?}" "$@"
-fi
-exec "$@"
+in_container "$@"

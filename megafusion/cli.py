@@ -239,8 +239,8 @@ def launch(
 ) -> None:
     """Submit a run to SLURM: its job script and frozen configuration go into the run folder.
 
-    The job goes back into the queue by itself until the run is finished. Submitting again, with other --nodes,
-    replaces a job that is in the queue once that has ended.
+    The job goes back into the queue by itself until the run is finished. Submitted again, with other --nodes,
+    a run goes on in the new job once the old one has ended.
 
     Example: megafusion launch configs/7b.yaml parallel.tensor=8 --site example --nodes 16 --dry-run
     """

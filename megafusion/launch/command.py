@@ -40,7 +40,9 @@ def launch(
     if dry_run:
         return script
     if not shutil.which("sbatch"):
-        raise UserError("sbatch is not on the PATH: launch from a login node, or look at the job with --dry-run")
+        raise UserError(
+            "sbatch is not on the PATH: launch from a login node, or look at the job with --dry-run"
+        )
     config = config.model_copy(update={"out": job.run})
     (job.run / "logs").mkdir(parents=True, exist_ok=True)
     write_file(job.folder / "config.yaml", dump_config(config))
@@ -54,7 +56,10 @@ def launch(
 
 def _submit(job: Job) -> str:
     done = subprocess.run(
-        ["sbatch", "--parsable", str(job.folder / "train.sbatch")], capture_output=True, text=True, check=False
+        ["sbatch", "--parsable", str(job.folder / "train.sbatch")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise UserError(f"sbatch refused {job.folder / 'train.sbatch'}: {done.stderr.strip()}")
@@ -80,7 +85,7 @@ def _told(job: Job, job_id: str, before: list[str]) -> str:
         f"job {job_id}: {job.world_size} ranks on {job.nodes} nodes, {job.run}",
         "follow it:",
         f"  squeue --job {job_id}",
-        f"  tail -F {job.run}/logs/rank-00000.log    # progress; job-{job_id}.log beside it has starts and ends",
+        f"  tail -F {job.run}/logs/rank-00000.log    # job-{job_id}.log beside it has starts and ends",
         f"  megafusion status {job.run}",
         "save and go back into the queue, or end:",
         f"  scancel --signal=USR1 {job_id}",

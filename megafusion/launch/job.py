@@ -39,12 +39,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The job's name, by which SLURM runs one job of a run at a time: from the end of its path, readable."""
+        """The job's name, one for each run: SLURM runs one job of a name at a time."""
         return "megafusion:" + str(self.run).strip("/").replace("/", ":")
 
 
 def render(job: Job) -> str:
-    """The script, which sbatch takes as it is. No value of a configuration is in it: it names the frozen file."""
+    """The script, for sbatch. No value of a configuration is in it: it names the frozen file."""
     if job.time is not None and not _TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time!r}: write minutes, H:MM:SS or D-HH:MM:SS")
     options = job.site.options | ({"time": job.time} if job.time else {})

@@ -19,7 +19,7 @@ _PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
 
 
 def run_folder(config: Path, overrides: Sequence[str]) -> Path:
-    """The absolute path of a run's `out`. UserError where there is none, or one that launchers cannot hand on."""
+    """The absolute path of a run's `out`. UserError where there is none, or none that scripts hand on."""
     if not config.is_file():
         raise UserError(f"{config}: no such configuration file; see the ones in configs/")
     try:
@@ -36,9 +36,7 @@ def plain_path(path: Path, name: str) -> Path:
     """The absolute path. UserError where it has characters that sbatch or a shell might read."""
     path = path.absolute()
     if not _PLAIN_PATH.fullmatch(str(path)):
-        raise UserError(
-            f"{name} {str(path)!r}: launchers take paths of letters, digits and @+=:,./_- alone; choose another"
-        )
+        raise UserError(f"{name} {str(path)!r}: launchers take paths of letters, digits and @+=:,./_- only")
     return path
 
 

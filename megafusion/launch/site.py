@@ -1,6 +1,6 @@
 """A site file: what a cluster wants of sbatch, and the environment of every process there.
 
-python -m megafusion.launch.site FILE prints the environment as KEY=VALUE lines, which DeepSpeed's launcher reads.
+python -m megafusion.launch.site FILE prints the environment as KEY=VALUE lines, for DeepSpeed's launcher.
 """
 
 import re
@@ -35,7 +35,15 @@ CONTAINERS = ("none", "apptainer", "enroot")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION_VALUE = re.compile(r"[\w@%+=:,./\[\]-]+")
 # Set by the job, from SLURM, for every process.
-_OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MEGAFUSION_RUN", "MEGAFUSION_ROOT")
+_OURS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "MEGAFUSION_RUN",
+    "MEGAFUSION_ROOT",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Site:
 
     @classmethod
     def load(cls, name: str) -> "Site":
-        """Read launchers/sites/NAME.env, or a file by its path. UserError names file, line and the way out."""
+        """Read launchers/sites/NAME.env, or a file by its path. UserError names file and line."""
         path = Path(name) if "/" in name or name.endswith(".env") else SITES / f"{name}.env"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in SITES.glob("*.env")))
@@ -72,7 +80,9 @@ class Site:
             options,
             environment,
             _whole_number(path, environment, "MEGAFUSION_RANKS_PER_NODE"),
-            check_launcher(environment.get("MEGAFUSION_LAUNCHER", LAUNCHERS[0]), f"{path}: MEGAFUSION_LAUNCHER"),
+            check_launcher(
+                environment.get("MEGAFUSION_LAUNCHER", LAUNCHERS[0]), f"{path}: MEGAFUSION_LAUNCHER"
+            ),
         )
 
 

@@ -56,7 +56,7 @@ def freeze(config: RunConfig) -> None:
             )
         _check_shards(config)
         return
-    # A start that hung has left its stacks, and a launcher its job and logs; they are no reason to refuse a start.
+    # A start that hung has left its stacks, a launcher its job and logs: no reason to refuse a start.
     refuse_foreign(config.out, "config.yaml", beside=("stacks", "launch", "logs"))
     environment = json.dumps(_environment(config), indent=1) + "\n"
     try:

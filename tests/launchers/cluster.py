@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, with its own keys, ports and folder, for as long as a block runs."""
+"""A real SLURM of two nodes on this machine, with its own keys, ports and folder, while a block runs."""
 
 import getpass
 import os
