@@ -27,6 +27,7 @@ SBATCH_OPTIONS = (
     "partition",
     "qos",
     "reservation",
+    "signal",
     "time",
 )
 LAUNCHERS = ("srun", "deepspeed")

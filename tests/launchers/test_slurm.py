@@ -1,4 +1,4 @@
-"""On a real SLURM of two nodes: a run that grows, is cancelled, and shrinks. `make slurm-test` does the rest."""
+"""On a real SLURM of two nodes: a run grows, is cancelled, and shrinks. `make slurm-test` does the rest."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         bool(missing_programs()),
-        reason=f"SLURM is not installed: {', '.join(missing_programs())} missing (apt-get install slurm-wlm munge)",
+        reason=f"no SLURM (apt-get install slurm-wlm munge): {', '.join(missing_programs())} missing",
     ),
 ]
 
