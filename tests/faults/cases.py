@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -231,11 +231,11 @@ def crawling_disk(bench: Bench, policy: str) -> Case:
     return case
 
 
-def nans(bench: Bench) -> Case:
+def nans(bench: Bench, victims: Sequence[int] = range(4)) -> Case:
     """NaN in one rank's gradient: all leave the step out, count it, as if its batch had not been."""
     case, world, bad = Case("NaN in one rank's gradient, 2 x 2 ranks"), 4, range(5, 6)
     without = bench._finish(bench.values(world), world, partial(without_batches, batches=bad))
-    for victim in range(world):
+    for victim in victims:
         values = bench.values(world)
         with Job(values, world, hurt=partial(nan_gradients, victim=victim, batches=bad)) as job:
             statuses = job.end()
@@ -291,14 +291,15 @@ def stopped_rank(bench: Bench) -> Case:
     return case
 
 
-def flipped_bits(bench: Bench, each: int, seed: int = 0) -> Case:
+def flipped_bits(bench: Bench, each: int, names: Sequence[str] = (), seed: int = 0) -> Case:
     """A bit of a file of the newest checkpoint: found by its hash, said, and the one before is used."""
     case, draw, world = Case("a bit flipped in any file of the newest checkpoint"), random.Random(seed), 2
     bench.whole(world)
     values = bench.values(world)
     with Job(values, world, "--stop-after", "6") as job:
         assert job.end() == [0] * world, job.said()
-    names = [str(p.relative_to(newest(job.run))) for p in sorted(newest(job.run).rglob("*")) if p.is_file()]
+    files = [str(p.relative_to(newest(job.run))) for p in sorted(newest(job.run).rglob("*")) if p.is_file()]
+    names = names or files
     for name in [name for name in names for _ in range(each)]:
         again = bench.values(world)
         subprocess.run(["cp", "-r", str(job.run), again["out"]], check=True)
