@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help quickstart test test-parallel slurm-test audit lint format preprocess benchmark clean
+.PHONY: help quickstart test test-parallel test-faults slurm-test audit lint format preprocess benchmark clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +20,9 @@ test: $(INSTALLED)  ## Run every test, on two processes, with coverage.
 
 test-parallel: $(INSTALLED)  ## Every form of parallelism against one device: a table, and runs/parallel.json.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.matrix
+
+test-faults: $(INSTALLED)  ## Kills, signals, bad disks and bad gradients, done to real runs: runs/faults.json (as root).
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.table
 
 slurm-test: $(INSTALLED)  ## A real SLURM of two nodes here: runs on it, disturbed ten times; runs/slurm.json.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launchers.slurm_matrix

@@ -12,6 +12,7 @@ import typer
 from megafusion import __version__
 from megafusion.config import load_config
 from megafusion.errors import UserError
+from megafusion.health.signals import StopSignals
 
 # Threads of a CPU that wait for one another by spinning slow a step sevenfold as soon as anything else runs
 # on a core; read when torch is loaded, which no command does before this line.
@@ -19,6 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What a disk answers when it will not take more.
 DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+
+stop_signals = StopSignals()
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +43,8 @@ Overrides = Annotated[
 def main() -> None:
     """Run the command line; what the user can fix ends with one message and exit status 2 (or 1)."""
     os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
+    if sys.argv[1:2] == ["train"]:
+        stop_signals.listen()  # before torch is loaded, which takes seconds
     try:
         app()
     except UserError as error:
@@ -114,9 +119,6 @@ def train(
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
-    from megafusion.health.signals import StopSignals
-
-    signals = StopSignals().listen()  # before torch is loaded, which takes seconds
     from megafusion.train.config import RunConfig
     from megafusion.train.engine import start_process_group, together
     from megafusion.train.run import train as run
@@ -129,7 +131,7 @@ def train(
         start_process_group()
         with together():  # as the other ranks' first collective
             raise error
-    if run(values, stop_after, signals) == "preempted":
+    if run(values, stop_after, stop_signals) == "preempted":
         raise typer.Exit(os.EX_TEMPFAIL)
 
 

@@ -43,10 +43,12 @@ def train(config: RunConfig, stop_after: int | None = None, signals: StopSignals
     """
     # A minute more than the watchdog gives, so that its message comes before torch's.
     start_process_group(config.train.timeout_seconds + 60)
+    signals = signals or StopSignals()
+    signals.begin()
     starts = Starts(config.out)
     with Watchdog(config.out, config.train.timeout_seconds) as watchdog:
         try:
-            ended = _train(config, stop_after, signals or StopSignals(), watchdog, starts)
+            ended = _train(config, stop_after, signals, watchdog, starts)
         except UserError as error:
             starts.end("refused", str(error))
             raise

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -70,10 +71,24 @@ class Job:
         return False
 
     def end(self, seconds: float = 120) -> list[int | None]:
-        """Exit statuses, once all have ended; None for one that has not in time."""
+        """Exit statuses, once all have ended; None for one that has not in time.
+
+        Where one has failed, the others are asked to end, and killed 30 s later, as by DeepSpeed's launcher.
+        """
         deadline = time.monotonic() + seconds
+        is_told = False
+        while alive := [process.sentinel for process in self.processes if process.is_alive()]:
+            if not wait(alive, max(0, deadline - time.monotonic())):
+                break
+            if any(process.exitcode for process in self.processes) and not is_told:
+                is_told, deadline = True, min(deadline, time.monotonic() + 31)
+                time.sleep(1)
+                for process in self.processes:
+                    process.terminate()
         for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+            if is_told and process.is_alive():
+                process.kill()
+                process.join()
         return [process.exitcode for process in self.processes]
 
 

@@ -1,6 +1,10 @@
 """The start-up self-test passes on a sound machine in well under a second, and names the rank that is not."""
 
+import os
+import signal
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch.distributed as dist
 from megafusion.errors import UserError
 from megafusion.health.self_test import self_test
 from megafusion.health.signals import StopSignals
-from tests.workers import run_workers
+from tests.workers import WorkersFailed, run_workers
 
 
 def sound(folder: Path) -> tuple[int, bool, float]:
@@ -76,11 +80,22 @@ def test_signals_are_noted_and_further_ones_change_nothing():
     assert requested == [False, True, True]
 
 
-def signalled() -> list[bool]:
-    import os
-    import signal
-
+def signalled_early() -> None:
     signals = StopSignals().listen()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    # The main thread waits in C, where no handler of Python's runs.
+    dist.TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=timedelta(seconds=30))
+    assert signals
+
+
+def test_a_signal_ends_a_process_that_waits_for_others_to_appear():
+    with pytest.raises(WorkersFailed, match="rank 0: ended with status 75"):
+        run_workers(signalled_early, 1, timeout=20)
+
+
+def signalled() -> list[bool]:
+    signals = StopSignals().listen()
+    signals.begin()
     seen = [signals.requested]
     for number in (signal.SIGUSR1, signal.SIGTERM):
         os.kill(os.getpid(), number)
