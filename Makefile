@@ -27,13 +27,13 @@ test-faults: $(INSTALLED)  ## Kills, signals, bad disks and bad gradients, done 
 slurm-test: $(INSTALLED)  ## A real SLURM of two nodes here: runs on it, disturbed ten times; runs/slurm.json.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launchers.slurm_matrix
 
-audit: $(INSTALLED)  ## Look every pinned package up among known vulnerabilities (needs the internet).
+audit:  ## Look every pinned package up among known vulnerabilities (needs the internet).
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
 	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
 	@rm -f build/audit.json
-	-@build/audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
-	  --format json --output build/audit.json 2>&1 | tail -n 1 >&2
-	@$(BIN)/python -m tests.audit build/audit.json
+	@build/audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
+	  --format json --output build/audit.json > build/audit.log 2>&1 || test -f build/audit.json || tail -n 1 build/audit.log
+	@$(PYTHON) -m tests.audit build/audit.json
 
 lint: $(INSTALLED)  ## Check format and style.
 	$(BIN)/ruff format --check .

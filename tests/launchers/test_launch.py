@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megafusion.cli import app
+from megafusion.cli import app, main
 from megafusion.errors import UserError
 from megafusion.launch.site import Site
 from tests.small import ROOT
@@ -249,6 +249,17 @@ def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_th
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 30
     assert "rank 1 of 2" in (run / "logs/rank-00001.log").read_text()
     assert world_writable(run) == []
+
+
+def test_the_command_lets_the_world_write_nothing_and_keeps_what_else_is_hidden(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["megafusion", "--version"])
+    before = os.umask(0o020)
+    try:
+        with pytest.raises(SystemExit):
+            main()
+    finally:
+        left = os.umask(before)
+    assert left == 0o022
 
 
 def rank_of(launcher: int, rank: int) -> int:
