@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help quickstart test test-parallel lint format preprocess benchmark clean
+.PHONY: help quickstart test test-parallel test-faults slurm-test audit lint format preprocess benchmark clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +20,20 @@ test: $(INSTALLED)  ## Run every test, on two processes, with coverage.
 
 test-parallel: $(INSTALLED)  ## Every form of parallelism against one device: a table, and runs/parallel.json.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.matrix
+
+test-faults: $(INSTALLED)  ## Kills, signals, bad disks and bad gradients, done to real runs: runs/faults.json (as root).
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.table
+
+slurm-test: $(INSTALLED)  ## A real SLURM of two nodes here: runs on it, disturbed ten times; runs/slurm.json.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launchers.slurm_matrix
+
+audit:  ## Look every pinned package up among known vulnerabilities (needs the internet).
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
+	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	@rm -f build/audit.json
+	@build/audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
+	  --format json --output build/audit.json > build/audit.log 2>&1 || test -f build/audit.json || tail -n 1 build/audit.log
+	@$(PYTHON) -m tests.audit build/audit.json
 
 lint: $(INSTALLED)  ## Check format and style.
 	$(BIN)/ruff format --check .

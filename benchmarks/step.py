@@ -23,7 +23,6 @@ from megafusion.storage import write_file
 from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import make_engine, start_process_group
-from megafusion.train.step import global_counts
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -39,10 +38,12 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
         spent = dict.fromkeys(PHASES, 0.0)
         watch = Stopwatch(engine.device)
         micro_batches = parts.stream.next().micro_batches
-        counts = global_counts(micro_batches, engine)
+        counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
+        counts = engine.agreement.share_counts(counts)
         spent["data"] += watch.lap()
         for batch in micro_batches:
             losses = engine.deepspeed(with_counts(batch.to(engine.device), counts))
+            engine.agreement.add_share(losses)
             spent["forward"] += watch.lap()
             engine.deepspeed.backward(losses.total * len(micro_batches))
             spent["backward"] += watch.lap()

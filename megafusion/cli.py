@@ -12,6 +12,7 @@ import typer
 from megafusion import __version__
 from megafusion.config import load_config
 from megafusion.errors import UserError
+from megafusion.health.signals import StopSignals
 
 # Threads of a CPU that wait for one another by spinning slow a step sevenfold as soon as anything else runs
 # on a core; read when torch is loaded, which no command does before this line.
@@ -19,6 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What a disk answers when it will not take more.
 DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+
+stop_signals = StopSignals()
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +41,10 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Run the command line; what the user can fix ends with one message and exit status 2."""
+    """Run the command line; what the user can fix ends with one message and exit status 2 (or 1)."""
+    os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
+    if sys.argv[1:2] == ["train"]:
+        stop_signals.listen()  # before torch is loaded, which takes seconds
     try:
         app()
     except UserError as error:
@@ -46,7 +52,7 @@ def main() -> None:
             time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
         else:
             typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except OSError as error:
         if error.errno not in DISK_REFUSALS:
             raise
@@ -106,7 +112,8 @@ def train(
 ) -> None:
     """Train a model, or go on with the run that stands in the output folder.
 
-    Where it hangs or a process of it is lost, all end with exit status 75: start it again to go on.
+    SIGTERM or SIGUSR1 to any process ends all after the step, with a checkpoint and exit status 75; so does a
+    hang or a lost process, without a new checkpoint: start it again to go on.
 
     Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
 
@@ -124,7 +131,21 @@ def train(
         start_process_group()
         with together():  # as the other ranks' first collective
             raise error
-    run(values, stop_after)
+    if run(values, stop_after, stop_signals) == "preempted":
+        raise typer.Exit(os.EX_TEMPFAIL)
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a run, training or ended.", metavar="RUN")],
+) -> None:
+    """Show a run on one screen: progress, losses, speed, last checkpoint, what was left out, restarts.
+
+    Example: megafusion status runs/quickstart
+    """
+    from megafusion.health.status import show_status
+
+    show_status(run_folder)
 
 
 @app.command()
@@ -198,6 +219,36 @@ def report(
     for name, value in report.items():
         typer.echo(f"{name}: {value}")
     typer.echo(f"look at {run_folder / 'samples.png'}, captions.txt and losses.png beside it")
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    site: Annotated[
+        str, typer.Option(help="Cluster: a name in launchers/sites/, or a file like the ones there.")
+    ] = ...,
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.", min=1)] = 1,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Time limit, as sbatch takes it; else the site's.")
+    ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="What starts the ranks: srun or deepspeed; else the site's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the job script, submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a run to SLURM: its job script and frozen configuration go into the run folder.
+
+    The job goes back into the queue by itself until the run is finished. Submitted again, with other --nodes,
+    a run goes on in the new job once the old one has ended.
+
+    Example: megafusion launch configs/7b.yaml parallel.tensor=8 --site example --nodes 16 --dry-run
+    """
+    from megafusion.launch.command import launch as run
+
+    typer.echo(run(config, overrides or [], site, nodes, time_limit, launcher, dry_run))
 
 
 checkpoint_app = typer.Typer(

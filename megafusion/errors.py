@@ -10,3 +10,6 @@ class UserError(ValueError):
 
     on_every_rank = False
     """Every rank of a run raises this one with the same message, which rank 0 shows."""
+
+    exit_status = 2
+    """1 where the configuration is right and yet starting again would not help."""

@@ -39,6 +39,10 @@ from megafusion.train.ema import Ema
 from megafusion.train.engine import together
 
 
+class SaveFailed(UserError):
+    """A checkpoint could not be written, or is not worth keeping; the ones before are as they were."""
+
+
 class Checkpointer:
     """Saves and loads a run's checkpoints. Every rank makes one and calls it at the same steps.
 
@@ -91,17 +95,22 @@ class Checkpointer:
 
         state: plain values, `step` among them, to which the streams of all ranks are added as `data`.
 
-        Raises UserError, on every rank, where the save before this one failed.
+        Raises SaveFailed, on every rank, where the save before this one failed.
         """
         self.wait()
         self._copy_to_host()
         self._saving = self._thread.submit(self._write, state, stream_state)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether this rank still writes; others may have ended a moment before."""
+        return self._saving is not None and not self._saving.done()
+
     def wait(self) -> None:
         """Wait for the save under way. Called by every rank.
 
-        Raises UserError on every rank, naming the folder and the rank, where it could not be written; nothing
-        half-written stays then.
+        Raises SaveFailed on every rank, naming the folder and the rank, where it could not be written;
+        nothing half-written stays then.
         """
         saving, self._saving = self._saving, None
         with together(self._group):
@@ -120,8 +129,8 @@ class Checkpointer:
     def load(self, path: Path) -> dict:
         """Put weights, moments and averages in place, whatever the topology; returns the plain state.
 
-        Raises UserError, on every rank, before anything is overwritten: where a file is missing or not as it
-        was written, or where the checkpoint is of another model.
+        Raises, on every rank, before anything is overwritten: DamagedCheckpoint where a file is missing or
+        not as it was written, UserError where the checkpoint is of another model.
         """
         with together(self._group):
             verify_checkpoint(path, dist.get_rank(), dist.get_world_size())
@@ -162,6 +171,8 @@ class Checkpointer:
         parts = [None] * dist.get_world_size() if is_first else None
         dist.gather_object(stream_state["streams"], parts, group=group)
         try:
+            with together(group):
+                self._check_finite(path)
             with together(group), _named(path):
                 if is_first:
                     streams = {number: stream for part in parts for number, stream in part.items()}
@@ -188,6 +199,15 @@ class Checkpointer:
             if is_first:
                 shutil.rmtree(partial, ignore_errors=True)
         return path
+
+    def _check_finite(self, path: Path) -> None:
+        """SaveFailed where a weight is no number: such a checkpoint must not push out a good one."""
+        for name, copy in zip(self._fragments, self._copies, strict=True):
+            if name.partition(".")[0] in ("model", "ema") and not torch.isfinite(copy).all():
+                raise SaveFailed(
+                    f"{path}: not kept, for {name} holds values that are no numbers; lower "
+                    "optimizer.learning_rate or lengthen optimizer.num_warmup_steps"
+                )
 
     def _delete_old(self) -> None:
         for old in complete_checkpoints(self._folder)[: -self._keep_last]:
@@ -223,7 +243,7 @@ def _named(path: Path) -> Iterator[None]:
     else:
         return
     reasons = ", ".join(f"rank {rank}: {error.strerror or error}" for rank, error in sorted(refused.items()))
-    raise UserError(
+    raise SaveFailed(
         f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run resumes from "
         "the checkpoint before"
     )

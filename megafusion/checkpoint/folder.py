@@ -13,6 +13,11 @@ KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
 FORMAT = "megafusion-checkpoint/1"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
+
+
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing or not as it was written."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -24,7 +29,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
-    """Raise UserError naming the file that is missing or not as it was written.
+    """Raise DamagedCheckpoint naming the file that is missing or not as it was written.
 
     first, stride: hash every stride-th file from the first on, for ranks that share the work.
     """
@@ -33,20 +38,32 @@ def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
     for name in sorted(files, key=lambda name: -files[name]["bytes"])[first::stride]:
         file, entry = path / name, files[name]
         if not file.is_file():
-            raise UserError(f"{file}: missing from the checkpoint; {way_out(path)}")
+            raise DamagedCheckpoint(f"{file}: missing from the checkpoint; {way_out(path)}")
         if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-            raise UserError(f"{file}: not as it was written; {way_out(path)}")
+            raise DamagedCheckpoint(f"{file}: not as it was written; {way_out(path)}")
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
-    """`bytes` and `sha256` of a checkpoint's files. UserError where it is not complete or not readable."""
+    """`bytes` and `sha256` of a checkpoint's files.
+
+    Raises DamagedCheckpoint where the manifest is missing, or not to the byte what `publish` writes of what
+    it says: nothing else has its hash.
+    """
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path}: no {MANIFEST}, so no complete checkpoint; {way_out(path)}")
+        raise DamagedCheckpoint(f"{path}: no {MANIFEST}, so no complete checkpoint; {way_out(path)}")
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
+        text = (path / MANIFEST).read_text()
+        files = json.loads(text)["files"]
+        files = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / MANIFEST}: not readable ({error}); {way_out(path)}") from error
+        raise DamagedCheckpoint(f"{path / MANIFEST}: not readable ({error}); {way_out(path)}") from error
+    if text != _manifest(files):
+        raise DamagedCheckpoint(f"{path / MANIFEST}: not as it was written; {way_out(path)}")
+    return files
+
+
+def _manifest(files: dict[str, dict]) -> str:
+    return json.dumps({"format": FORMAT, "files": files}, indent=1)
 
 
 def way_out(path: Path) -> str:
@@ -67,9 +84,26 @@ def hash_files(folder: Path, pattern: str) -> dict[str, dict]:
 
 def publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
     """Write the manifest, and rename the folder into place."""
-    with (partial / MANIFEST).open("w") as manifest:
-        json.dump({"format": FORMAT, "files": files}, manifest, indent=1)
-        manifest.flush()
-        os.fsync(manifest.fileno())
+    (partial / MANIFEST).write_text(_manifest(files))
+    # torch has brought the tensors to the disk; the rest must be there too before the name is.
+    for written in (partial / "state.json", partial / MANIFEST, partial / "tensors", partial):
+        _to_disk(written)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name that is none of a checkpoint, so that nothing counts on it."""
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from megafusion.checkpoint.boxes import Boxes
-from megafusion.checkpoint.folder import verify_checkpoint, way_out
+from megafusion.checkpoint.folder import DamagedCheckpoint, verify_checkpoint, way_out
 from megafusion.checkpoint.planners import BoxLoadPlanner
 from megafusion.errors import UserError
 from megafusion.parallel.layout import layout_of
@@ -66,7 +66,7 @@ class Reader(FileSystemReader):
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(
+            raise DamagedCheckpoint(
                 f"{path}: not read ({error}); delete {path.parents[1]} to go on from the one before"
             ) from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()

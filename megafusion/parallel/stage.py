@@ -5,7 +5,7 @@ integers (positions and mask, and where the images are). One float tensor means 
 stage; both keep their shape, so that DeepSpeed's buffers are made once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -127,20 +127,20 @@ class PipelineLosses:
     """The losses of the last stage as DeepSpeed's pipeline wants them: to be averaged over what it averages.
 
     Ours are shares of global means already. It divides gradients by the micro-batches and by the ranks that
-    share weights, and what it reports too; there, the Ulysses ranks of a row hold the same figures.
+    share weights. `report` takes each micro-batch's shares as they are.
     """
 
-    def __init__(self, objective: Objective, topology: Topology, num_micro_batches: int):
-        self.objective, self.data = objective, topology.size("data")
-        self.num_micro_batches, self.ulysses = num_micro_batches, topology.size("ulysses")
-        self.latest = dict.fromkeys(Losses._fields, torch.zeros(()))
+    def __init__(
+        self,
+        objective: Objective,
+        topology: Topology,
+        num_micro_batches: int,
+        report: Callable[[Iterable[Tensor]], None],
+    ):
+        self.objective, self.report = objective, report
+        self.averaged_over = num_micro_batches * topology.size("data") * topology.size("ulysses")
 
     def __call__(self, outputs: tuple[Tensor, Tensor], targets: Sequence[Tensor]) -> Tensor:
         losses: Losses = self.objective(*outputs, Targets(*targets))
-        shown = self.num_micro_batches * self.data
-        self.latest = {name: loss.detach() * shown for name, loss in losses._asdict().items()}
-        return losses.total * (shown * self.ulysses)
-
-    def named(self) -> dict[str, Tensor]:
-        """The latest micro-batch's losses by name; on every stage the same names."""
-        return self.latest
+        self.report(losses)
+        return losses.total * self.averaged_over

@@ -20,6 +20,7 @@ from megafusion.parallel.topology import Topology, check_degrees
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import rows_of_rank
+from megafusion.train.trackers import check_trackers
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Parts:
 def assemble(config: RunConfig, topology: Topology) -> Parts:
     """Open and check everything that a run needs, before anything is written."""
     check_degrees(config, dist.get_world_size())
+    check_trackers(config.train)
     if config.train.precision == "fp8":
         check_fp8()
     if config.train.compile:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from megafusion.config import Config
 from megafusion.data.config import DataConfig
 from megafusion.generate.sampling import SamplingConfig
+from megafusion.health.config import HealthConfig
 from megafusion.model.transfusion import ModelConfig
 from megafusion.objective.losses import ObjectiveConfig
 from megafusion.parallel.config import ParallelConfig, Recompute
@@ -49,13 +50,19 @@ class TrainConfig(Config):
     """Steps between two checkpoints; one is always made at the end."""
     keep_last: int = Field(2, gt=0)
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: stop, or continue, which counts it, and leaves a checkpoint out
+    rather than wait for a slow disk. The last checkpoint of a run is waited for in either case."""
     keep_every: int = Field(0, ge=0)
     """Steps whose multiples have checkpoints that are never deleted; 0 for none."""
     timeout_seconds: float = Field(600.0, gt=0)
     """Longest time without progress in one step, checkpoint or start-up before every rank writes its stacks
     and ends."""
+    trackers: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ("tensorboard",)
+    """Who receives the metrics beside RUN/metrics.jsonl: RUN/tensorboard; Weights & Biases (extra `wandb`,
+    offline with WANDB_MODE=offline); RUN/metrics.prom, for the textfile collector of node_exporter."""
     wandb_project: str | None = None
-    """Weights & Biases project that also receives the metrics (extra `wandb`); null for none."""
+    """Project in Weights & Biases; null for its default."""
 
 
 class RunConfig(Config):
@@ -73,6 +80,7 @@ class RunConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
     sampling: SamplingConfig = SamplingConfig()
     samples: SamplesConfig = SamplesConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -96,6 +104,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"sampling.num_steps {self.sampling.num_steps} is beyond objective.schedule.num_steps "
                 f"{self.objective.schedule.num_steps}"
+            )
+        if self.train.wandb_project and "wandb" not in self.train.trackers:
+            raise ValueError(
+                f"train.wandb_project {self.train.wandb_project!r} is set, but train.trackers "
+                f"{list(self.train.trackers)} has no wandb; add it there"
             )
         if self.samples.every % self.train.checkpoint_every:
             raise ValueError(

@@ -19,6 +19,9 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
 from megafusion.errors import UserError
+from megafusion.health.agreement import Agreement
+from megafusion.health.spikes import Spikes
+from megafusion.health.update import guard
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Objective
 from megafusion.parallel.parallelize import divided_objective, parallelize
@@ -51,20 +54,24 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
 
 
+def this_device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device(get_accelerator().current_device_name())
+
+
 @contextmanager
 def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """What one rank of a group refuses in this block, every rank refuses with its message: none waits."""
-    message = None
+    """What one rank of a group refuses in this block, every rank refuses with its error: none waits."""
+    refused = None
     try:
         yield
     except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, message, group)
-    if found := next((m for m in messages if m is not None), None):
-        error = UserError(found)
-        error.on_every_rank = dist.get_world_size(group) == dist.get_world_size()
-        raise error
+        refused = error
+    answers: list[UserError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, refused, group)
+    if found := next(filter(None, answers), None):
+        found.on_every_rank = dist.get_world_size(group) == dist.get_world_size()
+        raise found
 
 
 def rows_of_rank(config: RunConfig, topology: Topology) -> range:
@@ -82,6 +89,8 @@ class Engine:
     stage: Stage
     """The layers on this rank; its parameters' names are the checkpoint's."""
     topology: Topology
+    agreement: Agreement
+    """What all ranks decided about the latest step."""
 
     @property
     def device(self) -> torch.device:
@@ -92,11 +101,15 @@ def make_engine(config: RunConfig, topology: Topology) -> Engine:
     """This rank's part of a model with its random start, wrapped by DeepSpeed. Called by every rank."""
     with torch.device("meta"):
         model = Transfusion(config.model, config.objective)
-    device = torch.device(get_accelerator().current_device_name())
+    device = this_device()
     stage = parallelize(model, topology, config, device)
     objective = divided_objective(config, topology).to(device)
+    agreement = Agreement(topology, device, Spikes(config.health))
     pipelined = topology.size("pipeline") > 1
-    module = _pipeline(stage, objective, config, topology) if pipelined else Whole(stage, objective)
+    if pipelined:
+        module = _pipeline(stage, objective, config, topology, agreement)
+    else:
+        module = Whole(stage, objective)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -106,7 +119,8 @@ def make_engine(config: RunConfig, topology: Topology) -> Engine:
         )
     if config.parallel.zero_stage == 0:
         engine.clip_fp32_gradients = partial(_clip, engine)
-    return Engine(engine, stage, topology)
+    guard(engine, agreement)
+    return Engine(engine, stage, topology, agreement)
 
 
 def num_micro_batches(config: RunConfig, topology: Topology) -> int:
@@ -121,17 +135,17 @@ def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
     )
 
 
-def _pipeline(stage: Stage, objective: Objective, config: RunConfig, topology: Topology) -> PipelineModule:
+def _pipeline(
+    stage: Stage, objective: Objective, config: RunConfig, topology: Topology, agreement: Agreement
+) -> PipelineModule:
     """DeepSpeed's pipeline of one layer a stage: ours; the others' stand elsewhere."""
     layers = [LayerSpec(nn.Identity)] * topology.size("pipeline")
     layers[topology.place("pipeline")] = stage
-    losses = PipelineLosses(objective, topology, num_micro_batches(config, topology))
+    losses = PipelineLosses(objective, topology, num_micro_batches(config, topology), agreement.add_share)
     with contextlib.redirect_stdout(io.StringIO()):
-        module = PipelineModule(
+        return PipelineModule(
             layers, topology=topology.grid.topology(), loss_fn=losses, partition_method="uniform"
         )
-    module.get_additional_losses = losses.named
-    return module
 
 
 def _deepspeed_config(config: RunConfig, topology: Topology) -> dict:

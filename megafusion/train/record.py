@@ -30,12 +30,15 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
+    "train.on_save_error",
     "train.timeout_seconds",
     "train.micro_batch_rows",
     "train.recompute",
     "train.compile",
     "parallel.",
+    "train.trackers",
     "train.wandb_project",
+    "health.max_crashes",
     "samples.",
 )
 
@@ -53,8 +56,8 @@ def freeze(config: RunConfig) -> None:
             )
         _check_shards(config)
         return
-    # A start that hung has left its stacks; they are no reason to refuse the next one.
-    refuse_foreign(config.out, "config.yaml", beside=("stacks",))
+    # A start that hung has left its stacks, a launcher its job and logs: no reason to refuse a start.
+    refuse_foreign(config.out, "config.yaml", beside=("stacks", "launch", "logs"))
     environment = json.dumps(_environment(config), indent=1) + "\n"
     try:
         write_file(config.out / "environment.json", environment)

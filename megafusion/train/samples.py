@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megafusion.checkpoint.reader import read_whole
 from megafusion.data.source import Source
 from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.storage import write_file
+from megafusion.train.assemble import Parts, make_pipeline
+from megafusion.train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,31 @@ def show_samples(pipeline: TransfusionPipeline, pairs: SamplePairs, path: Path) 
     lines = [f"- {true} -> {said}" for true, said in zip(pairs.captions, described, strict=True)]
     write_file(path.with_suffix(".txt"), "\n".join(lines) + "\n")
     return sheet, "\n".join(lines)
+
+
+class Sampler:
+    """A second copy of the model that carries a checkpoint's averaged weights, and the pairs to try it on.
+
+    It is in host memory until it draws: training leaves no room on a device for a whole large model.
+    """
+
+    def __init__(self, config: RunConfig, parts: Parts, device: torch.device):
+        self._config, self._parts, self._device = config, parts, device
+        self._pipeline: TransfusionPipeline | None = None
+        self._pairs: SamplePairs | None = None
+
+    def pipeline(self, checkpoint: Path) -> TransfusionPipeline:
+        """The pipeline with the averaged weights of a checkpoint."""
+        if self._pipeline is None:
+            self._pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
+        shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
+        self._pipeline.model.load_state_dict(read_whole(checkpoint, shapes, "ema"))
+        return self._pipeline
+
+    def show(self, step: int, checkpoint: Path) -> tuple[Image.Image, str]:
+        """A sheet of pictures drawn, and the captions written, both also in the run folder."""
+        pipeline = self.pipeline(checkpoint).to(self._device)
+        self._pairs = self._pairs or sample_pairs(
+            self._parts.sources, pipeline, self._config.samples.num_pairs
+        )
+        return show_samples(pipeline, self._pairs, self._config.out / "samples" / f"step-{step:08d}.png")

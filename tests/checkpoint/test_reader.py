@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
+from megafusion.checkpoint.folder import FORMAT
 from megafusion.checkpoint.reader import _Unpickler, load_whole
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
@@ -60,7 +61,8 @@ def test_a_list_of_tensors_that_asks_for_more_is_refused(tmp_path, monkeypatch, 
     metadata = checkpoint / "tensors/.metadata"
     metadata.write_bytes(content)
     written = {"bytes": len(content), "sha256": file_sha256(metadata)}
-    (checkpoint / "manifest.json").write_text(json.dumps({"files": {"tensors/.metadata": written}}))
+    manifest = {"format": FORMAT, "files": {"tensors/.metadata": written}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
     with pytest.raises(UserError, match=r"\.metadata: not read"):
         load_whole(checkpoint, {"x": torch.Size([1])}, "ema")
     assert not Path("evil-was-here").exists()

@@ -8,7 +8,7 @@ from megafusion.train.metrics import Metrics
 @pytest.mark.parametrize("silent", [False, True])
 def test_one_rank_says_where_a_run_goes_on(run_config, capfd, silent):
     run_config.out.mkdir()
-    with Metrics(run_config.out, run_config.train, 2, silent=silent):
+    with Metrics(run_config, 2, silent=silent):
         pass
     said = " ".join(capfd.readouterr().err.split())
     assert said.count("goes on after step 2") == (not silent)

@@ -1,0 +1,49 @@
+"""SIGTERM and SIGUSR1: what a queue sends ahead of a time limit or to make room."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Notes that this process was asked to stop; the step goes on, and all ranks agree at its end.
+
+    Further signals change nothing: a queue repeats them, and what they ask for is under way. Until `begin`
+    nothing is lost, so the process ends at once with status 75.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._has_begun = False
+
+    def listen(self) -> "StopSignals":
+        """Take the signals from now on, until the process ends. Called in the main thread."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+        # A thread hears of a signal while the main one waits in C for the other ranks to appear.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
+        return self
+
+    def begin(self) -> None:
+        """From now on other ranks wait for this one."""
+        self._has_begun = True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def _hear(self, heard: int) -> None:
+        while numbers := os.read(heard, 64):
+            if not self._has_begun and any(number in STOP_SIGNALS for number in numbers):
+                os._exit(os.EX_TEMPFAIL)
+
+
+def ignore_stop_signals() -> None:
+    """For processes that end with the one which started them: a queue signals these too."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

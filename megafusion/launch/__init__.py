@@ -1,0 +1,1 @@
+"""`megafusion launch`: a run as a job of SLURM. The shell part is in launchers/."""

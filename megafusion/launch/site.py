@@ -1,0 +1,150 @@
+"""A site file: what a cluster wants of sbatch, and the environment of every process there.
+
+python -m megafusion.launch.site FILE prints the environment as KEY=VALUE lines, for DeepSpeed's launcher.
+"""
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megafusion.errors import UserError
+
+SITES = Path(__file__).parents[2] / "launchers" / "sites"
+
+# Options of sbatch that a site may set; the others are the job's own.
+SBATCH_OPTIONS = (
+    "account",
+    "constraint",
+    "cpus-per-task",
+    "exclude",
+    "exclusive",
+    "gpus-per-node",
+    "gres",
+    "mem",
+    "nodelist",
+    "partition",
+    "qos",
+    "reservation",
+    "signal",
+    "time",
+)
+LAUNCHERS = ("srun", "deepspeed")
+CONTAINERS = ("none", "apptainer", "enroot")
+
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION_VALUE = re.compile(r"[\w@%+=:,./\[\]-]+")
+# Set by the job, from SLURM, for every process.
+_OURS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "MEGAFUSION_RUN",
+    "MEGAFUSION_ROOT",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """The values of a site file, checked."""
+
+    path: Path
+    options: dict[str, str]
+    """sbatch's options, without dashes."""
+    environment: dict[str, str]
+    """Variables that every process gets."""
+    ranks_per_node: int
+    launcher: str
+
+    @classmethod
+    def load(cls, name: str) -> "Site":
+        """Read launchers/sites/NAME.env, or a file by its path. UserError names file and line."""
+        path = Path(name) if "/" in name or name.endswith(".env") else SITES / f"{name}.env"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in SITES.glob("*.env")))
+            raise UserError(f"{path}: no such site file; there are {known}: copy example.env and fill it in")
+        options, environment = {}, {}
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not (pair := _pair(line, f"{path}:{number}")):
+                continue
+            key, value = pair
+            if key.startswith("SBATCH_"):
+                options[_option(key, value, f"{path}:{number}")] = value
+            else:
+                environment[key] = value
+        _check_container(path, environment)
+        return cls(
+            path,
+            options,
+            environment,
+            _whole_number(path, environment, "MEGAFUSION_RANKS_PER_NODE"),
+            check_launcher(
+                environment.get("MEGAFUSION_LAUNCHER", LAUNCHERS[0]), f"{path}: MEGAFUSION_LAUNCHER"
+            ),
+        )
+
+
+def _pair(line: str, where: str) -> tuple[str, str] | None:
+    """Key and value of a line; None for a comment or an empty one."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; quote values as in a shell") from error
+    if not words:
+        return None
+    key, equals, value = words[0].partition("=")
+    if len(words) > 1 or not equals or not _KEY.fullmatch(key):
+        raise UserError(f"{where}: {line!r} is not of the form KEY=VALUE; quote values with spaces")
+    # A shell that reads the file, as `sbatch launchers/slurm/train.sbatch` does, would expand them.
+    if bad := next((c for c in "$`\\\n" if c in value), None):
+        raise UserError(f"{where}: {bad!r} in the value of {key}; nothing is expanded here: write it out")
+    if key in _OURS:
+        raise UserError(f"{where}: {key} is set by the launcher" + _hint(key))
+    return key, value
+
+
+def _hint(key: str) -> str:
+    return "; name the first node's address in MEGAFUSION_MASTER_ADDR" if key == "MASTER_ADDR" else ""
+
+
+def _option(key: str, value: str, where: str) -> str:
+    option = key.removeprefix("SBATCH_").lower().replace("_", "-")
+    if option not in SBATCH_OPTIONS:
+        raise UserError(f"{where}: {key}: a site sets {', '.join(SBATCH_OPTIONS)}, and not {option}")
+    if not _OPTION_VALUE.fullmatch(value):
+        raise UserError(f"{where}: {value!r} is no value of sbatch's --{option}")
+    return option
+
+
+def _whole_number(path: Path, environment: dict[str, str], key: str) -> int:
+    value = environment.get(key, "")
+    if not value.isdecimal() or int(value) == 0:
+        raise UserError(f"{path}: {key} is required, a number such as the GPUs of a node (got {value!r})")
+    return int(value)
+
+
+def check_launcher(value: str, origin: str) -> str:
+    """The value. UserError where it is no launcher."""
+    if value not in LAUNCHERS:
+        raise UserError(f"{origin} is {' or '.join(LAUNCHERS)}, not {value!r}")
+    return value
+
+
+def _check_container(path: Path, environment: dict[str, str]) -> None:
+    kind = environment.get("MEGAFUSION_CONTAINER", CONTAINERS[0])
+    if kind not in CONTAINERS:
+        raise UserError(f"{path}: MEGAFUSION_CONTAINER is {', '.join(CONTAINERS)}; not {kind!r}")
+    if kind != CONTAINERS[0] and not environment.get("MEGAFUSION_CONTAINER_IMAGE"):
+        raise UserError(f"{path}: MEGAFUSION_CONTAINER={kind} needs MEGAFUSION_CONTAINER_IMAGE")
+
+
+if __name__ == "__main__":
+    try:
+        for name, value in Site.load(sys.argv[1]).environment.items():
+            print(f"{name}={value}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,97 @@
+"""When a run saves, from what it resumes, and what it does where a disk refuses."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from megafusion.checkpoint.checkpointer import Checkpointer, SaveFailed
+from megafusion.checkpoint.folder import DamagedCheckpoint, complete_checkpoints, set_aside
+from megafusion.errors import UserError
+from megafusion.train.config import RunConfig
+from megafusion.train.engine import Engine, together
+
+
+class Checkpoints:
+    """A run's checkpoints under its policy. Called by every rank at the same steps.
+
+    say: prints a line, on rank 0. `num_errors` counts what could not be written, `num_late` what was left out
+    because the disk was still busy.
+    """
+
+    def __init__(
+        self, config: RunConfig, checkpointer: Checkpointer, engine: Engine, say: Callable[[str], None]
+    ):
+        self._checkpointer, self._device, self.say = checkpointer, engine.device, say
+        self._folder = config.out / "checkpoints"
+        self._goes_on = config.train.on_save_error == "continue"
+        self.num_errors = self.num_late = 0
+        self._saved: int | None = None
+
+    def load_newest(self) -> dict | None:
+        """Put the newest sound checkpoint in place; its plain state, or None where the run has none yet.
+
+        A damaged one is said and set aside as `step-*.damaged`. UserError where all are damaged.
+        """
+        damaged = None
+        while True:
+            found = [(complete_checkpoints(self._folder) or [None])[-1]]
+            dist.broadcast_object_list(found)  # as rank 0 sees it: all ranks must load the same
+            (path,) = found
+            if path is None and damaged is not None:
+                raise UserError(f"{self._folder}: no checkpoint is left to go on from ({damaged})")
+            if path is None:
+                return None
+            try:
+                state = self._checkpointer.load(path)
+            except DamagedCheckpoint as error:
+                damaged = str(error).partition(";")[0]
+            else:
+                self._saved = state["step"]
+                return state
+            aside = None
+            with together():
+                if dist.get_rank() == 0:
+                    try:
+                        aside = set_aside(path)
+                    except OSError as error:
+                        raise UserError(
+                            f"{path}: damaged, and cannot be set aside ({error.strerror or error})"
+                        ) from error
+            self.say(f"{damaged}; kept as {aside}, the run goes on from the checkpoint before")
+
+    def save(self, state: dict, stream_state: dict, is_last: bool = False) -> None:
+        """Begin to save, unless the step has been saved. The last is not left out; `settle` waits for it.
+
+        Raises SaveFailed on every rank where the save before failed, unless the run goes on then.
+        """
+        if self._saved == state["step"]:
+            return
+        if self._goes_on and not is_last and self._is_any_saving():
+            self.num_late += 1
+            self.say(f"step {state['step']}: no checkpoint, for the one before is still being written")
+            return
+        self.settle()
+        self._checkpointer.save(state, stream_state)
+        self._saved = state["step"]
+
+    def settle(self, must: bool = False) -> None:
+        """Wait for the save under way; SaveFailed if it must be written or the run stops, else it is said."""
+        try:
+            self._checkpointer.wait()
+        except SaveFailed as error:
+            self._saved = None
+            self.num_errors += 1
+            if must or not self._goes_on:
+                raise
+            self.say(f"warning: {error}; training goes on (train.on_save_error)")
+
+    def figures(self) -> dict[str, int]:
+        """For a line of metrics."""
+        return {"save_errors": self.num_errors, "saves_left_out": self.num_late}
+
+    def _is_any_saving(self) -> bool:
+        """Whether any rank still writes: they end one after another, and all must do the same."""
+        busy = torch.tensor([int(self._checkpointer.is_saving)], device=self._device)
+        dist.all_reduce(busy, dist.ReduceOp.MAX)
+        return bool(busy)

@@ -1,0 +1,396 @@
+"""The faults, a function each: how often it was tried, how often the run came out as if nothing had been."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from megafusion.checkpoint.folder import PARTIAL, complete_checkpoints, step_of, verify_checkpoint
+from megafusion.errors import UserError
+from megafusion.health.lines import read_metrics
+from megafusion.health.starts import read_starts
+from tests.faults.hurts import nan_gradients, slow_disk, without_batches
+from tests.faults.job import Job, newest, same_bits, step_of_run
+from tests.small import small_run
+
+NUM_STEPS = 16
+LAID_OUT = {"tensor": 2}
+"""Of four ranks: tensor 2 x data 2."""
+
+
+@dataclass
+class Case:
+    """One row of the table."""
+
+    name: str
+    tried: int = 0
+    survived: int = 0
+    failures: list[str] = field(default_factory=list)
+    figures: dict = field(default_factory=dict)
+
+    @property
+    def lost(self) -> int:
+        return self.tried - self.survived
+
+    def count(self, broken: list[str]) -> None:
+        """A try, and what was not as it should be."""
+        self.tried += 1
+        self.survived += not broken
+        self.failures += broken
+
+
+class Bench:
+    """Where the runs are, what they start from, and the undisturbed runs that they are held against."""
+
+    def __init__(self, folder: Path, shards: Path, vae: Path):
+        self.folder, self._shards, self._vae = folder, shards, vae
+        self._whole: dict[int, Path] = {}
+        self._number = 0
+
+    def values(self, world: int, **train: object) -> dict:
+        """A run in a folder of its own: 16 steps, a checkpoint every 2."""
+        self._number += 1
+        values = small_run(self._shards, self._vae, self.folder / f"run-{self._number}")
+        values["train"] |= {"num_steps": NUM_STEPS, "checkpoint_every": 2, "micro_batch_rows": 1}
+        values["train"] |= {"trackers": [], **train}
+        values["parallel"] = LAID_OUT if world == 4 else {}
+        # Kills fall on the same step as often as chance has it.
+        values["health"] = {"max_crashes": 0}
+        return values
+
+    def whole(self, world: int) -> Path:
+        """The undisturbed run on so many ranks, with every checkpoint that it ever made."""
+        if world not in self._whole:
+            self._whole[world] = self._finish(self.values(world, keep_last=NUM_STEPS), world)
+        return self._whole[world]
+
+    def finish(self, values: dict, world: int, hurt: Callable | None = None) -> list[str]:
+        """Start a run, to its end; what is not as in the undisturbed one."""
+        with Job(values, world, hurt=hurt) as job:
+            statuses = job.end()
+            if statuses != [0] * world:
+                return [f"ended with {statuses}: {job.said()[-300:]}"]
+        return self.differences(job.run, world)
+
+    def differences(self, run: Path, world: int) -> list[str]:
+        same = step_of(newest(run)) == NUM_STEPS and same_bits(newest(run), newest(self.whole(world)))
+        return [] if same else [f"{run.name}: not the undisturbed run's weights and moments"]
+
+    def _finish(self, values: dict, world: int, hurt: Callable | None = None) -> Path:
+        with Job(values, world, hurt=hurt) as job:
+            assert job.end() == [0] * world, job.said()
+        return job.run
+
+
+def verified(run: Path) -> list[str]:
+    """What is wrong with a run's checkpoints."""
+    broken = []
+    for checkpoint in complete_checkpoints(run / "checkpoints"):
+        try:
+            verify_checkpoint(checkpoint)
+        except UserError as error:
+            broken.append(str(error))
+    return broken
+
+
+def kills(bench: Bench, number: int, seed: int = 0) -> Case:
+    """SIGKILL of a random rank of 2 x 2 at random moments, every third one while a checkpoint is written."""
+    case, draw, world = Case(f"SIGKILL of one of 2 x 2 ranks, {number} times"), random.Random(seed), 4
+    whole = bench.whole(world)
+    values = bench.values(world, keep_last=3)
+    in_checkpoints = 0
+    for kill in range(number):
+        run = Path(values["out"])
+        begun_starts = len(read_starts(run))
+        before = [step_of(path) for path in complete_checkpoints(run / "checkpoints")][-1:] or [0]
+        with Job(values, world) as job:
+            if kill % 3 == 2:
+                job.wait_for(partial(_is_saving, run))
+                time.sleep(draw.uniform(0, 0.02))
+                in_checkpoints += _is_saving(run)
+            elif draw.random() < 0.2:  # as it starts, resumes, and lays itself out
+                time.sleep(draw.uniform(0, 1.5))
+            else:
+                job.wait_for(partial(_has_passed, run, step_of_run(run)))
+                time.sleep(draw.uniform(0, 0.5))
+            victim = draw.randrange(world)
+            job.processes[victim].kill()
+            statuses = job.end()
+        broken = verified(run)
+        others = {status for rank, status in enumerate(statuses) if rank != victim}
+        # A rank that has not come to its command yet ends with the launcher's signal.
+        if not others <= {75, 0} and (begun_starts < len(read_starts(run)) or not others <= {75, 0, -15, -9}):
+            broken.append(f"kill {kill} of rank {victim}: the others ended with {others}")
+        after = complete_checkpoints(run / "checkpoints")
+        if (after and step_of(after[-1]) < before[0]) or (before[0] and not after):
+            broken.append(f"kill {kill}: the checkpoint of step {before[0]} is lost")
+        if after and not same_bits(after[-1], whole / "checkpoints" / after[-1].name):
+            broken.append(f"kill {kill}: {after[-1].name} is not the undisturbed run's")
+        case.count(broken)
+        if (after and step_of(after[-1]) >= NUM_STEPS - 2) or kill == number - 1:
+            case.failures += bench.finish(values, world)
+            values = bench.values(world, keep_last=3)
+    case.figures["while a checkpoint was written"] = in_checkpoints
+    return case
+
+
+def _has_passed(run: Path, step: int) -> bool:
+    return step_of_run(run) > step
+
+
+def _is_saving(run: Path) -> bool:
+    return any((run / "checkpoints").glob(f"step-*{PARTIAL}"))
+
+
+@contextmanager
+def small_disk(bench: Bench, values: dict, world: int) -> Iterator[Path]:
+    """A run of two steps whose checkpoints lie on a small tmpfs, mounted there."""
+    run = Path(values["out"])
+    with Job(values, world, "--stop-after", "2") as job:
+        assert job.end() == [0] * world, job.said()
+    disk = run.with_name(run.name + "-disk")
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={6 * size}", "tmpfs", str(disk)], check=True)
+    try:
+        (run / "checkpoints/step-00000002").rename(run / "moved")
+        (run / "checkpoints").rmdir()
+        subprocess.run(["cp", "-r", str(run / "moved"), str(disk / "step-00000002")], check=True)
+        (run / "checkpoints").symlink_to(disk)
+        yield disk
+        # What lies on it is still to be looked at.
+        (run / "checkpoints").unlink()
+        subprocess.run(["cp", "-r", str(disk), str(run / "checkpoints")], check=True)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def refusing_disk(bench: Bench, kind: str, policy: str) -> Case:
+    """The disk under the checkpoints fills up, or becomes read-only, and later does not."""
+    case, world = Case(f"disk {kind}, on_save_error: {policy}"), 1
+    values = bench.values(world, on_save_error=policy)
+    run = Path(values["out"])
+    bench.whole(world)
+    broken = []
+    with small_disk(bench, values, world) as disk:
+        _refuse(disk, kind)
+        with Job(values, world) as job:
+            if policy == "continue":
+                if not job.wait_for(lambda: "training goes on (train.on_save_error)" in job.said()):
+                    broken.append(f"no warning: {job.said()[-300:]}")
+                _allow(disk, kind)
+                status = 0
+            else:
+                status = 2
+            if job.end() != [status]:
+                broken.append(f"ended with {job.end()}, not {status}: {job.said()[-300:]}")
+        kept = complete_checkpoints(disk)
+        if not kept or (policy == "stop" and step_of(kept[-1]) != 2):
+            broken.append(f"checkpoints are {[path.name for path in kept]}")
+        broken += verified(run)
+        if policy == "stop":
+            _allow(disk, kind)
+            broken += bench.finish(values, world)
+        elif not (errors := read_metrics(run)[-1]["save_errors"]):
+            broken.append(f"{errors} errors counted")
+    case.count(broken + bench.differences(run, world))
+    return case
+
+
+def _refuse(disk: Path, kind: str) -> None:
+    if kind == "full":
+        with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+def _allow(disk: Path, kind: str) -> None:
+    if kind == "full":
+        (disk / "filler").unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+
+
+def crawling_disk(bench: Bench, policy: str) -> Case:
+    """Every file of a checkpoint takes half a second to reach the disk; a step takes a tenth."""
+    case = Case(f"disk slow, on_save_error: {policy}")
+    values = bench.values(1, on_save_error=policy)
+    broken = bench.finish(values, 1, partial(slow_disk, seconds=0.5)) + verified(Path(values["out"]))
+    left_out = read_metrics(Path(values["out"]))[-1]["saves_left_out"]
+    if (left_out > 0) != (policy == "continue"):
+        broken.append(f"{left_out} checkpoints left out")
+    case.figures["checkpoints left out"] = left_out
+    case.count(broken)
+    return case
+
+
+def nans(bench: Bench, victims: Sequence[int] = range(4)) -> Case:
+    """NaN in one rank's gradient: all leave the step out, count it, as if its batch had not been."""
+    case, world, bad = Case("NaN in one rank's gradient, 2 x 2 ranks"), 4, range(5, 6)
+    without = bench._finish(bench.values(world), world, partial(without_batches, batches=bad))
+    for victim in victims:
+        values = bench.values(world)
+        with Job(values, world, hurt=partial(nan_gradients, victim=victim, batches=bad)) as job:
+            statuses = job.end()
+        broken = [] if statuses == [0] * world else [f"ended with {statuses}: {job.said()[-300:]}"]
+        counted = read_metrics(job.run)[-1]["skipped_steps"]
+        if counted != 1:
+            broken.append(f"{counted} steps counted")
+        if not broken and not same_bits(newest(job.run), newest(without)):
+            broken.append(f"rank {victim}: not as if the batch had not been")
+        case.count(broken)
+    return case
+
+
+def rollback(bench: Bench) -> Case:
+    """Five bad steps in a row: back to the last checkpoint, on with the data after them."""
+    case, bad = Case("five bad steps in a row"), range(7, 12)
+    # The checkpoint is of step 6; the batch of step 7 was good, and is past too.
+    without = bench._finish(bench.values(1), 1, partial(without_batches, batches=range(6, 12)))
+    values = bench.values(1)
+    with Job(values, 1, hurt=partial(nan_gradients, victim=0, batches=bad)) as job:
+        statuses = job.end()
+    broken = [] if statuses == [0] else [f"ended with {statuses}: {job.said()[-300:]}"]
+    line = read_metrics(job.run)[-1]
+    if (line["skipped_steps"], line["rollbacks"]) != (5, 1):
+        broken.append(f"{line['skipped_steps']} left out, {line['rollbacks']} times back")
+    if not broken and not same_bits(newest(job.run), newest(without)):
+        broken.append("not the run without the data since the checkpoint")
+    case.count(broken)
+    return case
+
+
+def stopped_rank(bench: Bench) -> Case:
+    """SIGSTOP: the watchdog names the rank, writes stacks, and every other rank ends with 75."""
+    case, world, victim = Case("SIGSTOP of one of 2 x 2 ranks"), 4, 2
+    values = bench.values(world)
+    run = Path(values["out"])
+    with Job(values, world) as job:
+        job.wait_for(lambda: step_of_run(run) >= 3)
+        os.kill(job.processes[victim].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        for rank, process in enumerate(job.processes):
+            if rank != victim:
+                process.join(60)
+        seconds = time.monotonic() - began
+        statuses = [p.exitcode for rank, p in enumerate(job.processes) if rank != victim]
+        broken = [] if statuses == [75] * 3 else [f"the others ended with {statuses}"]
+        if f"rank {victim} does not answer" not in job.said():
+            broken.append(f"not named: {job.said()[-300:]}")
+    if len(list((run / "stacks").glob("rank-*.txt"))) < 3:
+        broken.append("stacks are missing")
+    case.figures["seconds until all ended"] = round(seconds, 1)
+    case.count(broken + bench.finish(values, world))
+    return case
+
+
+def flipped_bits(bench: Bench, each: int, names: Sequence[str] = (), seed: int = 0) -> Case:
+    """A bit of a file of the newest checkpoint: found by its hash, said, and the one before is used."""
+    case, draw, world = Case("a bit flipped in any file of the newest checkpoint"), random.Random(seed), 2
+    bench.whole(world)
+    values = bench.values(world)
+    with Job(values, world, "--stop-after", "6") as job:
+        assert job.end() == [0] * world, job.said()
+    files = [str(p.relative_to(newest(job.run))) for p in sorted(newest(job.run).rglob("*")) if p.is_file()]
+    names = names or files
+    for name in [name for name in names for _ in range(each)]:
+        again = bench.values(world)
+        subprocess.run(["cp", "-r", str(job.run), again["out"]], check=True)
+        file = newest(Path(again["out"])) / name
+        content = bytearray(file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        with Job(again, world) as resumed:
+            statuses = resumed.end()
+            said = resumed.said()
+        broken = [] if statuses == [0] * world else [f"{name}: ended with {statuses}: {said[-300:]}"]
+        if "the run goes on from the checkpoint before" not in said or "goes on after step 4" not in said:
+            broken.append(f"{name}: not said: {said[:300]}")
+        case.count(broken or bench.differences(resumed.run, world))
+    case.figures["files"] = len(names)
+    return case
+
+
+def preemptions(bench: Bench, number: int, seed: int = 0) -> Case:
+    """SIGTERM or SIGUSR1 to a rank of 2 x 2 at random moments, twice at times: all save and end with 75."""
+    case, draw, world = Case("SIGTERM or SIGUSR1 to one of 2 x 2 ranks"), random.Random(seed), 4
+    bench.whole(world)
+    values = bench.values(world)
+    for _ in range(number):
+        run = Path(values["out"])
+        with Job(values, world) as job:
+            moment = draw.choice(["start", "step", "checkpoint"])
+            if moment == "start":
+                job.wait_for(lambda: job.log.exists() and job.said() != "")
+            elif moment == "step":
+                job.wait_for(partial(_has_passed, run, step_of_run(run)))
+            else:
+                job.wait_for(partial(_is_saving, run))
+            for _ in range(draw.choice([1, 2])):
+                number_of_signal = draw.choice([signal.SIGTERM, signal.SIGUSR1])
+                os.kill(job.processes[draw.randrange(world)].pid, number_of_signal)
+                time.sleep(0.05)
+            statuses = job.end()
+            said = job.said()
+        finished = statuses == [0] * world
+        broken = [] if finished or statuses == [75] * world else [f"{moment}: {statuses}: {said[-300:]}"]
+        if moment != "start" and not finished and step_of(newest(run)) != step_of_run(run):
+            broken.append(f"{moment}: step {step_of_run(run)} is not saved")
+        case.count(broken + verified(run))
+        if finished:
+            case.failures += bench.differences(run, world)
+            values = bench.values(world)
+    case.failures += bench.finish(values, world)
+    return case
+
+
+def endurance(bench: Bench, num_steps: int) -> Case:
+    """Tiny steps: memory, open files and the time of a step stay as they are."""
+    case = Case(f"{num_steps:,} tiny steps")
+    every = num_steps // 200
+    values = bench.values(1, num_steps=num_steps, log_every=every, checkpoint_every=num_steps // 10)
+    values["train"] |= {"global_batch_rows": 1, "trackers": ["tensorboard", "prometheus"]}
+    values["data"] |= {"num_streams": 1, "sequence_length": 32, "images_per_row": 1}
+    values["model"] |= {"num_layers": 1, "width": 16, "num_heads": 2, "num_kv_heads": 1, "hidden_width": 16}
+    values["model"]["patch_size"] = 4
+    run, seen = Path(values["out"]), []
+    with Job(values, 1) as job:
+        process = psutil.Process(job.processes[0].pid)
+        while job.processes[0].is_alive():
+            try:
+                seen.append((step_of_run(run), process.memory_info().rss, process.num_fds()))
+            except psutil.NoSuchProcess:
+                break
+            time.sleep(0.5)
+        broken = [] if job.end() == [0] else [f"ended with {job.end()}: {job.said()[-300:]}"]
+    # A checkpoint takes memory and files for a moment, so it is the least of a tenth that counts.
+    first, last = (
+        [entry for entry in seen if low * num_steps <= entry[0] < high * num_steps]
+        for low, high in ((0.15, 0.25), (0.85, 0.95))
+    )
+    memory = [min(entry[1] for entry in part) for part in (first, last)]
+    files = [min(entry[2] for entry in part) for part in (first, last)]
+    # The faster half: what else runs on the machine must not count.
+    lines = read_metrics(run)[1:]
+    seconds = [sorted(line["step_seconds"] for line in part) for part in (lines[20:70], lines[-50:])]
+    seconds = [part[len(part) // 4] for part in seconds]
+    growth, drift = memory[1] / memory[0] - 1, seconds[1] / seconds[0] - 1
+    case.figures = {
+        "memory growth": f"{growth:+.2%} of {memory[0] / 2**20:.0f} MiB",
+        "open files": files,
+        "step time drift": f"{drift:+.2%} of {seconds[0] * 1e3:.2f} ms",
+    }
+    if growth > 0.02 or files[1] > files[0] or drift > 0.05:
+        broken.append(str(case.figures))
+    case.count(broken)
+    return case

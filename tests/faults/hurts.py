@@ -1,0 +1,53 @@
+"""What is done to a rank from inside, before its command runs: what no signal and no disk can do."""
+
+import os
+import time
+
+import torch.distributed as dist
+
+from megafusion.data.stream import BatchStream
+from megafusion.train import run
+from megafusion.train.engine import Engine
+
+
+def nan_gradients(rank: int, victim: int, batches: range) -> None:
+    """One rank's gradient of one parameter is no number for these batches of the run (from 0)."""
+    step, number = run.train_step, [0]
+
+    def hurt_step(engine: Engine, *arguments: object) -> object:
+        parameter = next(p for name, p in engine.stage.named_parameters() if "norm" in name)
+        hook = None
+        if dist.get_rank() == victim and number[0] in batches:
+            hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+        number[0] += 1
+        losses = step(engine, *arguments)
+        if hook:
+            hook.remove()
+        return losses
+
+    run.train_step = hurt_step
+
+
+def without_batches(rank: int, batches: range) -> None:
+    """The stream has these batches not at all: what a run with bad ones is to be like."""
+    following, number = BatchStream.next, [0]
+
+    def next_one(self: BatchStream) -> object:
+        while number[0] in batches:
+            number[0] += 1
+            following(self)
+        number[0] += 1
+        return following(self)
+
+    BatchStream.next = next_one
+
+
+def slow_disk(rank: int, seconds: float) -> None:
+    """Every file takes so long to reach the disk."""
+    sync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds)
+        sync(descriptor)
+
+    os.fsync = slow

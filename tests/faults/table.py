@@ -1,0 +1,82 @@
+"""Everything that a run is to survive, done to it: `make test-faults`.
+
+    python -m tests.faults.table [NAME ...]
+
+Ends with a table, and writes runs/faults.json. Mounts a small tmpfs, so it needs root. NAME: functions below.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tests.faults import cases
+from tests.small import make_shards, make_vae
+
+ALL = {
+    "kills": partial(cases.kills, number=30),
+    "preemptions": partial(cases.preemptions, number=12),
+    "full-stop": partial(cases.refusing_disk, kind="full", policy="stop"),
+    "full-continue": partial(cases.refusing_disk, kind="full", policy="continue"),
+    "read-only-stop": partial(cases.refusing_disk, kind="read-only", policy="stop"),
+    "read-only-continue": partial(cases.refusing_disk, kind="read-only", policy="continue"),
+    "slow-stop": partial(cases.crawling_disk, policy="stop"),
+    "slow-continue": partial(cases.crawling_disk, policy="continue"),
+    "nans": cases.nans,
+    "rollback": cases.rollback,
+    "stopped-rank": cases.stopped_rank,
+    "flipped-bits": partial(cases.flipped_bits, each=4),
+    "endurance": partial(cases.endurance, num_steps=20_000),
+}
+
+
+def main(names: list[str]) -> int:
+    chosen = {name: case for name, case in ALL.items() if not names or name in names}
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    bench = cases.Bench(folder, make_shards(folder, make_vae(folder / "vae")), folder / "vae")
+    rows = []
+    for name, case in track(chosen.items(), "faults", console=Console(stderr=True)):
+        began = time.monotonic()
+        done = case(bench)
+        rows.append({"case": name, "seconds": round(time.monotonic() - began, 1), "done": done})
+    table = Table(title="What a run survives")
+    for column in ("what", "tried", "survived", "lost", "seconds", "figures"):
+        table.add_column(column)
+    for row in rows:
+        done = row["done"]
+        figures = ", ".join(f"{name}: {value}" for name, value in done.figures.items())
+        table.add_row(
+            done.name, str(done.tried), str(done.survived), str(done.lost), str(row["seconds"]), figures
+        )
+    Console(width=150).print(table)
+    failures = [f"{row['done'].name}: {failure}" for row in rows for failure in row["done"].failures]
+    print("\n".join(failures))
+    out = Path("runs/faults.json")
+    out.parent.mkdir(exist_ok=True)
+    fields = ("name", "tried", "survived", "lost", "failures", "figures")
+    out.write_text(
+        json.dumps(
+            {
+                "cases": [
+                    {**{f: getattr(row["done"], f) for f in fields}, "seconds": row["seconds"]}
+                    for row in rows
+                ]
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    if not failures:
+        shutil.rmtree(folder)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""The short form of `make test-faults`: each fault once or twice, on real processes."""
+
+import os
+
+import pytest
+
+from tests.faults import cases
+from tests.faults.cases import Bench, Case
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, shards, vae_folder) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"), shards, vae_folder)
+
+
+def assert_survived(case: Case, tried: int) -> None:
+    assert case.failures == []
+    assert (case.tried, case.lost) == (tried, 0)
+
+
+def test_kills(bench):
+    assert_survived(cases.kills(bench, 3, seed=1), 3)
+
+
+def test_preemptions(bench):
+    assert_survived(cases.preemptions(bench, 2, seed=3), 2)
+
+
+def test_nan_in_one_ranks_gradient(bench):
+    assert_survived(cases.nans(bench, victims=(1,)), 1)
+
+
+def test_back_to_a_checkpoint(bench):
+    assert_survived(cases.rollback(bench), 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_full_disk(bench, policy):
+    assert_survived(cases.refusing_disk(bench, "full", policy), 1)
+
+
+def test_slow_disk(bench):
+    assert_survived(cases.crawling_disk(bench, "continue"), 1)
+
+
+def test_flipped_bits(bench):
+    case = cases.flipped_bits(bench, each=1, names=("manifest.json", "tensors/__1_0.distcp"))
+    assert_survived(case, 2)

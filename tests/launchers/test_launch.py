@@ -1,0 +1,288 @@
+"""`megafusion launch` and the scripts of launchers/, as far as they need no SLURM."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from megafusion.cli import app, main
+from megafusion.errors import UserError
+from megafusion.launch.site import Site
+from tests.small import ROOT
+
+LAUNCHERS = ROOT / "launchers"
+SCRIPTS = sorted([*LAUNCHERS.glob("*.sh"), *LAUNCHERS.glob("slurm/*")])
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+    "MEGAFUSION_PYTHON": sys.executable,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def launch(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["launch", *arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def common(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a line of shell that has read common.sh."""
+    line = f'. "{LAUNCHERS}/common.sh"; {script}'
+    return subprocess.run(
+        ["bash", "-c", line, "bash", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def config_file(run_values, tmp_path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(run_values))
+    return path
+
+
+def test_every_script_is_shell_and_executable_where_it_is_started():
+    assert len(SCRIPTS) >= 8
+    for script in SCRIPTS:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert os.access(script, os.X_OK) == (script.suffix == ".sh" and script.name != "common.sh"), script
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    done = subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_file, tmp_path):
+    evil = "train.wandb_project=$(touch evil);touch evil"
+    changes = [evil, "train.trackers=[wandb]", "train.global_batch_rows=48", "data.num_streams=48"]
+    script = launch(
+        str(config_file), *changes, "--site", "example", "--nodes", "3", "--time", "90", "--dry-run"
+    )
+    assert "evil" not in script
+    options, _, _ = script.partition("\nset -u\n")
+    expected = {"nodes=3", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "requeue", "time=90"}
+    found = {line.removeprefix("#SBATCH --") for line in options.splitlines() if line.startswith("#SBATCH")}
+    assert expected <= found
+    assert f"output={tmp_path}/run/logs/job-%j.log" in found
+    assert f"set -- {tmp_path}/run/launch/config.yaml" in options
+    # sbatch stops reading options at the first command
+    assert options.rindex("#SBATCH") < options.index("\nexport ")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_have_two_names_and_one_run_has_one(config_file, tmp_path):
+    def name(out: str) -> str:
+        script = launch(str(config_file), f"out={out}", "--site", "local-test", "--dry-run")
+        return [line for line in script.splitlines() if line.startswith("#SBATCH --job-name=")][-1]
+
+    assert name(f"{tmp_path}/a") == name(f"{tmp_path}/a/") != name(f"{tmp_path}/b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--site", "nowhere"], r"nowhere.env: no such site file; there are example, local-test"),
+        (
+            ["out=/tmp/$(touch evil)", "--site", "example"],
+            r"out '/tmp/\$\(touch evil\)': launchers take paths",
+        ),
+        (["out=/tmp/a b", "--site", "example"], "out '/tmp/a b': launchers take"),
+        (["--site", "local-test", "--time", "1; touch evil"], "--time '1; touch evil': write minutes"),
+        (["--site", "local-test", "--launcher", "mpirun"], "--launcher is srun or deepspeed, not 'mpirun'"),
+        (["--site", "local-test", "--nodes", "3"], r"not a multiple of train.micro_batch_rows 2 x 3 data"),
+        (
+            ["--site", "local-test", "parallel.tensor=2"],
+            "the world has 1 ranks, which is not a multiple of 2",
+        ),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_before_anything_is_written(
+    config_file, tmp_path, arguments, message
+):
+    with pytest.raises(UserError, match=message):
+        launch(str(config_file), *arguments, "--dry-run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_sbatch_the_way_out_is_named(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"sbatch is not on the PATH: .* --dry-run"):
+        launch(str(config_file), "--site", "local-test")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("two words", "2: 'two words' is not of the form KEY=VALUE"),
+        ("A='open", "2: No closing quotation; quote values"),
+        ("HOME2=$HOME", r"2: '\$' in the value of HOME2; nothing is expanded here"),
+        ("A='`touch evil`'", "2: '`' in the value of A"),
+        ("SBATCH_WRAP=evil", "2: SBATCH_WRAP: a site sets account, .*, and not wrap"),
+        ("SBATCH_PARTITION='a b'", "2: 'a b' is no value of sbatch's --partition"),
+        ("WORLD_SIZE=8", "2: WORLD_SIZE is set by the launcher"),
+        ("MASTER_ADDR=a", "name the first node's address in MEGAFUSION_MASTER_ADDR"),
+        ("MEGAFUSION_RANKS_PER_NODE=0", "MEGAFUSION_RANKS_PER_NODE is required, a number .*got '0'"),
+        ("MEGAFUSION_LAUNCHER=ssh", "MEGAFUSION_LAUNCHER is srun or deepspeed, not 'ssh'"),
+        ("MEGAFUSION_CONTAINER=docker", "MEGAFUSION_CONTAINER is none, apptainer, enroot; not 'docker'"),
+        ("MEGAFUSION_CONTAINER=enroot", "MEGAFUSION_CONTAINER=enroot needs MEGAFUSION_CONTAINER_IMAGE"),
+    ],
+)
+def test_a_site_file_is_refused_by_line(tmp_path, line, message):
+    path = tmp_path / "site.env"
+    path.write_text(f"MEGAFUSION_RANKS_PER_NODE=8\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        Site.load(str(path))
+
+
+@pytest.mark.parametrize("site", sorted(LAUNCHERS.glob("sites/*.env")), ids=lambda path: path.stem)
+def test_a_shell_reads_a_site_file_as_we_do(site):
+    ours = Site.load(site.stem).environment
+    done = subprocess.run(
+        ["bash", "-c", 'set -a; . "$0"; env -0', str(site)],
+        env={},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    theirs = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
+    assert ours == {name: theirs[name] for name in ours}
+
+
+@pytest.mark.parametrize(
+    ("status", "goes_on"),
+    [(0, False), (1, False), (2, False), (75, True), (137, True), (138, True), (143, True), (247, True)],
+)
+def test_what_an_exit_status_means(status, goes_on):
+    assert (common('may_go_on "$1"', str(status)).returncode == 0) == goes_on
+
+
+def test_starts_without_a_new_checkpoint_are_a_crash_loop(tmp_path):
+    def start(job: str) -> subprocess.CompletedProcess:
+        return common('MEGAFUSION_MAX_STARTS=3 note_start "$1" "$2"', str(tmp_path), job)
+
+    assert [start("7").returncode for _ in range(4)] == [0, 0, 0, 1]
+    assert "the last 3 starts of" in start("7").stderr
+    assert start("8").returncode == 0  # a new job: the user has looked
+    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000009.partial").mkdir()
+    assert start("7").returncode == 0
+    assert (tmp_path / "launch/starts.tsv").read_text().splitlines()[-1].endswith("\t7\tstep-00000005")
+
+
+def test_a_rank_takes_its_place_from_slurm_and_becomes_the_command(tmp_path):
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+    command = [
+        str(LAUNCHERS / "rank.sh"),
+        str(tmp_path),
+        "bash",
+        "-c",
+        "echo $RANK $LOCAL_RANK $WORLD_SIZE $$; exit 75",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    with subprocess.Popen(command, env=environment | slurm) as process:
+        assert process.wait(10) == 75
+    log = (tmp_path / "logs/rank-00003.log").read_text().splitlines()
+    assert log[-1] == f"3 1 4 {process.pid}"
+    # a launcher's own place comes first
+    other = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}
+    subprocess.run([*command[:-1], "echo $RANK"], env=environment | slurm | other, check=True)
+    assert (tmp_path / "logs/rank-00002.log").read_text().splitlines()[-1] == "2"
+
+
+def world_writable(folder: Path) -> list[Path]:
+    paths = [folder, *folder.rglob("*")]
+    return [path for path in paths if path.stat().st_mode & stat.S_IWOTH]
+
+
+def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_the_world(
+    config_file, tmp_path
+):
+    """Under a umask that hides nothing, as some clusters have it."""
+    run = tmp_path / "run"
+    command = [
+        str(LAUNCHERS / "local.sh"),
+        "2",
+        str(config_file),
+        "train.num_steps=30",
+        "train.checkpoint_every=3",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        umask=0,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints/step-00000003").is_dir():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+        said = process.communicate(timeout=150)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "starting again from step-000000" in said
+    assert "step 30" in said  # rank 0's log is shown
+    starts = [line.split("\t")[2] for line in (run / "launch/starts.tsv").read_text().splitlines()]
+    assert starts[0] == "none"
+    assert len(starts) == 2
+    assert "step-00000003" <= starts[1] < "step-00000030"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 30
+    assert "rank 1 of 2" in (run / "logs/rank-00001.log").read_text()
+    assert world_writable(run) == []
+
+
+def test_the_command_lets_the_world_write_nothing_and_keeps_what_else_is_hidden(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["megafusion", "--version"])
+    before = os.umask(0o020)
+    try:
+        with pytest.raises(SystemExit):
+            main()
+    finally:
+        left = os.umask(before)
+    assert left == 0o022
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """The process of a rank below a launcher."""
+    import psutil
+
+    for process in psutil.Process(launcher).children():
+        if process.environ().get("RANK") == str(rank):
+            return process.pid
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.parametrize("script", ["local.sh", "deepspeed.sh"])
+def test_a_wrong_call_shows_the_right_one(script, tmp_path):
+    done = subprocess.run([str(LAUNCHERS / script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Example: launchers/" in done.stderr
+
+
+def test_deepspeed_sh_hands_no_white_space_to_a_remote_shell(config_file, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n")
+    command = [str(LAUNCHERS / "deepspeed.sh"), str(hosts), str(config_file), "train.wandb_project=a b"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "train.wandb_project=a b: pdsh cannot hand on white space" in done.stderr

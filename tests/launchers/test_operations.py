@@ -1,0 +1,62 @@
+"""docs/operations.md: its commands exist with their options, its scripts too, and its dry run runs."""
+
+import re
+import shlex
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from megafusion.cli import app
+from megafusion.train.record import FREE_KEYS
+from tests.small import ROOT
+
+PAGE = (ROOT / "docs/operations.md").read_text()
+BLOCKS = re.findall(r"^```\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
+
+
+def arguments_of(line: str) -> list[str] | None:
+    """What follows `megafusion`, also behind evaluate.sbatch and preprocess.sbatch; None for other lines."""
+    words = shlex.split(line)
+    if words[0] == "megafusion":
+        return words[1:]
+    for place, word in enumerate(words):
+        if word.endswith("evaluate.sbatch"):
+            return words[place + 1 :]
+        if word.endswith("preprocess.sbatch"):
+            return ["preprocess", *words[place + 1 :]]
+    return None
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if arguments_of(line)])
+def test_a_command_has_the_arguments_that_the_page_gives_it(line):
+    command, arguments = typer.main.get_command(app), arguments_of(line)
+    if arguments == ["--version"]:
+        return
+    while hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
+    assert command.make_context(command.name, arguments).params
+
+
+def test_what_the_page_starts_is_there():
+    scripts = re.findall(r"(?<![\w/])(launchers/[\w./-]+|configs/[\w./-]+yaml)", "\n".join(LINES))
+    assert len(scripts) > 8
+    for script in scripts:
+        if "/mine." not in script:
+            assert (ROOT / script).exists(), script
+
+
+def test_the_7b_run_of_the_page_can_be_launched(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (line,) = [line for line in LINES if "--dry-run" in line]
+    arguments = arguments_of(line.replace("--site mine", "--site example"))
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "#SBATCH --nodes=16" in result.stdout
+
+
+def test_every_key_that_may_change_is_on_the_page():
+    for key in FREE_KEYS:
+        assert f"`{key}*`" in PAGE or f"`{key}`" in PAGE, key

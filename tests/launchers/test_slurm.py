@@ -1,0 +1,74 @@
+"""On a real SLURM of two nodes: a run grows, is cancelled, and shrinks. `make slurm-test` does the rest."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launchers.cluster import Cluster, local_cluster, missing_programs
+from tests.small import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"no SLURM (apt-get install slurm-wlm munge): {', '.join(missing_programs())} missing",
+    ),
+]
+
+
+def launch(cluster: Cluster, config: Path, nodes: int) -> tuple[str, str]:
+    """Number of the job, and all that the command said."""
+    command = [sys.executable, "-m", "megafusion.cli", "launch", str(config), "--site", "local-test"]
+    environment = os.environ | cluster.environment | {"OMP_NUM_THREADS": "1"}
+    said = subprocess.run(
+        [*command, "--nodes", str(nodes)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return said.split()[1].rstrip(":"), said
+
+
+def wait_for_step(run: Path, start: int, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        starts = json.loads((run / "starts.json").read_text()) if (run / "starts.json").exists() else []
+        if len(starts) > start and int((run / "step").read_text()) >= starts[-1]["resumed_at"] + step:
+            return
+        assert time.monotonic() < deadline, (run / "logs/rank-00000.log").read_text()
+        time.sleep(0.2)
+
+
+def test_a_run_grows_stops_when_cancelled_and_shrinks(run_values, tmp_path):
+    run_values["train"] |= {"num_steps": 400, "checkpoint_every": 50}
+    config, run = tmp_path / "config.yaml", Path(run_values["out"])
+    config.write_text(yaml.safe_dump(run_values))
+    with local_cluster() as cluster:
+        small, _ = launch(cluster, config, nodes=1)
+        wait_for_step(run, 0, 5)
+        large, said = launch(cluster, config, nodes=2)
+        assert f"job {small} of this run is in the queue; {large} starts when it has ended" in said
+        assert cluster.job(large)["JobState"] == "PENDING"
+        cluster.ask("scancel", "--signal=USR1", small)
+        assert cluster.wait_for(small, {"COMPLETED"}, 60)
+        wait_for_step(run, 1, 5)
+        cluster.ask("scancel", large)
+        cluster.wait_for(large, {"CANCELLED"}, 60)
+        time.sleep(8)  # longer than a job that goes back into the queue waits
+        assert cluster.job(large)["JobState"] == "CANCELLED"
+        last, _ = launch(cluster, config, nodes=1)
+        cluster.wait_for(last, {"COMPLETED"}, 180)
+    starts = json.loads((run / "starts.json").read_text())
+    assert [start["world_size"] for start in starts] == [1, 2, 1]
+    assert [start["ended"] for start in starts] == ["preempted", "preempted", "finished"]
+    assert 0 < starts[1]["resumed_at"] < starts[2]["resumed_at"] < 400
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 401))

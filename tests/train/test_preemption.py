@@ -1,0 +1,71 @@
+"""Asked to stop, all ranks save at the same step and end, and the run goes on as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+from megafusion.checkpoint.folder import complete_checkpoints
+from megafusion.config import parse_config
+from megafusion.health.signals import StopSignals
+from megafusion.health.starts import read_starts
+from megafusion.train import run as run_module
+from megafusion.train.config import RunConfig
+from megafusion.train.metrics import read_metrics
+from megafusion.train.run import train
+from tests.workers import run_workers
+
+
+def ask(values: dict, rank: int, step: int | None) -> str:
+    """Train; one rank alone is asked to stop while it is in a step."""
+    signals, rate = StopSignals(), run_module.learning_rate
+
+    def asked(done: int, *arguments) -> float:
+        if dist.get_rank() == rank and done + 1 == step:
+            signals.requested = True
+        return rate(done, *arguments)
+
+    run_module.learning_rate = asked
+    return train(parse_config(RunConfig, values, "test"), None, signals)
+
+
+def losses(run: Path) -> list[tuple]:
+    return [(line["step"], line["text_loss"], line["image_loss"]) for line in read_metrics(run)]
+
+
+def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_values, tmp_path):
+    run_values["parallel"] = {"pipeline": 2, "tensor": 2}
+    whole = run_values | {"out": str(tmp_path / "whole")}
+    assert run_workers(ask, 4, whole, 0, None) == ["finished"] * 4
+    assert run_workers(ask, 4, run_values, 3, 4) == ["preempted"] * 4
+    run = Path(run_values["out"])
+    assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000005"]
+    assert run_workers(ask, 4, run_values, 0, None) == ["finished"] * 4
+    assert losses(run) == losses(tmp_path / "whole")
+    assert [start["ended"] for start in read_starts(run)] == ["preempted", "finished"]
+
+
+def test_the_command_ends_with_75_however_often_it_is_asked(run_values, tmp_path):
+    run_values["train"] |= {"num_steps": 100_000, "checkpoint_every": 100_000}
+    config, run = tmp_path / "config.yaml", Path(run_values["out"])
+    config.write_text(yaml.safe_dump(run_values))
+    command = [sys.executable, "-m", "megafusion.cli", "train", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not read_starts(run) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "asked to stop: a checkpoint of step" in " ".join(said.split())
+    (checkpoint,) = complete_checkpoints(run / "checkpoints")
+    (start,) = read_starts(run)
+    assert (start["ended"], f"step-{start['step']:08d}") == ("preempted", checkpoint.name)
