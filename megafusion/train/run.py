@@ -23,6 +23,7 @@ from megafusion.train.ema import Ema
 from megafusion.train.engine import Engine, make_engine, start_process_group, together
 from megafusion.train.metrics import Metrics
 from megafusion.train.optimizer import learning_rate
+from megafusion.train.pictures import PictureEncoder
 from megafusion.train.record import freeze, peak_memory_bytes
 from megafusion.train.samples import sample_pairs, show_samples
 from megafusion.train.step import train_step
@@ -68,6 +69,7 @@ def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> Non
     sampler = _Sampler(config, parts, engine.device) if is_first else None
     clock = _Clock(step, spent_seconds, config.train.global_batch_rows * config.data.sequence_length)
 
+    encoder = PictureEncoder(parts.codec, engine)
     packing = _Packing(config, engine, parts.stream.state())
 
     def due(every: int) -> bool:
@@ -81,7 +83,7 @@ def _train(config: RunConfig, stop_after: int | None, watchdog: Watchdog) -> Non
             watchdog.beat(step + 1, "train")
             batch = parts.stream.next()
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
-            losses = train_step(engine, batch.micro_batches, rate)
+            losses = train_step(engine, encoder.encode(batch.micro_batches), rate)
             step += 1
             ema.update(step)
             metrics.advance(step)
