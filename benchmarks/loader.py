@@ -147,10 +147,10 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         generator = counter_generator(0, 0, number, 0, 0)
         number += 1
         about = manifest if kind == "pairs" else texts
-        parts = toss_coins(next(readers[kind]), about, config, 1000, generator)
+        parts = toss_coins(next(readers[kind]), about, config, 1000, SHAPE, generator)
         whole = flatten(parts, Ids, SHAPE.num_patches)
         packed[kind] += len(whole)
-        pieces = [draw_images(whole, about, generator)]
+        pieces = [draw_images(whole, about, SHAPE, generator)]
         while pieces:
             piece, room = pieces.pop(), SHAPE.length - used
             images = sum(len(document.images) for document in row)

@@ -39,6 +39,11 @@ class DataConfig(Config):
     """Timesteps stay below this where the image stands before its caption: the paper's noise limit."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of caption-first pairs whose caption is left out, which classifier-free guidance needs."""
+    crop: float = Field(1.0, gt=0, le=1)
+    """Least share of a picture's sides that a random crop keeps; 1: the middle, always. Of sources that keep
+    pictures, as `flip`: latents are fixed when they are made."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Share of showings in which a picture is mirrored, left to right."""
     look_ahead: int = Field(16, gt=0)
     """Documents held to choose from when a row is packed (best fit)."""
     num_workers: int = Field(0, ge=0)

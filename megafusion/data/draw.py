@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megafusion.data.config import DataConfig
+from megafusion.data.pictures import show_picture
 from megafusion.data.shards import Manifest
 from megafusion.sequence.document import FlatDocument, NoisedImage
+from megafusion.sequence.packing import RowShape
 
 # exp(x / 2) of every float16 x, by its bits: one rounding of a float64, so alike on every processor.
 with np.errstate(over="ignore", invalid="ignore"):
@@ -17,41 +19,55 @@ with np.errstate(over="ignore", invalid="ignore"):
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image before its noise is drawn: moments float16 [2, C, H, W], and the bound of its timestep."""
+    """An image before its noise is drawn: moments float16 [2, C, H, W] or a picture uint8 [3, H, W], and the
+    bound of its timestep."""
 
-    moments: np.ndarray
+    content: np.ndarray
     max_timestep: int
 
 
 def toss_coins(
-    segments: tuple[np.ndarray, ...],
+    segments: tuple[np.ndarray | bytes, ...],
     manifest: Manifest,
     config: DataConfig,
     num_timesteps: int,
+    shape: RowShape,
     generator: np.random.Generator,
 ) -> list[np.ndarray | StoredImage]:
-    """The parts of a document in the order that they are shown in, images not yet drawn."""
+    """The parts of a document in the order that they are shown in, images not yet drawn.
+
+    Raises BadBytes where a picture cannot be opened.
+    """
     if manifest.kind != "pair":
         return list(segments)
-    text, moments = segments
+    text, content = segments
+    if isinstance(content, bytes):
+        content = show_picture(content, shape.picture_size, config, generator)
     if generator.random() >= config.caption_first:
-        return [StoredImage(moments, min(num_timesteps, config.image_first_max_timestep)), text]
-    image = StoredImage(moments, num_timesteps)
+        return [StoredImage(content, min(num_timesteps, config.image_first_max_timestep)), text]
+    image = StoredImage(content, num_timesteps)
     return [image] if generator.random() < config.caption_dropout else [text, image]
 
 
-def draw_images(document: FlatDocument, manifest: Manifest, generator: np.random.Generator) -> FlatDocument:
+def draw_images(
+    document: FlatDocument, manifest: Manifest, shape: RowShape, generator: np.random.Generator
+) -> FlatDocument:
     """The document with a sample of each image's latents, its noise and its timestep.
 
-    The generator must be the one that tossed the coins, and each image is drawn in its order.
+    The generator must be the one that tossed the coins, and each image is drawn in its order. A picture's
+    latents are for now what its posterior's deviation is to be multiplied by.
     """
-    images = tuple(_draw(image, manifest, generator) for image in document.images)
+    images = tuple(_draw(image, manifest, shape, generator) for image in document.images)
     return replace(document, images=images) if images else document
 
 
-def _draw(image: StoredImage, manifest: Manifest, generator: np.random.Generator) -> NoisedImage:
-    mean, log_variance = image.moments
-    sample, noise = generator.standard_normal(image.moments.shape, np.float32)
+def _draw(
+    image: StoredImage, manifest: Manifest, shape: RowShape, generator: np.random.Generator
+) -> NoisedImage:
+    sample, noise = generator.standard_normal((2, *shape.latent_shape), np.float32)
+    if manifest.images == "pictures":
+        return NoisedImage(sample, noise, int(generator.integers(image.max_timestep)), image.content)
+    mean, log_variance = image.content
     sample *= DEVIATION[log_variance.view(np.uint16)]
     sample += mean
     if manifest.latent_shift:

@@ -8,14 +8,17 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from megafusion.autoencoder.codec import ImageCodec, to_pil
-from megafusion.data.members import StoredDocument
+from megafusion.autoencoder.codec import ImageCodec
+from megafusion.data.members import StoredDocument, segment_kind
+from megafusion.data.originals import first_image, originals
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import document_offsets
 from megafusion.errors import UserError
 from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.progress import progress_bar
 from megafusion.storage import file_sha256, write_file
+
+PAGE_SIZE = (256, 256)
 
 
 def inspect(folder: Path, vae: Path, out: Path, num_documents: int) -> None:
@@ -72,7 +75,7 @@ def _evenly(shards: ShardFolder, number: int) -> list[tuple[int, int]]:
 
 def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
     manifest = shards.manifest
-    lengths = sorted(sum(len(s) for s in d.segments if s.ndim == 1) for d in chosen)
+    lengths = sorted(sum(len(s) for s in d.segments if segment_kind(s) == "tokens") for d in chosen)
     table = Table("", "", title=str(shards.folder), show_header=False)
     table.add_row("kind", manifest.kind)
     table.add_row("documents", f"{manifest.num_documents:,} in {len(manifest.shards)} shards")
@@ -80,8 +83,11 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
     table.add_row("tokens, images", f"{manifest.num_tokens:,}, {manifest.num_images:,}")
     middle = lengths[len(lengths) // 2]
     table.add_row(f"tokens of {len(chosen)} documents", f"{lengths[0]} to {lengths[-1]}, median {middle}")
-    if manifest.num_images:
-        latents = torch.from_numpy(np.stack([m[0] for m in _moments(chosen)])).float()
+    if manifest.images == "pictures" and manifest.num_images:
+        kept = [first_image(document) for document in chosen]
+        table.add_row("pictures", f"kept as WebP, {decimal(sum(map(len, kept)) // len(kept))} each")
+    elif manifest.num_images:
+        latents = torch.from_numpy(np.stack([first_image(d)[0] for d in chosen])).float()
         latents = (latents - manifest.latent_shift) * manifest.latent_scale
         table.add_row(
             "latents", f"{' x '.join(map(str, manifest.latent_shape))}, normalised as a run sees them:"
@@ -93,20 +99,17 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
     return table
 
 
-def _moments(documents: list[StoredDocument]) -> list[np.ndarray]:
-    """Mean and log-variance of each document's first image."""
-    return [next(s for s in document.segments if s.ndim == 4) for document in documents]
-
-
 def _write_page(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, out: Path) -> None:
     codec = ImageCodec.from_pretrained(vae)
-    if codec.hash != shards.manifest.vae_sha256:
+    has_latents = shards.manifest.images == "latents"
+    if has_latents and codec.hash != shards.manifest.vae_sha256:
         raise UserError(
             f"{vae}: is not the autoencoder that made the latents of {shards.folder} (hash "
             f"{codec.hash[:12]}, there {str(shards.manifest.vae_sha256)[:12]}); name that one with --vae"
         )
-    means = torch.from_numpy(np.stack([m[0] for m in _moments(chosen)])).float()
+    images = [first_image(document) for document in chosen]
     captions = [str(document.metadata.get("caption", "")) for document in chosen]
-    pictures = to_pil(codec.decode(means))
+    pictures = originals(images, codec, PAGE_SIZE)
     write_file(out, png(picture_sheet(list(zip(captions, pictures, strict=True)))))
-    print(f"{out}: {len(chosen)} pictures decoded from their latents, with captions")
+    how = "decoded from their latents" if has_latents else "as they are kept"
+    print(f"{out}: {len(chosen)} pictures {how}, with captions")

@@ -13,7 +13,7 @@ import numpy as np
 
 from megafusion.data.config import DataConfig
 from megafusion.data.draw import draw_images, toss_coins
-from megafusion.data.members import BadDocument
+from megafusion.data.members import BadBytes, BadDocument
 from megafusion.data.source import DOCUMENT, PHASE, Source, counter_generator
 from megafusion.errors import UserError
 from megafusion.sequence.document import FlatDocument, cut_text, flatten
@@ -98,7 +98,7 @@ class LogicalStream:
             else:
                 self.state.pending.remove(place)
             if num_images:
-                document = draw_images(document, self._sources[name].folder.manifest, generator)
+                document = draw_images(document, self._sources[name].folder.manifest, self._shape, generator)
             else:
                 document = cut_text(document, first, last)
             chosen.append(document)
@@ -215,9 +215,13 @@ class LogicalStream:
         stored = source.read(number)
         where = f"{source.folder.folder}, document {number}"
         source.check(stored, where)
-        parts = toss_coins(
-            stored.segments, source.folder.manifest, self._config, self._num_timesteps, generator
-        )
+        manifest = source.folder.manifest
+        try:
+            parts = toss_coins(
+                stored.segments, manifest, self._config, self._num_timesteps, self._shape, generator
+            )
+        except BadBytes as error:
+            raise BadDocument(where, str(error)) from error
         document = flatten(parts, self._tokenizer, self._shape.num_patches)
         if document.tokens.max() >= self._tokenizer.vocab_size:
             raise BadDocument(where, "a token that the tokenizer does not have")

@@ -1,8 +1,8 @@
 """The bytes of one document, as they stand in a shard, to arrays: a few tar headers and npy headers.
 
 Nothing is ever written to disk, and nothing but these members is accepted: plain files named
-`KEY.json`, `KEY.0.tokens.npy`, `KEY.1.moments.npy` and so on, of one key, each once. tarfile and np.load
-would take longer over this than drawing the noise does.
+`KEY.json`, `KEY.0.tokens.npy`, `KEY.1.moments.npy` (or `KEY.1.picture.webp`) and so on, of one key, each
+once. tarfile and np.load would take longer over this than drawing the noise does.
 """
 
 import ast
@@ -18,6 +18,7 @@ from megafusion.errors import UserError
 
 BLOCK = 512
 TYPES = {"tokens": (np.dtype("<i4"), 1), "moments": (np.dtype("<f2"), 4)}
+PICTURE = "picture.webp"
 
 
 class BadDocument(UserError):
@@ -34,10 +35,13 @@ class BadBytes(ValueError):
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document as stored: metadata, and segments in order (int32 [L] or float16 [2, C, H, W])."""
+    """A document as stored: metadata, and segments in order.
+
+    A text is int32 [L]; an image float16 [2, C, H, W], its moments, or the bytes of a picture.
+    """
 
     metadata: dict
-    segments: tuple[np.ndarray, ...]
+    segments: tuple[np.ndarray | bytes, ...]
 
 
 class Member(NamedTuple):
@@ -47,6 +51,13 @@ class Member(NamedTuple):
     header: int
     start: int
     size: int
+
+
+def segment_kind(segment: np.ndarray | bytes) -> str:
+    """tokens, moments or picture."""
+    if isinstance(segment, bytes):
+        return "picture"
+    return "tokens" if segment.ndim == 1 else "moments"
 
 
 def tar_members(content: bytes | memoryview, whole: int | None = None) -> Iterator[Member]:
@@ -94,11 +105,12 @@ def parse_document(content: bytes, latent_shape: tuple[int, ...] | None) -> Stor
             metadata = _metadata(data)
             continue
         number, _, name = kind.partition(".")
-        if not (name.endswith(".npy") and name[:-4] in TYPES):
+        is_picture = name == PICTURE
+        if not (is_picture or (name.endswith(".npy") and name[:-4] in TYPES)):
             raise BadBytes("a member of unknown kind")
         if number != str(len(segments)):
             raise BadBytes("members doubled, missing or out of order")
-        segments.append(_array(data, *TYPES[name[:-4]], latent_shape))
+        segments.append(bytes(data) if is_picture else _array(data, *TYPES[name[:-4]], latent_shape))
     if metadata is None:
         raise BadBytes("no .json member")
     return StoredDocument(metadata, tuple(segments))

@@ -2,8 +2,9 @@
 
 A document is a tar member `KEY.json` (its kind and metadata) followed by its segments in order:
 `KEY.0.tokens.npy` int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and
-log-variance of an image's latents. The index `shard-000000.index.npy` holds int64 [n + 1] offsets, so
-any document is one read away and no archive is ever scanned.
+log-variance of an image's latents, or `KEY.1.picture.webp` where the picture itself is kept. The index
+`shard-000000.index.npy` holds int64 [n + 1] offsets, so any document is one read away and no archive is
+ever scanned.
 """
 
 import io
@@ -18,7 +19,7 @@ from pydantic import Field
 from webdataset import TarWriter
 
 from megafusion.config import Config, parse_config
-from megafusion.data.members import BLOCK, StoredDocument, tar_members
+from megafusion.data.members import BLOCK, PICTURE, StoredDocument, segment_kind, tar_members
 from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, new_folder
@@ -55,12 +56,14 @@ class Manifest(Config):
     """Most images of a document."""
     max_tokens_beside_images: int = 0
     """Most text tokens of a document with images, which is never split: it must fit in a row."""
+    images: Literal["latents", "pictures"] = "latents"
+    """latents: made once, by the autoencoder of vae_sha256; pictures: encoded whenever they are shown."""
     tokenizer_sha256: str
     """Hash of the SentencePiece model that made the tokens."""
     vae_sha256: str | None = None
-    """Hash of the autoencoder that made the latents; null without images."""
+    """Hash of the autoencoder that made the latents; null without latents."""
     latent_shape: tuple[int, int, int] | None = None
-    """Channels, height and width of the latents; null without images."""
+    """Channels, height and width of the latents; null without latents."""
     latent_scale: float = 1.0
     """Factor that brings latents to unit deviation: the autoencoder's scaling_factor."""
     latent_shift: float = 0.0
@@ -99,8 +102,8 @@ def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int
     num_tokens = num_images = max_images = max_tokens = 0
     for document in documents:
         batch.append(document)
-        tokens = sum(len(s) for s in document.segments if s.ndim == 1)
-        images = sum(s.ndim == 4 for s in document.segments)
+        tokens = sum(len(s) for s in document.segments if segment_kind(s) == "tokens")
+        images = sum(segment_kind(s) != "tokens" for s in document.segments)
         num_tokens, num_images = num_tokens + tokens, num_images + images
         max_images = max(max_images, images)
         max_tokens = max(max_tokens, tokens if images else 0)
@@ -128,8 +131,11 @@ def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> 
         for position, document in enumerate(documents):
             members = {"json": json.dumps(document.metadata, sort_keys=True).encode()}
             for order, segment in enumerate(document.segments):
-                name = "tokens" if segment.ndim == 1 else "moments"
-                members[f"{order}.{name}.npy"] = npy(segment)
+                kind = segment_kind(segment)
+                if kind == "picture":
+                    members[f"{order}.{PICTURE}"] = segment
+                else:
+                    members[f"{order}.{kind}.npy"] = npy(segment)
             writer.write({"__key__": f"{number:06d}-{position:06d}", **members})
         writer.close()
     np.save(path.with_suffix(".index.npy"), document_offsets(path))

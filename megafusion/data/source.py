@@ -6,7 +6,7 @@ import numpy as np
 
 from megafusion.data.cache import ShardCache
 from megafusion.data.config import DataConfig
-from megafusion.data.members import BadDocument, StoredDocument
+from megafusion.data.members import BadDocument, StoredDocument, segment_kind
 from megafusion.data.reader import ShardFolder
 from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
@@ -62,10 +62,11 @@ class Source:
 
     def check(self, stored: StoredDocument, where: str) -> None:
         """Raises BadDocument where a document's segments are not those of the source's kind."""
-        kinds = [segment.ndim for segment in stored.segments]
-        kind = self.folder.manifest.kind
-        if kinds != [1, 4] if kind == "pair" else set(kinds) != {1}:
-            raise BadDocument(where, f"no document of kind {kind}")
+        kinds = [segment_kind(segment) for segment in stored.segments]
+        manifest = self.folder.manifest
+        image = "moments" if manifest.images == "latents" else "picture"
+        if kinds != ["tokens", image] if manifest.kind == "pair" else set(kinds) != {"tokens"}:
+            raise BadDocument(where, f"no document of kind {manifest.kind} with {manifest.images}")
 
     def _bounds(self, stream: int) -> tuple[int, int]:
         total = len(self.folder)
@@ -108,7 +109,7 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer, vae_sha256: str, seed
         _check_origin(
             f"data.sources.{name}", folder, "tokenizer", folder.manifest.tokenizer_sha256, tokenizer.hash
         )
-        if folder.manifest.num_images:
+        if folder.manifest.num_images and folder.manifest.images == "latents":
             _check_origin(f"data.sources.{name}", folder, "vae", folder.manifest.vae_sha256, vae_sha256)
         sources[name] = Source(name, number, folder, config.num_streams, seed)
     return sources

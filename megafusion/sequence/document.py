@@ -13,11 +13,15 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class NoisedImage:
-    """An image as the model is trained on it: latents and noise float32 [C, H, W], and its timestep."""
+    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its timestep.
+
+    picture: uint8 [3, H, W] where latents are to be made of one; those are standard normal until then.
+    """
 
     latents: np.ndarray
     noise: np.ndarray
     timestep: int
+    picture: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

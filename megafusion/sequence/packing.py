@@ -14,12 +14,14 @@ from megafusion.sequence.intervals import Intervals
 
 @dataclass(frozen=True)
 class RowShape:
-    """The fixed shape of a row: S positions, N image slots of P patches, latents [C, H, W]."""
+    """The fixed shape of a row: S positions, N image slots of P patches, latents [C, h, w], pictures of H x W
+    pixels where images come as those."""
 
     length: int
     num_images: int
     num_patches: int
     latent_shape: tuple[int, int, int]
+    picture_size: tuple[int, int] = (0, 0)
 
     def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
         """Whether a document still fits behind what a row holds already."""
@@ -63,7 +65,8 @@ class PackedBatch:
     positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: which of the row's
     N x P patches stands here, -1 for text; row_start, row_end int32 [B, S]: the mask;
     latents, noise float32 [B, N, C, H, W], zeros in unused slots; timesteps int64 [B, N];
-    image_start int32 [B, N]: first position of each image, -1 for an unused slot.
+    image_start int32 [B, N]: first position of each image, -1 for an unused slot;
+    pictures uint8 [B, N, 3, H, W], or empty; has_picture bool [B, N]: latents are still to be made of it.
     num_text_targets, num_images int64 []: of the whole global batch, the losses' denominators.
     """
 
@@ -77,6 +80,8 @@ class PackedBatch:
     noise: Tensor
     timesteps: Tensor
     image_start: Tensor
+    pictures: Tensor
+    has_picture: Tensor
     num_text_targets: Tensor
     num_images: Tensor
 
@@ -119,6 +124,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np
         "noise": np.zeros((slots, *shape.latent_shape), np.float32),
         "timesteps": np.zeros(slots, np.int64),
         "image_start": np.full(slots, -1, np.int32),
+        "pictures": np.zeros((slots, 3, *shape.picture_size), np.uint8),
+        "has_picture": np.zeros(slots, bool),
     }
     first, slot = 0, 0
     for document in documents:
@@ -136,6 +143,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np
             row["noise"][slot] = image.noise
             row["timesteps"][slot] = image.timestep
             row["image_start"][slot] = first + start
+            if image.picture is not None:
+                row["pictures"][slot], row["has_picture"][slot] = image.picture, True
             slot += 1
         first += len(document)
     return row

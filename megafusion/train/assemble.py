@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -50,12 +50,15 @@ def assemble(config: RunConfig, topology: Topology) -> Parts:
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_parts(config.model, tokenizer, codec, picture_size(config.model, codec))
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
+    shape = config.row_shape
     for name, source in sources.items():
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
+        if source.folder.manifest.images == "pictures":
+            shape = replace(shape, picture_size=picture_size(config.model, codec))
     stream = BatchStream(
         config.data,
         sources,
-        config.row_shape,
+        shape,
         tokenizer,
         config.objective.schedule.num_steps,
         config.train.global_batch_rows,

@@ -25,6 +25,7 @@ from megafusion.train.engine import Engine, make_engine, start_process_group, th
 from megafusion.train.figures import Clock, Packing, step_figures
 from megafusion.train.metrics import Metrics
 from megafusion.train.optimizer import learning_rate
+from megafusion.train.pictures import PictureEncoder
 from megafusion.train.record import freeze
 from megafusion.train.samples import Sampler
 from megafusion.train.step import train_step
@@ -101,6 +102,7 @@ def _train(
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
     sampler = Sampler(config, parts, engine.device) if is_first else None
     clock, packing = Clock(config, step, spent_seconds), Packing(config, engine, parts.stream.state())
+    encoder = PictureEncoder(parts.codec, engine)
     stops = False
 
     def due(every: int) -> bool:
@@ -120,7 +122,7 @@ def _train(
             with speeds.waiting_for_data():
                 batch = parts.stream.next()
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
-            losses = train_step(engine, batch.micro_batches, rate)
+            losses = train_step(engine, encoder.encode(batch.micro_batches), rate)
             stops = engine.agreement.stops()
             if said := recovery.judge(step):
                 metrics.say(said)

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 
 from megafusion.checkpoint.reader import read_whole
+from megafusion.data.originals import first_image, originals
 from megafusion.data.source import Source
 from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -33,10 +32,11 @@ def sample_pairs(
         return None
     size = len(source.folder)
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
-    means = torch.stack([torch.from_numpy(document.segments[1][0].astype(np.float32)) for document in chosen])
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
-        pictures=pipeline.pictures(pipeline.codec.normalize(means)),
+        pictures=originals(
+            [first_image(document) for document in chosen], pipeline.codec, pipeline.config.image_size
+        ),
     )
 
 

@@ -58,6 +58,7 @@ def stream_of(
     slots: int = 4,
     num_patches: int = NUM_PATCHES,
     latents: tuple[int, int, int] = LATENTS,
+    picture_size: tuple[int, int] = (0, 0),
     seed: int = 0,
     micro: int = 1,
     **changes,
@@ -72,7 +73,7 @@ def stream_of(
         "num_streams": num_rows,
     }
     config = DataConfig(**values | changes)
-    shape = RowShape(length, slots, num_patches, latents)
+    shape = RowShape(length, slots, num_patches, latents, picture_size)
     opened = open_sources(config, Ids, "v", seed)
     return BatchStream(config, opened, shape, Ids, 1000, num_rows, rows, micro)
 

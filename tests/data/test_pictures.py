@@ -1,0 +1,189 @@
+"""Sources that keep pictures: cropped, mirrored and encoded when they are shown, alike at any topology."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megafusion.config import parse_config
+from megafusion.data.config import DataConfig
+from megafusion.data.members import BadBytes, StoredDocument
+from megafusion.data.pictures import show_picture
+from megafusion.data.shards import write_shards
+from megafusion.errors import UserError
+from megafusion.train.config import RunConfig
+from megafusion.train.metrics import read_metrics
+from megafusion.train.run import train
+from tests.data.rows import digest, stream_of, write_pairs
+from tests.workers import run_workers
+
+
+def webp(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """Red tells the column, green the row."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def write_pictures(folder: Path, num: int, tokenizer: str = "t") -> Path:
+    random = np.random.default_rng(0)
+
+    def documents():
+        for i in range(num):
+            shape = (int(random.integers(32, 60)), int(random.integers(32, 60)), 3)
+            picture = Image.fromarray(random.integers(0, 256, shape, np.uint8))
+            tokens = random.integers(3, 60, 5).astype(np.int32)
+            yield StoredDocument({"key": f"k{i}", "caption": f"picture {i}"}, (tokens, webp(picture)))
+
+    fields = {"kind": "pair", "images": "pictures", "tokenizer_sha256": tokenizer, "provenance": {}}
+    write_shards(folder, documents(), 16, **fields)
+    return folder
+
+
+def options(**values) -> DataConfig:
+    some = {"sources": {"a": {"path": "p"}}, "tokenizer": "t", "vae": "v", "sequence_length": 64}
+    return parse_config(DataConfig, some | {"images_per_row": 1, "num_streams": 1} | values, "test")
+
+
+def test_the_middle_is_shown_unless_a_crop_is_asked_for():
+    shown = show_picture(webp(ramp(100, 60)), (60, 60), options(), np.random.default_rng(0))
+    assert shown.shape == (3, 60, 60)
+    assert shown[0, 0].tolist() == list(range(20, 80))
+    assert shown[1, :, 0].tolist() == list(range(60))
+
+
+def test_crops_stay_inside_and_keep_at_least_what_is_asked_for():
+    generator, sides = np.random.default_rng(0), []
+    for _ in range(200):
+        shown = show_picture(webp(ramp(100, 60)), (30, 30), options(crop=0.5), generator).astype(int)
+        across, down = np.ptp(shown[0, 0]), np.ptp(shown[1, :, 0])
+        assert abs(across - down) <= 2  # square, as asked for
+        sides.append(across)
+    assert 27 <= min(sides) <= 31
+    assert max(sides) >= 55
+
+
+def test_a_share_is_mirrored():
+    generator, content = np.random.default_rng(0), webp(ramp(40, 40))
+    shown = [show_picture(content, (40, 40), options(flip=0.3), generator) for _ in range(300)]
+    mirrored = sum(int(picture[0, 0, 0]) == 39 for picture in shown)
+    assert 65 <= mirrored <= 115
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"RIFF\x10\0\0\0WEBPVP8 ", webp(ramp(40, 40))[:40], Image.new("L", (2, 2)).tobytes()],
+    ids=["empty", "header", "truncated", "no picture"],
+)
+def test_what_is_no_picture_is_bad(content):
+    with pytest.raises(BadBytes, match="cannot be opened"):
+        show_picture(content, (8, 8), options(), np.random.default_rng(0))
+
+
+def test_a_picture_of_another_format_is_bad():
+    buffer = io.BytesIO()
+    ramp(8, 8).save(buffer, "PNG")
+    with pytest.raises(BadBytes, match="cannot be opened"):
+        show_picture(buffer.getvalue(), (8, 8), options(), np.random.default_rng(0))
+
+
+def test_a_bomb_is_bad_before_it_is_unpacked(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadBytes, match="too many pixels"):
+        show_picture(webp(ramp(40, 40)), (8, 8), options(), np.random.default_rng(0))
+
+
+def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
+    sources = {
+        "pictures": (write_pictures(tmp_path / "pictures", 60), 1.0),
+        "latents": (write_pairs(tmp_path / "latents", 60), 1.0),
+    }
+    changes = {"picture_size": (16, 16), "crop": 0.7, "flip": 0.5}
+    whole = stream_of(sources, range(4), 4, num_streams=4, **changes)
+    halves = [
+        stream_of(sources, rows, 4, num_streams=4, num_workers=n, **changes)
+        for rows, n in ((range(2), 0), (range(2, 4), 1))
+    ]
+    with halves[0], halves[1]:
+        for _ in range(8):
+            batch = whole.next()
+            assert digest(batch) == [row for half in halves for row in digest(half.next())]
+    has_picture = torch.cat([micro.has_picture for micro in batch.micro_batches])
+    used = torch.cat([micro.image_start >= 0 for micro in batch.micro_batches])
+    assert has_picture.any()
+    assert (used & ~has_picture).any()
+    assert not (has_picture & ~used).any()
+
+
+def test_a_broken_picture_is_left_out_and_counted(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 200)
+    for path in folder.glob("*.tar"):
+        content = bytearray(path.read_bytes())
+        at = content.index(b"RIFF")
+        content[at : at + 4] = b"riff"
+        path.write_bytes(content)
+    sources = {"pictures": (folder, 1.0)}
+    with pytest.raises(UserError, match=r"document \d+: not readable \(a picture that cannot be opened\)"):
+        [stream_of(sources, range(1), 1, picture_size=(16, 16)).next() for _ in range(40)]
+    stream = stream_of(sources, range(1), 1, picture_size=(16, 16), on_error="skip", max_skip_rate=0.1)
+    [stream.next() for _ in range(60)]
+    assert sum(stream.state()["streams"]["0"]["skipped"].values()) > 5
+
+
+@pytest.fixture
+def picture_run(run_values, tokenizer, tmp_path) -> dict:
+    folder = write_pictures(tmp_path / "pictures", 40, tokenizer.hash)
+    run_values["data"]["sources"] = {"pictures": {"path": str(folder), "weight": 1.0}}
+    run_values["data"] |= {"crop": 0.8, "flip": 0.5}
+    run_values["train"] |= {"num_steps": 4, "log_every": 1}
+    return run_values
+
+
+def run(values: dict) -> None:
+    train(parse_config(RunConfig, values, "test"))
+
+
+def losses(values: dict) -> list[float]:
+    return [line[name] for line in read_metrics(Path(values["out"])) for name in ("text_loss", "image_loss")]
+
+
+def test_a_run_over_pictures_is_the_same_on_two_ranks(picture_run, tmp_path):
+    run_workers(run, 1, picture_run)
+    for axis in ("data", "tensor", "pipeline"):
+        parallel = {} if axis == "data" else {axis: 2}
+        other = picture_run | {"out": str(tmp_path / axis), "parallel": parallel}
+        run_workers(run, 2, other)
+        assert losses(other) == pytest.approx(losses(picture_run), rel=1e-5)
+
+
+def test_pictures_and_their_latents_give_the_same_losses(picture_run, codec, tokenizer, tmp_path):
+    """With nothing drawn but what a run over latents draws, an encoded picture is its stored latents."""
+    from megafusion.data.reader import ShardFolder
+
+    kept = ShardFolder(Path(picture_run["data"]["sources"]["pictures"]["path"]))
+    documents = []
+    for shard, entry in enumerate(kept.manifest.shards):
+        for position in range(entry.num_documents):
+            stored = kept.read(shard, position)
+            shown = show_picture(stored.segments[1], (32, 32), options(), np.random.default_rng(0))
+            moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
+            documents.append(StoredDocument(stored.metadata, (stored.segments[0], moments.half().numpy())))
+    fields = {"kind": "pair", "tokenizer_sha256": tokenizer.hash, "provenance": {}}
+    fields |= {"vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
+    fields |= {"latent_scale": codec.scaling_factor, "latent_shift": codec.shift_factor}
+    write_shards(tmp_path / "latents", documents, 16, **fields)
+    picture_run["data"] |= {"crop": 1.0, "flip": 0.0}
+    run_workers(run, 1, picture_run)
+    other = picture_run | {"out": str(tmp_path / "other")}
+    other["data"] = other["data"] | {"sources": {"pictures": {"path": str(tmp_path / "latents")}}}
+    run_workers(run, 1, other)
+    assert losses(other) == pytest.approx(losses(picture_run), rel=1e-3)
