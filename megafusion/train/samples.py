@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from megafusion.checkpoint.reader import read_whole
