@@ -47,6 +47,11 @@ read_site() {
     export PYTHONPATH="$MEGAFUSION_ROOT:$MEGAFUSION_ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
 }
 
+# A port that nothing uses on this machine now, where rank 0 will listen.
+free_port() {
+    "${MEGAFUSION_PYTHON:-python3}" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])'
+}
+
 # in_container COMMAND...: become the command, inside the site's container if that is Apptainer's. Enroot's come with
 # srun, through SLURM's pyxis plugin (container_options).
 in_container() {

@@ -45,7 +45,7 @@ status_of() {
 
 start_ranks() {
     local rank port
-    port=$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    port=$(free_port)
     ranks=()
     for ((rank = 0; rank < world; rank++)); do
         RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$world MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \

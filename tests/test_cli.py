@@ -18,7 +18,7 @@ from megafusion.generate.command import open_picture, open_pipeline
 from megafusion.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint")
+COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch")
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -7,11 +7,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODES = ("n1", "n2")
@@ -96,7 +99,14 @@ class Cluster:
 
 @contextmanager
 def local_cluster() -> Iterator[Cluster]:
-    """Bring SLURM up, and take it down whatever happens: jobs first, then the daemons, then the folder."""
+    """Bring SLURM up, and take it down whatever happens: jobs first, then the daemons, then the folder.
+
+    SIGTERM and SIGHUP raise SystemExit in the block, so that they take it down too. In the main thread only.
+    """
+    before = {
+        number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     folder = Path(tempfile.mkdtemp(prefix="megafusion-slurm-"))
     folder.chmod(0o755)  # munged wants its socket's folder to be reached by all
     daemons: list[subprocess.Popen] = []
@@ -118,7 +128,8 @@ def local_cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         if len(daemons) > 1:
-            cluster.ask("scancel", "--state=PENDING", f"--user={getpass.getuser()}", check=False)
+            # Nothing may start again while jobs are ended.
+            cluster.ask("scontrol", "update", "PartitionName=test", "State=DOWN", check=False)
             cluster.ask("scancel", f"--user={getpass.getuser()}", check=False)
             deadline = time.monotonic() + 30
             while cluster.ask("squeue", "-h", check=False) and time.monotonic() < deadline:
@@ -131,7 +142,18 @@ def local_cluster() -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        _kill_what_is_left(cluster)
         shutil.rmtree(folder, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill_what_is_left(cluster: Cluster) -> None:
+    """Steps outlive slurmd by design; theirs, and nobody else's, name this cluster's slurm.conf."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and cluster.environment.items() <= process.environ().items():
+                process.kill()
 
 
 def _configure(folder: Path) -> None:

@@ -48,7 +48,11 @@ def main() -> None:
         whole = _launch(cluster, config, runs / "whole", "srun", {})
         cluster.wait_for(whole, {"COMPLETED"}, 1500)
         print(f"undisturbed: {NUM_STEPS} steps in {time.time() - started:.0f} s", flush=True)
-        cases = [_disturbed(cluster, config, runs, *run) for run in RUNS.items()]
+        cases = []
+        for run in RUNS.items():
+            cases.append(_disturbed(cluster, config, runs, *run))
+            verdict = {name: cases[-1][name] for name in ("restarts", "same_parameters", "problems")}
+            print(f"{run[0]}: {verdict}", flush=True)
         version = cluster.ask("sinfo", "--version").strip()
     report = {"slurm": version, "nodes": 2, "num_steps": NUM_STEPS, "runs": cases}
     (ROOT / "runs").mkdir(exist_ok=True)

@@ -72,3 +72,47 @@ def test_a_run_grows_stops_when_cancelled_and_shrinks(run_values, tmp_path):
     assert 0 < starts[1]["resumed_at"] < starts[2]["resumed_at"] < 400
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 401))
+
+
+def test_by_hand_a_crash_loop_and_a_refusal_end_the_job(run_values, tmp_path):
+    """Also what sbatch alone does, without `megafusion launch`."""
+    config, run = tmp_path / "config.yaml", Path(run_values["out"])
+    config.write_text(yaml.safe_dump(run_values))
+    dying = tmp_path / "python"  # its trainer says "start me again", and never comes to a checkpoint
+    dying.write_text(
+        f'#!/bin/sh\ncase "$*" in *megafusion.cli*) exit 75;; esac\nexec {sys.executable} "$@"\n'
+    )
+    dying.chmod(0o755)
+    site = tmp_path / "site.env"
+    values = (ROOT / "launchers/sites/local-test.env").read_text().replace("MAX_STARTS=5", "MAX_STARTS=2")
+    site.write_text(f"{values}MEGAFUSION_PYTHON={dying}\n")
+    with local_cluster() as cluster:
+        script = "launchers/slurm/train.sbatch"
+        log = tmp_path / "job.log"
+        job = subprocess.run(
+            [
+                "sbatch",
+                "--parsable",
+                "--nodes=2",
+                "--ntasks-per-node=1",
+                f"--output={log}",
+                script,
+                str(config),
+            ],
+            cwd=ROOT,
+            env=os.environ | cluster.environment | {"MEGAFUSION_SITE": str(site)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        cluster.wait_for(job, {"FAILED"}, 120)
+        assert cluster.job(job)["Restarts"] == "2", log.read_text()
+        assert "the last 2 starts of" in log.read_text()
+        assert len((run / "launch/starts.tsv").read_text().splitlines()) == 3
+        run_values["data"]["tokenizer"] = str(tmp_path / "nowhere.model")
+        config.write_text(yaml.safe_dump(run_values))
+        refused, _ = launch(cluster, config, nodes=1)
+        cluster.wait_for(refused, {"FAILED"}, 120)
+        assert cluster.job(refused)["Restarts"] == "0"
+        assert cluster.job(refused)["ExitCode"] == "2:0"
+    assert "nowhere.model" in (run / "logs/rank-00000.log").read_text()
