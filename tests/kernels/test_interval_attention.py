@@ -378,6 +378,7 @@ class TestTma:
         (torch.zeros(2, 8, 2, 16), True),
         (torch.zeros(2, 8, 2, 16).transpose(1, 2), True),
         (torch.zeros(2, 8, 2, 16).mT, False),
+        (torch.zeros(2, 8, 2, 32)[..., ::2], False),
         (torch.zeros(2, 8, 2, 18)[..., :16], False),  # strides of 72 bytes
         (torch.zeros(2, 8, 2, 18, dtype=torch.bfloat16)[..., :16], False),
         (torch.zeros(2, 8, 2, 20)[..., 1:17], False),  # begins at 4 bytes
