@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from interval_attention.backward import delta_kernel, dkdv_kernel, dq_kernel
+from interval_attention.blocks import block_lists_kernel
 from interval_attention.configs import ARCHITECTURES, HEAD_DIMS, Tile, read_stored
 from interval_attention.forward import forward_kernel
 from interval_attention.intervals import RUN
@@ -38,8 +39,9 @@ KERNELS = {
 }
 FLOAT32 = {"lse", "dlse", "delta", "lse2"}
 # What each kernel's loop loads, through descriptors if its tile says so.
-IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do", "dq_kernel": "k v", "delta_kernel": ""}
-INT32 = {"row_start", "row_end", "first_row", "last_row", "order"}
+IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do", "dq_kernel": "k v"}
+INT32 = {"row_start", "row_end", "first_row", "last_row", "order", "start", "end", "held_start", "held_end"}
+INT32 |= {"mask_count", "mask_index", "full_count", "full_index"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def variants(architecture: int, head_dim: int) -> Iterator[tuple[str, triton.JIT
         stored = read_stored()[architecture, head_dim].values()
         for tile in dict.fromkeys(getattr(tiles, name) for tiles in stored):
             yield name, kernel, tile
+    yield "blocks", block_lists_kernel, Tile(128, 128, 4, 1)
 
 
 def measure(
@@ -87,6 +90,7 @@ def measure(
 def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int) -> ASTSource:
     constants = {
         "RUN": RUN, "TMA": tile.tma, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
+        "BLOCK": tile.rows, "OTHER": tile.keys, "CHUNK": 64,
     }  # fmt: skip
     described = set(IN_LOOP[kernel.__name__].split()) if tile.tma else set()
     block = tile.rows if kernel is dkdv_kernel else tile.keys
@@ -123,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for head_dim in options.head_dims:
             for name, kernel, tile in variants(architecture, head_dim):
                 if options.tma:
-                    if name in ("delta", "decode"):
+                    if name in ("delta", "decode", "blocks"):
                         continue
                     tile = tile._replace(tma=True)
                 usages.append(measure(name, kernel, tile, architecture, options.dtype, head_dim))

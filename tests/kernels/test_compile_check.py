@@ -27,7 +27,7 @@ def test_stored_variants_do_not_spill():
     assert {(u["architecture"], u["head_dim"]) for u in usages} == {
         (a, d) for a in (80, 90) for d in (64, 128)
     }
-    assert {u["kernel"] for u in usages} == {"forward", "decode", "delta", "dkdv", "dq"}
+    assert {u["kernel"] for u in usages} == {"forward", "decode", "delta", "dkdv", "dq", "blocks"}
     for usage in usages:
         assert usage["spilled_bytes"] == 0, usage
         assert usage["shared_bytes"] <= SHARED_LIMIT[usage["architecture"]], usage
