@@ -3,6 +3,7 @@
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from interval_attention.backward import delta_kernel, dkdv_kernel, dq_kernel
 from interval_attention.configs import HEAD_DIMS, Tile, stored_tiles
@@ -111,13 +112,14 @@ def _forward(q, k, v, row_start, row_end, first_row, last_row, row_order, key_or
     o, lse = _empty_outputs(q)
     if o.numel():
         _, num_rows, num_heads, head_dim = q.shape
-        tiles = stored_tiles(q.device, head_dim, q.dtype)
+        tiles = stored_tiles(q.device, head_dim, q.dtype, num_rows)
         tile = tiles.decode if num_rows <= 16 else tiles.forward
+        (k_in, v_in), tile = _in_loop((k, v), tile, tile.keys)
         sizes = (num_rows, k.shape[1], num_heads, num_heads // k.shape[2], triton.cdiv(num_rows, RUN))
         grid = (row_order.numel() * (RUN // tile.rows) * num_heads,)
         with torch.cuda.device_of(q):
             forward_kernel[grid](
-                q, k, v, o, lse, row_start, row_end, row_order, scale,
+                q, k_in, v_in, o, lse, row_start, row_end, row_order, scale,
                 *q.stride(), *k.stride(), *v.stride(), *sizes, RUN, **_blocks(tile, head_dim),
             )  # fmt: skip
     return o, lse
@@ -150,7 +152,9 @@ def _backward(
     num_keys, num_kv_heads = k.shape[1:3]
     if not (q.numel() and k.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    tiles = stored_tiles(q.device, head_dim, q.dtype)
+    tiles = stored_tiles(q.device, head_dim, q.dtype, num_rows)
+    (q_in, do_in), dkdv_tile = _in_loop((q, do), tiles.dkdv, tiles.dkdv.rows)
+    (k_in, v_in), dq_tile = _in_loop((k, v), tiles.dq, tiles.dq.keys)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
     sizes = (num_rows, num_keys, num_heads, num_heads // num_kv_heads)
@@ -160,12 +164,12 @@ def _backward(
             BLOCK_M=tiles.delta.rows, HEAD_DIM=head_dim, num_warps=tiles.delta.warps,
         )  # fmt: skip
         dkdv_kernel[(key_order.numel() * (RUN // tiles.dkdv.keys) * num_kv_heads,)](
-            q, k, v, do, delta, lse2, dk, dv, row_start, row_end, first_row, last_row, key_order, scale,
-            *strides, *sizes, triton.cdiv(num_keys, RUN), RUN, **_blocks(tiles.dkdv, head_dim),
+            q_in, k, v, do_in, delta, lse2, dk, dv, row_start, row_end, first_row, last_row, key_order, scale,
+            *strides, *sizes, triton.cdiv(num_keys, RUN), RUN, **_blocks(dkdv_tile, head_dim),
         )  # fmt: skip
         dq_kernel[(row_order.numel() * (RUN // tiles.dq.rows) * num_heads,)](
-            q, k, v, do, delta, lse2, dq, row_start, row_end, row_order, scale,
-            *strides, *sizes, triton.cdiv(num_rows, RUN), RUN, **_blocks(tiles.dq, head_dim),
+            q, k_in, v_in, do, delta, lse2, dq, row_start, row_end, row_order, scale,
+            *strides, *sizes, triton.cdiv(num_rows, RUN), RUN, **_blocks(dq_tile, head_dim),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -189,8 +193,27 @@ def _differentiate(ctx, do, dlse):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _blocks(tile: Tile, head_dim: int) -> dict[str, int]:
+def _in_loop(tensors: tuple[Tensor, Tensor], tile: Tile, block: int) -> tuple[tuple, Tile]:
+    """What a kernel's loop loads: TMA descriptors if its tile says so and both tensors allow them."""
+    if not (tile.tma and all(map(describable, tensors))):
+        return tensors, tile._replace(tma=False)
+    described = (TensorDescriptor.from_tensor(x, [1, block, 1, x.shape[3]]) for x in tensors)
+    return tuple(described), tile
+
+
+def describable(x: Tensor) -> bool:
+    """Whether the hardware takes a descriptor of x [B, S, H, K]: begin and strides on 16 bytes, the last 1.
+
+    What it does not take is read through pointers, at the same tile: right all the same.
+    """
+    *outer, last = x.stride()
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in outer)
+    return last == 1 and aligned and x.data_ptr() % 16 == 0
+
+
+def _blocks(tile: Tile, head_dim: int) -> dict[str, int | bool]:
     return {
+        "TMA": tile.tma,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "HEAD_DIM": head_dim,

@@ -6,7 +6,7 @@ Each gradient is summed by one program in one order, with no atomics: the backwa
 import triton
 import triton.language as tl
 
-from interval_attention.tiles import bounds, edge_step, load_rows, load_tile, locate, steps
+from interval_attention.tiles import at_head, bounds, edge_step, load_rows, load_tile, locate, steps
 
 
 @triton.jit
@@ -41,13 +41,13 @@ def delta_kernel(
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k_ND, v_ND, q, do, delta, lse2, row_start, row_end, keys, first, high, num_keys, scale2,
+    dk, dv, k_ND, v_ND, q, do, delta, lse2, b, head, row_start, row_end, keys, first, high, num_keys, scale2,
     s_qs, s_qd, s_gs, s_gd,
-    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """What query rows first .. first + BLOCK_M of one head add to a tile's dK and dV."""
     rows = first + tl.arange(0, BLOCK_M)
-    q_MD = load_tile(q, first, s_qs, s_qd, high, MASKED, BLOCK_M, HEAD_DIM)
+    q_MD = load_tile(q, b, head, first, s_qs, s_qd, high, MASKED, TMA, BLOCK_M, HEAD_DIM)
     lse2_M = tl.load(lse2 + rows, mask=rows < high, other=0.0) if MASKED else tl.load(lse2 + rows)
     s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
     p_NM = tl.exp2(s_NM * scale2 - lse2_M[None, :])
@@ -55,7 +55,7 @@ def _add_dkdv(
         start, end = load_rows(row_start, row_end, rows, high, num_keys)
         seen = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
         p_NM = tl.where(seen, p_NM, 0.0)
-    do_MD = load_tile(do, first, s_gs, s_gd, high, MASKED, BLOCK_M, HEAD_DIM)
+    do_MD = load_tile(do, b, head, first, s_gs, s_gd, high, MASKED, TMA, BLOCK_M, HEAD_DIM)
     delta_M = tl.load(delta + rows, mask=rows < high, other=0.0) if MASKED else tl.load(delta + rows)
     dv = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv, input_precision="ieee")
     dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision="ieee")
@@ -69,7 +69,8 @@ def dkdv_kernel(
     q, k, v, do, delta, lse2, dk, dv, row_start, row_end, first_row, last_row, order, scale,
     s_qb, s_qs, s_qh, s_qd, s_kb, s_kt, s_kg, s_kd, s_vb, s_vt, s_vg, s_vd, s_gb, s_gs, s_gh, s_gd,
     num_rows, num_keys, num_heads, group, num_runs,
-    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RUN: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, T, G, K], contiguous; one program a tile of BLOCK_N keys of a key head."""
     num_kv_heads = num_heads // group
@@ -98,8 +99,6 @@ def dkdv_kernel(
     dk_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     # One loop over the steps of all query heads of the group: a loop in a loop makes these kernels spill.
-    q += b * s_qb
-    do += b * s_gb
     delta += b * num_heads * num_rows
     lse2 += b * num_heads * num_rows
     num_full = (full_high - full_low) // BLOCK_M
@@ -107,17 +106,19 @@ def dkdv_kernel(
         head = (kv_head * group + i // num_full).to(tl.int64)
         first = full_low + i % num_full * BLOCK_M
         dk_ND, dv_ND = _add_dkdv(
-            dk_ND, dv_ND, k_ND, v_ND, q + head * s_qh, do + head * s_gh, delta + head * num_rows,
-            lse2 + head * num_rows, row_start, row_end, keys, first, high, num_keys, scale2,
-            s_qs, s_qd, s_gs, s_gd, False, BLOCK_M, HEAD_DIM,
+            dk_ND, dv_ND, k_ND, v_ND, at_head(q, b, head, s_qb, s_qh, TMA),
+            at_head(do, b, head, s_gb, s_gh, TMA), delta + head * num_rows, lse2 + head * num_rows, b, head,
+            row_start, row_end, keys, first, high, num_keys, scale2,
+            s_qs, s_qd, s_gs, s_gd, False, TMA, BLOCK_M, HEAD_DIM,
         )  # fmt: skip
     for i in range(0, num_edges * group):
         head = (kv_head * group + i // num_edges).to(tl.int64)
         first = edge_step(i % num_edges, low, full_high, num_left, BLOCK_M)
         dk_ND, dv_ND = _add_dkdv(
-            dk_ND, dv_ND, k_ND, v_ND, q + head * s_qh, do + head * s_gh, delta + head * num_rows,
-            lse2 + head * num_rows, row_start, row_end, keys, first, high, num_keys, scale2,
-            s_qs, s_qd, s_gs, s_gd, True, BLOCK_M, HEAD_DIM,
+            dk_ND, dv_ND, k_ND, v_ND, at_head(q, b, head, s_qb, s_qh, TMA),
+            at_head(do, b, head, s_gb, s_gh, TMA), delta + head * num_rows, lse2 + head * num_rows, b, head,
+            row_start, row_end, keys, first, high, num_keys, scale2,
+            s_qs, s_qd, s_gs, s_gd, True, TMA, BLOCK_M, HEAD_DIM,
         )  # fmt: skip
 
     at = ((b * num_keys + keys64) * num_kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
@@ -127,12 +128,13 @@ def dkdv_kernel(
 
 @triton.jit
 def _add_dq(
-    dq, q_MD, do_MD, lse2_M, delta_M, k, v, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    dq, q_MD, do_MD, lse2_M, delta_M, k, v, b, kv_head, first, high, start, end, scale2,
+    s_kt, s_kd, s_vt, s_vd,
+    MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """What keys first .. first + BLOCK_N add to a tile's dQ."""
-    k_ND = load_tile(k, first, s_kt, s_kd, high, MASKED, BLOCK_N, HEAD_DIM)
-    v_ND = load_tile(v, first, s_vt, s_vd, high, MASKED, BLOCK_N, HEAD_DIM)
+    k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, MASKED, TMA, BLOCK_N, HEAD_DIM)
+    v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, MASKED, TMA, BLOCK_N, HEAD_DIM)
     s = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
     p = tl.exp2(s * scale2 - lse2_M[:, None])
     if MASKED:
@@ -149,7 +151,8 @@ def dq_kernel(
     q, k, v, do, delta, lse2, dq, row_start, row_end, order, scale,
     s_qb, s_qs, s_qh, s_qd, s_kb, s_kt, s_kg, s_kd, s_vb, s_vt, s_vg, s_vd, s_gb, s_gs, s_gh, s_gd,
     num_rows, num_keys, num_heads, group, num_runs,
-    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RUN: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """dq [B, S, H, K], contiguous; one program a tile of BLOCK_M queries of a head."""
     b, head, tile_row = locate(order, num_runs, num_heads, RUN, BLOCK_M)
@@ -165,8 +168,9 @@ def dq_kernel(
 
     q += b * s_qb + head.to(tl.int64) * s_qh
     do += b * s_gb + head.to(tl.int64) * s_gh
-    k += b * s_kb + (head // group).to(tl.int64) * s_kg
-    v += b * s_vb + (head // group).to(tl.int64) * s_vg
+    kv_head = head // group
+    k = at_head(k, b, kv_head, s_kb, s_kg, TMA)
+    v = at_head(v, b, kv_head, s_vb, s_vg, TMA)
     q_MD = tl.load(q + rows64[:, None] * s_qs + d[None, :] * s_qd, mask=inside[:, None], other=0.0)
     do_MD = tl.load(do + rows64[:, None] * s_gs + d[None, :] * s_gd, mask=inside[:, None], other=0.0)
     at = (b * num_heads + head) * num_rows + rows64
@@ -177,14 +181,14 @@ def dq_kernel(
     for i in range(0, (full_high - full_low) // BLOCK_N):
         first = full_low + i * BLOCK_N
         dq_MD = _add_dq(
-            dq_MD, q_MD, do_MD, lse2_M, delta_M, k, v, first, high, start, end, scale2,
-            s_kt, s_kd, s_vt, s_vd, False, BLOCK_N, HEAD_DIM,
+            dq_MD, q_MD, do_MD, lse2_M, delta_M, k, v, b, kv_head, first, high, start, end, scale2,
+            s_kt, s_kd, s_vt, s_vd, False, TMA, BLOCK_N, HEAD_DIM,
         )  # fmt: skip
     for i in range(0, num_edges):
         first = edge_step(i, low, full_high, num_left, BLOCK_N)
         dq_MD = _add_dq(
-            dq_MD, q_MD, do_MD, lse2_M, delta_M, k, v, first, high, start, end, scale2,
-            s_kt, s_kd, s_vt, s_vd, True, BLOCK_N, HEAD_DIM,
+            dq_MD, q_MD, do_MD, lse2_M, delta_M, k, v, b, kv_head, first, high, start, end, scale2,
+            s_kt, s_kd, s_vt, s_vd, True, TMA, BLOCK_N, HEAD_DIM,
         )  # fmt: skip
     dq_at = dq + ((b * num_rows + rows64) * num_heads + head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(dq_at, (dq_MD * scale).to(dq.dtype.element_ty), mask=inside[:, None])

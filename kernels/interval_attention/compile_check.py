@@ -1,6 +1,6 @@
 """Compile every stored variant for a GPU that need not be here, and print what each one takes.
 
-python -m interval_attention.compile_check [--architectures 80 90] [--head-dims 64 128] [--json]
+python -m interval_attention.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma] [--json]
 
 Registers and spills are ptxas's own figures, read with the cuobjdump that comes with Triton. They say
 whether a variant fits on the chip; they say nothing about its speed.
@@ -22,15 +22,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from interval_attention.backward import delta_kernel, dkdv_kernel, dq_kernel
-from interval_attention.configs import ARCHITECTURES, HEAD_DIMS, STORED, Tile
+from interval_attention.blocks import block_lists_kernel
+from interval_attention.configs import ARCHITECTURES, HEAD_DIMS, Tile, read_stored
 from interval_attention.forward import forward_kernel
 from interval_attention.intervals import RUN
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Most shared memory a program may have, in bytes; for 80 that of 8.6, 8.9 and 12.x, its smallest users.
 SHARED_LIMIT = {80: 101_376, 90: 232_448}
+KERNELS = {
+    "forward": forward_kernel,
+    "decode": forward_kernel,
+    "delta": delta_kernel,
+    "dkdv": dkdv_kernel,
+    "dq": dq_kernel,
+}
 FLOAT32 = {"lse", "dlse", "delta", "lse2"}
-INT32 = {"row_start", "row_end", "first_row", "last_row", "order"}
+# What each kernel's loop loads, through descriptors if its tile says so.
+IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do", "dq_kernel": "k v"}
+INT32 = {"row_start", "row_end", "first_row", "last_row", "order", "start", "end", "held_start", "held_end"}
+INT32 |= {"mask_count", "mask_index", "full_count", "full_index"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,12 @@ class Usage:
 
 
 def variants(architecture: int, head_dim: int) -> Iterator[tuple[str, triton.JITFunction, Tile]]:
-    """The kernels of one architecture and head size with their stored tiles."""
-    tiles = STORED[architecture, head_dim]
-    yield "forward", forward_kernel, tiles.forward
-    yield "decode", forward_kernel, tiles.decode
-    yield "delta", delta_kernel, tiles.delta
-    yield "dkdv", dkdv_kernel, tiles.dkdv
-    yield "dq", dq_kernel, tiles.dq
+    """The kernels of one architecture and head size with each of their stored tiles."""
+    for name, kernel in KERNELS.items():
+        stored = read_stored()[architecture, head_dim].values()
+        for tile in dict.fromkeys(getattr(tiles, name) for tiles in stored):
+            yield name, kernel, tile
+    yield "blocks", block_lists_kernel, Tile(128, 128, 4, 1)
 
 
 def measure(
@@ -78,7 +88,12 @@ def measure(
 
 
 def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int) -> ASTSource:
-    constants = {"RUN": RUN, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim}
+    constants = {
+        "RUN": RUN, "TMA": tile.tma, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
+        "BLOCK": tile.rows, "OTHER": tile.keys, "CHUNK": 64,
+    }  # fmt: skip
+    described = set(IN_LOOP[kernel.__name__].split()) if tile.tma else set()
+    block = tile.rows if kernel is dkdv_kernel else tile.keys
     signature, constexprs, attributes = {}, {}, {}
     for place, name in enumerate(inspect.signature(kernel.fn).parameters):
         if name in constants or re.fullmatch(r"s_.d", name):
@@ -90,6 +105,8 @@ def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int) -
                 attributes[place,] = [["tt.divisibility", 16]]
         elif name == "scale":
             signature[name] = "fp32"
+        elif name in described:
+            signature[name] = f"tensordesc<{dtype}[1, {block}, 1, {head_dim}]>"
         else:
             signature[name] = "*fp32" if name in FLOAT32 else "*i32" if name in INT32 else f"*{dtype}"
             attributes[place,] = [["tt.divisibility", 16]]
@@ -102,12 +119,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
+    parser.add_argument("--tma", action="store_true", help="sm_90 alone, each loop through TMA descriptors")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(arguments)
     usages = []
-    for architecture in options.architectures:
+    for architecture in (90,) if options.tma else options.architectures:
         for head_dim in options.head_dims:
             for name, kernel, tile in variants(architecture, head_dim):
+                if options.tma:
+                    if name in ("delta", "decode", "blocks"):
+                        continue
+                    tile = tile._replace(tma=True)
                 usages.append(measure(name, kernel, tile, architecture, options.dtype, head_dim))
                 if not options.json:
                     print(_line(usages[-1]), flush=True)
@@ -121,6 +143,7 @@ def _line(usage: Usage) -> str:
     return (
         f"sm_{usage.architecture} {usage.dtype} K={usage.head_dim:<3} {usage.kernel:<8}"
         f"{tile.rows:>4} x {tile.keys:<4}{tile.warps} warps {tile.stages} stages "
+        f"{'TMA' if tile.tma else '   '}"
         f"{usage.registers:>4} registers {usage.spilled_bytes:>5} spilled {usage.shared_bytes:>7} shared"
     )
 

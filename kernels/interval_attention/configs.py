@@ -1,20 +1,27 @@
-"""Stored tiles per architecture and head size: nothing is tuned while a model trains.
+"""Stored tiles per architecture, head size and number of rows: nothing is tuned while a model trains.
 
-Chosen as the largest that do not spill in compile_check.py; not measured on a GPU yet.
+`stored_tiles.json` holds them, and says which of them were measured.
 """
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of its software pipeline."""
+    """Rows and keys of a tile, warps of a program, stages of its software pipeline, and whether its loop
+    loads through TMA descriptors (sm_90 and above)."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 class Tiles(NamedTuple):
@@ -30,30 +37,8 @@ class Tiles(NamedTuple):
 HEAD_DIMS = (16, 32, 64, 128, 256)
 # 80 also serves other chips of compute capability 8.x and 12.x: its tiles fit in their 99 KiB.
 ARCHITECTURES = (80, 90)
+STORED = Path(__file__).with_name("stored_tiles.json")
 _DELTA = Tile(64, 1, 4, 1)
-
-STORED: dict[tuple[int, int], Tiles] = {
-    # forward, decode, delta, dkdv, dq
-    (80, 16): Tiles(Tile(128, 64, 4, 3), Tile(16, 64, 4, 3), _DELTA, Tile(64, 64, 4, 2), Tile(128, 32, 4, 2)),
-    (80, 32): Tiles(Tile(128, 64, 4, 3), Tile(16, 64, 4, 3), _DELTA, Tile(64, 64, 4, 2), Tile(128, 32, 4, 2)),
-    (80, 64): Tiles(
-        Tile(128, 64, 4, 3), Tile(16, 64, 4, 3), _DELTA, Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)
-    ),
-    (80, 128): Tiles(
-        Tile(128, 64, 8, 3), Tile(16, 64, 4, 2), _DELTA, Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)
-    ),
-    (80, 256): Tiles(Tile(64, 32, 8, 2), Tile(16, 32, 4, 2), _DELTA, Tile(16, 64, 8, 1), Tile(64, 32, 8, 1)),
-    (90, 16): Tiles(Tile(128, 64, 4, 3), Tile(16, 64, 4, 3), _DELTA, Tile(64, 64, 4, 2), Tile(128, 32, 4, 2)),
-    (90, 32): Tiles(Tile(128, 64, 4, 3), Tile(16, 64, 4, 3), _DELTA, Tile(64, 64, 4, 2), Tile(128, 32, 4, 2)),
-    (90, 64): Tiles(
-        Tile(128, 128, 8, 2), Tile(16, 64, 4, 3), _DELTA, Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)
-    ),
-    (90, 128): Tiles(
-        Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), _DELTA, Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)
-    ),
-    (90, 256): Tiles(Tile(128, 32, 8, 2), Tile(16, 32, 4, 2), _DELTA, Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
-}
-
 # float32 serves tests and comparisons; the interpreter's tiles are small so that short rows have edges.
 _FLOAT32 = Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), _DELTA, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 _WIDE_FLOAT32 = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), _DELTA, Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
@@ -62,11 +47,48 @@ INTERPRETED = Tiles(
 )
 
 
-def stored_tiles(device: torch.device, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of a device; float32 has its own, and so has the interpreter on a CPU."""
+def stored_tiles(device: torch.device, head_dim: int, dtype: torch.dtype, num_rows: int) -> Tiles:
+    """The tiles for num_rows query rows; float32 has its own, and so has the interpreter on a CPU."""
+    if _in_use is not None:
+        return _in_use
     if device.type == "cpu":
         return INTERPRETED
     if dtype == torch.float32:
         return _WIDE_FLOAT32 if head_dim == 256 else _FLOAT32
+    return lookup(architecture_of(device), head_dim, num_rows)
+
+
+def architecture_of(device: torch.device) -> int:
+    """Which of ARCHITECTURES has the tiles of a CUDA device."""
     major, _ = torch.cuda.get_device_capability(device)
-    return STORED[90 if major in (9, 10) else 80, head_dim]
+    return 90 if major in (9, 10) else 80
+
+
+def lookup(architecture: int, head_dim: int, num_rows: int) -> Tiles:
+    """The entry of the file with the largest `least_rows` that num_rows reaches."""
+    entries = read_stored()[architecture, head_dim]
+    return entries[max(least for least in entries if least <= num_rows)]
+
+
+@cache
+def read_stored() -> dict[tuple[int, int], dict[int, Tiles]]:
+    """The file's tiles by (architecture, head_dim), then by least number of rows; each has an entry for 0."""
+    stored: dict[tuple[int, int], dict[int, Tiles]] = {}
+    for entry in json.loads(STORED.read_text())["tiles"]:
+        tiles = Tiles(*(Tile(*entry[kernel]) for kernel in Tiles._fields))
+        stored.setdefault((entry["architecture"], entry["head_dim"]), {})[entry["least_rows"]] = tiles
+    return stored
+
+
+_in_use: Tiles | None = None
+
+
+@contextmanager
+def using(tiles: Tiles) -> Iterator[None]:
+    """Every call inside takes these tiles in the place of the stored ones: to measure and to test them."""
+    global _in_use
+    before, _in_use = _in_use, tiles
+    try:
+        yield
+    finally:
+        _in_use = before

@@ -3,16 +3,16 @@
 import triton
 import triton.language as tl
 
-from interval_attention.tiles import bounds, edge_step, load_rows, load_tile, locate, steps
+from interval_attention.tiles import at_head, bounds, edge_step, load_rows, load_tile, locate, steps
 
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, k, v, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    acc, total, peak, q, k, v, b, kv_head, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
+    MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax in base 2 over keys first .. first + BLOCK_N."""
-    k_ND = load_tile(k, first, s_kt, s_kd, high, MASKED, BLOCK_N, HEAD_DIM)
+    k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, MASKED, TMA, BLOCK_N, HEAD_DIM)
     s = tl.dot(q, tl.trans(k_ND), input_precision="ieee")
     if MASKED:
         keys = first + tl.arange(0, BLOCK_N)
@@ -24,7 +24,7 @@ def _attend(
     p = tl.exp2(s * scale2 - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(p, 1)
-    v_ND = load_tile(v, first, s_vt, s_vd, high, MASKED, BLOCK_N, HEAD_DIM)
+    v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, MASKED, TMA, BLOCK_N, HEAD_DIM)
     acc = tl.dot(p.to(v_ND.dtype), v_ND, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
 
@@ -34,7 +34,8 @@ def forward_kernel(
     q, k, v, o, lse, row_start, row_end, order, scale,
     s_qb, s_qs, s_qh, s_qd, s_kb, s_kt, s_kg, s_kd, s_vb, s_vt, s_vg, s_vd,
     num_rows, num_keys, num_heads, group, num_runs,
-    RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RUN: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """o [B, S, H, K] and lse [B, H, S], both contiguous; one program a tile of BLOCK_M queries of a head."""
     b, head, first_row = locate(order, num_runs, num_heads, RUN, BLOCK_M)
@@ -48,8 +49,9 @@ def forward_kernel(
     full_low, full_high, num_left, num_edges = steps(low, inner_low, inner_high, high, BLOCK_N)
 
     q += b * s_qb + head.to(tl.int64) * s_qh
-    k += b * s_kb + (head // group).to(tl.int64) * s_kg
-    v += b * s_vb + (head // group).to(tl.int64) * s_vg
+    kv_head = head // group
+    k = at_head(k, b, kv_head, s_kb, s_kg, TMA)
+    v = at_head(v, b, kv_head, s_vb, s_vg, TMA)
     rows64 = rows.to(tl.int64)
     q_MD = tl.load(q + rows64[:, None] * s_qs + d[None, :] * s_qd, mask=inside, other=0.0)
     scale2 = scale * 1.4426950408889634  # log2(e)
@@ -59,14 +61,14 @@ def forward_kernel(
     for i in range(0, (full_high - full_low) // BLOCK_N):
         first = full_low + i * BLOCK_N
         acc, total, peak = _attend(
-            acc, total, peak, q_MD, k, v, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
-            False, BLOCK_N, HEAD_DIM,
+            acc, total, peak, q_MD, k, v, b, kv_head, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
+            False, TMA, BLOCK_N, HEAD_DIM,
         )  # fmt: skip
     for i in range(0, num_edges):
         first = edge_step(i, low, full_high, num_left, BLOCK_N)
         acc, total, peak = _attend(
-            acc, total, peak, q_MD, k, v, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
-            True, BLOCK_N, HEAD_DIM,
+            acc, total, peak, q_MD, k, v, b, kv_head, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
+            True, TMA, BLOCK_N, HEAD_DIM,
         )  # fmt: skip
 
     some = start < end

@@ -62,13 +62,29 @@ def edge_step(i, low, full_high, num_left, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    base, first, stride, stride_d, high, MASKED: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Positions first .. first + BLOCK of one head, [BLOCK, HEAD_DIM]; zeros from `high` on if MASKED."""
-    at = base + first.to(tl.int64) * stride + tl.arange(0, BLOCK)[:, None] * stride
-    at += tl.arange(0, HEAD_DIM)[None, :] * stride_d
-    if MASKED:
-        return tl.load(at, mask=(first + tl.arange(0, BLOCK))[:, None] < high, other=0.0)
+def at_head(x, b, head, stride_b, stride_h, TMA: tl.constexpr):
+    """Where one head of one batch row begins; a TMA descriptor stands for all of them and stays as it is."""
+    if TMA:
+        return x
     else:
-        return tl.load(at)
+        return x + b * stride_b + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tile(
+    x, b, head, first, stride, stride_d, high,
+    MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Positions first .. first + BLOCK of one head, [BLOCK, HEAD_DIM], of what `at_head` gave.
+
+    If MASKED, zeros from `high` on, or with TMA from the tensor's end on.
+    """
+    if TMA:
+        return x.load([b.to(tl.int32), first, head.to(tl.int32), 0]).reshape([BLOCK, HEAD_DIM])
+    else:
+        at = x + first.to(tl.int64) * stride + tl.arange(0, BLOCK)[:, None] * stride
+        at += tl.arange(0, HEAD_DIM)[None, :] * stride_d
+        if MASKED:
+            return tl.load(at, mask=(first + tl.arange(0, BLOCK))[:, None] < high, other=0.0)
+        else:
+            return tl.load(at)

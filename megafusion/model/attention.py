@@ -1,7 +1,9 @@
 """attention(q, k, v, intervals): one signature for every backend."""
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,8 +14,11 @@ from torch.nn.attention.flex_attention import flex_attention
 from megafusion.errors import UserError
 from megafusion.sequence.intervals import Intervals
 
-Backend = Literal["auto", "sdpa", "flex", "interval"]
+Backend = Literal["auto", "sdpa", "flex", "interval", "flash"]
+CHOICES = Path(__file__).with_name("attention_choices.json")
 Attention = Callable[[Tensor, Tensor, Tensor, Intervals], Tensor]
+# What serves when nothing was measured, and the fastest that serves by least number of rows.
+Serving = tuple[Backend, tuple[tuple[int, Backend], ...]]
 
 
 def sdpa(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -> Tensor:
@@ -57,14 +62,60 @@ def interval(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Interval
     return prepared_attention(q_BSHK, k_BTGK, v_BTGK, intervals.prepared)
 
 
+def flash(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -> Tensor:
+    """flash-attention 4 over block lists, or 2 for rows of text alone; shapes as in `sdpa`."""
+    from interval_attention.flash import flash_attention
+
+    o_BSHK = flash_attention(q_BSHK, k_BTGK, v_BTGK, intervals.flash_prepared)
+    return o_BSHK.where(intervals.some_visible[..., None, None], 0) if intervals.may_be_empty else o_BSHK
+
+
 def auto(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -> Tensor:
-    """`interval` for half precision on CUDA where it serves the head size; `sdpa` for everything else."""
-    return BACKENDS[_chosen(q_BSHK, q_BSHK.shape[-1])](q_BSHK, k_BTGK, v_BTGK, intervals)
+    """The backend that was measured to be the fastest (see `stored_choices`) of those that serve a case.
+
+    Where nothing was measured: `interval` for half precision on CUDA if it serves the head size; `sdpa` for
+    everything else, and for a cache's few queries what serves when nothing was measured.
+    """
+    name = _chosen(q_BSHK, q_BSHK.shape[-1], q_BSHK.shape[1], intervals)
+    return BACKENDS[name](q_BSHK, k_BTGK, v_BTGK, intervals)
 
 
-def _chosen(x: Tensor, head_size: int) -> Backend:
-    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-    return "interval" if half and not _refusal(x.device, x.dtype, head_size) else "sdpa"
+def _chosen(x: Tensor, head_size: int, num_rows: int, intervals: Intervals) -> Backend:
+    plain, by_length = _serving(x.device, x.dtype, head_size)
+    if num_rows != intervals.num_keys:
+        return plain
+    name = plain
+    for least_rows, fastest in by_length:
+        name = fastest if num_rows >= least_rows else name
+    return name
+
+
+# torch.compile takes the answer for a constant, as it cannot look into packages and files; and it would look
+# through a cache.
+@torch.compiler.assume_constant_result
+def _serving(device: torch.device, dtype: torch.dtype, head_size: int) -> Serving:
+    return _find_serving(device, dtype, head_size)
+
+
+@cache
+def _find_serving(device: torch.device, dtype: torch.dtype, head_size: int) -> Serving:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa", ()
+    plain = "sdpa" if _refusal("interval", device, dtype, head_size) else "interval"
+    major, minor = torch.cuda.get_device_capability(device)
+    by_length = []
+    for choice in stored_choices():
+        if (choice["architecture"], choice["head_dim"]) == (10 * major + minor, head_size):
+            serving = [b for b in choice["backends"] if not _refusal(b, device, dtype, head_size)]
+            by_length += [(choice["least_rows"], serving[0])] if serving else []
+    return plain, tuple(sorted(by_length))
+
+
+@cache
+def stored_choices() -> tuple[dict, ...]:
+    """What `benchmarks/attention.py --write-choices` measured: `architecture` (90 for sm_90), `head_dim`,
+    `least_rows` from which on it holds, and `backends`, the fastest first."""
+    return tuple(json.loads(CHOICES.read_text())["choices"])
 
 
 def prepare_mask(backend: Backend, intervals: Intervals, x: Tensor, head_size: int) -> None:
@@ -72,30 +123,42 @@ def prepare_mask(backend: Backend, intervals: Intervals, x: Tensor, head_size: i
 
     torch.compile gives up where a block makes it. x: of the blocks' device and type.
     """
-    name = _chosen(x, head_size) if backend == "auto" else backend
-    _ = getattr(intervals, {"sdpa": "additive_mask", "flex": "block_mask", "interval": "prepared"}[name])
+    name = _chosen(x, head_size, intervals.row_start.shape[1], intervals) if backend == "auto" else backend
+    made = {"sdpa": "additive_mask", "flex": "block_mask", "interval": "prepared", "flash": "flash_prepared"}
+    _ = getattr(intervals, made[name])
 
 
 def check_backend(backend: Backend, head_size: int) -> None:
-    """UserError at start-up where `interval` is asked for and cannot serve: there is no silent fall-back."""
-    if backend != "interval":
+    """UserError at start-up where kernels are asked for that cannot serve: there is no silent fall-back."""
+    if backend not in ("interval", "flash"):
         return
     reason = "no CUDA device is here"
     if torch.cuda.is_available():
-        reason = _refusal(torch.device("cuda"), torch.bfloat16, head_size)
+        reason = _refusal(backend, torch.device("cuda"), torch.bfloat16, head_size)
     if reason:
-        raise UserError(f"model.attention: interval cannot serve ({reason}); use auto or sdpa")
+        raise UserError(f"model.attention: {backend} cannot serve ({reason}); use auto or sdpa")
 
 
-def _refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Why the kernels do not serve a case; empty where they do."""
+def _refusal(backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Why kernels do not serve a case; empty where they do, and for what PyTorch itself brings."""
     try:
-        from interval_attention import check_served
+        if backend == "interval":
+            from interval_attention import check_served
 
-        check_served(device, dtype, head_size)
+            check_served(device, dtype, head_size)
+        elif backend == "flash":
+            from interval_attention.flash import check_flash
+
+            check_flash(device, dtype, head_size)
     except (ImportError, ValueError) as error:
         return str(error)
     return ""
 
 
-BACKENDS: dict[str, Attention] = {"auto": auto, "sdpa": sdpa, "flex": flex, "interval": interval}
+BACKENDS: dict[Backend, Attention] = {
+    "auto": auto,
+    "sdpa": sdpa,
+    "flex": flex,
+    "interval": interval,
+    "flash": flash,
+}

@@ -42,8 +42,8 @@ class ModelConfig(Config):
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
     attention: Backend = "sdpa"
-    """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flex, PyTorch's FlexAttention;
-    auto takes interval where it serves, else sdpa."""
+    """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
+    CUDA (or 2, for text alone); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     norm_epsilon: float = Field(1e-5, gt=0)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from megafusion.errors import UserError
+
 if TYPE_CHECKING:
     from interval_attention import Prepared
+    from interval_attention.flash import FlashPrepared
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,17 @@ class Intervals:
         from interval_attention import prepare
 
         return prepare(self.row_start, self.row_end, self.num_keys)
+
+    @cached_property
+    def flash_prepared(self) -> "FlashPrepared":
+        """Block lists for flash-attention 4, or the documents' starts for flash-attention 2.
+
+        UserError for rows with images where only flash-attention 2 is installed.
+        """
+        from interval_attention.flash import flash_package, flash_prepare
+
+        try:
+            package = flash_package(self.row_start.device)
+            return flash_prepare(self.row_start, self.row_end, self.num_keys, package)
+        except ValueError as error:
+            raise UserError(f"model.attention: flash cannot serve ({error})") from error

@@ -17,17 +17,30 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels/interval_attention"
-TESTS = (
-    "test_160_random_layouts_equal_dense_attention[3]",
-    "test_grouped_queries",
-    "test_one_document_over_everything",
-    "test_rows_longer_than_a_run_of_the_schedule[100-131]",
-    "test_rows_that_see_nothing_give_zeros_and_no_gradient",
-    "test_fewer_queries_than_keys[7]",
-    "test_the_forward_pass_takes_intervals_in_any_order",
-    "test_inputs_and_gradients_of_any_strides[every_second]",
-    "test_intervals_beyond_the_keys_are_cut_to_them",
-)
+TESTS = {
+    "test_interval_attention.py": (
+        "test_160_random_layouts_equal_dense_attention[3]",
+        "test_grouped_queries",
+        "test_one_document_over_everything",
+        "test_rows_longer_than_a_run_of_the_schedule[100-131]",
+        "test_rows_that_see_nothing_give_zeros_and_no_gradient",
+        "test_fewer_queries_than_keys[7]",
+        "test_the_forward_pass_takes_intervals_in_any_order",
+        "test_inputs_and_gradients_of_any_strides[every_second]",
+        "test_intervals_beyond_the_keys_are_cut_to_them",
+        "TestTma::test_random_layouts[0]",
+        "test_which_tensors_take_a_descriptor",
+    ),
+    "test_flash.py": (
+        "test_one_long_document_has_full_blocks",
+        "test_lists_by_rows_and_by_keys_agree[1000]",
+        "test_block_lists_are_what_looking_at_every_pair_gives",
+        "test_rows_that_are_not_text_alone_are_refused",
+    ),
+}
+
+
+TESTED_IN = {"blocks.py": "test_flash.py", "flash.py": "test_flash.py"}
 
 
 class Mutation(NamedTuple):
@@ -60,7 +73,7 @@ MUTATIONS = {
     ),
     "left edge counted as full": Mutation("tiles.py", "low + tl.cdiv(inner_low - low, BLOCK) * BLOCK", "low"),
     "wrong head group in forward": Mutation(
-        "forward.py", "(head // group).to", "(head % (num_heads // group)).to"
+        "forward.py", "kv_head = head // group", "kv_head = head % (num_heads // group)"
     ),
     "wrong head group in dK and dV": Mutation(
         "backward.py", "head = (kv_head * group + i // num_full)", "head = (kv_head + i // num_full)"
@@ -89,6 +102,29 @@ MUTATIONS = {
     ),
     "empty rows not zeroed": Mutation("forward.py", "some = start < end", "some = start <= end"),
     "interval not cut to the keys": Mutation("tiles.py", "tl.minimum(end, num_keys)", "end"),
+    "TMA reads the first head": Mutation("tiles.py", "head.to(tl.int32), 0]", "0, 0]"),
+    "TMA where the last stride is not 1": Mutation("api.py", "last == 1 and aligned", "aligned"),
+    "a block listed as full that is not": Mutation(
+        "blocks.py",
+        "tl.cdiv(tl.max(tl.where(inside, s, 0)), OTHER)",
+        "tl.max(tl.where(inside, s, 0)) // OTHER",
+    ),
+    "last visited block not listed": Mutation(
+        "blocks.py",
+        "tl.cdiv(tl.max(tl.where(inside, e, 0)), OTHER)",
+        "tl.max(tl.where(inside, e, 0)) // OTHER",
+    ),
+    "a block that is cut off listed as full": Mutation(
+        "blocks.py", "(block + 1) * BLOCK <= num_positions", "block * BLOCK <= num_positions"
+    ),
+    "full blocks listed among the others": Mutation("blocks.py", "tl.where(i < num_left, 0, num_full)", "0"),
+    "padding sees keys in flash-attention": Mutation(
+        "blocks.py", "held_start + held, tl.where(inside, s, num_others)", "held_start + held, s"
+    ),
+    "lists by keys one row off": Mutation(
+        "flash.py", "torch.searchsorted(end, key, right=True", "torch.searchsorted(end, key, right=False"
+    ),
+    "images taken for text": Mutation("flash.py", "row_end != position + 1", "row_end < position + 1"),
     "last stride taken for 1": Mutation("tiles.py", "[None, :] * stride_d", "[None, :]"),
 }
 
@@ -105,9 +141,9 @@ def run_tests(mutation: Mutation | None) -> subprocess.CompletedProcess:
                     f"{mutation.file} does not hold {mutation.old!r}: bring mutations.py up to date"
                 )
             (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
-        file = ROOT / "tests/kernels/test_interval_attention.py"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--noconftest"]
-        command += [f"{file}::{test}" for test in TESTS]
+        files = TESTS if mutation is None else [TESTED_IN.get(mutation.file, "test_interval_attention.py")]
+        command += [f"{ROOT / 'tests/kernels' / file}::{test}" for file in files for test in TESTS[file]]
         environment = os.environ | {"PYTHONPATH": folder, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

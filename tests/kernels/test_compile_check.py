@@ -9,20 +9,38 @@ import pytest
 
 from interval_attention.compile_check import CUOBJDUMP, SHARED_LIMIT
 
-
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not CUOBJDUMP.exists(), reason=f"this Triton brings no {CUOBJDUMP.name} to read spills with"
 )
-def test_stored_variants_do_not_spill():
-    # A process of its own: these tests run under the interpreter, which compiles nothing.
-    command = [sys.executable, "-m", "interval_attention.compile_check", "--json", "--head-dims", "64", "128"]
+
+
+def compiled(*arguments: str) -> list[dict]:
+    """The rows of compile_check, in a process of its own: tests run under the interpreter."""
+    command = [sys.executable, "-m", "interval_attention.compile_check", "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:] or done.stdout
-    usages = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_stored_variants_do_not_spill():
+    usages = compiled("--head-dims", "64", "128")
     assert {(u["architecture"], u["head_dim"]) for u in usages} == {
         (a, d) for a in (80, 90) for d in (64, 128)
     }
-    assert {u["kernel"] for u in usages} == {"forward", "decode", "delta", "dkdv", "dq"}
+    assert {u["kernel"] for u in usages} == {"forward", "decode", "delta", "dkdv", "dq", "blocks"}
     for usage in usages:
         assert usage["spilled_bytes"] == 0, usage
         assert usage["shared_bytes"] <= SHARED_LIMIT[usage["architecture"]], usage
+
+
+def test_with_tma_descriptors_the_loops_take_fewer_registers():
+    tma, pointers = (
+        {u["kernel"]: u for u in compiled("--architectures", "90", "--head-dims", "128", *more)}
+        for more in (["--tma"], [])
+    )
+    assert set(tma) == {"forward", "dkdv", "dq"}
+    for kernel, usage in tma.items():
+        assert usage["tile"]["tma"]
+        assert usage["spilled_bytes"] == 0, usage
+        assert usage["shared_bytes"] <= SHARED_LIMIT[90], usage
+        assert usage["registers"] < pointers[kernel]["registers"], usage

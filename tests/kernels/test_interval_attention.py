@@ -1,5 +1,6 @@
 """The kernels against dense attention; on a CPU under Triton's interpreter (see tests/conftest.py)."""
 
+import json
 import random
 
 import pytest
@@ -8,7 +9,9 @@ from layouts import DEVICE, Case, packed_row, packed_rows
 from torch.utils.checkpoint import checkpoint
 
 import interval_attention as package
-from interval_attention import interval_attention, prepare, prepared_attention
+from interval_attention import api, configs, interval_attention, prepare, prepared_attention
+from interval_attention.configs import INTERPRETED, Tile, Tiles, using
+from interval_attention.intervals import RUN
 from interval_attention.reference import reference_attention
 
 
@@ -311,3 +314,105 @@ def test_the_layouts_hold_what_they_should():
             for i, (s, e) in enumerate(zip(start, end, strict=True))
         }
     assert kinds == {"empty", "text", "image"}
+
+
+# TMA descriptors: as the pointers, wherever the hardware takes a tensor
+
+
+@pytest.fixture
+def with_tma(monkeypatch):
+    """Every loop loads through descriptors; a list of what was described."""
+    described = []
+
+    def describing(x, block):
+        described.append(tuple(x.shape))
+        return api.TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+    monkeypatch.setattr(api.TensorDescriptor, "from_tensor", staticmethod(describing))
+    tiles = Tiles(*(tile._replace(tma=True) for tile in INTERPRETED))
+    with using(tiles):
+        yield described
+
+
+@pytest.mark.skipif(DEVICE != "cpu" and torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90")
+class TestTma:
+    @pytest.mark.parametrize("seed", range(2))
+    def test_random_layouts(self, with_tma, seed):
+        rng = random.Random(seed)
+        Case.random(*packed_rows(seed, 4, rng.randint(16, 44)), 2, 1, seed=seed).check()
+        assert len(with_tma) == 6  # two tensors in each of three kernels
+
+    def test_rows_longer_than_a_run(self, with_tma):
+        Case.random(*packed_rows(100, 1, 131), 1, 1).check()
+
+    @pytest.mark.parametrize("num_rows", [7, 40])
+    def test_fewer_queries_than_keys(self, with_tma, num_rows):
+        rng = random.Random(num_rows)
+        start, end = packed_rows(num_rows, 4, 70)
+        chosen = torch.tensor([sorted(rng.sample(range(70), num_rows)) for _ in range(4)], device=DEVICE)
+        Case.random(start.gather(1, chosen), end.gather(1, chosen), num_keys=70).check()
+
+    def test_views_of_one_projection_are_described(self, with_tma):
+        start, end = packed_rows(12, 2, 33)
+        qkv = torch.randn(2, 33, 4, 16, device=DEVICE, requires_grad=True)
+        q, k, v = qkv.split([2, 1, 1], dim=2)
+        weight = torch.randn(q.shape, device=DEVICE)
+        (found,) = torch.autograd.grad((interval_attention(q, k, v, start, end) * weight).sum(), qkv)
+        (expected,) = torch.autograd.grad((reference_attention(q, k, v, start, end)[0] * weight).sum(), qkv)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert len(with_tma) == 6
+
+    @pytest.mark.parametrize("view", [reverse_strides, every_second])
+    def test_what_the_hardware_does_not_take_is_read_through_pointers(self, with_tma, view):
+        def attention(q, k, v, row_start, row_end):
+            o, lse = interval_attention(view(q), view(k), view(v), row_start, row_end, return_lse=True)
+            return view(o), lse
+
+        Case.random(*packed_rows(11, 4, 37), 2, 2).check(attention)
+        assert not with_tma
+
+
+@pytest.mark.parametrize(
+    ("x", "taken"),
+    [
+        (torch.zeros(2, 8, 2, 16), True),
+        (torch.zeros(2, 8, 2, 16).transpose(1, 2), True),
+        (torch.zeros(2, 8, 2, 16).mT, False),
+        (torch.zeros(2, 8, 2, 32)[..., ::2], False),
+        (torch.zeros(2, 8, 2, 18)[..., :16], False),  # strides of 72 bytes
+        (torch.zeros(2, 8, 2, 18, dtype=torch.bfloat16)[..., :16], False),
+        (torch.zeros(2, 8, 2, 20)[..., 1:17], False),  # begins at 4 bytes
+        (torch.zeros(1).expand(2, 8, 2, 16), False),
+    ],
+)
+def test_which_tensors_take_a_descriptor(x, taken):
+    assert api.describable(x) == taken
+
+
+# Stored tiles
+
+
+def test_stored_tiles_are_chosen_by_the_number_of_rows(monkeypatch, tmp_path):
+    stored = json.loads(configs.STORED.read_text())
+    first = next(e for e in stored["tiles"] if (e["architecture"], e["head_dim"]) == (90, 128))
+    longer = first | {"least_rows": 8192, "dq": [64, 64, 4, 2, True]}
+    (tmp_path / "tiles.json").write_text(json.dumps(stored | {"tiles": [*stored["tiles"], longer]}))
+    monkeypatch.setattr(configs, "STORED", tmp_path / "tiles.json")
+    configs.read_stored.cache_clear()
+    try:
+        assert not configs.lookup(90, 128, 8191).dq.tma
+        for num_rows in (8192, 131_072):
+            assert configs.lookup(90, 128, num_rows).dq == Tile(64, 64, 4, 2, True)
+    finally:
+        configs.read_stored.cache_clear()
+
+
+def test_the_stored_tiles_serve_every_head_size_and_fit_the_schedule():
+    stored = configs.read_stored()
+    assert set(stored) == {(a, d) for a in configs.ARCHITECTURES for d in configs.HEAD_DIMS}
+    for (architecture, _), entries in stored.items():
+        assert 0 in entries
+        for tiles in entries.values():
+            assert RUN % tiles.forward.rows == RUN % tiles.decode.rows == RUN % tiles.dq.rows == 0
+            assert RUN % tiles.dkdv.keys == 0
+            assert architecture >= 90 or not any(tile.tma for tile in tiles)

@@ -153,7 +153,7 @@ def test_values_out_of_bounds_are_named(run_values, room, values, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-@pytest.mark.parametrize("backend", ["flex", "interval"])
+@pytest.mark.parametrize("backend", ["flex", "interval", "flash"])
 def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend):
     run_values["model"]["attention"] = backend
     with pytest.raises(UserError, match=rf"model\.attention: {backend} cannot .*use"):

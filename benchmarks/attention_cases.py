@@ -1,0 +1,197 @@
+"""What benchmarks/attention.py measures: layouts, what is visible in them, and the backends."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from interval_attention import check_served, prepare, prepared_attention
+from interval_attention.configs import Tile, stored_tiles
+from interval_attention.flash import check_flash, flash_attention, flash_prepare
+from interval_attention.reference import dense_mask
+
+FLEX_BLOCK = 128
+# Least and most positions of a run of text, patches of an image, images of a document.
+_MIXED = {
+    "pairs": (16, 64, 256, 1),
+    "interleaved-256": (64, 400, 256, 6),
+    "interleaved-1024": (64, 400, 1024, 4),
+}
+LAYOUTS = ("causal", *_MIXED)
+
+
+class NotServed(Exception):
+    """A backend cannot run a case here; the message says why."""
+
+
+def layout(name: str, seq: int, shrink: int = 1) -> tuple[Tensor, Tensor]:
+    """row_start and row_end, int32 [1, seq]: documents behind one another, the last cut off at the end.
+
+    `shrink` divides every length, for runs on a CPU.
+    """
+    if name == "causal":
+        end = torch.arange(1, seq + 1, dtype=torch.int32)[None]
+        return torch.zeros_like(end), end
+    shortest, longest, patches, num_images = _MIXED[name]
+    rng, start, end = random.Random(0), [], []
+    while len(start) < seq:
+        document = len(start)
+        for _ in range(num_images):
+            text = max(1, rng.randint(shortest, longest) // shrink)
+            end += range(len(end) + 1, len(end) + text + 1)
+            end += [len(end) + patches // shrink] * (patches // shrink)
+        start += [document] * (len(end) - len(start))
+    cut = torch.tensor([start[:seq], end[:seq]], dtype=torch.int32).clamp_(max=seq)
+    return cut[:1], cut[1:]
+
+
+def visible_pairs(row_start: Tensor, row_end: Tensor) -> int:
+    """Pairs of a query and a key that it sees."""
+    return int((row_end - row_start).long().sum())
+
+
+def tile_pairs(row_start: Tensor, row_end: Tensor, rows: int, keys: int, *, grid: bool) -> int:
+    """Pairs in the tiles of rows x keys that are visited; whole tiles, cut off by the end or not.
+
+    With `grid`, tiles stand at multiples of `keys`, as in block lists; else they count from the first key
+    that a tile's rows see, as in our kernels.
+    """
+    seq = row_start.shape[1]
+    first = row_start[:, ::rows].long()
+    last = row_end[:, torch.arange(rows - 1, seq + rows - 1, rows).clamp(max=seq - 1)].long()
+    steps = -(-last // keys) - first // keys if grid else -(-(last - first) // keys)
+    return int(steps.sum()) * rows * keys
+
+
+@dataclass
+class Inputs:
+    """q, k, v and the gradient of the output, [B, S, H, K], and intervals int32 [B, S]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    row_start: Tensor
+    row_end: Tensor
+
+    @classmethod
+    def random(cls, bounds: tuple[Tensor, Tensor], batch: int, heads: int, head_dim: int, device, dtype):
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (batch, bounds[0].shape[1], heads, head_dim)
+        q, k, v, do = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(4))
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        return cls(q, k, v, do, *(x.to(device).repeat(batch, 1) for x in bounds))
+
+
+def intervals_in_kernels(inputs: Inputs) -> Callable:
+    try:
+        check_served(inputs.q.device, inputs.q.dtype, inputs.q.shape[3])
+    except ValueError as error:
+        raise NotServed(str(error)) from error
+    prepared = prepare(inputs.row_start, inputs.row_end)
+    return partial(prepared_attention, prepared=prepared)
+
+
+def flash_4(inputs: Inputs) -> Callable:
+    try:
+        package = check_flash(inputs.q.device, inputs.q.dtype, inputs.q.shape[3])
+        prepared = flash_prepare(inputs.row_start, inputs.row_end, inputs.q.shape[1], package)
+    except ValueError as error:
+        raise NotServed(str(error)) from error
+    return partial(flash_attention, prepared=prepared)
+
+
+def sees_of(row_start: Tensor, row_end: Tensor) -> Callable:
+    """The intervals as a mask function of FlexAttention."""
+
+    def sees(row, head, query, key):
+        return (key >= row_start[row, query]) & (key < row_end[row, query])
+
+    return sees
+
+
+def make_block_mask(sees: Callable, row_start: Tensor, create: Callable = create_block_mask) -> BlockMask:
+    """FlexAttention's block lists; `create` may be the compiled form of its function."""
+    (num_batch, seq), device = row_start.shape, str(row_start.device)
+    return create(sees, num_batch, None, seq, seq, device=device)
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """For the shapes of each case anew: FlexAttention at its best. On a CPU nothing is compiled."""
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
+
+
+def flex(inputs: Inputs) -> Callable:
+    sees = sees_of(inputs.row_start, inputs.row_end)
+    mask = make_block_mask(sees, inputs.row_start, compiled(create_block_mask))
+    attend = compiled(flex_attention)
+    return lambda q, k, v: attend(*heads_first(q, k, v), block_mask=mask).transpose(1, 2)
+
+
+def sdpa_dense(inputs: Inputs) -> Callable:
+    num_bytes = inputs.row_start.numel() * inputs.row_start.shape[1]
+    if inputs.q.is_cuda and 8 * num_bytes > torch.cuda.get_device_properties(0).total_memory:
+        raise NotServed(f"a dense mask of {num_bytes:,} pairs and its copies do not fit")
+    mask = dense_mask(inputs.row_start, inputs.row_end, inputs.q.shape[1])
+    return lambda q, k, v: F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=mask).transpose(
+        1, 2
+    )
+
+
+def sdpa_causal(kind: SDPBackend, inputs: Inputs) -> Callable:
+    """The speed of light of a plain causal mask, in one of PyTorch's kernels."""
+    end = torch.arange(1, inputs.q.shape[1] + 1, device=inputs.q.device)
+    if inputs.row_start.any() or (inputs.row_end != end).any():
+        raise NotServed("not a plain causal mask")
+    if not inputs.q.is_cuda:
+        raise NotServed("runs on CUDA alone")
+
+    def attend(q, k, v):
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(*heads_first(q, k, v), is_causal=True).transpose(1, 2)
+
+    return attend
+
+
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+# Each takes Inputs, raises NotServed, and returns attend(q, k, v) with the mask made.
+BACKENDS: dict[str, Callable[[Inputs], Callable]] = {
+    "interval": intervals_in_kernels,
+    "flash": flash_4,
+    "flex": flex,
+    "sdpa": sdpa_dense,
+    "sdpa-flash-causal": partial(sdpa_causal, SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn-causal": partial(sdpa_causal, SDPBackend.CUDNN_ATTENTION),
+}
+
+
+def computed_pairs(backend: str, inputs: Inputs, direction: str) -> int:
+    """Pairs in the tiles that a backend computes. For a backward pass ours are a mean of its two kernels'."""
+    bounds, seq = (inputs.row_start.cpu(), inputs.row_end.cpu()), inputs.q.shape[1]
+    if backend == "sdpa":
+        return len(bounds[0]) * seq**2
+    if backend != "interval":
+        return tile_pairs(*bounds, FLEX_BLOCK, FLEX_BLOCK, grid=True)
+    tiles = stored_tiles(inputs.q.device, inputs.q.shape[3], inputs.q.dtype, seq)
+
+    def by_rows(tile: Tile) -> int:
+        return tile_pairs(*bounds, tile.rows, tile.keys, grid=False)
+
+    if direction == "forward":
+        return by_rows(tiles.forward)
+    prepared = prepare(*bounds)
+    by_keys = tile_pairs(prepared.first_row, prepared.last_row, tiles.dkdv.keys, tiles.dkdv.rows, grid=False)
+    backward = (by_keys + by_rows(tiles.dq)) // 2
+    # A forward pass is 2 products of matrices, a backward pass 5.
+    return backward if direction == "backward" else (2 * by_rows(tiles.forward) + 5 * backward) // 7

@@ -1,0 +1,202 @@
+"""The same mask for Tri Dao's kernels: flash-attention 4 with block lists, flash-attention 2 for text alone.
+
+Neither was run here, for want of a GPU. Against the real package without one, tests check the names of the
+arguments and compile the kernels for sm_90 with our mask function.
+"""
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from interval_attention.blocks import BlockLists, block_lists
+
+Package = Literal["flash-attn-4", "flash-attn"]
+# The head sizes at which flash-attention 4 takes blocks of 128 keys, forward and backward.
+HEAD_DIMS = (64, 96, 128)
+BLOCK_KEYS = 128
+
+
+class FlashPrepared(NamedTuple):
+    """A batch's mask for `flash_attention`, made once by `flash_prepare`.
+
+    With flash-attn-4: row_start, row_end, int32 [B, S up to whole blocks], never empty; lists for the
+    forward pass, by blocks of rows, and where S = T for the backward pass, by blocks of keys. With
+    flash-attn: starts of the documents of all rows, int32 [documents + 1].
+    """
+
+    package: Package
+    row_start: Tensor | None = None
+    row_end: Tensor | None = None
+    block_rows: int = 0
+    by_rows: BlockLists | None = None
+    by_keys: BlockLists | None = None
+    document_starts: Tensor | None = None
+
+
+def flash_prepare(row_start: Tensor, row_end: Tensor, num_keys: int, package: Package) -> FlashPrepared:
+    """Intervals int32 [B, S] over num_keys T keys, for the package that `check_flash` named.
+
+    The lists by keys need row_start and row_end to be non-decreasing along S. For flash-attn this waits for
+    the device, and raises ValueError where a row holds more than texts.
+    """
+    if package == "flash-attn":
+        return FlashPrepared(package, document_starts=document_starts(row_start, row_end, num_keys))
+    num_rows = row_start.shape[1]
+    block_rows = 256 if _architecture(row_start.device) >= 100 and num_rows > 128 else 128
+    by_rows, start, end = block_lists(row_start, row_end, num_keys, block_rows, BLOCK_KEYS)
+    by_keys = None
+    if num_rows == num_keys:
+        key = torch.arange(num_keys, dtype=torch.int32, device=start.device).repeat(len(start), 1)
+        first = torch.searchsorted(end, key, right=True, out_int32=True)
+        last = torch.searchsorted(start, key, right=True, out_int32=True)
+        by_keys, _, _ = block_lists(first, last, num_rows, BLOCK_KEYS, block_rows)
+    return FlashPrepared(package, start, end, block_rows, by_rows, by_keys)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, prepared: FlashPrepared, scale: float | None = None
+) -> Tensor:
+    """Attention [B, S, H, K] as `interval_attention`; what a row that sees nothing holds is not defined.
+
+    Of what the packages add, dQ is summed in no fixed order, and torch.compile leaves the call out of its
+    graph.
+    """
+    call = _flash_4 if prepared.package == "flash-attn-4" else _flash_2
+    return call(q, k, v, prepared, scale)
+
+
+@torch.compiler.disable
+def _flash_4(q: Tensor, k: Tensor, v: Tensor, prepared: FlashPrepared, scale: float | None) -> Tensor:
+    from flash_attn.cute.interface import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale, **flash_4_arguments(prepared))[0]
+
+
+def flash_4_arguments(prepared: FlashPrepared) -> dict:
+    """What says the mask to `flash_attn.cute.interface.flash_attn_func`."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    from interval_attention.flash_mask import sees
+
+    size = (prepared.block_rows, BLOCK_KEYS)
+    arguments = {
+        "mask_mod": sees,
+        "aux_tensors": [prepared.row_start, prepared.row_end],
+        "block_sparse_tensors": BlockSparseTensorsTorch(*prepared.by_rows, block_size=size),
+        "pack_gqa": False,
+    }
+    if prepared.by_keys is not None:
+        arguments["block_sparse_tensors_bwd"] = BlockSparseTensorsTorch(*prepared.by_keys, block_size=size)
+    return arguments
+
+
+@torch.compiler.disable
+def _flash_2(q: Tensor, k: Tensor, v: Tensor, prepared: FlashPrepared, scale: float | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    starts, num_rows = prepared.document_starts, q.shape[1]
+    o = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=num_rows,
+        max_seqlen_k=num_rows,
+        softmax_scale=scale,
+        causal=True,
+    )
+    return o.view(q.shape)
+
+
+def document_starts(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor:
+    """Where documents begin in all rows laid end to end, and where the last ends: int32 [documents + 1].
+
+    ValueError for rows that are not texts one behind the other, each from its own first position on.
+    """
+    num_batch, num_rows = row_start.shape
+    if num_rows != num_keys:
+        raise ValueError(f"flash-attn serves as many queries as keys, not {num_rows} and {num_keys}")
+    position = torch.arange(num_rows, device=row_start.device)
+    begins = row_start == position
+    goes_on = torch.zeros_like(begins)
+    goes_on[:, 1:] = row_start[:, 1:] == row_start[:, :-1]
+    others = ((row_end != position + 1) | ~(begins | goes_on)).nonzero()
+    if len(others):
+        b, i = others[0].tolist()
+        raise ValueError(
+            f"flash-attn serves rows of text alone, but query {i} of row {b} sees the keys "
+            f"{row_start[b, i]} .. {row_end[b, i]}: images need flash-attn-4, or another backend"
+        )
+    end = torch.tensor([num_batch * num_rows], device=row_start.device)
+    return torch.cat([begins.flatten().nonzero()[:, 0], end]).int()
+
+
+def flash_package(device: torch.device) -> Package:
+    """The installed package that serves a chip; ValueError with packages, versions and chip otherwise."""
+    if device.type != "cuda":
+        raise ValueError(f"flash-attention runs on CUDA devices, not on {device}")
+    architecture, refusals = _architecture(device), []
+    served: dict[Package, tuple[range, str]] = {
+        "flash-attn-4": (
+            range(90, 120),
+            "Hopper and Blackwell (sm_90 to sm_11x), which take masks by blocks",
+        ),
+        "flash-attn": (range(80, 120), "sm_80 to sm_11x"),
+    }
+    for package, (chips, words) in served.items():
+        number = _version(package)
+        if number is not None and architecture in chips:
+            return package
+        refusals.append(f"{package} {number} serves {words}" if number else f"{package} is not installed")
+    raise ValueError(f"{torch.cuda.get_device_name(device)}, sm_{architecture}: {'; '.join(refusals)}")
+
+
+def check_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> Package:
+    """The package that serves a case; ValueError with package, version and chip where none does."""
+    package = flash_package(device)
+    reason = _refusal_4(head_dim) if package == "flash-attn-4" else _refusal_2(head_dim)
+    if dtype not in (torch.bfloat16, torch.float16):
+        reason = f"serves bfloat16 and float16, not {dtype}"
+    if reason:
+        chip = f"{torch.cuda.get_device_name(device)}, sm_{_architecture(device)}"
+        raise ValueError(f"{chip}: {package} {_version(package)} {reason}")
+    return package
+
+
+def _refusal_4(head_dim: int) -> str:
+    if head_dim not in HEAD_DIMS:
+        return f"does not serve head_dim {head_dim} by blocks; served are {', '.join(map(str, HEAD_DIMS))}"
+    try:
+        from flash_attn.cute.interface import flash_attn_func
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    needed = {"mask_mod", "aux_tensors", "block_sparse_tensors", "block_sparse_tensors_bwd", "pack_gqa"}
+    missing = needed - set(inspect.signature(flash_attn_func).parameters)
+    return f"lacks the arguments {', '.join(sorted(missing))}: install 4.0.0b36" if missing else ""
+
+
+def _refusal_2(head_dim: int) -> str:
+    if head_dim > 256 or head_dim % 8:
+        return f"does not serve head_dim {head_dim}; served are multiples of 8 up to 256"
+    try:
+        import flash_attn.flash_attn_interface  # noqa: F401
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 for no CUDA device."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

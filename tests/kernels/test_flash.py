@@ -1,0 +1,238 @@
+"""The intervals as flash-attention takes them: block lists, documents, calls that fit the real package."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import DEVICE, Case, packed_rows
+
+from interval_attention.blocks import block_lists
+from interval_attention.flash import check_flash, document_starts, flash_prepare
+from interval_attention.reference import dense_mask, reference_attention
+
+has_flash_4 = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+needs_flash_4 = pytest.mark.skipif(not has_flash_4, reason="flash-attn-4 is not installed")
+
+
+def int32(rows) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+
+
+def blocks_of(seen: torch.Tensor, block: int, other_block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [B, N, M]: blocks of a mask [B, S, T] with a visible pair, and whole blocks with no other."""
+    num_rows, num_keys = seen.shape[1:]
+    padded = F.pad(seen, (0, -num_keys % other_block, 0, -num_rows % block))
+    tiles = padded.unflatten(2, (-1, other_block)).unflatten(1, (-1, block)).movedim(3, 2)
+    return tiles.flatten(3).any(-1), tiles.flatten(3).all(-1)
+
+
+def listed(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """bool [B, N, M] from a list; its entries must ascend."""
+    chosen = torch.zeros(index.shape[0], *index.shape[2:], dtype=torch.bool, device=index.device)
+    for b, n in [(b, n) for b in range(chosen.shape[0]) for n in range(chosen.shape[1])]:
+        entries = index[b, 0, n, : count[b, 0, n]].tolist()
+        assert entries == sorted(set(entries))
+        assert len(entries) == count[b, 0, n]
+        chosen[b, n, entries] = True
+    return chosen
+
+
+def check_lists(lists, seen: torch.Tensor, block: int, other_block: int) -> None:
+    some, every = blocks_of(seen, block, other_block)
+    masked, full = listed(*lists[:2]), listed(*lists[2:])
+    assert torch.equal(full, every)
+    assert torch.equal(masked, some & ~every)
+
+
+@st.composite
+def layouts(draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of documents of texts and images, each position seeing at least itself."""
+    length = draw(st.integers(1, 90))
+    start, end = [], []
+    while len(start) < length:
+        first = len(start)
+        for size, image in draw(
+            st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=4)
+        ):
+            here = len(start)
+            end += [here + size] * size if image else range(here + 1, here + size + 1)
+            start += [first] * size
+    return int32([start[:length]]), int32([[min(e, length) for e in end[:length]]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts(), st.sampled_from([(16, 16), (32, 16), (16, 32)]))
+def test_block_lists_are_what_looking_at_every_pair_gives(layout, sizes):
+    (start, end), (block, other_block) = layout, sizes
+    length = start.shape[1]
+    seen = dense_mask(start, end, length)[:, 0]
+    lists, held_start, held_end = block_lists(start, end, length, block, other_block)
+    check_lists(lists, seen, block, other_block)
+    assert torch.equal(dense_mask(held_start, held_end, length)[:, 0, :length], seen)
+    assert not dense_mask(held_start, held_end, length)[:, 0, length:].any()
+
+
+@pytest.mark.parametrize("length", [100, 128, 384, 1000])
+def test_lists_by_rows_and_by_keys_agree(length):
+    start, end = packed_rows(length, 3, length)
+    some = end > start
+    prepared = flash_prepare(start, end, length, "flash-attn-4")
+    # A row that sees nothing is given the key at its own place.
+    seen = dense_mask(torch.where(some, start, start.clamp(max=length - 1)), end.maximum(start + 1), length)[
+        :, 0
+    ]
+    check_lists(prepared.by_rows, seen, 128, 128)
+    check_lists(prepared.by_keys, seen.mT, 128, 128)
+
+
+def test_one_long_document_has_full_blocks():
+    length = 640
+    end = int32([list(range(1, length + 1)), [length] * length])
+    prepared = flash_prepare(torch.zeros_like(end), end, length, "flash-attn-4")
+    assert prepared.by_rows.full_count[:, 0].tolist() == [[0, 1, 2, 3, 4], [5] * 5]
+    assert prepared.by_keys.full_count[:, 0].tolist() == [[4, 3, 2, 1, 0], [5] * 5]
+    assert prepared.by_rows.mask_count[:, 0].tolist() == [[1] * 5, [0] * 5]
+
+
+def test_fewer_queries_than_keys_have_no_lists_by_keys():
+    start, end = int32([[0, 0, 0, 0]]), int32([[301, 302, 303, 0]])
+    prepared = flash_prepare(start, end, 500, "flash-attn-4")
+    assert prepared.by_keys is None
+    assert prepared.by_rows.mask_index[0, 0, 0, : prepared.by_rows.mask_count[0, 0, 0]].tolist() == [0, 1, 2]
+    assert prepared.row_start.shape == (1, 128)
+
+
+# flash-attention 2
+
+
+def test_documents_of_text_are_causal_attention_of_each():
+    starts = [[0] * 5 + [5] + [6] * 14, [0] * 20]
+    start, end = int32(starts), torch.arange(1, 21, dtype=torch.int32, device=DEVICE).repeat(2, 1)
+    bounds = document_starts(start, end, 20)
+    assert bounds.tolist() == [0, 5, 6, 20, 40]
+    assert bounds.dtype == torch.int32
+    case = Case.random(start, end, 2, 2)
+    q, k, v = (x.flatten(0, 1).movedim(1, 0) for x in (case.q, case.k, case.v))
+    found = torch.cat(
+        [
+            F.scaled_dot_product_attention(q[:, a:b], k[:, a:b], v[:, a:b], is_causal=True)
+            for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        ],
+        dim=1,
+    )
+    expected, _ = reference_attention(case.q, case.k, case.v, start, end)
+    torch.testing.assert_close(found.movedim(0, 1).unflatten(0, (2, 20)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "num_keys", "message"),
+    [
+        (
+            [[0, 0, 0], [0, 0, 0]],
+            [[1, 2, 3], [1, 3, 3]],
+            3,
+            r"query 1 of row 1 sees the keys 0 \.\. 3: images",
+        ),
+        ([[0, 0, 1]], [[1, 2, 3]], 3, r"query 2 of row 0 sees the keys 1 \.\. 3"),
+        ([[0, 1, 1]], [[1, 2, 2]], 3, r"query 2 of row 0 sees the keys 1 \.\. 2"),
+        ([[0]], [[5]], 5, "as many queries as keys, not 1 and 5"),
+    ],
+)
+def test_rows_that_are_not_text_alone_are_refused(start, end, num_keys, message):
+    with pytest.raises(ValueError, match=message):
+        flash_prepare(int32(start), int32(end), num_keys, "flash-attn")
+
+
+# What is refused, and what the real package says
+
+
+def on_chip(monkeypatch, capability: tuple[int, int], versions: dict[str, str]) -> None:
+    """As if this machine had that chip and those packages."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A chip")
+    monkeypatch.setattr("interval_attention.flash._version", versions.get)
+
+
+@pytest.mark.parametrize(
+    ("capability", "versions", "head_dim", "message"),
+    [
+        ((9, 0), {}, 128, r"A chip, sm_90: flash-attn-4 is not installed; flash-attn is not installed"),
+        (
+            (8, 0),
+            {"flash-attn-4": "4.0.0b36"},
+            128,
+            r"sm_80: flash-attn-4 4\.0\.0b36 serves Hopper and Black",
+        ),
+        ((12, 0), {"flash-attn-4": "4.0.0b36"}, 64, r"sm_120: flash-attn-4 4\.0\.0b36 serves Hopper and Bla"),
+        (
+            (9, 0),
+            {"flash-attn-4": "4.0.0b36"},
+            256,
+            r"A chip, sm_90: flash-attn-4 4\.0\.0b36 does not serve head_dim 256 by.*64, 96, 128",
+        ),
+        (
+            (7, 5),
+            {"flash-attn": "2.8.3"},
+            64,
+            r"sm_75: flash-attn-4 is not installed; flash-attn 2\.8\.3 serves sm_80",
+        ),
+        (
+            (8, 0),
+            {"flash-attn": "2.8.3"},
+            260,
+            r"sm_80: flash-attn 2\.8\.3 does not serve head_dim 260; served",
+        ),
+    ],
+)
+def test_what_cannot_serve_is_named_with_package_version_and_chip(
+    monkeypatch, capability, versions, head_dim, message
+):
+    on_chip(monkeypatch, capability, versions)
+    with pytest.raises(ValueError, match=message):
+        check_flash(torch.device("cuda"), torch.bfloat16, head_dim)
+
+
+def test_cpus_and_float32_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="CUDA devices, not on cpu"):
+        check_flash(torch.device("cpu"), torch.bfloat16, 64)
+    on_chip(monkeypatch, (9, 0), {"flash-attn-4": "4.0.0b36"})
+    with pytest.raises(ValueError, match=r"4\.0\.0b36 serves bfloat16 and float16, not torch\.float32"):
+        check_flash(torch.device("cuda"), torch.float32, 64)
+
+
+@pytest.mark.skipif(has_flash_4, reason="about machines without the package")
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch):
+    on_chip(monkeypatch, (9, 0), {"flash-attn-4": "4.0.0b36"})
+    with pytest.raises(ValueError, match=r"flash-attn-4 4\.0\.0b36 cannot be imported \(No module named"):
+        check_flash(torch.device("cuda"), torch.bfloat16, 64)
+
+
+@needs_flash_4
+def test_the_installed_flash_attention_4_is_one_that_serves(monkeypatch):
+    on_chip(monkeypatch, (9, 0), {"flash-attn-4": "installed"})
+    assert check_flash(torch.device("cuda"), torch.bfloat16, 128) == "flash-attn-4"
+
+
+@needs_flash_4
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_the_real_kernels_compile_with_our_mask_for_hopper(head_dim):
+    """Forward and backward, with no GPU: the package compiles for a chip that it is told, on fake tensors."""
+    environment = os.environ | {
+        "FLASH_ATTENTION_ARCH": "sm_90",
+        "CUTE_DSL_ARCH": "sm_90a",
+        "FLASH_ATTENTION_NUM_SMS": "132",
+        "TRITON_INTERPRET": "1",
+    }
+    script = os.path.join(os.path.dirname(__file__), "compile_flash.py")  # noqa: PTH118, PTH120
+    done = subprocess.run(
+        [sys.executable, script, str(head_dim)], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == {"forward": [2, 300, 4, head_dim], "dk": [2, 300, 2, head_dim]}
