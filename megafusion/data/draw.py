@@ -30,12 +30,20 @@ def toss_coins(
     num_timesteps: int,
     generator: np.random.Generator,
 ) -> list[np.ndarray | StoredImage]:
-    """The parts of a document in the order that they are shown in, images not yet drawn."""
+    """The parts of a document in the order that they are shown in, images not yet drawn.
+
+    Of an interleaved document, which keeps its order, an image that opens it stands before all text.
+    """
+    image_first = min(num_timesteps, config.image_first_max_timestep)
     if manifest.kind != "pair":
-        return list(segments)
+        has_text = [any(s.ndim == 1 for s in segments[:place]) for place in range(len(segments))]
+        return [
+            s if s.ndim == 1 else StoredImage(s, num_timesteps if after_text else image_first)
+            for s, after_text in zip(segments, has_text, strict=True)
+        ]
     text, moments = segments
     if generator.random() >= config.caption_first:
-        return [StoredImage(moments, min(num_timesteps, config.image_first_max_timestep)), text]
+        return [StoredImage(moments, image_first), text]
     image = StoredImage(moments, num_timesteps)
     return [image] if generator.random() < config.caption_dropout else [text, image]
 

@@ -28,7 +28,8 @@ def inspect(folder: Path, vae: Path, out: Path, num_documents: int) -> None:
     chosen = [shards.read(*place) for place in _evenly(shards, num_documents)]
     Console().print(_table(shards, chosen))
     if shards.manifest.num_images:
-        _write_page(shards, chosen, vae, out)
+        pictured = [document for document in chosen if any(s.ndim == 4 for s in document.segments)]
+        _write_page(shards, pictured, vae, out)
         return
     for document in chosen[:3]:
         print(f"tokens: {document.segments[0][:24].tolist()} ...")
@@ -94,8 +95,9 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
 
 
 def _moments(documents: list[StoredDocument]) -> list[np.ndarray]:
-    """Mean and log-variance of each document's first image."""
-    return [next(s for s in document.segments if s.ndim == 4) for document in documents]
+    """Mean and log-variance of the first image of each document that has one."""
+    firsts = (next((s for s in document.segments if s.ndim == 4), None) for document in documents)
+    return [moments for moments in firsts if moments is not None]
 
 
 def _write_page(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, out: Path) -> None:

@@ -64,7 +64,8 @@ class Source:
         """Raises BadDocument where a document's segments are not those of the source's kind."""
         kinds = [segment.ndim for segment in stored.segments]
         kind = self.folder.manifest.kind
-        if kinds != [1, 4] if kind == "pair" else set(kinds) != {1}:
+        known = {"pair": kinds == [1, 4], "text": set(kinds) == {1}, "interleaved": bool(kinds)}
+        if not known[kind]:
             raise BadDocument(where, f"no document of kind {kind}")
 
     def _bounds(self, stream: int) -> tuple[int, int]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.preprocess import PreprocessConfig, preprocess
+from data_prep.config import PreprocessConfig
+from data_prep.preprocess import preprocess
 from megafusion.autoencoder.codec import ImageCodec, to_tensor
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import load_manifest
@@ -104,7 +105,7 @@ def test_what_is_current_is_kept_and_what_is_not_is_made_anew(make, tmp_path):
         ({"png": png()[:60], "txt": b"x"}, "key 'bad': picture does not decode"),
         ({"png": png(), "txt": b"  \n"}, "key 'bad': empty caption"),
         ({"png": png(), "txt": b"\xff\xfe"}, "key 'bad': caption is not UTF-8"),
-        ({"png": png()}, "key 'bad': no .txt caption"),
+        ({"png": png()}, "key 'bad': no caption"),
     ],
 )
 def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, capsys):
