@@ -29,6 +29,8 @@ from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import refuse_foreign
 
+NAMES: dict[Kind, str] = {"pair": "pairs", "text": "texts", "interleaved": "documents"}
+
 
 class ShardRange(NamedTuple):
     """Which shards a command makes: every count-th from the index-th on."""
@@ -132,8 +134,9 @@ class _Job:
         return self._finish(plan, num_shards)
 
     def _run(self, pool: Pool, method: str, tasks: list[Any], total: int | None) -> None:
-        name = f"scanning {self._kind}s" if method == "scan" else f"{self._kind}s to {self.folder}"
-        task, speed = self._progress.add_task(name, total=total, losses=""), Speed(f"{self._kind}s")
+        what = NAMES[self._kind]
+        name = f"scanning {what}" if method == "scan" else f"{what} to {self.folder}"
+        task, speed = self._progress.add_task(name, total=total, losses=""), Speed(what)
         done = 0
 
         def report(number: int) -> None:

@@ -101,24 +101,22 @@ def test_ranges_that_are_none(text):
 
 
 def test_ten_kills_at_random_moments_change_no_byte(settings, inputs, tmp_path, undisturbed):
-    """Real SIGKILLs, spread over the time that an undisturbed run takes, each of a run that goes on."""
+    """Real SIGKILLs of runs that go on, at moments drawn from the scan to the last shard."""
     config = PreprocessConfig(**settings | inputs)
     fork, chance = multiprocessing.get_context("fork"), random.Random(0)
-    begun = time.monotonic()
-    preprocess(config.model_copy(update={"out": tmp_path / "timed"}))
-    seconds, killed, done = time.monotonic() - begun, 0, []
-    for _ in range(10):
+    num_shards = sum(name.endswith(".tar") for files in undisturbed.values() for name in files)
+    for moment in [0, 0, *sorted(chance.sample(range(1, num_shards - 4), 8))]:
         run = fork.Process(target=preprocess, args=(config,))
         run.start()
-        run.join(chance.uniform(0, seconds / 3))
+        while run.is_alive() and shards_made(tmp_path / "out") < moment:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
         run.kill()
         run.join()
-        killed += run.exitcode == -signal.SIGKILL
-        done.append(len(list((tmp_path / "out").rglob("*.tar"))))
+        assert run.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out/interleaved").exists()
     preprocess(config)
     assert all_files(tmp_path / "out") == undisturbed
-    assert killed >= 3
-    assert any(0 < number < 26 for number in done)  # some fell in the midst of shards
 
 
 def run_command(config: Path) -> subprocess.Popen:
