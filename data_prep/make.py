@@ -21,6 +21,7 @@ from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, write_file
 
 CAPTION_SHOWN = 80
+CHANGED = "has changed since it was scanned"
 
 
 def make_shard(
@@ -76,9 +77,7 @@ class DocumentMaker:
             try:
                 parsed = self._parse(record, raw)
             except UserError as error:
-                raise UserError(
-                    f"{where}: has changed since it was scanned ({error}); start again"
-                ) from error
+                raise UserError(f"{where}: {CHANGED} ({error}); start again") from error
             for metadata, parts in parsed:
                 batch.append((metadata, parts))
                 num_images += sum(isinstance(part, Image.Image) for part in parts)

@@ -7,6 +7,7 @@ on where it was, and no byte of a shard depends on who made it.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,10 @@ class _Job:
         except OSError as error:
             if self._identity.is_current(self.folder):  # another task has ended the work meanwhile
                 return self._cleared()
+            if error.filename and not Path(error.filename).is_relative_to(self._config.out):
+                raise UserError(
+                    f"{error.filename}: {error.strerror}; bring it back, and the same command goes on"
+                ) from error
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror or error}); free space or choose another "
                 "folder; what is made is kept, and the same command goes on from it"
@@ -196,7 +201,8 @@ class _Job:
 
     def _remove_if_empty(self) -> None:
         """What has come to nothing leaves nothing behind."""
-        if not any(path.is_file() for path in self._partial.rglob("*")):
+        # os.walk, for other tasks may take folders away meanwhile.
+        if not any(files for _, _, files in os.walk(self._partial)):
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _say(self, line: str) -> None:

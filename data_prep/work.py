@@ -11,12 +11,13 @@ import torch
 from data_prep.config import PreprocessConfig
 from data_prep.documents import NamedPictures
 from data_prep.inputs import Piece, open_piece
-from data_prep.make import DocumentMaker, make_shard
+from data_prep.make import CHANGED, DocumentMaker, make_shard
 from data_prep.plan import records_at
-from data_prep.records import Reader, Record
+from data_prep.records import BadRecord, Reader, Record
 from data_prep.scan import scan_piece
 from megafusion.autoencoder.codec import ImageCodec
 from megafusion.data.shards import Kind
+from megafusion.errors import UserError
 from megafusion.sequence.tokenizer import Tokenizer
 
 
@@ -77,7 +78,13 @@ class Worker:
             path = table_path(self._settings.work, int(piece))
             for record in records_at(path, task.rows[task.pieces == piece]):
                 reader = self._reader(int(piece))
-                yield record, reader.read(record), reader.where(record)
+                try:
+                    raw = reader.read(record)
+                except BadRecord as error:
+                    raise UserError(
+                        f"{reader.where(record)}: {CHANGED} ({error.reason}); start again"
+                    ) from error
+                yield record, raw, reader.where(record)
                 self._count(1)
 
     def _reader(self, piece: int) -> Reader:

@@ -125,7 +125,8 @@ def run_command(config: Path) -> subprocess.Popen:
 
 
 def shards_made(out: Path) -> int:
-    return len(list(out.rglob("shard-*.tar")))
+    found = [name for _, _, names in os.walk(out) for name in names]
+    return sum(name.startswith("shard-") and name.endswith(".tar") for name in found)
 
 
 def test_a_killed_command_takes_its_processes_along(settings, inputs, tmp_path, undisturbed):
@@ -193,6 +194,23 @@ def test_other_inputs_begin_anew_and_clear_what_was_half_made(make, inputs, tmp_
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert {name for name in left if not name.startswith("interleaved")} == {"pairs", "text"}
     assert len(ShardFolder(tmp_path / "out/text")) == 1
+
+
+@pytest.mark.parametrize("change", ["picture", "gone"])
+def test_an_input_that_changes_after_the_scan_is_named(make, inputs, tmp_path, change):
+    """Behind our back: its size and time of change are put back, or it is gone when the work goes on."""
+    tar = write_tar(tmp_path / "x.tar", {f"k{i}": {"png": png(), "txt": b"x"} for i in range(4)})
+    make(ShardRange(0, 2), pictures=(tar,), documents_per_shard=2)
+    status = tar.stat()
+    content = tar.read_bytes()
+    tar.write_bytes(content.replace(png(), b"?" * len(png())))
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
+    message = r"x\.tar, key 'k2': has changed since it was scanned"
+    if change == "gone":
+        tar.unlink()
+        message = r"x\.tar: no such file"
+    with pytest.raises(UserError, match=message):
+        make(pictures=(tar,), documents_per_shard=2)
 
 
 def test_a_full_disk_is_told_and_what_is_made_is_kept(settings, inputs, tmp_path, undisturbed):
