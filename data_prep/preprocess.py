@@ -1,247 +1,209 @@
-"""Pictures, captions and text to shards that a run reads: latents, token ids, metadata, a manifest."""
+"""Pictures, captions and text to shards that a run reads: latents, token ids, metadata, a manifest.
 
-import io
-import tarfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+Two passes over the inputs. The scan reads, judges and hashes every record, a piece of the inputs at a time.
+Then it is settled, in input order, what is kept and in which shard it stands; and the shards are made. Tables
+of the scan and shards are each written whole or not at all, by any process, so a command that was killed goes
+on where it was, and no byte of a shard depends on who made it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from pydantic import Field
+from pyarrow import parquet
 from rich.progress import Progress
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-import megafusion
-from megafusion.autoencoder.codec import ImageCodec, to_tensor
-from megafusion.config import Config, dump_config
-from megafusion.data.members import StoredDocument
-from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import (
-    MANIFEST,
-    Kind,
-    Manifest,
-    load_manifest,
-    write_shards,
-)
-from megafusion.device import default_device
+from data_prep.config import PreprocessConfig
+from data_prep.identity import Identity, write_hashes
+from data_prep.inputs import find_pieces
+from data_prep.make import read_record, shard_record
+from data_prep.plan import Plan, make_plan
+from data_prep.pool import Pool, Speed
+from data_prep.report import summary, write_report, write_sheet
+from data_prep.work import ShardTask, WorkerSettings, table_path
+from megafusion.data.shards import FOLDERS, MANIFEST, Kind, Manifest, load_manifest, write_manifest
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
-from megafusion.storage import file_sha256, refuse_foreign
+from megafusion.storage import refuse_foreign
 
-IMAGE_SUFFIXES = {"webp", "png", "jpg", "jpeg"}
-
-
-class PreprocessConfig(Config):
-    """Where pictures, captions and text come from, and where shards go."""
-
-    out: Path
-    """Folder that receives one folder of shards a kind: pairs/ and text/."""
-    tokenizer: Path
-    """SentencePiece model."""
-    vae: Path
-    """diffusers AutoencoderKL folder."""
-    pictures: tuple[Path, ...] = ()
-    """webdataset tars with a picture and a .txt caption a key, or folders of pictures with .txt files."""
-    keys: Path | None = None
-    """File that names the keys to keep, one a line; all of them by default."""
-    image_size: int = Field(64, gt=0)
-    """Pictures are cropped about the centre to a square of this many pixels."""
-    texts: tuple[Path, ...] = ()
-    """Text files in UTF-8, one document a line."""
-    documents_per_shard: int = Field(1024, gt=0)
-    """Documents in each tar."""
-    batch_size: int = Field(64, gt=0)
-    """Pictures encoded at a time."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What a picture or caption that cannot be used does: stop the command, or be counted and left out."""
+NAMES: dict[Kind, str] = {"pair": "pairs", "text": "texts", "interleaved": "documents"}
 
 
-class Picture(NamedTuple):
-    """A picture with its caption as found, still encoded."""
+class ShardRange(NamedTuple):
+    """Which shards a command makes: every count-th from the index-th on."""
 
-    key: str
-    origin: str
-    content: bytes
-    caption: bytes | None
+    index: int = 0
+    count: int = 1
 
 
-def preprocess(config: PreprocessConfig) -> list[Manifest]:
-    """Make the folders of shards that the configuration asks for; those already up to date are kept."""
-    if not config.pictures and not config.texts:
-        raise UserError("nothing to preprocess: give `pictures`, `texts` or both")
+def parse_range(text: str) -> ShardRange:
+    """I/N, I from 0. UserError for anything else."""
+    index, _, count = text.partition("/")
+    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return ShardRange(int(index), int(count))
+    raise UserError(f"--shard-range {text}: is not I/N with I from 0 to N - 1; 0/8 is the first of eight")
+
+
+def preprocess(config: PreprocessConfig, part: ShardRange | None = None) -> list[Manifest]:
+    """Make the folders of shards that the configuration asks for; those already up to date are kept.
+
+    part: of several tasks each makes its own shards, and the one that ends last the manifests; the others
+    return fewer. Raises UserError for bad input by policy, a full disk, and a folder that is not ours.
+    """
+    if not (config.pictures or config.texts or config.documents):
+        raise UserError("nothing to preprocess: give `pictures`, `texts` or `documents`")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"{config.out}: is a file; name a folder")
     tokenizer = Tokenizer(config.tokenizer)
-    made = []
+    kinds: dict[Kind, Sequence[Path]] = {
+        "pair": config.pictures,
+        "text": config.texts,
+        "interleaved": config.documents,
+    }
     with progress_bar() as progress:
-        if config.pictures:
-            made.append(_make("pair", config, tokenizer, progress))
-        if config.texts:
-            made.append(_make("text", config, tokenizer, progress))
-    return made
+        jobs = [_Job(kind, config, tokenizer, progress, part) for kind, paths in kinds.items() if paths]
+        made = {job.folder: job.run() for job in jobs}
+    for folder, manifest in made.items():
+        if manifest:
+            write_sheet(folder, manifest, config.vae)
+    return [manifest for manifest in made.values() if manifest]
 
 
-def _make(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, progress: Progress) -> Manifest:
-    folder = config.out / ("pairs" if kind == "pair" else "text")
-    inputs = _input_files(config.pictures if kind == "pair" else config.texts)
-    provenance = {"megafusion": megafusion.__version__, "config": dump_config(config)}
-    provenance |= {str(path): file_sha256(path) for path in inputs}
-    fields = {"kind": kind, "tokenizer_sha256": tokenizer.hash}
-    codec = None
-    if kind == "pair":
-        codec = ImageCodec.from_pretrained(config.vae, default_device())
-        fields |= {
-            "vae_sha256": codec.hash,
-            "latent_shape": codec.latent_shape(config.image_size, config.image_size),
-            "latent_scale": codec.scaling_factor,
-            "latent_shift": codec.shift_factor,
-        }
-        if config.keys:
-            if not config.keys.is_file():
-                raise UserError(f"{config.keys}: no such file of keys")
-            provenance[str(config.keys)] = file_sha256(config.keys)
-    if _is_current(folder, fields, provenance):
-        progress.console.print(f"{folder}: up to date")
-        return load_manifest(folder)
-    refuse_foreign(folder, MANIFEST)
-    skipped: Counter[str] = Counter()
-    task = progress.add_task(f"{kind}s to {folder}", total=None, losses="")
-    documents = _pairs(config, tokenizer, codec, skipped) if codec else _texts(config, tokenizer)
-    documents = _counted(documents, lambda n: progress.update(task, completed=n))
-    made = write_shards(folder, documents, config.documents_per_shard, provenance=provenance, **fields)
-    progress.update(task, total=made.num_documents, completed=made.num_documents)
-    dropped = ", ".join(f"{count} x {reason}" for reason, count in skipped.items()) or "none"
-    progress.console.print(
-        f"{folder}: {made.num_documents} documents, {made.num_tokens} tokens, {made.num_images} images in "
-        f"{len(made.shards)} shards; dropped: {dropped}"
-    )
-    return made
+class _Job:
+    """The making of one folder of shards."""
 
+    def __init__(
+        self,
+        kind: Kind,
+        config: PreprocessConfig,
+        tokenizer: Tokenizer,
+        progress: Progress,
+        part: ShardRange | None,
+    ):
+        self.folder = config.out / FOLDERS[kind]
+        self._kind, self._config, self._progress, self._part = kind, config, progress, part
+        self._pieces = find_pieces(kind, config)
+        self._identity = Identity(kind, config, tokenizer, self._pieces)
+        self._wanted = set(config.keys.read_text().split()) if kind == "pair" and config.keys else None
+        # Named by what goes in, so that tasks that start side by side never clear away each other's work.
+        self._partial = self.folder.with_name(f"{self.folder.name}.{self._identity.digest}.partial")
+        self._work = self._partial / "work"
 
-def _is_current(folder: Path, fields: dict, provenance: dict) -> bool:
-    """Whether shards of the same inputs, tokenizer, autoencoder and settings stand there whole."""
-    try:
-        shards = ShardFolder(folder)
-    except UserError:
-        return False
-    same = all(getattr(shards.manifest, name) == value for name, value in fields.items())
-    return same and shards.manifest.provenance == provenance and shards.is_intact()
-
-
-def _input_files(paths: Iterable[Path]) -> list[Path]:
-    files = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file())
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder to preprocess")
-    return files
-
-
-def _pairs(
-    config: PreprocessConfig, tokenizer: Tokenizer, codec: ImageCodec, skipped: Counter
-) -> Iterator[StoredDocument]:
-    usable = _usable(config, skipped)
-    while batch := list(islice(usable, config.batch_size)):
-        pictures = to_tensor([image for _, _, image in batch], config.image_size)
-        mean_and_log_variance = codec.encode(pictures.to(codec.model.device))
-        moments = torch.stack(mean_and_log_variance, dim=1).to(torch.float16).cpu().numpy()
-        for (key, caption, _), picture_moments in zip(batch, moments, strict=True):
-            tokens = np.array(tokenizer.encode(caption), np.int32)
-            yield StoredDocument({"key": key, "caption": caption}, (tokens, picture_moments))
-
-
-def _usable(config: PreprocessConfig, skipped: Counter) -> Iterator[tuple[str, str, Image.Image]]:
-    """Keys, captions and decoded pictures; what is bad stops the command or is counted, by policy."""
-    for picture in _pictures(config):
+    def run(self) -> Manifest | None:
+        """The manifest of the folder; None where shards are left that other tasks make."""
+        if self._identity.is_current(self.folder):
+            self._say(f"{self.folder}: up to date")
+            return self._cleared()
+        refuse_foreign(self.folder, MANIFEST)
         try:
-            yield decode_picture(picture)
-        except UserError as error:
-            if config.on_error == "fail":
-                raise UserError(f"{error}; mend or remove it, or set on_error=skip") from error
-            skipped[str(error).rsplit(": ", 1)[-1]] += 1
+            return self._make()
+        except OSError as error:
+            if self._identity.is_current(self.folder):  # another task has ended the work meanwhile
+                return self._cleared()
+            if error.filename and not Path(error.filename).is_relative_to(self._config.out):
+                raise UserError(
+                    f"{error.filename}: {error.strerror}; bring it back, and the same command goes on"
+                ) from error
+            raise UserError(
+                f"{self.folder}: cannot be written ({error.strerror or error}); free space or choose another "
+                "folder; what is made is kept, and the same command goes on from it"
+            ) from error
+        finally:
+            self._remove_if_empty()
 
-
-def decode_picture(picture: Picture) -> tuple[str, str, Image.Image]:
-    """Key, caption and decoded picture. UserError naming the origin and key of what is bad."""
-    where = f"{picture.origin}, key {picture.key!r}"
-    if picture.caption is None:
-        raise UserError(f"{where}: no .txt caption")
-    try:
-        caption = picture.caption.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: caption is not UTF-8") from error
-    if not caption:
-        raise UserError(f"{where}: empty caption")
-    try:
-        image = Image.open(io.BytesIO(picture.content))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: picture does not decode") from error
-    return picture.key, caption, image
-
-
-def _pictures(config: PreprocessConfig) -> Iterator[Picture]:
-    wanted = None
-    if config.keys:
-        wanted = set(config.keys.read_text().split())
-    found = set()
-    origins = (_folder_pictures(path) if path.is_dir() else tar_pictures(path) for path in config.pictures)
-    for picture in chain.from_iterable(origins):
-        if wanted is None or picture.key in wanted:
-            found.add(picture.key)
-            yield picture
-    if wanted is not None and wanted != found:
-        missing = sorted(wanted - found)
-        raise UserError(
-            f"{config.keys}: {len(missing)} keys are in no picture source, the first {missing[0]!r}"
+    def _make(self) -> Manifest | None:
+        for name in ("scan", "shards"):
+            (self._work / name).mkdir(parents=True, exist_ok=True)
+        settings = WorkerSettings(
+            self._kind, self._config, self._pieces, self._wanted, self._partial, self._work
         )
+        index, count = self._part or ShardRange()
+        with Pool(settings, self._config.num_workers) as pool:
+            # Each task begins with a share of its own, then helps with what is left: none waits for another.
+            first = index * len(self._pieces) // count
+            order = [*range(first, len(self._pieces)), *range(first)]
+            self._run(pool, "scan", order, None)
+            plan = make_plan(self._pieces, self._tables(), self._config, self._wanted)
+            per_shard = self._config.documents_per_shard
+            num_shards = plan.num_shards(per_shard)
+            if not num_shards:
+                raise UserError(
+                    f"{self.folder}: the inputs hold no document that can be used; nothing is written"
+                )
+            tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(index, num_shards, count)]
+            self._run(pool, "make", tasks, sum(len(task.rows) for task in tasks))
+        return self._finish(plan, num_shards)
 
+    def _run(self, pool: Pool, method: str, tasks: list[Any], total: int | None) -> None:
+        what = NAMES[self._kind]
+        name = f"scanning {what}" if method == "scan" else f"{what} to {self.folder}"
+        task, speed = self._progress.add_task(name, total=total, losses=""), Speed(what)
+        done = 0
 
-def tar_pictures(path: Path) -> Iterator[Picture]:
-    """Every picture of a webdataset tar, with its caption. UserError when the tar cannot be read."""
-    try:
-        with path.open("rb") as file:
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
-                name = next((suffix for suffix in sample if suffix in IMAGE_SUFFIXES), None)
-                if name:
-                    yield Picture(sample["__key__"], str(path), sample[name], sample.get("txt"))
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise UserError(f"{path}: not readable as a tar ({error}); fetch it again") from error
+        def report(number: int) -> None:
+            nonlocal done
+            done = number
+            self._progress.update(task, completed=number, losses=speed(number))
 
+        for _ in pool.map(method, tasks, report):
+            pass
+        self._progress.update(task, total=total if total is not None else done, completed=total or done)
 
-def _folder_pictures(path: Path) -> Iterator[Picture]:
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        if file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES:
-            caption = file.with_suffix(".txt")
-            content = caption.read_bytes() if caption.is_file() else None
-            yield Picture(str(file.relative_to(path).with_suffix("")), str(path), file.read_bytes(), content)
+    def _finish(self, plan: Plan, num_shards: int) -> Manifest | None:
+        records = [read_record(shard_record(self._work, number)) for number in range(num_shards)]
+        if missing := records.count(None):
+            self._say(
+                f"{self.folder}: {missing} of {num_shards} shards are left to other tasks; the one that ends "
+                "last writes the manifest, or the same command without --shard-range"
+            )
+            return None
+        if self._part and not self._is_first_to_finish():
+            self._say(f"{self.folder}: all shards are made, and another task writes the manifest")
+            return None
+        hashes: dict[str, list] = {}
+        for table in self._tables():
+            hashes |= json.loads(parquet.read_schema(table).metadata[b"files"])
+        hashes = self._identity.hash_files(hashes)
+        write_hashes(self._partial, hashes)
+        fields = self._identity.fields | {"provenance": self._identity.provenance(hashes)}
+        made = write_manifest(self._partial, records, fields)
+        write_report(self._partial, plan, made)
+        self._replace()
+        self._say(summary(self.folder, plan, made))
+        return self._cleared()
 
+    def _tables(self) -> list[Path]:
+        return [table_path(self._work, piece.number) for piece in self._pieces]
 
-def _texts(config: PreprocessConfig, tokenizer: Tokenizer) -> Iterator[StoredDocument]:
-    for path in config.texts:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not UTF-8 ({error}); convert the file"
-                    ) from error
-                if text:
-                    tokens = np.array(tokenizer.encode(text), np.int32)
-                    yield StoredDocument({"line": number}, (tokens,))
+    def _is_first_to_finish(self) -> bool:
+        try:
+            (self._work / "finishing").mkdir()
+        except FileExistsError:
+            return False
+        return True
 
+    def _replace(self) -> None:
+        """Put what is made in its place. A kill in between leaves it beside, whole, for the next command."""
+        old = self.folder.with_name(f"{self.folder.name}.old.partial")
+        if self.folder.exists():
+            self.folder.rename(old)
+        self._partial.rename(self.folder)
+        for left in self.folder.parent.glob(f"{self.folder.name}.*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
 
-def _counted(documents: Iterable[StoredDocument], report) -> Iterator[StoredDocument]:
-    for number, document in enumerate(documents, start=1):
-        yield document
-        if number % 64 == 0:
-            report(number)
+    def _cleared(self) -> Manifest:
+        shutil.rmtree(self.folder / "work", ignore_errors=True)
+        return load_manifest(self.folder)
+
+    def _remove_if_empty(self) -> None:
+        """What has come to nothing leaves nothing behind."""
+        # os.walk, for other tasks may take folders away meanwhile.
+        if not any(files for _, _, files in os.walk(self._partial)):
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _say(self, line: str) -> None:
+        self._progress.console.print(line)

@@ -78,15 +78,30 @@ def _options(
 
 
 @app.command()
-def preprocess(config: ConfigFile, overrides: Overrides = None) -> None:
+def preprocess(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    shard_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Make every N-th shard from the I-th on, I from 0: one of N tasks side by side, which share "
+            "the output folder. The one that ends last writes the manifest.",
+            metavar="I/N",
+        ),
+    ] = None,
+) -> None:
     """Turn pictures, captions and text into shards: image latents, token ids, metadata, a manifest.
 
-    Example: megafusion preprocess configs/preprocess/quickstart.yaml out=data/mine
+    Starting the same command again goes on where it was stopped, whatever stopped it.
+
+    Example: megafusion preprocess configs/preprocess/quickstart.yaml out=data/mine num_workers=2
     """
-    from data_prep.preprocess import PreprocessConfig
+    from data_prep.config import PreprocessConfig
+    from data_prep.preprocess import parse_range
     from data_prep.preprocess import preprocess as run
 
-    run(load_config(PreprocessConfig, config, overrides or []))
+    values = load_config(PreprocessConfig, config, overrides or [])
+    run(values, parse_range(shard_range) if shard_range else None)
 
 
 @app.command()

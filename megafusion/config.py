@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -59,9 +59,9 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         raise UserError(f"{origin}: {error}") from error
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config, exclude: Set[str] = frozenset()) -> str:
     """The configuration as YAML, every default written out: what a run folder freezes."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json", exclude=exclude)))
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

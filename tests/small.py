@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from data_prep.preprocess import PreprocessConfig, preprocess
+from data_prep.config import PreprocessConfig
+from data_prep.preprocess import preprocess
 
 ROOT = Path(__file__).parents[1]
 PACK = ROOT / "data_prep/emoji/emoji-000000.tar"

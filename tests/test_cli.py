@@ -157,7 +157,7 @@ def test_configuration_files_that_are_none(tmp_path, content, message):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_is_valid(path):
-    from data_prep.preprocess import PreprocessConfig
+    from data_prep.config import PreprocessConfig
     from megafusion.autoencoder.train import AutoencoderConfig
 
     cls = {"preprocess": PreprocessConfig, "vae": AutoencoderConfig}.get(path.parent.name, RunConfig)

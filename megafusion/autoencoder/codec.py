@@ -127,14 +127,17 @@ def to_tensor(images: Sequence[Image.Image], size: int | tuple[int, int]) -> Ten
     centre, and Lanczos resizes.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    arrays = []
-    for image in images:
-        picture = to_rgb(image)
-        if picture.size != (width, height):
-            picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-        arrays.append(np.asarray(picture))
+    arrays = [np.asarray(fit_rgb(image, height, width)) for image in images]
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
     return pixels / 127.5 - 1
+
+
+def fit_rgb(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Any PIL picture as upright 8-bit RGB of a size, as `to_tensor` shows it to the autoencoder."""
+    picture = to_rgb(image)
+    if picture.size == (width, height):
+        return picture
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

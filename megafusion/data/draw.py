@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megafusion.data.config import DataConfig
+from megafusion.data.members import segment_kind
 from megafusion.data.pictures import show_picture
 from megafusion.data.shards import Manifest
 from megafusion.sequence.document import FlatDocument, NoisedImage
@@ -36,15 +37,23 @@ def toss_coins(
 ) -> list[np.ndarray | StoredImage]:
     """The parts of a document in the order that they are shown in, images not yet drawn.
 
-    Raises BadBytes where a picture cannot be opened.
+    Of an interleaved document, which keeps its order, an image that opens it stands before all text. Raises
+    BadBytes where a picture cannot be opened.
     """
+    parts = [
+        show_picture(s, shape.picture_size, config, generator) if isinstance(s, bytes) else s
+        for s in segments
+    ]
+    is_text = [segment_kind(segment) == "tokens" for segment in segments]
+    image_first = min(num_timesteps, config.image_first_max_timestep)
     if manifest.kind != "pair":
-        return list(segments)
-    text, content = segments
-    if isinstance(content, bytes):
-        content = show_picture(content, shape.picture_size, config, generator)
+        return [
+            part if here else StoredImage(part, num_timesteps if any(is_text[:place]) else image_first)
+            for place, (part, here) in enumerate(zip(parts, is_text, strict=True))
+        ]
+    text, content = parts
     if generator.random() >= config.caption_first:
-        return [StoredImage(content, min(num_timesteps, config.image_first_max_timestep)), text]
+        return [StoredImage(content, image_first), text]
     image = StoredImage(content, num_timesteps)
     return [image] if generator.random() < config.caption_dropout else [text, image]
 

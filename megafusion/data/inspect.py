@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megafusion.autoencoder.codec import ImageCodec
 from megafusion.data.members import StoredDocument, segment_kind
-from megafusion.data.originals import first_image, originals
+from megafusion.data.originals import first_images, originals
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import document_offsets
 from megafusion.errors import UserError
@@ -31,7 +31,8 @@ def inspect(folder: Path, vae: Path, out: Path, num_documents: int) -> None:
     chosen = [shards.read(*place) for place in _evenly(shards, num_documents)]
     Console().print(_table(shards, chosen))
     if shards.manifest.num_images:
-        _write_page(shards, chosen, vae, out)
+        pictured = [document for document in chosen if first_images([document])]
+        _write_page(shards, pictured, vae, out)
         return
     for document in chosen[:3]:
         print(f"tokens: {document.segments[0][:24].tolist()} ...")
@@ -84,10 +85,10 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
     middle = lengths[len(lengths) // 2]
     table.add_row(f"tokens of {len(chosen)} documents", f"{lengths[0]} to {lengths[-1]}, median {middle}")
     if manifest.images == "pictures" and manifest.num_images:
-        kept = [first_image(document) for document in chosen]
+        kept = first_images(chosen)
         table.add_row("pictures", f"kept as WebP, {decimal(sum(map(len, kept)) // len(kept))} each")
     elif manifest.num_images:
-        latents = torch.from_numpy(np.stack([first_image(d)[0] for d in chosen])).float()
+        latents = torch.from_numpy(np.stack([moments[0] for moments in first_images(chosen)])).float()
         latents = (latents - manifest.latent_shift) * manifest.latent_scale
         table.add_row(
             "latents", f"{' x '.join(map(str, manifest.latent_shape))}, normalised as a run sees them:"
@@ -107,7 +108,7 @@ def _write_page(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, ou
             f"{vae}: is not the autoencoder that made the latents of {shards.folder} (hash "
             f"{codec.hash[:12]}, there {str(shards.manifest.vae_sha256)[:12]}); name that one with --vae"
         )
-    images = [first_image(document) for document in chosen]
+    images = first_images(chosen)
     captions = [str(document.metadata.get("caption", "")) for document in chosen]
     pictures = originals(images, codec, PAGE_SIZE)
     write_file(out, png(picture_sheet(list(zip(captions, pictures, strict=True)))))

@@ -11,9 +11,10 @@ from megafusion.data.members import StoredDocument, segment_kind
 from megafusion.data.pictures import open_picture
 
 
-def first_image(document: StoredDocument) -> np.ndarray | bytes:
-    """A document's first image, as it is stored."""
-    return next(segment for segment in document.segments if segment_kind(segment) != "tokens")
+def first_images(documents: Sequence[StoredDocument]) -> list[np.ndarray | bytes]:
+    """The first image of each document that has one, as it is stored."""
+    images = ([s for s in document.segments if segment_kind(s) != "tokens"] for document in documents)
+    return [found[0] for found in images if found]
 
 
 def originals(

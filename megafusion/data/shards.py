@@ -10,7 +10,8 @@ ever scanned.
 import io
 import json
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +23,12 @@ from megafusion.config import Config, parse_config
 from megafusion.data.members import BLOCK, PICTURE, StoredDocument, segment_kind, tar_members
 from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
-from megafusion.storage import file_sha256, new_folder
+from megafusion.storage import file_sha256, new_folder, write_file
 
 MANIFEST = "manifest.json"
-Kind = Literal["pair", "text"]
+Kind = Literal["pair", "text", "interleaved"]
+FOLDERS: dict[Kind, str] = {"pair": "pairs", "text": "text", "interleaved": "interleaved"}
+"""Where preprocessing puts each kind."""
 
 
 class ShardEntry(Config):
@@ -41,13 +44,24 @@ class ShardEntry(Config):
     """Hash of the tar."""
 
 
+class ShardSummary(Config):
+    """What a manifest must know of one shard; its counts are named as the manifest's."""
+
+    entry: ShardEntry
+    num_tokens: int
+    num_images: int
+    max_images: int
+    max_tokens_beside_images: int
+
+
 class Manifest(Config):
     """What a folder of shards holds, and what it was made with."""
 
     format: Literal["megafusion-shards/1"] = "megafusion-shards/1"
     """Version of the layout."""
     kind: Kind
-    """pair: one text and one image a document, in either order; text: texts only."""
+    """pair: one text and one image a document, in either order; text: texts only; interleaved: any texts and
+    images, in the order in which they are shown."""
     num_tokens: int
     """Text tokens, without bos, eos, boi and eoi."""
     num_images: int
@@ -98,33 +112,28 @@ def write_shards(
 
 
 def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int, manifest: dict) -> Manifest:
-    entries, batch = [], []
-    num_tokens = num_images = max_images = max_tokens = 0
-    for document in documents:
-        batch.append(document)
-        tokens = sum(len(s) for s in document.segments if segment_kind(s) == "tokens")
-        images = sum(segment_kind(s) != "tokens" for s in document.segments)
-        num_tokens, num_images = num_tokens + tokens, num_images + images
-        max_images = max(max_images, images)
-        max_tokens = max(max_tokens, tokens if images else 0)
-        if len(batch) == per_shard:
-            entries.append(_write_shard(folder, len(entries), batch))
-            batch = []
-    if batch:
-        entries.append(_write_shard(folder, len(entries), batch))
+    documents, summaries = iter(documents), []
+    while batch := list(islice(documents, per_shard)):
+        summaries.append(write_shard(folder, len(summaries), batch))
+    return write_manifest(folder, summaries, manifest)
+
+
+def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict) -> Manifest:
+    """Write the manifest of a folder's shards; `fields` are those that the documents do not tell."""
     made = Manifest(
-        num_tokens=num_tokens,
-        num_images=num_images,
-        max_images=max_images,
-        max_tokens_beside_images=max_tokens,
-        shards=tuple(entries),
-        **manifest,
+        num_tokens=sum(shard.num_tokens for shard in summaries),
+        num_images=sum(shard.num_images for shard in summaries),
+        max_images=max((shard.max_images for shard in summaries), default=0),
+        max_tokens_beside_images=max((shard.max_tokens_beside_images for shard in summaries), default=0),
+        shards=tuple(shard.entry for shard in summaries),
+        **fields,
     )
-    (folder / MANIFEST).write_text(made.model_dump_json(indent=1) + "\n")
+    write_file(folder / MANIFEST, made.model_dump_json(indent=1) + "\n")
     return made
 
 
-def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> ShardEntry:
+def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> ShardSummary:
+    """Write one shard with its index, and say what it holds. Equal documents make equal bytes."""
     path = folder / f"shard-{number:06d}.tar"
     with path.open("wb") as file:
         writer = TarWriter(file, encoder=False, mtime=0)
@@ -139,11 +148,19 @@ def _write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> 
             writer.write({"__key__": f"{number:06d}-{position:06d}", **members})
         writer.close()
     np.save(path.with_suffix(".index.npy"), document_offsets(path))
-    return ShardEntry(
-        name=path.name,
-        num_documents=len(documents),
-        num_bytes=path.stat().st_size,
-        sha256=file_sha256(path),
+    tokens = [sum(len(s) for s in document.segments if segment_kind(s) == "tokens") for document in documents]
+    images = [sum(segment_kind(s) != "tokens" for s in document.segments) for document in documents]
+    return ShardSummary(
+        entry=ShardEntry(
+            name=path.name,
+            num_documents=len(documents),
+            num_bytes=path.stat().st_size,
+            sha256=file_sha256(path),
+        ),
+        num_tokens=sum(tokens),
+        num_images=sum(images),
+        max_images=max(images, default=0),
+        max_tokens_beside_images=max((t for t, i in zip(tokens, images, strict=True) if i), default=0),
     )
 
 
@@ -177,7 +194,7 @@ def load_manifest(folder: Path | str) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        inside = [str(folder / kind) for kind in ("pairs", "text") if (folder / kind / MANIFEST).is_file()]
+        inside = [str(folder / kind) for kind in FOLDERS.values() if (folder / kind / MANIFEST).is_file()]
         way_out = f"name {' or '.join(inside)}" if inside else "make it with `megafusion preprocess`"
         raise UserError(f"{folder}: no {MANIFEST}, so no folder of shards; {way_out}")
     return _parse_manifest(path.read_bytes(), str(path))

@@ -65,7 +65,12 @@ class Source:
         kinds = [segment_kind(segment) for segment in stored.segments]
         manifest = self.folder.manifest
         image = "moments" if manifest.images == "latents" else "picture"
-        if kinds != ["tokens", image] if manifest.kind == "pair" else set(kinds) != {"tokens"}:
+        known = {
+            "pair": kinds == ["tokens", image],
+            "text": set(kinds) == {"tokens"},
+            "interleaved": bool(kinds) and set(kinds) <= {"tokens", image},
+        }
+        if not known[manifest.kind]:
             raise BadDocument(where, f"no document of kind {manifest.kind} with {manifest.images}")
 
     def _bounds(self, stream: int) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from matplotlib import pyplot
 from PIL import Image
 from rich.progress import Progress
 
-from data_prep.preprocess import decode_picture, tar_pictures
+from data_prep.pictures import decode_picture
+from data_prep.tars import tar_pictures
 from megafusion.autoencoder.codec import to_tensor
 from megafusion.data.source import open_folder
 from megafusion.device import default_device
@@ -97,7 +98,7 @@ def training_pairs(config: RunConfig, tar: Path) -> list[Pair]:
             metadata = folder.read(shard, position).metadata
             if metadata["key"] not in pictures:
                 raise UserError(f"{tar}: has no picture {metadata['key']!r}, which the run was trained on")
-            _, _, picture = decode_picture(pictures[metadata["key"]])
+            _, picture = decode_picture(pictures[metadata["key"]])
             pairs.append(Pair(metadata["key"], metadata["caption"], picture))
     return pairs
 

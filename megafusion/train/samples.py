@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from megafusion.checkpoint.reader import read_whole
-from megafusion.data.originals import first_image, originals
+from megafusion.data.originals import first_images, originals
 from megafusion.data.source import Source
 from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -35,9 +35,7 @@ def sample_pairs(
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
-        pictures=originals(
-            [first_image(document) for document in chosen], pipeline.codec, pipeline.config.image_size
-        ),
+        pictures=originals(first_images(chosen), pipeline.codec, pipeline.config.image_size),
     )
 
 

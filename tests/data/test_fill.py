@@ -18,7 +18,7 @@ from tests.small import GLOSSES, PACK, ROOT
 @pytest.fixture(scope="module")
 def captions(tokenizer):
     """Lengths of the starter split's captions and of glosses, in the quickstart's tokenizer."""
-    from data_prep.preprocess import tar_pictures
+    from data_prep.tars import tar_pictures
 
     wanted = set((ROOT / "data_prep/emoji/starter.txt").read_text().split())
     texts = [p.caption.decode().strip() for p in tar_pictures(PACK) if p.key in wanted]

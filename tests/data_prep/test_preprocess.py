@@ -1,44 +1,17 @@
 """Pictures, captions and text to shards; what cannot be used is named, and nothing half-made stays."""
 
 import io
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_prep.preprocess import PreprocessConfig, preprocess
 from megafusion.autoencoder.codec import ImageCodec, to_tensor
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import load_manifest
 from megafusion.errors import UserError
-
-
-def png(color: str = "red", size: tuple[int, int] = (40, 40), mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path, samples: dict[str, dict[str, bytes]]):
-    with tarfile.open(path, "w") as archive:
-        for key, members in samples.items():
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.fixture
-def make(tmp_path, tokenizer, vae_folder):
-    def run(**changes):
-        values = {"out": tmp_path / "out", "tokenizer": tokenizer.path, "vae": vae_folder, "image_size": 32}
-        return preprocess(PreprocessConfig(**values | changes))
-
-    return run
-
+from tests.data_prep.raw import png, write_tar
 
 GOOD = {
     "a": {"png": png("red"), "txt": b"red square"},
@@ -104,7 +77,7 @@ def test_what_is_current_is_kept_and_what_is_not_is_made_anew(make, tmp_path):
         ({"png": png()[:60], "txt": b"x"}, "key 'bad': picture does not decode"),
         ({"png": png(), "txt": b"  \n"}, "key 'bad': empty caption"),
         ({"png": png(), "txt": b"\xff\xfe"}, "key 'bad': caption is not UTF-8"),
-        ({"png": png()}, "key 'bad': no .txt caption"),
+        ({"png": png()}, "key 'bad': no caption"),
     ],
 )
 def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, capsys):

@@ -1,0 +1,63 @@
+"""Files of lines: a text a line, or JSON."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.records import BadRecord, Record
+
+
+class LineReader:
+    """The lines of a file that hold anything; a record's place: offset and size."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+
+    def records(self) -> Iterator[Record]:
+        """A record a line, which its key numbers from 1."""
+        offset = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield Record(str(number), [offset, len(line)])
+                offset += len(line)
+
+    def read(self, record: Record) -> str:
+        """A line. Raises BadRecord where it is not UTF-8."""
+        offset, size = record.at
+        try:
+            return os.pread(self._file.fileno(), size, offset).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRecord("not UTF-8") from error
+
+    def where(self, record: Record) -> str:
+        """The file and the line."""
+        return f"{self.path}, line {record.key}"
+
+
+class JsonReader(LineReader):
+    """The texts of one key of JSON lines."""
+
+    def __init__(self, path: Path, key: str):
+        super().__init__(path)
+        self._key = key
+
+    def read(self, record: Record) -> str:
+        """A text. Raises BadRecord."""
+        value = json_line(super().read(record)).get(self._key)
+        if not isinstance(value, str):
+            raise BadRecord(f"no string under {self._key!r}")
+        return value
+
+
+def json_line(line: str) -> dict:
+    """A line's mapping. Raises BadRecord."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("no JSON") from error
+    if not isinstance(value, dict):
+        raise BadRecord("no mapping")
+    return value

@@ -1,0 +1,51 @@
+"""Raw inputs, made in the test: pictures, tars, and the bytes of what preprocessing made of them."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+NOT_SHARDS = {"inputs.json"}
+
+
+def png(color: str = "red", size: tuple[int, int] = (40, 40), mode: str = "RGB") -> bytes:
+    """A picture of one colour."""
+    return encoded(Image.new(mode, size, color))
+
+
+def drawing(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """A picture with shapes, unlike those of other seeds."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    """A picture's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    """A webdataset tar of members by key and suffix."""
+    return write_members(path, [(f"{k}.{s}", c) for k, sample in samples.items() for s, c in sample.items()])
+
+
+def write_members(path: Path, members: list[tuple[str, bytes] | tarfile.TarInfo]) -> Path:
+    """A tar of any members."""
+    with tarfile.open(path, "w") as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            archive.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def made_files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder of shards but the one that has times in it."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in NOT_SHARDS}

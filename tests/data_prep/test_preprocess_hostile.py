@@ -1,0 +1,248 @@
+"""Bad inputs: each stops the command by name, or is counted and left out; nothing leads out of the inputs."""
+
+import json
+import resource
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from data_prep.pictures import open_rgb
+from data_prep.records import BadRecord
+from megafusion.data.reader import ShardFolder
+from megafusion.errors import UserError
+from tests.data_prep.raw import drawing, encoded, png, write_members, write_tar
+
+
+def bomb() -> bytes:
+    """A PNG whose header says 100,000 x 100,000 pixels, and which holds hardly any."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        body = name + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def link(name: str, target: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = tarfile.SYMTYPE, target
+    return info
+
+
+FINE = [("a.png", png()), ("a.txt", b"red"), ("b.png", png("blue")), ("b.txt", b"blue")]
+BAD_MEMBERS = {
+    "corrupt picture": ([("x.png", png()[:70]), ("x.txt", b"x")], "x", "picture does not decode"),
+    "picture bomb": ([("x.png", bomb()), ("x.txt", b"x")], "x", "picture of too many pixels"),
+    "program": ([("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n"), ("x.txt", b"x")], "x", "does not decode"),
+    "empty caption": ([("x.png", png()), ("x.txt", b" \n")], "x", "empty caption"),
+    "100 kB caption": ([("x.png", png()), ("x.txt", b"x" * 100_000)], "x", "more than 65536 bytes"),
+    "invalid UTF-8": ([("x.png", png()), ("x.txt", b"caf\xe9")], "x", "caption is not UTF-8"),
+    "no caption": ([("x.png", png())], "x", "no caption"),
+    "path traversal": (
+        [("../../x.png", png()), ("../../x.txt", b"x")],
+        "../../x.png",
+        "leads out of the tar",
+    ),
+    "absolute path": ([("/etc/x.png", png())], "/etc/x.png", "leads out of the tar"),
+    "symlink": ([link("x.png", "/etc/passwd"), ("x.txt", b"x")], "x.png", "a link or another thing"),
+    "doubled member": ([("x.png", png()), ("x.png", png()), ("x.txt", b"x")], "x", "there twice"),
+    "key again": ([("a.png", png()), ("a.txt", b"red")], "a", "there twice"),
+    "bad scores": ([("x.png", png()), ("x.txt", b"x"), ("x.json", b"{")], "x", "no JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEMBERS)
+def test_bad_members_stop_by_name_or_are_counted(make, tmp_path, case):
+    members, where, reason = BAD_MEMBERS[case]
+    tar = write_members(tmp_path / "in.tar", [*FINE, *members])
+    with pytest.raises(UserError, match=rf"in\.tar, key '{where}': .*{reason}.*set on_error=skip"):
+        make(pictures=(tar,))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["in.tar"]
+    (made,) = make(pictures=(tar,), on_error="skip")
+    assert made.num_documents == 2
+    report = json.loads((tmp_path / "out/pairs/report.json").read_text())
+    assert any(reason in name for name in report["bad"])
+    assert sum(report["bad"].values()) <= 2
+    names = {"out", "in.tar", "pairs", "shard-000000.tar", "shard-000000.index.npy"}
+    names |= {"manifest.json", "report.json", "inputs.json", "sheet.png"}
+    assert {path.name for path in tmp_path.rglob("*")} == names
+
+
+def cut(content: bytes) -> bytes:
+    return content[: content.index(b"b.png") + 600]
+
+
+def without_end(content: bytes) -> bytes:
+    return content.rstrip(b"\0") + b"\0" * (-len(content.rstrip(b"\0")) % 512)
+
+
+def with_wrong_size(content: bytes) -> bytes:
+    """The first member's size is 600 bytes more than what is there, and its checksum is right."""
+    info = tarfile.TarInfo.frombuf(content[:512], "utf-8", "strict")
+    info.size += 600
+    return info.tobuf(tarfile.USTAR_FORMAT)[:512] + content[512:]
+
+
+def with_bad_header(content: bytes) -> bytes:
+    middle = content.index(b"b.png")
+    return content[: middle + 148] + b"garbage!" + content[middle + 156 :]
+
+
+@pytest.mark.parametrize("damage", [cut, without_end, with_wrong_size, with_bad_header])
+def test_damaged_tars_stop_by_name_or_their_rest_is_left_out(make, tmp_path, damage):
+    good = {f"k{i}": {"png": encoded(drawing(i)), "txt": b"x"} for i in range(4)}
+    whole = write_tar(tmp_path / "good.tar", good)
+    broken = write_members(tmp_path / "broken.tar", FINE)
+    broken.write_bytes(damage(broken.read_bytes()))
+    with pytest.raises(UserError, match=r"broken\.tar.*on_error=skip"):
+        make(pictures=(broken, whole))
+    (made,) = make(pictures=(broken, whole), on_error="skip")
+    report = json.loads((tmp_path / "out/pairs/report.json").read_text())
+    assert any("not readable as a tar to its end" in reason for reason in report["bad"])
+    assert 4 <= made.num_documents < 6
+
+
+def bad_parquet(path):
+    parquet.write_table(pyarrow.table({"text": ["one", "two"]}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def bad_texts(path):
+    column = pyarrow.array([b"fine", b"caf\xe9"]).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": column}), path)
+
+
+BAD_FILES = {
+    "a.txt": (lambda p: p.write_bytes(b"fine\n\xff\xfe\n"), r"a\.txt, line 2: not UTF-8"),
+    "b.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"text": 1}\n'), r"b\.jsonl, line 2: no string"),
+    "c.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"te'), r"c\.jsonl, line 2: no JSON"),
+    "d.jsonl": (lambda p: p.write_text('{"text": "x"}\n' + "[" * 100_000), r"d\.jsonl, line 2: no JSON"),
+    "e.parquet": (bad_parquet, r"e\.parquet: not readable as parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_lines_and_tables(make, tmp_path, name):
+    write, message = BAD_FILES[name]
+    (tmp_path / "z.txt").write_text("one\n")
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        make(texts=(tmp_path / name, tmp_path / "z.txt"))
+    (made,) = make(texts=(tmp_path / name, tmp_path / "z.txt"), on_error="skip")
+    assert made.num_documents == (1 if name == "e.parquet" else 2)
+
+
+BAD_DOCUMENTS = {
+    "of unequal lengths": ({"texts": ["a", "b"], "images": [None]}, "not two lists of one length"),
+    "that climbs": ({"texts": [None], "images": ["../secret.png"]}, "leads out of document_pictures"),
+    "that is absolute": ({"texts": [None], "images": ["/etc/passwd"]}, "leads out of document_pictures"),
+    "with a picture that is nowhere": ({"texts": [None], "images": ["no.png"]}, "not in document_pictures"),
+    "with a broken picture": ({"texts": ["x", None], "images": [None, "bad.png"]}, "does not decode"),
+    "of nothing": ({"texts": [None], "images": [None]}, "empty document"),
+    "of numbers": ({"texts": [1], "images": [None]}, "a text is no string"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DOCUMENTS)
+def test_bad_documents(make, tmp_path, case):
+    document, reason = BAD_DOCUMENTS[case]
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/bad.png").write_bytes(png()[:70])
+    good = {"texts": ["fine"], "images": [None]}
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(document)}\n")
+    values = {"documents": (tmp_path / "d.jsonl",), "document_pictures": tmp_path / "pictures"}
+    with pytest.raises(UserError, match=rf"d\.jsonl, line 2: .*{reason}"):
+        make(**values)
+    (made,) = make(**values, on_error="skip")
+    assert made.num_documents == 1
+
+
+def test_a_link_in_the_folder_of_document_pictures_leads_nowhere(make, tmp_path):
+    (tmp_path / "secret.png").write_bytes(png())
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/x.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "d.jsonl").write_text('{"texts": ["a"], "images": ["x.png"]}\n')
+    with pytest.raises(UserError, match="leads out of document_pictures"):
+        make(documents=(tmp_path / "d.jsonl",), document_pictures=tmp_path / "pictures")
+
+
+@pytest.mark.parametrize("num_bad", [3, 40])
+def test_a_rate_of_bad_inputs_above_the_limit_stops_the_run(make, tmp_path, num_bad):
+    pictures = {f"k{i:03d}": {"png": png() if i >= num_bad else b"x", "txt": b"x"} for i in range(80)}
+    tar = write_tar(tmp_path / "in.tar", pictures)
+    if num_bad == 3:  # no more than chance brings
+        assert make(pictures=(tar,), on_error="skip")[0].num_documents == 77
+        return
+    message = (
+        r"40 of 80 inputs are bad \(40 x picture does not decode\), more than max_skip_rate 0\.01; one is"
+    )
+    with pytest.raises(UserError, match=message):
+        make(pictures=(tar,), on_error="skip")
+    assert not (tmp_path / "out/pairs").exists()
+    assert make(pictures=(tar,), on_error="skip", max_skip_rate=0.6)[0].num_documents == 40
+
+
+def rotated() -> bytes:
+    """Green over blue, stored on its side with the EXIF tag that says so."""
+    upright = Image.new("RGB", (40, 40), "blue")
+    upright.paste("lime", (0, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(upright.rotate(90), "JPEG", exif=exif, quality=95)
+
+
+def animated(form: str) -> bytes:
+    frames = [Image.new("RGB", (40, 40), color) for color in ("lime", "red", "red")]
+    return encoded(frames[0], form, save_all=True, append_images=frames[1:])
+
+
+ODD_PICTURES = {
+    "cmyk": (lambda: encoded(Image.new("CMYK", (40, 40), (255, 0, 255, 0)), "JPEG"), (0, 255, 0)),
+    "16-bit": (lambda: encoded(Image.fromarray(np.full((40, 40), 32768, np.uint16))), (128, 128, 128)),
+    "animated gif": (lambda: animated("GIF"), (0, 255, 0)),
+    "animated webp": (lambda: animated("WEBP"), (0, 255, 0)),
+    "1 x 1": (lambda: png("lime", (1, 1)), (0, 255, 0)),
+    "exif": (rotated, ((0, 255, 0), (0, 0, 255))),
+    "transparent": (lambda: encoded(Image.new("RGBA", (40, 40), (0, 0, 0, 0))), (255, 255, 255)),
+    "palette": (lambda: encoded(Image.new("RGB", (40, 40), "lime").quantize(4)), (0, 255, 0)),
+}
+
+
+@pytest.mark.parametrize("case", ODD_PICTURES)
+def test_odd_pictures_become_upright_rgb(make, tmp_path, vae_folder, case):
+    """The latents are those of a picture painted as it should come out, but for JPEG's own errors."""
+    write, colors = ODD_PICTURES[case]
+    expected = Image.new("RGB", (32, 32), colors if isinstance(colors[0], int) else colors[1])
+    if not isinstance(colors[0], int):
+        expected.paste(colors[0], (0, 0, 32, 16))
+    reference = write_tar(tmp_path / "reference.tar", {"a": {"png": encoded(expected), "txt": b"x"}})
+    odd = write_tar(tmp_path / "odd.tar", {"a": {"png": write(), "txt": b"x"}})
+    moments = []
+    for number, tar in enumerate((odd, reference)):
+        make(pictures=(tar,), out=tmp_path / str(number))
+        moments.append(ShardFolder(tmp_path / f"{number}/pairs").read(0, 0).segments[1].astype(np.float32))
+    assert np.abs(moments[0] - moments[1]).max() < 0.2
+    assert np.abs(moments[0]).max() > 0.2 or case == "16-bit"
+
+
+def test_a_bomb_is_refused_before_it_takes_memory():
+    """It would take 30 GB if it were decoded."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadRecord, match="picture of too many pixels"):
+        open_rgb(bomb())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # in kB
+
+
+def test_pillow_s_warning_is_an_error():
+    """Between its limit and twice that, Pillow only warns."""
+    with pytest.raises(BadRecord, match="picture of too many pixels"):
+        open_rgb(encoded(Image.new("1", (10_000, 9_000))))

@@ -1,0 +1,152 @@
+"""What can be preprocessed: img2dataset's folders, parquet, JSON lines, interleaved documents."""
+
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megafusion.data.config import DataConfig
+from megafusion.data.reader import ShardFolder
+from megafusion.data.source import open_sources
+from megafusion.data.stream import BatchStream
+from megafusion.errors import UserError
+from megafusion.sequence.packing import RowShape
+from tests.data_prep.raw import png, write_tar
+
+
+def documents(folder) -> list:
+    shards = ShardFolder(folder)
+    places = [(s, i) for s, entry in enumerate(shards.manifest.shards) for i in range(entry.num_documents)]
+    return [shards.read(*place) for place in places]
+
+
+def texts(folder, tokenizer) -> list[list[str | None]]:
+    """Each document's parts: its texts, and None for an image."""
+    return [
+        [tokenizer.decode(s) if s.ndim == 1 else None for s in document.segments]
+        for document in documents(folder)
+    ]
+
+
+def test_img2dataset_output_is_read_and_its_statistics_are_not(make, tmp_path):
+    folder = tmp_path / "laion"
+    folder.mkdir()
+    for number in range(2):
+        sample = {"jpg": png(), "txt": b"a square", "json": b'{"width": 40}'}
+        write_tar(folder / f"{number:05d}.tar", {f"{number:05d}0000{i}": sample for i in range(3)})
+        parquet.write_table(pyarrow.table({"url": ["x"]}), folder / f"{number:05d}.parquet")
+        (folder / f"{number:05d}_stats.json").write_text("{}")
+    make(pictures=(folder,))
+    keys = [document.metadata["key"] for document in documents(tmp_path / "out/pairs")]
+    assert keys == [f"{number:05d}0000{i}" for number in range(2) for i in range(3)]
+
+
+@pytest.mark.parametrize("form", ["bytes", "hugging face"])
+def test_parquet_of_pictures_with_captions(make, tmp_path, form):
+    pictures = [png("red"), png("blue"), png("green")]
+    column = pictures if form == "bytes" else [{"bytes": p, "path": None} for p in pictures]
+    table = pyarrow.table({"picture": column, "alt": ["red", "blue", "green"]})
+    parquet.write_table(table, tmp_path / "in.parquet", row_group_size=2)
+    make(pictures=(tmp_path / "in.parquet",), picture_column="picture", caption_column="alt")
+    found = [document.metadata for document in documents(tmp_path / "out/pairs")]
+    assert found == [{"key": str(i), "caption": c} for i, c in enumerate(["red", "blue", "green"])]
+    with pytest.raises(
+        UserError, match=r"in\.parquet: has no column 'caption'; its columns are picture, alt"
+    ):
+        make(pictures=(tmp_path / "in.parquet",), picture_column="picture")
+
+
+def test_texts_of_json_lines_and_parquet(make, tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n\n{"body": "two\\nlines"}\n')
+    parquet.write_table(pyarrow.table({"body": ["three", "  "]}), tmp_path / "b.parquet")
+    make(texts=(tmp_path / "a.jsonl", tmp_path / "b.parquet"), text_column="body")
+    assert texts(tmp_path / "out/text", tokenizer) == [["one"], ["two\nlines"], ["three"]]
+    report = json.loads((tmp_path / "out/text/report.json").read_text())
+    assert (report["inputs"], report["kept"], report["dropped"]) == (4, 3, {"empty text": 1})
+
+
+LISTS = [
+    {"texts": ["first", None, "then", None], "images": [None, "a.png", None, "deep/b.png"]},
+    {"texts": [None, "only"], "images": ["a.png", None]},
+    {"texts": ["no image at all"], "images": [None]},
+]
+
+
+@pytest.fixture(params=["folder", "tar", "parquet"])
+def interleaved(request, tmp_path) -> dict:
+    """Three documents, whose images lie in a folder, in a tar, or are bytes of parquet."""
+    pictures = {"a": {"png": png("red")}, "deep/b": {"png": png("blue")}}
+    if request.param == "parquet":
+        bytes_of = {"a.png": png("red"), "deep/b.png": png("blue"), None: None}
+        rows = [row | {"images": [bytes_of[name] for name in row["images"]]} for row in LISTS]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
+        return {"documents": (tmp_path / "docs.parquet",)}
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, LISTS)))
+    values = {"documents": (tmp_path / "docs.jsonl",), "document_pictures": tmp_path / "pictures"}
+    if request.param == "tar":
+        write_tar(tmp_path / "pictures", pictures)
+        return values
+    (tmp_path / "pictures/deep").mkdir(parents=True)
+    for key, members in pictures.items():
+        (tmp_path / f"pictures/{key}.png").write_bytes(members["png"])
+    return values
+
+
+def test_interleaved_documents_keep_the_order_of_their_parts(make, tmp_path, tokenizer, interleaved):
+    (made,) = make(**interleaved)
+    folder = tmp_path / "out/interleaved"
+    expected = [["first", None, "then", None], [None, "only"], ["no image at all"]]
+    assert texts(folder, tokenizer) == expected
+    assert (made.kind, made.num_images, made.max_images) == ("interleaved", 3, 2)
+    first, second, _ = documents(folder)
+    assert (first.segments[1] == second.segments[0]).all()  # a.png, both times
+    assert (first.segments[1] != first.segments[3]).any()
+    assert (folder / "sheet.png").is_file()
+
+
+def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_folder):
+    rows = [{"texts": [f"text {i}", None, "end"], "images": [None, png(), None]} for i in range(12)]
+    rows += [{"texts": [None, "after"], "images": [png("blue"), None]} for _ in range(12)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
+    (made,) = make(documents=(tmp_path / "docs.parquet",), documents_per_shard=5)
+    config = DataConfig(
+        sources={"web": {"path": str(tmp_path / "out/interleaved")}},
+        tokenizer=tokenizer.path,
+        vae=vae_folder,
+        sequence_length=96,
+        images_per_row=3,
+        num_streams=2,
+        image_first_max_timestep=10,
+    )
+    sources = open_sources(config, tokenizer, made.vae_sha256, 0)
+    shape = RowShape(96, 3, 16, made.latent_shape)
+    timesteps = {True: [], False: []}
+    with BatchStream(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
+        for _ in range(30):
+            for batch in stream.next().micro_batches:
+                for start, timestep in zip(batch.image_start[0], batch.timesteps[0], strict=True):
+                    if start >= 0:
+                        opens = batch.tokens[0, start - 2] == tokenizer.bos
+                        timesteps[bool(opens)].append(int(timestep))
+    assert max(timesteps[True]) < 10  # what opens a document stands before all of its text
+    assert max(timesteps[False]) > 500
+
+
+def test_long_documents_are_split_and_images_stay_whole(make, tmp_path, tokenizer):
+    words = " ".join(["word"] * 30)
+    row = {
+        "texts": ["start", None, None, None, words],
+        "images": [None, png(), png("blue"), png("green"), None],
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "docs.parquet")
+    (made,) = make(documents=(tmp_path / "docs.parquet",), split={"tokens": 12, "images": 2})
+    assert (made.max_images, made.max_tokens_beside_images) == (2, 12)
+    found = documents(tmp_path / "out/interleaved")
+    images = [sum(s.ndim == 4 for s in document.segments) for document in found]
+    assert images[:2] == [2, 1]
+    assert sum(images) == 3
+    assert [document.metadata["part"] for document in found] == list(range(len(found)))
+    whole = [int(t) for document in found for s in document.segments if s.ndim == 1 for t in s]
+    assert whole == tokenizer.encode("start") + tokenizer.encode(words)
+    assert max(sum(len(s) for s in d.segments if s.ndim == 1) for d in found) == 12
