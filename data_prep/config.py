@@ -65,6 +65,9 @@ class PreprocessConfig(Config):
     """File that names the keys of pictures to keep, one a line; all of them by default."""
     image_size: int = Field(64, gt=0)
     """Pictures are cropped about the centre to a square of this many pixels."""
+    images: Literal["latents", "pictures"] = "latents"
+    """latents: encoded now, once. pictures: kept as WebP, the shorter side image_size, and encoded by a run
+    whenever it shows them; it may then crop and mirror them."""
     texts: tuple[Path, ...] = ()
     """Files of text, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document a line."""
     documents: tuple[Path, ...] = ()

@@ -77,7 +77,9 @@ def write_hashes(folder: Path, hashes: dict[str, list]) -> None:
 def manifest_fields(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer) -> dict:
     """What a manifest says that its documents do not."""
     fields = {"kind": kind, "tokenizer_sha256": tokenizer.hash}
-    if kind != "text":
+    if kind != "text" and config.images == "pictures":
+        fields["images"] = "pictures"
+    elif kind != "text":
         codec = ImageCodec.from_pretrained(config.vae, default_device())
         fields |= {
             "vae_sha256": codec.hash,

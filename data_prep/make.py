@@ -1,5 +1,6 @@
 """The second pass: the documents of one shard, from records that are known to be good."""
 
+import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -21,6 +22,9 @@ from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, write_file
 
 CAPTION_SHOWN = 80
+WEBP_QUALITY = 95
+Part = np.ndarray | Image.Image | bytes
+"""A text's ids; a picture to be encoded; or one that is kept, as its bytes."""
 CHANGED = "has changed since it was scanned"
 
 
@@ -71,7 +75,7 @@ class DocumentMaker:
 
     def documents(self, records: Iterator[tuple[Record, Any, str]]) -> Iterator[StoredDocument]:
         """Documents of records, each with what its reader gives and where it stands."""
-        batch: list[tuple[dict, list[np.ndarray | Image.Image]]] = []
+        batch: list[tuple[dict, list[Part]]] = []
         num_images = 0
         for record, raw, where in records:
             try:
@@ -86,7 +90,7 @@ class DocumentMaker:
                     batch, num_images = [], 0
         yield from self._encoded(batch)
 
-    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[np.ndarray | Image.Image]]]:
+    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[Part]]]:
         if isinstance(raw, Picture):
             caption = decode_caption(raw.caption)
             parts = [self._tokens(caption), self._picture(raw.content)]
@@ -101,11 +105,11 @@ class DocumentMaker:
     def _tokens(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text), np.int32)
 
-    def _picture(self, content: bytes) -> Image.Image:
-        size = self._config.image_size
-        return fit_rgb(open_rgb(content), size, size)
+    def _picture(self, content: bytes) -> Image.Image | bytes:
+        picture, size = open_rgb(content), self._config.image_size
+        return fit_rgb(picture, size, size) if self._codec else compressed(picture, size)
 
-    def _encoded(self, batch: list[tuple[dict, list[np.ndarray | Image.Image]]]) -> Iterator[StoredDocument]:
+    def _encoded(self, batch: list[tuple[dict, list[Part]]]) -> Iterator[StoredDocument]:
         pictures = [part for _, parts in batch for part in parts if isinstance(part, Image.Image)]
         size = self._config.batch_size
         batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
@@ -120,17 +124,28 @@ class DocumentMaker:
         return torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
 
 
-def split(parts: list[np.ndarray | Image.Image], most: SplitConfig) -> list[list[np.ndarray | Image.Image]]:
+def compressed(picture: Image.Image, size: int) -> bytes:
+    """A picture whose shorter side is at most `size` pixels, as WebP."""
+    scale = size / min(picture.size)
+    if scale < 1:
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=WEBP_QUALITY)
+    return buffer.getvalue()
+
+
+def split(parts: list[Part], most: SplitConfig) -> list[list[Part]]:
     """A document's parts as documents within the limits; images stay whole, texts are cut where they must.
 
     Where there is no image nothing is split: streams cut texts themselves.
     """
-    if not any(isinstance(part, Image.Image) for part in parts):
+    if all(isinstance(part, np.ndarray) for part in parts):
         return [parts]
-    pieces: list[list[np.ndarray | Image.Image]] = [[]]
+    pieces: list[list[Part]] = [[]]
     num_tokens = num_images = 0
     for part in parts:
-        if isinstance(part, Image.Image):
+        if not isinstance(part, np.ndarray):
             if num_images == most.images:
                 pieces.append([])
                 num_tokens = num_images = 0

@@ -97,7 +97,7 @@ class Worker:
     @cached_property
     def _maker(self) -> DocumentMaker:
         config, codec = self._settings.config, None
-        if self._settings.kind != "text":
+        if self._settings.kind != "text" and config.images == "latents":
             torch.backends.cudnn.deterministic = True
             gpus = torch.cuda.device_count()
             device = f"cuda:{self._number % gpus}" if gpus else "cpu"

@@ -119,3 +119,19 @@ def test_inputs_that_are_not_there_or_broken_are_named(make, tmp_path):
         make(texts=(text,))
     assert not (tmp_path / "out/pairs").exists()
     assert not (tmp_path / "out/text").exists()
+
+
+def test_pictures_can_be_kept_as_they_are(make, tmp_path):
+    """Smaller, uncropped and compressed; no autoencoder is in the manifest, and the sheet shows them."""
+    wide = {"w": {"png": png("red", (96, 48)), "txt": b"wide"}}
+    make(pictures=(write_tar(tmp_path / "in.tar", {**GOOD, **wide}),), images="pictures")
+    folder = ShardFolder(tmp_path / "out/pairs")
+    assert (folder.manifest.images, folder.manifest.vae_sha256) == ("pictures", None)
+    kept = [Image.open(io.BytesIO(folder.read(0, i).segments[1])) for i in range(3)]
+    assert [(picture.format, picture.size) for picture in kept] == [
+        ("WEBP", (32, 32)),
+        ("WEBP", (32, 32)),
+        ("WEBP", (64, 32)),
+    ]
+    assert np.abs(np.asarray(kept[2], int) - [255, 0, 0]).max() < 8
+    assert Image.open(tmp_path / "out/pairs/sheet.png").size[0] > 64
