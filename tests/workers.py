@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 
 import torch.distributed as dist
 
+import megafusion.data.workers  # noqa: F401  names what the same server loads: to be named anew after it
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The second is what DeepSpeed imports late, and most of torch's compiler with it: seconds for each rank.
 _CONTEXT.set_forkserver_preload(["megafusion.train.run", "deepspeed.runtime.zero.muon.muon_optimizer"])

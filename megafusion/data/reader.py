@@ -49,6 +49,10 @@ class ShardFolder:
     def __len__(self) -> int:
         return self.manifest.num_documents
 
+    def __getstate__(self) -> dict:
+        """For another process, which opens shards itself."""
+        return self.__dict__ | {"_open": OrderedDict()}
+
     def read(self, shard: int, position: int) -> StoredDocument:
         """One document.
 

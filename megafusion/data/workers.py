@@ -1,20 +1,25 @@
 """Processes that make shares of batches ahead: torch's DataLoader, each worker with a maker of its own."""
 
-import ctypes
+import multiprocessing
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
-from megafusion.health.signals import ignore_stop_signals
 
-PR_SET_PDEATHSIG = 1
+FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Not forked from this process: a trainer has threads (NCCL's, those that save), and a lock that one of them
+# holds at a fork stays locked in the copy. The server has none, and loads what its workers need once.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["megafusion.data.stream"])
 
 
 class _Refused(NamedTuple):
@@ -41,11 +46,12 @@ class _Ahead(IterableDataset):
 class Workers:
     """Processes that call makers for batch after batch, at most `prefetch` batches ahead.
 
-    They begin as copies of this process (fork), and end with `close`, or with this process however it ends.
+    makers: picklable. The processes end with `close`, or with this process however it ends.
     """
 
     def __init__(self, makers: Sequence[Callable[[int], Any]], first: int, prefetch: int):
         self._num = len(makers)
+        _start_server()
         loader = DataLoader(
             _Ahead(makers, first),
             batch_size=None,
@@ -53,11 +59,11 @@ class Workers:
             prefetch_factor=prefetch,
             collate_fn=_as_it_is,
             worker_init_fn=_begin,
-            multiprocessing_context="fork",
+            multiprocessing_context=_CONTEXT,
             generator=torch.Generator(),  # or it would draw from the global one
         )
         self._parts = iter(loader)
-        # Python ends such processes with SIGTERM, which these leave to their parent.
+        # Python ends such processes with SIGTERM, to which these are deaf.
         self._end = weakref.finalize(self, _kill, list(self._parts._workers))
 
     def next(self) -> list[Any]:
@@ -91,14 +97,27 @@ def _kill(processes: list) -> None:
             process.join()
 
 
+def _start_server() -> None:
+    """Begin the server of processes, if there is none, deaf to what a queue or a terminal sends to all: its
+    end would be the workers'. This process is deaf too for those milliseconds.
+    """
+    heard = {number: signal.signal(number, signal.SIG_IGN) for number in FOR_THE_TRAINER}
+    forkserver.ensure_running()
+    for number, handler in heard.items():
+        signal.signal(number, handler)
+
+
 def _as_it_is(made: Any) -> Any:
     return made
 
 
 def _begin(number: int) -> None:
-    """The kernel ends a worker with its parent, whatever ends that; signals are the parent's to handle."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ignore_stop_signals()
-    if os.getppid() == 1:
-        os._exit(1)
+    """A worker ends with the process that reads, whatever ends that, and leaves signals to it."""
+    for signal_number in FOR_THE_TRAINER:
+        signal.signal(signal_number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -41,9 +41,3 @@ class StopSignals:
         while numbers := os.read(heard, 64):
             if not self._has_begun and any(number in STOP_SIGNALS for number in numbers):
                 os._exit(os.EX_TEMPFAIL)
-
-
-def ignore_stop_signals() -> None:
-    """For processes that end with the one which started them: a queue signals these too."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

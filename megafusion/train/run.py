@@ -28,7 +28,8 @@ from megafusion.train.optimizer import learning_rate
 from megafusion.train.record import freeze
 from megafusion.train.samples import Sampler
 from megafusion.train.step import train_step
-from megafusion.watch.failures import describe
+from megafusion.watch.failures import describe, is_lost
+from megafusion.watch.report import EXIT_STATUS
 from megafusion.watch.watchdog import Watchdog
 
 Ended = Literal["finished", "stopped", "preempted"]
@@ -41,12 +42,18 @@ def train(config: RunConfig, stop_after: int | None = None, signals: StopSignals
     asks the run to stop; then all ranks finish the step, save, and return "preempted". Raises UserError
     before the first step for whatever does not fit together.
     """
-    # A minute more than the watchdog gives, so that its message comes before torch's.
-    start_process_group(config.train.timeout_seconds + 60)
-    signals = signals or StopSignals()
-    signals.begin()
-    starts = Starts(config.out)
-    with Watchdog(config.out, config.train.timeout_seconds) as watchdog:
+    signals, starts = signals or StopSignals(), Starts(config.out)
+    try:
+        # A minute more than the watchdog gives, so that its message comes before torch's.
+        start_process_group(config.train.timeout_seconds + 60)
+        signals.begin()
+        watched = Watchdog(config.out, config.train.timeout_seconds)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        _say(f"megafusion: a process was lost before all had met ({describe(error)}); start again")
+        raise SystemExit(EXIT_STATUS) from error
+    with watched as watchdog:
         try:
             ended = _train(config, stop_after, signals, watchdog, starts)
         except UserError as error:

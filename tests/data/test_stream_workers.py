@@ -5,6 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import forkserver
+from operator import truediv
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +34,8 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 @pytest.fixture
 def own_workers():
-    """Those begun since the test began: other tests of the session leave servers of processes."""
+    """Those begun since the test began, beside the server that starts them."""
+    forkserver.ensure_running()
     before = set(workers_of(os.getpid()))
     return lambda: [process for process in workers_of(os.getpid()) if process not in before]
 
@@ -96,23 +102,22 @@ def test_a_worker_that_is_killed_is_told(sources, own_workers):
 
 def test_a_defect_of_ours_keeps_its_traceback(sources):
     stream = stream_of(sources, range(4), 4, num_workers=1)
-    stream._makers[0].make = lambda number: 1 / 0
+    stream._makers[0].make = partial(truediv, 0)
     with stream, pytest.raises(ZeroDivisionError, match="in DataLoader worker process 0"):
         stream.next()
+
+
+def logged(log: Path, make: Callable, number: int):
+    with log.open("a") as file:
+        file.write("x")
+    return make(number)
 
 
 def test_prefetch_is_bounded(sources, tmp_path):
     """A worker makes no more than it is asked for, however long nobody takes its batches."""
     log = tmp_path / "made"
     stream = stream_of(sources, range(4), 4, num_workers=1, prefetch=3)
-    make = stream._makers[0].make
-
-    def counted(number: int):
-        with log.open("a") as file:
-            file.write("x")
-        return make(number)
-
-    stream._makers[0].make = counted
+    stream._makers[0].make = partial(logged, log, stream._makers[0].make)
     with stream:
         stream.next()
         time.sleep(1)
@@ -126,26 +131,44 @@ with stream_of({"pairs": (sys.argv[1], 1.0)}, range(4), 4, num_workers=2, prefet
     stream.next()
     print("ready", flush=True)
     while True:
-        time.sleep(0.05)
+        stream.next()
+        time.sleep(0.02)
 """
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
+    """A process that reads batches, and those that it has started."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        started = workers_of(process.pid)
+        assert len(started) >= 2  # the server of processes among them
+        try:
+            yield process, started
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_process_however_it_ends(sources, how):
-    command = [sys.executable, "-c", SCRIPT, str(sources["pairs"][0])]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-    ) as process:
-        assert process.stdout.readline() == b"ready\n"
-        started = workers_of(process.pid)
-        assert len(started) == 2
+    with reading(sources["pairs"][0]) as (process, started):
         process.send_signal(how)
         assert process.wait(20) != 0
+    assert gone(started, 10)
+
+
+def test_what_a_queue_sends_to_all_is_for_the_trainer(sources):
+    with reading(sources["pairs"][0]) as (process, started):
+        for other in started:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                other.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        assert all(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in started)
     assert gone(started, 10)
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.faults.table [NAME ...]
 
-Ends with a table, and writes runs/faults.json. Mounts a small tmpfs, so it needs root. NAME: functions below.
+Ends with a table; runs/faults.json holds what is done so far. Mounts a small tmpfs, so it needs root.
+NAME: of the cases below.
 """
 
 import json
@@ -46,6 +47,7 @@ def main(names: list[str]) -> int:
         began = time.monotonic()
         done = case(bench)
         rows.append({"case": name, "seconds": round(time.monotonic() - began, 1), "done": done})
+        _write(rows)
     table = Table(title="What a run survives")
     for column in ("what", "tried", "survived", "lost", "seconds", "figures"):
         table.add_column(column)
@@ -58,24 +60,17 @@ def main(names: list[str]) -> int:
     Console(width=150).print(table)
     failures = [f"{row['done'].name}: {failure}" for row in rows for failure in row["done"].failures]
     print("\n".join(failures))
-    out = Path("runs/faults.json")
-    out.parent.mkdir(exist_ok=True)
-    fields = ("name", "tried", "survived", "lost", "failures", "figures")
-    out.write_text(
-        json.dumps(
-            {
-                "cases": [
-                    {**{f: getattr(row["done"], f) for f in fields}, "seconds": row["seconds"]}
-                    for row in rows
-                ]
-            },
-            indent=1,
-        )
-        + "\n"
-    )
     if not failures:
         shutil.rmtree(folder)
     return int(bool(failures))
+
+
+def _write(rows: list[dict]) -> None:
+    fields = ("name", "tried", "survived", "lost", "failures", "figures")
+    found = [{**{f: getattr(row["done"], f) for f in fields}, "seconds": row["seconds"]} for row in rows]
+    out = Path("runs/faults.json")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps({"cases": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
