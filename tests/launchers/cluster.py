@@ -26,8 +26,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it may start again (120 s by default). It must be longer
-# than KillWait: what is left of a start is killed after that, and would be the next start's processes.
+# cred_expire is also how long a requeued job waits before it may start again (120 s by default). It must be
+# more than KillWait: what is left of a start is killed after that, the next start with it if it has begun.
 AuthInfo=socket={folder}/munge.socket,cred_expire=8
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
