@@ -26,8 +26,9 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it may start again (120 s by default).
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+# cred_expire is also how long a requeued job waits before it may start again (120 s by default). It must be
+# more than KillWait: what is left of a start is killed after that, the next start with it if it has begun.
+AuthInfo=socket={folder}/munge.socket,cred_expire=8
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -43,7 +44,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 SlurmdTimeout=30
-KillWait=15
+KillWait=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP

@@ -62,7 +62,7 @@ def test_a_run_grows_stops_when_cancelled_and_shrinks(run_values, tmp_path):
         wait_for_step(run, 1, 5)
         cluster.ask("scancel", large)
         cluster.wait_for(large, {"CANCELLED"}, 60)
-        time.sleep(8)  # longer than a job that goes back into the queue waits
+        time.sleep(12)  # longer than a job that goes back into the queue waits
         assert cluster.job(large)["JobState"] == "CANCELLED"
         last, _ = launch(cluster, config, nodes=1)
         cluster.wait_for(last, {"COMPLETED"}, 180)
