@@ -225,7 +225,7 @@ def checkpoint_show(path: RunOrCheckpoint) -> None:
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(path: RunOrCheckpoint) -> None:
-    """Hash every file of a checkpoint, or of all of a run's; exit status 2 names a bad one.
+    """Hash every file of a checkpoint, or of all of a run's; each bad one is named, with exit status 2.
 
     Example: megafusion checkpoint verify runs/quickstart/checkpoints/step-00000900
     """
@@ -236,19 +236,19 @@ def checkpoint_verify(path: RunOrCheckpoint) -> None:
 
 @checkpoint_app.command("export")
 def checkpoint_export(
-    checkpoint: Annotated[Path, typer.Argument(help="One checkpoint of a run: RUN/checkpoints/step-*.")],
+    path: RunOrCheckpoint,
     out: Annotated[Path, typer.Argument(help="Pipeline folder to write, for generate and from_pretrained.")],
     weights: Annotated[
         bool, typer.Option("--weights", help="Take the raw weights, not their moving average.")
     ] = False,
 ) -> None:
-    """Write the model of a checkpoint as safetensors: a folder that TransfusionPipeline loads.
+    """Write the model of a checkpoint, or of a run's newest, as safetensors that TransfusionPipeline loads.
 
     Example: megafusion checkpoint export runs/quickstart/checkpoints/step-00000600 exported
     """
     from megafusion.checkpoint.command import export
 
-    export(checkpoint, out, weights)
+    export(path, out, weights)
 
 
 data_app = typer.Typer(

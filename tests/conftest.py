@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Without a GPU the kernels run under Triton's interpreter, which must be chosen before diffusers imports it.
 if not torch.cuda.is_available():
@@ -18,6 +19,10 @@ from megafusion.config import parse_config
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from tests.small import TOKENIZER, make_shards, make_vae, small_run
+
+# A busy machine makes no test fail: how long things take is for the benchmarks.
+settings.register_profile("ours", deadline=None)
+settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from megafusion.checkpoint.folder import KINDS, MANIFEST, read_manifest, verify_checkpoint
+from megafusion.checkpoint.folder import (
+    KINDS,
+    MANIFEST,
+    complete_checkpoints,
+    read_manifest,
+    verify_checkpoint,
+)
 from megafusion.checkpoint.reader import Reader
 from megafusion.errors import UserError
 from megafusion.generate.command import open_checkpoint
@@ -31,16 +37,25 @@ def show(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Hash every file of a checkpoint, or of all of a run. UserError naming the first bad one."""
+    """Hash every file of a checkpoint, or of all of a run. UserError naming a file of each bad one."""
+    bad = []
     for checkpoint in [path] if _is_checkpoint(path) else _checkpoints(path):
-        verify_checkpoint(checkpoint)
-        print(f"{checkpoint}: {len(read_manifest(checkpoint))} files, as they were written")
+        try:
+            verify_checkpoint(checkpoint)
+        except UserError as error:
+            bad.append(str(error))
+        else:
+            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files, as they were written")
+    if bad:
+        raise UserError("\n".join(bad))
 
 
-def export(checkpoint: Path, out: Path, raw_weights: bool) -> None:
-    """Write a pipeline folder (safetensors) of a checkpoint's averaged weights, or of its raw ones."""
-    if not _is_checkpoint(checkpoint):
-        raise UserError(f"{checkpoint}: no checkpoint; name a folder RUN/checkpoints/step-*")
+def export(path: Path, out: Path, raw_weights: bool) -> None:
+    """Write a pipeline folder (safetensors) of a checkpoint's averaged weights, or of its raw ones.
+
+    path: a checkpoint, or a run, whose newest complete one is taken.
+    """
+    checkpoint = path if _is_checkpoint(path) else _newest(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 
@@ -58,6 +73,13 @@ def _checkpoints(run: Path) -> list[Path]:
     if not found:
         raise UserError(f"{run}: the run has no checkpoint yet; train it further")
     return found
+
+
+def _newest(run: Path) -> Path:
+    found = complete_checkpoints(_checkpoints(run)[0].parent)
+    if not found:
+        raise UserError(f"{run}: none of the run's checkpoints is complete; train it further")
+    return found[-1]
 
 
 def _size(file: Path) -> int | None:

@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
 
+FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Not forked from this process: a trainer has threads (NCCL's, those that save), and a lock that one of them
 # holds at a fork stays locked in the copy. The server has none, and loads what its workers need once.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -48,6 +51,7 @@ class Workers:
 
     def __init__(self, makers: Sequence[Callable[[int], Any]], first: int, prefetch: int):
         self._num = len(makers)
+        _start_server()
         loader = DataLoader(
             _Ahead(makers, first),
             batch_size=None,
@@ -59,6 +63,8 @@ class Workers:
             generator=torch.Generator(),  # or it would draw from the global one
         )
         self._parts = iter(loader)
+        # Python ends such processes with SIGTERM, to which these are deaf.
+        self._end = weakref.finalize(self, _kill, list(self._parts._workers))
 
     def next(self) -> list[Any]:
         """What each worker has made of the next batch. Raises UserError as a worker did."""
@@ -81,6 +87,24 @@ class Workers:
     def close(self) -> None:
         """End the processes and wait for them."""
         self._parts._shutdown_workers()
+        self._end()
+
+
+def _kill(processes: list) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _start_server() -> None:
+    """Begin the server of processes, if there is none, deaf to what a queue or a terminal sends to all: its
+    end would be the workers'. This process is deaf too for those milliseconds.
+    """
+    heard = {number: signal.signal(number, signal.SIG_IGN) for number in FOR_THE_TRAINER}
+    forkserver.ensure_running()
+    for number, handler in heard.items():
+        signal.signal(number, handler)
 
 
 def _as_it_is(made: Any) -> Any:
@@ -88,8 +112,9 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _begin(number: int) -> None:
-    """A worker ends with the process that reads, whatever ends that; Ctrl-C is for that one to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker ends with the process that reads, whatever ends that, and leaves signals to it."""
+    for signal_number in FOR_THE_TRAINER:
+        signal.signal(signal_number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

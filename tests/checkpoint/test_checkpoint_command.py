@@ -71,6 +71,9 @@ def test_verify_names_the_bad_file(run):
     for place in (run, file.parents[1]):
         with pytest.raises(UserError, match=r"step-00000003/tensors/__0_0\.distcp: not as it was written"):
             checkpoint("verify", place)
+    (run / "checkpoints/step-00000006/state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"(?s)step-00000003/tensors.*step-00000006/state\.json"):
+        checkpoint("verify", run)
 
 
 def test_export_is_the_published_model_or_the_raw_weights(run, tmp_path):
@@ -86,6 +89,9 @@ def test_export_is_the_published_model_or_the_raw_weights(run, tmp_path):
     stored = load_whole(last, {name: tensor.shape for name, tensor in raw.items()}, "model")
     assert all(torch.equal(raw[name], stored[name]) for name in raw)
     assert any(not torch.equal(raw[name], average[name]) for name in raw)
+    checkpoint("export", run, tmp_path / "newest")
+    newest = load_file(tmp_path / "newest/model.safetensors")
+    assert all(torch.equal(newest[name], average[name]) for name in average)
     pipeline = TransfusionPipeline.from_pretrained(tmp_path / "raw")
     assert pipeline.draw(["red apple"])[0].size == (32, 32)
 
@@ -95,7 +101,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path, run_values):
     for command in ("show", "verify"):
         with pytest.raises(UserError, match="neither a run folder nor a checkpoint"):
             checkpoint(command, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no checkpoint; name a folder"):
+    with pytest.raises(UserError, match="neither a run folder nor a checkpoint"):
         checkpoint("export", config.out, tmp_path / "out")
     (config.out / "checkpoints").mkdir(parents=True)
     (config.out / "config.yaml").write_text("")

@@ -138,7 +138,7 @@ def test_a_piece_sees_itself_alone_and_restarts_its_positions(tmp_path):
     look_ahead=st.integers(1, 9),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_each_sample_exactly_once_an_epoch(
     tmp_path_factory, num_documents, per_shard, num_streams, length, look_ahead, seed
 ):

@@ -138,7 +138,7 @@ def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data
 
 
 @given(num_documents=st.integers(1, 50), num_streams=st.integers(1, 7), seed=st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_document_stands_exactly_once_in_an_epoch(num_documents, num_streams, seed):
     if num_documents < num_streams:
         return

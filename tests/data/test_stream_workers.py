@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import forkserver
 from operator import truediv
@@ -130,26 +131,44 @@ with stream_of({"pairs": (sys.argv[1], 1.0)}, range(4), 4, num_workers=2, prefet
     stream.next()
     print("ready", flush=True)
     while True:
-        time.sleep(0.05)
+        stream.next()
+        time.sleep(0.02)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_their_process_however_it_ends(sources, how):
-    command = [sys.executable, "-c", SCRIPT, str(sources["pairs"][0])]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+@contextmanager
+def reading(folder: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
+    """A process that reads batches, and those that it has started."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
     with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         started = workers_of(process.pid)
         assert len(started) >= 2  # the server of processes among them
+        try:
+            yield process, started
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_process_however_it_ends(sources, how):
+    with reading(sources["pairs"][0]) as (process, started):
         process.send_signal(how)
         assert process.wait(20) != 0
+    assert gone(started, 10)
+
+
+def test_what_a_queue_sends_to_all_is_for_the_trainer(sources):
+    with reading(sources["pairs"][0]) as (process, started):
+        for other in started:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                other.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        assert all(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in started)
     assert gone(started, 10)
 
 

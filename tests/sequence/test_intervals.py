@@ -81,7 +81,7 @@ def test_dense_mask_equals_the_definition_on_1000_random_layouts():
     st.integers(1, 5),
     st.integers(0, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dense_mask_equals_the_definition(documents, num_patches, padding):
     check(documents, num_patches, padding)
 

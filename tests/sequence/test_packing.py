@@ -111,7 +111,7 @@ def losses_and_gradients(net, rows, shape, counts=None):
         lambda documents: any(0 in d for d in documents)
     )
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_packed_equals_documents_one_by_one(adapter, layout):
     net = model(adapter)
     documents = [document(lengths, seed) for seed, lengths in enumerate(layout)]
