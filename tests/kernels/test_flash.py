@@ -104,6 +104,7 @@ def test_one_long_document_has_full_blocks():
 def test_blocks_that_are_cut_off_are_not_full():
     end = int32([[300] * 300])
     prepared = flash_prepare(torch.zeros_like(end), end, 300, "flash-attn-4")
+    assert torch.equal(prepared.row_start[:, 300:], prepared.row_end[:, 300:])
     for lists in (prepared.by_rows, prepared.by_keys):
         assert lists.full_count[:, 0].tolist() == [[2, 2, 0]]
         assert lists.mask_count[:, 0].tolist() == [[1, 1, 3]]
