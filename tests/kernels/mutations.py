@@ -33,6 +33,7 @@ TESTS = {
     ),
     "test_flash.py": (
         "test_one_long_document_has_full_blocks",
+        "test_blocks_that_are_cut_off_are_not_full",
         "test_lists_by_rows_and_by_keys_agree[1000]",
         "test_block_lists_are_what_looking_at_every_pair_gives",
         "test_rows_that_are_not_text_alone_are_refused",

@@ -101,6 +101,16 @@ def test_one_long_document_has_full_blocks():
     assert prepared.by_rows.mask_count[:, 0].tolist() == [[1] * 5, [0] * 5]
 
 
+def test_blocks_that_are_cut_off_are_not_full():
+    end = int32([[300] * 300])
+    prepared = flash_prepare(torch.zeros_like(end), end, 300, "flash-attn-4")
+    assert torch.equal(prepared.row_start[:, 300:], prepared.row_end[:, 300:])
+    for lists in (prepared.by_rows, prepared.by_keys):
+        assert lists.full_count[:, 0].tolist() == [[2, 2, 0]]
+        assert lists.mask_count[:, 0].tolist() == [[1, 1, 3]]
+        assert lists.mask_index[0, 0, :2, 0].tolist() == [2, 2]
+
+
 def test_fewer_queries_than_keys_have_no_lists_by_keys():
     start, end = int32([[0, 0, 0, 0]]), int32([[301, 302, 303, 0]])
     prepared = flash_prepare(start, end, 500, "flash-attn-4")
