@@ -8,6 +8,7 @@ made. So the folder must lie on a disk whose flock works: a local one.
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO, IOBase
@@ -17,6 +18,7 @@ from typing import BinaryIO
 from megafusion.errors import UserError
 
 PARTIAL, INDEX = ".partial", ".index.npy"
+POLL_SECONDS = 0.02
 
 
 class CacheFull(UserError):
@@ -60,8 +62,7 @@ class ShardCache:
         path, partial = self.folder / name, self.folder / (name + PARTIAL)
         try:
             with partial.open("ab+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if not _is_at(file, partial):  # another process has brought it meanwhile
+                if not _lock(file, partial):  # another process has brought it meanwhile
                     return
                 try:
                     if not path.exists():
@@ -107,6 +108,23 @@ class ShardCache:
         with (self.folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _lock(file: IOBase, path: Path) -> bool:
+    """Lock a file for this process alone; False once it stands at its path no more.
+
+    Asked again and again, for who waits in flock would wait on: the file that another process fetched is the
+    one that it then reads, under a lock of its own.
+    """
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not _is_at(file, path):
+                return False
+            time.sleep(POLL_SECONDS)
+        else:
+            return _is_at(file, path)
 
 
 def _is_at(file: IOBase, path: Path) -> bool:

@@ -228,14 +228,15 @@ def test_a_waiting_process_takes_what_the_other_brings(server, tmp_path):
     partial_path = cache.folder / (entry.sha256 + ".partial")
     with partial_path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        thread = threading.Thread(target=folder.read, args=(0, 0))
+        thread = threading.Thread(target=folder.read, args=(0, 0), daemon=True)
         thread.start()
         time.sleep(0.2)
         file.write((server.folder / "pairs" / entry.name).read_bytes())
         file.flush()
         partial_path.rename(cache.folder / entry.sha256)
-    thread.join(10)
-    assert not thread.is_alive()
+        fcntl.flock(file, fcntl.LOCK_SH)  # as long as the other process reads what it has brought
+        thread.join(10)
+        assert not thread.is_alive()
     assert server.asked["pairs/shard-000000.tar"] == 0
 
 

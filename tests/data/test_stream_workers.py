@@ -125,7 +125,8 @@ def test_prefetch_is_bounded(sources, tmp_path):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
 from tests.data.rows import stream_of
 with stream_of({"pairs": (sys.argv[1], 1.0)}, range(4), 4, num_workers=2, prefetch=8) as stream:
     stream.next()
