@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_prep.config import FilterConfig
 from data_prep.pictures import decode_picture, open_rgb
-from data_prep.records import BadRecord, Dropped, Picture
+from data_prep.records import Dropped, Picture
 
 
 class Facts(NamedTuple):
@@ -102,8 +102,3 @@ class Seen:
         for band in bands:
             self._looks.setdefault(band, []).append(look)
         return False
-
-
-def bad(error: BadRecord | Dropped) -> bool:
-    """Whether it is an error of the input, not a choice of the filters."""
-    return isinstance(error, BadRecord)

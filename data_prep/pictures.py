@@ -1,12 +1,11 @@
 """Pictures and captions as found to what can be encoded: nothing about them is trusted."""
 
-import io
-import warnings
-
 from PIL import Image
 
 from data_prep.records import BadRecord, Picture
 from megafusion.autoencoder.codec import to_rgb
+from megafusion.data.members import BadBytes
+from megafusion.data.pictures import TooManyPixels, open_untrusted
 
 # Pillow would open many more, some of which run other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -42,11 +41,8 @@ def open_rgb(content: bytes) -> Image.Image:
     Raises BadRecord, before any decoding where the header gives more pixels than Pillow's limit.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return to_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return open_untrusted(content, FORMATS, to_rgb)
+    except TooManyPixels as error:
         raise BadRecord("picture of too many pixels") from error
-    except Exception as error:  # Pillow raises what it likes: OSError, SyntaxError, struct.error, ...
+    except BadBytes as error:
         raise BadRecord("picture does not decode") from error

@@ -1,7 +1,6 @@
 """What is kept, in input order, and in which shard each stands: the same however the scan was shared out."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from data_prep.config import PreprocessConfig
 from data_prep.filters import Facts, Seen
 from data_prep.inputs import Piece
 from data_prep.records import Record
+from megafusion.data.skips import beyond_chance
 from megafusion.errors import UserError
 
 NUM_EXAMPLES = 3
@@ -115,8 +115,7 @@ def _check_keys(config: PreprocessConfig, wanted: set[str] | None, found: set[st
 
 def _check_rate(config: PreprocessConfig, skipped: Counter, examples: dict, total: int) -> None:
     """As a stream's: more than the limit by what chance brings."""
-    expected = config.max_skip_rate * total
-    if skipped.total() > expected + 3 * math.sqrt(expected) + 3:
+    if beyond_chance(skipped.total(), total, config.max_skip_rate):
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items()))
         first = examples[min(skipped)][0]
         raise UserError(

@@ -1,9 +1,7 @@
 """One function over many tasks: here, or in processes; results in the tasks' order."""
 
 import multiprocessing
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,6 +12,7 @@ import torch
 
 from data_prep.work import Worker, WorkerSettings
 from megafusion.errors import UserError
+from megafusion.processes import end_with_parent
 
 POLL_SECONDS = 0.2
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -88,7 +87,7 @@ def _begin(settings: WorkerSettings, counter: Any, number: Any) -> None:
     """A worker ends with the process that began it, whatever ends that, and leaves Ctrl-C to it."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     with number.get_lock():
         own = number.value
@@ -99,11 +98,6 @@ def _begin(settings: WorkerSettings, counter: Any, number: Any) -> None:
             counter.value += more
 
     _worker = Worker(settings, own, count)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _call(method: str, task: Any) -> Any:

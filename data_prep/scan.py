@@ -11,7 +11,7 @@ import pyarrow
 from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
-from data_prep.filters import Facts, bad, examine
+from data_prep.filters import Facts, examine
 from data_prep.inputs import Piece, piece_files
 from data_prep.records import BadRecord, Dropped, Reader, Record
 from megafusion.errors import UserError
@@ -49,7 +49,7 @@ def scan_piece(
     for record, facts, error in _judge(piece, open_reader, config, wanted):
         count(1)
         reason = error.reason if error else None
-        is_bad = error is not None and bad(error)
+        is_bad = isinstance(error, BadRecord)  # and no choice of the filters
         rows.append((record.key, json.dumps(record.at), reason, is_bad, *facts))
     table = pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
     sink = pyarrow.BufferOutputStream()

@@ -9,7 +9,7 @@ from pathlib import Path
 from megafusion.checkpoint.folder import (
     KINDS,
     MANIFEST,
-    complete_checkpoints,
+    newest_checkpoint,
     read_manifest,
     verify_checkpoint,
 )
@@ -55,7 +55,10 @@ def export(path: Path, out: Path, raw_weights: bool) -> None:
 
     path: a checkpoint, or a run, whose newest complete one is taken.
     """
-    checkpoint = path if _is_checkpoint(path) else _newest(path)
+    checkpoint = path
+    if not _is_checkpoint(path):
+        _checkpoints(path)  # what is no run is said
+        checkpoint = newest_checkpoint(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 
@@ -73,13 +76,6 @@ def _checkpoints(run: Path) -> list[Path]:
     if not found:
         raise UserError(f"{run}: the run has no checkpoint yet; train it further")
     return found
-
-
-def _newest(run: Path) -> Path:
-    found = complete_checkpoints(_checkpoints(run)[0].parent)
-    if not found:
-        raise UserError(f"{run}: none of the run's checkpoints is complete; train it further")
-    return found[-1]
 
 
 def _size(file: Path) -> int | None:

@@ -28,6 +28,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run folder. UserError where there is none."""
+    found = complete_checkpoints(run / "checkpoints")
+    if not found:
+        raise UserError(f"{run}: the run has no complete checkpoint yet; train it further")
+    return found[-1]
+
+
 def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
     """Raise DamagedCheckpoint naming the file that is missing or not as it was written.
 

@@ -44,9 +44,9 @@ def toss_coins(
         show_picture(s, shape.picture_size, config, generator) if isinstance(s, bytes) else s
         for s in segments
     ]
-    is_text = [segment_kind(segment) == "tokens" for segment in segments]
     image_first = min(num_timesteps, config.image_first_max_timestep)
     if manifest.kind != "pair":
+        is_text = [segment_kind(segment) == "tokens" for segment in segments]
         return [
             part if here else StoredImage(part, num_timesteps if any(is_text[:place]) else image_first)
             for place, (part, here) in enumerate(zip(parts, is_text, strict=True))

@@ -14,6 +14,7 @@ import numpy as np
 from megafusion.data.config import DataConfig
 from megafusion.data.draw import draw_images, toss_coins
 from megafusion.data.members import BadBytes, BadDocument
+from megafusion.data.skips import beyond_chance
 from megafusion.data.source import DOCUMENT, PHASE, Source, counter_generator
 from megafusion.errors import UserError
 from megafusion.sequence.document import FlatDocument, cut_text, flatten
@@ -166,8 +167,7 @@ class LogicalStream:
         skipped, limit = self.state.skipped, self._config.max_skip_rate
         skipped[error.reason] = skipped.get(error.reason, 0) + 1
         self.news.append(f"left out {error}")
-        expected = limit * self.state.num_read
-        if sum(skipped.values()) > expected + 3 * math.sqrt(expected) + 3:
+        if beyond_chance(sum(skipped.values()), self.state.num_read, limit):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
             raise UserError(
                 f"stream {self.number} left out {sum(skipped.values())} documents of {self.state.num_read} "

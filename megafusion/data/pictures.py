@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -10,15 +11,29 @@ from megafusion.data.config import DataConfig
 from megafusion.data.members import BadBytes
 
 
+class TooManyPixels(BadBytes):
+    """A picture whose header gives more than Pillow's limit."""
+
+
 def open_picture(content: bytes) -> Image.Image:
     """A picture of a shard, which is WebP. Raises BadBytes for what is none, or has far too many pixels."""
+    return open_untrusted(content, ("WEBP",), lambda picture: picture.convert("RGB"))
+
+
+def open_untrusted(
+    content: bytes, formats: Sequence[str], convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """A picture of some formats, converted, which decodes it.
+
+    Raises BadBytes where that cannot be done; TooManyPixels, before any decoding.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=("WEBP",)) as picture:
-                return picture.convert("RGB")
+            with Image.open(io.BytesIO(content), formats=formats) as picture:
+                return convert(picture)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadBytes("a picture of too many pixels") from error
+        raise TooManyPixels("a picture of too many pixels") from error
     except Exception as error:  # Pillow raises what it likes: OSError, SyntaxError, struct.error, ...
         raise BadBytes("a picture that cannot be opened") from error
 

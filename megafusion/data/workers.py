@@ -1,9 +1,7 @@
 """Processes that make shares of batches ahead: torch's DataLoader, each worker with a maker of its own."""
 
 import multiprocessing
-import os
 import signal
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
 from megafusion.health.signals import STOP_SIGNALS
+from megafusion.processes import end_with_parent
 
 FOR_THE_TRAINER = (signal.SIGINT, *STOP_SIGNALS)
 # Not forked from this process: a trainer has threads (NCCL's, those that save), and a lock that one of them
@@ -116,9 +115,4 @@ def _begin(number: int) -> None:
     """A worker ends with the process that reads, whatever ends that, and leaves signals to it."""
     for signal_number in FOR_THE_TRAINER:
         signal.signal(signal_number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()

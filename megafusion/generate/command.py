@@ -63,17 +63,14 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
 
 def open_pipeline(path: Path) -> TransfusionPipeline:
     """The model of a pipeline folder, a run folder (published or its newest checkpoint), or a checkpoint."""
-    from megafusion.checkpoint.folder import complete_checkpoints
+    from megafusion.checkpoint.folder import newest_checkpoint
 
     if (path / "config.json").is_file():
         return TransfusionPipeline.from_pretrained(path)
     if (path / "pipeline").is_dir():
         return TransfusionPipeline.from_pretrained(path / "pipeline")
     if (path / "config.yaml").is_file():
-        checkpoints = complete_checkpoints(path / "checkpoints")
-        if not checkpoints:
-            raise UserError(f"{path}: the run has no complete checkpoint yet; train it further")
-        path = checkpoints[-1]
+        path = newest_checkpoint(path)
     if not path.name.startswith("step-"):
         raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
     return open_checkpoint(path, "ema")

@@ -21,6 +21,7 @@ from megafusion.autoencoder.measure import measure
 from megafusion.autoencoder.train import AutoencoderConfig, learning_rate, train_autoencoder
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
+from tests.tars import add_members
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,10 +38,7 @@ def disc(seed: int, size: int = 32) -> Image.Image:
 def write_shard(path: Path, pictures: dict[str, bytes], extension: str = "png") -> Path:
     with tarfile.open(path, "w") as tar:
         for key, content in pictures.items():
-            for suffix, data in ((extension, content), ("txt", key.encode())):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            add_members(tar, [(f"{key}.{extension}", content), (f"{key}.txt", key.encode())])
     return path
 
 

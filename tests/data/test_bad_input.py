@@ -19,6 +19,7 @@ from megafusion.data.stream import packed_and_skipped
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 from tests.data.rows import LATENTS, digest, stream_of, write_pairs, write_texts
+from tests.tars import add_members, link
 
 TOKENS = npy(np.arange(3, 8, dtype=np.int32))
 MOMENTS = npy(np.zeros((2, *LATENTS), np.float16))
@@ -26,24 +27,12 @@ META = b'{"key": "k"}'
 GOOD = [("k.json", META), ("k.0.tokens.npy", TOKENS), ("k.1.moments.npy", MOMENTS)]
 
 
-def link(name: str, target: str) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = tarfile.SYMTYPE, target
-    return info
-
-
 def folder_of(folder: Path, members: list) -> ShardFolder:
     """A folder whose only shard holds one document of these members, whatever they are."""
     write_pairs(folder, 1)
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            tar.addfile(info, io.BytesIO(member[1]))
+        add_members(tar, members)
         end = tar.offset
     path = folder / "shard-000000.tar"
     path.write_bytes(content.getvalue())

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.tars import add_members
+
 NOT_SHARDS = {"inputs.json"}
 
 
@@ -36,13 +38,7 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
 def write_members(path: Path, members: list[tuple[str, bytes] | tarfile.TarInfo]) -> Path:
     """A tar of any members."""
     with tarfile.open(path, "w") as archive:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                archive.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            archive.addfile(info, io.BytesIO(member[1]))
+        add_members(archive, members)
     return path
 
 

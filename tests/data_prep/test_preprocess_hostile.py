@@ -17,6 +17,7 @@ from data_prep.records import BadRecord
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from tests.data_prep.raw import drawing, encoded, png, write_members, write_tar
+from tests.tars import link
 
 
 def bomb() -> bytes:
@@ -29,12 +30,6 @@ def bomb() -> bytes:
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 1000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def link(name: str, target: str) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = tarfile.SYMTYPE, target
-    return info
 
 
 FINE = [("a.png", png()), ("a.txt", b"red"), ("b.png", png("blue")), ("b.txt", b"blue")]
