@@ -3,9 +3,12 @@
 A start that says nothing of its end was killed, or its process died; it ended at the step that `step` names.
 """
 
+import errno
+import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,17 +18,51 @@ from megafusion.storage import write_file
 
 STARTS, STEP = "starts.json", "step"
 CRASHED = "crashed"
+ENDING_SECONDS, LOST_SECONDS = 20.0, 150.0
+"""How long a start waits for the one before: that is ending; whose machine is lost, so that a file server
+holds its lock for a while."""
 
 
 class Starts:
-    """The record, kept by rank 0 alone. `begin` adds a start, `end` says how it ended."""
+    """The record, kept by rank 0 alone: `claim` the run, `begin` adds a start, `end` says how it ended."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._starts = read_starts(folder)
+        self._starts: list[dict] = []
+        self._step_file: int | None = None
+        self._has_begun = False
+
+    def claim(self) -> None:
+        """Hold the run folder until `end`, or this process's: two at once would write over each other.
+
+        UserError (status 1) where another start holds it and does not end, or the folder cannot be written.
+        """
+        try:
+            self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
+            is_free = _lock(self._step_file)
+            if not is_free:
+                latest = (read_starts(self._folder) or [{"host": socket.gethostname(), "pid": "?"}])[-1]
+                holder = f"process {latest['pid']} on {latest['host']}"
+                here = latest["host"] == socket.gethostname()
+                patience = ENDING_SECONDS if here else LOST_SECONDS
+                print(
+                    f"{self._folder}: held by {holder}; waiting up to {patience:.0f} s for its end",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                is_free = _lock(self._step_file, patience)
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
+        if not is_free:
+            self._release()
+            error = UserError(
+                f"{self._folder}: {holder} trains in this folder; let it end, end it, or choose another out="
+            )
+            error.exit_status = 1
+            raise error
+        self._starts = read_starts(self._folder)
         for start in self._starts:
             start.pop("is_open", None)  # this process is the run now
-        self._step_file: int | None = None
 
     def refuse_crash_loop(self, most: int) -> None:
         """UserError (status 1) where the latest `most` starts (0: any number) crashed at one step."""
@@ -59,9 +96,9 @@ class Starts:
         )
         try:
             write_file(self._folder / STARTS, json.dumps(self._starts, indent=1))
-            self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
+        self._has_begun = True
         self.at(step)
 
     def at(self, step: int) -> None:
@@ -72,15 +109,36 @@ class Starts:
 
     def end(self, ended: str, error: str | None = None) -> None:
         """How this start ended: "finished", "preempted", "stopped", "refused", "interrupted" or "crashed"."""
-        if self._step_file is None:
-            return
-        os.close(self._step_file)
-        self._step_file = None
-        self._starts[-1] |= {"step": _step(self._folder), "ended": ended, "until": time.time()}
-        if error:
-            self._starts[-1]["error"] = error
-        with suppress(OSError):
-            write_file(self._folder / STARTS, json.dumps(self._starts, indent=1))
+        if self._has_begun:
+            self._starts[-1] |= {"step": _step(self._folder), "ended": ended, "until": time.time()}
+            if error:
+                self._starts[-1]["error"] = error
+            with suppress(OSError):
+                write_file(self._folder / STARTS, json.dumps(self._starts, indent=1))
+        self._release()
+
+    def _release(self) -> None:
+        if self._step_file is not None:
+            os.close(self._step_file)
+            self._step_file = None
+
+
+def _lock(file: int, seconds: float = 0) -> bool:
+    """Whether an exclusive lock was had in time; a disk that keeps none refuses nobody and says so."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print("warning: no locks on this disk: start a run once only", file=sys.stderr, flush=True)
+            return True
 
 
 def read_starts(folder: Path) -> list[dict]:

@@ -80,6 +80,7 @@ def _train(
         parts = assemble(config, topology)
         if is_first:
             freeze(config)
+            starts.claim()
             starts.refuse_crash_loop(config.health.max_crashes)
     watchdog.beat(0, "self-test")
     hosts, is_asked_to_stop = self_test(config.out, this_device(), signals.requested)

@@ -2,7 +2,9 @@
 
 import os
 import time
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megafusion.data.stream import BatchStream
@@ -51,3 +53,35 @@ def slow_disk(rank: int, seconds: float) -> None:
         sync(descriptor)
 
     os.fsync = slow
+
+
+def with_reference(rank: int, every: int, path: Path) -> None:
+    """Every so many steps the rank also does a fixed piece of work, of a step's kind, and notes its seconds.
+
+    A machine that others use is now faster and now slower, for minutes; what a step takes in units of this
+    work is the trainer's own doing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(16, 16, generator=generator).requires_grad_() for _ in range(8)]
+    step, number = run.train_step, [0]
+
+    def work() -> None:
+        x = weights[0].detach()
+        for weight in weights:
+            x = torch.nn.functional.rms_norm(x @ weight, (16,))
+        for gradient in torch.autograd.grad(x.square().sum(), weights):
+            dist.all_reduce(gradient)
+
+    def step_and_work(*arguments: object) -> object:
+        losses = step(*arguments)
+        number[0] += 1
+        if number[0] % every == 0:
+            work()
+            began = time.perf_counter()
+            for _ in range(10):
+                work()
+            with path.open("a") as file:
+                file.write(f"{time.perf_counter() - began}\n")
+        return losses
+
+    run.train_step = step_and_work

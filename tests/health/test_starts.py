@@ -1,19 +1,54 @@
 """A run's starts: how each ended is known afterwards, and one that crashes at the same step stops."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from megafusion.errors import UserError
+from megafusion.health import starts as starts_module
 from megafusion.health.starts import Starts, read_starts
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megafusion.health.starts import Starts
+starts = Starts(Path(sys.argv[1]))
+starts.claim()
+starts.begin(0, 1)
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def held(folder, seconds: float) -> Iterator[subprocess.Popen]:
+    """Another process holds the run, and ends after so long without a word."""
+    command = [sys.executable, "-c", HOLDER, str(folder), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def claimed(folder) -> Starts:
+    starts = Starts(folder)
+    starts.claim()
+    return starts
 
 
 def crash(folder, resumed_at: int, step: int) -> None:
-    """A start that says nothing of its end."""
-    starts = Starts(folder)
+    """A start that says nothing of its end; its lock goes with its process."""
+    starts = claimed(folder)
     starts.refuse_crash_loop(3)
     starts.begin(resumed_at, 1)
     starts.at(step)
+    starts._release()
 
 
 def test_a_start_without_an_end_has_crashed_at_the_step_that_it_was_in(tmp_path):
@@ -21,7 +56,7 @@ def test_a_start_without_an_end_has_crashed_at_the_step_that_it_was_in(tmp_path)
     (start,) = read_starts(tmp_path)
     assert (start["ended"], start["resumed_at"], start["step"]) == ("crashed", 4, 7)
     assert (start["is_open"], start["pid"]) == (True, os.getpid())
-    starts = Starts(tmp_path)
+    starts = claimed(tmp_path)
     starts.begin(6, 1)
     starts.at(9)
     starts.end("preempted")
@@ -33,11 +68,12 @@ def test_a_start_without_an_end_has_crashed_at_the_step_that_it_was_in(tmp_path)
 def test_three_crashes_at_one_step_are_enough_and_the_way_out_is_said(tmp_path):
     for _ in range(3):
         crash(tmp_path, 4, 7)
+    starts = claimed(tmp_path)
     with pytest.raises(UserError, match=r"last 3 starts crashed at step 7.*health\.max_crashes=0") as found:
-        Starts(tmp_path).refuse_crash_loop(3)
+        starts.refuse_crash_loop(3)
     assert found.value.exit_status == 1
-    Starts(tmp_path).refuse_crash_loop(0)
-    Starts(tmp_path).refuse_crash_loop(4)
+    starts.refuse_crash_loop(0)
+    starts.refuse_crash_loop(4)
 
 
 @pytest.mark.parametrize("between", ["progress", "preempted"])
@@ -47,18 +83,41 @@ def test_crashes_at_other_steps_or_with_an_ordinary_end_between_are_no_loop(tmp_
     if between == "progress":
         crash(tmp_path, 4, 8)
     else:
-        starts = Starts(tmp_path)
+        starts = claimed(tmp_path)
         starts.begin(4, 1)
         starts.end("preempted")
     crash(tmp_path, 4, 7)
     crash(tmp_path, 4, 7)
-    Starts(tmp_path).refuse_crash_loop(3)
+    claimed(tmp_path).refuse_crash_loop(3)
 
 
 def test_an_error_is_told_with_the_refusal(tmp_path):
-    starts = Starts(tmp_path)
+    starts = claimed(tmp_path)
     starts.begin(0, 1)
     starts.at(3)
     starts.end("crashed", "KeyError: 'x'")
     with pytest.raises(UserError, match=r"at step 3 \(KeyError: 'x'\)"):
-        Starts(tmp_path).refuse_crash_loop(1)
+        claimed(tmp_path).refuse_crash_loop(1)
+
+
+def test_a_second_start_in_one_folder_is_refused_until_the_first_has_ended(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(starts_module, "ENDING_SECONDS", 0.3)
+    with held(tmp_path, 60) as holder:
+        with pytest.raises(UserError, match=rf"process {holder.pid} on .* trains in this folder") as found:
+            Starts(tmp_path).claim()
+        assert found.value.exit_status == 1
+        (start,) = read_starts(tmp_path)
+        assert (start["pid"], start["is_open"]) == (holder.pid, True)
+        assert f"held by process {holder.pid}" in capsys.readouterr().err
+    claimed(tmp_path).end("refused")
+    (start,) = read_starts(tmp_path)
+    assert start["pid"] == holder.pid
+
+
+def test_a_start_waits_for_one_that_is_ending(tmp_path):
+    with held(tmp_path, 0.5):
+        starts = claimed(tmp_path)
+    starts.begin(0, 1)
+    assert [start["ended"] for start in read_starts(tmp_path)] == ["crashed", "crashed"]

@@ -47,6 +47,7 @@ def test_a_run_that_was_stopped(run):
 
 def test_a_run_that_trains_and_one_whose_process_is_gone(run):
     starts = Starts(run)
+    starts.claim()
     starts.begin(4, 1)
     starts.at(5)
     assert "trains, step 5 began 0:00:0" in shown(run)
@@ -64,6 +65,7 @@ def test_what_went_wrong_is_shown(run, run_values):
     set_aside(complete_checkpoints(run / "checkpoints")[-1])
     assert "1 damaged and set aside" in shown(run)
     starts = Starts(run)
+    starts.claim()
     starts.begin(3, 1)
     starts.at(5)
     starts.end("crashed", "KeyError: 'x'")

@@ -1,5 +1,6 @@
 """A run: resumed equals uninterrupted, what does not fit is refused at start, what breaks is survived."""
 
+import fcntl
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.health import starts
 from megafusion.parallel.topology import make_topology
 from megafusion.train.assemble import assemble
 from megafusion.train.config import RunConfig
@@ -117,6 +119,17 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_
         verify_checkpoint(checkpoint)
     start(long_values)
     assert_same_run(whole, tmp_path / "killed")
+
+
+def test_a_run_that_another_process_trains_is_refused_and_untouched(run_values, monkeypatch):
+    run = start(run_values)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    monkeypatch.setattr(starts, "ENDING_SECONDS", 0)
+    with (run / starts.STEP).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="trains in this folder"):
+            start(run_values)
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
 def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
