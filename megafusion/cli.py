@@ -134,10 +134,13 @@ def train(
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
+    from megafusion.health.agreement import together
+    from megafusion.health.output import drop_what_cannot_be_written
     from megafusion.train.config import RunConfig
-    from megafusion.train.engine import start_process_group, together
+    from megafusion.train.engine import start_process_group
     from megafusion.train.run import train as run
 
+    drop_what_cannot_be_written()
     try:
         values = load_config(RunConfig, config, overrides or [])
     except UserError as error:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from megafusion.errors import UserError
@@ -59,10 +60,11 @@ def new_folder(folder: Path, marker: str) -> Iterator[Path]:
 def refuse_foreign(folder: Path, marker: str, beside: tuple[str, ...] = ()) -> None:
     """UserError where a folder to be replaced holds something that is not ours to delete.
 
-    beside: names that may stand there without the marker.
+    beside: names, or patterns of names, that may stand there without the marker.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
-    others = folder.exists() and any(entry.name not in beside for entry in folder.iterdir())
+    entries = folder.iterdir() if folder.exists() else ()
+    others = any(not any(fnmatch(entry.name, pattern) for pattern in beside) for entry in entries)
     if others and not (folder / marker).is_file():
         raise UserError(f"{folder}: holds other files, which would be lost; choose another folder")

@@ -28,6 +28,7 @@ from megafusion.checkpoint.folder import (
     complete_checkpoints,
     hash_files,
     publish,
+    remove,
     step_of,
     verify_checkpoint,
 )
@@ -35,8 +36,8 @@ from megafusion.checkpoint.masters import Master, refresh
 from megafusion.checkpoint.planners import BoxSavePlanner
 from megafusion.checkpoint.reader import read_boxes
 from megafusion.errors import UserError
+from megafusion.health.agreement import together
 from megafusion.train.ema import Ema
-from megafusion.train.engine import together
 
 
 class SaveFailed(UserError):
@@ -77,7 +78,7 @@ class Checkpointer:
         self._saving: Future[Path] | None = None
         if dist.get_rank() == 0:
             for left_behind in folder.glob(f"step-*{PARTIAL}"):
-                shutil.rmtree(left_behind)
+                remove(left_behind)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -194,7 +195,8 @@ class Checkpointer:
                     publish(
                         partial, path, {name: entry for part in (own, *parts) for name, entry in part.items()}
                     )
-                    self._delete_old()
+            if is_first:
+                self._delete_old()
         finally:
             if is_first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -205,15 +207,14 @@ class Checkpointer:
         for name, copy in zip(self._fragments, self._copies, strict=True):
             if name.partition(".")[0] in ("model", "ema") and not torch.isfinite(copy).all():
                 raise SaveFailed(
-                    f"{path}: not kept, for {name} holds values that are no numbers; lower "
-                    "optimizer.learning_rate or lengthen optimizer.num_warmup_steps"
+                    f"{path}: not kept, for {name} holds values that are no numbers; go on with a "
+                    "lower optimizer.learning_rate"
                 )
 
     def _delete_old(self) -> None:
         for old in complete_checkpoints(self._folder)[: -self._keep_last]:
             if not self._keep_every or step_of(old) % self._keep_every:
-                # Under a name that is no checkpoint's, for deleting takes a while and may be cut short.
-                shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+                remove(old)
 
 
 class _Writer(dcp.FileSystemWriter):

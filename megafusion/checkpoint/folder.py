@@ -1,9 +1,11 @@
 """A checkpoint's folder: complete with its manifest, or no checkpoint."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from megafusion.errors import UserError
@@ -47,7 +49,13 @@ def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
         file, entry = path / name, files[name]
         if not file.is_file():
             raise DamagedCheckpoint(f"{file}: missing from the checkpoint; {way_out(path)}")
-        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+        try:
+            is_whole = file.stat().st_size == entry["bytes"] and file_sha256(file) == entry["sha256"]
+        except OSError as error:
+            if error.errno == errno.EIO:  # the disk has lost it
+                raise DamagedCheckpoint(f"{file}: not readable any more; {way_out(path)}") from error
+            raise UserError(f"{file}: cannot be read ({error.strerror or error}); mend that first") from error
+        if not is_whole:
             raise DamagedCheckpoint(f"{file}: not as it was written; {way_out(path)}")
 
 
@@ -96,9 +104,24 @@ def publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
     # torch has brought the tensors to the disk; the rest must be there too before the name is.
     for written in (partial / "state.json", partial / MANIFEST, partial / "tensors", partial):
         _to_disk(written)
-    shutil.rmtree(path, ignore_errors=True)
+    # A step may be saved again, with other counts: the older folder is whole until the new one is.
+    older = path.with_name(f"{path.name}.older{PARTIAL}")
+    if path.exists():
+        path.rename(older)
     partial.rename(path)
     _to_disk(path.parent)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, or what is left of one. What cannot be deleted is said and stays."""
+    try:
+        if not path.name.endswith(PARTIAL):
+            # Under a name that is no checkpoint's, for deleting takes a while and may be cut short.
+            path = path.rename(path.with_name(path.name + PARTIAL))
+        shutil.rmtree(path)
+    except OSError as error:
+        print(f"warning: {path}: cannot be deleted ({error.strerror or error})", file=sys.stderr, flush=True)
 
 
 def _to_disk(path: Path) -> None:

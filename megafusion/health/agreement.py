@@ -1,26 +1,45 @@
-"""What all ranks decide together about a step: whether its update is made, whether the run stops after it.
+"""What all ranks decide together: to refuse, to make a step's update or leave it out, to stop after it.
 
-Two small sums over all ranks: text targets and images, which the losses need, carry the wish to stop; the
-losses carry whether every rank's gradients are numbers. Each rank decides from the same sums, so all decide
-alike.
+A step has two small sums over all ranks. Text targets and images, which the losses need, carry the wish to
+stop and what one rank alone cannot go on with: a bad shard, a full disk. They are summed on the host, which
+must not begin a step that a rank refuses. The losses carry whether every rank's gradients are numbers. Each
+rank decides from the same sums, so all decide alike.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafusion.errors import UserError
 from megafusion.health.spikes import Spikes
 from megafusion.parallel.topology import Topology
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """What one rank of a group refuses in this block, every rank refuses with its error: none waits."""
+    refused = None
+    try:
+        yield
+    except UserError as error:
+        refused = error
+    answers: list[UserError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(answers, refused, group)
+    if found := next(filter(None, answers), None):
+        found.on_every_rank = dist.get_world_size(group) == dist.get_world_size()
+        raise found
 
 
 class Agreement:
     """One rank's side. `wants_stop` is its wish; the rest says what was agreed about the latest step."""
 
     def __init__(self, topology: Topology, device: torch.device, spikes: Spikes):
-        self.wants_stop = False
+        self.wants_stop = self.stops = False
+        """Whether this rank wishes to stop; whether any did as the latest step began."""
         self.spikes = spikes
         self.losses = torch.zeros(3, device=device)
         """float32 [3], on the device: text, image and total of the global batch."""
@@ -30,34 +49,43 @@ class Agreement:
         self._counts_losses = speaks_for_rows and topology.is_last
         self._device = device
         self._shares: list[Tensor] = []
-        self._wishes: Tensor | None = None
-        self._wishes_are_here = torch.cuda.Event() if device.type == "cuda" else None
+        self._refused: UserError | None = None
+        self._hosts = dist.new_group(backend="gloo")
 
     @property
     def is_skipped(self) -> bool:
         """Whether the update was left out, on every rank."""
         return not self.is_finite or (self.is_spike and self.spikes.action == "skip")
 
-    def share_counts(self, counts: Tensor) -> Tensor:
-        """int64 [2]: text targets and images of this rank's rows; returns those of the global batch."""
+    @contextmanager
+    def deferring_refusals(self) -> Iterator[None]:
+        """What this rank alone refuses in this block, all refuse as the next step begins, or in `settle`."""
+        try:
+            yield
+        except UserError as error:
+            self._refused = self._refused or error
+
+    def settle(self) -> None:
+        """Raise on every rank what any has refused."""
+        with together(self._hosts):
+            if self._refused:
+                raise self._refused
+
+    def share_counts(self, counts: Tensor | int) -> Tensor:
+        """int64 [2]: text targets and images of this rank's rows, or 0; those of the global batch.
+
+        Raises UserError on every rank where one has refused.
+        """
         self._shares = []
-        sums = torch.zeros(3, dtype=torch.int64)
+        sums = torch.zeros(4, dtype=torch.int64)
         if self._counts_rows:
             sums[:2] = counts
-        sums[2] = self.wants_stop
-        sums = sums.to(self._device)
-        dist.all_reduce(sums)
-        # Copied now and looked at when the step is under way, for which the host would otherwise wait.
-        self._wishes = sums[2].to("cpu", non_blocking=True)
-        if self._wishes_are_here:
-            self._wishes_are_here.record()
-        return sums[:2]
-
-    def stops(self) -> bool:
-        """Whether any rank wished to stop as the latest step began."""
-        if self._wishes_are_here:
-            self._wishes_are_here.synchronize()
-        return self._wishes is not None and bool(self._wishes)
+        sums[2], sums[3] = self.wants_stop, self._refused is not None
+        dist.all_reduce(sums, group=self._hosts)
+        self.stops = bool(sums[2])
+        if sums[3]:
+            self.settle()
+        return sums[:2].to(self._device, non_blocking=True)
 
     def add_share(self, losses: Iterable[Tensor]) -> None:
         """A micro-batch's share of the step's losses: text, image, total."""

@@ -50,11 +50,12 @@ class Recovery:
             self.num_rollbacks += 1
             self._restore_losses(state.get("health", {}))
             return step
-        before = "no checkpoint to go back to" if step is None else f"back to step {step} before"
+        before = (
+            "no checkpoint to go back to" if step is None else f"back to step {step}, which is kept, before"
+        )
         error = UserError(
             f"{self._in_a_row} steps in a row had losses or gradients that are not finite, or jumped; "
-            f"{before}; lower optimizer.learning_rate or lengthen optimizer.num_warmup_steps. The last "
-            "checkpoint is kept"
+            f"{before}; start again with a lower optimizer.learning_rate"
         )
         error.on_every_rank, error.exit_status = True, 1
         raise error

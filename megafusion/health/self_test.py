@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +58,15 @@ def _collectives(device: torch.device) -> Iterator[str]:
 def _matrix_product(device: torch.device) -> Iterator[str]:
     """The product of a(i, k) = (i + k) mod 5 and b(k, j) = (k x j) mod 7: whole numbers, so exact."""
     size = 2048 if device.type == "cuda" else 256
-    i = torch.arange(size, device=device)
+    i = torch.arange(size)
     a, b = (i[:, None] + i) % 5, (i[:, None] * i) % 7
-    product = a.float() @ b.float()
-    known = a[:5].cpu() @ b.cpu()  # in whole numbers; rows repeat after 5, as those of a do
-    if not torch.equal(product.cpu().long(), known[torch.arange(size) % 5]):
+    known = a[:5] @ b  # in whole numbers; rows repeat after 5, as those of a do
+    try:
+        product = (a.to(device).float() @ b.to(device).float()).cpu()
+    except RuntimeError as error:  # what CUDA says of a broken device
+        yield f"a matrix product on {device} failed ({error})"
+        return
+    if not torch.equal(product.long(), known[i % 5]):
         yield f"a matrix product on {device} is wrong"
 
 
@@ -78,4 +83,5 @@ def _disk(folder: Path) -> Iterator[str]:
     except OSError as error:
         yield f"{folder} cannot be written ({error.strerror or error})"
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refuses has been named
+            path.unlink(missing_ok=True)

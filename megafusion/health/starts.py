@@ -81,25 +81,28 @@ class Starts:
         error.exit_status = 1
         raise error
 
-    def begin(self, step: int, world_size: int) -> None:
-        """Add a start that goes on after `step`. UserError where the folder cannot be written."""
-        self._starts.append(
-            {
-                "time": time.time(),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "world_size": world_size,
-                "resumed_at": step,
-                "step": step,
-                "ended": None,
-            }
-        )
+    def begin(self, world_size: int, changed: dict[str, list] | None = None) -> None:
+        """Add a start. changed: by key, the value that the run began with and that of this start.
+
+        UserError where the folder cannot be written.
+        """
+        start = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        step = _step(self._folder)  # of the start before, until a checkpoint is in place
+        start |= {"world_size": world_size, "changed": changed or {}, "resumed_at": step, "step": step}
+        self._starts.append(start | {"ended": None})
         try:
-            write_file(self._folder / STARTS, json.dumps(self._starts, indent=1))
+            self._write()
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
         self._has_begun = True
-        self.at(step)
+
+    def resumed(self, step: int) -> None:
+        """The start goes on after this step, and is in it."""
+        if self._has_begun:
+            self._starts[-1] |= {"resumed_at": step, "step": step}
+            with suppress(OSError):
+                self._write()
+            self.at(step)
 
     def at(self, step: int) -> None:
         """The step that the run is in: a few microseconds, for it is written over in memory of the system."""
@@ -114,8 +117,11 @@ class Starts:
             if error:
                 self._starts[-1]["error"] = error
             with suppress(OSError):
-                write_file(self._folder / STARTS, json.dumps(self._starts, indent=1))
+                self._write()
         self._release()
+
+    def _write(self) -> None:
+        write_file(self._folder / STARTS, json.dumps(self._starts, indent=1))
 
     def _release(self) -> None:
         if self._step_file is not None:

@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 
 from megafusion.checkpoint.checkpointer import Checkpointer, SaveFailed
-from megafusion.checkpoint.folder import DamagedCheckpoint, complete_checkpoints, set_aside
+from megafusion.checkpoint.folder import DAMAGED, DamagedCheckpoint, complete_checkpoints, set_aside
 from megafusion.errors import UserError
+from megafusion.health.agreement import together
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import Engine, together
+from megafusion.train.engine import Engine
 
 
 class Checkpoints:
@@ -26,28 +27,37 @@ class Checkpoints:
         self._folder = config.out / "checkpoints"
         self._goes_on = config.train.on_save_error == "continue"
         self.num_errors = self.num_late = 0
-        self._saved: int | None = None
+        self._saved: tuple[int, int] | None = None
+        """Step, and batches read, of what was saved last: a step that is left out moves the data alone."""
 
     def load_newest(self) -> dict | None:
         """Put the newest sound checkpoint in place; its plain state, or None where the run has none yet.
 
-        A damaged one is said and set aside as `step-*.damaged`. UserError where all are damaged.
+        A damaged one is said and set aside as `step-*.damaged`. UserError where all are, now or before: a run
+        that was trained must not begin anew without a word.
         """
-        damaged = None
+        said = ""
         while True:
-            found = [(complete_checkpoints(self._folder) or [None])[-1]]
+            complete = complete_checkpoints(self._folder)
+            damaged = sorted(path.name for path in self._folder.glob(f"step-*{DAMAGED}"))
+            found = [(complete[-1] if complete else None, len(complete) > 1, damaged)]
             dist.broadcast_object_list(found)  # as rank 0 sees it: all ranks must load the same
-            (path,) = found
-            if path is None and damaged is not None:
-                raise UserError(f"{self._folder}: no checkpoint is left to go on from ({damaged})")
+            path, has_another, damaged = found[0]
+            if path is None and damaged:
+                error = UserError(
+                    f"{self._folder}: only damaged checkpoints are left ({', '.join(damaged)}{said}); bring "
+                    "one back from a copy, under its name without the ending, or begin anew in another out="
+                )
+                error.on_every_rank = True
+                raise error
             if path is None:
                 return None
             try:
                 state = self._checkpointer.load(path)
             except DamagedCheckpoint as error:
-                damaged = str(error).partition(";")[0]
+                said = "; " + str(error).partition(";")[0]
             else:
-                self._saved = state["step"]
+                self._saved = (state["step"], state["data"]["batch_number"])
                 return state
             aside = None
             with together():
@@ -58,14 +68,16 @@ class Checkpoints:
                         raise UserError(
                             f"{path}: damaged, and cannot be set aside ({error.strerror or error})"
                         ) from error
-            self.say(f"{damaged}; kept as {aside}, the run goes on from the checkpoint before")
+            then = "the run goes on from the checkpoint before" if has_another else "it was the last one"
+            self.say(f"{said[2:]}; kept as {aside}, {then}")
 
     def save(self, state: dict, stream_state: dict, is_last: bool = False) -> None:
-        """Begin to save, unless the step has been saved. The last is not left out; `settle` waits for it.
+        """Begin to save, unless this has been saved. The last is not left out; `settle` waits for it.
 
         Raises SaveFailed on every rank where the save before failed, unless the run goes on then.
         """
-        if self._saved == state["step"]:
+        now = (state["step"], stream_state["batch_number"])
+        if self._saved == now:
             return
         if self._goes_on and not is_last and self._is_any_saving():
             self.num_late += 1
@@ -73,7 +85,7 @@ class Checkpoints:
             return
         self.settle()
         self._checkpointer.save(state, stream_state)
-        self._saved = state["step"]
+        self._saved = now
 
     def settle(self, must: bool = False) -> None:
         """Wait for the save under way; SaveFailed if it must be written or the run stops, else it is said."""

@@ -4,8 +4,6 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -18,7 +16,6 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
-from megafusion.errors import UserError
 from megafusion.health.agreement import Agreement
 from megafusion.health.spikes import Spikes
 from megafusion.health.update import guard
@@ -57,21 +54,6 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
 def this_device() -> torch.device:
     """Where this rank computes."""
     return torch.device(get_accelerator().current_device_name())
-
-
-@contextmanager
-def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """What one rank of a group refuses in this block, every rank refuses with its error: none waits."""
-    refused = None
-    try:
-        yield
-    except UserError as error:
-        refused = error
-    answers: list[UserError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, refused, group)
-    if found := next(filter(None, answers), None):
-        found.on_every_rank = dist.get_world_size(group) == dist.get_world_size()
-        raise found
 
 
 def rows_of_rank(config: RunConfig, topology: Topology) -> range:

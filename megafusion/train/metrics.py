@@ -8,6 +8,7 @@ from types import TracebackType
 
 from PIL import Image
 
+from megafusion.errors import UserError
 from megafusion.health.lines import METRICS, read_metrics
 from megafusion.progress import progress_bar
 from megafusion.storage import write_file
@@ -18,7 +19,10 @@ __all__ = ["METRICS", "Metrics", "read_metrics"]
 
 
 class Metrics:
-    """A context that opens every sink on rank 0, and is silent on the others."""
+    """A context that has opened every sink on rank 0, and is silent on the others.
+
+    Raises UserError where the run folder cannot be written.
+    """
 
     def __init__(self, config: RunConfig, first_step: int, silent: bool):
         self._silent, self._config = silent, config
@@ -30,29 +34,35 @@ class Metrics:
         )
         self._trackers: list[Tracker] = []
         if not silent:
-            self._open(first_step)
+            try:
+                _forget_after(self._folder, first_step)
+                self._open(first_step)
+            except OSError as error:
+                raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
 
     def _open(self, step: int) -> None:
-        _forget_after(self._folder, step)
         self._lines = (self._folder / METRICS).open("a")
         self._trackers = open_trackers(self._config, step)
 
     def _close(self) -> None:
-        with self._as_the_disk_allows():
+        with self.as_the_disk_allows():
             self._lines.close()
         for tracker in self._trackers:
-            with self._as_the_disk_allows():
+            with self.as_the_disk_allows():
                 tracker.close()
 
     @contextmanager
-    def _as_the_disk_allows(self) -> Iterator[None]:
-        """Where training goes on without a checkpoint, it does so without a line of metrics."""
+    def as_the_disk_allows(self, what: str = "metrics") -> Iterator[None]:
+        """Where training goes on without a checkpoint, it does so without this; else UserError."""
         try:
             yield
         except OSError as error:
+            reason = error.strerror or error
             if self._config.train.on_save_error == "stop":
-                raise
-            self.say(f"warning: metrics not written ({error.strerror or error})")
+                raise UserError(
+                    f"{self._folder}: cannot write {what} ({reason}); free space and start again"
+                ) from error
+            self.say(f"warning: {what} not written ({reason})")
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
@@ -81,17 +91,20 @@ class Metrics:
         self.say(f"{self._folder}: goes back to step {step}, past the data since then")
         if not self._silent:
             self._close()
-            self._open(step)
+            with self.as_the_disk_allows():
+                _forget_after(self._folder, step)
+            with self.as_the_disk_allows():
+                self._open(step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record numbers as they are after `step` updates."""
         if self._silent:
             return
-        with self._as_the_disk_allows():
+        with self.as_the_disk_allows():
             self._lines.write(json.dumps({"step": step, **values}) + "\n")
             self._lines.flush()  # what a full disk does not take stays in the buffer, for the next time
         for tracker in self._trackers:
-            with self._as_the_disk_allows():
+            with self.as_the_disk_allows():
                 tracker.log(step, values)
         shown = (
             f"text {values['text_loss']:.3f}  image {values['image_loss']:.4f}  "

@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 import time
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,22 +43,31 @@ FREE_KEYS = (
     "samples.",
 )
 
+RECIPE_KEYS = ("optimizer.learning_rate", "optimizer.gradient_clip")
+"""Keys that may also differ, for a run that would go astray otherwise; starts.json records what they were."""
 
-def freeze(config: RunConfig) -> None:
-    """Write the run folder's record, or check that a run to be resumed is this one."""
+
+def freeze(config: RunConfig) -> dict[str, list]:
+    """Write the run folder's record, or check that a run to be resumed is this one.
+
+    Returns what a resumed run changes of its recipe: by key, the value that it began with and the new one.
+    """
     path = config.out / "config.yaml"
     if path.is_file():
-        changed = changed_keys(load_run_config(config.out), config)
-        changed = [key for key in changed if not key.startswith(FREE_KEYS)]
-        if changed:
+        began = load_run_config(config.out)
+        changed = [key for key in changed_keys(began, config) if not key.startswith(FREE_KEYS)]
+        refused = [key for key in changed if key not in RECIPE_KEYS]
+        if refused:
             raise UserError(
-                f"{config.out}: holds a run with other values of {', '.join(changed)} (see its config.yaml); "
+                f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
                 "a run keeps its length and recipe: choose another out="
             )
         _check_shards(config)
-        return
-    # A start that hung has left its stacks, a launcher its job and logs: no reason to refuse a start.
-    refuse_foreign(config.out, "config.yaml", beside=("stacks", "launch", "logs"))
+        return {key: [_value(began, key), _value(config, key)] for key in changed}
+    # A start that hung has left its stacks, a launcher its job and logs, one that was killed a part of its
+    # record: no reason to refuse a start.
+    beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
+    refuse_foreign(config.out, "config.yaml", beside)
     environment = json.dumps(_environment(config), indent=1) + "\n"
     try:
         write_file(config.out / "environment.json", environment)
@@ -66,6 +76,12 @@ def freeze(config: RunConfig) -> None:
         raise UserError(
             f"{config.out}: cannot be written ({error.strerror or error}); make room, or choose another out="
         ) from error
+    return {}
+
+
+def _value(config: RunConfig, key: str) -> object:
+    """What stands at a dotted key."""
+    return reduce(getattr, key.split("."), config)
 
 
 def _check_shards(config: RunConfig) -> None:

@@ -10,6 +10,7 @@ from megafusion.checkpoint.checkpointer import Checkpointer
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.checkpoint.masters import masters
 from megafusion.errors import UserError
+from megafusion.health.agreement import together
 from megafusion.health.recovery import Recovery
 from megafusion.health.self_test import self_test
 from megafusion.health.signals import StopSignals
@@ -21,7 +22,7 @@ from megafusion.train.assemble import assemble
 from megafusion.train.checkpoints import Checkpoints
 from megafusion.train.config import RunConfig
 from megafusion.train.ema import Ema
-from megafusion.train.engine import Engine, make_engine, start_process_group, this_device, together
+from megafusion.train.engine import Engine, make_engine, start_process_group, this_device
 from megafusion.train.figures import Clock, Packing, step_figures
 from megafusion.train.metrics import Metrics
 from megafusion.train.optimizer import learning_rate
@@ -76,16 +77,22 @@ def _train(
     is_first = dist.get_rank() == 0
     with together():
         topology = make_topology(config.parallel)
+    changed: dict[str, list] = {}
     with together():
         parts = assemble(config, topology)
         if is_first:
-            freeze(config)
+            changed = freeze(config)
             starts.claim()
             starts.refuse_crash_loop(config.health.max_crashes)
     watchdog.beat(0, "self-test")
     hosts, is_asked_to_stop = self_test(config.out, this_device(), signals.requested)
     if is_asked_to_stop:
         return "preempted"
+    with together():
+        if is_first:
+            starts.begin(dist.get_world_size(), changed)
+            for key, (before, now) in changed.items():
+                _say(f"{config.out}: goes on with {key} {now}, which was {before}")
     watchdog.beat(0, "engine")
     engine = make_engine(config, topology)
     speeds = Speeds(engine.stage, engine.device, hosts, topology.size("pipeline"))
@@ -104,9 +111,7 @@ def _train(
         step, spent_seconds = state["step"], state["seconds"]
         parts.stream.restore(state["data"])
         recovery.restore(state)
-    with together():
-        if is_first:
-            starts.begin(step, dist.get_world_size())
+    starts.resumed(step)
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
     sampler = Sampler(config, parts, engine.device) if is_first else None
     clock, packing = Clock(config, step, spent_seconds), Packing(config, engine, parts.stream.state())
@@ -119,7 +124,9 @@ def _train(
     def state_now() -> dict:
         return {"step": step, "seconds": clock.seconds(), "topology": laid_out, "health": recovery.state()}
 
-    with checkpointer, parts.stream, Metrics(config, step, silent=not is_first) as metrics:
+    with together():
+        metrics = Metrics(config, step, silent=not is_first)
+    with checkpointer, parts.stream, metrics:
         checkpoints.say = metrics.say
         if dist.get_world_size() > 1:
             metrics.say(_laid_out(engine, config))
@@ -127,11 +134,14 @@ def _train(
             watchdog.beat(step + 1, "train")
             starts.at(step + 1)
             engine.agreement.wants_stop = signals.requested
-            with speeds.waiting_for_data():
-                batch = parts.stream.next()
+            micro_batches = []
+            with engine.agreement.deferring_refusals():
+                with speeds.waiting_for_data():
+                    batch = parts.stream.next()
+                micro_batches = encoder.encode(batch.micro_batches)
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
-            losses = train_step(engine, encoder.encode(batch.micro_batches), rate)
-            stops = engine.agreement.stops()
+            losses = train_step(engine, micro_batches, rate)
+            stops = engine.agreement.stops
             if said := recovery.judge(step):
                 metrics.say(said)
             if recovery.must_go_back:
@@ -140,7 +150,8 @@ def _train(
                 state = checkpoints.load_newest()
                 step = recovery.go_back(state)
                 clock.rewind(step)
-                metrics.rewind(step)
+                with engine.agreement.deferring_refusals():
+                    metrics.rewind(step)
             if engine.agreement.is_skipped:
                 continue
             step += 1
@@ -149,7 +160,8 @@ def _train(
             if due(config.train.log_every) or step == 1:
                 speed, warning = speeds.read()
                 figures = step_figures(losses, engine, rate) | packing.read(batch.state) | clock.read(step)
-                metrics.log(step, figures | speed | recovery.figures() | checkpoints.figures())
+                with engine.agreement.deferring_refusals():
+                    metrics.log(step, figures | speed | recovery.figures() | checkpoints.figures())
                 if warning:
                     metrics.say(warning)
             if due(config.train.checkpoint_every):
@@ -159,12 +171,14 @@ def _train(
             if sampler and config.samples.every and due(config.samples.every) and not stops:
                 watchdog.beat(step, "samples")
                 if checkpoint := checkpointer.published():
-                    metrics.show(step, *sampler.show(step, checkpoint))
+                    with engine.agreement.deferring_refusals(), metrics.as_the_disk_allows("samples"):
+                        metrics.show(*sampler.show(checkpoint))
         if step < last_step:
             watchdog.beat(step, "checkpoint")
             metrics.say(f"asked to stop: a checkpoint of step {step}, then the end with exit status 75")
             checkpoints.save(state_now(), batch.state, is_last=True)
         checkpoints.settle(must=step == last_step)
+        engine.agreement.settle()
         watchdog.beat(step, "end")
     if step < config.train.num_steps:
         return "preempted" if step < last_step else "stopped"

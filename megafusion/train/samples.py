@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from megafusion.checkpoint.folder import step_of
 from megafusion.checkpoint.reader import read_whole
 from megafusion.data.originals import first_images, originals
 from megafusion.data.source import Source
@@ -69,10 +70,13 @@ class Sampler:
         self._pipeline.model.load_state_dict(read_whole(checkpoint, shapes, "ema"))
         return self._pipeline
 
-    def show(self, step: int, checkpoint: Path) -> tuple[Image.Image, str]:
-        """A sheet of pictures drawn, and the captions written, both also in the run folder."""
+    def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:
+        """A checkpoint's step, a sheet drawn, the captions written, both also in the run folder."""
         pipeline = self.pipeline(checkpoint).to(self._device)
         self._pairs = self._pairs or sample_pairs(
             self._parts.sources, pipeline, self._config.samples.num_pairs
         )
-        return show_samples(pipeline, self._pairs, self._config.out / "samples" / f"step-{step:08d}.png")
+        step = step_of(checkpoint)
+        return step, *show_samples(
+            pipeline, self._pairs, self._config.out / "samples" / f"step-{step:08d}.png"
+        )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megafusion.objective.losses import Losses
@@ -13,11 +12,12 @@ from megafusion.train.engine import Engine
 def train_step(engine: Engine, micro_batches: list[PackedBatch], learning_rate: float) -> Losses:
     """Update the weights once; returns the losses of the global batch, on the device.
 
-    `engine.agreement` says whether the update was left out, and whether a rank wishes to stop.
+    `engine.agreement` says whether the update was left out, and whether a rank wishes to stop. Raises
+    UserError on every rank, before anything is done, where one has refused (and has no micro-batches).
     """
     for group in engine.deepspeed.optimizer.param_groups:
         group["lr"] = learning_rate
-    counts = engine.agreement.share_counts(torch.stack([batch.counts() for batch in micro_batches]).sum(0))
+    counts = engine.agreement.share_counts(sum(batch.counts() for batch in micro_batches))
     batches = (with_counts(batch.to(engine.device), counts) for batch in micro_batches)
     if isinstance(engine.deepspeed, PipelineEngine):
         engine.deepspeed.train_batch((batch.inputs(), batch.targets()) for batch in batches)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import secrets
 import time
 from typing import Protocol
 
@@ -63,17 +64,26 @@ class Wandb:
         import wandb
 
         name = config.out.resolve().name
+        identity = config.out / "wandb-id"
+        if not identity.is_file():
+            write_file(identity, secrets.token_hex(8))
         self._run = wandb.init(
-            project=config.train.wandb_project, dir=config.out, id=name, name=name, resume="allow"
+            project=config.train.wandb_project,
+            dir=config.out,
+            id=identity.read_text(),
+            name=name,
+            resume="allow",
         )
+        # W&B drops what comes under a step of its own that it has seen; a run may go back to a checkpoint.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
+        self._run.log({"step": step, **values})
 
     def show(self, step: int, sheet: Image.Image, captions: str) -> None:
         import wandb
 
-        self._run.log({"samples": wandb.Image(sheet, caption=captions)}, step=step)
+        self._run.log({"step": step, "samples": wandb.Image(sheet, caption=captions)})
 
     def close(self) -> None:
         self._run.finish()

@@ -140,6 +140,8 @@ def kills(bench: Bench, number: int, seed: int = 0) -> Case:
             case.failures += bench.finish(values, world)
             values = bench.values(world, keep_last=3)
     case.figures["while a checkpoint was written"] = in_checkpoints
+    if in_checkpoints < number // 6:
+        case.failures.append(f"only {in_checkpoints} kills fell while a checkpoint was written")
     return case
 
 
@@ -203,6 +205,45 @@ def refusing_disk(bench: Bench, kind: str, policy: str) -> Case:
         elif not (errors := read_metrics(run)[-1]["save_errors"]):
             broken.append(f"{errors} errors counted")
     case.count(broken + bench.differences(run, world))
+    return case
+
+
+def full_run_folder(bench: Bench, policy: str) -> Case:
+    """The disk under the whole run fills up: checkpoints, metrics, a launcher's log."""
+    case, world = Case(f"disk full under the whole run, on_save_error: {policy}"), 2
+    values = bench.values(world, on_save_error=policy, num_steps=NUM_STEPS)
+    disk = Path(values["out"] + "-disk")
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=True)
+    run = disk / "run"
+    values["out"] = str(run)
+    try:
+        with Job(values, world) as job:
+            job.wait_for(lambda: step_of_run(run) >= 4)
+            _refuse(disk, "full")
+            with (
+                job.log.open("ab", buffering=0) as log,
+                suppress(OSError),
+            ):  # its last block's room
+                while True:
+                    log.write(b"\n")
+            if policy == "continue":
+                began = step_of_run(run)
+                job.wait_for(lambda: step_of_run(run) >= min(began + 5, NUM_STEPS - 2))
+                _allow(disk, "full")
+            statuses = job.end()
+        if policy == "stop":
+            _allow(disk, "full")
+        expected = [0 if policy == "continue" else 2] * world
+        broken = [] if statuses == expected else [f"ended with {statuses}, not {expected}"]
+        broken += verified(run)
+        if policy == "stop":
+            broken += bench.finish(values, world)
+        elif not (errors := read_metrics(run)[-1]["save_errors"]):
+            broken.append(f"{errors} errors counted")
+        case.count(broken + bench.differences(run, world))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
     return case
 
 
@@ -288,6 +329,8 @@ def stopped_rank(bench: Bench) -> Case:
         broken = [] if statuses == [75] * 3 else [f"the others ended with {statuses}"]
         if f"rank {victim} does not answer" not in job.said():
             broken.append(f"not named: {job.said()[-300:]}")
+    if seconds > 60:
+        broken.append(f"the others ended after {seconds:.0f} s")
     if len(list((run / "stacks").glob("rank-*.txt"))) < 3:
         broken.append("stacks are missing")
     case.figures["seconds until all ended"] = round(seconds, 1)

@@ -26,6 +26,8 @@ ALL = {
     "preemptions": partial(cases.preemptions, number=12),
     "full-stop": partial(cases.refusing_disk, kind="full", policy="stop"),
     "full-continue": partial(cases.refusing_disk, kind="full", policy="continue"),
+    "full-run-stop": partial(cases.full_run_folder, policy="stop"),
+    "full-run-continue": partial(cases.full_run_folder, policy="continue"),
     "read-only-stop": partial(cases.refusing_disk, kind="read-only", policy="stop"),
     "read-only-continue": partial(cases.refusing_disk, kind="read-only", policy="continue"),
     "slow-stop": partial(cases.crawling_disk, policy="stop"),

@@ -40,6 +40,12 @@ def test_full_disk(bench, policy):
     assert_survived(cases.refusing_disk(bench, "full", policy), 1)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_full_disk_under_the_whole_run(bench, policy):
+    assert_survived(cases.full_run_folder(bench, policy), 1)
+
+
 def test_slow_disk(bench):
     assert_survived(cases.crawling_disk(bench, "continue"), 1)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from datetime import timedelta
@@ -51,8 +52,10 @@ def wrong_on(what: str, victim: int, folder: Path) -> str:
                 tensor[-1] -= 1
 
             dist.all_reduce = broken
-        else:
+        elif what == "disk":
             folder = folder / "none"
+        else:
+            folder = folder / "read-only"
     with pytest.raises(UserError) as refused:
         self_test(folder, torch.device("cpu"), wants_stop=False)
     assert refused.value.exit_status == 1
@@ -73,6 +76,20 @@ def test_the_rank_that_fails_is_named_on_all(tmp_path, what, said):
     assert "rank 1 on " in first
     assert said in first
     assert "rank 0" not in first
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a read-only disk")
+def test_a_read_only_disk_is_named(tmp_path):
+    disk = tmp_path / "read-only"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], check=True)
+    try:
+        first, second = run_workers(wrong_on, 2, "read-only", 1, tmp_path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert first == second
+    assert "rank 1 on " in first
+    assert "read-only cannot be written (Read-only file system)" in first
 
 
 def test_signals_are_noted_and_further_ones_change_nothing():

@@ -18,7 +18,7 @@ from pathlib import Path
 from megafusion.health.starts import Starts
 starts = Starts(Path(sys.argv[1]))
 starts.claim()
-starts.begin(0, 1)
+starts.begin(1)
 print("held", flush=True)
 time.sleep(float(sys.argv[2]))
 """
@@ -46,7 +46,8 @@ def crash(folder, resumed_at: int, step: int) -> None:
     """A start that says nothing of its end; its lock goes with its process."""
     starts = claimed(folder)
     starts.refuse_crash_loop(3)
-    starts.begin(resumed_at, 1)
+    starts.begin(1)
+    starts.resumed(resumed_at)
     starts.at(step)
     starts._release()
 
@@ -57,7 +58,8 @@ def test_a_start_without_an_end_has_crashed_at_the_step_that_it_was_in(tmp_path)
     assert (start["ended"], start["resumed_at"], start["step"]) == ("crashed", 4, 7)
     assert (start["is_open"], start["pid"]) == (True, os.getpid())
     starts = claimed(tmp_path)
-    starts.begin(6, 1)
+    starts.begin(1)
+    starts.resumed(6)
     starts.at(9)
     starts.end("preempted")
     first, second = read_starts(tmp_path)
@@ -84,7 +86,8 @@ def test_crashes_at_other_steps_or_with_an_ordinary_end_between_are_no_loop(tmp_
         crash(tmp_path, 4, 8)
     else:
         starts = claimed(tmp_path)
-        starts.begin(4, 1)
+        starts.begin(1)
+        starts.resumed(4)
         starts.end("preempted")
     crash(tmp_path, 4, 7)
     crash(tmp_path, 4, 7)
@@ -93,16 +96,15 @@ def test_crashes_at_other_steps_or_with_an_ordinary_end_between_are_no_loop(tmp_
 
 def test_an_error_is_told_with_the_refusal(tmp_path):
     starts = claimed(tmp_path)
-    starts.begin(0, 1)
+    starts.begin(1)
+    starts.resumed(0)
     starts.at(3)
     starts.end("crashed", "KeyError: 'x'")
     with pytest.raises(UserError, match=r"at step 3 \(KeyError: 'x'\)"):
         claimed(tmp_path).refuse_crash_loop(1)
 
 
-def test_a_second_start_in_one_folder_is_refused_until_the_first_has_ended(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_second_start_in_one_folder_is_refused_until_the_first_has_ended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(starts_module, "ENDING_SECONDS", 0.3)
     with held(tmp_path, 60) as holder:
         with pytest.raises(UserError, match=rf"process {holder.pid} on .* trains in this folder") as found:
@@ -119,5 +121,6 @@ def test_a_second_start_in_one_folder_is_refused_until_the_first_has_ended(
 def test_a_start_waits_for_one_that_is_ending(tmp_path):
     with held(tmp_path, 0.5):
         starts = claimed(tmp_path)
-    starts.begin(0, 1)
+    starts.begin(1)
+    starts.resumed(0)
     assert [start["ended"] for start in read_starts(tmp_path)] == ["crashed", "crashed"]

@@ -1,5 +1,6 @@
 """Asked to stop, all ranks save at the same step and end, and the run goes on as if nothing had been."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +11,13 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from megafusion.checkpoint.folder import complete_checkpoints
+from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
 from megafusion.health.signals import StopSignals
 from megafusion.health.starts import read_starts
 from megafusion.train import run as run_module
 from megafusion.train.config import RunConfig
+from megafusion.train.engine import Engine
 from megafusion.train.metrics import read_metrics
 from megafusion.train.run import train
 from tests.workers import run_workers
@@ -48,6 +50,38 @@ def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_va
     assert run_workers(ask, 4, run_values, 0, None) == ["finished"] * 4
     assert losses(run) == losses(tmp_path / "whole")
     assert [start["ended"] for start in read_starts(run)] == ["preempted", "finished"]
+
+
+def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypatch):
+    """Asked to stop amid bad steps, right after a checkpoint: that is saved again, with the data's place."""
+    run_values["train"] |= {"checkpoint_every": 1}
+    bad = range(3, 5)
+    signals = StopSignals()
+
+    def asked(done: int, *arguments) -> float:
+        signals.requested |= number[0] == bad[0]
+        return rate(done, *arguments)
+
+    step, number, rate = run_module.train_step, [0], run_module.learning_rate
+
+    def hurt_step(engine: Engine, *arguments) -> object:
+        parameter = next(engine.stage.parameters())
+        number[0] += 1
+        hook = parameter.register_hook(lambda g: g * float("nan")) if number[0] - 1 in bad else None
+        losses = step(engine, *arguments)
+        if hook:
+            hook.remove()
+        return losses
+
+    monkeypatch.setattr(run_module, "train_step", hurt_step)
+    monkeypatch.setattr(run_module, "learning_rate", asked)
+    assert train(parse_config(RunConfig, run_values, "test"), None, signals) == "preempted"
+    newest = complete_checkpoints(Path(run_values["out"]) / "checkpoints")[-1]
+    verify_checkpoint(newest)
+    state = json.loads((newest / "state.json").read_text())
+    assert (state["step"], state["health"]["skipped_steps"], state["data"]["batch_number"]) == (3, 2, 5)
+    assert not list(newest.parent.glob("*.partial"))
+    assert train(parse_config(RunConfig, run_values, "test")) == "finished"
 
 
 def test_the_command_ends_with_75_however_often_it_is_asked(run_values, tmp_path):

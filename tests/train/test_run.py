@@ -167,16 +167,56 @@ def test_old_checkpoints_go_and_samples_come(run_values):
     assert len(environment["shards"]["pairs"]) == 3
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts something that cannot be deleted")
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_harms_nothing(run_values, capsys):
+    run_values["train"] |= {"keep_last": 1}
+    run = start(run_values, stop_after=3)
+    (old,) = complete_checkpoints(run / "checkpoints")
+    stuck = old / "stuck"
+    stuck.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(stuck)], check=True)
+    try:
+        start(run_values)
+        assert "step-00000003.partial: cannot be deleted (Device or resource busy)" in capsys.readouterr().err
+        assert read_metrics(run)[-1]["save_errors"] == 0
+        verify_checkpoint(run / "checkpoints/step-00000006")
+        start(run_values)
+    finally:
+        for mounted in (run / "checkpoints").glob("*/stuck"):
+            subprocess.run(["umount", str(mounted)], check=True)
+
+
 def test_a_changed_configuration_is_refused_for_an_old_run(run_values):
     run = start(run_values, stop_after=1)
     before = losses(run)
-    run_values["optimizer"]["learning_rate"] = 1e-3
-    with pytest.raises(UserError, match=r"other values of optimizer\.learning_rate"):
+    run_values["optimizer"]["weight_decay"] = 0.5
+    with pytest.raises(UserError, match=r"other values of optimizer\.weight_decay"):
         start(run_values)
     assert losses(run) == before
-    run_values["optimizer"]["learning_rate"] = 3e-3
+    del run_values["optimizer"]["weight_decay"]
     run_values["train"] |= {"log_every": 2, "checkpoint_every": 5}
     start(run_values)
+
+
+def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
+    run = start(run_values, stop_after=3)
+    run_values["optimizer"]["learning_rate"] = 1e-3
+    start(run_values)
+    assert "goes on with optimizer.learning_rate 0.001, which was 0.003" in capsys.readouterr().err
+    rates = [line["learning_rate"] for line in read_metrics(run)]
+    assert rates[3] < 1e-3 < rates[2]
+    assert [begun["changed"] for begun in starts.read_starts(run)] == [
+        {},
+        {"optimizer.learning_rate": [3e-3, 1e-3]},
+    ]
+
+
+@pytest.mark.parametrize("left", ["environment.json", ".environment.json.x1y2", ".config.yaml.x1y2"])
+def test_what_a_kill_leaves_of_the_record_is_no_reason_to_refuse(run_values, left):
+    run = Path(run_values["out"])
+    run.mkdir()
+    (run / left).write_text("{")
+    start(run_values, stop_after=1)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +250,9 @@ def test_a_damaged_checkpoint_is_named(run_values, name, damage, message):
         start(run_values)
     assert losses(run) == before
     assert (run / "checkpoints/step-00000002.damaged").is_dir()
+    with pytest.raises(UserError, match=r"only damaged checkpoints are left \(step-00000002.damaged\)"):
+        start(run_values)  # and does not begin anew
+    assert losses(run) == before
 
 
 def test_a_disk_that_is_full_ends_the_run_with_its_last_checkpoint_whole(run_values, tmp_path):
@@ -254,7 +297,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run_values, tmp
 
 def test_non_finite_losses_stop_the_run(run_values):
     run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
-    message = r"no checkpoint to go back to; lower optimizer\.learning_rate"
+    message = r"no checkpoint to go back to; start again with a lower optimizer\.learning_rate"
     with pytest.raises(UserError, match=message) as found:
         start(run_values)
     assert found.value.exit_status == 1

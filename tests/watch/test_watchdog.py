@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megafusion.errors import UserError
-from megafusion.train.engine import start_process_group, together
+from megafusion.health.agreement import together
+from megafusion.train.engine import start_process_group
 from megafusion.watch.ending import _publish, _write_stacks
 from megafusion.watch.heartbeat import Here
 from megafusion.watch.report import EXIT_STATUS, ranks_in_words
@@ -162,7 +163,7 @@ class Ranks:
         self.stacks = sorted(path.name for path in (folder / "stacks").glob("rank-*"))
 
 
-WAITS = r"step \d, train, in all_gather called from megafusion/train/engine\.py:\d+ together"
+WAITS = r"step \d, train, in all_gather called from megafusion/health/agreement\.py:\d+ together"
 
 
 @pytest.mark.parametrize(("culprit", "others"), [(0, "ranks 1-2"), (1, "ranks 0, 2")])
