@@ -52,6 +52,10 @@ def main() -> None:
             time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
         else:
             typer.echo(f"error: {error}", err=True)
+        if sys.argv[1:2] == ["train"]:  # threads of torch's store may abort what ends in the ordinary way
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_status)
         sys.exit(error.exit_status)
     except OSError as error:
         if error.errno not in DISK_REFUSALS:
@@ -127,8 +131,8 @@ def train(
 ) -> None:
     """Train a model, or go on with the run that stands in the output folder.
 
-    SIGTERM or SIGUSR1 to any process ends all after the step, with a checkpoint and exit status 75; so does a
-    hang or a lost process, without a new checkpoint: start it again to go on.
+    Ctrl-C, SIGTERM or SIGUSR1 to any process ends all after the step, with a checkpoint and exit status 75;
+    so does a hang or a lost process, without a new checkpoint: start it again to go on.
 
     Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
 

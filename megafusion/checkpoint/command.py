@@ -9,6 +9,7 @@ from pathlib import Path
 from megafusion.checkpoint.folder import (
     KINDS,
     MANIFEST,
+    DamagedCheckpoint,
     newest_checkpoint,
     read_manifest,
     verify_checkpoint,
@@ -27,7 +28,11 @@ def show(path: Path) -> None:
     for checkpoint in _checkpoints(path):
         step = checkpoint.name.removeprefix("step-").lstrip("0") or "0"
         if (checkpoint / MANIFEST).is_file():
-            files = read_manifest(checkpoint)
+            try:
+                files = read_manifest(checkpoint)
+            except DamagedCheckpoint:
+                rows.append((step, "", "damaged", ""))
+                continue
             size = sum(entry["bytes"] for entry in files.values())
             whole = all(_size(checkpoint / name) == entry["bytes"] for name, entry in files.items())
             rows.append((step, f"{size:,}", "yes" if whole else "damaged", _topology(_state(checkpoint))))

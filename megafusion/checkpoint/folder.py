@@ -48,15 +48,15 @@ def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
     for name in sorted(files, key=lambda name: -files[name]["bytes"])[first::stride]:
         file, entry = path / name, files[name]
         if not file.is_file():
-            raise DamagedCheckpoint(f"{file}: missing from the checkpoint; {way_out(path)}")
+            raise DamagedCheckpoint(f"{file}: missing from the checkpoint; {way_out()}")
         try:
             is_whole = file.stat().st_size == entry["bytes"] and file_sha256(file) == entry["sha256"]
         except OSError as error:
             if error.errno == errno.EIO:  # the disk has lost it
-                raise DamagedCheckpoint(f"{file}: not readable any more; {way_out(path)}") from error
+                raise DamagedCheckpoint(f"{file}: not readable any more; {way_out()}") from error
             raise UserError(f"{file}: cannot be read ({error.strerror or error}); mend that first") from error
         if not is_whole:
-            raise DamagedCheckpoint(f"{file}: not as it was written; {way_out(path)}")
+            raise DamagedCheckpoint(f"{file}: not as it was written; {way_out()}")
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
@@ -66,15 +66,15 @@ def read_manifest(path: Path) -> dict[str, dict]:
     it says: nothing else has its hash.
     """
     if not (path / MANIFEST).is_file():
-        raise DamagedCheckpoint(f"{path}: no {MANIFEST}, so no complete checkpoint; {way_out(path)}")
+        raise DamagedCheckpoint(f"{path}: no {MANIFEST}, so no complete checkpoint; {way_out()}")
     try:
         text = (path / MANIFEST).read_text()
         files = json.loads(text)["files"]
         files = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path / MANIFEST}: not readable ({error}); {way_out(path)}") from error
+        raise DamagedCheckpoint(f"{path / MANIFEST}: not readable ({error}); {way_out()}") from error
     if text != _manifest(files):
-        raise DamagedCheckpoint(f"{path / MANIFEST}: not as it was written; {way_out(path)}")
+        raise DamagedCheckpoint(f"{path / MANIFEST}: not as it was written; {way_out()}")
     return files
 
 
@@ -82,8 +82,8 @@ def _manifest(files: dict[str, dict]) -> str:
     return json.dumps({"format": FORMAT, "files": files}, indent=1)
 
 
-def way_out(path: Path) -> str:
-    return f"delete {path} to go on from the checkpoint before"
+def way_out() -> str:
+    return "take the checkpoint before, as `megafusion train` does"
 
 
 def step_of(path: Path) -> int:

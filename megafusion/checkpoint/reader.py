@@ -66,9 +66,7 @@ class Reader(FileSystemReader):
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise DamagedCheckpoint(
-                f"{path}: not read ({error}); delete {path.parents[1]} to go on from the one before"
-            ) from error
+            raise DamagedCheckpoint(f"{path}: not read ({error}); {way_out()}") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -90,7 +88,7 @@ def read_boxes(
             parameter = name.partition(".")[2]
             raise UserError(
                 f"{path}: does not hold the tensors of this model: {parameter} {there} there, "
-                f"{here} here; give the model that it was saved from, or {way_out(path)}"
+                f"{here} here; give the model that it was saved from, or {way_out()}"
             )
     with warnings.catch_warnings():
         # A rank reads what it needs and no other rank needs to know.

@@ -1,28 +1,30 @@
-"""SIGTERM and SIGUSR1: what a queue sends ahead of a time limit or to make room."""
+"""SIGTERM and SIGUSR1, which a queue sends ahead of a time limit or to make room; SIGINT, of Ctrl-C."""
 
 import os
 import signal
 import threading
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAID = b"\nmegafusion: ends after this step, with a checkpoint; Ctrl-C again ends it at once, without one\n"
 
 
 class StopSignals:
     """Notes that this process was asked to stop; the step goes on, and all ranks agree at its end.
 
-    Further signals change nothing: a queue repeats them, and what they ask for is under way. Until `begin`
-    nothing is lost, so the process ends at once with status 75.
+    Further signals change nothing: a queue repeats them, and what they ask for is under way; only a second
+    SIGINT is a KeyboardInterrupt. Until `begin` nothing is lost, so the process ends at once with status 75.
     """
 
     def __init__(self):
         self.requested = False
-        self._has_begun = False
+        self._has_begun = self._is_interrupted = False
 
     def listen(self) -> "StopSignals":
         """Take the signals from now on, until the process ends. Called in the main thread."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as for what runs in the background
+                signal.signal(number, self._note)
         # A thread hears of a signal while the main one waits in C for the other ranks to appear.
         heard, told = os.pipe()
         os.set_blocking(told, False)
@@ -35,6 +37,11 @@ class StopSignals:
         self._has_begun = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._is_interrupted:
+                raise KeyboardInterrupt
+            self._is_interrupted = True
+            os.write(2, SAID)  # not by print, which the signal may have come into
         self.requested = True
 
     def _hear(self, heard: int) -> None:

@@ -41,10 +41,11 @@ class Starts:
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
             is_free = _lock(self._step_file)
             if not is_free:
-                latest = (read_starts(self._folder) or [{"host": socket.gethostname(), "pid": "?"}])[-1]
-                holder = f"process {latest['pid']} on {latest['host']}"
-                here = latest["host"] == socket.gethostname()
-                patience = ENDING_SECONDS if here else LOST_SECONDS
+                latest = next(iter(read_starts(self._folder)[::-1]), {})
+                here = latest.get("host", socket.gethostname()) == socket.gethostname()
+                # Between its lock and its record a start has no name yet.
+                known = f"process {latest['pid']} on {latest['host']}" if latest.get("is_open") else None
+                holder, patience = known or "another process", ENDING_SECONDS if here else LOST_SECONDS
                 print(
                     f"{self._folder}: held by {holder}; waiting up to {patience:.0f} s for its end",
                     file=sys.stderr,

@@ -17,6 +17,8 @@ from megafusion.errors import UserError
 from megafusion.health.lines import METRICS, read_metrics
 from megafusion.health.starts import STEP, read_starts
 
+LAUNCHED = ("launch", "logs")
+"""What a launcher writes before a run begins."""
 SILENCE_SECONDS = 60.0
 """A run on another machine whose step is so old, or three times as old as a step takes, says nothing."""
 
@@ -24,6 +26,9 @@ SILENCE_SECONDS = 60.0
 def show_status(run: Path, console: Console | None = None) -> None:
     """Print it. UserError where the folder holds no run."""
     config = run / "config.yaml"
+    if not config.is_file() and any((run / name).is_dir() for name in LAUNCHED):
+        (console or Console()).print(f"{run}: not begun yet: in the queue, or starting; see {run / 'logs'}")
+        return
     if not config.is_file():
         raise UserError(f"{run}: no config.yaml, so no run folder; `megafusion train` makes one")
     num_steps = yaml.safe_load(config.read_text())["train"]["num_steps"]

@@ -65,7 +65,8 @@ def train(config: RunConfig, stop_after: int | None = None, signals: StopSignals
             starts.end("interrupted")
             raise
         except Exception as error:
-            starts.end(CRASHED, describe(error))
+            lost = "a process was lost or hung: " if is_lost(error) else ""
+            starts.end(CRASHED, lost + describe(error))
             raise
         starts.end(ended)
     return ended

@@ -69,7 +69,7 @@ def test_a_run_goes_back_after_so_many_in_a_row_and_not_twice_to_the_same_checkp
     assert found.figures() == {"skipped_steps": 5, "loss_spikes": 0, "rollbacks": 1}
     for _ in range(3):
         found.judge(9)
-    with pytest.raises(UserError, match="back to step 8 before") as refused:
+    with pytest.raises(UserError, match="back to step 8, which is kept, before") as refused:
         found.go_back({"step": 8})
     assert refused.value.exit_status == 1
 

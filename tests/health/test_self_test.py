@@ -97,6 +97,22 @@ def test_signals_are_noted_and_further_ones_change_nothing():
     assert requested == [False, True, True]
 
 
+def interrupted_twice() -> list[bool]:
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # as in a terminal
+    signals = StopSignals().listen()
+    signals.begin()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    return [signals.requested]
+
+
+def test_a_second_interrupt_ends_at_once():
+    assert run_workers(interrupted_twice, 1) == [[True]]
+
+
 def signalled_early() -> None:
     signals = StopSignals().listen()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()

@@ -62,6 +62,11 @@ def test_a_run_that_trains_and_one_whose_process_is_gone(run):
     assert "trains on elsewhere, step 5 began" in shown(run)
 
 
+def test_a_run_that_a_launcher_has_written_and_nobody_begun(tmp_path):
+    (tmp_path / "launch").mkdir()
+    assert "not begun yet" in shown(tmp_path)
+
+
 def test_what_went_wrong_is_shown(run, run_values):
     set_aside(complete_checkpoints(run / "checkpoints")[-1])
     assert "1 damaged and set aside" in shown(run)

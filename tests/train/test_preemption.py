@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -89,16 +90,18 @@ def test_the_command_ends_with_75_however_often_it_is_asked(run_values, tmp_path
     config, run = tmp_path / "config.yaml", Path(run_values["out"])
     config.write_text(yaml.safe_dump(run_values))
     command = [sys.executable, "-m", "megafusion.cli", "train", str(config)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
     deadline = time.monotonic() + 120
     while not read_starts(run) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(process.pid, number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said
+    assert "Ctrl-C again ends it at once" in said
     assert "asked to stop: a checkpoint of step" in " ".join(said.split())
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
     (start,) = read_starts(run)
