@@ -14,6 +14,7 @@ from megafusion.data.shards import Kind
 from megafusion.errors import UserError
 
 PICTURES_A_PIECE = 512
+PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst"}
 
 
 class Piece(NamedTuple):
@@ -45,6 +46,10 @@ def open_piece(kind: Kind, piece: Piece, config: PreprocessConfig, named: NamedP
         return FolderReader(piece)
     (path,) = piece.files
     suffix = path.suffix.lower()
+    if suffix in PACKED:
+        raise UserError(
+            f"{path}: is compressed, and records are read by their place in a file; unpack it first"
+        )
     if kind == "pair":
         names = (config.picture_column, config.caption_column, list(config.filters.scores))
         return PictureTable(path, *names) if suffix == ".parquet" else TarReader(path)
