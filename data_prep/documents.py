@@ -119,8 +119,8 @@ def _of_lists(texts: Any, images: Any, named: Callable[[str], bytes]) -> list[st
 def _of_matches(sentences: Any, matches: Any, named: Callable[[str], bytes]) -> list[str | bytes]:
     """Each image before the sentence that it is matched to, those of one sentence as they are listed.
 
-    An image before its sentence, and sentences joined by a space: as OpenFlamingo, by authors of MMC4, reads it
-    (open_flamingo/train/data.py). MMC4 matches one image to a sentence where it can, so the order of several
+    An image before its sentence, and sentences joined by a space: as OpenFlamingo, by authors of MMC4, reads
+    it (open_flamingo/train/data.py). MMC4 matches one image to a sentence where it can; the order of several
     is ours.
     """
     if not isinstance(sentences, list) or not isinstance(matches, list):
