@@ -1,11 +1,13 @@
 """What can be preprocessed: img2dataset's folders, parquet, JSON lines, interleaved documents."""
 
 import json
+import re
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from data_prep.documents import parts_of
 from megafusion.data.config import DataConfig
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
@@ -13,6 +15,7 @@ from megafusion.data.stream import BatchStream
 from megafusion.errors import UserError
 from megafusion.sequence.packing import RowShape
 from tests.data_prep.raw import png, write_members, write_tar
+from tests.small import ROOT
 
 
 def documents(folder) -> list:
@@ -150,6 +153,12 @@ def test_images_of_mmc4_stand_before_their_sentences(make, tmp_path, tokenizer, 
     expected = [document.segments[0] for document in documents(tmp_path / "each/interleaved")]
     for moments, other in zip((one, two, three), expected, strict=True):
         assert (moments == other).all()
+
+
+def test_the_examples_of_the_page_are_read_as_it_says():
+    obelics, mmc4 = re.findall(r"```json\n(.*)\n```", (ROOT / "docs/data.md").read_text())
+    assert parts_of(json.loads(obelics), str.encode) == ["Fold it.", b"fold.png", "Cut it."]
+    assert parts_of(json.loads(mmc4), str.encode) == ["Fold it.", b"cut.png", "Cut it."]
 
 
 def test_obelics_as_published_needs_its_pictures_by_their_urls(make, tmp_path, tokenizer):
