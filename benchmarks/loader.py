@@ -36,7 +36,7 @@ from megafusion.data.members import StoredDocument
 from megafusion.data.shards import MANIFEST, Manifest, load_manifest, write_shards
 from megafusion.data.source import counter_generator, open_sources
 from megafusion.data.stream import BatchStream, packed_and_skipped
-from megafusion.sequence.document import cut_text, flatten
+from megafusion.sequence.document import cut_document, flatten
 from megafusion.sequence.packing import RowShape, collate, pack_row
 from megafusion.storage import write_file
 
@@ -159,9 +159,9 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
                 used += len(piece)
                 continue
             if not piece.images and room:
-                row.append(cut_text(piece, 0, room))
+                row.append(cut_document(piece, 0, room))
                 used += room
-                piece = cut_text(piece, room, len(piece))
+                piece = cut_document(piece, room, len(piece))
             rows.append((pack_row(row, SHAPE), used))
             pieces.append(piece)
             row, used = [], 0

@@ -71,8 +71,9 @@ class PreprocessConfig(Config):
     texts: tuple[Path, ...] = ()
     """Files of text, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document a line."""
     documents: tuple[Path, ...] = ()
-    """Files of interleaved documents, or folders of them: .jsonl or .parquet with two lists of one length,
-    `texts` and `images`; at each place stands a text, an image, or both in this order, the other null."""
+    """Files of interleaved documents, or folders of them. As OBELICS has them: .jsonl or .parquet with two
+    lists of one length, `texts` and `images`; at each place stands a text, an image, or both in this order,
+    the other null. As MMC4 has them: .jsonl with `text_list` and `image_info`."""
     document_pictures: Path | None = None
     """Tar or folder that holds the images which documents name; parquet may hold their bytes itself."""
     text_column: str = "text"

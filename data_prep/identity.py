@@ -33,6 +33,8 @@ class Identity:
         files = [file for piece in pieces for file in piece_files(piece)] + beside
         self._stats = {str(file): list(file_stat(file)) for file in files}
         whole = [self.fields, self._config, self._stats]
+        # Half-made work is numbered by pieces.
+        whole += [parts] if (parts := [piece.part for piece in pieces if piece.part]) else []
         self.digest = hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:12]
 
     def is_current(self, folder: Path) -> bool:

@@ -1,28 +1,38 @@
-"""Which files are read, and by what: the pieces that a scan's work is cut into, fixed by names alone."""
+"""Which files are read, and by what: the pieces that a scan's work is cut into, fixed by the files alone."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.config import PreprocessConfig
 from data_prep.documents import DocumentLines, DocumentTable, NamedPictures
-from data_prep.lines import JsonReader, LineReader
+from data_prep.lines import JsonReader, LineReader, byte_parts
 from data_prep.records import Picture, Reader, Record
-from data_prep.tables import PictureTable, TextTable
+from data_prep.tables import PictureTable, TextTable, group_parts
 from data_prep.tars import IMAGE_SUFFIXES, TarReader, plain_name, scores_of
 from megafusion.data.shards import Kind
 from megafusion.errors import UserError
 
 PICTURES_A_PIECE = 512
+BYTES_A_PIECE = 64 << 20
+PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst"}
 
 
 class Piece(NamedTuple):
-    """What one process scans at a time: a file, or pictures of a folder."""
+    """What one process scans at a time: a file, a part of one, or pictures of a folder."""
 
     number: int
     folder: Path | None
     """The folder whose pictures these are; None: one file of many records."""
     files: tuple[Path, ...]
+    part: tuple[int, int] | tuple[()] = ()
+    """Of a large file, the bytes in which this piece's lines begin, or its row groups: first and end."""
+
+    @property
+    def opens_file(self) -> bool:
+        """Whether it is a file's first part, or all of it."""
+        return not self.part or self.part[0] == 0
 
 
 def find_pieces(kind: Kind, config: PreprocessConfig) -> list[Piece]:
@@ -33,7 +43,7 @@ def find_pieces(kind: Kind, config: PreprocessConfig) -> list[Piece]:
         if path.is_dir():
             found += _of_folder(kind, path)
         elif path.is_file():
-            found.append((None, (path,)))
+            found += _of_file(kind, path)
         else:
             raise UserError(f"{path}: no such file or folder to preprocess")
     return [Piece(number, *piece) for number, piece in enumerate(found)]
@@ -45,6 +55,10 @@ def open_piece(kind: Kind, piece: Piece, config: PreprocessConfig, named: NamedP
         return FolderReader(piece)
     (path,) = piece.files
     suffix = path.suffix.lower()
+    if suffix in PACKED:
+        raise UserError(
+            f"{path}: is compressed, and records are read by their place in a file; unpack it first"
+        )
     if kind == "pair":
         names = (config.picture_column, config.caption_column, list(config.filters.scores))
         return PictureTable(path, *names) if suffix == ".parquet" else TarReader(path)
@@ -84,16 +98,30 @@ def piece_files(piece: Piece) -> list[Path]:
     return [*piece.files, *(path for path in beside if piece.folder and path.is_file())]
 
 
-def _of_folder(kind: Kind, folder: Path) -> Iterator[tuple[Path | None, tuple[Path, ...]]]:
+def _of_file(kind: Kind, path: Path) -> Iterator[tuple]:
+    """A large file in parts: row groups, or lines by their bytes. Tars stay whole: a key that comes twice is
+    known by the keys before it, and where a member starts by the one before."""
+    parts: list[tuple[int, int]] = []
+    if path.stat().st_size <= BYTES_A_PIECE:
+        pass
+    elif path.suffix.lower() == ".parquet":
+        parts = group_parts(path, BYTES_A_PIECE)
+    elif kind != "pair":
+        parts = byte_parts(path, BYTES_A_PIECE)
+    for part in parts if len(parts) > 1 else [()]:
+        yield None, (path,), part
+
+
+def _of_folder(kind: Kind, folder: Path) -> Iterator[tuple]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if kind != "pair":
-        yield from ((None, (file,)) for file in files)
+        yield from chain.from_iterable(_of_file(kind, file) for file in files)
         return
     tars = {file.with_suffix("") for file in files if file.suffix == ".tar"}
     for file in files:
         # img2dataset writes a .parquet of figures beside each tar, without pictures.
         if file.suffix == ".tar" or (file.suffix == ".parquet" and file.with_suffix("") not in tars):
-            yield None, (file,)
+            yield from _of_file(kind, file)
     pictures = [file for file in files if file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES]
     for first in range(0, len(pictures), PICTURES_A_PIECE):
         yield folder, tuple(pictures[first : first + PICTURES_A_PIECE])

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.records import BadRecord, Record
 
@@ -15,11 +16,13 @@ class LineReader:
         self.path = path
         self._file = path.open("rb", buffering=0)
 
-    def records(self) -> Iterator[Record]:
-        """A record a line, which its key numbers from 1."""
-        offset = 0
+    def records(self, first: int = 0, end: int | None = None) -> Iterator[Record]:
+        """A record a line that begins in bytes [first, end), which its key numbers from 1 on there."""
         with self.path.open("rb") as file:
+            offset = _seek_line(file, first)
             for number, line in enumerate(file, start=1):
+                if end is not None and offset >= end:
+                    return
                 if line.strip():
                     yield Record(str(number), [offset, len(line)])
                 offset += len(line)
@@ -50,6 +53,32 @@ class JsonReader(LineReader):
         if not isinstance(value, str):
             raise BadRecord(f"no string under {self._key!r}")
         return value
+
+
+def byte_parts(path: Path, num_bytes: int) -> list[tuple[int, int]]:
+    """The bytes of a file, so many at a time: first and end."""
+    size = path.stat().st_size
+    return [(first, min(first + num_bytes, size)) for first in range(0, size, num_bytes)]
+
+
+def count_lines(path: Path, first: int, end: int) -> int:
+    """Lines that begin in bytes [first, end)."""
+    count, block = 0, 1 << 20
+    with path.open("rb") as file:
+        start = _seek_line(file, first)
+        count += start < end
+        while start < end - 1 and (content := file.read(min(block, end - 1 - start))):
+            count += content.count(b"\n")
+            start += len(content)
+    return count
+
+
+def _seek_line(file: BinaryIO, first: int) -> int:
+    """Go to where the first line begins at or after a byte."""
+    if first:
+        file.seek(first - 1)
+        file.readline()
+    return file.tell()
 
 
 def json_line(line: str) -> dict:

@@ -56,6 +56,8 @@ def make_plan(
     dropped, skipped, sides = Counter(), Counter(), Counter()
     examples: dict[str, list[str]] = {}
     seen, found, total = Seen(config.filters), set(), 0
+    tables = list(tables)
+    before = lines_before(pieces, tables)
     for piece, path in zip(pieces, tables, strict=True):
         table = parquet.read_table(path)
         total += len(table)
@@ -72,7 +74,8 @@ def make_plan(
             if reason is not None:
                 (skipped if is_bad[row] else dropped)[reason] += 1
                 if len(examples.setdefault(reason, [])) < NUM_EXAMPLES:
-                    examples[reason].append(_where(piece, table.column("key")[row].as_py()))
+                    key = numbered(table.column("key")[row].as_py(), before[piece.number])
+                    examples[reason].append(_where(piece, key))
     _check_keys(config, wanted, found)
     _check_rate(config, skipped, examples, total)
     return Plan(
@@ -86,11 +89,27 @@ def make_plan(
     )
 
 
-def records_at(path: Path, rows: Iterable[int]) -> list[Record]:
-    """Records of a scan's table by their rows."""
+def lines_before(pieces: list[Piece], tables: Iterable[Path]) -> list[int]:
+    """By piece: the lines of its file before those of a part of it; 0 for all else."""
+    found, before = [], 0
+    for piece, path in zip(pieces, tables, strict=True):
+        before = 0 if piece.opens_file else before
+        found.append(before)
+        if piece.part:
+            before += json.loads(parquet.read_schema(path).metadata[b"lines"])
+    return found
+
+
+def numbered(key: str, before: int) -> str:
+    """A record's key in the whole file, from that in its part."""
+    return str(int(key) + before) if before and key else key
+
+
+def records_at(path: Path, rows: Iterable[int], before: int) -> list[Record]:
+    """Records of a scan's table by their rows; `before` as `lines_before` gives it."""
     table = parquet.read_table(path, columns=["key", "at"]).take(pyarrow.array(rows))
     keys, places = (table.column(name).to_pylist() for name in ("key", "at"))
-    return [Record(key, json.loads(at)) for key, at in zip(keys, places, strict=True)]
+    return [Record(numbered(key, before), json.loads(at)) for key, at in zip(keys, places, strict=True)]
 
 
 def _mark_duplicates(table: pyarrow.Table, reasons: list[str | None], seen: Seen) -> None:

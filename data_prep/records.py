@@ -41,8 +41,11 @@ class Picture(NamedTuple):
 class Reader(Protocol):
     """The records of a file, or of a few: in their order, and each by its place."""
 
-    def records(self) -> Any:
-        """Iterator of Record, in the file's order. What is damaged comes as a record with a problem."""
+    def records(self, *part: int) -> Any:
+        """Iterator of Record, in the file's order. What is damaged comes as a record with a problem.
+
+        part: of a file that is scanned in parts, first and end. Lines are numbered within it.
+        """
 
     def read(self, record: Record) -> Any:
         """A Picture, a text (str), or a document's parts (list of str and bytes). Raises BadRecord."""

@@ -13,6 +13,7 @@ from pyarrow import parquet
 from data_prep.config import PreprocessConfig
 from data_prep.filters import Facts, examine
 from data_prep.inputs import Piece, piece_files
+from data_prep.lines import count_lines
 from data_prep.records import BadRecord, Dropped, Reader, Record
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
@@ -44,7 +45,8 @@ def scan_piece(
 
     wanted: keys of the records to look at; None: all. Raises UserError for a bad record by policy.
     """
-    files = {str(file): [*file_stat(file), file_sha256(file)] for file in piece_files(piece)}
+    read = piece_files(piece) if piece.opens_file else []
+    files = {str(file): [*file_stat(file), file_sha256(file)] for file in read}
     rows = []
     for record, facts, error in _judge(piece, open_reader, config, wanted):
         count(1)
@@ -53,7 +55,8 @@ def scan_piece(
         rows.append((record.key, json.dumps(record.at), reason, is_bad, *facts))
     table = pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(table.replace_schema_metadata({"files": json.dumps(files)}), sink)
+    about = {"files": json.dumps(files), "lines": json.dumps(_num_lines(piece))}
+    parquet.write_table(table.replace_schema_metadata(about), sink)
     write_file(out, sink.getvalue().to_pybytes())
 
 
@@ -68,7 +71,7 @@ def _judge(
             raise UserError(f"{piece.files[0]}: {error.reason}; {WAY_OUT}") from error
         yield Record(""), nothing, error
         return
-    for record in reader.records():
+    for record in reader.records(*piece.part):
         if wanted is not None and record.key and record.key not in wanted:
             continue
         try:
@@ -79,10 +82,25 @@ def _judge(
             yield record, examine(reader.read(record), config.filters), None
         except BadRecord as error:
             if config.on_error == "fail":
-                raise UserError(f"{reader.where(record)}: {error.reason}; {WAY_OUT}") from error
+                raise UserError(
+                    f"{reader.where(_numbered(piece, record))}: {error.reason}; {WAY_OUT}"
+                ) from error
             yield record, nothing, error
         except Dropped as error:
             yield record, nothing, error
+
+
+def _num_lines(piece: Piece) -> int:
+    """Lines of a part of a file of lines, by which those of the next parts are numbered; else 0."""
+    is_lines = piece.part and piece.files[0].suffix.lower() != ".parquet"
+    return count_lines(piece.files[0], *piece.part) if is_lines else 0
+
+
+def _numbered(piece: Piece, record: Record) -> Record:
+    """A record whose key numbers it in the whole file."""
+    if piece.opens_file or piece.files[0].suffix.lower() == ".parquet":
+        return record
+    return Record(str(int(record.key) + count_lines(piece.files[0], 0, piece.part[0])), record.at)
 
 
 def file_stat(path: Path) -> tuple[int, int]:

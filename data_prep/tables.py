@@ -1,9 +1,11 @@
 """Parquet: pictures with captions, texts, interleaved documents."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
@@ -26,11 +28,12 @@ class TableReader:
                 raise UserError(f"{path}: has no column {column!r}; its columns are {', '.join(found)}")
         self._columns = columns + [name for name in optional if name in found]
 
-    def records(self) -> Iterator[Record]:
-        """A record a row; a row group that cannot be read is one with a problem."""
-        first = 0
-        for group in range(self._file.num_row_groups):
-            size = self._file.metadata.row_group(group).num_rows
+    def records(self, *part: int) -> Iterator[Record]:
+        """A record a row, of row groups [first, end) or all; an unreadable group is one with a problem."""
+        about, groups = self._file.metadata, range(*(part or (0, self._file.num_row_groups)))
+        first = sum(about.row_group(group).num_rows for group in range(groups.start))
+        for group in groups:
+            size = about.row_group(group).num_rows
             try:
                 self._hold(group)
             except BadRecord as error:
@@ -59,6 +62,17 @@ class TableReader:
             except (OSError, pyarrow.ArrowException) as error:
                 raise BadRecord("a row group that is not readable as parquet") from error
             self._held = group
+
+
+def group_parts(path: Path, num_bytes: int) -> list[tuple[int, int]]:
+    """Row groups [first, end) that hold about as many bytes together; none of a file that is not readable."""
+    try:
+        about = ParquetFile(path).metadata
+    except (OSError, pyarrow.ArrowException):
+        return []
+    ends = np.cumsum([about.row_group(group).total_byte_size for group in range(about.num_row_groups)])
+    firsts = np.flatnonzero(np.diff(ends // num_bytes, prepend=-1)).tolist() if len(ends) else []
+    return list(itertools.pairwise([*firsts, len(ends)]))
 
 
 class PictureTable(TableReader):

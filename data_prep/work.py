@@ -12,7 +12,7 @@ from data_prep.config import PreprocessConfig
 from data_prep.documents import NamedPictures
 from data_prep.inputs import Piece, open_piece
 from data_prep.make import CHANGED, DocumentMaker, make_shard
-from data_prep.plan import records_at
+from data_prep.plan import lines_before, records_at
 from data_prep.records import BadRecord, Reader, Record
 from data_prep.scan import scan_piece
 from megafusion.autoencoder.codec import ImageCodec
@@ -76,7 +76,7 @@ class Worker:
     def _records(self, task: ShardTask) -> Iterator[tuple[Record, Any, str]]:
         for piece in np.unique(task.pieces):
             path = table_path(self._settings.work, int(piece))
-            for record in records_at(path, task.rows[task.pieces == piece]):
+            for record in records_at(path, task.rows[task.pieces == piece], self._before[piece]):
                 reader = self._reader(int(piece))
                 try:
                     raw = reader.read(record)
@@ -93,6 +93,11 @@ class Worker:
             reader = open_piece(settings.kind, settings.pieces[piece], settings.config, self._named)
             self._opened = piece, reader
         return self._opened[1]
+
+    @cached_property
+    def _before(self) -> list[int]:
+        pieces = self._settings.pieces
+        return lines_before(pieces, [table_path(self._settings.work, piece.number) for piece in pieces])
 
     @cached_property
     def _maker(self) -> DocumentMaker:

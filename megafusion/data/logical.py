@@ -17,7 +17,7 @@ from megafusion.data.members import BadBytes, BadDocument
 from megafusion.data.skips import beyond_chance
 from megafusion.data.source import DOCUMENT, PHASE, Source, counter_generator
 from megafusion.errors import UserError
-from megafusion.sequence.document import FlatDocument, cut_text, flatten
+from megafusion.sequence.document import FlatDocument, cut_document, find_cut, flatten, images_between
 from megafusion.sequence.packing import RowShape, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class StreamState:
     positions_packed: dict[str, int]
     """By source: sequence positions packed so far, which steer the mixture."""
     pending: list[list] = field(default_factory=list)
-    """Documents and pieces of texts read and not packed yet, oldest first: source, epoch, order in it,
+    """Documents and pieces of them read and not packed yet, oldest first: source, epoch, order in it,
     first position, end, images."""
     num_read: int = 0
     """Documents read so far, those left out among them."""
@@ -68,7 +68,7 @@ class LogicalStream:
         self.state = StreamState({name: [0, 0, 0] for name in sources}, dict.fromkeys(sources, 0))
         self.news: list[str] = []
         """What was left out since somebody looked."""
-        self._documents: dict[tuple, tuple[FlatDocument, np.random.Generator]] = {}
+        self._documents: dict[tuple, tuple[FlatDocument, np.random.Generator | None]] = {}
         self._phase = {name: self._start(source) for name, source in sources.items()}
         # The least that a cut may leave on either side: slivers teach nothing and cost no fill.
         self._least = max(2, shape.length // 64)
@@ -82,7 +82,8 @@ class LogicalStream:
         """The next packed row (see `pack_row`); `state` then stands after it.
 
         The oldest opens the row, so that none waits for ever; then comes the longest that still fits; and
-        when none fits, the longest text is cut to fill the row, its rest keeping its place in the queue.
+        when none fits, a text or an interleaved document is cut to fill the row, its rest keeping its place
+        in the queue.
         """
         chosen: list[FlatDocument] = []
         room, slots = self._shape.length, self._shape.num_images
@@ -93,32 +94,33 @@ class LogicalStream:
             if place is None:
                 break
             name, _, _, first, last, num_images = place
-            document, generator = self._document(*place[:3])
-            if last - first > room:
-                place[3] = last = self._cut(first, last, room)
+            end = self._cut(place, room, slots)
+            piece = cut_document(self._drawn(place) if num_images else self._whole(place), first, end)
+            if end < last:
+                place[3], place[5] = end, num_images - len(piece.images)
             else:
                 self.state.pending.remove(place)
-            if num_images:
-                document = draw_images(document, self._sources[name].folder.manifest, self._shape, generator)
-            else:
-                document = cut_text(document, first, last)
-            chosen.append(document)
-            room -= len(document)
-            slots -= len(document.images)
-            self.state.positions_packed[name] += len(document)
+            chosen.append(piece)
+            room -= len(piece)
+            slots -= len(piece.images)
+            self.state.positions_packed[name] += len(piece)
         self._forget()
         return pack_row(chosen, self._shape)
 
     def _choose(self, room: int, slots: int) -> list | None:
-        """What comes next in a row: of the source that is due, the longest that fits, or a text to be cut."""
+        """What comes next in a row: of the source that is due, the longest that fits, or one to be cut."""
         best: dict[str, tuple[bool, int, list]] = {}
         for place in self.state.pending:
             name, _, _, first, last, num_images = place
-            fits = last - first <= room and num_images <= slots
-            if fits or (not num_images and self._cut(first, last, room) > first):
-                rank = (fits, last - first, place)
-                if name not in best or rank[:2] > best[name][:2]:
-                    best[name] = rank
+            length = last - first
+            fits = length <= room and num_images <= slots
+            if not fits:
+                end = self._cut(place, room, slots) if self._may_cut(place) else first
+                if end == first:
+                    continue
+                length = end - first if num_images else length
+            if name not in best or (fits, length) > best[name][:2]:
+                best[name] = fits, length, place
         if not best:
             return None
         return best[self._due({name: min(n, room) for name, (_, n, _) in best.items()}, self._credit())][2]
@@ -134,10 +136,21 @@ class LogicalStream:
         """
         return min(lengths, key=lambda n: (2 * credit[n] + lengths[n]) / self._config.sources[n].weight)
 
-    def _cut(self, first: int, last: int, room: int) -> int:
-        """Where to cut [first, last) so that at most `room` come first; `first` where nowhere."""
-        end = min(first + room, last - self._least) if first + room < last else last
-        return end if end - first >= self._least or end == last else first
+    def _may_cut(self, place: list) -> bool:
+        """Whether what waits may be cut to fill a row: texts, and interleaved documents."""
+        name, *_, num_images = place
+        return not num_images or self._sources[name].folder.manifest.kind == "interleaved"
+
+    def _cut(self, place: list, room: int, slots: int) -> int:
+        """Where to cut what waits so that it fits and images stay whole; its first position where nowhere."""
+        return find_cut(self._whole(place), *place[3:5], room, slots, self._least)
+
+    def _next_end(self, document: FlatDocument, first: int) -> int:
+        """Where the next piece of a document ends, which holds what a row can."""
+        most = first, len(document), self._shape.length, self._shape.num_images
+        end = find_cut(document, *most, self._least)
+        # Where images leave no other place, a piece may be a sliver; never eos alone.
+        return end if end > first else find_cut(document, *most, 2)
 
     def _read_next(self) -> None:
         """Bring one more document, or piece of a text, into the look-ahead: of the source that lags most."""
@@ -148,12 +161,13 @@ class LogicalStream:
         epoch, order, first = self.state.position[name]
         self.state.num_read += first == 0
         try:
-            document, _ = self._document(name, epoch, order)
+            document = self._whole([name, epoch, order])
         except BadDocument as error:
             self._skip(error)
         else:
-            last = self._cut(first, len(document), self._shape.length)
-            self.state.pending.append([name, epoch, order, first, last, len(document.images)])
+            last = self._next_end(document, first)
+            here = images_between(document, first, last)
+            self.state.pending.append([name, epoch, order, first, last, here.stop - here.start])
             if last < len(document):
                 self.state.position[name] = [epoch, order, last]
                 return
@@ -191,16 +205,25 @@ class LogicalStream:
         """Positions that would be read next of a source; 0 where its next document is bad."""
         epoch, order, first = self.state.position[name]
         try:
-            document, _ = self._document(name, epoch, order)
+            return self._next_end(self._whole([name, epoch, order]), first) - first
         except BadDocument:
             return 0
-        return self._cut(first, len(document), self._shape.length) - first
 
-    def _document(self, *key: str | int) -> tuple[FlatDocument, np.random.Generator]:
-        """A document by source, epoch and order, images not drawn; read again where a state names it."""
+    def _whole(self, place: list) -> FlatDocument:
+        """The whole document of a place, its images drawn or not; read again where a state names it."""
+        key = tuple(place[:3])
         if key not in self._documents:
             self._documents[key] = self._load(*key)
-        return self._documents[key]
+        return self._documents[key][0]
+
+    def _drawn(self, place: list) -> FlatDocument:
+        """The whole document with each image drawn, in order, so that no draw depends on where it is cut."""
+        document, key = self._whole(place), tuple(place[:3])
+        generator = self._documents[key][1]
+        if generator:
+            document = draw_images(document, self._sources[place[0]].folder.manifest, self._shape, generator)
+            self._documents[key] = document, None
+        return document
 
     def _forget(self) -> None:
         """Keep the documents that are pending, or read in part, alone."""
@@ -225,11 +248,12 @@ class LogicalStream:
         document = flatten(parts, self._tokenizer, self._shape.num_patches)
         if document.tokens.max() >= self._tokenizer.vocab_size:
             raise BadDocument(where, "a token that the tokenizer does not have")
-        if document.images and not self._shape.fits(document):
+        start = document.image_start
+        longest = int((document.row_end[start] - start).max(initial=0)) + 4
+        if longest > self._shape.length:
             raise UserError(
-                f"{where} ({stored.metadata.get('caption', '')[:60]!r}): {len(document)} positions and "
-                f"{len(document.images)} images do not fit in a row of data.sequence_length "
-                f"{self._shape.length} and data.images_per_row {self._shape.num_images}; raise them or "
-                "shorten the caption"
+                f"{where} ({stored.metadata.get('caption', '')[:60]!r}): an image takes {longest} positions "
+                "with bos, boi, eoi and eos and does not fit in a row of data.sequence_length "
+                f"{self._shape.length}; raise it"
             )
         return document, generator

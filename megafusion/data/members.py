@@ -7,6 +7,7 @@ once. tarfile and np.load would take longer over this than drawing the noise doe
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from megafusion.errors import UserError
 BLOCK = 512
 TYPES = {"tokens": (np.dtype("<i4"), 1), "moments": (np.dtype("<f2"), 4)}
 PICTURE = "picture.webp"
+NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 
 
 class BadDocument(UserError):
@@ -90,7 +92,8 @@ def tar_members(content: bytes | memoryview, whole: int | None = None) -> Iterat
 
 def parse_document(content: bytes, latent_shape: tuple[int, ...] | None) -> StoredDocument:
     """A document from its members. Raises BadBytes saying what is wrong with them."""
-    metadata, segments, key = None, [], None
+    metadata, key = None, None
+    segments: dict[int, np.ndarray | bytes] = {}
     for member in tar_members(content):
         own_key, _, kind = member.name.partition(".")
         if "/" in member.name or "\\" in member.name or not own_key:
@@ -108,12 +111,15 @@ def parse_document(content: bytes, latent_shape: tuple[int, ...] | None) -> Stor
         is_picture = name == PICTURE
         if not (is_picture or (name.endswith(".npy") and name[:-4] in TYPES)):
             raise BadBytes("a member of unknown kind")
-        if number != str(len(segments)):
-            raise BadBytes("members doubled, missing or out of order")
-        segments.append(bytes(data) if is_picture else _array(data, *TYPES[name[:-4]], latent_shape))
+        if not NUMBER.fullmatch(number) or int(number) in segments:
+            raise BadBytes("members doubled or without a number")
+        segments[int(number)] = bytes(data) if is_picture else _array(data, *TYPES[name[:-4]], latent_shape)
     if metadata is None:
         raise BadBytes("no .json member")
-    return StoredDocument(metadata, tuple(segments))
+    # webdataset writes members in the order of their names, 10 before 2.
+    if sorted(segments) != list(range(len(segments))):
+        raise BadBytes("members missing")
+    return StoredDocument(metadata, tuple(segments[n] for n in range(len(segments))))
 
 
 def _metadata(data: bytes) -> dict:

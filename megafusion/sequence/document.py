@@ -77,18 +77,46 @@ def flatten(segments: Sequence[np.ndarray | Any], tokenizer: Tokenizer, num_patc
     return FlatDocument(tokens, labels, patch, row_end, np.array(image_start, np.int32), images)
 
 
-def cut_text(document: FlatDocument, first: int, last: int) -> FlatDocument:
-    """Positions [first, last) of a document without images, as a document of its own.
+def cut_document(document: FlatDocument, first: int, last: int) -> FlatDocument:
+    """Positions [first, last) of a document as a document of its own; neither end may part an image.
 
     It sees nothing of what stood before it and its positions restart; its last position keeps its target,
-    which is the next piece's first token, so that pieces end to end lose no target and double none.
+    which is the next piece's first token (boi among them), so that pieces end to end lose no target and
+    double none.
     """
-    assert not document.images
+    here = images_between(document, first, last)
+    image_start, patch = document.image_start[here], document.patch[first:last]
+    if here.start and len(image_start):
+        patch = np.where(patch < 0, -1, patch - document.patch[image_start[0]])
     return FlatDocument(
         tokens=document.tokens[first:last],
         labels=document.labels[first:last],
-        patch=document.patch[first:last],
-        row_end=document.row_end[: last - first],
-        image_start=document.image_start,
-        images=(),
+        patch=patch,
+        row_end=document.row_end[first:last] - first,
+        image_start=image_start - first,
+        images=document.images[here],
     )
+
+
+def images_between(document: FlatDocument, first: int, last: int) -> slice:
+    """Which images stand in positions [first, last), neither of which parts one."""
+    return slice(*np.searchsorted(document.image_start, (first, last)).tolist())
+
+
+def find_cut(document: FlatDocument, first: int, last: int, room: int, slots: int, least: int) -> int:
+    """Where to cut [first, last) so that at most `room` positions and `slots` images come first.
+
+    `last` where no cut is needed; `first` where there is no place for one that parts no image and leaves
+    `least` positions on either side.
+    """
+    end = last if last - first <= room else min(first + room, last - least)
+    if document.images:
+        here = images_between(document, first, last)
+        if here.stop - here.start > slots:
+            end = min(end, int(document.image_start[here.start + slots]) - 1)
+        image = int(np.searchsorted(document.image_start, end, side="right")) - 1
+        if image >= 0:
+            start = int(document.image_start[image])
+            # From boi up to eoi, which stands where the image's patches end.
+            end = start - 1 if end <= document.row_end[start] else end
+    return end if end == last or end - first >= least else first

@@ -79,20 +79,11 @@ def _check_compiler() -> None:
 
 
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
-    """UserError where a source's latents or longest documents do not fit the run's rows."""
-    model, data = config.model, config.data
+    """UserError where a source's latents are not those of the model."""
+    model = config.model
     if manifest.latent_shape not in (None, model.latent_shape):
         raise UserError(
             f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
-        )
-    if not manifest.num_images:
-        return
-    most = 2 + manifest.max_tokens_beside_images + manifest.max_images * (model.num_patches + 2)
-    if most > data.sequence_length or manifest.max_images > data.images_per_row:
-        raise UserError(
-            f"{key}: its documents with images take up to {most} positions and {manifest.max_images} images, "
-            f"more than a row of data.sequence_length {data.sequence_length} and data.images_per_row "
-            f"{data.images_per_row}; raise them or shorten the captions"
         )
 
 

@@ -1,6 +1,7 @@
 """Synthetic shards, streams over them, and hashes of rows: what the tests of streams share."""
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,30 @@ def write_texts(folder: Path, num: int, per_shard: int = 16, length=lambda r: in
     return folder
 
 
+class ManyIds(Ids):
+    """As many tokens as a test likes, so that each may stand once alone."""
+
+    vocab_size = 1 << 30
+
+
+def write_documents(folder: Path, documents: list[list[int]], per_shard: int = 5, latents=LATENTS) -> Path:
+    """Interleaved documents: a text of so many tokens, or an image for a 0. No token comes twice, from 100
+    on; the n-th image's latents are n, with next to no deviation."""
+    token, image = itertools.count(100), itertools.count()
+
+    def segment(length: int) -> np.ndarray:
+        if length:
+            return np.array(list(itertools.islice(token, length)), np.int32)
+        return np.stack([np.full(latents, value, np.float16) for value in (next(image), -30)])
+
+    stored = [
+        StoredDocument({"key": str(n)}, tuple(map(segment, parts))) for n, parts in enumerate(documents)
+    ]
+    fields = {"kind": "interleaved", "tokenizer_sha256": "t", "vae_sha256": "v", "latent_shape": latents}
+    write_shards(folder, stored, per_shard, provenance={}, **fields)
+    return folder
+
+
 def stream_of(
     sources: dict[str, tuple[Path | str, float]],
     rows: range,
@@ -61,6 +86,7 @@ def stream_of(
     picture_size: tuple[int, int] = (0, 0),
     seed: int = 0,
     micro: int = 1,
+    ids: type[Ids] = Ids,
     **changes,
 ) -> BatchStream:
     """A rank's stream over folders (or URLs) and weights; `changes` are of DataConfig."""
@@ -74,8 +100,8 @@ def stream_of(
     }
     config = DataConfig(**values | changes)
     shape = RowShape(length, slots, num_patches, latents, picture_size)
-    opened = open_sources(config, Ids, "v", seed)
-    return BatchStream(config, opened, shape, Ids, 1000, num_rows, rows, micro)
+    opened = open_sources(config, ids, "v", seed)
+    return BatchStream(config, opened, shape, ids, 1000, num_rows, rows, micro)
 
 
 def digest(batch) -> list[str]:

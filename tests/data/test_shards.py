@@ -50,6 +50,14 @@ def test_round_trip(folder):
             assert np.array_equal(a, b)
 
 
+def test_a_document_of_many_segments_keeps_their_order(tmp_path):
+    """webdataset writes members in the order of their names, in which 10 stands before 2."""
+    segments = tuple(np.full(n + 1, n, np.int32) for n in range(123))
+    write_shards(tmp_path / "web", [StoredDocument({}, segments)], 4, **FIELDS | {"kind": "interleaved"})
+    found = ShardFolder(tmp_path / "web").read(0, 0).segments
+    assert [segment.tolist() for segment in found] == [[n] * (n + 1) for n in range(123)]
+
+
 def test_plain_webdataset_reads_the_same(folder):
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     samples = list(WebDataset(urls, shardshuffle=False).decode())

@@ -354,15 +354,6 @@ def test_other_tokenizer_or_autoencoder_is_refused(data, tokenizer, codec):
         open_sources(data, Other(), codec.hash, 0)
 
 
-def test_a_caption_longer_than_the_row_is_refused_with_its_name(data, tokenizer, codec):
-    data = data.model_copy(update={"sequence_length": 20})
-    sources = open_sources(data, tokenizer, codec.hash, 0)
-    stream = LogicalStream(0, sources, data, RowShape(20, 4, 16, (4, 8, 8)), tokenizer, 1000)
-    message = r"pairs, document \d+ .*style.*do not fit in a row of data.sequence_length 20"
-    with pytest.raises(UserError, match=message):
-        [stream.next_row() for _ in range(20)]
-
-
 def test_stream_counts_that_do_not_fit_are_refused(make_stream, data):
     with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of the 4 rows"):
         make_stream(data=data.model_copy(update={"num_streams": 6}))

@@ -135,6 +135,14 @@ def test_bad_lines_and_tables(make, tmp_path, name):
     assert made.num_documents == (1 if name == "e.parquet" else 2)
 
 
+def mmc4(**changes) -> dict:
+    """A document of MMC4 whose only image is changed."""
+    return {
+        "text_list": ["a", "b"],
+        "image_info": [{"image_name": "fine.png", "matched_text_index": 0} | changes],
+    }
+
+
 BAD_DOCUMENTS = {
     "of unequal lengths": ({"texts": ["a", "b"], "images": [None]}, "not two lists of one length"),
     "that climbs": ({"texts": [None], "images": ["../secret.png"]}, "leads out of document_pictures"),
@@ -143,6 +151,28 @@ BAD_DOCUMENTS = {
     "with a broken picture": ({"texts": ["x", None], "images": [None, "bad.png"]}, "does not decode"),
     "of nothing": ({"texts": [None], "images": [None]}, "empty document"),
     "of numbers": ({"texts": [1], "images": [None]}, "a text is no string"),
+    "of half a layout": ({"texts": ["a"]}, "not two lists of one length"),
+    "of no layout": (
+        {"text": "a", "image_list": []},
+        r"its keys are image_list, text, and neither `texts` and `images` \(as OBELICS has\) "
+        r"nor `text_list` and `image_info` \(as MMC4 has\)",
+    ),
+    "of half of MMC4's": ({"text_list": ["a"]}, "its keys are text_list, and neither"),
+    "with a URL": ({"texts": [None], "images": ["http://x.org/a.png"]}, "an image is a URL: fetch"),
+    "whose image is nowhere": (mmc4(image_name="no.png"), "not in document_pictures"),
+    "whose image climbs": (mmc4(image_name="../secret.png"), "leads out of document_pictures"),
+    "whose image is broken": (mmc4(image_name="bad.png"), "does not decode"),
+    "matched beyond the end": (mmc4(matched_text_index=2), "`matched_text_index` that is in `text_list`"),
+    "matched before the start": (mmc4(matched_text_index=-1), "`matched_text_index` that is in"),
+    "matched to null": (mmc4(matched_text_index=None), "`matched_text_index` that is in"),
+    "matched to true": (mmc4(matched_text_index=True), "`matched_text_index` that is in"),
+    "matched to 0.5": (mmc4(matched_text_index=0.5), "`matched_text_index` that is in"),
+    "with a null name": (mmc4(image_name=None), "an image without `image_name`"),
+    "with a null image": ({"text_list": ["a"], "image_info": [None]}, "an image without `image_name`"),
+    "with null for images": ({"text_list": ["a"], "image_info": None}, "are not two lists"),
+    "with null for sentences": ({"text_list": None, "image_info": []}, "are not two lists"),
+    "with a null sentence": ({"text_list": ["a", None], "image_info": []}, "a sentence is no string"),
+    "of empty sentences": ({"text_list": [" "], "image_info": []}, "empty document"),
 }
 
 
@@ -152,6 +182,7 @@ def test_bad_documents(make, tmp_path, case):
     (tmp_path / "secret.png").write_bytes(png())
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/bad.png").write_bytes(png()[:70])
+    (tmp_path / "pictures/fine.png").write_bytes(png())
     good = {"texts": ["fine"], "images": [None]}
     (tmp_path / "d.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(document)}\n")
     values = {"documents": (tmp_path / "d.jsonl",), "document_pictures": tmp_path / "pictures"}
@@ -159,6 +190,13 @@ def test_bad_documents(make, tmp_path, case):
         make(**values)
     (made,) = make(**values, on_error="skip")
     assert made.num_documents == 1
+
+
+@pytest.mark.parametrize("name", ["docs_no_face_shard_0_v3.jsonl.zip", "d.jsonl.gz"])
+def test_what_is_compressed_is_to_be_unpacked(make, tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match=rf"{name}: is compressed.*unpack it first"):
+        make(documents=(tmp_path / name,))
 
 
 def test_a_link_in_the_folder_of_document_pictures_leads_nowhere(make, tmp_path):

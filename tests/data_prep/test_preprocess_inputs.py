@@ -1,18 +1,21 @@
 """What can be preprocessed: img2dataset's folders, parquet, JSON lines, interleaved documents."""
 
 import json
+import re
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from data_prep.documents import parts_of
 from megafusion.data.config import DataConfig
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
 from megafusion.data.stream import BatchStream
 from megafusion.errors import UserError
 from megafusion.sequence.packing import RowShape
-from tests.data_prep.raw import png, write_tar
+from tests.data_prep.raw import png, write_members, write_tar
+from tests.small import ROOT
 
 
 def documents(folder) -> list:
@@ -103,6 +106,77 @@ def test_interleaved_documents_keep_the_order_of_their_parts(make, tmp_path, tok
     assert (first.segments[1] == second.segments[0]).all()  # a.png, both times
     assert (first.segments[1] != first.segments[3]).any()
     assert (folder / "sheet.png").is_file()
+
+
+MMC4 = {
+    "url": "http://x.org/page.html",
+    "text_list": ["One.", "Two.", "Three.", " ", "Five."],
+    "image_info": [
+        {"image_name": "late.png", "raw_url": "http://x.org/1", "matched_text_index": 4, "matched_sim": 0.2},
+        {
+            "image_name": "b.png",
+            "raw_url": "http://x.org/2",
+            "matched_text_index": 2,
+            "face_detections": None,
+        },
+        {"image_name": "a.png", "raw_url": "http://x.org/3", "matched_text_index": 2, "matched_sim": 0.3},
+    ],
+    "similarity_matrix": [[0.1] * 5] * 3,
+    "could_have_url_duplicate": 0,
+}
+
+
+@pytest.mark.parametrize("place", ["folder", "tar"])
+def test_images_of_mmc4_stand_before_their_sentences(make, tmp_path, tokenizer, place):
+    pictures = {"a": png("red"), "b": png("blue"), "late": png("green")}
+    if place == "tar":
+        write_tar(tmp_path / "pictures", {key: {"png": content} for key, content in pictures.items()})
+    else:
+        (tmp_path / "pictures").mkdir()
+        for key, content in pictures.items():
+            (tmp_path / f"pictures/{key}.png").write_bytes(content)
+    plain = {"text_list": ["No image."], "image_info": []}
+    (tmp_path / "docs_shard_0.jsonl").write_text("".join(f"{json.dumps(d)}\n" for d in (MMC4, plain)))
+    make(documents=(tmp_path / "docs_shard_0.jsonl",), document_pictures=tmp_path / "pictures")
+    found = texts(tmp_path / "out/interleaved", tokenizer)
+    assert found == [["One. Two.", None, None, "Three.", None, "Five."], ["No image."]]
+    one, two, three = (s for s in documents(tmp_path / "out/interleaved")[0].segments if s.ndim == 4)
+    # blue, red, green: which is which is known from documents of one picture each.
+    rows = [{"texts": [None, color], "images": [f"{color}.png", None]} for color in ("b", "a", "late")]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make(
+        out=tmp_path / "each",
+        documents=(tmp_path / "one.jsonl",),
+        document_pictures=tmp_path / "pictures",
+        batch_size=3,
+    )
+    expected = [document.segments[0] for document in documents(tmp_path / "each/interleaved")]
+    for moments, other in zip((one, two, three), expected, strict=True):
+        assert (moments == other).all()
+
+
+def test_the_examples_of_the_page_are_read_as_it_says():
+    obelics, mmc4 = re.findall(r"```json\n(.*)\n```", (ROOT / "docs/data.md").read_text())
+    assert parts_of(json.loads(obelics), str.encode) == ["Fold it.", b"fold.png", "Cut it."]
+    assert parts_of(json.loads(mmc4), str.encode) == ["Fold it.", b"cut.png", "Cut it."]
+
+
+def test_obelics_as_published_needs_its_pictures_by_their_urls(make, tmp_path, tokenizer):
+    """URLs, and metadata as a string of JSON: read where a tar has members named so, else told what to do."""
+    url = "http://x.org/a.png?size=1"
+    row = {
+        "images": [None, url],
+        "metadata": json.dumps([None, {"alt_text": "a"}]),
+        "general_metadata": json.dumps({"url": "http://x.org"}),
+        "texts": ["before", None],
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "obelics.parquet")
+    message = r"obelics\.parquet, row 0: an image is a URL: fetch the pictures and name them"
+    with pytest.raises(UserError, match=message):
+        make(documents=(tmp_path / "obelics.parquet",))
+    write_members(tmp_path / "pictures", [(url, png())])
+    make(documents=(tmp_path / "obelics.parquet",), document_pictures=tmp_path / "pictures")
+    assert texts(tmp_path / "out/interleaved", tokenizer) == [["before", None]]
 
 
 def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_folder):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megafusion.model.transfusion import ModelConfig, Transfusion
 from megafusion.objective.losses import ObjectiveConfig
-from megafusion.sequence.document import NoisedImage, cut_text, flatten
+from megafusion.sequence.document import NoisedImage, cut_document, flatten
 from megafusion.sequence.packing import RowShape, collate, pack_row, with_counts
 
 VOCABULARY, LATENTS, NUM_PATCHES = 32, (2, 4, 4), 4
@@ -65,7 +65,7 @@ def test_a_row_holds_its_documents_side_by_side():
 
 def test_a_text_is_cut_into_documents_that_keep_its_targets():
     flat = document([20], 0)
-    pieces = [cut_text(flat, first, last) for first, last in ((0, 8), (8, 11), (11, 22))]
+    pieces = [cut_document(flat, first, last) for first, last in ((0, 8), (8, 11), (11, 22))]
     assert np.array_equal(np.concatenate([p.labels for p in pieces]), flat.labels)
     assert pieces[0].labels[-1] == pieces[1].tokens[0]
     assert [p.row_end.tolist() for p in pieces] == [[*range(1, n + 1)] for n in (8, 3, 11)]

@@ -102,14 +102,6 @@ def test_a_checkpoint_of_another_model_is_named(run_values):
         load_whole(checkpoint, {"no.such.weight": (1,)}, "ema")
 
 
-def test_captions_that_do_not_fit_in_a_row_are_refused_at_start(run_values):
-    run_values["data"]["sequence_length"] = 22
-    message = r"data\.sources\.pairs: its documents with images take up to \d+ positions and 1 images"
-    with pytest.raises(UserError, match=message):
-        start(run_values)
-    assert not Path(run_values["out"]).exists()
-
-
 @pytest.mark.parametrize("damage", ["missing", "short", "type", "order"])
 def test_a_wrong_index_is_refused_at_start(run_values, own_shards, damage):
     index = own_shards / "pairs/shard-000001.index.npy"
