@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -271,6 +271,33 @@ def launch(
     from megafusion.launch.command import launch as run
 
     typer.echo(run(config, overrides or [], site, nodes, time_limit, launcher, dry_run))
+
+
+@app.command()
+def keys(
+    command: Annotated[
+        Literal["train", "preprocess", "train-vae"], typer.Argument(help="Whose configuration.")
+    ],
+    under: Annotated[str, typer.Argument(help="Beginning of the keys to list: data., say.")] = "",
+) -> None:
+    """List the keys of a configuration: the default of each, or that it is required, and what it is.
+
+    Example: megafusion keys train optimizer.
+    """
+    from megafusion.config import keys_of
+
+    if command == "train":
+        from megafusion.train.config import RunConfig as Chosen
+    elif command == "preprocess":
+        from data_prep.config import PreprocessConfig as Chosen
+    else:
+        from megafusion.autoencoder.train import AutoencoderConfig as Chosen
+    found = [key for key in keys_of(Chosen) if key.path.startswith(under)]
+    if not found:
+        raise UserError(f"no key of {command} begins with {under!r}; leave it out to list all")
+    for key in found:
+        choices = f" of {', '.join(map(str, key.choices))}" if key.choices else ""
+        typer.echo(f"{key.path}: {key.default}{choices}\n    {key.about}")
 
 
 checkpoint_app = typer.Typer(

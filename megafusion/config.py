@@ -2,9 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,6 +67,27 @@ def dump_config(config: Config, exclude: Set[str] = frozenset()) -> str:
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Dotted paths of the leaves in which two configurations differ."""
     return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+
+
+class Key(NamedTuple):
+    """Of a configuration: its dotted path, its default (or "required"), its choices if any, its sentence."""
+
+    path: str
+    default: str
+    choices: tuple
+    about: str
+
+
+def keys_of(cls: type[Config], parent: str = "") -> Iterator[Key]:
+    """Every key of a configuration and of those within it; NAME stands for any name."""
+    for name, field in cls.model_fields.items():
+        path = parent + name
+        if inner := next((c for c in _classes_in(field.annotation) if issubclass(c, Config)), None):
+            yield from keys_of(inner, f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        yield Key(path, default, choices, " ".join((field.description or "").split()))
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

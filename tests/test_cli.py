@@ -18,7 +18,7 @@ from megafusion.generate.command import open_picture, open_pipeline
 from megafusion.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch")
+COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch", "keys")
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -224,3 +224,20 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
 def test_pictures_open(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert open_picture(tmp_path / "a.png").size == (4, 4)
+
+
+@pytest.mark.parametrize("command", ["train", "preprocess", "train-vae"])
+def test_every_key_is_listed_with_its_default_and_sentence(command):
+    said = run("keys", command)[1].splitlines()
+    assert len(said) > 30
+    keys, sentences = said[::2], said[1::2]
+    assert all(": " in key for key in keys)
+    assert all(sentence.startswith("    ") and sentence.endswith(".") for sentence in sentences)
+
+
+def test_some_keys_are_listed_alone():
+    said = run("keys", "train", "parallel.zero")[1]
+    assert said.startswith("parallel.zero_stage: 1 of 0, 1, 2, 3\n    ")
+    status, refused = run("keys", "train", "paralel.")
+    assert status == 2
+    assert "no key of train begins with 'paralel.'" in refused
