@@ -28,10 +28,17 @@ class Job:
     time: str | None
     """Time limit in sbatch's form; None for the site's."""
 
+    submission: str
+    """Names this submission among the run's: a job reads its files again at each of its starts."""
+
     @property
-    def folder(self) -> Path:
-        """Where the job's own files are."""
-        return self.run / "launch"
+    def config(self) -> Path:
+        """The frozen configuration of this submission."""
+        return self.run / "launch" / self.submission / "config.yaml"
+
+    @property
+    def script(self) -> Path:
+        return self.config.with_name("train.sbatch")
 
     @property
     def world_size(self) -> int:
@@ -62,7 +69,7 @@ def render(job: Job) -> str:
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in sorted(options.items())]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(values.items())]
-    lines += ["unset MEGAFUSION_SITE", f"set -- {shlex.quote(str(job.folder / 'config.yaml'))}"]
+    lines += ["unset MEGAFUSION_SITE", f"set -- {shlex.quote(str(job.config))}"]
     before, marker, after = TEMPLATE.read_text().partition(MARKER)
     assert marker, f"{TEMPLATE}: the line {MARKER!r} is gone"
     return before + "\n".join(lines) + "\n" + after

@@ -43,17 +43,23 @@ FREE_KEYS = (
 )
 
 
+def refuse_other_recipe(config: RunConfig) -> bool:
+    """Whether the run folder holds a run. UserError where it has another recipe."""
+    if not (config.out / "config.yaml").is_file():
+        return False
+    changed = changed_keys(load_run_config(config.out), config)
+    changed = [key for key in changed if not key.startswith(FREE_KEYS)]
+    if changed:
+        raise UserError(
+            f"{config.out}: holds a run with other values of {', '.join(changed)} (see its config.yaml); "
+            "a run keeps its length and recipe: choose another out="
+        )
+    return True
+
+
 def freeze(config: RunConfig) -> None:
     """Write the run folder's record, or check that a run to be resumed is this one."""
-    path = config.out / "config.yaml"
-    if path.is_file():
-        changed = changed_keys(load_run_config(config.out), config)
-        changed = [key for key in changed if not key.startswith(FREE_KEYS)]
-        if changed:
-            raise UserError(
-                f"{config.out}: holds a run with other values of {', '.join(changed)} (see its config.yaml); "
-                "a run keeps its length and recipe: choose another out="
-            )
+    if refuse_other_recipe(config):
         _check_shards(config)
         return
     # A start that hung has left its stacks, a launcher its job and logs: no reason to refuse a start.
@@ -61,7 +67,7 @@ def freeze(config: RunConfig) -> None:
     environment = json.dumps(_environment(config), indent=1) + "\n"
     try:
         write_file(config.out / "environment.json", environment)
-        write_file(path, dump_config(config))
+        write_file(config.out / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(
             f"{config.out}: cannot be written ({error.strerror or error}); make room, or choose another out="

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -77,7 +78,7 @@ def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_
     found = {line.removeprefix("#SBATCH --") for line in options.splitlines() if line.startswith("#SBATCH")}
     assert expected <= found
     assert f"output={tmp_path}/run/logs/job-%j.log" in found
-    assert f"set -- {tmp_path}/run/launch/config.yaml" in options
+    assert re.search(rf"^set -- {tmp_path}/run/launch/[\d-]+/config.yaml$", options, re.MULTILINE)
     # sbatch stops reading options at the first command
     assert options.rindex("#SBATCH") < options.index("\nexport ")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -124,6 +125,30 @@ def test_without_sbatch_the_way_out_is_named(config_file, tmp_path, monkeypatch)
         launch(str(config_file), "--site", "local-test")
 
 
+@pytest.mark.skipif(not shutil.which("sbatch"), reason="sbatch is not installed (apt-get install slurm-wlm)")
+def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
+    config_file, run_values, tmp_path, monkeypatch
+):
+    """By the run's recipe before sbatch is asked, and by sbatch itself: it has no cluster here."""
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "no-slurm.conf"))
+    run = tmp_path / "run"
+    earlier = run / "launch/20260101-000000-1/config.yaml"
+    earlier.parent.mkdir(parents=True)
+    for path in (earlier, run / "config.yaml"):
+        path.write_text(yaml.safe_dump(run_values))
+
+    def files() -> dict[str, str]:
+        return {str(path): path.read_text() for path in run.rglob("*") if path.is_file()}
+
+    before = files()
+    with pytest.raises(UserError, match=r"holds a run with other values of train.num_steps \(see its"):
+        launch(str(config_file), "train.num_steps=7", "--site", "local-test")
+    assert files() == before
+    with pytest.raises(UserError, match=r"sbatch refused the job, which --dry-run shows: .*no-slurm.conf"):
+        launch(str(config_file), "train.log_every=2", "--site", "local-test")
+    assert files() == before
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -135,6 +160,10 @@ def test_without_sbatch_the_way_out_is_named(config_file, tmp_path, monkeypatch)
         ("SBATCH_PARTITION='a b'", "2: 'a b' is no value of sbatch's --partition"),
         ("WORLD_SIZE=8", "2: WORLD_SIZE is set by the launcher"),
         ("MASTER_ADDR=a", "name the first node's address in MEGAFUSION_MASTER_ADDR"),
+        *[
+            (f"{name}=abc", rf"2: {name} looks like a secret, .* export it in the shell that you submit from")
+            for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MY_APIKEY")
+        ],
         ("MEGAFUSION_RANKS_PER_NODE=0", "MEGAFUSION_RANKS_PER_NODE is required, a number .*got '0'"),
         ("MEGAFUSION_LAUNCHER=ssh", "MEGAFUSION_LAUNCHER is srun or deepspeed, not 'ssh'"),
         ("MEGAFUSION_CONTAINER=docker", "MEGAFUSION_CONTAINER is none, apptainer, enroot; not 'docker'"),
@@ -146,6 +175,12 @@ def test_a_site_file_is_refused_by_line(tmp_path, line, message):
     path.write_text(f"MEGAFUSION_RANKS_PER_NODE=8\n{line}\n")
     with pytest.raises(UserError, match=message):
         Site.load(str(path))
+
+
+def test_a_name_that_only_resembles_a_secret_is_taken(tmp_path):
+    path = tmp_path / "site.env"
+    path.write_text("MEGAFUSION_RANKS_PER_NODE=8\nNCCL_IB_PKEY=1\nTOKENIZERS_PARALLELISM=false\n")
+    assert Site.load(str(path)).environment.keys() >= {"NCCL_IB_PKEY", "TOKENIZERS_PARALLELISM"}
 
 
 @pytest.mark.parametrize("site", sorted(LAUNCHERS.glob("sites/*.env")), ids=lambda path: path.stem)
