@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megafusion.errors import UserError
-from megafusion.launch.site import Site
+from megafusion.launch.site import CONTAINERS, Site
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "launchers" / "slurm" / "train.sbatch"
@@ -61,7 +61,9 @@ def render(job: Job) -> str:
         "ntasks-per-node": str(job.site.ranks_per_node),
         "output": f"{job.run}/logs/job-%j.log",
     }
-    values = {"MEGAFUSION_PYTHON": sys.executable} | job.site.environment
+    # In a container ours is not there: python3 is the image's.
+    in_container = job.site.environment.get("MEGAFUSION_CONTAINER", CONTAINERS[0]) != CONTAINERS[0]
+    values = {"MEGAFUSION_PYTHON": "python3" if in_container else sys.executable} | job.site.environment
     values |= {
         "MEGAFUSION_ROOT": str(ROOT),
         "MEGAFUSION_RUN": str(job.run),

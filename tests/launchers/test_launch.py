@@ -129,8 +129,9 @@ def test_without_sbatch_the_way_out_is_named(config_file, tmp_path, monkeypatch)
 def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
     config_file, run_values, tmp_path, monkeypatch
 ):
-    """By the run's recipe before sbatch is asked, and by sbatch itself: it has no cluster here."""
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "no-slurm.conf"))
+    """By the run's recipe before sbatch is asked, and by sbatch itself, which has no cluster here."""
+    (tmp_path / "slurm.conf").write_text("Nonsense=1\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     run = tmp_path / "run"
     earlier = run / "launch/20260101-000000-1/config.yaml"
     earlier.parent.mkdir(parents=True)
@@ -144,7 +145,7 @@ def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
     with pytest.raises(UserError, match=r"holds a run with other values of train.num_steps \(see its"):
         launch(str(config_file), "train.num_steps=7", "--site", "local-test")
     assert files() == before
-    with pytest.raises(UserError, match=r"sbatch refused the job, which --dry-run shows: .*no-slurm.conf"):
+    with pytest.raises(UserError, match=r"sbatch refused the job, which --dry-run shows: .*slurm.conf"):
         launch(str(config_file), "train.log_every=2", "--site", "local-test")
     assert files() == before
 
@@ -321,3 +322,54 @@ def test_deepspeed_sh_hands_no_white_space_to_a_remote_shell(config_file, tmp_pa
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "train.wandb_project=a b: pdsh cannot hand on white space" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"MEGAFUSION_SITE": "nowhere"}, f"{LAUNCHERS}/sites/nowhere.env: no such site file"),
+        ({"MEGAFUSION_SITE": "nowhere.env"}, "MEGAFUSION_SITE: nowhere.env: no such site file"),
+        ({"MEGAFUSION_SETUP": "./setup.sh"}, "MEGAFUSION_SETUP: ./setup.sh: no such file"),
+        ({"MEGAFUSION_SETUP": "failing"}, "MEGAFUSION_SETUP: failing: ended with status 3"),
+    ],
+)
+@pytest.mark.parametrize(
+    "script", ["local.sh", "deepspeed.sh", "slurm/train.sbatch", "slurm/evaluate.sbatch"]
+)
+def test_a_site_that_cannot_be_read_ends_every_launcher(config_file, tmp_path, script, values, message):
+    (tmp_path / "failing").write_text(": ${NOT_SET_AT_ALL}\nreturn 3\n")
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    first = {"local.sh": ["1"], "deepspeed.sh": ["hosts"]}.get(script, [])
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "MEGAFUSION_ROOT": str(ROOT)}
+    done = subprocess.run(
+        ["bash", LAUNCHERS / script, *first, config_file],
+        cwd=tmp_path,
+        env=ENVIRONMENT | slurm | values,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("site", ["local-test", "mine.env", "./mine.env"])
+def test_a_launcher_s_shell_finds_a_site_as_megafusion_launch_does(tmp_path, monkeypatch, site):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.env").write_text("MEGAFUSION_RANKS_PER_NODE=2\nMEGAFUSION_MAX_STARTS=9\n")
+    monkeypatch.setenv("MEGAFUSION_SITE", site)
+    said = common(f"MEGAFUSION_ROOT={ROOT}; read_site; echo $MEGAFUSION_MAX_STARTS").stdout
+    assert said.strip() == Site.load(site).environment["MEGAFUSION_MAX_STARTS"]
+
+
+def test_a_job_in_a_container_runs_the_image_s_python(config_file, tmp_path):
+    site = tmp_path / "site.env"
+    site.write_text(
+        "MEGAFUSION_RANKS_PER_NODE=1\nMEGAFUSION_CONTAINER=apptainer\nMEGAFUSION_CONTAINER_IMAGE=a.sif\n"
+    )
+    arguments = [str(config_file), "--site", str(site), "--dry-run"]
+    assert "\nexport MEGAFUSION_PYTHON=python3\n" in launch(*arguments)
+    assert f"\nexport MEGAFUSION_PYTHON={sys.executable}\n" in launch(
+        *arguments[:2], "local-test", "--dry-run"
+    )
