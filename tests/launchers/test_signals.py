@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.launchers.container import make_image, program
 from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS, common
 from tests.small import ROOT
 
@@ -26,13 +26,6 @@ def endless(run_values, tmp_path) -> Path:
     run_values["train"] |= {"num_steps": 10**6, "checkpoint_every": 10**6}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(run_values))
-    return path
-
-
-def program(path: Path, lines: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("#!/bin/bash\n" + lines)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
 
@@ -138,49 +131,20 @@ def children_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-IN_THE_IMAGE = "INSIDE_OF_TEST_IMAGE"
-APPTAINER = f"""\
-[ -z "${IN_THE_IMAGE}" ] || {{ echo "apptainer in apptainer" >&2; exit 255; }}
-[ "$1" = exec ] || exit 255
-while [ "$1" != test.sif ]; do shift; done
-shift
-{IN_THE_IMAGE}=yes exec "$@"
-"""
-
-
-@pytest.fixture
-def image(tmp_path) -> dict[str, str]:
-    """A site with a container: an `apptainer` that becomes the command, and a Python only in the image.
-
-    Outside, python3 has this environment's packages: what DeepSpeed's launcher there needs.
-    """
-    program(tmp_path / "bin/apptainer", APPTAINER)
-    program(tmp_path / "bin/python3", f'exec {sys.executable} "$@"\n')
-    inside = program(
-        tmp_path / "image/python",
-        f'[ -n "${IN_THE_IMAGE}" ] || {{ echo "no such file" >&2; exit 127; }}\nexec {sys.executable} "$@"\n',
-    )
-    return {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "MEGAFUSION_CONTAINER": "apptainer",
-        "MEGAFUSION_CONTAINER_IMAGE": "test.sif",
-        "MEGAFUSION_PYTHON": str(inside),
-    }
-
-
-def test_local_sh_trains_in_a_container(run_values, tmp_path, image):
+def test_local_sh_trains_in_a_container(run_values, tmp_path):
     run_values["train"] |= {"num_steps": 2}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
-    status, said = ended([LAUNCHERS / "local.sh", "1", config], ENVIRONMENT | image, 90)
+    status, said = ended([LAUNCHERS / "local.sh", "1", config], ENVIRONMENT | make_image(tmp_path), 90)
     assert status == 0, said
     assert "step 2" in said
 
 
-def test_node_sh_trains_in_a_container(run_values, tmp_path, image):
+def test_node_sh_trains_in_a_container(run_values, tmp_path):
     run_values["train"] |= {"num_steps": 2}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
+    image = make_image(tmp_path)
     train = [image["MEGAFUSION_PYTHON"], "-m", "megafusion.cli", "train", config]
     environment = node_environment(tmp_path) | image
     status, said = ended([LAUNCHERS / "slurm/node.sh", tmp_path / "run", *train], environment, 120)
