@@ -95,6 +95,18 @@ def test_local_sh_loses_no_signal_of_a_start(endless, tmp_path, program_name, nu
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("signal_name", ["TERM", "USR1"])
+def test_deepspeed_sh_starts_nothing_after_a_signal(endless, tmp_path, signal_name):
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    environment = ENVIRONMENT | {"PATH": meanwhile(tmp_path, "awk", 1, signal_name)}
+    with_pid = ["bash", "-c", 'echo $$ > "$0"; exec "$@"', tmp_path / "pid"]
+    status, said = ended(
+        [*with_pid, LAUNCHERS / "deepspeed.sh", tmp_path / "hosts", endless], environment, 60
+    )
+    assert status == 75, said
+    assert "cmd = " not in said  # DeepSpeed's runner says what it starts
+
+
 def node_environment(folder: Path) -> dict[str, str]:
     """What train.sbatch and SLURM give to node.sh on the one node of a job."""
     (folder / "run/launch").mkdir(parents=True, exist_ok=True)
