@@ -28,11 +28,12 @@ slurm-test: $(INSTALLED)  ## A real SLURM of two nodes here: runs on it, disturb
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launchers.slurm_matrix
 
 audit:  ## Look every pinned package up among known vulnerabilities (needs the internet).
-	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
-	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
-	@rm -f build/audit.json
-	@build/audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
-	  --format json --output build/audit.json > build/audit.log 2>&1 || test -f build/audit.json || tail -n 1 build/audit.log
+	@mkdir -p build; rm -f build/audit.json; : > build/audit.log
+	@{ test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
+	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }; } && \
+	build/audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
+	  --format json --output build/audit.json > build/audit.log 2>&1 || \
+	  test -f build/audit.json || tail -n 1 build/audit.log
 	@$(PYTHON) -m tests.audit build/audit.json
 
 lint: $(INSTALLED)  ## Check format and style.

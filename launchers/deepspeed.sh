@@ -4,10 +4,21 @@
 # Example: launchers/deepspeed.sh hosts configs/7b.yaml parallel.tensor=8
 #
 # A line of the hostfile is `NAME slots=8`. The machines need pdsh, ssh between them without a password, and this
-# folder at the same path. MEGAFUSION_SITE names a file of launchers/sites/ whose values every process gets.
-# MASTER_ADDR (the first machine's address), MASTER_PORT and SSH_PORT may be set. Where a process is lost, training
-# starts again from the last checkpoint. Logs are RUN/logs/rank-*.log on the machines' shared disk.
+# folder at the same path. MEGAFUSION_SITE names a site whose values every process gets; with Apptainer DeepSpeed's
+# launcher runs outside, by the machines' python3. MASTER_ADDR (the first machine's address), MASTER_PORT and
+# SSH_PORT may be set. Where a process is lost, training starts again from the last checkpoint; Ctrl-C, SIGTERM and
+# SIGUSR1 end it. Logs are RUN/logs/rank-*.log on the machines' shared disk.
 set -eu
+stopped='' interrupted='' launcher='' DS_ENV_FILE=''
+trap '[ -z "$DS_ENV_FILE" ] || rm -f "$DS_ENV_FILE"' EXIT
+trap stop INT TERM USR1
+
+# DeepSpeed's runner takes SIGTERM: it ends every machine's processes.
+stop() {
+    stopped=yes interrupted=yes
+    [ -z "$launcher" ] || kill -TERM "$launcher" 2> /dev/null || true
+}
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launchers/common.sh
 . "$here/common.sh"
@@ -17,14 +28,15 @@ if [ $# -lt 2 ] || [ ! -f "$1" ]; then
 fi
 hostfile=$1
 shift
-python=${MEGAFUSION_PYTHON:-python3}
-run=$("$python" -m megafusion.launch.run_folder "$@")
+MEGAFUSION_ROOT=${here%/*}
+read_site
+run=$(run_of "$@")
 id=$(date +%s)-$$
 
 # pdsh hands one line to a shell on each machine: every argument is quoted for that shell. DeepSpeed breaks quotes
 # where there is a space.
 quoted=()
-for argument in "$here/rank.sh" "$run" "$python" -m megafusion.cli train "$@"; do
+for argument in "$here/rank.sh" "$run" "$MEGAFUSION_PYTHON" -m megafusion.cli train "$@"; do
     case $argument in
         *[[:space:]]*)
             echo "error: $argument: pdsh cannot hand on white space; write the value into the configuration" >&2
@@ -37,27 +49,27 @@ done
 # What DeepSpeed exports to every machine: the site's values, and nothing else of this shell but NCCL_* and PYTHON*.
 DS_ENV_FILE=$(mktemp)
 export DS_ENV_FILE
-launcher=
-trap 'rm -f "$DS_ENV_FILE"' EXIT
-trap 'stopped=yes; [ -z "$launcher" ] || kill -TERM "$launcher" 2> /dev/null' INT TERM
 if [ -n "${MEGAFUSION_SITE:-}" ]; then
-    "$python" -m megafusion.launch.site "$MEGAFUSION_SITE" > "$DS_ENV_FILE"
+    "$(host_python)" -m megafusion.launch.site "$MEGAFUSION_SITE" > "$DS_ENV_FILE"
 fi
 
 options=(--hostfile "$hostfile" --force_multi --no_python --no_local_rank --no_ssh_check)
 options+=(--master_port "${MASTER_PORT:-29500}")
 [ -z "${MASTER_ADDR:-}" ] || options+=(--master_addr "$MASTER_ADDR")
 [ -z "${SSH_PORT:-}" ] || options+=(--ssh_port "$SSH_PORT")
-stopped=
 while :; do
     note_start "$run" "$id" || exit 1
-    "$python" -m deepspeed.launcher.runner "${options[@]}" "${quoted[@]}" &
+    [ -z "$stopped" ] || exit 75
+    "$(host_python)" -m deepspeed.launcher.runner "${options[@]}" "${quoted[@]}" &
     launcher=$!
-    wait "$launcher" && status=0 || status=$?
-    # A signal ends the first wait; DeepSpeed then ends every machine's processes.
-    [ -z "$stopped" ] || { wait "$launcher" && status=0 || status=$?; }
-    if [ -n "$stopped" ] || ! may_go_on "$status"; then
+    [ -z "$stopped" ] || stop
+    status_of "$launcher"
+    launcher=''
+    if [ -n "$stopped" ]; then
+        ! may_go_on "$status" || exit 75  # the runner, before it started anything
         exit "$status"
     fi
+    [ "$status" -ne 0 ] || is_done "$run" || status=75
+    may_go_on "$status" || exit "$status"
     echo "megafusion: ended with status $status; starting again from $(newest_checkpoint "$run")" >&2
 done

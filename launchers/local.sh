@@ -5,8 +5,20 @@
 #
 # Logs are RUN/logs/rank-*.log; rank 0's is shown. Where a process is lost, or all were told to stop, training
 # starts again from the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 are handed on to every rank; then it ends with
-# the trainer's status: 75 means that the same command goes on.
+# 75, which means that the same command goes on, or with the trainer's other status. MEGAFUSION_SITE may name a site.
 set -eu
+stopped='' interrupted='' ranks=() follower=''
+trap 'stop TERM' INT TERM
+trap 'stop USR1' USR1
+trap '[ -z "$follower" ] || kill "$follower" 2> /dev/null' EXIT
+
+# stop SIGNAL: tell the ranks that run. Those that are being started are told when all are known.
+stop() {
+    stopped=$1 interrupted=yes
+    local pid
+    for pid in "${ranks[@]}"; do kill "-$1" "$pid" 2> /dev/null || true; done
+}
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launchers/common.sh
 . "$here/common.sh"
@@ -16,41 +28,18 @@ if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 world=$1
 shift
-python=${MEGAFUSION_PYTHON:-python3}
-run=$("$python" -m megafusion.launch.run_folder "$@")
+MEGAFUSION_ROOT=${here%/*}
+read_site
+run=$(run_of "$@")
 id=$(date +%s)-$$
-
-stopped='' interrupted='' ranks=() follower=''
-trap 'stopped=INT; interrupted=yes; signal_ranks TERM' INT
-trap 'stopped=TERM; interrupted=yes; signal_ranks TERM' TERM
-trap 'stopped=USR1; interrupted=yes; signal_ranks USR1' USR1
-trap '[ -z "$follower" ] || kill "$follower" 2> /dev/null' EXIT
-
-signal_ranks() {
-    local pid
-    for pid in "${ranks[@]}"; do kill "-$1" "$pid" 2> /dev/null || true; done
-}
-
-# The status of one process, which waiting for is not ended by a signal to this shell.
-status_of() {
-    local answer known=0
-    while :; do
-        interrupted=
-        wait "$1" && answer=0 || answer=$?
-        [ "$answer" -eq 127 ] && answer=$known
-        [ -n "$interrupted" ] || return "$answer"
-        known=$answer
-    done
-}
 
 start_ranks() {
     local rank port
     port=$(free_port)
-    ranks=()
     for ((rank = 0; rank < world; rank++)); do
         RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$world MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
             GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo \
-            "$here/rank.sh" "$run" "$python" -m megafusion.cli train "$@" &
+            "$here/rank.sh" "$run" "$MEGAFUSION_PYTHON" -m megafusion.cli train "$@" &
         ranks+=($!)
     done
 }
@@ -61,14 +50,18 @@ tail -n 0 -F "$run/logs/rank-00000.log" 2> /dev/null &
 follower=$!
 while :; do
     note_start "$run" "$id" || exit 1
+    [ -z "$stopped" ] || exit 75
     start_ranks "$@"
+    [ -z "$stopped" ] || stop "$stopped"
     worst=0
     for pid in "${ranks[@]}"; do
-        status_of "$pid" && status=0 || status=$?
-        [ "$status" -gt "$worst" ] && worst=$status
+        status_of "$pid"
+        [ "$status" -le "$worst" ] || worst=$status
     done
+    ranks=()
     if [ -n "$stopped" ] || ! may_go_on "$worst"; then
         sleep 0.2  # for the last lines of the log
+        ! may_go_on "$worst" || exit 75  # also where a rank was told before it could hear
         exit "$worst"
     fi
     echo "megafusion: ended with status $worst; starting again from $(newest_checkpoint "$run")" >&2

@@ -45,6 +45,8 @@ def main() -> None:
     os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
     if sys.argv[1:2] == ["train"]:
         stop_signals.listen()  # before torch is loaded, which takes seconds
+        if (stopped := os.environ.get("MEGAFUSION_STOPPED")) and Path(stopped).is_file():
+            sys.exit(os.EX_TEMPFAIL)  # the word came before this process could hear (launchers/slurm/node.sh)
     try:
         app()
     except UserError as error:

@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all."""
 
 import hashlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -18,19 +18,19 @@ def file_sha256(path: Path) -> str:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: a reader never sees a part of it. Makes the folder if needed."""
+    """Write a whole file or nothing: a reader never sees a part of it. Makes the folder if needed.
+
+    Who may read it is for the umask to say, as with any file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # tempfile's would ignore the umask
+    try:
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.close()
-            # Temporary files are private by default; what we publish is readable by all.
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

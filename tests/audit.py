@@ -14,8 +14,8 @@ def main(report: Path) -> int:
         packages = json.loads(report.read_text())["dependencies"]
     except (OSError, ValueError, KeyError):
         print(
-            "audit: nothing was audited: pip-audit did not reach its service (its message is above); "
-            "run it where the internet can be reached",
+            "audit: nothing was audited: pip-audit could not be installed, or did not reach its service (the "
+            "message is above); run it where the internet can be reached",
             file=sys.stderr,
         )
         return 3

@@ -1,5 +1,7 @@
 """Folders and files appear whole, and what is not ours is never deleted."""
 
+import os
+
 import pytest
 
 from megafusion.errors import UserError
@@ -59,3 +61,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_file(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "file.txt", "words")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file.txt").stat().st_mode & 0o777 == mode

@@ -1,9 +1,11 @@
 """The command `megafusion launch`."""
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from megafusion.config import dump_config, load_config
@@ -26,16 +28,20 @@ def launch(
     """Write a run's job script and its frozen configuration, and submit it; what to tell the user.
 
     dry_run: write and submit nothing, and return the script. UserError for whatever does not fit together, a
-    world of ranks that the configuration cannot be laid over included.
+    world of ranks that the configuration cannot be laid over, or a run folder with another recipe, included.
+    Where it raises, what the run's other jobs read is as it was.
     """
     from megafusion.parallel.topology import check_degrees
     from megafusion.train.config import RunConfig
+    from megafusion.train.record import changed_recipe
 
     site = Site.load(site_name)
     config = load_config(RunConfig, config_file, overrides)
     launcher = check_launcher(launcher or site.launcher, "--launcher")
-    job = Job(plain_path(config.out, "out"), site, nodes, launcher, time)
+    submission = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    job = Job(plain_path(config.out, "out"), site, nodes, launcher, time, submission)
     check_degrees(config, job.world_size)
+    changed_recipe(config)
     script = render(job)
     if dry_run:
         return script
@@ -45,24 +51,25 @@ def launch(
         )
     config = config.model_copy(update={"out": job.run})
     (job.run / "logs").mkdir(parents=True, exist_ok=True)
-    write_file(job.folder / "config.yaml", dump_config(config))
-    write_file(job.folder / "train.sbatch", script)
+    write_file(job.config, dump_config(config))
+    write_file(job.script, script)
     before = _queued(job)
     job_id = _submit(job)
     # A job that ends looks here whether it has been replaced: by this one, if it is older.
-    write_file(job.folder / "job", f"{job_id}\n")
+    write_file(job.run / "launch" / "job", f"{job_id}\n")
     return _told(job, job_id, before)
 
 
 def _submit(job: Job) -> str:
     done = subprocess.run(
-        ["sbatch", "--parsable", str(job.folder / "train.sbatch")],
+        ["sbatch", "--parsable", str(job.script)],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise UserError(f"sbatch refused {job.folder / 'train.sbatch'}: {done.stderr.strip()}")
+        shutil.rmtree(job.script.parent)
+        raise UserError(f"sbatch refused the job, which --dry-run shows: {done.stderr.strip()}")
     job_id = done.stdout.strip().split(";")[0]  # "id" or "id;cluster"
     if not re.fullmatch(r"\d+", job_id):
         raise RuntimeError(f"sbatch answered {done.stdout!r}, which is no job's number")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megafusion.errors import UserError
-from megafusion.launch.site import Site
+from megafusion.launch.site import CONTAINERS, Site
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "launchers" / "slurm" / "train.sbatch"
@@ -28,10 +28,17 @@ class Job:
     time: str | None
     """Time limit in sbatch's form; None for the site's."""
 
+    submission: str
+    """Names this submission among the run's: a job reads its files again at each of its starts."""
+
     @property
-    def folder(self) -> Path:
-        """Where the job's own files are."""
-        return self.run / "launch"
+    def config(self) -> Path:
+        """The frozen configuration of this submission."""
+        return self.run / "launch" / self.submission / "config.yaml"
+
+    @property
+    def script(self) -> Path:
+        return self.config.with_name("train.sbatch")
 
     @property
     def world_size(self) -> int:
@@ -54,7 +61,9 @@ def render(job: Job) -> str:
         "ntasks-per-node": str(job.site.ranks_per_node),
         "output": f"{job.run}/logs/job-%j.log",
     }
-    values = {"MEGAFUSION_PYTHON": sys.executable} | job.site.environment
+    # In a container ours is not there: python3 is the image's.
+    in_container = job.site.environment.get("MEGAFUSION_CONTAINER", CONTAINERS[0]) != CONTAINERS[0]
+    values = {"MEGAFUSION_PYTHON": "python3" if in_container else sys.executable} | job.site.environment
     values |= {
         "MEGAFUSION_ROOT": str(ROOT),
         "MEGAFUSION_RUN": str(job.run),
@@ -62,7 +71,7 @@ def render(job: Job) -> str:
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in sorted(options.items())]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(values.items())]
-    lines += ["unset MEGAFUSION_SITE", f"set -- {shlex.quote(str(job.folder / 'config.yaml'))}"]
+    lines += ["unset MEGAFUSION_SITE", f"set -- {shlex.quote(str(job.config))}"]
     before, marker, after = TEMPLATE.read_text().partition(MARKER)
     assert marker, f"{TEMPLATE}: the line {MARKER!r} is gone"
     return before + "\n".join(lines) + "\n" + after

@@ -35,6 +35,8 @@ CONTAINERS = ("none", "apptainer", "enroot")
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION_VALUE = re.compile(r"[\w@%+=:,./\[\]-]+")
+# By a whole word of the name: NCCL_IB_PKEY and TOKENIZERS_PARALLELISM are none.
+_SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD)S?(_|$)", re.IGNORECASE)
 # Set by the job, from SLURM, for every process.
 _OURS = (
     "RANK",
@@ -103,6 +105,12 @@ def _pair(line: str, where: str) -> tuple[str, str] | None:
         raise UserError(f"{where}: {bad!r} in the value of {key}; nothing is expanded here: write it out")
     if key in _OURS:
         raise UserError(f"{where}: {key} is set by the launcher" + _hint(key))
+    if _SECRET.search(key):
+        raise UserError(
+            f"{where}: {key} looks like a secret, and a site's values stand in job scripts: export it in the "
+            "shell that you submit from, for sbatch hands that on (with deepspeed.sh log in on the machines, "
+            "as by `wandb login`)"
+        )
     return key, value
 
 

@@ -47,23 +47,30 @@ RECIPE_KEYS = ("optimizer.learning_rate", "optimizer.gradient_clip")
 """Keys that may also differ, for a run that would go astray otherwise; starts.json records what they were."""
 
 
-def freeze(config: RunConfig) -> dict[str, list]:
-    """Write the run folder's record, or check that a run to be resumed is this one.
+def changed_recipe(config: RunConfig) -> dict[str, list] | None:
+    """What a run to be resumed changes of its recipe: by key, the value that it began with and the new one.
 
-    Returns what a resumed run changes of its recipe: by key, the value that it began with and the new one.
+    None where the folder holds no run yet. UserError where it holds one that may not change so.
     """
-    path = config.out / "config.yaml"
-    if path.is_file():
-        began = load_run_config(config.out)
-        changed = [key for key in changed_keys(began, config) if not key.startswith(FREE_KEYS)]
-        refused = [key for key in changed if key not in RECIPE_KEYS]
-        if refused:
-            raise UserError(
-                f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
-                "a run keeps its length and recipe: choose another out="
-            )
+    if not (config.out / "config.yaml").is_file():
+        return None
+    began = load_run_config(config.out)
+    changed = [key for key in changed_keys(began, config) if not key.startswith(FREE_KEYS)]
+    refused = [key for key in changed if key not in RECIPE_KEYS]
+    if refused:
+        raise UserError(
+            f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
+            "a run keeps its length and recipe: choose another out="
+        )
+    return {key: [_value(began, key), _value(config, key)] for key in changed}
+
+
+def freeze(config: RunConfig) -> dict[str, list]:
+    """Write the run folder's record, or check that a run to be resumed is this one; see `changed_recipe`."""
+    changed = changed_recipe(config)
+    if changed is not None:
         _check_shards(config)
-        return {key: [_value(began, key), _value(config, key)] for key in changed}
+        return changed
     # A start that hung has left its stacks, a launcher its job and logs, one that was killed a part of its
     # record: no reason to refuse a start.
     beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
@@ -71,7 +78,7 @@ def freeze(config: RunConfig) -> dict[str, list]:
     environment = json.dumps(_environment(config), indent=1) + "\n"
     try:
         write_file(config.out / "environment.json", environment)
-        write_file(path, dump_config(config))
+        write_file(config.out / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(
             f"{config.out}: cannot be written ({error.strerror or error}); make room, or choose another out="

@@ -66,6 +66,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.daemons: list[subprocess.Popen] = []
 
     def ask(self, *command: str, check: bool = True) -> str:
         """What a SLURM command prints. CalledProcessError with its message where it fails."""
@@ -90,6 +91,18 @@ class Cluster:
             time.sleep(0.5)
         return state
 
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """slurmctld is away while the block runs, as where its machine restarts; it keeps its jobs."""
+        (controller,) = [daemon for daemon in self.daemons if daemon.args[0].endswith("slurmctld")]
+        controller.terminate()
+        controller.wait(20)
+        self.daemons.remove(controller)
+        try:
+            yield
+        finally:
+            self.daemons.insert(1, _start(["slurmctld", "-D"], self))
+
     def logs(self) -> str:
         """The ends of the daemons' logs, for messages of tests."""
         return "\n".join(
@@ -110,8 +123,8 @@ def local_cluster() -> Iterator[Cluster]:
     }
     folder = Path(tempfile.mkdtemp(prefix="megafusion-slurm-"))
     folder.chmod(0o755)  # munged wants its socket's folder to be reached by all
-    daemons: list[subprocess.Popen] = []
     cluster = Cluster(folder)
+    daemons = cluster.daemons
     try:
         _configure(folder)
         munge = [f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"]

@@ -11,12 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.train.metrics import read_metrics
+from tests.faults.job import newest, same_bits
 from tests.launchers.cluster import Cluster, local_cluster, missing_programs
 from tests.small import ROOT, make_shards, make_vae, small_run
 
@@ -109,7 +108,7 @@ def _disturbed(cluster: Cluster, config: Path, runs: Path, launcher: str, distur
     folders = sorted(path.name for path in runs.iterdir())
     if folders != sorted({"whole", *list(RUNS)[: list(RUNS).index(launcher) + 1]}):
         problems.append(f"other folders: {folders}")
-    same = _same(out, runs / "whole")
+    same = same_bits(newest(out), newest(runs / "whole"))
     return {
         "launcher": launcher,
         "disturbances": happened,
@@ -167,19 +166,6 @@ def _wait_until(condition, what: str, seconds: float) -> None:
 
 def _losses(run: Path) -> list[tuple]:
     return [(line["step"], line["text_loss"], line["image_loss"]) for line in read_metrics(run)]
-
-
-def _same(a: Path, b: Path) -> bool:
-    """Whether two runs' last checkpoints hold the same bits: masters, moments and averages."""
-    first, second = (_tensors(complete_checkpoints(run / "checkpoints")[-1]) for run in (a, b))
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    stored = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    dcp.load(found, checkpoint_id=checkpoint / "tensors", no_dist=True)
-    return found
 
 
 if __name__ == "__main__":

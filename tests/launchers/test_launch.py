@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -77,7 +78,7 @@ def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_
     found = {line.removeprefix("#SBATCH --") for line in options.splitlines() if line.startswith("#SBATCH")}
     assert expected <= found
     assert f"output={tmp_path}/run/logs/job-%j.log" in found
-    assert f"set -- {tmp_path}/run/launch/config.yaml" in options
+    assert re.search(rf"^set -- {tmp_path}/run/launch/[\d-]+/config.yaml$", options, re.MULTILINE)
     # sbatch stops reading options at the first command
     assert options.rindex("#SBATCH") < options.index("\nexport ")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -124,6 +125,31 @@ def test_without_sbatch_the_way_out_is_named(config_file, tmp_path, monkeypatch)
         launch(str(config_file), "--site", "local-test")
 
 
+@pytest.mark.skipif(not shutil.which("sbatch"), reason="sbatch is not installed (apt-get install slurm-wlm)")
+def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
+    config_file, run_values, tmp_path, monkeypatch
+):
+    """By the run's recipe before sbatch is asked, and by sbatch itself, which has no cluster here."""
+    (tmp_path / "slurm.conf").write_text("Nonsense=1\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    run = tmp_path / "run"
+    earlier = run / "launch/20260101-000000-1/config.yaml"
+    earlier.parent.mkdir(parents=True)
+    for path in (earlier, run / "config.yaml"):
+        path.write_text(yaml.safe_dump(run_values))
+
+    def files() -> dict[str, str]:
+        return {str(path): path.read_text() for path in run.rglob("*") if path.is_file()}
+
+    before = files()
+    with pytest.raises(UserError, match=r"holds a run with other values of train.num_steps \(see its"):
+        launch(str(config_file), "train.num_steps=7", "--site", "local-test")
+    assert files() == before
+    with pytest.raises(UserError, match=r"sbatch refused the job, .*: [^$]*configuration file"):
+        launch(str(config_file), "train.log_every=2", "--site", "local-test")
+    assert files() == before
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -135,6 +161,10 @@ def test_without_sbatch_the_way_out_is_named(config_file, tmp_path, monkeypatch)
         ("SBATCH_PARTITION='a b'", "2: 'a b' is no value of sbatch's --partition"),
         ("WORLD_SIZE=8", "2: WORLD_SIZE is set by the launcher"),
         ("MASTER_ADDR=a", "name the first node's address in MEGAFUSION_MASTER_ADDR"),
+        *[
+            (f"{name}=abc", rf"2: {name} looks like a secret, .* export it in the shell that you submit from")
+            for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MY_APIKEY")
+        ],
         ("MEGAFUSION_RANKS_PER_NODE=0", "MEGAFUSION_RANKS_PER_NODE is required, a number .*got '0'"),
         ("MEGAFUSION_LAUNCHER=ssh", "MEGAFUSION_LAUNCHER is srun or deepspeed, not 'ssh'"),
         ("MEGAFUSION_CONTAINER=docker", "MEGAFUSION_CONTAINER is none, apptainer, enroot; not 'docker'"),
@@ -146,6 +176,12 @@ def test_a_site_file_is_refused_by_line(tmp_path, line, message):
     path.write_text(f"MEGAFUSION_RANKS_PER_NODE=8\n{line}\n")
     with pytest.raises(UserError, match=message):
         Site.load(str(path))
+
+
+def test_a_name_that_only_resembles_a_secret_is_taken(tmp_path):
+    path = tmp_path / "site.env"
+    path.write_text("MEGAFUSION_RANKS_PER_NODE=8\nNCCL_IB_PKEY=1\nTOKENIZERS_PARALLELISM=false\n")
+    assert Site.load(str(path)).environment.keys() >= {"NCCL_IB_PKEY", "TOKENIZERS_PARALLELISM"}
 
 
 @pytest.mark.parametrize("site", sorted(LAUNCHERS.glob("sites/*.env")), ids=lambda path: path.stem)
@@ -235,7 +271,7 @@ def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_th
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
-        os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+        os.kill(rank_of(process.pid, 0), signal.SIGKILL)  # the one that holds the run folder
         said = process.communicate(timeout=150)[0]
     finally:
         process.kill()
@@ -286,3 +322,54 @@ def test_deepspeed_sh_hands_no_white_space_to_a_remote_shell(config_file, tmp_pa
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "train.wandb_project=a b: pdsh cannot hand on white space" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"MEGAFUSION_SITE": "nowhere"}, f"{LAUNCHERS}/sites/nowhere.env: no such site file"),
+        ({"MEGAFUSION_SITE": "nowhere.env"}, "MEGAFUSION_SITE: nowhere.env: no such site file"),
+        ({"MEGAFUSION_SETUP": "./setup.sh"}, "MEGAFUSION_SETUP: ./setup.sh: no such file"),
+        ({"MEGAFUSION_SETUP": "failing"}, "MEGAFUSION_SETUP: failing: ended with status 3"),
+    ],
+)
+@pytest.mark.parametrize(
+    "script", ["local.sh", "deepspeed.sh", "slurm/train.sbatch", "slurm/evaluate.sbatch"]
+)
+def test_a_site_that_cannot_be_read_ends_every_launcher(config_file, tmp_path, script, values, message):
+    (tmp_path / "failing").write_text(": ${NOT_SET_AT_ALL}\nreturn 3\n")
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    first = {"local.sh": ["1"], "deepspeed.sh": ["hosts"]}.get(script, [])
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "MEGAFUSION_ROOT": str(ROOT)}
+    done = subprocess.run(
+        ["bash", LAUNCHERS / script, *first, config_file],
+        cwd=tmp_path,
+        env=ENVIRONMENT | slurm | values,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("site", ["local-test", "mine.env", "./mine.env"])
+def test_a_launcher_s_shell_finds_a_site_as_megafusion_launch_does(tmp_path, monkeypatch, site):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.env").write_text("MEGAFUSION_RANKS_PER_NODE=2\nMEGAFUSION_MAX_STARTS=9\n")
+    monkeypatch.setenv("MEGAFUSION_SITE", site)
+    said = common(f"MEGAFUSION_ROOT={ROOT}; read_site; echo $MEGAFUSION_MAX_STARTS").stdout
+    assert said.strip() == Site.load(site).environment["MEGAFUSION_MAX_STARTS"]
+
+
+def test_a_job_in_a_container_runs_the_image_s_python(config_file, tmp_path):
+    site = tmp_path / "site.env"
+    site.write_text(
+        "MEGAFUSION_RANKS_PER_NODE=1\nMEGAFUSION_CONTAINER=apptainer\nMEGAFUSION_CONTAINER_IMAGE=a.sif\n"
+    )
+    arguments = [str(config_file), "--site", str(site), "--dry-run"]
+    assert "\nexport MEGAFUSION_PYTHON=python3\n" in launch(*arguments)
+    assert f"\nexport MEGAFUSION_PYTHON={sys.executable}\n" in launch(
+        *arguments[:2], "local-test", "--dry-run"
+    )

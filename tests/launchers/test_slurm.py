@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from tests.launchers.cluster import Cluster, local_cluster, missing_programs
+from tests.launchers.container import make_image, program
 from tests.small import ROOT
 
 pytestmark = [
@@ -22,12 +26,12 @@ pytestmark = [
 ]
 
 
-def launch(cluster: Cluster, config: Path, nodes: int) -> tuple[str, str]:
+def launch(cluster: Cluster, config: Path, nodes: int, *more: str) -> tuple[str, str]:
     """Number of the job, and all that the command said."""
     command = [sys.executable, "-m", "megafusion.cli", "launch", str(config), "--site", "local-test"]
     environment = os.environ | cluster.environment | {"OMP_NUM_THREADS": "1"}
     said = subprocess.run(
-        [*command, "--nodes", str(nodes)],
+        [*command, "--nodes", str(nodes), *more],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -116,3 +120,81 @@ def test_by_hand_a_crash_loop_and_a_refusal_end_the_job(run_values, tmp_path):
         assert cluster.job(refused)["Restarts"] == "0"
         assert cluster.job(refused)["ExitCode"] == "2:0"
     assert "nowhere.model" in (run / "logs/rank-00000.log").read_text()
+
+
+def ranks(config: Path) -> list[psutil.Process]:
+    """The trainers of this configuration: no children of ours, for SLURM has started them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if words[1:] == ["-m", "megafusion.cli", "train", str(config)]:
+            found.append(process)
+    return found
+
+
+def test_a_signal_before_the_ranks_and_an_end_without_the_controller_lose_no_job(run_values, tmp_path):
+    """In a container, too: everything of the job that needs megafusion runs by the image's Python."""
+    run_values["train"] |= {"num_steps": 600, "checkpoint_every": 100}
+    config, run, log = tmp_path / "config.yaml", Path(run_values["out"]), tmp_path / "job.log"
+    config.write_text(yaml.safe_dump(run_values))
+    image = make_image(tmp_path)
+    setup = program(tmp_path / "setup.sh", f"! mkdir {tmp_path}/told 2> /dev/null || kill -USR1 $$\n")
+    site = tmp_path / "site.env"
+    values = (ROOT / "launchers/sites/local-test.env").read_text()
+    names = {name: image[name] for name in image if name.startswith("MEGAFUSION_")}
+    names |= {"MEGAFUSION_SETUP": str(setup)}
+    site.write_text(values + "".join(f"{name}={value}\n" for name, value in names.items()))
+    with local_cluster() as cluster:
+        job = subprocess.run(
+            [
+                "sbatch",
+                "--parsable",
+                "--nodes=2",
+                "--ntasks-per-node=1",
+                f"--output={log}",
+                "launchers/slurm/train.sbatch",
+                str(config),
+            ],
+            cwd=ROOT,
+            env=os.environ
+            | cluster.environment
+            | {"MEGAFUSION_SITE": str(site), "PATH": image["PATH"], "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        wait_for_step(run, 0, 5)
+        assert cluster.job(job)["Restarts"] == "1", log.read_text()
+        with cluster.without_controller():
+            for process in ranks(config):
+                process.send_signal(signal.SIGUSR1)
+            psutil.wait_procs(ranks(config), 60)
+            time.sleep(30)  # all that the script asks meanwhile fails
+        wait_for_step(run, 1, 5)
+        cluster.wait_for(job, {"COMPLETED"}, 180)
+        assert cluster.job(job)["Restarts"] == "2"
+    assert "asked to stop before the ranks were started: back into the queue" in log.read_text()
+    starts = json.loads((run / "starts.json").read_text())
+    assert [start["ended"] for start in starts] == ["preempted", "finished"]
+
+
+def test_a_killed_deepspeed_launcher_is_no_finished_run(run_values, tmp_path):
+    """DeepSpeed's runner above it ends with 0."""
+    run_values["train"] |= {"num_steps": 1500, "checkpoint_every": 100}
+    config, run = tmp_path / "config.yaml", Path(run_values["out"])
+    config.write_text(yaml.safe_dump(run_values))
+    with local_cluster() as cluster:
+        job, _ = launch(cluster, config, 1, "--launcher", "deepspeed")
+        wait_for_step(run, 0, 15)
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "deepspeed.launcher.launch" in words and str(run) in words:
+                process.kill()
+        cluster.wait_for(job, {"COMPLETED"}, 180)
+        assert cluster.job(job)["Restarts"] == "1"
+    assert re.search(
+        r"start 1: ended with status 75 at checkpoint step-\d+, unfinished: back into the queue",
+        (run / f"logs/job-{job}.log").read_text(),
+    )
+    starts = json.loads((run / "starts.json").read_text())
+    assert [start["ended"] for start in starts] == [None, "finished"]

@@ -1,0 +1,182 @@
+"""Signals at any moment of a start, containers, and what DeepSpeed's launcher says: with real trainers."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.launchers.container import make_image, program
+from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS, common
+from tests.small import ROOT
+
+
+@pytest.fixture
+def endless(run_values, tmp_path) -> Path:
+    """The configuration of a run that does not end by itself."""
+    run_values["train"] |= {"num_steps": 10**6, "checkpoint_every": 10**6}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(run_values))
+    return path
+
+
+def ended(command: list, environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
+    """Status and output of a command; None, and all that it started killed, where it is late."""
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        kill_group(process.pid)
+        return status, process.stdout.read()
+
+
+def kill_group(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def meanwhile(folder: Path, name: str, number: int, signal_name: str) -> str:
+    """A PATH on which a program that local.sh uses sends it a signal, the number-th time it is called."""
+    lines = f"""\
+echo >> {folder}/calls
+[ $(wc -l < {folder}/calls) -ne {number} ] || kill -{signal_name} $(cat {folder}/pid)
+exec {sys.executable if name == "python3" else shutil.which(name)} "$@"
+"""
+    return f"{program(folder / 'bin' / name, lines).parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("program_name", "number", "signal_name"),
+    [
+        pytest.param("awk", 1, "TERM", id="as a start is noted"),
+        pytest.param("awk", 2, "USR1", id="as a start after a lost rank is noted"),
+        pytest.param("python3", 2, "USR1", id="before the ranks are started"),
+    ],
+)
+def test_local_sh_loses_no_signal_of_a_start(endless, tmp_path, program_name, number, signal_name):
+    dying = program(
+        tmp_path / "python",  # its first rank of all is lost
+        f'case "$*" in *megafusion.cli*) mkdir {tmp_path}/lost 2> /dev/null && exit 75;; esac\n'
+        f'exec {sys.executable} "$@"\n',
+    )
+    environment = ENVIRONMENT | {"PATH": meanwhile(tmp_path, program_name, number, signal_name)}
+    if number == 2:
+        environment["MEGAFUSION_PYTHON"] = str(dying) if program_name == "awk" else "python3"
+    command = [
+        "bash",
+        "-c",
+        'echo $$ > "$0"; exec "$@"',
+        tmp_path / "pid",
+        LAUNCHERS / "local.sh",
+        "1",
+        endless,
+    ]
+    status, said = ended(command, environment, 60)
+    assert status == 75, said
+    assert len((tmp_path / "calls").read_text().splitlines()) >= number
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("signal_name", ["TERM", "USR1"])
+def test_deepspeed_sh_starts_nothing_after_a_signal(endless, tmp_path, signal_name):
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    environment = ENVIRONMENT | {"PATH": meanwhile(tmp_path, "awk", 1, signal_name)}
+    with_pid = ["bash", "-c", 'echo $$ > "$0"; exec "$@"', tmp_path / "pid"]
+    status, said = ended(
+        [*with_pid, LAUNCHERS / "deepspeed.sh", tmp_path / "hosts", endless], environment, 60
+    )
+    assert status == 75, said
+    assert "cmd = " not in said  # DeepSpeed's runner says what it starts
+
+
+def node_environment(folder: Path) -> dict[str, str]:
+    """What train.sbatch and SLURM give to node.sh on the one node of a job."""
+    (folder / "run/launch").mkdir(parents=True, exist_ok=True)
+    (folder / "hosts").write_text("localhost slots=1\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    names = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return ENVIRONMENT | names | {"MEGAFUSION_HOSTFILE": str(folder / "hosts"), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
+    """SLURM signals every process of a node; DeepSpeed's ignore it, and the trainer is not there yet."""
+    environment = node_environment(tmp_path)
+    train = [sys.executable, "-m", "megafusion.cli", "train", str(endless)]
+    with subprocess.Popen(
+        [str(LAUNCHERS / "slurm/node.sh"), str(tmp_path / "run"), *train],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while not any("deepspeed" in " ".join(child.cmdline()) for child in children_of(process.pid)):
+                assert time.monotonic() < deadline
+            os.killpg(process.pid, signal.SIGUSR1)
+            assert process.wait(90) == 75
+        finally:
+            kill_group(process.pid)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert list((tmp_path / "run/launch").iterdir()) == []
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def test_local_sh_trains_in_a_container(run_values, tmp_path):
+    run_values["train"] |= {"num_steps": 2}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    status, said = ended([LAUNCHERS / "local.sh", "1", config], ENVIRONMENT | make_image(tmp_path), 90)
+    assert status == 0, said
+    assert "step 2" in said
+
+
+def test_node_sh_trains_in_a_container(run_values, tmp_path):
+    run_values["train"] |= {"num_steps": 2}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    image = make_image(tmp_path)
+    train = [image["MEGAFUSION_PYTHON"], "-m", "megafusion.cli", "train", config]
+    environment = node_environment(tmp_path) | image
+    status, said = ended([LAUNCHERS / "slurm/node.sh", tmp_path / "run", *train], environment, 120)
+    assert status == 0, said
+    assert common('is_done "$1"', str(tmp_path / "run")).returncode == 0
+
+
+def test_a_launcher_that_ends_well_is_not_believed_without_the_run_s_record(tmp_path):
+    """As the record is written: what DeepSpeed's runner says where its launcher was killed is 0."""
+    from megafusion.health.starts import Starts
+
+    def is_done() -> bool:
+        return common('is_done "$1"', str(tmp_path)).returncode == 0
+
+    assert not is_done()
+    for ending, done in (("finished", True), ("preempted", False), ("crashed", False), ("stopped", True)):
+        starts = Starts(tmp_path)
+        starts.claim()
+        starts.begin(3, 1)
+        assert not is_done()
+        starts.end(ending, 'it said "ended": "finished"')
+        assert is_done() == done
+    assert len(json.loads((tmp_path / "starts.json").read_text())) == 4
