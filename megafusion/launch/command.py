@@ -4,16 +4,21 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from megafusion.config import dump_config, load_config
+from megafusion.data.shards import MANIFEST
 from megafusion.errors import UserError
 from megafusion.launch.job import Job, render
 from megafusion.launch.run_folder import plain_path
 from megafusion.launch.site import Site, check_launcher
+from megafusion.parallel.topology import check_degrees
 from megafusion.storage import write_file
+from megafusion.train.config import RunConfig
+from megafusion.train.record import changed_recipe
 
 
 def launch(
@@ -31,10 +36,6 @@ def launch(
     world of ranks that the configuration cannot be laid over, or a run folder with another recipe, included.
     Where it raises, what the run's other jobs read is as it was.
     """
-    from megafusion.parallel.topology import check_degrees
-    from megafusion.train.config import RunConfig
-    from megafusion.train.record import changed_recipe
-
     site = Site.load(site_name)
     config = load_config(RunConfig, config_file, overrides)
     launcher = check_launcher(launcher or site.launcher, "--launcher")
@@ -42,6 +43,8 @@ def launch(
     job = Job(plain_path(config.out, "out"), site, nodes, launcher, time, submission)
     check_degrees(config, job.world_size)
     changed_recipe(config)
+    for missing in _not_here(config):
+        print(f"warning: {missing} is not there, as seen from here: the job would end", file=sys.stderr)
     script = render(job)
     if dry_run:
         return script
@@ -58,6 +61,17 @@ def launch(
     # A job that ends looks here whether it has been replaced: by this one, if it is older.
     write_file(job.run / "launch" / "job", f"{job_id}\n")
     return _told(job, job_id, before)
+
+
+def _not_here(config: RunConfig) -> Iterator[str]:
+    """What a run reads and this machine does not see; a login node need not see all that the nodes do."""
+    for name, source in config.data.sources.items():
+        if "://" not in source.path and not (Path(source.path) / MANIFEST).is_file():
+            yield f"data.sources.{name}.path {source.path}"
+    if not config.data.tokenizer.is_file():
+        yield f"data.tokenizer {config.data.tokenizer}"
+    if not config.data.vae.is_dir():
+        yield f"data.vae {config.data.vae}"
 
 
 def _submit(job: Job) -> str:

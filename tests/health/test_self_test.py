@@ -98,9 +98,7 @@ def test_signals_are_noted_and_further_ones_change_nothing():
 
 
 def interrupted_twice() -> list[bool]:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # as in a terminal
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
     signals = StopSignals().listen()
     signals.begin()
     signal.raise_signal(signal.SIGINT)

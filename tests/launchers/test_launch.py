@@ -85,6 +85,22 @@ def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_
     assert not (tmp_path / "run").exists()
 
 
+def test_what_the_nodes_will_miss_is_said_before_they_are_asked_for(config_file, capsys):
+    launch(
+        str(config_file),
+        "data.vae=no/vae",
+        "data.sources.text.path=no/text",
+        "--site",
+        "example",
+        "--dry-run",
+    )
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is not there")[0] for line in said] == [
+        "warning: data.sources.text.path no/text",
+        "warning: data.vae no/vae",
+    ]
+
+
 def test_two_runs_have_two_names_and_one_run_has_one(config_file, tmp_path):
     def name(out: str) -> str:
         script = launch(str(config_file), f"out={out}", "--site", "local-test", "--dry-run")
