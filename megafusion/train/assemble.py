@@ -1,5 +1,6 @@
 """What a run is made of, opened and checked before anything is written."""
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from megafusion.model.attention import check_backend
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.topology import Topology, check_degrees
+from megafusion.sequence.sizes import say_sizes
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import rows_of_rank
@@ -81,13 +83,24 @@ def _check_compiler() -> None:
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
     """UserError where a source's latents or longest documents do not fit the run's rows."""
     model, data = config.model, config.data
-    if manifest.latent_shape not in (None, model.latent_shape):
+    if manifest.latent_shape and manifest.latent_shape[0] != model.latent_shape[0]:
         raise UserError(
             f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
         )
+    sizes = [shape[1:] for shape in manifest.latent_shapes]
+    if not set(sizes) <= set(model.sizes):
+        raise UserError(
+            f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
+            if len(sizes) == len(model.sizes) == 1
+            else f"{key}: latents of {say_sizes(sizes)}, but the model has {say_sizes(model.sizes)} "
+            "(model.latent_shape and model.more_sizes); a model may have more sizes than the shards, not fewer"
+        )
     if not manifest.num_images:
         return
-    most = 2 + manifest.max_tokens_beside_images + manifest.max_images * (model.num_patches + 2)
+    patches = model.most_patches
+    if sizes:
+        patches = max(math.prod(size) // model.patch_size**2 for size in sizes)
+    most = 2 + manifest.max_tokens_beside_images + manifest.max_images * (patches + 2)
     if most > data.sequence_length or manifest.max_images > data.images_per_row:
         raise UserError(
             f"{key}: its documents with images take up to {most} positions and {manifest.max_images} images, "
