@@ -111,8 +111,8 @@ class PreprocessConfig(Config):
             other = seen.setdefault(Fraction(*size), size)
             if other is not size:
                 raise ValueError(
-                    f"more_image_sizes: {say_sizes([size])} has the aspect of {say_sizes([other])} (image_size "
-                    "is the first size, a square), so no picture would go there; leave it out"
+                    f"more_image_sizes: {say_sizes([size])} has the aspect of {say_sizes([other])} "
+                    "(image_size is the first size, a square), so no picture would go there; leave it out"
                 )
         return self
 

@@ -129,9 +129,7 @@ def _metadata(data: bytes) -> dict:
     return metadata
 
 
-def _array(
-    data: bytes, dtype: np.dtype, ndim: int, latent_shapes: Collection[tuple[int, ...]]
-) -> np.ndarray:
+def _array(data: bytes, dtype: np.dtype, ndim: int, latent_shapes: Collection[tuple[int, ...]]) -> np.ndarray:
     """A view of an npy member: tokens [L], or moments [2, C, H, W] of a shape that the manifest gives."""
     if data[:8] != b"\x93NUMPY\x01\x00":
         raise BadBytes("a member is no npy file of version 1")

@@ -21,7 +21,7 @@ def first_images(documents: Sequence[StoredDocument]) -> list[np.ndarray | bytes
 def originals(
     images: Sequence[np.ndarray | bytes], codec: ImageCodec, sizes: Sequence[Size] = ()
 ) -> list[Image.Image]:
-    """Pictures, all of one kind: decoded from the means of latents, each of its own size, or as they are kept.
+    """Pictures, all of one kind: of the means of latents, each of its own size, or as they are kept.
 
     sizes: heights and widths in pixels; of pictures that are kept, what a run shows of them without chance,
     the middle at the size that is nearest in aspect.

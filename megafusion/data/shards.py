@@ -54,7 +54,7 @@ class ShardSummary(Config):
     num_images: int
     max_images: int
     max_tokens_beside_images: int
-    images_by_size: dict[str, int] = {}
+    images_by_size: dict[str, int] = Field({})
 
 
 class Manifest(Config):
@@ -83,7 +83,7 @@ class Manifest(Config):
     """Channels, height and width of the latents; null without latents."""
     more_sizes: tuple[Size, ...] = ()
     """Further heights and widths that latents may have."""
-    images_by_size: dict[str, int] = {}
+    images_by_size: dict[str, int] = Field({})
     """Images by height and width of their latents, as 32x32; those of other sizes are none. Shards made
     before there were several sizes have no counts."""
     latent_scale: float = 1.0

@@ -16,7 +16,8 @@ def picture_sheet(
 ) -> Image.Image:
     """Cells of one or several pictures side by side above their caption, `columns` cells across.
 
-    rows: a caption and its pictures, each, whose longer side fills the cell; headings: a word above the pictures of every cell.
+    rows: a caption and its pictures, each; the longer side of a picture fills its place. headings: a word
+    above the pictures of every cell.
     """
     font = ImageFont.load_default(size=12)
     num_pictures = max(len(row) - 1 for row in rows)

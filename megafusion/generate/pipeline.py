@@ -164,8 +164,8 @@ class TransfusionPipeline:
         """Index of a size in pixels. UserError, with those that there are, for another."""
         if tuple(size) not in self.sizes:
             raise UserError(
-                f"size {say_sizes([size])}: the model was made for {say_sizes(self.sizes)} (height x width in "
-                "pixels); choose one of these"
+                f"size {say_sizes([size])}: the model was made for {say_sizes(self.sizes)} (height x width, "
+                "in pixels); choose one of these"
             )
         return self.sizes.index(tuple(size))
 

@@ -276,7 +276,5 @@ class Transfusion(nn.Module):
         for block in self.blocks:
             x_BSD = block(x_BSD, intervals, rope)
         hidden_BSD = self.tail(x_BSD)
-        images = self.tail.images(
-            hidden_BSD, inputs.image_start, inputs.timesteps, skips, inputs.image_size
-        )
+        images = self.tail.images(hidden_BSD, inputs.image_start, inputs.timesteps, skips, inputs.image_size)
         return self.objective(self.tail.head(hidden_BSD), images, batch.targets())

@@ -57,7 +57,8 @@ def flatten(
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
     Texts are arrays of ids; anything else is an image, which goes into `images` as it is; its `size` says how
-    many patches it has, num_patches or one of more_patches, and with which boi it begins. Next-token targets stand at every position whose input is neither boi nor a patch: boi is predicted
+    many patches it has, num_patches or one of more_patches, and with which boi it begins.
+    Next-token targets stand at every position whose input is neither boi nor a patch: boi is predicted
     by the text before it, while what follows boi is denoised and eoi is put in without being asked for.
     """
     images = tuple(segment for segment in segments if not isinstance(segment, np.ndarray))

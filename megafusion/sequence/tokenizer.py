@@ -45,5 +45,5 @@ class Tokenizer:
 
 
 def begin_of_image(tokenizer: Tokenizer, size: int) -> int:
-    """The id before an image of the size-th size: `boi` for the first, the ids behind `eoi` for the others."""
+    """The id before an image of a size, by its index: `boi` for the first, those behind `eoi` for others."""
     return tokenizer.eoi + size if size else tokenizer.boi

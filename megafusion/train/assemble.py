@@ -93,7 +93,7 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
             f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
             if len(sizes) == len(model.sizes) == 1
             else f"{key}: latents of {say_sizes(sizes)}, but the model has {say_sizes(model.sizes)} "
-            "(model.latent_shape and model.more_sizes); a model may have more sizes than the shards, not fewer"
+            "(model.latent_shape, model.more_sizes); a model may have more sizes than its shards, not fewer"
         )
     if not manifest.num_images:
         return

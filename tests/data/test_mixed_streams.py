@@ -62,8 +62,7 @@ def test_the_manifest_counts_images_by_size(sources):
 def test_rows_are_alike_at_any_split_and_after_a_restart(sources):
     whole = stream_of(sources, range(4), 4, **OPTIONS)
     halves = [
-        stream_of(sources, rows, 4, num_workers=n, **OPTIONS)
-        for rows, n in ((range(2), 0), (range(2, 4), 2))
+        stream_of(sources, rows, 4, num_workers=n, **OPTIONS) for rows, n in ((range(2), 0), (range(2, 4), 2))
     ]
     with halves[0], halves[1]:
         for number in range(24):
@@ -103,13 +102,16 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
 def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_path, sources):
     """Whatever further sizes a model knows, images of the first are drawn as they were."""
     documents = [
-        StoredDocument({"key": f"k{i}"}, (np.arange(3, 9, dtype=np.int32), np.zeros((2, 1, 4, 4), np.float16)))
+        StoredDocument(
+            {"key": f"k{i}"}, (np.arange(3, 9, dtype=np.int32), np.zeros((2, 1, 4, 4), np.float16))
+        )
         for i in range(20)
     ]
     fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "provenance": {}}
     write_shards(tmp_path / "pairs", documents, 16, latent_shape=(1, 4, 4), **fields)
     one, several = (
-        stream_of({"pairs": (tmp_path / "pairs", 1.0)}, range(1), 1, more_sizes=more) for more in ((), SIZES[1:])
+        stream_of({"pairs": (tmp_path / "pairs", 1.0)}, range(1), 1, more_sizes=more)
+        for more in ((), SIZES[1:])
     )
     for _ in range(5):
         (first,), (second,) = one.next().micro_batches, several.next().micro_batches
@@ -135,8 +137,14 @@ def test_lengths_are_estimated_by_each_size(sources):
             {"more_sizes": [[12, 4]]},
             r"data\.sources\.pairs: latents of 8x8, 6x10, 12x4, but the model has 8x8, 12x4 .*more_sizes",
         ),
-        ({"latent_shape": [3, 8, 8]}, r"model\.latent_shape \(3, 8, 8\), but the autoencoder makes \(4, 8, 8\)"),
-        ({"vocab_size": 2048}, r"vocab_size 2048, but .* has 2050 ids .*a boi for each of the 2 model\.more_sizes"),
+        (
+            {"latent_shape": [3, 8, 8]},
+            r"model\.latent_shape \(3, 8, 8\), but the autoencoder makes \(4, 8, 8\)",
+        ),
+        (
+            {"vocab_size": 2048},
+            r"vocab_size 2048, but .* has 2050 ids .*a boi for each of the 2 model\.more_sizes",
+        ),
     ],
 )
 def test_shards_and_model_that_do_not_fit(mixed_values, changes, message):
@@ -168,7 +176,7 @@ def test_the_longest_document_is_counted_with_the_sizes_of_its_shards(mixed_valu
 
 def test_an_image_of_the_largest_size_must_fit_in_a_row(mixed_values):
     mixed_values["model"] |= {"more_sizes": [[20, 20]]}
-    with pytest.raises(UserError, match="an image takes 104 positions, more than data.sequence_length 96"):
+    with pytest.raises(UserError, match=r"an image takes 104 positions, more than data\.sequence_length 96"):
         parse_config(RunConfig, mixed_values, "test")
 
 

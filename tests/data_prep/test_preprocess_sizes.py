@@ -1,8 +1,10 @@
-"""Pictures of several aspects: each to the nearest size, alike whoever makes it, and on to what a run draws."""
+"""Pictures of several aspects: each to the nearest size, whoever makes it, and on to what a run draws."""
 
 import json
 import multiprocessing
 import random
+import re
+import shlex
 import signal
 import time
 
@@ -19,13 +21,15 @@ from data_prep.make import compressed
 from data_prep.preprocess import ShardRange, preprocess
 from megafusion.autoencoder.codec import to_tensor
 from megafusion.cli import app
-from megafusion.config import parse_config
+from megafusion.config import load_config, parse_config
 from megafusion.data.pictures import open_picture
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
+from megafusion.train.config import RunConfig
 from tests.data_prep.raw import drawing, encoded, made_files
 from tests.data_prep.test_preprocess_resume import shards_made
 from tests.sizes import ASPECTS, PIXELS, SIZES, write_raw
+from tests.small import ROOT
 
 NEAREST = (0, 1, 2, 0, 2, 1)
 
@@ -139,6 +143,23 @@ def test_sizes_that_cannot_be(settings, inputs, tmp_path, sizes, message):
     with pytest.raises(UserError, match=message):
         preprocess(parse_config(PreprocessConfig, values, "test"))
     assert not (tmp_path / "out/pairs").exists()
+
+
+def test_the_example_of_the_docs_is_whole(tmp_path):
+    """Both files parse, and the command says what the second does."""
+    section = (ROOT / "docs/data.md").read_text().split("\n## Several sizes\n")[1].split("\n## ")[0]
+    first, second = re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (tmp_path / "sizes.yaml").write_text(first)
+    pixels = load_config(PreprocessConfig, tmp_path / "sizes.yaml").image_sizes
+    (command,) = re.findall(r"^megafusion train (.*?)\nmegafusion", section, re.MULTILINE | re.DOTALL)
+    path, *overrides = shlex.split(command.replace("\\\n", " "))
+    plain, run = load_config(RunConfig, ROOT / path), load_config(RunConfig, ROOT / path, overrides)
+    assert run.model.sizes == tuple((height // 8, width // 8) for height, width in pixels)
+    assert run.model.vocab_size == plain.model.vocab_size + 2
+    written = yaml.safe_load(second)
+    for key, value in written["model"].items():
+        assert json.loads(run.model_dump_json())["model"][key] == value
+    assert run.data.sources["pairs"].path == written["data"]["sources"]["pairs"]["path"]
 
 
 def megafusion(*arguments: object) -> str:

@@ -55,9 +55,7 @@ def prompt_batch(pipeline, segments_of_rows):
 @torch.no_grad()
 def uncached(model, batch):
     """Hidden states of whole rows, and the skips."""
-    x, skips = model.stem(
-        batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size
-    )
+    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size)
     intervals, rope = batch.intervals(), model.rope(batch.positions)
     for block in model.blocks:
         x = block(x, intervals, rope)
@@ -68,7 +66,11 @@ def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
     """Rows with images of unequal sizes in them, then token after token."""
     model, decoder = pipeline.model, Decoder(pipeline.model)
     text, more = np.array([5, 6, 7, 8]), np.array([9, 10])
-    rows = [[text, image(1, 0), more], [image(2, 1), image(0, 2)], [image(0, 3), text, image(1, 4), image(2, 5)]]
+    rows = [
+        [text, image(1, 0), more],
+        [image(2, 1), image(0, 2)],
+        [image(0, 3), text, image(1, 4), image(2, 5)],
+    ]
     extra = torch.tensor([[20, 21], [23, 24], [26, 27]])
     batch, lengths = prompt_batch(pipeline, rows)
     cache = decoder.new_cache(3, int(lengths.max()) + 4)
