@@ -4,20 +4,19 @@ import math
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megafusion.config import Config
 from megafusion.model.adapters import Grid, LinearDown, LinearUp, Skips
 from megafusion.model.attention import Backend, check_backend
-from megafusion.model.by_size import Groups
+from megafusion.model.by_size import patches_by_size, predict_by_size
 from megafusion.model.rope import Rope, rope_at
 from megafusion.model.transformer import Block
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
 from megafusion.sequence.packing import PackedBatch
-from megafusion.sequence.sizes import Size, canvas, say_sizes
+from megafusion.sequence.sizes import Size, say_sizes
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -146,18 +145,7 @@ class Stem(nn.Module):
         """
         if len(self.sizes) == 1:
             return self.adapter(latents_NCHW, timesteps_N)
-        groups = Groups(sizes_N, len(self.sizes))
-        made, kept = [], []
-        for (height, width), latents, timesteps in zip(
-            self.sizes, groups.take(latents_NCHW), groups.take(timesteps_N), strict=True
-        ):
-            patches, skips = self.adapter(latents[..., :height, :width], timesteps)
-            made.append(F.pad(patches, (0, 0, 0, self.num_patches - patches.shape[1])))
-            kept.append([skip.flatten(1) for skip in skips])
-        return groups.put(made), tuple(
-            groups.put([F.pad(part, (0, max(p.shape[1] for p in parts) - part.shape[1])) for part in parts])
-            for parts in zip(*kept, strict=True)
-        )
+        return patches_by_size(self.adapter, self.sizes, self.num_patches, latents_NCHW, timesteps_N, sizes_N)
 
 
 class Tail(nn.Module):
@@ -209,26 +197,9 @@ class Tail(nn.Module):
         self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, sizes_N: Tensor | None
     ) -> Tensor:
         """Predictions [N, C, H, W] of images; several sizes as in `Stem.patches`."""
-        if len(self.sizes) == 1:
+        if len(self.grids) == 1:
             return self.adapter(hidden_NPD, timesteps_N, skips)
-        groups = Groups(sizes_N, len(self.sizes))
-        taken = zip(
-            self.grids,
-            groups.take(hidden_NPD),
-            groups.take(timesteps_N),
-            zip(*map(groups.take, skips), strict=True) if skips else [()] * len(self.sizes),
-            strict=True,
-        )
-        height, width = canvas(self.sizes)
-        predictions = []
-        for grid, hidden, timesteps, kept in taken:
-            shaped = tuple(
-                skip[:, : math.prod(shape)].unflatten(1, shape)
-                for skip, shape in zip(kept, self.adapter.skip_shapes(grid), strict=True)
-            )
-            own = self.adapter(hidden[:, : math.prod(grid)], timesteps, shaped, grid)
-            predictions.append(F.pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])))
-        return groups.put(predictions)
+        return predict_by_size(self.adapter, self.sizes, self.grids, hidden_NPD, timesteps_N, skips, sizes_N)
 
     def skip_shapes(self, num_images: int) -> tuple[torch.Size, ...]:
         """Shapes of what `Stem.patches` keeps of some images for `predict`."""
