@@ -184,6 +184,21 @@ def test_a_size_can_be_asked_for(pipeline):
     assert sizes == {(16, 48)}
 
 
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_guidance_steers_away_from_a_document_of_a_picture_of_that_size_alone(pipeline, monkeypatch, size):
+    monkeypatch.setattr(pipeline, "pictures", list)
+    (drawn,) = pipeline.draw(["x"], seed=4, size=PIXELS[size])
+    decoder, caches = Decoder(pipeline.model), []
+    begin = torch.tensor([begin_of_image(pipeline.tokenizer, size)])
+    for segments in ([np.array(pipeline.tokenizer.encode("x"))], []):
+        caches.append(decoder.new_cache(1, 40))
+        decoder.read_prompts(caches[-1], *prompt_batch(pipeline, [segments]))
+        decoder.read_tokens(caches[-1], begin)
+    noise = torch.randn(1, 4, *SIZES[size], generator=torch.Generator().manual_seed(4))
+    expected = decoder.draw(*caches, noise, pipeline.config.sampling)[0]
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_model_chooses_a_size_by_the_token_that_begins_an_image(pipeline):
     captions = ["red apple", "x", "cat"]
 
