@@ -196,7 +196,7 @@ def test_guidance_steers_away_from_a_document_of_a_picture_of_that_size_alone(pi
         decoder.read_tokens(caches[-1], begin)
     noise = torch.randn(1, 4, *SIZES[size], generator=torch.Generator().manual_seed(4))
     expected = decoder.draw(*caches, noise, pipeline.config.sampling)[0]
-    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_the_model_chooses_a_size_by_the_token_that_begins_an_image(pipeline):
