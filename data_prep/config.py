@@ -1,12 +1,15 @@
 """Where pictures, captions and text come from, what is kept of them, and where shards go."""
 
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megafusion.config import Config
+from megafusion.sequence.sizes import Size, say_sizes
 
+Pixels = Annotated[int, Field(gt=0)]
 BYTES_ALIKE = {"out", "num_workers", "max_skip_rate"}
 """Keys of PreprocessConfig that change nothing in the shards."""
 
@@ -65,6 +68,10 @@ class PreprocessConfig(Config):
     """File that names the keys of pictures to keep, one a line; all of them by default."""
     image_size: int = Field(64, gt=0)
     """Pictures are cropped about the centre to a square of this many pixels."""
+    more_image_sizes: tuple[tuple[Pixels, Pixels], ...] = ()
+    """Further heights and widths in pixels. Each picture goes to that of these and the square whose aspect is
+    nearest to its own, is scaled to cover it and cropped about the centre. Of pictures that are kept this
+    only says how large: a run chooses among the sizes of its model."""
     images: Literal["latents", "pictures"] = "latents"
     """latents: encoded now, once. pictures: kept as WebP, the shorter side image_size, and encoded by a run
     whenever it shows them; it may then crop and mirror them."""
@@ -97,3 +104,20 @@ class PreprocessConfig(Config):
     tar): stop the command, or be counted and left out."""
     max_skip_rate: float = Field(0.01, gt=0, le=1)
     """Share of bad inputs beyond which, by more than chance brings, the command stops all the same."""
+
+    @model_validator(mode="after")
+    def _sizes_differ(self) -> "PreprocessConfig":
+        seen: dict[Fraction, Size] = {}
+        for size in self.image_sizes:
+            other = seen.setdefault(Fraction(*size), size)
+            if other is not size:
+                raise ValueError(
+                    f"more_image_sizes: {say_sizes([size])} has the aspect of {say_sizes([other])} "
+                    "(image_size is the first size, a square), so no picture would go there; leave it out"
+                )
+        return self
+
+    @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Every height and width that a picture may be brought to, the square first."""
+        return ((self.image_size, self.image_size), *self.more_image_sizes)

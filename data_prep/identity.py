@@ -28,7 +28,9 @@ class Identity:
 
     def __init__(self, kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, pieces: list[Piece]):
         self.fields = manifest_fields(kind, config, tokenizer)
-        self._config = dump_config(config, BYTES_ALIKE)
+        # A key that came later says nothing where it is not used: folders made before it stay current.
+        unused = set() if config.more_image_sizes else {"more_image_sizes"}
+        self._config = dump_config(config, BYTES_ALIKE | unused)
         self._given, beside = _given(kind, config)
         files = [file for piece in pieces for file in piece_files(piece)] + beside
         self._stats = {str(file): list(file_stat(file)) for file in files}
@@ -83,9 +85,11 @@ def manifest_fields(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer) 
         fields["images"] = "pictures"
     elif kind != "text":
         codec = ImageCodec.from_pretrained(config.vae, default_device())
+        first, *more = (codec.latent_shape(*size) for size in config.image_sizes)
         fields |= {
             "vae_sha256": codec.hash,
-            "latent_shape": codec.latent_shape(config.image_size, config.image_size),
+            "latent_shape": first,
+            "more_sizes": tuple(shape[1:] for shape in more),
             "latent_scale": codec.scaling_factor,
             "latent_shift": codec.shift_factor,
         }

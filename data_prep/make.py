@@ -3,7 +3,6 @@
 import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megafusion.autoencoder.codec import ImageCodec, fit_rgb, to_tensor
 from megafusion.data.members import StoredDocument
 from megafusion.data.shards import ShardSummary, write_shard
 from megafusion.errors import UserError
+from megafusion.sequence.sizes import nearest_size
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, write_file
 
@@ -64,7 +64,7 @@ def _is_whole(folder: Path, summary: ShardSummary) -> bool:
 
 
 class DocumentMaker:
-    """Records to documents: tokens, and latents in batches that the shard alone decides.
+    """Records to documents: tokens, and latents in batches of one size that the shard alone decides.
 
     A batch's size can change the last bits of its latents, so batches begin anew with each shard, whoever
     makes it and whatever came before.
@@ -106,30 +106,36 @@ class DocumentMaker:
         return np.array(self._tokenizer.encode(text), np.int32)
 
     def _picture(self, content: bytes) -> Image.Image | bytes:
-        picture, size = open_rgb(content), self._config.image_size
-        return fit_rgb(picture, size, size) if self._codec else compressed(picture, size)
+        picture, sizes = open_rgb(content), self._config.image_sizes
+        height, width = sizes[nearest_size(picture.height, picture.width, sizes)]
+        return fit_rgb(picture, height, width) if self._codec else compressed(picture, height, width)
 
     def _encoded(self, batch: list[tuple[dict, list[Part]]]) -> Iterator[StoredDocument]:
         pictures = [part for _, parts in batch for part in parts if isinstance(part, Image.Image)]
-        size = self._config.batch_size
-        batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
-        moments = chain.from_iterable(map(self._moments, batches))
+        made: dict[int, np.ndarray] = {}
+        for height, width in self._config.image_sizes:
+            own = [number for number, p in enumerate(pictures) if p.size == (width, height)]
+            for first in range(0, len(own), self._config.batch_size):
+                some = own[first : first + self._config.batch_size]
+                made |= zip(some, self._moments([pictures[number] for number in some]), strict=True)
+        moments = (made[number] for number in range(len(pictures)))
         for metadata, parts in batch:
             segments = [next(moments) if isinstance(part, Image.Image) else part for part in parts]
             yield StoredDocument(metadata, tuple(segments))
 
     def _moments(self, pictures: list[Image.Image]) -> np.ndarray:
-        """Mean and log-variance, float16 [n, 2, C, h, w], of at most a batch of pictures."""
-        pixels = to_tensor(pictures, self._config.image_size).to(self._codec.model.device)
+        """Mean and log-variance, float16 [n, 2, C, h, w], of at most a batch of pictures of one size."""
+        pixels = to_tensor(pictures, pictures[0].size[::-1]).to(self._codec.model.device)
         return torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
 
 
-def compressed(picture: Image.Image, size: int) -> bytes:
-    """A picture whose shorter side is at most `size` pixels, as WebP."""
-    scale = size / min(picture.size)
+def compressed(picture: Image.Image, height: int, width: int) -> bytes:
+    """A picture as WebP, made as small as still covers a height and a width."""
+    scale = max(width / picture.width, height / picture.height)
     if scale < 1:
-        width, height = (max(size, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        least = (width, height)
+        whole = tuple(max(a, round(side * scale)) for a, side in zip(least, picture.size, strict=True))
+        picture = picture.resize(whole, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=WEBP_QUALITY)
     return buffer.getvalue()

@@ -23,6 +23,7 @@ def write_report(folder: Path, plan: Plan, made: Manifest) -> None:
         "documents": made.num_documents,
         "tokens": made.num_tokens,
         "images": made.num_images,
+        "images_by_size_of_latents": made.images_by_size,
         "pictures_by_shorter_side": plan.sides,
     }
     write_file(folder / REPORT, json.dumps(values, indent=1) + "\n")

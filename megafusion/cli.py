@@ -198,6 +198,14 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim or dpm++.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Height and width in pixels of drawn pictures, one of those that the model was made for; "
+            "it chooses itself by default.",
+            metavar="HxW",
+        ),
+    ] = None,
 ) -> None:
     """Draw prompts, describe pictures, or continue a mixture of both.
 
@@ -214,7 +222,7 @@ def generate(
     overrides = {"guidance": guidance, "num_steps": steps, "sampler": sampler}
     run(
         checkpoint,
-        GenerateRequest(prompt or [], image or [], interleave or [], seed),
+        GenerateRequest(prompt or [], image or [], interleave or [], seed, size),
         out,
         {key: value for key, value in overrides.items() if value is not None},
     )

@@ -18,6 +18,7 @@ from megafusion.autoencoder.codec import ImageCodec
 from megafusion.config import parse_config
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
+from tests.sizes import make_mixed_shards, mixed_run
 from tests.small import TOKENIZER, make_shards, make_vae, small_run
 
 # A busy machine makes no test fail: how long things take is for the benchmarks.
@@ -45,6 +46,18 @@ def codec(vae_folder) -> ImageCodec:
 def shards(tmp_path_factory, vae_folder) -> Path:
     """pairs/ with 22 pairs in 3 shards and text/ with 40 glosses in 5."""
     return make_shards(tmp_path_factory.mktemp("shards"), vae_folder)
+
+
+@pytest.fixture(scope="session")
+def mixed_shards(tmp_path_factory, vae_folder) -> Path:
+    """pairs/ with 24 pairs of three sizes in 3 shards, and text/ with 40 texts in 5."""
+    return make_mixed_shards(tmp_path_factory.mktemp("mixed"), vae_folder)
+
+
+@pytest.fixture
+def mixed_values(mixed_shards, vae_folder, tmp_path) -> dict:
+    """Plain values of a small run of images of three sizes."""
+    return mixed_run(mixed_shards, vae_folder, tmp_path / "run")
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import numpy as np
 
 from megafusion.data.config import DataConfig
 from megafusion.data.members import segment_kind
-from megafusion.data.pictures import show_picture
+from megafusion.data.pictures import picture_size, show_picture
 from megafusion.data.shards import Manifest
 from megafusion.sequence.document import FlatDocument, NoisedImage
 from megafusion.sequence.packing import RowShape
+from megafusion.sequence.sizes import nearest_size
 
 # exp(x / 2) of every float16 x, by its bits: one rounding of a float64, so alike on every processor.
 with np.errstate(over="ignore", invalid="ignore"):
@@ -21,10 +22,11 @@ with np.errstate(over="ignore", invalid="ignore"):
 @dataclass(frozen=True)
 class StoredImage:
     """An image before its noise is drawn: moments float16 [2, C, H, W] or a picture uint8 [3, H, W], and the
-    bound of its timestep."""
+    bound of its timestep; and the index of its size among the row's."""
 
     content: np.ndarray
     max_timestep: int
+    size: int = 0
 
 
 def toss_coins(
@@ -40,22 +42,30 @@ def toss_coins(
     Of an interleaved document, which keeps its order, an image that opens it stands before all text. Raises
     BadBytes where a picture cannot be opened.
     """
+    sizes = [_size(segment, shape) for segment in segments]
     parts = [
-        show_picture(s, shape.picture_size, config, generator) if isinstance(s, bytes) else s
-        for s in segments
+        show_picture(s, shape.picture_sizes[size], config, generator) if isinstance(s, bytes) else s
+        for s, size in zip(segments, sizes, strict=True)
     ]
     image_first = min(num_timesteps, config.image_first_max_timestep)
     if manifest.kind != "pair":
         is_text = [segment_kind(segment) == "tokens" for segment in segments]
         return [
-            part if here else StoredImage(part, num_timesteps if any(is_text[:place]) else image_first)
-            for place, (part, here) in enumerate(zip(parts, is_text, strict=True))
+            part if here else StoredImage(part, num_timesteps if any(is_text[:place]) else image_first, size)
+            for place, (part, size, here) in enumerate(zip(parts, sizes, is_text, strict=True))
         ]
     text, content = parts
     if generator.random() >= config.caption_first:
-        return [StoredImage(content, image_first), text]
-    image = StoredImage(content, num_timesteps)
+        return [StoredImage(content, image_first, sizes[1]), text]
+    image = StoredImage(content, num_timesteps, sizes[1])
     return [image] if generator.random() < config.caption_dropout else [text, image]
+
+
+def _size(segment: np.ndarray | bytes, shape: RowShape) -> int:
+    """Index of an image's size: that of its latents, or the nearest to a picture. 0 for a text."""
+    if isinstance(segment, bytes):
+        return nearest_size(*picture_size(segment), shape.sizes) if shape.more_sizes else 0
+    return shape.sizes.index(segment.shape[2:]) if segment.ndim > 1 else 0
 
 
 def draw_images(
@@ -73,13 +83,15 @@ def draw_images(
 def _draw(
     image: StoredImage, manifest: Manifest, shape: RowShape, generator: np.random.Generator
 ) -> NoisedImage:
-    sample, noise = generator.standard_normal((2, *shape.latent_shape), np.float32)
+    size = (2, shape.latent_shape[0], *shape.sizes[image.size])
+    sample, noise = generator.standard_normal(size, np.float32)
     if manifest.images == "pictures":
-        return NoisedImage(sample, noise, int(generator.integers(image.max_timestep)), image.content)
+        timestep = int(generator.integers(image.max_timestep))
+        return NoisedImage(sample, noise, timestep, image.content, image.size)
     mean, log_variance = image.content
     sample *= DEVIATION[log_variance.view(np.uint16)]
     sample += mean
     if manifest.latent_shift:
         sample -= np.float32(manifest.latent_shift)
     sample *= np.float32(manifest.latent_scale)
-    return NoisedImage(sample, noise, int(generator.integers(image.max_timestep)))
+    return NoisedImage(sample, noise, int(generator.integers(image.max_timestep)), size=image.size)

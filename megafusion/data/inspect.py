@@ -18,8 +18,6 @@ from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.progress import progress_bar
 from megafusion.storage import file_sha256, write_file
 
-PAGE_SIZE = (256, 256)
-
 
 def inspect(folder: Path, vae: Path, out: Path, num_documents: int) -> None:
     """Print what a folder of shards holds; write `out`: documents with pictures decoded from their latents.
@@ -88,11 +86,12 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
         kept = first_images(chosen)
         table.add_row("pictures", f"kept as WebP, {decimal(sum(map(len, kept)) // len(kept))} each")
     elif manifest.num_images:
-        latents = torch.from_numpy(np.stack([moments[0] for moments in first_images(chosen)])).float()
-        latents = (latents - manifest.latent_shift) * manifest.latent_scale
-        table.add_row(
-            "latents", f"{' x '.join(map(str, manifest.latent_shape))}, normalised as a run sees them:"
-        )
+        numbers = np.concatenate([moments[0].ravel() for moments in first_images(chosen)])
+        latents = (torch.from_numpy(numbers).float() - manifest.latent_shift) * manifest.latent_scale
+        shapes = [" x ".join(map(str, shape)) for shape in manifest.latent_shapes]
+        for shape, count in zip(shapes, manifest.count_by_size.values(), strict=True):
+            table.add_row("latents" if shape == shapes[0] else "", f"{shape}: {count:,} images")
+        table.add_row("", "normalised as a run sees them:")
         table.add_row("", f"mean {latents.mean():.3f}, deviation {latents.std():.3f}")
     for name, value in manifest.provenance.items():
         if name != "config":
@@ -110,7 +109,7 @@ def _write_page(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, ou
         )
     images = first_images(chosen)
     captions = [str(document.metadata.get("caption", "")) for document in chosen]
-    pictures = originals(images, codec, PAGE_SIZE)
+    pictures = originals(images, codec)
     write_file(out, png(picture_sheet(list(zip(captions, pictures, strict=True)))))
     how = "decoded from their latents" if has_latents else "as they are kept"
     print(f"{out}: {len(chosen)} pictures {how}, with captions")

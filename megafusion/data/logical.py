@@ -198,7 +198,7 @@ class LogicalStream:
         spread = (place + self.number * math.sqrt(PRIMES[source.number % len(PRIMES)])) % 1
         weights = {name: about.weight for name, about in self._config.sources.items()}
         share = self._shape.length * weights[source.name] / sum(weights.values())
-        document = min(source.positions_per_document(self._shape.num_patches), self._shape.length)
+        document = min(source.positions_per_document(self._shape), self._shape.length)
         return int((spread - 0.5) * max(share, document))
 
     def _next_length(self, name: str) -> int:
@@ -245,9 +245,10 @@ class LogicalStream:
             )
         except BadBytes as error:
             raise BadDocument(where, str(error)) from error
-        document = flatten(parts, self._tokenizer, self._shape.num_patches)
-        if document.tokens.max() >= self._tokenizer.vocab_size:
+        texts = (part for part in parts if isinstance(part, np.ndarray))
+        if max((text.max(initial=0) for text in texts), default=0) >= self._tokenizer.vocab_size:
             raise BadDocument(where, "a token that the tokenizer does not have")
+        document = flatten(parts, self._tokenizer, self._shape.num_patches, self._shape.patches[1:])
         start = document.image_start
         longest = int((document.row_end[start] - start).max(initial=0)) + 4
         if longest > self._shape.length:

@@ -8,7 +8,7 @@ once. tarfile and np.load would take longer over this than drawing the noise doe
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -90,8 +90,11 @@ def tar_members(content: bytes | memoryview, whole: int | None = None) -> Iterat
         raise BadBytes("bytes are left over after the last member")
 
 
-def parse_document(content: bytes, latent_shape: tuple[int, ...] | None) -> StoredDocument:
-    """A document from its members. Raises BadBytes saying what is wrong with them."""
+def parse_document(content: bytes, latent_shapes: Collection[tuple[int, ...]]) -> StoredDocument:
+    """A document from its members; latent_shapes: those that an image may have.
+
+    Raises BadBytes saying what is wrong with them.
+    """
     metadata, key = None, None
     segments: dict[int, np.ndarray | bytes] = {}
     for member in tar_members(content):
@@ -113,7 +116,7 @@ def parse_document(content: bytes, latent_shape: tuple[int, ...] | None) -> Stor
             raise BadBytes("a member of unknown kind")
         if not NUMBER.fullmatch(number) or int(number) in segments:
             raise BadBytes("members doubled or without a number")
-        segments[int(number)] = bytes(data) if is_picture else _array(data, *TYPES[name[:-4]], latent_shape)
+        segments[int(number)] = bytes(data) if is_picture else _array(data, *TYPES[name[:-4]], latent_shapes)
     if metadata is None:
         raise BadBytes("no .json member")
     # webdataset writes members in the order of their names, 10 before 2.
@@ -132,16 +135,17 @@ def _metadata(data: bytes) -> dict:
     return metadata
 
 
-def _array(data: bytes, dtype: np.dtype, ndim: int, latent_shape: tuple[int, ...] | None) -> np.ndarray:
-    """A view of an npy member: tokens [L], or moments [2, C, H, W] of the shape that the manifest gives."""
+def _array(data: bytes, dtype: np.dtype, ndim: int, latent_shapes: Collection[tuple[int, ...]]) -> np.ndarray:
+    """A view of an npy member: tokens [L], or moments [2, C, H, W] of a shape that the manifest gives."""
     if data[:8] != b"\x93NUMPY\x01\x00":
         raise BadBytes("a member is no npy file of version 1")
     start = 10 + int.from_bytes(data[8:10], "little")
     found, shape = _npy_header(data[10:start])
     if found != dtype or len(shape) != ndim:
         raise BadBytes(f"an array of type {found} and shape {shape} where {dtype} with {ndim} axes belongs")
-    if ndim > 1 and shape != (2, *(latent_shape or ())):
-        raise BadBytes(f"moments of shape {shape} where the manifest says {(2, *(latent_shape or ()))}")
+    if ndim > 1 and (shape[0] != 2 or shape[1:] not in latent_shapes):
+        known = " or ".join(str((2, *known)) for known in latent_shapes) or "none"
+        raise BadBytes(f"moments of shape {shape} where the manifest says {known}")
     size = int(np.prod(shape))
     if len(data) != start + size * dtype.itemsize:
         raise BadBytes("an array's bytes are not as many as its shape says")

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from megafusion.autoencoder.codec import ImageCodec, to_pil
 from megafusion.data.members import StoredDocument, segment_kind
 from megafusion.data.pictures import open_picture
+from megafusion.sequence.sizes import Size, nearest_size
 
 
 def first_images(documents: Sequence[StoredDocument]) -> list[np.ndarray | bytes]:
@@ -18,10 +19,26 @@ def first_images(documents: Sequence[StoredDocument]) -> list[np.ndarray | bytes
 
 
 def originals(
-    images: Sequence[np.ndarray | bytes], codec: ImageCodec, size: tuple[int, int]
+    images: Sequence[np.ndarray | bytes], codec: ImageCodec, sizes: Sequence[Size] = ()
 ) -> list[Image.Image]:
-    """Pictures of H x W pixels, all of one kind: of the means of latents, or the middle of those kept."""
+    """Pictures, all of one kind: of the means of latents, each of its own size, or as they are kept.
+
+    sizes: heights and widths in pixels; of pictures that are kept, what a run shows of them without chance,
+    the middle at the size that is nearest in aspect.
+    """
     if isinstance(images[0], bytes):
-        return [ImageOps.fit(open_picture(image), size[::-1], Image.Resampling.LANCZOS) for image in images]
-    means = torch.from_numpy(np.stack([moments[0] for moments in images])).float()
-    return to_pil(codec.decode(means.to(next(codec.model.parameters()).device)))
+        return [_middle(open_picture(image), sizes) for image in images]
+    pictures: dict[int, Image.Image] = {}
+    for shape in dict.fromkeys(moments.shape for moments in images):
+        own = [number for number, moments in enumerate(images) if moments.shape == shape]
+        means = torch.from_numpy(np.stack([images[number][0] for number in own])).float()
+        decoded = to_pil(codec.decode(means.to(next(codec.model.parameters()).device)))
+        pictures |= zip(own, decoded, strict=True)
+    return [pictures[number] for number in range(len(images))]
+
+
+def _middle(picture: Image.Image, sizes: Sequence[Size]) -> Image.Image:
+    if not sizes:
+        return picture
+    height, width = sizes[nearest_size(picture.height, picture.width, sizes)]
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)

@@ -20,6 +20,11 @@ def open_picture(content: bytes) -> Image.Image:
     return open_untrusted(content, ("WEBP",), lambda picture: picture.convert("RGB"))
 
 
+def picture_size(content: bytes) -> tuple[int, int]:
+    """Height and width in pixels, from the header of a picture of a shard. Raises BadBytes."""
+    return open_untrusted(content, ("WEBP",), lambda picture: (picture.height, picture.width))
+
+
 def open_untrusted(
     content: bytes, formats: Sequence[str], convert: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:

@@ -33,6 +33,7 @@ class ShardFolder:
         self.is_remote = is_remote(folder)
         self.folder = str(folder) if self.is_remote else Path(folder)
         self.manifest = load_manifest(self.folder)
+        self._latent_shapes = self.manifest.latent_shapes
         self._cache = cache
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         if not self.is_remote:
@@ -68,7 +69,7 @@ class ShardFolder:
         if len(content) != last - first:
             raise UserError(f"{where}: has become shorter while it was read; bring it back and start again")
         try:
-            return parse_document(content, self.manifest.latent_shape)
+            return parse_document(content, self._latent_shapes)
         except BadBytes as error:
             raise BadDocument(f"{where}, document {position}", str(error)) from error
 

@@ -10,6 +10,7 @@ ever scanned.
 import io
 import json
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from megafusion.config import Config, parse_config
 from megafusion.data.members import BLOCK, PICTURE, StoredDocument, segment_kind, tar_members
 from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
+from megafusion.sequence.sizes import Size, say_sizes
 from megafusion.storage import file_sha256, new_folder, write_file
 
 MANIFEST = "manifest.json"
@@ -52,6 +54,7 @@ class ShardSummary(Config):
     num_images: int
     max_images: int
     max_tokens_beside_images: int
+    images_by_size: dict[str, int] = Field({})
 
 
 class Manifest(Config):
@@ -78,6 +81,11 @@ class Manifest(Config):
     """Hash of the autoencoder that made the latents; null without latents."""
     latent_shape: tuple[int, int, int] | None = None
     """Channels, height and width of the latents; null without latents."""
+    more_sizes: tuple[Size, ...] = ()
+    """Further heights and widths that latents may have."""
+    images_by_size: dict[str, int] = Field({})
+    """Images by height and width of their latents, as 32x32; those of other sizes are none. Shards made
+    before there were several sizes have no counts."""
     latent_scale: float = 1.0
     """Factor that brings latents to unit deviation: the autoencoder's scaling_factor."""
     latent_shift: float = 0.0
@@ -90,6 +98,21 @@ class Manifest(Config):
     @property
     def num_documents(self) -> int:
         return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Every shape that the latents of an image may have; empty without latents."""
+        if self.latent_shape is None:
+            return ()
+        return (self.latent_shape, *((self.latent_shape[0], *size) for size in self.more_sizes))
+
+    @property
+    def count_by_size(self) -> dict[Size, int]:
+        """Images by height and width of their latents; of sizes that it has no images of, 0."""
+        sizes = [shape[1:] for shape in self.latent_shapes]
+        if len(sizes) == 1:
+            return {sizes[0]: self.num_images}
+        return {size: self.images_by_size.get(say_sizes([size]), 0) for size in sizes}
 
 
 def write_shards(
@@ -125,6 +148,7 @@ def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict
         num_images=sum(shard.num_images for shard in summaries),
         max_images=max((shard.max_images for shard in summaries), default=0),
         max_tokens_beside_images=max((shard.max_tokens_beside_images for shard in summaries), default=0),
+        images_by_size=dict(sorted(sum((Counter(s.images_by_size) for s in summaries), Counter()).items())),
         shards=tuple(shard.entry for shard in summaries),
         **fields,
     )
@@ -150,6 +174,12 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
     np.save(path.with_suffix(".index.npy"), document_offsets(path))
     tokens = [sum(len(s) for s in document.segments if segment_kind(s) == "tokens") for document in documents]
     images = [sum(segment_kind(s) != "tokens" for s in document.segments) for document in documents]
+    by_size = Counter(
+        say_sizes([segment.shape[2:]])
+        for document in documents
+        for segment in document.segments
+        if segment_kind(segment) == "moments"
+    )
     return ShardSummary(
         entry=ShardEntry(
             name=path.name,
@@ -161,6 +191,7 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
         num_images=sum(images),
         max_images=max(images, default=0),
         max_tokens_beside_images=max((t for t, i in zip(tokens, images, strict=True) if i), default=0),
+        images_by_size=dict(sorted(by_size.items())),
     )
 
 

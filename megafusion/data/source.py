@@ -10,6 +10,7 @@ from megafusion.data.members import BadDocument, StoredDocument, segment_kind
 from megafusion.data.reader import ShardFolder
 from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
+from megafusion.sequence.packing import RowShape
 from megafusion.sequence.tokenizer import Tokenizer
 
 # What a generator is for: the last of its counters. Shard number n of a stream has SHARDS + n.
@@ -55,10 +56,12 @@ class Source:
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         return self.folder.read(shard, document - int(self._first[shard]))
 
-    def positions_per_document(self, num_patches: int) -> float:
-        """Mean length of a document with images of P patches."""
+    def positions_per_document(self, shape: RowShape) -> float:
+        """Mean length of a document; of pictures that are kept, as though each had the first size."""
         manifest = self.folder.manifest
-        return 2 + (manifest.num_tokens + manifest.num_images * (num_patches + 2)) / len(self.folder)
+        counts = manifest.count_by_size or {shape.sizes[0]: manifest.num_images}
+        patches = sum(n * shape.patches[shape.sizes.index(size)] for size, n in counts.items() if n)
+        return 2 + (manifest.num_tokens + patches + 2 * manifest.num_images) / len(self.folder)
 
     def check(self, stored: StoredDocument, where: str) -> None:
         """Raises BadDocument where a document's segments are not those of the source's kind."""

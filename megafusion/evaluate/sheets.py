@@ -16,7 +16,8 @@ def picture_sheet(
 ) -> Image.Image:
     """Cells of one or several pictures side by side above their caption, `columns` cells across.
 
-    rows: a caption and its pictures, each; headings: a word above the pictures of every cell.
+    rows: a caption and its pictures, each; the longer side of a picture fills its place. headings: a word
+    above the pictures of every cell.
     """
     font = ImageFont.load_default(size=12)
     num_pictures = max(len(row) - 1 for row in rows)
@@ -32,7 +33,10 @@ def picture_sheet(
             x = left + position * (side + 4)
             if headings:
                 pen.text((x, top), headings[position], fill="#888888", font=font)
-            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, top + heading_height))
+            size = [max(1, round(pixels * side / max(picture.size))) for pixels in picture.size]
+            shown = picture.resize(size, Image.Resampling.LANCZOS)
+            x, y = x + (side - shown.width) // 2, top + heading_height + (side - shown.height) // 2
+            sheet.paste(shown, (x, y))
         wrapped = "\n".join(textwrap.wrap(caption, width=max(14, cell_width // 7))[:2])
         pen.multiline_text(
             (left, top + heading_height + side + 2), wrapped, fill="black", font=font, spacing=2

@@ -28,6 +28,8 @@ class GenerateRequest:
     images: Sequence[Path]
     parts: Sequence[str]
     seed: int = 0
+    size: str | None = None
+    """Height x width in pixels of what is drawn, as 256x320."""
 
 
 def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[str, object]) -> None:
@@ -36,10 +38,15 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         raise UserError("nothing to generate: give --prompt, --image or --interleave")
     pictures = [open_picture(path) for path in request.images]
     mixed: list[Part] = [open_picture(Path(p[1:])) if p.startswith("@") else p for p in request.parts]
+    if request.size and not (request.prompts or request.parts):
+        raise UserError("--size is that of drawn pictures, and none is drawn: give --prompt or --interleave")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
     pipeline = open_pipeline(checkpoint).to(default_device())
     sampling = _sampling(pipeline.config.sampling, overrides)
+    size = parse_size(request.size) if request.size else None
+    if size:
+        pipeline.size_number(size)
     lines = []
     with progress_bar() as progress:
         task = progress.add_task("denoising", total=sampling.num_steps, losses="", visible=False)
@@ -47,7 +54,8 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        drawn = pipeline.draw(request.prompts, seed=request.seed, sampling=sampling, report=report)
+        given = {"seed": request.seed, "size": size, "sampling": sampling, "report": report}
+        drawn = pipeline.draw(request.prompts, **given)
         for number, (prompt, picture) in enumerate(zip(request.prompts, drawn, strict=True)):
             path = out / f"{number}-{_slug(prompt)}.png"
             write_file(path, png(picture))
@@ -55,10 +63,18 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         for path, caption in zip(request.images, pipeline.describe(pictures, sampling=sampling), strict=True):
             lines.append(f"{path}: {caption}")
         if mixed:
-            (answer,) = pipeline([mixed], seed=request.seed, sampling=sampling, report=report)
+            (answer,) = pipeline([mixed], **given)
             lines += _write_answer(answer, out)
     write_file(out / "captions.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """HxW in pixels. UserError for anything else."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise UserError(f"--size {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
+    return int(height), int(width)
 
 
 def open_pipeline(path: Path) -> TransfusionPipeline:

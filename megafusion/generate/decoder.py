@@ -1,5 +1,6 @@
 """The model read with a cache: one text position or one image at a time, for a batch of rows."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,6 @@ class Decoder:
 
     def __init__(self, model: Transfusion):
         self.model = model
-        self.num_patches = model.config.num_patches
 
     def new_cache(self, num_rows: int, capacity: int) -> KVCache:
         """An empty cache for this model."""
@@ -34,7 +34,9 @@ class Decoder:
         """
         own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         row_end = torch.where(own < lengths_B[:, None], batch.row_end, 0)
-        x_BSD, _ = self.model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps)
+        x_BSD, _ = self.model.stem(
+            batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size
+        )
         hidden_BSD = self._run(cache, x_BSD, row_end)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
@@ -59,6 +61,7 @@ class Decoder:
     ) -> Tensor:
         """Denoise an image behind each row's boi and append it, clean; latents [B, C, H, W].
 
+        noise_BCHW: of the size that the bois announce, the same for all rows;
         unconditional: the rows that guidance steers away from, read up to their boi too.
         """
         sampler = make_sampler(sampling, self.model.objective.config.schedule)
@@ -76,15 +79,21 @@ class Decoder:
                 report(step + 1, len(sampler.timesteps))
         # What follows must see the clean image: its keys and values take the place of the noised ones.
         self._predict(cache, latents, torch.zeros((), dtype=torch.int64))
-        cache.advance(torch.full_like(cache.lengths, self.num_patches))
+        cache.advance(torch.full_like(cache.lengths, math.prod(self._grid(latents))))
         return latents
 
     def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
         """The model's prediction for noised latents behind each row, [B, C, H, W]."""
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
         patches_BPD, skips = self.model.stem.adapter(latents_BCHW, timesteps_B)
-        end = torch.full(patches_BPD.shape[:2], self.num_patches, device=latents_BCHW.device)
-        return self.model.tail.adapter(self._run(cache, patches_BPD, end), timesteps_B, skips)
+        end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
+        hidden_BPD = self._run(cache, patches_BPD, end)
+        return self.model.tail.adapter(hidden_BPD, timesteps_B, skips, self._grid(latents_BCHW))
+
+    def _grid(self, latents_BCHW: Tensor) -> tuple[int, int]:
+        """Patches down and across images."""
+        height, width = latents_BCHW.shape[2:]
+        return height // self.model.config.patch_size, width // self.model.config.patch_size
 
     def _run(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor) -> Tensor:
         positions, intervals = cache.place(row_end_BS)

@@ -1,5 +1,6 @@
 """One call of the pipeline: rows that are read, written to and drawn into until each has ended."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from megafusion.generate.decoder import Decoder, Report
 from megafusion.generate.sampling import SamplingConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import RowShape, collate, pack_row
+from megafusion.sequence.tokenizer import begin_of_image
 
 if TYPE_CHECKING:
     from megafusion.generate.pipeline import TransfusionPipeline
@@ -19,7 +21,10 @@ Part = str | Image.Image
 
 
 class Generation:
-    """One call's rows: their cache, what they have said, who is still speaking."""
+    """One call's rows: their cache, what they have said, who is still speaking.
+
+    size: index of the size that every drawn picture is to have; None: the model chooses, by its boi.
+    """
 
     def __init__(
         self,
@@ -29,6 +34,7 @@ class Generation:
         seed: int,
         max_images: int,
         report: Report | None,
+        size: int | None = None,
     ):
         self.pipeline, self.decoder, self.sampling = pipeline, Decoder(pipeline.model), sampling
         self.tokenizer, self.report, self.device = pipeline.tokenizer, report, pipeline.device
@@ -36,16 +42,19 @@ class Generation:
         self.generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
         self.images_left = [max_images] * len(prompts)
         self.answers: list[list[Part | int]] = [[] for _ in prompts]
-        num_patches = pipeline.config.model.num_patches
+        model = pipeline.config.model
+        self.begins = [begin_of_image(self.tokenizer, number) for number in range(len(model.sizes))]
+        self.size = size
         documents = [self._document(prompt) for prompt in prompts]
         longest = max(len(document) for document in documents)
-        room = max_images * (num_patches + 2) + sampling.max_new_tokens + 1
+        room = max_images * (model.most_patches + 2) + sampling.max_new_tokens + 1
         self.cache = self.decoder.new_cache(len(prompts), longest + room)
         shape = RowShape(
             length=longest,
             num_images=max(1, *(len(document.images) for document in documents)),
-            num_patches=num_patches,
-            latent_shape=pipeline.config.model.latent_shape,
+            num_patches=model.num_patches,
+            latent_shape=model.latent_shape,
+            more_sizes=model.more_sizes,
         )
         batch = collate([pack_row([document], shape) for document in documents]).to(self.device)
         # A document ends in eos, which a prompt does not have.
@@ -55,7 +64,9 @@ class Generation:
     def run(self, begin: str) -> list[list[Part]]:
         """Write and draw until every row has ended or the budget is spent."""
         if begin == "image":
-            self._draw(list(range(len(self.answers))))
+            begins = self.logits[:, self.begins].argmax(-1).tolist()
+            sizes = begins if self.size is None else [self.size] * len(begins)
+            self._draw(dict(enumerate(sizes)))
         if begin == "text":
             self.logits[:, self.tokenizer.eos] = -torch.inf
         budget = self.sampling.max_new_tokens
@@ -70,14 +81,11 @@ class Generation:
         logits = self.logits[speaking].clone()
         logits[:, self.tokenizer.eoi] = -torch.inf
         silent = [i for i, row in enumerate(speaking) if self.images_left[row] <= 0]
-        logits[silent, self.tokenizer.boi] = -torch.inf
-        tokens = logits.argmax(-1).tolist()
-        drawing = [row for row, t in zip(speaking, tokens, strict=True) if t == self.tokenizer.boi]
-        writing = {
-            row: t
-            for row, t in zip(speaking, tokens, strict=True)
-            if t not in (self.tokenizer.boi, self.tokenizer.eos)
-        }
+        for size, token in enumerate(self.begins):
+            logits[silent if self.size in (None, size) else slice(None), token] = -torch.inf
+        tokens = dict(zip(speaking, logits.argmax(-1).tolist(), strict=True))
+        drawing = {row: self.begins.index(t) for row, t in tokens.items() if t in self.begins}
+        writing = {row: t for row, t in tokens.items() if row not in drawing and t != self.tokenizer.eos}
         for row, token in writing.items():
             self.answers[row].append(token)
         if writing:
@@ -86,15 +94,20 @@ class Generation:
             self._draw(drawing)
         return sorted([*writing, *drawing])
 
-    def _draw(self, rows: list[int]) -> None:
-        """Draw an image in some rows, between boi and eoi."""
+    def _draw(self, sizes: dict[int, int]) -> None:
+        """Draw an image in some rows, each of its size, between boi and eoi."""
+        for size in sorted(set(sizes.values())):
+            self._draw_together([row for row in sizes if sizes[row] == size], size)
+
+    def _draw_together(self, rows: list[int], size: int) -> None:
         index = torch.tensor(rows, device=self.device)
-        self._read(rows, [self.tokenizer.boi] * len(rows))
+        self._read(rows, [self.begins[size]] * len(rows))
         unconditional = self.decoder.new_cache(1, self.cache.capacity)
-        for token in (self.tokenizer.bos, self.tokenizer.boi):
+        for token in (self.tokenizer.bos, self.begins[size]):
             self.decoder.read_tokens(unconditional, torch.tensor([token], device=self.device))
         chosen = self.cache.select(index)
-        shape = self.pipeline.config.model.latent_shape
+        model = self.pipeline.config.model
+        shape = (model.latent_shape[0], *model.sizes[size])
         noise = torch.stack([torch.randn(shape, generator=self.generators[row]) for row in rows])
         latents = self.decoder.draw(
             chosen,
@@ -124,9 +137,11 @@ class Generation:
             if isinstance(part, str):
                 segments.append(np.array(self.tokenizer.encode(part), np.int64))
             else:
-                latents = self.pipeline.latents([part])[0].cpu().numpy()
-                segments.append(NoisedImage(latents, np.zeros_like(latents), timestep=0))
-        return flatten(segments, self.tokenizer, self.pipeline.config.model.num_patches)
+                size = self.pipeline.size_of(part)
+                latents = self.pipeline.latents([part], size)[0].cpu().numpy()
+                segments.append(NoisedImage(latents, np.zeros_like(latents), timestep=0, size=size))
+        patches = [math.prod(grid) for grid in self.pipeline.config.model.grids]
+        return flatten(segments, self.tokenizer, patches[0], patches[1:])
 
     def _finish(self, answer: list[Part | int]) -> list[Part]:
         """Runs of token ids become texts."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megafusion.autoencoder.codec import ImageCodec, to_pil, to_tensor
+from megafusion.autoencoder.codec import ImageCodec, to_pil, to_rgb, to_tensor
 from megafusion.config import Config, parse_config
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Report
@@ -20,6 +20,7 @@ from megafusion.generate.generation import Generation, Part
 from megafusion.generate.sampling import SamplingConfig
 from megafusion.model.transfusion import ModelConfig, Transfusion
 from megafusion.objective.losses import ObjectiveConfig
+from megafusion.sequence.sizes import Size, nearest_size, say_sizes
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import new_folder
 
@@ -32,7 +33,7 @@ class PipelineConfig(Config):
     format: Literal["megafusion-pipeline/1"] = "megafusion-pipeline/1"
     """Version of the folder's layout."""
     image_size: tuple[int, int]
-    """Height and width of pictures, in pixels."""
+    """Height and width of pictures of the model's first size, in pixels."""
     model: ModelConfig
     objective: ObjectiveConfig
     sampling: SamplingConfig
@@ -103,14 +104,15 @@ class TransfusionPipeline:
         captions: Sequence[str],
         *,
         seed: int = 0,
+        size: Size | None = None,
         sampling: SamplingConfig | None = None,
         report: Report | None = None,
     ) -> list[Image.Image]:
-        """A picture for each caption; the r-th starts from the noise of seed + r."""
+        """A picture for each caption; the r-th starts from the noise of seed + r. size: as `__call__`'s."""
         _refuse_others(captions, (str,), 'draw(["a caption", ...])')
         silent = (sampling or self.config.sampling).model_copy(update={"max_new_tokens": 0})
         prompts = [[caption] for caption in captions]
-        answers = self(prompts, begin="image", seed=seed, sampling=silent, report=report)
+        answers = self(prompts, begin="image", seed=seed, size=size, sampling=silent, report=report)
         return [picture for (picture,) in answers]
 
     def describe(
@@ -130,6 +132,7 @@ class TransfusionPipeline:
         begin: Literal["free", "text", "image"] = "free",
         max_images: int = 1,
         seed: int = 0,
+        size: Size | None = None,
         sampling: SamplingConfig | None = None,
         report: Report | None = None,
     ) -> list[list[Part]]:
@@ -138,6 +141,8 @@ class TransfusionPipeline:
         begin: "image" draws at once; "text" writes at least one token (many pairs were trained without
         their caption, after which nothing follows); "free" lets the model end, write or draw as it likes.
         max_images: pictures a row may hold beyond its prompt; boi is not chosen after that.
+        size: height and width in pixels of what is drawn, one of `sizes`; None lets the model choose by the
+        token that begins an image.
         """
         _refuse_others(prompts, (list, tuple), 'pipeline([["text", picture, ...], ...])')
         for prompt in prompts:
@@ -147,11 +152,31 @@ class TransfusionPipeline:
         if begin == "image" and max_images < 1:
             raise UserError('begin="image" needs max_images of at least 1')
         sampling = sampling or self.config.sampling
-        return Generation(self, prompts, sampling, seed, max_images, report).run(begin)
+        number = None if size is None else self.size_number(size)
+        return Generation(self, prompts, sampling, seed, max_images, report, number).run(begin)
 
-    def latents(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Normalised latents [N, C, H, W] of pictures, the mean of each posterior."""
-        mean, _ = self.codec.encode(to_tensor(pictures, self.config.image_size).to(self.device))
+    @property
+    def sizes(self) -> list[Size]:
+        """Heights and widths, in pixels, of the pictures that the model knows."""
+        return [tuple(side * self.codec.downsampling for side in size) for size in self.config.model.sizes]
+
+    def size_number(self, size: Size) -> int:
+        """Index of a size in pixels. UserError, with those that there are, for another."""
+        if tuple(size) not in self.sizes:
+            raise UserError(
+                f"size {say_sizes([size])}: the model was made for {say_sizes(self.sizes)} (height x width, "
+                "in pixels); choose one of these"
+            )
+        return self.sizes.index(tuple(size))
+
+    def size_of(self, picture: Image.Image) -> int:
+        """Index of the size that is nearest to a picture's aspect."""
+        width, height = to_rgb(picture).size if len(self.sizes) > 1 else picture.size
+        return nearest_size(height, width, self.sizes)
+
+    def latents(self, pictures: Sequence[Image.Image], size: int = 0) -> Tensor:
+        """Normalised latents [N, C, H, W] of pictures at one size, the mean of each posterior."""
+        mean, _ = self.codec.encode(to_tensor(pictures, self.sizes[size]).to(self.device))
         return self.codec.normalize(mean)
 
     def pictures(self, latents_NCHW: Tensor) -> list[Image.Image]:
@@ -170,10 +195,13 @@ def check_parts(
     model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec, image_size: tuple[int, int]
 ) -> None:
     """UserError where tokenizer or autoencoder are not the size that the model was made for."""
-    if tokenizer.vocab_size != model.vocab_size:
+    num_ids = tokenizer.vocab_size + len(model.more_sizes)
+    if num_ids != model.vocab_size:
+        beside = f", and a boi for each of the {len(model.more_sizes)} model.more_sizes"
         raise UserError(
-            f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {tokenizer.vocab_size} ids (its "
-            "pieces, boi and eoi); set model.vocab_size to that or give the tokenizer of the model"
+            f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {num_ids} ids (its pieces, boi "
+            f"and eoi{beside if model.more_sizes else ''}); set model.vocab_size to that or give the "
+            "tokenizer of the model"
         )
     if codec.latent_shape(*image_size) != model.latent_shape:
         raise UserError(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Skips = tuple[Tensor, ...]
+Grid = tuple[int, int]
+"""Patches down and across an image."""
 
 
 class TimestepEmbedding(nn.Module):
@@ -51,12 +53,21 @@ class LinearDown(nn.Module):
 class LinearUp(nn.Module):
     """One linear layer from the transformer's output to each patch's latents."""
 
-    def __init__(self, channels: int, patch_size: int, width: int, grid: tuple[int, int]):
+    def __init__(self, channels: int, patch_size: int, width: int, grid: Grid):
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
         self.linear = nn.Linear(width, channels * patch_size**2)
 
-    def forward(self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips) -> Tensor:
-        """[N, P, D] -> [N, C, H, W]; timestep and skips are for the adapters that use them."""
+    def forward(
+        self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, grid: Grid | None = None
+    ) -> Tensor:
+        """[N, P, D] -> [N, C, H, W]; timestep and skips are for the adapters that use them.
+
+        grid: of these images, where it is another than the adapter was made with.
+        """
         patches_NCP = self.linear(hidden_NPD).transpose(1, 2)
-        return F.pixel_shuffle(patches_NCP.unflatten(2, self.grid), self.patch_size)
+        return F.pixel_shuffle(patches_NCP.unflatten(2, grid or self.grid), self.patch_size)
+
+    def skip_shapes(self, grid: Grid) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each skip that `forward` reads of an image: none."""
+        return []

@@ -1,5 +1,6 @@
 """The whole model: stem, blocks, tail - the three kinds of pipeline stage, called in turn on one device."""
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -7,13 +8,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megafusion.config import Config
-from megafusion.model.adapters import LinearDown, LinearUp, Skips
+from megafusion.model.adapters import Grid, LinearDown, LinearUp, Skips
 from megafusion.model.attention import Backend, check_backend
+from megafusion.model.by_size import patches_by_size, predict_by_size
 from megafusion.model.rope import Rope, rope_at
 from megafusion.model.transformer import Block
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
 from megafusion.sequence.packing import PackedBatch
+from megafusion.sequence.sizes import Size, say_sizes
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -32,9 +35,11 @@ class ModelConfig(Config):
     hidden_width: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of the width rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
-    """Text pieces plus boi and eoi: the tokenizer's vocab_size."""
+    """Text pieces plus boi and eoi, the tokenizer's vocab_size; and one more for each of more_sizes."""
     latent_shape: tuple[Positive, Positive, Positive]
     """Channels, height and width of an image's latents."""
+    more_sizes: tuple[tuple[Positive, Positive], ...] = ()
+    """Further heights and widths that an image's latents may have; each begins with a token of its own."""
     patch_size: Literal[1, 2, 4, 8]
     """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
     adapter: Literal["linear", "unet"] = "linear"
@@ -57,9 +62,13 @@ class ModelConfig(Config):
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
-        if any(side % self.patch_size for side in self.latent_shape[1:]):
+        for size in self.sizes:
+            if any(side % self.patch_size for side in size):
+                raise ValueError(f"patch_size {self.patch_size} does not divide the latents' sides {size}")
+        if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(
-                f"patch_size {self.patch_size} does not divide the latents' sides {self.latent_shape[1:]}"
+                f"more_sizes: of {say_sizes(self.sizes)}, the first of which is latent_shape's, one comes "
+                "twice; name each once"
             )
         return self
 
@@ -72,14 +81,24 @@ class ModelConfig(Config):
         return self.hidden_width or -(-8 * self.width // 3 // 128) * 128
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across an image."""
-        _, height, width = self.latent_shape
-        return height // self.patch_size, width // self.patch_size
+    def sizes(self) -> tuple[Size, ...]:
+        """Every height and width of latents; an image names its own by the index in this list."""
+        return (self.latent_shape[1:], *self.more_sizes)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Patches down and across an image, a size."""
+        return tuple((height // self.patch_size, width // self.patch_size) for height, width in self.sizes)
 
     @property
     def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        """Patches of an image of the first size."""
+        return math.prod(self.grids[0])
+
+    @property
+    def most_patches(self) -> int:
+        """Patches of an image of the largest size."""
+        return max(map(math.prod, self.grids))
 
 
 class Stem(nn.Module):
@@ -88,6 +107,7 @@ class Stem(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         channels = config.latent_shape[0]
+        self.sizes, self.num_patches = config.sizes, config.most_patches
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         if config.adapter == "linear":
             self.adapter = LinearDown(channels, config.patch_size, config.width)
@@ -95,16 +115,37 @@ class Stem(nn.Module):
             self.adapter = UNetDown(channels, config.patch_size, config.width, config.unet_channels)
 
     def forward(
-        self, tokens_BS: Tensor, patch_index_BS: Tensor, latents_BNCHW: Tensor, timesteps_BN: Tensor
+        self,
+        tokens_BS: Tensor,
+        patch_index_BS: Tensor,
+        latents_BNCHW: Tensor,
+        timesteps_BN: Tensor,
+        image_size_BN: Tensor | None = None,
     ) -> tuple[Tensor, Skips]:
-        """x [B, S, D] with each patch gathered to its position, and the adapter's skips."""
+        """x [B, S, D] with each patch gathered to its position, and the adapter's skips.
+
+        image_size_BN: index of each image's size, where the model has several.
+        """
         num_rows = tokens_BS.shape[0]
         latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
-        patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten())
+        sizes_N = None if image_size_BN is None else image_size_BN.flatten()
+        patches_NPD, skips = self.patches(latents_NCHW, timesteps_BN.flatten(), sizes_N)
         patches_BPD = patches_NPD.unflatten(0, (num_rows, -1)).flatten(1, 2)
         index = patch_index_BS.clamp(min=0).long()[..., None].expand(-1, -1, patches_BPD.shape[-1])
         is_patch = patch_index_BS[..., None] >= 0
         return torch.where(is_patch, patches_BPD.gather(1, index), self.embedding(tokens_BS)), skips
+
+    def patches(
+        self, latents_NCHW: Tensor, timesteps_N: Tensor, sizes_N: Tensor | None
+    ) -> tuple[Tensor, Skips]:
+        """Patches [N, P, D] of images, and the adapter's skips.
+
+        Of several sizes, each image stands at the top left of its latents; its patches, and its features in
+        each skip, flattened, are filled up with zeros to those of the largest: one shape for all.
+        """
+        if len(self.sizes) == 1:
+            return self.adapter(latents_NCHW, timesteps_N)
+        return patches_by_size(self.adapter, self.sizes, self.num_patches, latents_NCHW, timesteps_N, sizes_N)
 
 
 class Tail(nn.Module):
@@ -113,14 +154,14 @@ class Tail(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         channels = config.latent_shape[0]
-        self.num_patches = config.num_patches
+        self.sizes, self.grids, self.num_patches = config.sizes, config.grids, config.most_patches
         self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.adapter == "linear":
-            self.adapter = LinearUp(channels, config.patch_size, config.width, config.grid)
+            self.adapter = LinearUp(channels, config.patch_size, config.width, config.grids[0])
         else:
             self.adapter = UNetUp(
-                channels, config.patch_size, config.width, config.unet_channels, config.grid
+                channels, config.patch_size, config.width, config.unet_channels, config.grids[0]
             )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -128,19 +169,46 @@ class Tail(nn.Module):
         return self.norm(x_BSD)
 
     def images(
-        self, hidden_BSD: Tensor, image_start_BN: Tensor, timesteps_BN: Tensor, skips: Skips
+        self,
+        hidden_BSD: Tensor,
+        image_start_BN: Tensor,
+        timesteps_BN: Tensor,
+        skips: Skips,
+        image_size_BN: Tensor | None = None,
     ) -> Tensor:
-        """Predictions [B, N, C, H, W] for each slot from the hidden states at its patches."""
+        """Predictions [B, N, C, H, W] for each slot from the hidden states at its patches.
+
+        Of several sizes, each at the top left, zeros elsewhere; image_size_BN as the stem's.
+        """
         num_rows, num_slots = image_start_BN.shape
         patch = torch.arange(self.num_patches, device=hidden_BSD.device)
-        index = (image_start_BN.clamp(min=0).long()[..., None] + patch).flatten(1)[..., None]
+        # A small image at a row's end has fewer patches behind its start than the largest.
+        index = (image_start_BN.clamp(min=0).long()[..., None] + patch).clamp(max=hidden_BSD.shape[1] - 1)
         hidden_NPD = (
-            hidden_BSD.gather(1, index.expand(-1, -1, hidden_BSD.shape[-1]))
+            hidden_BSD.gather(1, index.flatten(1)[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
             .unflatten(1, (num_slots, self.num_patches))
             .flatten(0, 1)
         )
-        predictions = self.adapter(hidden_NPD, timesteps_BN.flatten(), skips)
+        sizes_N = None if image_size_BN is None else image_size_BN.flatten()
+        predictions = self.predict(hidden_NPD, timesteps_BN.flatten(), skips, sizes_N)
         return predictions.unflatten(0, (num_rows, num_slots))
+
+    def predict(
+        self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, sizes_N: Tensor | None
+    ) -> Tensor:
+        """Predictions [N, C, H, W] of images; several sizes as in `Stem.patches`."""
+        if len(self.grids) == 1:
+            return self.adapter(hidden_NPD, timesteps_N, skips)
+        return predict_by_size(self.adapter, self.sizes, self.grids, hidden_NPD, timesteps_N, skips, sizes_N)
+
+    def skip_shapes(self, num_images: int) -> tuple[torch.Size, ...]:
+        """Shapes of what `Stem.patches` keeps of some images for `predict`."""
+        by_size = [self.adapter.skip_shapes(grid) for grid in self.grids]
+        if len(by_size) == 1:
+            return tuple(torch.Size((num_images, *shape)) for shape in by_size[0])
+        return tuple(
+            torch.Size((num_images, max(map(math.prod, shapes)))) for shapes in zip(*by_size, strict=True)
+        )
 
 
 class Transfusion(nn.Module):
@@ -149,7 +217,7 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
         check_backend(config.attention, config.width // config.num_heads)
-        self.config, self.objective = config, Objective(objective)
+        self.config, self.objective = config, Objective(objective, config.sizes)
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(
             Block(
@@ -172,10 +240,12 @@ class Transfusion(nn.Module):
         """Both losses of a packed batch, each a share of its mean over the global batch."""
         inputs = batch.inputs()
         noised = self.objective.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, inputs.timesteps)
+        x_BSD, skips = self.stem(
+            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
+        )
         intervals, rope = batch.intervals(), self.rope(inputs.positions)
         for block in self.blocks:
             x_BSD = block(x_BSD, intervals, rope)
         hidden_BSD = self.tail(x_BSD)
-        images = self.tail.images(hidden_BSD, inputs.image_start, inputs.timesteps, skips)
+        images = self.tail.images(hidden_BSD, inputs.image_start, inputs.timesteps, skips, inputs.image_size)
         return self.objective(self.tail.head(hidden_BSD), images, batch.targets())

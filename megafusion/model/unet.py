@@ -11,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from megafusion.model.adapters import Skips, TimestepEmbedding
+from megafusion.model.adapters import Grid, Skips, TimestepEmbedding
 
 
 def _level_channels(channels: int, patch_size: int) -> list[int]:
@@ -61,11 +61,11 @@ class UNetDown(nn.Module):
 class UNetUp(nn.Module):
     """Patches to latents: the mirror of UNetDown, each block reading the features kept at its place."""
 
-    def __init__(self, out_channels: int, patch_size: int, width: int, channels: int, grid: tuple[int, int]):
+    def __init__(self, out_channels: int, patch_size: int, width: int, channels: int, grid: Grid):
         super().__init__()
         levels = _level_channels(channels, patch_size)[::-1]
         timestep_width = 4 * channels
-        self.grid = grid
+        self.grid, self.levels = grid, levels
         self.timestep = TimestepEmbedding(timestep_width)
         self.linear = nn.Linear(width, levels[0])
         self.blocks, self.doublings = nn.ModuleList(), nn.ModuleList()
@@ -78,13 +78,22 @@ class UNetUp(nn.Module):
         self.norm_out = nn.GroupNorm(1, channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
-    def forward(self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips) -> Tensor:
-        """[N, P, D] with the down path's features -> [N, C, H, W]."""
+    def forward(
+        self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, grid: Grid | None = None
+    ) -> Tensor:
+        """[N, P, D] with the down path's features -> [N, C, H, W]; `grid` as LinearUp's."""
         embedding = self.timestep(timesteps_N)
         kept = list(skips)
-        x = self.linear(hidden_NPD).transpose(1, 2).unflatten(2, self.grid)
+        x = self.linear(hidden_NPD).transpose(1, 2).unflatten(2, grid or self.grid)
         for level, double in enumerate(self.doublings):
             x = double(x)
             for block in self.blocks[2 * level : 2 * level + 2]:
                 x = block(torch.cat([x, kept.pop()], dim=1), embedding)
         return self.conv_out(nn.functional.silu(self.norm_out(x)))
+
+    def skip_shapes(self, grid: Grid) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each skip that `forward` reads of an image, in UNetDown's order."""
+        coarse_to_fine = [
+            (size, grid[0] << doubling, grid[1] << doubling) for doubling, size in enumerate(self.levels)
+        ]
+        return [shape for shape in reversed(coarse_to_fine) for _ in range(2)]

@@ -1,5 +1,7 @@
 """Next-token loss on text, denoising loss on images, each a mean over the whole global batch."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from megafusion.config import Config
 from megafusion.objective.schedule import NoiseSchedule, ScheduleConfig
 from megafusion.sequence.document import IGNORED_LABEL
 from megafusion.sequence.packing import Targets
+from megafusion.sequence.sizes import Size, canvas
 
 
 class ObjectiveConfig(Config):
@@ -37,27 +40,41 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     )
 
 
-def squared_error(prediction_BNCHW: Tensor, target_BNCHW: Tensor, used_BN: Tensor) -> Tensor:
-    """Mean squared error of each used image, summed over them."""
+def squared_error(
+    prediction_BNCHW: Tensor, target_BNCHW: Tensor, used_BN: Tensor, share_BN: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of each used image, summed over them.
+
+    share_BN: what part of C x H x W each image fills, where both hold zeros in the rest.
+    """
     error_BN = (prediction_BNCHW.float() - target_BNCHW).square().mean(dim=(2, 3, 4))
+    if share_BN is not None:
+        error_BN = error_BN / share_BN
     return torch.where(used_BN, error_BN, 0).sum()
 
 
 class Objective(nn.Module):
-    """Both losses, added once so that backward runs once. It has no parameters."""
+    """Both losses, added once so that backward runs once. It has no parameters.
 
-    def __init__(self, config: ObjectiveConfig):
+    sizes: heights and widths of images, where there are several: each image's loss is the mean over its own.
+    """
+
+    def __init__(self, config: ObjectiveConfig, sizes: Sequence[Size] = ()):
         super().__init__()
         self.config = config
         self.schedule = NoiseSchedule(config.schedule)
         # Where the vocabulary is split over devices, another function takes its place.
         self.cross_entropy = cross_entropy
+        # Whole numbers, which no change of the module's precision rounds.
+        areas = torch.tensor([math.prod(size) for size in sizes], dtype=torch.int64)
+        self.register_buffer("areas", areas, persistent=False)
+        self.canvas_area = math.prod(canvas(sizes)) if sizes else 0
 
     def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
         """The losses of next-token logits and of predictions for every image slot."""
         target = self.schedule.target(targets.latents, targets.noise, targets.timesteps)
         text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
-        image = squared_error(images_BNCHW, target, targets.image_start >= 0) / targets.num_images.clamp(
-            min=1
-        )
+        share = self.areas[targets.image_size] / self.canvas_area if len(self.areas) > 1 else None
+        errors = squared_error(images_BNCHW, target, targets.image_start >= 0, share)
+        image = errors / targets.num_images.clamp(min=1)
         return Losses(text, image, text + self.config.image_weight * image)

@@ -17,10 +17,11 @@ def layer_flops(config: ModelConfig, shape: RowShape) -> list[int]:
     """Forward operations of the stem, of each block and of the tail for one row, counted by PyTorch.
 
     Counted on tensors without storage, with dense attention: every pair of positions counts, seen or not.
-    The U-Net and the vocabulary are in the stem's and the tail's figures.
+    The U-Net and the vocabulary are in the stem's and the tail's figures. Every image slot counts as one of
+    the first size.
     """
     with torch.device("meta"):
-        one_block = config.model_copy(update={"num_layers": 1, "attention": "sdpa"})
+        one_block = config.model_copy(update={"num_layers": 1, "attention": "sdpa", "more_sizes": ()})
         model = Transfusion(one_block, ObjectiveConfig())
         tokens = torch.zeros(1, shape.length, dtype=torch.int64)
         bounds = torch.zeros(1, shape.length, dtype=torch.int32)

@@ -47,23 +47,30 @@ class OwnImages:
 def divide_images(stem: Stem | None, tail: Tail | None, own: OwnImages) -> None:
     """Let the adapters of a stage run on this rank's images alone.
 
-    Only what the adapters do is wrapped, so that their parameters keep their names.
+    Only what stem and tail do with the adapters is wrapped, so that their parameters keep their names.
     """
     if stem is not None:
-        stem.adapter.forward = partial(_down, stem.adapter.forward, own)
+        stem.patches = partial(_down, stem.patches, own)
     if tail is not None:
-        tail.adapter.forward = partial(_up, tail.adapter.forward, own)
+        tail.predict = partial(_up, tail.predict, own)
 
 
 def _down(
-    adapter: Callable, own: OwnImages, latents_NCHW: Tensor, timesteps_N: Tensor
+    patches: Callable, own: OwnImages, latents_NCHW: Tensor, timesteps_N: Tensor, sizes_N: Tensor
 ) -> tuple[Tensor, Skips]:
     """Patches [N, P, D], zeros for the others' images, to be summed; and the skips of this rank's."""
-    patches, skips = adapter(own.take(latents_NCHW), own.take(timesteps_N))
-    return own.put(patches, latents_NCHW.shape[0]), skips
+    made, skips = patches(own.take(latents_NCHW), own.take(timesteps_N), own.take(sizes_N))
+    return own.put(made, latents_NCHW.shape[0]), skips
 
 
-def _up(adapter: Callable, own: OwnImages, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips) -> Tensor:
+def _up(
+    predict: Callable,
+    own: OwnImages,
+    hidden_NPD: Tensor,
+    timesteps_N: Tensor,
+    skips: Skips,
+    sizes_N: Tensor,
+) -> Tensor:
     """Predictions [N, C, H, W] of all images on every rank, from the skips of this rank's."""
-    images = adapter(own.take(hidden_NPD), own.take(timesteps_N), skips)
+    images = predict(own.take(hidden_NPD), own.take(timesteps_N), skips, own.take(sizes_N))
     return own.collect(images, hidden_NPD.shape[0])

@@ -107,17 +107,14 @@ def _sum_partial_gradients(stage: Stage, topology: Topology) -> None:
 
 
 def _shapes(model: Transfusion, shape: RowShape, num_rows: int, own: OwnImages) -> Shapes:
-    """What a micro-batch measures; the skips' sizes are asked of the adapter, without computing them."""
-    num_own = own.num_own(num_rows * shape.num_images)
-    with torch.device("meta"):
-        latents = torch.zeros(num_own, *shape.latent_shape)
-        _, skips = model.stem.adapter(latents, torch.zeros(num_own, dtype=torch.int64))
-    return Shapes(num_rows, shape.length, shape.num_images, tuple(skip.shape for skip in skips))
+    """What a micro-batch measures."""
+    skips = model.tail.skip_shapes(own.num_own(num_rows * shape.num_images))
+    return Shapes(num_rows, shape.length, shape.num_images, skips)
 
 
 def divided_objective(config: RunConfig, topology: Topology) -> Objective:
     """The losses of logits that are divided by words and positions; alike on all ranks of a row."""
-    objective, slices = Objective(config.objective), Slices(topology)
+    objective, slices = Objective(config.objective, config.model.sizes), Slices(topology)
     if topology.size("tensor") > 1:
         words = words_of_rank(config.model.vocab_size, topology.place("tensor"), topology.size("tensor"))
         objective.cross_entropy = VocabularyParallelCrossEntropy(topology.group("tensor"), words)

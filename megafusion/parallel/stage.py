@@ -65,7 +65,7 @@ class Stage(nn.Module):
         else:
             floats, integers = inputs
             x_BSD, skips = self._unpack(floats)
-        rows_3BS, slots_2BN = self._unpack_integers(integers)
+        rows_3BS, slots_3BN = self._unpack_integers(integers)
         positions, row_start, row_end = rows_3BS
         intervals = Intervals(row_start, row_end, self.shapes.length)
         prepare_mask(self.attention, intervals, x_BSD, self.head_size)
@@ -74,26 +74,28 @@ class Stage(nn.Module):
             x_BSD = block(x_BSD, intervals, rope)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        return self._end(x_BSD, *slots_2BN, skips)
+        return self._end(x_BSD, *slots_3BN, skips)
 
     def _begin(self, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
         noised = self.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, inputs.timesteps)
+        x_BSD, skips = self.stem(
+            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
+        )
         x_BSD = self.slices.leave(x_BSD)
         if self.passage is not None:
             x_BSD = self.passage.leave(x_BSD)
         rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end])
-        slots = torch.stack([inputs.image_start, inputs.timesteps.int()])
+        slots = torch.stack([inputs.image_start, inputs.timesteps.int(), inputs.image_size.int()])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
     def _end(
-        self, x_BSD: Tensor, image_start: Tensor, timesteps: Tensor, skips: Skips
+        self, x_BSD: Tensor, image_start: Tensor, timesteps: Tensor, image_size: Tensor, skips: Skips
     ) -> tuple[Tensor, Tensor]:
         hidden_BSD = self.tail(x_BSD)
         if self.passage is not None:
             hidden_BSD = self.passage.enter(hidden_BSD)
         hidden_BSD = self.slices.enter(hidden_BSD)
-        images = self.tail.images(hidden_BSD, image_start, timesteps, skips)
+        images = self.tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
         return self.tail.head(self.slices.take(hidden_BSD)), images
 
     def _unpack(self, floats: Tensor) -> tuple[Tensor, Skips]:
@@ -106,7 +108,7 @@ class Stage(nn.Module):
         rows = 3 * self.shapes.num_rows * self.shapes.length
         return (
             integers[:rows].view(3, self.shapes.num_rows, self.shapes.length),
-            integers[rows:].view(2, self.shapes.num_rows, self.shapes.num_slots),
+            integers[rows:].view(3, self.shapes.num_rows, self.shapes.num_slots),
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.sequence.tokenizer import Tokenizer, begin_of_image
 
 IGNORED_LABEL = -100
 
@@ -16,20 +16,23 @@ class NoisedImage:
     """An image as the model is trained on it: latents and noise float32 [C, h, w], and its timestep.
 
     picture: uint8 [3, H, W] where latents are to be made of one; those are standard normal until then.
+    size: index of its size among the model's.
     """
 
     latents: np.ndarray
     noise: np.ndarray
     timestep: int
     picture: np.ndarray | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True)
 class FlatDocument:
-    """One document as a sequence of L positions with n images of P patches each.
+    """One document as a sequence of L positions with n images of at most P patches each.
 
     tokens int64 [L] (a filler under patches), labels int64 [L] (-100 where no loss),
-    patch int32 [L] (which of the document's n x P patches stands here; -1 for text),
+    patch int32 [L] (which of the document's n x P patches stands here, also where images of other sizes have
+    fewer; -1 for text),
     row_end int32 [L] (exclusive end of the visible keys, from the document's start),
     image_start int32 [n] (each image's first patch).
     """
@@ -45,18 +48,27 @@ class FlatDocument:
         return len(self.tokens)
 
 
-def flatten(segments: Sequence[np.ndarray | Any], tokenizer: Tokenizer, num_patches: int) -> FlatDocument:
+def flatten(
+    segments: Sequence[np.ndarray | Any],
+    tokenizer: Tokenizer,
+    num_patches: int,
+    more_patches: Sequence[int] = (),
+) -> FlatDocument:
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
-    Texts are arrays of ids; anything else is an image, which goes into `images` as it is.
+    Texts are arrays of ids; anything else is an image, which goes into `images` as it is; its `size` says how
+    many patches it has, num_patches or one of more_patches, and with which boi it begins.
     Next-token targets stand at every position whose input is neither boi nor a patch: boi is predicted
     by the text before it, while what follows boi is denoised and eoi is put in without being asked for.
     """
     images = tuple(segment for segment in segments if not isinstance(segment, np.ndarray))
     texts = [segment for segment in segments if isinstance(segment, np.ndarray)]
-    length = 2 + sum(map(len, texts)) + len(images) * (num_patches + 2)
+    patches = (num_patches, *more_patches)
+    most = max(patches)
+    length = 2 + sum(map(len, texts)) + sum(patches[image.size] + 2 for image in images)
     tokens = np.full(length, tokenizer.eoi, np.int64)  # the filler under patches is never read
     patch = np.full(length, -1, np.int32)
+    begins = np.zeros(length, bool)
     row_end = np.arange(1, length + 1, dtype=np.int32)
     image_start, first = [], 1
     tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
@@ -65,14 +77,14 @@ def flatten(segments: Sequence[np.ndarray | Any], tokenizer: Tokenizer, num_patc
             tokens[first : first + len(segment)] = segment
             first += len(segment)
             continue
-        tokens[first] = tokenizer.boi
-        here = slice(first + 1, first + 1 + num_patches)
-        patch[here] = np.arange(len(image_start) * num_patches, (len(image_start) + 1) * num_patches)
+        tokens[first], begins[first] = begin_of_image(tokenizer, segment.size), True
+        here = slice(first + 1, first + 1 + patches[segment.size])
+        patch[here] = len(image_start) * most + np.arange(patches[segment.size])
         row_end[here] = here.stop
         image_start.append(here.start)
         first = here.stop + 1
     labels = np.full(length, IGNORED_LABEL, np.int64)
-    asks = (patch[:-1] < 0) & (tokens[:-1] != tokenizer.boi)
+    asks = (patch[:-1] < 0) & ~begins[:-1]
     labels[:-1][asks] = tokens[1:][asks]
     return FlatDocument(tokens, labels, patch, row_end, np.array(image_start, np.int32), images)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -10,18 +11,41 @@ from torch import Tensor
 
 from megafusion.sequence.document import IGNORED_LABEL, FlatDocument
 from megafusion.sequence.intervals import Intervals
+from megafusion.sequence.sizes import Size, canvas
 
 
 @dataclass(frozen=True)
 class RowShape:
     """The fixed shape of a row: S positions, N image slots of P patches, latents [C, h, w], pictures of H x W
-    pixels where images come as those."""
+    pixels where images come as those; and further sizes [h, w] that an image may have in place of the first.
+    """
 
     length: int
     num_images: int
     num_patches: int
     latent_shape: tuple[int, int, int]
-    picture_size: tuple[int, int] = (0, 0)
+    picture_size: Size = (0, 0)
+    more_sizes: tuple[Size, ...] = ()
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """Every height and width of latents, the first size's first."""
+        return (self.latent_shape[1:], *self.more_sizes)
+
+    @cached_property
+    def patches(self) -> tuple[int, ...]:
+        """Patches of an image, a size."""
+        first = self.latent_shape[1] * self.latent_shape[2]
+        return tuple(height * width * self.num_patches // first for height, width in self.sizes)
+
+    @cached_property
+    def picture_sizes(self) -> tuple[Size, ...]:
+        """Height and width of a picture in pixels, a size."""
+        first = self.latent_shape[1:]
+        return tuple(
+            tuple(side * pixels // one for side, pixels, one in zip(s, self.picture_size, first, strict=True))
+            for s in self.sizes
+        )
 
     def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
         """Whether a document still fits behind what a row holds already."""
@@ -43,6 +67,7 @@ class Inputs(NamedTuple):
     noise: Tensor
     timesteps: Tensor
     image_start: Tensor
+    image_size: Tensor
 
 
 class Targets(NamedTuple):
@@ -55,6 +80,7 @@ class Targets(NamedTuple):
     image_start: Tensor
     num_text_targets: Tensor
     num_images: Tensor
+    image_size: Tensor
 
 
 @dataclass
@@ -66,6 +92,8 @@ class PackedBatch:
     N x P patches stands here, -1 for text; row_start, row_end int32 [B, S]: the mask;
     latents, noise float32 [B, N, C, H, W], zeros in unused slots; timesteps int64 [B, N];
     image_start int32 [B, N]: first position of each image, -1 for an unused slot;
+    image_size int64 [B, N]: index of each image's size. Of several, P is the largest's number of patches, H
+    and W are the largest height and width, and an image or picture stands at the top left, before zeros;
     pictures uint8 [B, N, 3, H, W], or empty; has_picture bool [B, N]: latents are still to be made of it.
     num_text_targets, num_images int64 []: of the whole global batch, the losses' denominators.
     """
@@ -80,6 +108,7 @@ class PackedBatch:
     noise: Tensor
     timesteps: Tensor
     image_start: Tensor
+    image_size: Tensor
     pictures: Tensor
     has_picture: Tensor
     num_text_targets: Tensor
@@ -113,6 +142,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np
     """One row from documents that fit in it together. Positions left over see only themselves."""
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)
+    most, latents = max(shape.patches), (shape.latent_shape[0], *canvas(shape.sizes))
     row = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.full(length, IGNORED_LABEL, np.int64),
@@ -120,11 +150,12 @@ def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np
         "patch_index": np.full(length, -1, np.int32),
         "row_start": own.copy(),
         "row_end": own + 1,
-        "latents": np.zeros((slots, *shape.latent_shape), np.float32),
-        "noise": np.zeros((slots, *shape.latent_shape), np.float32),
+        "latents": np.zeros((slots, *latents), np.float32),
+        "noise": np.zeros((slots, *latents), np.float32),
         "timesteps": np.zeros(slots, np.int64),
         "image_start": np.full(slots, -1, np.int32),
-        "pictures": np.zeros((slots, 3, *shape.picture_size), np.uint8),
+        "image_size": np.zeros(slots, np.int64),
+        "pictures": np.zeros((slots, 3, *canvas(shape.picture_sizes)), np.uint8),
         "has_picture": np.zeros(slots, bool),
     }
     first, slot = 0, 0
@@ -135,16 +166,20 @@ def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np
         row["labels"][here] = document.labels
         row["positions"][here] = own[: len(document)]
         patches = document.patch
-        row["patch_index"][here] = np.where(patches < 0, -1, patches + slot * shape.num_patches)
+        row["patch_index"][here] = np.where(patches < 0, -1, patches + slot * most)
         row["row_start"][here] = first
         row["row_end"][here] = document.row_end + first
         for image, start in zip(document.images, document.image_start, strict=True):
-            row["latents"][slot] = image.latents
-            row["noise"][slot] = image.noise
+            height, width = image.latents.shape[1:]
+            row["latents"][slot, :, :height, :width] = image.latents
+            row["noise"][slot, :, :height, :width] = image.noise
             row["timesteps"][slot] = image.timestep
             row["image_start"][slot] = first + start
+            row["image_size"][slot] = image.size
             if image.picture is not None:
-                row["pictures"][slot], row["has_picture"][slot] = image.picture, True
+                height, width = image.picture.shape[1:]
+                row["pictures"][slot, :, :height, :width] = image.picture
+                row["has_picture"][slot] = True
             slot += 1
         first += len(document)
     return row

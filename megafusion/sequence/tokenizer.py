@@ -13,7 +13,8 @@ class Tokenizer:
     """A SentencePiece model with two ids of our own: `boi` and `eoi`, which wrap each image.
 
     They follow the model's last piece, so any SentencePiece model (Llama 2's 32,000 pieces, say) can
-    be used unchanged; `vocab_size` counts them.
+    be used unchanged; `vocab_size` counts them. Where a model has images of several sizes, those of further
+    sizes begin with ids of their own behind `eoi`: see `begin_of_image`.
     """
 
     def __init__(self, path: Path | str):
@@ -41,3 +42,8 @@ class Tokenizer:
         """Text of ids; bos, eos, boi and eoi leave no trace."""
         special = {self.bos, self.eos, self.boi, self.eoi}
         return self._pieces.decode([int(i) for i in ids if int(i) not in special])
+
+
+def begin_of_image(tokenizer: Tokenizer, size: int) -> int:
+    """The id before an image of a size, by its index: `boi` for the first, those behind `eoi` for others."""
+    return tokenizer.eoi + size if size else tokenizer.boi

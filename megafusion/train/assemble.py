@@ -17,6 +17,7 @@ from megafusion.model.attention import check_backend
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.topology import Topology, check_degrees
+from megafusion.sequence.sizes import say_sizes
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from megafusion.train.engine import rows_of_rank
@@ -81,9 +82,17 @@ def _check_compiler() -> None:
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
     """UserError where a source's latents are not those of the model."""
     model = config.model
-    if manifest.latent_shape not in (None, model.latent_shape):
+    if manifest.latent_shape and manifest.latent_shape[0] != model.latent_shape[0]:
         raise UserError(
             f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
+        )
+    sizes = [shape[1:] for shape in manifest.latent_shapes]
+    if not set(sizes) <= set(model.sizes):
+        raise UserError(
+            f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
+            if len(sizes) == len(model.sizes) == 1
+            else f"{key}: latents of {say_sizes(sizes)}, but the model has {say_sizes(model.sizes)} "
+            "(model.latent_shape, model.more_sizes); a model may have more sizes than its shards, not fewer"
         )
 
 

@@ -89,7 +89,7 @@ class RunConfig(Config):
                 f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 "
                 "has not; use 1"
             )
-        positions = self.model.num_patches + 4  # bos, boi, eoi, eos
+        positions = self.model.most_patches + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
                 f"an image takes {positions} positions, more than data.sequence_length "
@@ -121,4 +121,10 @@ class RunConfig(Config):
     def row_shape(self) -> RowShape:
         """The shape of a packed row that data and model agree on."""
         data, model = self.data, self.model
-        return RowShape(data.sequence_length, data.images_per_row, model.num_patches, model.latent_shape)
+        return RowShape(
+            data.sequence_length,
+            data.images_per_row,
+            model.num_patches,
+            model.latent_shape,
+            more_sizes=model.more_sizes,
+        )

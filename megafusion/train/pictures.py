@@ -1,20 +1,25 @@
 """Latents of the pictures in a batch, made on the device that trains on them."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from megafusion.autoencoder.codec import ImageCodec
 from megafusion.sequence.packing import PackedBatch
+from megafusion.sequence.sizes import Size
 from megafusion.train.engine import Engine
 
 
 class PictureEncoder:
-    """Encodes the pictures of a batch; the codec is copied to the device only if there are any."""
+    """Encodes the pictures of a batch; the codec is copied to the device only if there are any.
 
-    def __init__(self, codec: ImageCodec, engine: Engine):
-        self._codec, self._device = codec, engine.device
+    sizes: heights and widths of latents.
+    """
+
+    def __init__(self, codec: ImageCodec, sizes: Sequence[Size], engine: Engine):
+        self._codec, self._sizes, self._device = codec, sizes, engine.device
         self._on_device: ImageCodec | None = None
 
     def encode(self, micro_batches: list[PackedBatch]) -> list[PackedBatch]:
@@ -22,17 +27,22 @@ class PictureEncoder:
         return [self._encode(batch) if batch.pictures.numel() else batch for batch in micro_batches]
 
     def _encode(self, batch: PackedBatch) -> PackedBatch:
-        """A row at a time: what a convolution gives depends, in its last bits, on what else it is given, and
-        rows are the same at any topology."""
+        """A row at a time, and of it a size at a time: what a convolution gives depends, in its last bits, on
+        what else it is given, and rows are the same at any topology."""
         if self._on_device is None:
             self._on_device = ImageCodec(copy.deepcopy(self._codec.model).to(self._device))
         batch = batch.to(self._device)
         latents = batch.latents.clone()
+        factor = self._on_device.downsampling
         for row, has_picture in enumerate(batch.has_picture):
-            if has_picture.any():
-                pictures = batch.pictures[row, has_picture].float() / 127.5 - 1
-                mean, log_variance = self._on_device.encode(pictures)
-                sample = mean + latents[row, has_picture] * torch.exp(0.5 * log_variance)
-                latents[row, has_picture] = self._on_device.normalize(sample)
+            for number, (height, width) in enumerate(self._sizes):
+                chosen = has_picture & (batch.image_size[row] == number)
+                if not chosen.any():
+                    continue
+                shown = batch.pictures[row, chosen, :, : height * factor, : width * factor]
+                mean, log_variance = self._on_device.encode(shown.float() / 127.5 - 1)
+                drawn = latents[row, chosen, :, :height, :width]
+                sample = mean + drawn * torch.exp(0.5 * log_variance)
+                latents[row, chosen, :, :height, :width] = self._on_device.normalize(sample)
         empty = batch.pictures[..., :0, :0]
         return replace(batch, latents=latents, pictures=empty, has_picture=batch.has_picture & False)

@@ -36,7 +36,7 @@ def sample_pairs(
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
-        pictures=originals(first_images(chosen), pipeline.codec, pipeline.config.image_size),
+        pictures=originals(first_images(chosen), pipeline.codec, pipeline.sizes),
     )
 
 

@@ -84,6 +84,7 @@ def stream_of(
     num_patches: int = NUM_PATCHES,
     latents: tuple[int, int, int] = LATENTS,
     picture_size: tuple[int, int] = (0, 0),
+    more_sizes: tuple[tuple[int, int], ...] = (),
     seed: int = 0,
     micro: int = 1,
     ids: type[Ids] = Ids,
@@ -99,7 +100,7 @@ def stream_of(
         "num_streams": num_rows,
     }
     config = DataConfig(**values | changes)
-    shape = RowShape(length, slots, num_patches, latents, picture_size)
+    shape = RowShape(length, slots, num_patches, latents, picture_size, more_sizes)
     opened = open_sources(config, ids, "v", seed)
     return BatchStream(config, opened, shape, ids, 1000, num_rows, rows, micro)
 

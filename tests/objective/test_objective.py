@@ -43,13 +43,31 @@ def test_losses_are_means_over_the_global_counts():
     errors = ((prediction - noise) ** 2).mean((2, 3, 4))
     image = (errors[0, 0] + errors[1, 0] + errors[1, 1]) / 6
     timesteps, start = torch.zeros(2, 2, dtype=torch.int64), torch.tensor([[3, -1], [0, 7]])
-    targets = Targets(labels, latents, noise, timesteps, start, torch.tensor(10), torch.tensor(6))
+    counts = torch.tensor(10), torch.tensor(6)
+    targets = Targets(labels, latents, noise, timesteps, start, *counts, torch.zeros_like(start))
     losses = Objective(ObjectiveConfig())(logits, prediction, targets)
     torch.testing.assert_close(losses.text, text)
     torch.testing.assert_close(losses.image, image)
     torch.testing.assert_close(losses.total, text + 5 * image)
     weighed = Objective(ObjectiveConfig(image_weight=0.5))(logits, prediction, targets)
     torch.testing.assert_close(weighed.total, text + 0.5 * image)
+
+
+def test_an_image_of_any_size_weighs_as_another():
+    """The mean over its own elements; at the top left of what holds the largest height and width."""
+    sizes = ((4, 4), (2, 6))
+    latents, noise, prediction = torch.zeros(3, 1, 2, 3, 4, 6)
+    errors = []
+    for slot, (height, width) in enumerate(sizes):
+        for tensor in (latents, noise, prediction):
+            tensor[0, slot, :, :height, :width] = torch.randn(3, height, width)
+        error = prediction[0, slot, :, :height, :width] - noise[0, slot, :, :height, :width]
+        errors.append((error**2).mean())
+    start = torch.tensor([[3, 9]])
+    labels, counts = torch.full((1, 3), -100), (torch.tensor(1), torch.tensor(4))
+    targets = Targets(labels, latents, noise, start * 0, start, *counts, torch.tensor([[0, 1]]))
+    losses = Objective(ObjectiveConfig(), sizes)(torch.randn(1, 3, 7), prediction, targets)
+    torch.testing.assert_close(losses.image, sum(errors) / 4)
 
 
 def test_a_batch_without_targets_has_no_loss():
@@ -60,6 +78,7 @@ def test_a_batch_without_targets_has_no_loss():
         torch.tensor([[-1]]),
         torch.tensor(0),
         torch.tensor(0),
+        torch.zeros(1, 1, dtype=torch.int64),
     )
     logits, prediction = (
         torch.randn(1, 3, 7, requires_grad=True),

@@ -1,0 +1,204 @@
+"""Pictures of several aspects: each to the nearest size, whoever makes it, and on to what a run draws."""
+
+import json
+import multiprocessing
+import random
+import re
+import shlex
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pyarrow import Table, parquet
+from typer.testing import CliRunner
+
+from data_prep.config import PreprocessConfig
+from data_prep.make import compressed
+from data_prep.preprocess import ShardRange, preprocess
+from megafusion.autoencoder.codec import to_tensor
+from megafusion.cli import app
+from megafusion.config import load_config, parse_config
+from megafusion.data.pictures import open_picture
+from megafusion.data.reader import ShardFolder
+from megafusion.errors import UserError
+from megafusion.train.config import RunConfig
+from tests.data_prep.raw import drawing, encoded, made_files
+from tests.data_prep.test_preprocess_resume import shards_made
+from tests.sizes import ASPECTS, PIXELS, SIZES, write_raw
+from tests.small import ROOT
+
+NEAREST = (0, 1, 2, 0, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    return write_raw(tmp_path_factory.mktemp("sizes") / "raw")
+
+
+@pytest.fixture
+def inputs(raw) -> dict:
+    return {"pictures": (raw,), "more_image_sizes": PIXELS[1:], "documents_per_shard": 5, "batch_size": 3}
+
+
+def all_documents(folder):
+    shards = ShardFolder(folder)
+    return [
+        shards.read(shard, position)
+        for shard, entry in enumerate(shards.manifest.shards)
+        for position in range(entry.num_documents)
+    ]
+
+
+def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_path, codec):
+    (made,) = make(**inputs)
+    assert made.latent_shapes == tuple((4, *size) for size in SIZES)
+    assert made.images_by_size == {"12x4": 8, "6x10": 8, "8x8": 8}
+    report = json.loads((tmp_path / "out/pairs/report.json").read_text())
+    assert report["images_by_size_of_latents"] == made.images_by_size
+    for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
+        size = NEAREST[number % len(ASPECTS)]
+        picture = drawing(number, ASPECTS[number % len(ASPECTS)])
+        mean, log_variance = codec.encode(to_tensor([picture], PIXELS[size]))
+        expected = torch.stack([mean[0], log_variance[0]]).half().numpy()
+        np.testing.assert_allclose(document.segments[1], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_tasks_in_any_order_and_any_kill_make_the_same_bytes(settings, inputs, tmp_path):
+    def config(name: str) -> PreprocessConfig:
+        return PreprocessConfig(**settings | inputs | {"out": tmp_path / name})
+
+    preprocess(config("one"))
+    expected = made_files(tmp_path / "one/pairs")
+    assert sum(name.endswith(".tar") for name in expected) == 5
+    for index in (1, 0):
+        preprocess(config("two"), ShardRange(index, 2))
+    assert made_files(tmp_path / "two/pairs") == expected
+    fork, chance = multiprocessing.get_context("fork"), random.Random(0)
+    for moment in (0, 1, 2, 4):
+        run = fork.Process(target=preprocess, args=(config("killed"),))
+        run.start()
+        while run.is_alive() and shards_made(tmp_path / "killed") < moment:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.01))
+        run.kill()
+        run.join()
+        assert run.exitcode == -signal.SIGKILL
+    preprocess(config("killed"))
+    assert made_files(tmp_path / "killed/pairs") == expected
+
+
+def test_images_of_documents_go_to_sizes_too(make, inputs, tmp_path):
+    pictures = [encoded(drawing(n, ASPECTS[n])) for n in range(3)]
+    rows = [{"texts": ["a", None, "b", None], "images": [None, *pictures[:1], None, pictures[2]]}]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "d.parquet")
+    (made,) = make(**inputs | {"pictures": (), "documents": (tmp_path / "d.parquet",)})
+    (document,) = all_documents(tmp_path / "out/interleaved")
+    assert [s.shape for s in document.segments if s.ndim > 1] == [(2, 4, 8, 8), (2, 4, 12, 4)]
+    assert made.images_by_size == {"12x4": 1, "8x8": 1}
+
+
+def test_a_second_time_nothing_is_made_and_other_sizes_make_anew(make, inputs, tmp_path, capsys):
+    make(**inputs)
+    first = made_files(tmp_path / "out/pairs")
+    capsys.readouterr()
+    make(**inputs)
+    assert "up to date" in " ".join(capsys.readouterr().err.split())
+    make(**inputs | {"more_image_sizes": PIXELS[1:2]})
+    assert made_files(tmp_path / "out/pairs") != first
+
+
+def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
+    make(**inputs, images="pictures")
+    for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
+        height, width = PIXELS[NEAREST[number % len(ASPECTS)]]
+        kept = open_picture(document.segments[1])
+        given = ASPECTS[number % len(ASPECTS)]
+        assert kept.width >= min(width, given[0])
+        assert kept.height >= min(height, given[1])
+        assert kept.width <= width + 1 or kept.height <= height + 1 or kept.size == given
+    # Of a square, the shorter side, as ever.
+    assert open_picture(compressed(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
+    assert open_picture(compressed(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([[24, 40], [24, 40]], "24x40 has the aspect of 24x40"),
+        ([[32, 32]], r"32x32 has the aspect of 32x32 \(image_size"),
+        ([[64, 64]], "64x64 has the aspect of 32x32"),
+        ([[48, 80], [24, 40]], "24x40 has the aspect of 48x80"),
+        ([[0, 40]], r"more_image_sizes\.0\.0.*greater than 0"),
+        ([[24, 41]], r"image size 24 x 41: this autoencoder needs multiples of 4 pixels"),
+    ],
+)
+def test_sizes_that_cannot_be(settings, inputs, tmp_path, sizes, message):
+    values = settings | {"pictures": inputs["pictures"], "more_image_sizes": sizes}
+    values = {key: value if isinstance(value, int | list) else str(value) for key, value in values.items()}
+    values["pictures"] = [str(path) for path in inputs["pictures"]]
+    with pytest.raises(UserError, match=message):
+        preprocess(parse_config(PreprocessConfig, values, "test"))
+    assert not (tmp_path / "out/pairs").exists()
+
+
+def test_the_example_of_the_docs_is_whole(tmp_path):
+    """Both files parse, and the command says what the second does."""
+    section = (ROOT / "docs/data.md").read_text().split("\n## Several sizes\n")[1].split("\n## ")[0]
+    first, second = re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (tmp_path / "sizes.yaml").write_text(first)
+    pixels = load_config(PreprocessConfig, tmp_path / "sizes.yaml").image_sizes
+    (command,) = re.findall(r"^megafusion train (.*?)\nmegafusion", section, re.MULTILINE | re.DOTALL)
+    path, *overrides = shlex.split(command.replace("\\\n", " "))
+    plain, run = load_config(RunConfig, ROOT / path), load_config(RunConfig, ROOT / path, overrides)
+    assert run.model.sizes == tuple((height // 8, width // 8) for height, width in pixels)
+    assert run.model.vocab_size == plain.model.vocab_size + 2
+    written = yaml.safe_load(second)
+    for key, value in written["model"].items():
+        assert json.loads(run.model_dump_json())["model"][key] == value
+    assert run.data.sources["pairs"].path == written["data"]["sources"]["pairs"]["path"]
+
+
+def megafusion(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mixed_values, tmp_path):
+    """The commands of docs/data.md, on a smaller model."""
+    config = {"out": str(tmp_path / "out"), "image_size": 32, "pictures": [str(inputs["pictures"][0])]}
+    config |= {"tokenizer": str(settings["tokenizer"]), "vae": str(settings["vae"])}
+    config |= {"more_image_sizes": [list(size) for size in PIXELS[1:]]}
+    (tmp_path / "preprocess.yaml").write_text(yaml.safe_dump(config))
+    megafusion("preprocess", tmp_path / "preprocess.yaml")
+    pairs, page = tmp_path / "out/pairs", tmp_path / "page.png"
+    text = megafusion("data", "inspect", pairs, "--vae", settings["vae"], "--out", page, "--num", 6)
+    assert all(f"{shape}: 8 images" in text for shape in ("4 x 8 x 8", "4 x 6 x 10", "4 x 12 x 4"))
+    shown = np.asarray(Image.open(page).convert("L"))
+    assert shown.std() > 10
+    # The second picture shown is 48 high and 16 wide: white beside it, in its cell of 96 pixels.
+    cell = shown[8:104, 12 + 112 : 12 + 112 + 96]
+    assert (cell[:, :24] == 255).all()
+    assert (cell[:, -24:] == 255).all()
+    assert cell[:, 40:56].std() > 3
+    mixed_values["data"]["sources"] = {"pairs": {"path": str(pairs)}}
+    mixed_values["train"] |= {"num_steps": 3}
+    mixed_values["samples"] = {"every": 3, "num_pairs": 6}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(mixed_values))
+    megafusion("train", tmp_path / "run.yaml")
+    run = tmp_path / "run"
+    assert Image.open(run / "samples/step-00000003.png").size[0] > 400
+    for height, width in PIXELS:
+        out = tmp_path / f"{height}x{width}"
+        megafusion("generate", run, "--prompt", "x", "--size", f"{height}x{width}", "--out", out)
+        assert Image.open(out / "0-x.png").size == (width, height)
+    with pytest.raises(UserError, match="size 40x24: the model was made for 32x32, 24x40, 48x16"):
+        megafusion("generate", run, "--prompt", "x", "--size", "40x24", "--out", tmp_path / "none")
+    with pytest.raises(UserError, match="--size is that of drawn pictures"):
+        megafusion("generate", run, "--image", page, "--size", "32x32", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()

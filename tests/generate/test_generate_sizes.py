@@ -1,0 +1,242 @@
+"""Generation of several sizes: cached equals uncached for each, and who chooses a size."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megafusion.errors import UserError
+from megafusion.generate.command import parse_size
+from megafusion.generate.decoder import Decoder
+from megafusion.generate.generation import Generation
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
+from megafusion.generate.sampling import SamplingConfig
+from megafusion.model.initialize import initialize
+from megafusion.model.transfusion import Transfusion
+from megafusion.sequence.document import IGNORED_LABEL, NoisedImage, flatten
+from megafusion.sequence.packing import RowShape, collate, pack_row
+from megafusion.sequence.tokenizer import begin_of_image
+from tests.data_prep.raw import drawing
+from tests.sizes import PIXELS, SIZES
+
+PATCHES = (16, 15, 12)
+
+
+@pytest.fixture(params=["linear", "unet"])
+def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
+    torch.manual_seed(0)
+    changes = {"adapter": request.param, "unet_channels": 4, "more_sizes": SIZES[1:], "vocab_size": 2050}
+    model_config = run_config.model.model_copy(update=changes)
+    model = Transfusion(model_config, run_config.objective)
+    initialize(model, model_config.num_layers, seed=1)
+    with torch.no_grad():  # larger weights, so that what is seen matters
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    config = PipelineConfig(
+        image_size=(32, 32),
+        model=model_config,
+        objective=run_config.objective,
+        sampling=SamplingConfig(sampler="ddim", num_steps=4, max_new_tokens=5),
+    )
+    return TransfusionPipeline(model, tokenizer, codec, config)
+
+
+def image(size: int, seed: int, timestep: int = 0) -> NoisedImage:
+    latents = np.random.default_rng(seed).standard_normal((4, *SIZES[size]), dtype=np.float32)
+    return NoisedImage(latents, np.zeros_like(latents), timestep, size=size)
+
+
+def prompt_batch(pipeline, segments_of_rows):
+    documents = [flatten(s, pipeline.tokenizer, PATCHES[0], PATCHES[1:]) for s in segments_of_rows]
+    shape = RowShape(max(map(len, documents)), 3, 16, (4, 8, 8), more_sizes=SIZES[1:])
+    return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
+
+
+@torch.no_grad()
+def uncached(model, batch):
+    """Hidden states of whole rows, and the skips."""
+    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size)
+    intervals, rope = batch.intervals(), model.rope(batch.positions)
+    for block in model.blocks:
+        x = block(x, intervals, rope)
+    return model.tail(x), skips
+
+
+def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
+    """Rows with images of unequal sizes in them, then token after token."""
+    model, decoder = pipeline.model, Decoder(pipeline.model)
+    text, more = np.array([5, 6, 7, 8]), np.array([9, 10])
+    rows = [
+        [text, image(1, 0), more],
+        [image(2, 1), image(0, 2)],
+        [image(0, 3), text, image(1, 4), image(2, 5)],
+    ]
+    extra = torch.tensor([[20, 21], [23, 24], [26, 27]])
+    batch, lengths = prompt_batch(pipeline, rows)
+    cache = decoder.new_cache(3, int(lengths.max()) + 4)
+    found = [decoder.read_prompts(cache, batch, lengths)]
+    found += [decoder.read_tokens(cache, extra[:, i]) for i in range(2)]
+    full, full_lengths = prompt_batch(pipeline, [[*row, extra[i].numpy()] for i, row in enumerate(rows)])
+    hidden, _ = uncached(model, full)
+    for row in range(3):
+        for step in range(3):
+            expected = model.tail.head(hidden[row, full_lengths[row] - 3 + step])
+            torch.testing.assert_close(found[step][row], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(pipeline, size):
+    model, decoder, text = pipeline.model, Decoder(pipeline.model), np.array([5, 6, 7])
+    noised = image(size, 3, timestep=400)
+    batch, _ = prompt_batch(pipeline, [[text, noised]])
+    hidden, skips = uncached(model, batch)
+    height, width = SIZES[size]
+    with torch.no_grad():
+        expected = model.tail.images(hidden, batch.image_start, batch.timesteps, skips, batch.image_size)
+    prefix, lengths = prompt_batch(pipeline, [[text]])
+    cache, empty = decoder.new_cache(1, 40), decoder.new_cache(1, 40)
+    begin = torch.tensor([begin_of_image(pipeline.tokenizer, size)])
+    decoder.read_prompts(cache, prefix, lengths)
+    decoder.read_tokens(cache, begin)
+    with torch.no_grad():
+        found = decoder._predict(cache, torch.from_numpy(noised.latents)[None], torch.tensor(400))[0]
+    torch.testing.assert_close(found, expected[0, 0, :, :height, :width], rtol=1e-4, atol=1e-4)
+    for token in (torch.tensor([pipeline.tokenizer.bos]), begin):
+        decoder.read_tokens(empty, token)
+    latents = decoder.draw(cache, empty, torch.randn(1, 4, height, width), pipeline.config.sampling)
+    logits = decoder.read_tokens(cache, torch.tensor([pipeline.tokenizer.eoi]))
+    clean = NoisedImage(latents[0].numpy(), np.zeros((4, height, width), np.float32), 0, size=size)
+    batch, lengths = prompt_batch(pipeline, [[text, clean]])
+    after = decoder.read_prompts(decoder.new_cache(1, 40), batch, lengths)
+    torch.testing.assert_close(logits, after, rtol=1e-4, atol=1e-4)
+
+
+def prefer_by_state(pipeline) -> None:
+    """Make the model end, or draw at one size or another, where its hidden state says so."""
+
+    def hook(_head, inputs, logits):
+        hidden = inputs[0]
+        for size in range(3):
+            wish = (hidden[..., 0] > 0.3) * (2 + hidden[..., 1 + size])
+            logits[..., begin_of_image(pipeline.tokenizer, size)] += 1e3 * wish
+        logits[..., pipeline.tokenizer.eos] += 1e4 * (hidden[..., 5] > 1.2)
+        return logits
+
+    pipeline.model.tail.head.register_forward_hook(hook)
+
+
+CAPTIONS = ["apple", "red apple, 3d style", "x", "a much longer caption than the others", "pizza", "cat face"]
+
+
+def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):
+    """Through text, pictures of several sizes, rows that end early; and each row is as if alone."""
+    prefer_by_state(pipeline)
+    monkeypatch.setattr(pipeline, "pictures", list)  # latents stand for the pictures made of them
+    tokenizer, budget = pipeline.tokenizer, 10
+    begins = [begin_of_image(tokenizer, size) for size in range(3)]
+    sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": budget})
+
+    def answers(captions, seed):
+        generation = Generation(pipeline, [[c] for c in captions], sampling, seed, 2, None)
+        generation.run("free")
+        return generation.answers
+
+    together, drawn = answers(CAPTIONS, 5), set()
+    for row, (caption, answer) in enumerate(zip(CAPTIONS, together, strict=True)):
+        (alone,) = answers([caption], 5 + row)
+        assert len(alone) == len(answer)
+        for a, b in zip(alone, answer, strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-3)
+        segments = [np.array(tokenizer.encode(caption))]
+        for part in answer:
+            if isinstance(part, int):
+                segments.append(np.array([part]))
+                continue
+            size = SIZES.index(tuple(part.shape[1:]))
+            drawn.add(size)
+            segments.append(NoisedImage(part.numpy(), np.zeros(part.shape, np.float32), 0, size=size))
+        batch, lengths = prompt_batch(pipeline, [segments])
+        with torch.no_grad():
+            logits = pipeline.model.tail.head(uncached(pipeline.model, batch)[0])[0]
+        logits[:, tokenizer.eoi] = -torch.inf
+        spent = torch.isin(batch.tokens[0], torch.tensor(begins)).cumsum(0) >= 2
+        logits[spent[:, None] & torch.isin(torch.arange(2050), torch.tensor(begins))] = -torch.inf
+        asked = batch.labels[0] != IGNORED_LABEL
+        asked[: len(segments[0])] = False
+        if len(answer) == budget:  # the end was not chosen
+            asked[lengths[0] - 1] = False
+        assert logits.argmax(-1)[asked].tolist() == batch.labels[0][asked].tolist()
+    assert len(drawn) >= 2
+
+
+def test_a_size_can_be_asked_for(pipeline):
+    for height, width in PIXELS:
+        pictures = pipeline.draw(["red apple", "x"], size=(height, width))
+        assert [picture.size for picture in pictures] == [(width, height)] * 2
+    # Also where the model would draw at another, or not begin with a picture.
+    prefer_by_state(pipeline)
+    sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": 12})
+    free = pipeline([[c] for c in CAPTIONS], max_images=2, sampling=sampling)
+    sizes = {part.size for answer in free for part in answer if not isinstance(part, str)}
+    assert sizes - {(16, 48)}
+    forced = pipeline([[c] for c in CAPTIONS], max_images=2, size=(48, 16), sampling=sampling)
+    sizes = {part.size for answer in forced for part in answer if not isinstance(part, str)}
+    assert sizes == {(16, 48)}
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_guidance_steers_away_from_a_document_of_a_picture_of_that_size_alone(pipeline, monkeypatch, size):
+    monkeypatch.setattr(pipeline, "pictures", list)
+    (drawn,) = pipeline.draw(["x"], seed=4, size=PIXELS[size])
+    decoder, caches = Decoder(pipeline.model), []
+    begin = torch.tensor([begin_of_image(pipeline.tokenizer, size)])
+    for segments in ([np.array(pipeline.tokenizer.encode("x"))], []):
+        caches.append(decoder.new_cache(1, 40))
+        decoder.read_prompts(caches[-1], *prompt_batch(pipeline, [segments]))
+        decoder.read_tokens(caches[-1], begin)
+    noise = torch.randn(1, 4, *SIZES[size], generator=torch.Generator().manual_seed(4))
+    expected = decoder.draw(*caches, noise, pipeline.config.sampling)[0]
+    torch.testing.assert_close(drawn, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_model_chooses_a_size_by_the_token_that_begins_an_image(pipeline):
+    captions = ["red apple", "x", "cat"]
+
+    def hook(_head, inputs, logits):
+        logits[..., 2049] += 1e3
+        return logits
+
+    pipeline.model.tail.head.register_forward_hook(hook)
+    chosen = pipeline.draw(captions, seed=3)
+    assert {picture.size for picture in chosen} == {(16, 48)}
+    asked = pipeline.draw(captions, seed=3, size=(48, 16))
+    assert [np.asarray(p).tolist() for p in asked] == [np.asarray(p).tolist() for p in chosen]
+
+
+def test_pictures_are_read_at_the_size_nearest_to_them(pipeline):
+    pictures = [drawing(0, (40, 40)), drawing(1, (100, 60)), drawing(2, (10, 33)), drawing(3, (60, 100))]
+    assert [pipeline.size_of(picture) for picture in pictures] == [0, 1, 2, 0]
+    turned = Image.new("RGB", (60, 20))
+    turned.getexif()[0x0112] = 6  # a quarter turn: shown, it is upright
+    assert pipeline.size_of(turned) == 2
+    assert pipeline.latents(pictures[1:2], 1).shape == (1, 4, 6, 10)
+    assert pipeline.describe(pictures) == [pipeline.describe([picture])[0] for picture in pictures]
+
+
+def test_a_pipeline_folder_keeps_its_sizes(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = TransfusionPipeline.from_pretrained(tmp_path / "saved")
+    assert again.sizes == list(PIXELS)
+    first, second = (p.draw(["x"], size=(24, 40))[0] for p in (pipeline, again))
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_a_size_that_the_model_lacks_is_refused_with_those_it_has(pipeline):
+    with pytest.raises(UserError, match=r"size 40x24: the model was made for 32x32, 24x40, 48x16 \(height"):
+        pipeline.draw(["x"], size=(40, 24))
+
+
+@pytest.mark.parametrize("text", ["32", "32x", "x32", "32*32", "32x32x32", "-32x32", "a"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="is not HEIGHTxWIDTH in pixels"):
+        parse_size(text)

@@ -1,0 +1,235 @@
+"""Images of several sizes: which size a picture goes to, how rows hold it, and that losses are its own."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from megafusion.model.by_size import Groups
+from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.model.unet import UNetDown, UNetUp
+from megafusion.objective.losses import ObjectiveConfig
+from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
+from megafusion.sequence.packing import RowShape, collate, pack_row, with_counts
+from megafusion.sequence.sizes import nearest_size
+
+SIZES, CHANNELS, PATCH = ((4, 8), (8, 8), (10, 2)), 2, 2
+PATCHES = (8, 16, 5)
+MODEL = {
+    "num_layers": 2,
+    "width": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "hidden_width": 48,
+    "vocab_size": 34,
+    "latent_shape": (CHANNELS, *SIZES[0]),
+    "more_sizes": SIZES[1:],
+    "patch_size": PATCH,
+    "unet_channels": 4,
+}
+
+
+class Ids:
+    bos, eos, boi, eoi = 1, 2, 30, 31
+
+
+def image(size: int, seed: int, as_only_one: bool = False) -> NoisedImage:
+    random = np.random.default_rng(seed)
+    latents, noise = random.standard_normal((2, CHANNELS, *SIZES[size]), dtype=np.float32)
+    return NoisedImage(latents, noise, int(random.integers(1000)), size=0 if as_only_one else size)
+
+
+def document(parts: list[int], seed: int) -> FlatDocument:
+    """Texts of these lengths; an image of size n for -1 - n."""
+    random = np.random.default_rng(seed)
+    segments = [
+        random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + place)
+        for place, part in enumerate(parts)
+    ]
+    return flatten(segments, Ids, PATCHES[0], PATCHES[1:])
+
+
+def shape(length: int, slots: int) -> RowShape:
+    return RowShape(length, slots, PATCHES[0], (CHANNELS, *SIZES[0]), more_sizes=SIZES[1:])
+
+
+def model(adapter: str, **changes) -> Transfusion:
+    torch.manual_seed(0)
+    return Transfusion(ModelConfig(**MODEL | {"adapter": adapter} | changes), ObjectiveConfig())
+
+
+def losses_and_gradients(net, batch):
+    net.zero_grad()
+    losses = net(batch)
+    losses.total.backward()
+    return torch.stack(losses).detach(), {name: p.grad.clone() for name, p in net.named_parameters()}
+
+
+def assert_equal(found: tuple, expected: tuple) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-4, atol=1e-5)
+
+
+def summed(results: list[tuple]) -> tuple:
+    return (
+        sum(losses for losses, _ in results),
+        {name: sum(gradients[name] for _, gradients in results) for name in results[0][1]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("picture", "sizes", "expected"),
+    [
+        ((100, 100), ((64, 64), (48, 80), (80, 48)), 0),
+        ((60, 100), ((64, 64), (48, 80), (80, 48)), 1),
+        ((1000, 1), ((64, 64), (48, 80), (80, 48)), 2),
+        (
+            (77, 100),
+            ((64, 64), (48, 80)),
+            1,
+        ),  # the middle is sqrt(0.6) = 0.7746
+        ((78, 100), ((64, 64), (48, 80)), 0),
+        ((7, 7), ((80, 48), (48, 80)), 0),  # as far from both, to the last bit
+        ((7, 7), ((48, 80), (80, 48)), 0),
+        ((30, 30), ((64, 64), (32, 32)), 0),  # equal aspects: the first
+        ((3, 12), ((1, 2), (1, 8)), 0),  # the geometric middle is a tie
+    ],
+)
+def test_a_picture_goes_to_the_size_nearest_in_aspect(picture, sizes, expected):
+    assert nearest_size(*picture, sizes) == expected
+
+
+def test_the_token_before_an_image_says_its_size():
+    flat = document([2, -1, -3, -2], 0)
+    a, b = flat.tokens[1:3]
+    begins = {4 - 1: 30, 3 + 8 + 2: 33, 13 + 5 + 2: 32}
+    assert {at: flat.tokens[at] for at in begins} == begins
+    assert len(flat) == 2 + 2 + sum(PATCHES) + 2 * 3
+    asked = np.flatnonzero(flat.labels != -100).tolist()
+    # What precedes a boi is asked for it; a boi and patches are asked nothing; an eoi for what follows.
+    assert asked == [0, 1, 2, 12, 19, len(flat) - 2]
+    assert flat.labels[asked].tolist() == [a, b, 30, 33, 32, 2]
+    assert flat.image_start.tolist() == [4, 14, 21]
+    for number, (start, size) in enumerate(zip(flat.image_start, (0, 2, 1), strict=True)):
+        here = slice(start, start + PATCHES[size])
+        assert flat.patch[here].tolist() == list(range(16 * number, 16 * number + PATCHES[size]))
+        assert (flat.row_end[here] == here.stop).all()
+        assert flat.tokens[here.stop] == 31
+
+
+def test_a_row_holds_each_image_at_the_top_left():
+    flat = document([2, -1, -3, -2], 0)
+    row = pack_row([document([3], 1), flat], shape(50, 4))
+    assert row["image_size"].tolist() == [0, 2, 1, 0]
+    assert row["latents"].shape == row["noise"].shape == (4, CHANNELS, 10, 8)
+    for slot, made in enumerate(flat.images):
+        height, width = made.latents.shape[1:]
+        for name in ("latents", "noise"):
+            whole = row[name][slot].copy()
+            assert np.array_equal(whole[:, :height, :width], getattr(made, name))
+            whole[:, :height, :width] = 0
+            assert not whole.any()
+    assert row["patch_index"].max() == 2 * 16 + 16 - 1
+
+
+LAYOUTS = st.lists(st.lists(st.integers(-3, 4).filter(bool), min_size=1, max_size=3), min_size=2, max_size=4)
+
+
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+@given(layout=LAYOUTS.filter(lambda documents: any(part < 0 for d in documents for part in d)))
+@settings(max_examples=12)
+def test_packed_equals_documents_one_by_one(adapter, layout):
+    net = model(adapter)
+    documents = [document(parts, seed) for seed, parts in enumerate(layout)]
+    # The last image ends with the row, where the largest would not fit behind its start.
+    packed = collate([pack_row(documents, shape(sum(map(len, documents)), 12))])
+    alone = [collate([pack_row([d], shape(len(d), max(1, len(d.images))))]) for d in documents]
+    counts = packed.counts()
+    assert_equal(
+        losses_and_gradients(net, packed),
+        summed([losses_and_gradients(net, with_counts(batch, counts)) for batch in alone]),
+    )
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, prediction):
+    objective = ObjectiveConfig(schedule={"prediction": prediction})
+    torch.manual_seed(0)
+    net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
+    order = [1, 0, 2, 2, 1, 0, 0]
+    documents = [flatten([image(s, i)], Ids, PATCHES[0], PATCHES[1:]) for i, s in enumerate(order)]
+    rows = [pack_row(documents[:4], shape(60, 5)), pack_row(documents[4:], shape(60, 5))]
+    mixed = collate(rows)
+    results = []
+    for number, size in enumerate(order):
+        only = {"latent_shape": (CHANNELS, *SIZES[size]), "more_sizes": ()}
+        single = Transfusion(ModelConfig(**MODEL | only, adapter=adapter), objective)
+        single.load_state_dict(net.state_dict())
+
+        class OnlyIds(Ids):
+            boi = 31 + size if size else 30
+
+        flat = flatten([image(size, number, as_only_one=True)], OnlyIds, PATCHES[size])
+        row = pack_row([flat], RowShape(len(flat), 1, PATCHES[size], only["latent_shape"]))
+        results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
+    assert_equal(losses_and_gradients(net, mixed), summed(results))
+
+
+def test_a_batch_without_some_size_gives_every_parameter_a_gradient():
+    net = model("unet")
+    for parts in ([-2, 3], [4], [-1], [-3, -3]):
+        batch = collate([pack_row([document(parts, 0)], shape(40, 2))])
+        losses, gradients = losses_and_gradients(net, batch)
+        assert torch.isfinite(losses).all()
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_what_is_taken_by_size_is_put_back(sizes):
+    own = torch.arange(len(sizes))
+    groups = Groups(torch.tensor(sizes), 4)
+    taken = groups.take(own)
+    assert all(len(part) for part in taken)
+    for size, part in enumerate(taken):
+        if size in sizes:
+            assert part.tolist() == [slot for slot, s in enumerate(sizes) if s == size]
+    assert torch.equal(groups.put(taken), own)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_the_features_that_the_unet_keeps_are_those_that_are_foretold(patch_size):
+    down, up = UNetDown(2, patch_size, 32, 4), UNetUp(2, patch_size, 32, 4, (2, 2))
+    latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
+    patches, skips = down(latents, timesteps)
+    grid = (16 // patch_size, 8 // patch_size)
+    assert [tuple(skip.shape[1:]) for skip in skips] == up.skip_shapes(grid)
+    assert up(patches, timesteps, skips, grid).shape == latents.shape
+
+
+def test_one_size_among_several_is_computed_as_alone_to_the_bit():
+    """Nothing of other sizes is near an image: not even zeros beside it."""
+    net = model("unet")
+    latents, timesteps = torch.randn(2, CHANNELS, 10, 8), torch.tensor([7, 900])
+    patches, _ = net.stem.patches(latents, timesteps, torch.tensor([0, 2]))
+    other = latents.clone()
+    other[0, :, 4:], other[1, :, :, 2:] = 100.0, 100.0
+    again, _ = net.stem.patches(other, timesteps, torch.tensor([0, 2]))
+    assert torch.equal(patches, again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more_sizes": ((8, 8), (7, 4))}, r"patch_size 2 does not divide the latents' sides \(7, 4\)"),
+        ({"more_sizes": ((8, 8), (8, 8))}, "more_sizes: of 4x8, 8x8, 8x8, .* comes twice"),
+        ({"more_sizes": ((4, 8),)}, "more_sizes: of 4x8, 4x8, .* comes twice"),
+        ({"more_sizes": ((0, 8),)}, "greater than 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig(**MODEL | changes)

@@ -1,0 +1,58 @@
+"""Images of several sizes: every form of parallelism gives what one device gives."""
+
+import pytest
+
+from tests.parallel.cases import (
+    Outcome,
+    loss_error,
+    norm_error,
+    parallel_steps,
+    parameter_error,
+    plain_steps,
+)
+from tests.parallel.matrix import MAX_LOSS_ERROR, MAX_NORM_ERROR, MAX_PARAMETER_ERROR, Case
+from tests.sizes import mixed_run
+from tests.workers import run_workers
+
+NUM_STEPS = 6
+"""Of which one has text alone, one images alone, and one ranks with either."""
+CASES = [
+    Case("dp2-zero3-unet", 2, {"zero_stage": 3}, "unet"),
+    Case("dp2-zero2-linear", 2, {"zero_stage": 2}),
+    Case("tp2-linear", 2, {"tensor": 2, "zero_stage": 0}),
+    Case("tp2-sp-unet", 2, {"tensor": 2, "sequence": True}, "unet"),
+    Case("pp2-unet", 2, {"pipeline": 2}, "unet"),
+    Case("ulysses2-unet", 2, {"ulysses": 2}, "unet"),
+    Case("tp2-pp2-unet", 4, {"tensor": 2, "pipeline": 2}, "unet"),
+]
+
+
+def values_of(case: Case, places: tuple) -> dict:
+    values, mixed = case.values(*places), mixed_run(*places)
+    for key in ("more_sizes", "vocab_size"):
+        values["model"][key] = mixed["model"][key]
+    return values
+
+
+@pytest.fixture(scope="module")
+def places(mixed_shards, vae_folder, tmp_path_factory) -> tuple:
+    return mixed_shards, vae_folder, tmp_path_factory.mktemp("mixed") / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(places) -> dict[str, Outcome]:
+    """The plain model's steps by adapter."""
+    return {
+        adapter: run_workers(plain_steps, 1, values_of(Case("plain", 1, {}, adapter), places), NUM_STEPS)[0]
+        for adapter in ("linear", "unet")
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_one_device(plain, places, case):
+    outcomes = run_workers(parallel_steps, case.world, values_of(case, places), NUM_STEPS)
+    true = plain[case.adapter]
+    assert true.losses[2][1] == 0 < true.losses[3][1]
+    assert max(loss_error(outcome, true) for outcome in outcomes) < MAX_LOSS_ERROR
+    assert max(norm_error(outcome, true) for outcome in outcomes) < MAX_NORM_ERROR
+    assert parameter_error(outcomes, true) < MAX_PARAMETER_ERROR
