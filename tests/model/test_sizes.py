@@ -210,6 +210,15 @@ def test_the_features_that_the_unet_keeps_are_those_that_are_foretold(patch_size
     assert up(patches, timesteps, skips, grid).shape == latents.shape
 
 
+def test_what_the_stem_keeps_has_the_shapes_that_the_tail_foretells():
+    """Whatever sizes a batch holds: pipeline stages exchange it in buffers of one shape."""
+    net = model("unet")
+    for sizes in ([0, 0, 0], [2, 1, 0], [2, 2, 1]):
+        latents, timesteps = torch.randn(3, CHANNELS, 10, 8), torch.tensor([7, 90, 900])
+        _, skips = net.stem.patches(latents, timesteps, torch.tensor(sizes))
+        assert tuple(skip.shape for skip in skips) == net.tail.skip_shapes(3)
+
+
 def test_one_size_among_several_is_computed_as_alone_to_the_bit():
     """Nothing of other sizes is near an image: not even zeros beside it."""
     net = model("unet")
