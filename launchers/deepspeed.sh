@@ -13,10 +13,11 @@ stopped='' interrupted='' launcher='' DS_ENV_FILE=''
 trap '[ -z "$DS_ENV_FILE" ] || rm -f "$DS_ENV_FILE"' EXIT
 trap stop INT TERM USR1
 
-# DeepSpeed's runner takes SIGTERM: it ends every machine's processes.
+# DeepSpeed's runner takes SIGTERM: it ends every machine's processes. While it is being started it may not hear.
 stop() {
     stopped=yes interrupted=yes
-    [ -z "$launcher" ] || kill -TERM "$launcher" 2> /dev/null || true
+    [ -n "$launcher" ] || return 0
+    { kill -TERM "$launcher"; sleep 1; kill -TERM "$launcher"; } 2> /dev/null &
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -7,15 +7,17 @@
 # starts again from the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 are handed on to every rank; then it ends with
 # 75, which means that the same command goes on, or with the trainer's other status. MEGAFUSION_SITE may name a site.
 set -eu
+unset MEGAFUSION_STOPPED
 stopped='' interrupted='' ranks=() follower=''
 trap 'stop TERM' INT TERM
 trap 'stop USR1' USR1
-trap '[ -z "$follower" ] || kill "$follower" 2> /dev/null' EXIT
+trap 'rm -f "${MEGAFUSION_STOPPED:-}"; [ -z "$follower" ] || kill "$follower" 2> /dev/null' EXIT
 
-# stop SIGNAL: tell the ranks that run. Those that are being started are told when all are known.
+# stop SIGNAL: tell the ranks that run. One that is being started does not hear, and finds the word in a file.
 stop() {
     stopped=$1 interrupted=yes
     local pid
+    [ -z "${MEGAFUSION_STOPPED:-}" ] || : > "$MEGAFUSION_STOPPED"
     for pid in "${ranks[@]}"; do kill "-$1" "$pid" 2> /dev/null || true; done
 }
 
@@ -44,7 +46,8 @@ start_ranks() {
     done
 }
 
-mkdir -p "$run/logs"
+mkdir -p "$run/logs" "$run/launch"
+export MEGAFUSION_STOPPED="$run/launch/stopped-$id"
 touch "$run/logs/rank-00000.log"
 tail -n 0 -F "$run/logs/rank-00000.log" 2> /dev/null &
 follower=$!

@@ -46,7 +46,7 @@ def main() -> None:
     if sys.argv[1:2] == ["train"]:
         stop_signals.listen()  # before torch is loaded, which takes seconds
         if (stopped := os.environ.get("MEGAFUSION_STOPPED")) and Path(stopped).is_file():
-            sys.exit(os.EX_TEMPFAIL)  # the word came before this process could hear (launchers/slurm/node.sh)
+            sys.exit(os.EX_TEMPFAIL)  # the word came before this process could hear (local.sh, node.sh)
     try:
         app()
     except UserError as error:

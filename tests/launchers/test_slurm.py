@@ -180,7 +180,7 @@ def test_a_signal_before_the_ranks_and_an_end_without_the_controller_lose_no_job
 
 def test_a_killed_deepspeed_launcher_is_no_finished_run(run_values, tmp_path):
     """DeepSpeed's runner above it ends with 0."""
-    run_values["train"] |= {"num_steps": 1500, "checkpoint_every": 100}
+    run_values["train"] |= {"num_steps": 400, "checkpoint_every": 20}
     config, run = tmp_path / "config.yaml", Path(run_values["out"])
     config.write_text(yaml.safe_dump(run_values))
     with local_cluster() as cluster:
