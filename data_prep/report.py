@@ -37,8 +37,12 @@ def write_sheet(folder: Path, made: Manifest, vae: Path) -> None:
 
 def summary(folder: Path, plan: Plan, made: Manifest) -> str:
     """The report in a line."""
-    left_out = ", ".join(f"{n} x {reason}" for reason, n in {**plan.skipped, **plan.dropped}.items())
+    num_shards = f"{len(made.shards)} shard{'s' * (len(made.shards) != 1)}"
+    bad, dropped = (
+        ", ".join(f"{n} x {reason}" for reason, n in counts.items()) or "none"
+        for counts in (plan.skipped, plan.dropped)
+    )
     return (
         f"{folder}: {made.num_documents} documents, {made.num_tokens} tokens, {made.num_images} images in "
-        f"{len(made.shards)} shards; dropped: {left_out or 'none'}"
+        f"{num_shards}; bad: {bad}; dropped: {dropped}"
     )

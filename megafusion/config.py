@@ -119,6 +119,8 @@ def _describe(cls: type[Config], detail: dict) -> str:
             return f"key {path!r} is required and missing"
         case "value_error":  # ours: the message names the values itself
             return f"{path + ': ' if path else ''}{detail['ctx']['error']}"
+        case "tuple_type":
+            return f"key {path!r} is a list: write [{detail['input']}]"
         case _:
             where = f"key {path!r}: " if path else ""
             return f"{where}{detail['msg']} (got {detail['input']!r})"

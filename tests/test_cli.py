@@ -125,6 +125,7 @@ def test_the_installed_command_runs():
         ("model.patch_size=3", r"key 'model.patch_size'"),
         ("objective.schedule.prediction=x", r"key 'objective.schedule.prediction'"),
         ("data.sequence_length=10", r"an image takes 20 positions, more than data.sequence_length 10"),
+        ("train.trackers=wandb", r"key 'train.trackers' is a list: write \[wandb\]"),
         ("nonsense", r"override 'nonsense' is not of the form key.path=value"),
     ],
 )
