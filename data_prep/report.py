@@ -6,6 +6,7 @@ from pathlib import Path
 from data_prep.plan import Plan
 from megafusion.data.inspect import inspect
 from megafusion.data.shards import Manifest
+from megafusion.sequence.sizes import say_sizes
 from megafusion.storage import write_file
 
 REPORT, SHEET = "report.json", "sheet.png"
@@ -23,7 +24,7 @@ def write_report(folder: Path, plan: Plan, made: Manifest) -> None:
         "documents": made.num_documents,
         "tokens": made.num_tokens,
         "images": made.num_images,
-        "images_by_size_of_latents": made.images_by_size,
+        "images_by_size_of_latents": {say_sizes([size]): n for size, n in made.count_by_size.items()},
         "pictures_by_shorter_side": plan.sides,
     }
     write_file(folder / REPORT, json.dumps(values, indent=1) + "\n")

@@ -84,8 +84,7 @@ class Manifest(Config):
     more_sizes: tuple[Size, ...] = ()
     """Further heights and widths that latents may have."""
     images_by_size: dict[str, int] = Field({})
-    """Images by height and width of their latents, as 32x32; those of other sizes are none. Shards made
-    before there were several sizes have no counts."""
+    """Images by height and width of their latents, as 32x32, where there are several; see count_by_size."""
     latent_scale: float = 1.0
     """Factor that brings latents to unit deviation: the autoencoder's scaling_factor."""
     latent_shift: float = 0.0
@@ -152,7 +151,9 @@ def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict
         shards=tuple(shard.entry for shard in summaries),
         **fields,
     )
-    write_file(folder / MANIFEST, made.model_dump_json(indent=1) + "\n")
+    # Where they say nothing they are not there, so that manifests of one size stay what they were.
+    unused = set() if made.more_sizes else {"more_sizes", "images_by_size"}
+    write_file(folder / MANIFEST, made.model_dump_json(indent=1, exclude=unused) + "\n")
     return made
 
 

@@ -67,6 +67,16 @@ def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_pat
         np.testing.assert_allclose(document.segments[1], expected, rtol=1e-2, atol=1e-2)
 
 
+def test_the_manifest_of_one_size_says_nothing_of_several(make, inputs, tmp_path):
+    """Versions from before there were several read it."""
+    make(**inputs | {"more_image_sizes": ()})
+    values = json.loads((tmp_path / "out/pairs/manifest.json").read_text())
+    assert not {"more_sizes", "images_by_size"} & set(values)
+    assert ShardFolder(tmp_path / "out/pairs").manifest.count_by_size == {(8, 8): 24}
+    report = json.loads((tmp_path / "out/pairs/report.json").read_text())
+    assert report["images_by_size_of_latents"] == {"8x8": 24}
+
+
 def test_tasks_in_any_order_and_any_kill_make_the_same_bytes(settings, inputs, tmp_path):
     def config(name: str) -> PreprocessConfig:
         return PreprocessConfig(**settings | inputs | {"out": tmp_path / name})
