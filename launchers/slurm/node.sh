@@ -19,5 +19,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
         --no_python --no_local_rank "$here/../rank.sh" "$run" "$@"
 ) &
 status_of $!
+# A launcher that was killed leaves its ranks behind: they save and end, so that the next start finds the run free.
+trap '' TERM
+kill -TERM 0
 rm -f "$MEGAFUSION_STOPPED"
 exit "$status"
