@@ -35,7 +35,8 @@ class Starts:
     def claim(self) -> None:
         """Hold the run folder until `end`, or this process's: two at once would write over each other.
 
-        UserError (status 1) where another start holds it and does not end, or the folder cannot be written.
+        UserError where another start holds it and does not end (status 1; 75 if it is on another machine), or
+        the folder cannot be written.
         """
         try:
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -59,7 +60,8 @@ class Starts:
             error = UserError(
                 f"{self._folder}: {holder} trains in this folder; let it end, end it, or choose another out="
             )
-            error.exit_status = 1
+            # On another machine it may be one that is cut off, which will end: then the same command goes on.
+            error.exit_status = 1 if here else os.EX_TEMPFAIL
             raise error
         self._starts = read_starts(self._folder)
         for start in self._starts:

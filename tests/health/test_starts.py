@@ -1,6 +1,7 @@
 """A run's starts: how each ended is known afterwards, and one that crashes at the same step stops."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,3 +125,14 @@ def test_a_start_waits_for_one_that_is_ending(tmp_path):
     starts.begin(1)
     starts.resumed(0)
     assert [start["ended"] for start in read_starts(tmp_path)] == ["crashed", "crashed"]
+
+
+def test_one_that_holds_the_run_on_another_machine_is_worth_another_try(tmp_path, monkeypatch):
+    monkeypatch.setattr(starts_module, "LOST_SECONDS", 0)
+    with held(tmp_path, 60):
+        (tmp_path / "starts.json").write_text(
+            (tmp_path / "starts.json").read_text().replace(socket.gethostname(), "elsewhere")
+        )
+        with pytest.raises(UserError, match="on elsewhere trains in this folder") as found:
+            Starts(tmp_path).claim()
+    assert found.value.exit_status == 75
