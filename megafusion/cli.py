@@ -54,10 +54,6 @@ def main() -> None:
             time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
         else:
             typer.echo(f"error: {error}", err=True)
-        if sys.argv[1:2] == ["train"]:  # threads of torch's store may abort what ends in the ordinary way
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.exit_status)
         sys.exit(error.exit_status)
     except OSError as error:
         if error.errno not in DISK_REFUSALS:
@@ -65,6 +61,21 @@ def main() -> None:
         where = error.filename or "the disk"
         typer.echo(f"error: {where}: {error.strerror}; make room, or choose another place", err=True)
         sys.exit(2)
+
+
+def process() -> None:
+    """`main` as a process of its own, whose exit status holds.
+
+    A trainer's threads in C++ now and then abort a process that ends in Python's way, after all is done.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if sys.argv[1:2] == ["train"] and isinstance(end.code, int):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
 
 
 def _print_version(wanted: bool) -> None:
@@ -399,4 +410,4 @@ def data_verify(shards: Shards) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process()

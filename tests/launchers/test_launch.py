@@ -91,7 +91,7 @@ def test_what_the_nodes_will_miss_is_said_before_they_are_asked_for(config_file,
         "data.vae=no/vae",
         "data.sources.text.path=no/text",
         "--site",
-        "example",
+        "local-test",
         "--dry-run",
     )
     said = capsys.readouterr().err.splitlines()

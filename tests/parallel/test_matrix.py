@@ -12,8 +12,6 @@ QUICK = [
     "tp2-zero0-linear",
     "dp2-zero2-unet",
     "dp2-zero3-linear",
-    "tp2-zero1-linear",
-    "tp2-sp-zero1-unet",
     "tp2-sp-zero3-linear",
     "ulysses2-zero1-unet",
     "ulysses2-zero2-linear",
