@@ -23,7 +23,8 @@ class StopSignals:
     def listen(self) -> "StopSignals":
         """Take the signals from now on, until the process ends. Called in the main thread."""
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as for what runs in the background
+            # A shell keeps Ctrl-C from its background; the others are for us, whoever ignores them.
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
         # A thread hears of a signal while the main one waits in C for the other ranks to appear.
         heard, told = os.pipe()

@@ -97,6 +97,22 @@ def test_signals_are_noted_and_further_ones_change_nothing():
     assert requested == [False, True, True]
 
 
+def signalled_though_ignored() -> list[bool]:
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signals = StopSignals().listen()
+    signals.begin()
+    heard = []
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.raise_signal(number)
+        heard.append(signals.requested)
+    return heard
+
+
+def test_what_a_launcher_ignores_is_heard_all_the_same_but_for_ctrl_c():
+    assert run_workers(signalled_though_ignored, 1) == [[False, True]]
+
+
 def interrupted_twice() -> list[bool]:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
     signals = StopSignals().listen()
