@@ -5,7 +5,7 @@ images that are each matched to one of them.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from data_prep.lines import LineReader, json_line
 from data_prep.records import BadRecord, Record
 from data_prep.tables import TableReader, picture_bytes
 from data_prep.tars import tar_files
+from megafusion.errors import UserError
 
 TEXTS, IMAGES = "texts", "images"
 SENTENCES, MATCHES = "text_list", "image_info"
@@ -75,11 +76,21 @@ class NamedPictures:
     def _of_tar(self, name: str, missing: str) -> bytes:
         if self._found is None:
             self._file = self._place.open("rb", buffering=0)
-            self._found = {n: member for n, member in tar_files(self._place) if isinstance(member, tuple)}
+            self._found = {n: member for n, member in self._members() if isinstance(member, tuple)}
         if name not in self._found:
             raise BadRecord(missing)
         offset, size = self._found[name]
         return os.pread(self._file.fileno(), size, offset)
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        names = set()
+        for name, member in tar_files(self._place):
+            if member is None:
+                raise UserError(f"{self._place}: is damaged, or no plain tar; fetch or pack it again")
+            if name in names:
+                raise UserError(f"{self._place}: has {name!r} twice; pack it again")
+            names.add(name)
+            yield name, member
 
 
 def parts_of(values: dict, named: Callable[[str], bytes]) -> list[str | bytes]:
@@ -89,10 +100,10 @@ def parts_of(values: dict, named: Callable[[str], bytes]) -> list[str | bytes]:
     elif SENTENCES in values and MATCHES in values:
         parts = _of_matches(values[SENTENCES], values[MATCHES], named)
     else:
-        found = ", ".join(sorted(values)[:8])[:100] or "none"
+        found = ascii(sorted(values)[:8])[:100]
         raise BadRecord(
-            f"its keys are {found}, and neither `texts` and `images` (as OBELICS has) "
-            "nor `text_list` and `image_info` (as MMC4 has)"
+            "neither `texts` and `images` (as OBELICS has) nor `text_list` and `image_info` (as MMC4 has)",
+            f"its keys are {found}",
         )
     if not parts:
         raise BadRecord("an empty document")

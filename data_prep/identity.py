@@ -61,6 +61,13 @@ class Identity:
             for file, stat in self._stats.items()
         }
 
+    def refuse_changed(self) -> None:
+        """UserError where an input is not what it was when the command began."""
+        for file, stat in self._stats.items():
+            path = Path(file)
+            if not path.is_file() or list(file_stat(path)) != stat:
+                raise UserError(f"{file}: has changed since it was scanned; start again")
+
     def provenance(self, hashes: dict[str, list]) -> dict[str, str]:
         """The versions, the settings, and a hash of each path that the configuration gives."""
         found = {"megafusion": megafusion.__version__, "config": self._config}

@@ -1,5 +1,6 @@
 """Which files are read, and by what: the pieces that a scan's work is cut into, fixed by the files alone."""
 
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ from megafusion.errors import UserError
 
 PICTURES_A_PIECE = 512
 BYTES_A_PIECE = 64 << 20
-PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst"}
+PACKED = {".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"}
 
 
 class Piece(NamedTuple):
@@ -56,9 +57,7 @@ def open_piece(kind: Kind, piece: Piece, config: PreprocessConfig, named: NamedP
     (path,) = piece.files
     suffix = path.suffix.lower()
     if suffix in PACKED:
-        raise UserError(
-            f"{path}: is compressed, and records are read by their place in a file; unpack it first"
-        )
+        raise _packed(path)
     if kind == "pair":
         names = (config.picture_column, config.caption_column, list(config.filters.scores))
         return PictureTable(path, *names) if suffix == ".parquet" else TarReader(path)
@@ -67,6 +66,10 @@ def open_piece(kind: Kind, piece: Piece, config: PreprocessConfig, named: NamedP
     if suffix == ".parquet":
         return TextTable(path, config.text_column)
     return JsonReader(path, config.text_column) if suffix == ".jsonl" else LineReader(path)
+
+
+def _packed(path: Path) -> UserError:
+    return UserError(f"{path}: is compressed, and records are read by their place in a file; unpack it first")
 
 
 class FolderReader:
@@ -117,6 +120,8 @@ def _of_folder(kind: Kind, folder: Path) -> Iterator[tuple]:
     if kind != "pair":
         yield from chain.from_iterable(_of_file(kind, file) for file in files)
         return
+    if packed := next((f for f in files if f.suffix == ".tgz" or re.search(r"\.tar\.\w+$", f.name)), None):
+        raise _packed(packed)
     tars = {file.with_suffix("") for file in files if file.suffix == ".tar"}
     for file in files:
         # img2dataset writes a .parquet of figures beside each tar, without pictures.

@@ -31,7 +31,8 @@ class LineReader:
         """A line. Raises BadRecord where it is not UTF-8."""
         offset, size = record.at
         try:
-            return os.pread(self._file.fileno(), size, offset).decode("utf-8")
+            # Some programs put a mark before a file's first line.
+            return os.pread(self._file.fileno(), size, offset).decode("utf-8" if offset else "utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadRecord("not UTF-8") from error
 
@@ -87,6 +88,10 @@ def json_line(line: str) -> dict:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRecord("no JSON") from error
+    try:  # half a character can be written in JSON, and nowhere else
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord("not UTF-8") from error
     if not isinstance(value, dict):
         raise BadRecord("no mapping")
     return value

@@ -14,7 +14,7 @@ from data_prep.config import PreprocessConfig, SplitConfig
 from data_prep.pictures import decode_caption, open_rgb
 from data_prep.records import Picture, Record
 from megafusion.autoencoder.codec import ImageCodec, fit_rgb, to_tensor
-from megafusion.data.members import StoredDocument
+from megafusion.data.members import AFTER_TEXT, StoredDocument
 from megafusion.data.shards import ShardSummary, write_shard
 from megafusion.errors import UserError
 from megafusion.sequence.sizes import nearest_size
@@ -100,7 +100,12 @@ class DocumentMaker:
         parts = [self._picture(part) if isinstance(part, bytes) else self._tokens(part) for part in raw]
         about = {"key": record.key, "caption": _beginning(raw)}
         pieces = split(parts, self._config.split)
-        return [(about | {"part": number}, piece) for number, piece in enumerate(pieces)]
+        found, has_text = [], False
+        for number, piece in enumerate(pieces):
+            after = {AFTER_TEXT: True} if has_text else {}
+            found.append((about | {"part": number} | after, piece))
+            has_text |= any(isinstance(part, np.ndarray) for part in piece)
+        return found
 
     def _tokens(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text), np.int32)

@@ -164,6 +164,7 @@ class _Job:
         if self._part and not self._is_first_to_finish():
             self._say(f"{self.folder}: all shards are made, and another task writes the manifest")
             return None
+        self._identity.refuse_changed()
         hashes: dict[str, list] = {}
         for table in self._tables():
             hashes |= json.loads(parquet.read_schema(table).metadata[b"files"])
@@ -206,4 +207,4 @@ class _Job:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _say(self, line: str) -> None:
-        self._progress.console.print(line)
+        self._progress.console.print(line, markup=False)

@@ -6,10 +6,13 @@ from megafusion.errors import UserError
 
 
 class BadRecord(UserError):
-    """An input that cannot be used, and why; who catches it knows where it stands."""
+    """An input that cannot be used, and why; who catches it knows where it stands.
 
-    def __init__(self, reason: str):
-        super().__init__(reason)
+    reason: what is counted, so of few kinds. detail: what a message says beside it.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}; {detail}" if detail else reason)
         self.reason = reason
 
 

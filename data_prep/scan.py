@@ -82,9 +82,7 @@ def _judge(
             yield record, examine(reader.read(record), config.filters), None
         except BadRecord as error:
             if config.on_error == "fail":
-                raise UserError(
-                    f"{reader.where(_numbered(piece, record))}: {error.reason}; {WAY_OUT}"
-                ) from error
+                raise UserError(f"{reader.where(_numbered(piece, record))}: {error}; {WAY_OUT}") from error
             yield record, nothing, error
         except Dropped as error:
             yield record, nothing, error

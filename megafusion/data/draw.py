@@ -36,11 +36,12 @@ def toss_coins(
     num_timesteps: int,
     shape: RowShape,
     generator: np.random.Generator,
+    is_after_text: bool = False,
 ) -> list[np.ndarray | StoredImage]:
     """The parts of a document in the order that they are shown in, images not yet drawn.
 
-    Of an interleaved document, which keeps its order, an image that opens it stands before all text. Raises
-    BadBytes where a picture cannot be opened.
+    Of an interleaved document, which keeps its order, an image that opens it stands before all text; not so
+    where it is a part of one (is_after_text). Raises BadBytes where a picture cannot be opened.
     """
     sizes = [_size(segment, shape) for segment in segments]
     parts = [
@@ -50,8 +51,9 @@ def toss_coins(
     image_first = min(num_timesteps, config.image_first_max_timestep)
     if manifest.kind != "pair":
         is_text = [segment_kind(segment) == "tokens" for segment in segments]
+        bounds = (image_first, num_timesteps)
         return [
-            part if here else StoredImage(part, num_timesteps if any(is_text[:place]) else image_first, size)
+            part if here else StoredImage(part, bounds[is_after_text or any(is_text[:place])], size)
             for place, (part, size, here) in enumerate(zip(parts, sizes, is_text, strict=True))
         ]
     text, content = parts

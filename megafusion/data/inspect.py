@@ -1,5 +1,7 @@
 """What `megafusion data` does: look into folders of shards, and check them."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +31,20 @@ def inspect(folder: Path, vae: Path, out: Path, num_documents: int) -> None:
     chosen = [shards.read(*place) for place in _evenly(shards, num_documents)]
     Console().print(_table(shards, chosen))
     if shards.manifest.num_images:
-        pictured = [document for document in chosen if first_images([document])]
-        _write_page(shards, pictured, vae, out)
+        pictured = filter(_has_image, chosen if any(map(_has_image, chosen)) else _all(shards))
+        _write_page(shards, list(islice(pictured, num_documents)), vae, out)
         return
     for document in chosen[:3]:
         print(f"tokens: {document.segments[0][:24].tolist()} ...")
+
+
+def _has_image(document: StoredDocument) -> bool:
+    return bool(first_images([document]))
+
+
+def _all(shards: ShardFolder) -> Iterator[StoredDocument]:
+    for number, entry in enumerate(shards.manifest.shards):
+        yield from (shards.read(number, position) for position in range(entry.num_documents))
 
 
 def verify(folder: Path) -> None:
@@ -82,11 +93,14 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
     table.add_row("tokens, images", f"{manifest.num_tokens:,}, {manifest.num_images:,}")
     middle = lengths[len(lengths) // 2]
     table.add_row(f"tokens of {len(chosen)} documents", f"{lengths[0]} to {lengths[-1]}, median {middle}")
-    if manifest.images == "pictures" and manifest.num_images:
-        kept = first_images(chosen)
+    shown = first_images(chosen)
+    if not shown:
+        pass
+    elif manifest.images == "pictures":
+        kept = shown
         table.add_row("pictures", f"kept as WebP, {decimal(sum(map(len, kept)) // len(kept))} each")
-    elif manifest.num_images:
-        numbers = np.concatenate([moments[0].ravel() for moments in first_images(chosen)])
+    else:
+        numbers = np.concatenate([moments[0].ravel() for moments in shown])
         latents = (torch.from_numpy(numbers).float() - manifest.latent_shift) * manifest.latent_scale
         shapes = [" x ".join(map(str, shape)) for shape in manifest.latent_shapes]
         for shape, count in zip(shapes, manifest.count_by_size.values(), strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 
 from megafusion.data.config import DataConfig
 from megafusion.data.draw import draw_images, toss_coins
-from megafusion.data.members import BadBytes, BadDocument
+from megafusion.data.members import AFTER_TEXT, BadBytes, BadDocument
 from megafusion.data.skips import beyond_chance
 from megafusion.data.source import DOCUMENT, PHASE, Source, counter_generator
 from megafusion.errors import UserError
@@ -241,7 +241,13 @@ class LogicalStream:
         manifest = source.folder.manifest
         try:
             parts = toss_coins(
-                stored.segments, manifest, self._config, self._num_timesteps, self._shape, generator
+                stored.segments,
+                manifest,
+                self._config,
+                self._num_timesteps,
+                self._shape,
+                generator,
+                is_after_text=bool(stored.metadata.get(AFTER_TEXT)),
             )
         except BadBytes as error:
             raise BadDocument(where, str(error)) from error

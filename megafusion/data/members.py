@@ -35,6 +35,10 @@ class BadBytes(ValueError):
     """Why bytes are no document; the caller knows where they stand."""
 
 
+AFTER_TEXT = "after_text"
+"""In a document's metadata: it is a part of one, and text stands before it there."""
+
+
 @dataclass(frozen=True)
 class StoredDocument:
     """A document as stored: metadata, and segments in order.

@@ -81,6 +81,8 @@ class Generation:
         logits = self.logits[speaking].clone()
         logits[:, self.tokenizer.eoi] = -torch.inf
         silent = [i for i, row in enumerate(speaking) if self.images_left[row] <= 0]
+        if self.size is not None:  # the wish for a picture is one, whatever size it is for
+            logits[:, self.begins[self.size]] = logits[:, self.begins].amax(-1)
         for size, token in enumerate(self.begins):
             logits[silent if self.size in (None, size) else slice(None), token] = -torch.inf
         tokens = dict(zip(speaking, logits.argmax(-1).tolist(), strict=True))

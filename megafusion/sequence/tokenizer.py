@@ -40,8 +40,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bos, eos, boi and eoi leave no trace."""
-        special = {self.bos, self.eos, self.boi, self.eoi}
-        return self._pieces.decode([int(i) for i in ids if int(i) not in special])
+        own = {self.bos, self.eos}
+        # begin- and end-of-image, of whatever size, follow the pieces
+        return self._pieces.decode([int(i) for i in ids if int(i) < self.boi and int(i) not in own])
 
 
 def begin_of_image(tokenizer: Tokenizer, size: int) -> int:

@@ -1,5 +1,6 @@
 """Bad inputs: each stops the command by name, or is counted and left out; nothing leads out of the inputs."""
 
+import gzip
 import json
 import resource
 import struct
@@ -119,6 +120,7 @@ BAD_FILES = {
     "a.txt": (lambda p: p.write_bytes(b"fine\n\xff\xfe\n"), r"a\.txt, line 2: not UTF-8"),
     "b.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"text": 1}\n'), r"b\.jsonl, line 2: no string"),
     "c.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"te'), r"c\.jsonl, line 2: no JSON"),
+    "f.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"text": "\\ud800"}\n'), r"f\.jsonl, line 2: not"),
     "d.jsonl": (lambda p: p.write_text('{"text": "x"}\n' + "[" * 100_000), r"d\.jsonl, line 2: no JSON"),
     "e.parquet": (bad_parquet, r"e\.parquet: not readable as parquet"),
 }
@@ -154,10 +156,14 @@ BAD_DOCUMENTS = {
     "of half a layout": ({"texts": ["a"]}, "not two lists of one length"),
     "of no layout": (
         {"text": "a", "image_list": []},
-        r"its keys are image_list, text, and neither `texts` and `images` \(as OBELICS has\) "
-        r"nor `text_list` and `image_info` \(as MMC4 has\)",
+        r"neither `texts` and `images` \(as OBELICS has\) nor `text_list` and `image_info` \(as MMC4 has\)"
+        r"; its keys are \['image_list', 'text'\]",
     ),
-    "of half of MMC4's": ({"text_list": ["a"]}, "its keys are text_list, and neither"),
+    "of half of MMC4's": ({"text_list": ["a"]}, r"its keys are \['text_list'\]"),
+    "with keys that are markup": ({"[/x]": 1, "\x1b[31m": 2}, r"its keys are \['\\x1b\[31m', '\[/x\]'\]"),
+    "of half a character": ({"texts": ["\ud800"], "images": [None]}, "not UTF-8"),
+    "of half a character in MMC4": ({"text_list": ["\ud800"], "image_info": []}, "not UTF-8"),
+    "with half a character in a key": ({"\ud800": 1}, "not UTF-8"),
     "with a URL": ({"texts": [None], "images": ["http://x.org/a.png"]}, "an image is a URL: fetch"),
     "whose image is nowhere": (mmc4(image_name="no.png"), "not in document_pictures"),
     "whose image climbs": (mmc4(image_name="../secret.png"), "leads out of document_pictures"),
@@ -190,6 +196,28 @@ def test_bad_documents(make, tmp_path, case):
         make(**values)
     (made,) = make(**values, on_error="skip")
     assert made.num_documents == 1
+    reasons = json.loads((tmp_path / "out/interleaved/report.json").read_text())["bad"]
+    assert "its keys" not in str(reasons)  # of few kinds, however many documents are odd
+
+
+@pytest.mark.parametrize("damage", ["cut", "packed", "doubled"])
+def test_a_bad_tar_of_document_pictures_is_named(make, tmp_path, damage):
+    members = [("a.png", png()), ("a.png" if damage == "doubled" else "b.png", png())]
+    write_members(tmp_path / "p.tar", members)
+    content = (tmp_path / "p.tar").read_bytes()
+    if damage != "doubled":
+        (tmp_path / "p.tar").write_bytes(gzip.compress(content) if damage == "packed" else content[:1100])
+    (tmp_path / "d.jsonl").write_text(json.dumps({"texts": [None], "images": ["a.png"]}) + "\n")
+    values = {"documents": (tmp_path / "d.jsonl",), "document_pictures": tmp_path / "p.tar"}
+    with pytest.raises(UserError, match=r"p\.tar: (is damaged, or no plain tar|has 'a.png' twice)"):
+        make(**values, on_error="skip")
+
+
+def test_a_packed_tar_in_a_folder_of_pictures_is_named(make, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/b.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"b\.tar\.gz: is compressed"):
+        make(pictures=(tmp_path / "raw",))
 
 
 @pytest.mark.parametrize("name", ["docs_no_face_shard_0_v3.jsonl.zip", "d.jsonl.gz"])

@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from data_prep.documents import parts_of
 from megafusion.data.config import DataConfig
+from megafusion.data.logical import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
 from megafusion.data.stream import BatchStream
@@ -205,6 +206,50 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
                         timesteps[bool(opens)].append(int(timestep))
     assert max(timesteps[True]) < 10  # what opens a document stands before all of its text
     assert max(timesteps[False]) > 500
+
+
+def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
+    make, tmp_path, tokenizer, vae_folder
+):
+    row = {"texts": ["start", *[None] * 4], "images": [None, png(), png("blue"), png("green"), png("black")]}
+    opened = {"texts": [None] * 3, "images": [png(), png("blue"), png("green")]}
+    parquet.write_table(pyarrow.Table.from_pylist([row, opened]), tmp_path / "docs.parquet")
+    (made,) = make(documents=(tmp_path / "docs.parquet",), split={"images": 2})
+    after = [
+        document.metadata.get("after_text", False) for document in documents(tmp_path / "out/interleaved")
+    ]
+    assert after == [False, True, False, False]
+    config = DataConfig(
+        sources={"web": {"path": str(tmp_path / "out/interleaved")}},
+        tokenizer=tokenizer.path,
+        vae=vae_folder,
+        sequence_length=96,
+        images_per_row=3,
+        num_streams=1,
+        image_first_max_timestep=10,
+    )
+    sources = open_sources(config, tokenizer, made.vae_sha256, 0)
+    logical = LogicalStream(0, sources, config, RowShape(96, 3, 16, made.latent_shape), tokenizer, 1000)
+    bounds = {}
+    for order in range(4):
+        document, _ = logical._load("web", 0, order)
+        number = sources["web"].document_at(0, 0, order)
+        bounds[number] = [image.max_timestep for image in document.images]
+    assert bounds == {0: [1000, 1000], 1: [1000, 1000], 2: [10, 10], 3: [10]}
+
+
+def test_a_mark_before_the_first_line_is_no_text(make, tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\n')
+    make(texts=(tmp_path / "a.txt", tmp_path / "b.jsonl"))
+    assert texts(tmp_path / "out/text", tokenizer) == [["one"], ["two"], ["three"]]
+
+
+def test_a_sheet_finds_the_one_document_with_an_image(make, tmp_path):
+    rows = [{"texts": [f"text {i}"], "images": [png() if i == 58 else None]} for i in range(80)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
+    make(documents=(tmp_path / "docs.parquet",))
+    assert (tmp_path / "out/interleaved/sheet.png").is_file()
 
 
 def test_long_documents_are_split_and_images_stay_whole(make, tmp_path, tokenizer):

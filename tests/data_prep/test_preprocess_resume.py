@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pyarrow import Table, parquet
 
+from data_prep import preprocess as command
 from data_prep.config import PreprocessConfig
 from data_prep.preprocess import ShardRange, parse_range, preprocess
 from megafusion.data.reader import ShardFolder
@@ -211,6 +212,21 @@ def test_an_input_that_changes_after_the_scan_is_named(make, inputs, tmp_path, c
         message = r"x\.tar: no such file"
     with pytest.raises(UserError, match=message):
         make(pictures=(tar,), documents_per_shard=2)
+
+
+def test_an_input_that_changes_before_the_manifest_is_named(make, tmp_path, monkeypatch):
+    """Lines of the same lengths make whole shards all the same: whose would their hashes be?"""
+    lines, finish = tmp_path / "x.txt", command._Job._finish
+    lines.write_text("one\ntwo\n" * 4)
+
+    def change_and_finish(*arguments):
+        lines.write_text("six\nten\n" * 4)
+        return finish(*arguments)
+
+    monkeypatch.setattr(command._Job, "_finish", change_and_finish)
+    with pytest.raises(UserError, match=r"x\.txt: has changed since it was scanned"):
+        make(texts=(lines,))
+    assert not (tmp_path / "out/text").exists()
 
 
 def test_a_full_disk_is_told_and_what_is_made_is_kept(settings, inputs, tmp_path, undisturbed):

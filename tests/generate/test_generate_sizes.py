@@ -184,6 +184,16 @@ def test_a_size_can_be_asked_for(pipeline):
     assert sizes == {(16, 48)}
 
 
+def test_a_wish_for_a_picture_of_another_size_is_one_for_the_size_asked_for(pipeline):
+    def hook(_head, _inputs, logits):
+        logits[..., begin_of_image(pipeline.tokenizer, 0)] += 1e4
+        return logits
+
+    pipeline.model.tail.head.register_forward_hook(hook)
+    ((picture, *_),) = pipeline([["x"]], max_images=1, size=(48, 16))
+    assert picture.size == (16, 48)
+
+
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_guidance_steers_away_from_a_document_of_a_picture_of_that_size_alone(pipeline, monkeypatch, size):
     monkeypatch.setattr(pipeline, "pictures", list)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
     ) as process:
         try:
             deadline = time.monotonic() + 20
-            while not any("deepspeed" in " ".join(child.cmdline()) for child in children_of(process.pid)):
+            while not any("deepspeed" in command for command in commands_of(process.pid)):
                 assert time.monotonic() < deadline
             os.killpg(process.pid, signal.SIGUSR1)
             assert process.wait(90) == 75
@@ -137,6 +138,13 @@ def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
             kill_group(process.pid)
     assert not (tmp_path / "run/metrics.jsonl").exists()
     assert list((tmp_path / "run/launch").iterdir()) == []
+
+
+def commands_of(pid: int) -> Iterator[str]:
+    """Command lines of what a process has started, but for what has ended meanwhile."""
+    for child in children_of(pid):
+        with suppress(psutil.Error):
+            yield " ".join(child.cmdline())
 
 
 def children_of(pid: int) -> list[psutil.Process]:
