@@ -7,6 +7,7 @@ from pathlib import Path
 import megafusion
 from data_prep.config import BYTES_ALIKE, PreprocessConfig
 from data_prep.inputs import Piece, piece_files
+from data_prep.make import CHANGED
 from data_prep.scan import file_stat
 from megafusion.autoencoder.codec import ImageCodec
 from megafusion.config import dump_config
@@ -66,7 +67,7 @@ class Identity:
         for file, stat in self._stats.items():
             path = Path(file)
             if not path.is_file() or list(file_stat(path)) != stat:
-                raise UserError(f"{file}: has changed since it was scanned; start again")
+                raise UserError(f"{file}: {CHANGED}; start again")
 
     def provenance(self, hashes: dict[str, list]) -> dict[str, str]:
         """The versions, the settings, and a hash of each path that the configuration gives."""

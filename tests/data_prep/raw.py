@@ -1,12 +1,18 @@
 """Raw inputs, made in the test: pictures, tars, and the bytes of what preprocessing made of them."""
 
 import io
+import multiprocessing
+import os
+import signal
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_prep.config import PreprocessConfig
+from data_prep.preprocess import preprocess
 from tests.tars import add_members
 
 NOT_SHARDS = {"inputs.json"}
@@ -40,6 +46,24 @@ def write_members(path: Path, members: list[tuple[str, bytes] | tarfile.TarInfo]
     with tarfile.open(path, "w") as archive:
         add_members(archive, members)
     return path
+
+
+def shards_made(out: Path) -> int:
+    """Shards anywhere below a folder."""
+    found = [name for _, _, names in os.walk(out) for name in names]
+    return sum(name.startswith("shard-") and name.endswith(".tar") for name in found)
+
+
+def kill_in_the_middle(config: PreprocessConfig, moment: int, seconds: float) -> None:
+    """Preprocess in another process; SIGKILL it so long after it has made so many shards."""
+    run = multiprocessing.get_context("fork").Process(target=preprocess, args=(config,))
+    run.start()
+    while run.is_alive() and shards_made(config.out) < moment:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
 
 
 def made_files(folder: Path) -> dict[str, bytes]:

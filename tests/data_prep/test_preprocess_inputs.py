@@ -33,6 +33,20 @@ def texts(folder, tokenizer) -> list[list[str | None]]:
     ]
 
 
+def streamed(folder, tokenizer, vae, made, num_streams: int) -> tuple[DataConfig, dict]:
+    """The interleaved shards as a run reads them: images before all text keep their timestep below 10."""
+    config = DataConfig(
+        sources={"web": {"path": str(folder / "out/interleaved")}},
+        tokenizer=tokenizer.path,
+        vae=vae,
+        sequence_length=96,
+        images_per_row=3,
+        num_streams=num_streams,
+        image_first_max_timestep=10,
+    )
+    return config, open_sources(config, tokenizer, made.vae_sha256, 0)
+
+
 def test_img2dataset_output_is_read_and_its_statistics_are_not(make, tmp_path):
     folder = tmp_path / "laion"
     folder.mkdir()
@@ -185,16 +199,7 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
     rows += [{"texts": [None, "after"], "images": [png("blue"), None]} for _ in range(12)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
     (made,) = make(documents=(tmp_path / "docs.parquet",), documents_per_shard=5)
-    config = DataConfig(
-        sources={"web": {"path": str(tmp_path / "out/interleaved")}},
-        tokenizer=tokenizer.path,
-        vae=vae_folder,
-        sequence_length=96,
-        images_per_row=3,
-        num_streams=2,
-        image_first_max_timestep=10,
-    )
-    sources = open_sources(config, tokenizer, made.vae_sha256, 0)
+    config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=2)
     shape = RowShape(96, 3, 16, made.latent_shape)
     timesteps = {True: [], False: []}
     with BatchStream(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
@@ -219,16 +224,7 @@ def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
         document.metadata.get("after_text", False) for document in documents(tmp_path / "out/interleaved")
     ]
     assert after == [False, True, False, False]
-    config = DataConfig(
-        sources={"web": {"path": str(tmp_path / "out/interleaved")}},
-        tokenizer=tokenizer.path,
-        vae=vae_folder,
-        sequence_length=96,
-        images_per_row=3,
-        num_streams=1,
-        image_first_max_timestep=10,
-    )
-    sources = open_sources(config, tokenizer, made.vae_sha256, 0)
+    config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=1)
     logical = LogicalStream(0, sources, config, RowShape(96, 3, 16, made.latent_shape), tokenizer, 1000)
     bounds = {}
     for order in range(4):

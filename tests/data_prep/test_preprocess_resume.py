@@ -19,7 +19,15 @@ from data_prep.config import PreprocessConfig
 from data_prep.preprocess import ShardRange, parse_range, preprocess
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from tests.data_prep.raw import drawing, encoded, made_files, png, write_tar
+from tests.data_prep.raw import (
+    drawing,
+    encoded,
+    kill_in_the_middle,
+    made_files,
+    png,
+    shards_made,
+    write_tar,
+)
 from tests.small import GLOSSES
 
 KINDS = ("pairs", "text", "interleaved")
@@ -104,17 +112,10 @@ def test_ranges_that_are_none(text):
 def test_ten_kills_at_random_moments_change_no_byte(settings, inputs, tmp_path, undisturbed):
     """Real SIGKILLs of runs that go on, at moments drawn from the scan to the last shard."""
     config = PreprocessConfig(**settings | inputs)
-    fork, chance = multiprocessing.get_context("fork"), random.Random(0)
+    chance = random.Random(0)
     num_shards = sum(name.endswith(".tar") for files in undisturbed.values() for name in files)
     for moment in [0, 0, *sorted(chance.sample(range(1, num_shards - 4), 8))]:
-        run = fork.Process(target=preprocess, args=(config,))
-        run.start()
-        while run.is_alive() and shards_made(tmp_path / "out") < moment:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))
-        run.kill()
-        run.join()
-        assert run.exitcode == -signal.SIGKILL
+        kill_in_the_middle(config, moment, chance.uniform(0, 0.02))
     assert not (tmp_path / "out/interleaved").exists()
     preprocess(config)
     assert all_files(tmp_path / "out") == undisturbed
@@ -123,11 +124,6 @@ def test_ten_kills_at_random_moments_change_no_byte(settings, inputs, tmp_path, 
 def run_command(config: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "megafusion.cli", "preprocess", str(config)]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-
-
-def shards_made(out: Path) -> int:
-    found = [name for _, _, names in os.walk(out) for name in names]
-    return sum(name.startswith("shard-") and name.endswith(".tar") for name in found)
 
 
 def test_a_killed_command_takes_its_processes_along(settings, inputs, tmp_path, undisturbed):

@@ -1,12 +1,9 @@
 """Pictures of several aspects: each to the nearest size, whoever makes it, and on to what a run draws."""
 
 import json
-import multiprocessing
 import random
 import re
 import shlex
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -26,8 +23,7 @@ from megafusion.data.pictures import open_picture
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
-from tests.data_prep.raw import drawing, encoded, made_files
-from tests.data_prep.test_preprocess_resume import shards_made
+from tests.data_prep.raw import drawing, encoded, kill_in_the_middle, made_files
 from tests.sizes import ASPECTS, PIXELS, SIZES, write_raw
 from tests.small import ROOT
 
@@ -87,16 +83,9 @@ def test_tasks_in_any_order_and_any_kill_make_the_same_bytes(settings, inputs, t
     for index in (1, 0):
         preprocess(config("two"), ShardRange(index, 2))
     assert made_files(tmp_path / "two/pairs") == expected
-    fork, chance = multiprocessing.get_context("fork"), random.Random(0)
+    chance = random.Random(0)
     for moment in (0, 1, 2, 4):
-        run = fork.Process(target=preprocess, args=(config("killed"),))
-        run.start()
-        while run.is_alive() and shards_made(tmp_path / "killed") < moment:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.01))
-        run.kill()
-        run.join()
-        assert run.exitcode == -signal.SIGKILL
+        kill_in_the_middle(config("killed"), moment, chance.uniform(0, 0.01))
     preprocess(config("killed"))
     assert made_files(tmp_path / "killed/pairs") == expected
 

@@ -211,7 +211,7 @@ def refusing_disk(bench: Bench, kind: str, policy: str) -> Case:
 def full_run_folder(bench: Bench, policy: str) -> Case:
     """The disk under the whole run fills up: checkpoints, metrics, a launcher's log."""
     case, world = Case(f"disk full under the whole run, on_save_error: {policy}"), 2
-    values = bench.values(world, on_save_error=policy, num_steps=NUM_STEPS)
+    values = bench.values(world, on_save_error=policy)
     disk = Path(values["out"] + "-disk")
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=True)

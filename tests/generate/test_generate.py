@@ -9,55 +9,32 @@ from megafusion.autoencoder.codec import to_pil, to_tensor
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
+from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.sampling import SamplingConfig, guided, make_sampler
-from megafusion.model.initialize import initialize
-from megafusion.model.transfusion import Transfusion
 from megafusion.objective.schedule import ScheduleConfig
-from megafusion.sequence.document import IGNORED_LABEL, NoisedImage, flatten
-from megafusion.sequence.packing import RowShape, collate, pack_row
+from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
+from tests.generate.whole import (
+    CAPTIONS,
+    assert_as_if_alone,
+    free_answers,
+    full_hidden,
+    make_pipeline,
+    prompt_batch,
+)
 
 
 @pytest.fixture(params=["linear", "unet"])
 def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
-    torch.manual_seed(0)
-    model_config = run_config.model.model_copy(update={"adapter": request.param, "unet_channels": 4})
-    model = Transfusion(model_config, run_config.objective)
-    initialize(model, model_config.num_layers, seed=1)
-    with torch.no_grad():  # larger weights, so that what is seen matters
-        for parameter in model.parameters():
-            parameter.mul_(3 if parameter.ndim > 1 else 1)
-    config = PipelineConfig(
-        image_size=(32, 32),
-        model=model_config,
-        objective=run_config.objective,
-        sampling=SamplingConfig(sampler="ddim", num_steps=5, max_new_tokens=5),
-    )
-    return TransfusionPipeline(model, tokenizer, codec, config)
+    return make_pipeline(run_config, tokenizer, codec, num_steps=5, adapter=request.param, unet_channels=4)
 
 
 def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
-def prompt_batch(pipeline, segments_of_rows):
-    documents = [flatten(s, pipeline.tokenizer, 16) for s in segments_of_rows]
-    shape = RowShape(max(map(len, documents)), 2, 16, (4, 8, 8))
-    return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
-
-
 def image(seed: int, timestep: int = 0) -> NoisedImage:
     latents = np.random.default_rng(seed).standard_normal((4, 8, 8), dtype=np.float32)
     return NoisedImage(latents, np.zeros_like(latents), timestep)
-
-
-@torch.no_grad()
-def full_hidden(model, batch):
-    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps)
-    intervals, rope = batch.intervals(), model.rope(batch.positions)
-    for block in model.blocks:
-        x = block(x, intervals, rope)
-    return model.tail(x), skips
 
 
 def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
@@ -139,28 +116,16 @@ def prefer_by_state(pipeline) -> None:
     pipeline.model.tail.head.register_forward_hook(hook)
 
 
-CAPTIONS = ["apple", "red apple, 3d style", "x", "a much longer caption than the others", "pizza", "cat face"]
-
-
 def test_rows_that_end_and_draw_at_different_times_are_as_if_alone(pipeline, monkeypatch):
     prefer_by_state(pipeline)
     monkeypatch.setattr(pipeline, "pictures", list)  # latents stand for the pictures made of them
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": 12})
 
-    def answers(captions, seed):
-        generation = Generation(pipeline, [[c] for c in captions], sampling, seed, 1, None)
-        generation.run("free")
-        return generation.answers
-
-    together = answers(CAPTIONS, 5)
+    together = free_answers(pipeline, CAPTIONS, sampling, 5, 1)
     assert len({len(answer) for answer in together}) >= 3  # they end at different times
     drawn = [next((i for i, p in enumerate(answer) if not isinstance(p, int)), None) for answer in together]
     assert len({*drawn} - {None}) >= 2  # and draw at different times
-    for row, caption in enumerate(CAPTIONS):
-        (alone,) = answers([caption], 5 + row)
-        assert len(alone) == len(together[row])
-        for a, b in zip(alone, together[row], strict=True):
-            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-3)
+    assert_as_if_alone(pipeline, together, sampling, 5, 1)
 
 
 def test_what_a_batch_of_rows_writes_is_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):

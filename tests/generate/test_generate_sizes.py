@@ -8,15 +8,18 @@ from PIL import Image
 from megafusion.errors import UserError
 from megafusion.generate.command import parse_size
 from megafusion.generate.decoder import Decoder
-from megafusion.generate.generation import Generation
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
-from megafusion.generate.sampling import SamplingConfig
-from megafusion.model.initialize import initialize
-from megafusion.model.transfusion import Transfusion
-from megafusion.sequence.document import IGNORED_LABEL, NoisedImage, flatten
-from megafusion.sequence.packing import RowShape, collate, pack_row
+from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
 from megafusion.sequence.tokenizer import begin_of_image
 from tests.data_prep.raw import drawing
+from tests.generate.whole import (
+    CAPTIONS,
+    assert_as_if_alone,
+    free_answers,
+    full_hidden,
+    make_pipeline,
+    prompt_batch,
+)
 from tests.sizes import PIXELS, SIZES
 
 PATCHES = (16, 15, 12)
@@ -24,42 +27,13 @@ PATCHES = (16, 15, 12)
 
 @pytest.fixture(params=["linear", "unet"])
 def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
-    torch.manual_seed(0)
     changes = {"adapter": request.param, "unet_channels": 4, "more_sizes": SIZES[1:], "vocab_size": 2050}
-    model_config = run_config.model.model_copy(update=changes)
-    model = Transfusion(model_config, run_config.objective)
-    initialize(model, model_config.num_layers, seed=1)
-    with torch.no_grad():  # larger weights, so that what is seen matters
-        for parameter in model.parameters():
-            parameter.mul_(3 if parameter.ndim > 1 else 1)
-    config = PipelineConfig(
-        image_size=(32, 32),
-        model=model_config,
-        objective=run_config.objective,
-        sampling=SamplingConfig(sampler="ddim", num_steps=4, max_new_tokens=5),
-    )
-    return TransfusionPipeline(model, tokenizer, codec, config)
+    return make_pipeline(run_config, tokenizer, codec, num_steps=4, **changes)
 
 
 def image(size: int, seed: int, timestep: int = 0) -> NoisedImage:
     latents = np.random.default_rng(seed).standard_normal((4, *SIZES[size]), dtype=np.float32)
     return NoisedImage(latents, np.zeros_like(latents), timestep, size=size)
-
-
-def prompt_batch(pipeline, segments_of_rows):
-    documents = [flatten(s, pipeline.tokenizer, PATCHES[0], PATCHES[1:]) for s in segments_of_rows]
-    shape = RowShape(max(map(len, documents)), 3, 16, (4, 8, 8), more_sizes=SIZES[1:])
-    return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
-
-
-@torch.no_grad()
-def uncached(model, batch):
-    """Hidden states of whole rows, and the skips."""
-    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size)
-    intervals, rope = batch.intervals(), model.rope(batch.positions)
-    for block in model.blocks:
-        x = block(x, intervals, rope)
-    return model.tail(x), skips
 
 
 def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
@@ -77,7 +51,7 @@ def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
     found = [decoder.read_prompts(cache, batch, lengths)]
     found += [decoder.read_tokens(cache, extra[:, i]) for i in range(2)]
     full, full_lengths = prompt_batch(pipeline, [[*row, extra[i].numpy()] for i, row in enumerate(rows)])
-    hidden, _ = uncached(model, full)
+    hidden, _ = full_hidden(model, full)
     for row in range(3):
         for step in range(3):
             expected = model.tail.head(hidden[row, full_lengths[row] - 3 + step])
@@ -89,7 +63,7 @@ def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(p
     model, decoder, text = pipeline.model, Decoder(pipeline.model), np.array([5, 6, 7])
     noised = image(size, 3, timestep=400)
     batch, _ = prompt_batch(pipeline, [[text, noised]])
-    hidden, skips = uncached(model, batch)
+    hidden, skips = full_hidden(model, batch)
     height, width = SIZES[size]
     with torch.no_grad():
         expected = model.tail.images(hidden, batch.image_start, batch.timesteps, skips, batch.image_size)
@@ -125,9 +99,6 @@ def prefer_by_state(pipeline) -> None:
     pipeline.model.tail.head.register_forward_hook(hook)
 
 
-CAPTIONS = ["apple", "red apple, 3d style", "x", "a much longer caption than the others", "pizza", "cat face"]
-
-
 def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):
     """Through text, pictures of several sizes, rows that end early; and each row is as if alone."""
     prefer_by_state(pipeline)
@@ -136,17 +107,9 @@ def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cac
     begins = [begin_of_image(tokenizer, size) for size in range(3)]
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": budget})
 
-    def answers(captions, seed):
-        generation = Generation(pipeline, [[c] for c in captions], sampling, seed, 2, None)
-        generation.run("free")
-        return generation.answers
-
-    together, drawn = answers(CAPTIONS, 5), set()
-    for row, (caption, answer) in enumerate(zip(CAPTIONS, together, strict=True)):
-        (alone,) = answers([caption], 5 + row)
-        assert len(alone) == len(answer)
-        for a, b in zip(alone, answer, strict=True):
-            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-3)
+    together, drawn = free_answers(pipeline, CAPTIONS, sampling, 5, 2), set()
+    assert_as_if_alone(pipeline, together, sampling, 5, 2)
+    for caption, answer in zip(CAPTIONS, together, strict=True):
         segments = [np.array(tokenizer.encode(caption))]
         for part in answer:
             if isinstance(part, int):
@@ -157,7 +120,7 @@ def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cac
             segments.append(NoisedImage(part.numpy(), np.zeros(part.shape, np.float32), 0, size=size))
         batch, lengths = prompt_batch(pipeline, [segments])
         with torch.no_grad():
-            logits = pipeline.model.tail.head(uncached(pipeline.model, batch)[0])[0]
+            logits = pipeline.model.tail.head(full_hidden(pipeline.model, batch)[0])[0]
         logits[:, tokenizer.eoi] = -torch.inf
         spent = torch.isin(batch.tokens[0], torch.tensor(begins)).cumsum(0) >= 2
         logits[spent[:, None] & torch.isin(torch.arange(2050), torch.tensor(begins))] = -torch.inf
