@@ -88,7 +88,7 @@ def read_boxes(
             parameter = name.partition(".")[2]
             raise UserError(
                 f"{path}: does not hold the tensors of this model: {parameter} {there} there, "
-                f"{here} here; give the model that it was saved from, or {way_out()}"
+                f"{here} here; give the model that it was saved from"
             )
     with warnings.catch_warnings():
         # A rank reads what it needs and no other rank needs to know.
