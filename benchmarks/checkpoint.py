@@ -18,24 +18,24 @@ from rich.console import Console
 from rich.table import Table
 from step import Stopwatch, processor
 
-from megafusion.checkpoint.checkpointer import Checkpointer
 from megafusion.checkpoint.folder import complete_checkpoints, read_manifest
-from megafusion.checkpoint.masters import masters
+from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.config import load_config
-from megafusion.parallel.topology import make_topology
+from megafusion.engine.ema import Ema
+from megafusion.engine.engine import make_engine, start_process_group
+from megafusion.engine.optimizer_state import masters
+from megafusion.engine.step import train_step
+from megafusion.parallel.mesh import make_mesh
 from megafusion.storage import write_file
-from megafusion.train.assemble import assemble
+from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
-from megafusion.train.ema import Ema
-from megafusion.train.engine import make_engine, start_process_group
-from megafusion.train.step import train_step
 
 
 def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
     """Seconds of a step, of a step beside a write, of the stall, of the write and of a load."""
     start_process_group()
-    topology = make_topology(config.parallel)
-    stream, engine = assemble(config, topology).stream, make_engine(config, topology)
+    mesh = make_mesh(config.parallel)
+    stream, engine = build_components(config, mesh).stream, make_engine(config, mesh)
     owned = masters(engine.deepspeed, engine.stage.named_parameters())
     ema = Ema(owned, config.train.ema_decay)
     names = ("step", "first_stall", "stall", "step_while_writing", "write", "load")
@@ -50,7 +50,7 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
 
     for _ in range(3):
         step()
-    with Checkpointer(folder, engine.deepspeed, owned, ema, keep_last=1) as checkpointer:
+    with CheckpointManager(folder, engine.deepspeed, owned, ema, keep_last=1) as checkpointer:
         for number in range(num_saves + 1):
             seconds["step"].append(step())
             watch.lap()

@@ -31,16 +31,16 @@ from rich.table import Table
 from webdataset import WebDataset
 
 from megafusion.data.config import DataConfig
-from megafusion.data.draw import draw_images, toss_coins
-from megafusion.data.members import StoredDocument
+from megafusion.data.document_format import StoredDocument
+from megafusion.data.loader import DataLoader, packed_and_skipped
+from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.shards import MANIFEST, Manifest, load_manifest, write_shards
 from megafusion.data.source import counter_generator, open_sources
-from megafusion.data.stream import BatchStream, packed_and_skipped
 from megafusion.sequence.document import cut_document, flatten
-from megafusion.sequence.packing import RowShape, collate, pack_row
+from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.storage import write_file
 
-SHAPE = RowShape(length=4096, num_images=15, num_patches=256, latent_shape=(8, 32, 32))
+SHAPE = SequenceShape(length=4096, num_images=15, num_patches=256, latent_shape=(8, 32, 32))
 NUM_ROWS, NUM_STREAMS, NUM_SAMPLES = 4, 16, 10_000_000
 KINDS = ("pairs", "text")
 
@@ -81,7 +81,7 @@ def write_all(folder: Path, num: int, with_streaming: bool) -> None:
                     writer.write({"json": document.metadata, **arrays})
 
 
-def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int = 0) -> BatchStream:
+def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int = 0) -> DataLoader:
     """Ours."""
     config = DataConfig(
         sources={kind: {"path": str(folder / kind)} for kind in kinds},
@@ -93,7 +93,7 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
         num_workers=num_workers,
     )
     sources = open_sources(config, Ids, "v", 0)
-    return BatchStream(config, sources, SHAPE, Ids, 1000, NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
+    return DataLoader(config, sources, SHAPE, Ids, 1000, NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
 
 
 def ours(folder: Path) -> Iterator[int]:
@@ -147,10 +147,10 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         generator = counter_generator(0, 0, number, 0, 0)
         number += 1
         about = manifest if kind == "pairs" else texts
-        parts = toss_coins(next(readers[kind]), about, config, 1000, SHAPE, generator)
+        parts = sample_layout(next(readers[kind]), about, config, 1000, SHAPE, generator)
         whole = flatten(parts, Ids, SHAPE.num_patches)
         packed[kind] += len(whole)
-        pieces = [draw_images(whole, about, SHAPE, generator)]
+        pieces = [sample_noise(whole, about, SHAPE, generator)]
         while pieces:
             piece, room = pieces.pop(), SHAPE.length - used
             images = sum(len(document.images) for document in row)

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megafusion.config import load_config
-from megafusion.parallel.topology import make_topology
+from megafusion.engine.engine import make_engine, start_process_group
+from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.packing import with_counts
 from megafusion.storage import write_file
-from megafusion.train.assemble import assemble
+from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import make_engine, start_process_group
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -30,20 +30,20 @@ PHASES = ("data", "forward", "backward", "optimizer")
 def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dict:
     """Median seconds of each phase of a step, and positions a second."""
     start_process_group()
-    topology = make_topology(config.parallel)
-    parts = assemble(config, topology)
-    engine = make_engine(config, topology)
+    mesh = make_mesh(config.parallel)
+    parts = build_components(config, mesh)
+    engine = make_engine(config, mesh)
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for step in range(num_warmup_steps + num_steps):
         spent = dict.fromkeys(PHASES, 0.0)
         watch = Stopwatch(engine.device)
         micro_batches = parts.stream.next().micro_batches
         counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
-        counts = engine.agreement.share_counts(counts)
+        counts = engine.consensus.share_counts(counts)
         spent["data"] += watch.lap()
         for batch in micro_batches:
             losses = engine.deepspeed(with_counts(batch.to(engine.device), counts))
-            engine.agreement.add_share(losses)
+            engine.consensus.add_share(losses)
             spent["forward"] += watch.lap()
             engine.deepspeed.backward(losses.total * len(micro_batches))
             spent["backward"] += watch.lap()
@@ -53,7 +53,7 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
             for phase in PHASES:
                 seconds[phase].append(spent[phase])
     medians = {phase: statistics.median(values) for phase, values in seconds.items()}
-    positions = config.train.global_batch_rows * config.data.sequence_length
+    positions = config.train.global_batch_size * config.data.sequence_length
     return {
         "tokens_per_second": positions / sum(medians.values()),
         **medians,

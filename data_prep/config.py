@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
-from megafusion.sequence.sizes import Size, say_sizes
+from megafusion.images.sizes import Size, say_sizes
 
 Pixels = Annotated[int, Field(gt=0)]
 BYTES_ALIKE = {"out", "num_workers", "max_skip_rate"}

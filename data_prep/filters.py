@@ -7,11 +7,11 @@ import imagehash
 from PIL import Image
 
 from data_prep.config import FilterConfig
-from data_prep.pictures import decode_picture, open_rgb
-from data_prep.records import Dropped, Picture
+from data_prep.images import decode_picture, open_rgb
+from data_prep.readers.records import Dropped, Picture
 
 
-class Facts(NamedTuple):
+class RecordInfo(NamedTuple):
     """What is known of a record that may be kept."""
 
     content: bytes
@@ -24,21 +24,21 @@ class Facts(NamedTuple):
     """Pixels of a pair's picture, upright."""
 
 
-def examine(raw: Any, filters: FilterConfig) -> Facts:
+def inspect_record(raw: Any, filters: FilterConfig) -> RecordInfo:
     """Facts of a picture, a text or a document's parts. Raises BadRecord, or Dropped by a filter."""
     if isinstance(raw, Picture):
         return _examine_picture(raw, filters)
     if isinstance(raw, str):
         if not raw.strip():
             raise Dropped("empty text")
-        return Facts(_hash([raw.strip()]))
+        return RecordInfo(_hash([raw.strip()]))
     for part in raw:
         if isinstance(part, bytes):
             _check_size(open_rgb(part), filters)
-    return Facts(_hash(raw))
+    return RecordInfo(_hash(raw))
 
 
-def _examine_picture(picture: Picture, filters: FilterConfig) -> Facts:
+def _examine_picture(picture: Picture, filters: FilterConfig) -> RecordInfo:
     caption, image = decode_picture(picture)
     _check_size(image, filters)
     if len(caption) < filters.min_caption:
@@ -52,7 +52,7 @@ def _examine_picture(picture: Picture, filters: FilterConfig) -> Facts:
         if not wanted.least <= score <= wanted.most:
             raise Dropped(f"score {name} out of its range")
     look = int(str(imagehash.phash(image)), 16) if filters.duplicates == "perceptual" else 0
-    return Facts(_hash([picture.content]), look, *image.size)
+    return RecordInfo(_hash([picture.content]), look, *image.size)
 
 
 def _check_size(image: Image.Image, filters: FilterConfig) -> None:
@@ -72,7 +72,7 @@ def _hash(parts: list[str | bytes]) -> bytes:
     return whole.digest()[:16]
 
 
-class Seen:
+class Deduplicator:
     """Which records came before: by content, and by the look of pictures."""
 
     def __init__(self, filters: FilterConfig):
@@ -80,7 +80,7 @@ class Seen:
         self._contents: set[bytes] = set()
         self._looks: dict[tuple[int, int], list[int]] = {}
 
-    def duplicate(self, facts: Facts) -> str | None:
+    def duplicate(self, facts: RecordInfo) -> str | None:
         """Why a record is a duplicate of one that was kept; if it is none, it is remembered."""
         if self._kind == "keep":
             return None

@@ -11,10 +11,10 @@ import pyarrow
 from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
-from data_prep.filters import Facts, Seen
-from data_prep.inputs import Piece
-from data_prep.records import Record
-from megafusion.data.skips import beyond_chance
+from data_prep.filters import Deduplicator, RecordInfo
+from data_prep.readers.inputs import InputSplit
+from data_prep.readers.records import Record
+from megafusion.data.error_budget import beyond_chance
 from megafusion.errors import UserError
 
 NUM_EXAMPLES = 3
@@ -49,13 +49,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    pieces: list[Piece], tables: Iterable[Path], config: PreprocessConfig, wanted: set[str] | None
+    pieces: list[InputSplit], tables: Iterable[Path], config: PreprocessConfig, wanted: set[str] | None
 ) -> Plan:
     """Go through the scan's tables in order. UserError for keys that are nowhere and too much that is bad."""
     kept: list[tuple[int, np.ndarray]] = []
     dropped, skipped, sides = Counter(), Counter(), Counter()
     examples: dict[str, list[str]] = {}
-    seen, found, total = Seen(config.filters), set(), 0
+    seen, found, total = Deduplicator(config.filters), set(), 0
     tables = list(tables)
     before = lines_before(pieces, tables)
     for piece, path in zip(pieces, tables, strict=True):
@@ -89,7 +89,7 @@ def make_plan(
     )
 
 
-def lines_before(pieces: list[Piece], tables: Iterable[Path]) -> list[int]:
+def lines_before(pieces: list[InputSplit], tables: Iterable[Path]) -> list[int]:
     """By piece: the lines of its file before those of a part of it; 0 for all else."""
     found, before = [], 0
     for piece, path in zip(pieces, tables, strict=True):
@@ -112,14 +112,14 @@ def records_at(path: Path, rows: Iterable[int], before: int) -> list[Record]:
     return [Record(numbered(key, before), json.loads(at)) for key, at in zip(keys, places, strict=True)]
 
 
-def _mark_duplicates(table: pyarrow.Table, reasons: list[str | None], seen: Seen) -> None:
-    columns = [table.column(name).to_pylist() for name in Facts._fields]
+def _mark_duplicates(table: pyarrow.Table, reasons: list[str | None], seen: Deduplicator) -> None:
+    columns = [table.column(name).to_pylist() for name in RecordInfo._fields]
     for row, facts in enumerate(zip(*columns, strict=True)):
         if reasons[row] is None:
-            reasons[row] = seen.duplicate(Facts(*facts))
+            reasons[row] = seen.duplicate(RecordInfo(*facts))
 
 
-def _where(piece: Piece, key: str) -> str:
+def _where(piece: InputSplit, key: str) -> str:
     place = str(piece.folder or piece.files[0])
     return f"{place}, {key}" if key else place
 

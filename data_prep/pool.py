@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data_prep.work import Worker, WorkerSettings
+from data_prep.worker import Worker, WorkerSettings
 from megafusion.errors import UserError
 from megafusion.processes import end_with_parent
 
@@ -28,7 +28,7 @@ class Pool:
     def __init__(self, settings: WorkerSettings, num_workers: int):
         self._settings, self._executor = settings, None
         if num_workers > 1:
-            _CONTEXT.set_forkserver_preload(["data_prep.work"])
+            _CONTEXT.set_forkserver_preload(["data_prep.worker"])
             self._counter, number = _CONTEXT.Value("q", 0), _CONTEXT.Value("i", 0)
             before = set(multiprocessing.active_children())
             self._executor = ProcessPoolExecutor(

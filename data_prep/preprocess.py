@@ -17,13 +17,13 @@ from pyarrow import parquet
 from rich.progress import Progress
 
 from data_prep.config import PreprocessConfig
-from data_prep.identity import Identity, write_hashes
-from data_prep.inputs import find_pieces
-from data_prep.make import read_record, shard_record
+from data_prep.fingerprint import InputFingerprint, write_hashes
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import Pool, Speed
+from data_prep.readers.inputs import find_pieces
 from data_prep.report import summary, write_report, write_sheet
-from data_prep.work import ShardTask, WorkerSettings, table_path
+from data_prep.worker import ShardTask, WorkerSettings, table_path
+from data_prep.write import read_record, shard_record
 from megafusion.data.shards import FOLDERS, MANIFEST, Kind, Manifest, load_manifest, write_manifest
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
@@ -87,7 +87,7 @@ class _Job:
         self.folder = config.out / FOLDERS[kind]
         self._kind, self._config, self._progress, self._part = kind, config, progress, part
         self._pieces = find_pieces(kind, config)
-        self._identity = Identity(kind, config, tokenizer, self._pieces)
+        self._identity = InputFingerprint(kind, config, tokenizer, self._pieces)
         self._wanted = set(config.keys.read_text().split()) if kind == "pair" and config.keys else None
         # Named by what goes in, so that tasks that start side by side never clear away each other's work.
         self._partial = self.folder.with_name(f"{self.folder.name}.{self._identity.digest}.partial")

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from data_prep.plan import Plan
-from megafusion.data.inspect import inspect
+from megafusion.commands.data import inspect
 from megafusion.data.shards import Manifest
-from megafusion.sequence.sizes import say_sizes
+from megafusion.images.sizes import say_sizes
 from megafusion.storage import write_file
 
 REPORT, SHEET = "report.json", "sheet.png"

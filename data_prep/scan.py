@@ -11,10 +11,10 @@ import pyarrow
 from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
-from data_prep.filters import Facts, examine
-from data_prep.inputs import Piece, piece_files
-from data_prep.lines import count_lines
-from data_prep.records import BadRecord, Dropped, Reader, Record
+from data_prep.filters import RecordInfo, inspect_record
+from data_prep.readers.inputs import InputSplit, piece_files
+from data_prep.readers.lines import count_lines
+from data_prep.readers.records import BadRecord, Dropped, Reader, Record
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 
@@ -34,7 +34,7 @@ SCHEMA = pyarrow.schema(
 
 
 def scan_piece(
-    piece: Piece,
+    piece: InputSplit,
     open_reader: Callable[[], Reader],
     config: PreprocessConfig,
     wanted: set[str] | None,
@@ -61,9 +61,9 @@ def scan_piece(
 
 
 def _judge(
-    piece: Piece, open_reader: Callable[[], Reader], config: PreprocessConfig, wanted: set[str] | None
-) -> Iterator[tuple[Record, Facts, BadRecord | Dropped | None]]:
-    nothing = Facts(b"")
+    piece: InputSplit, open_reader: Callable[[], Reader], config: PreprocessConfig, wanted: set[str] | None
+) -> Iterator[tuple[Record, RecordInfo, BadRecord | Dropped | None]]:
+    nothing = RecordInfo(b"")
     try:
         reader = open_reader()
     except BadRecord as error:
@@ -79,7 +79,7 @@ def _judge(
                 raise Dropped(record.problem)
             if record.problem:
                 raise BadRecord(record.problem)
-            yield record, examine(reader.read(record), config.filters), None
+            yield record, inspect_record(reader.read(record), config.filters), None
         except BadRecord as error:
             if config.on_error == "fail":
                 raise UserError(f"{reader.where(_numbered(piece, record))}: {error}; {WAY_OUT}") from error
@@ -88,13 +88,13 @@ def _judge(
             yield record, nothing, error
 
 
-def _num_lines(piece: Piece) -> int:
+def _num_lines(piece: InputSplit) -> int:
     """Lines of a part of a file of lines, by which those of the next parts are numbered; else 0."""
     is_lines = piece.part and piece.files[0].suffix.lower() != ".parquet"
     return count_lines(piece.files[0], *piece.part) if is_lines else 0
 
 
-def _numbered(piece: Piece, record: Record) -> Record:
+def _numbered(piece: InputSplit, record: Record) -> Record:
     """A record whose key numbers it in the whole file."""
     if piece.opens_file or piece.files[0].suffix.lower() == ".parquet":
         return record

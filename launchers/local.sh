@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # local.sh N CONFIG [KEY=VALUE]...: train with N processes on this machine, each with a GPU where there are some.
 #
-# Example: launchers/local.sh 2 configs/quickstart.yaml out=runs/two train.micro_batch_rows=8 parallel.tensor=2
+# Example: launchers/local.sh 2 configs/quickstart.yaml out=runs/two train.micro_batch_size=8 parallel.tensor=2
 #
 # Logs are RUN/logs/rank-*.log; rank 0's is shown. Where a process is lost, or all were told to stop, training
 # starts again from the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 are handed on to every rank; then it ends with

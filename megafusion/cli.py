@@ -12,7 +12,7 @@ import typer
 from megafusion import __version__
 from megafusion.config import load_config
 from megafusion.errors import UserError
-from megafusion.health.signals import StopSignals
+from megafusion.resilience.signals import StopSignals
 
 # Threads of a CPU that wait for one another by spinning slow a step sevenfold as soon as anything else runs
 # on a core; read when torch is loaded, which no command does before this line.
@@ -127,7 +127,7 @@ def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: megafusion train-vae configs/vae/emoji.yaml out=runs/vae
     """
-    from megafusion.autoencoder.train import AutoencoderConfig, train_autoencoder
+    from data_prep.vae.train import AutoencoderConfig, train_autoencoder
 
     report = train_autoencoder(load_config(AutoencoderConfig, config, overrides or []))
     typer.echo(f"held-out PSNR {report['psnr']:.2f} dB after {report['num_steps']} steps")
@@ -151,11 +151,11 @@ def train(
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
-    from megafusion.health.agreement import together
-    from megafusion.health.output import drop_what_cannot_be_written
+    from megafusion.engine.engine import start_process_group
+    from megafusion.parallel.errors import raise_on_all_ranks
+    from megafusion.resilience.lenient_streams import drop_what_cannot_be_written
     from megafusion.train.config import RunConfig
-    from megafusion.train.engine import start_process_group
-    from megafusion.train.run import train as run
+    from megafusion.train.loop import train as run
 
     drop_what_cannot_be_written()
     try:
@@ -164,7 +164,7 @@ def train(
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         start_process_group()
-        with together():  # as the other ranks' first collective
+        with raise_on_all_ranks():  # as the other ranks' first collective
             raise error
     if run(values, stop_after, stop_signals) == "preempted":
         raise typer.Exit(os.EX_TEMPFAIL)
@@ -178,7 +178,7 @@ def status(
 
     Example: megafusion status runs/quickstart
     """
-    from megafusion.health.status import show_status
+    from megafusion.telemetry.status import show_status
 
     show_status(run_folder)
 
@@ -228,7 +228,7 @@ def generate(
 
     megafusion generate runs/quickstart --interleave "pizza, 3d style"
     """
-    from megafusion.generate.command import GenerateRequest, run
+    from megafusion.commands.generate import GenerateRequest, run
 
     overrides = {"guidance": guidance, "num_steps": steps, "sampler": sampler}
     run(
@@ -256,7 +256,7 @@ def report(
 
     Example: megafusion report runs/quickstart
     """
-    from megafusion.evaluate.report import write_report
+    from data_prep.emoji.report import write_report
 
     report = write_report(run_folder, pictures, classifier, seconds_before)
     for name, value in report.items():
@@ -289,7 +289,7 @@ def launch(
 
     Example: megafusion launch configs/7b.yaml parallel.tensor=8 --site example --nodes 16 --dry-run
     """
-    from megafusion.launch.command import launch as run
+    from megafusion.launch.submit import launch as run
 
     typer.echo(run(config, overrides or [], site, nodes, time_limit, launcher, dry_run))
 
@@ -312,7 +312,7 @@ def keys(
     elif command == "preprocess":
         from data_prep.config import PreprocessConfig as Chosen
     else:
-        from megafusion.autoencoder.train import AutoencoderConfig as Chosen
+        from data_prep.vae.train import AutoencoderConfig as Chosen
     found = [key for key in keys_of(Chosen) if key.path.startswith(under)]
     if not found:
         raise UserError(f"no key of {command} begins with {under!r}; leave it out to list all")
@@ -339,7 +339,7 @@ def checkpoint_show(path: RunOrCheckpoint) -> None:
 
     Example: megafusion checkpoint show runs/quickstart
     """
-    from megafusion.checkpoint.command import show
+    from megafusion.commands.checkpoint import show
 
     show(path)
 
@@ -350,7 +350,7 @@ def checkpoint_verify(path: RunOrCheckpoint) -> None:
 
     Example: megafusion checkpoint verify runs/quickstart/checkpoints/step-00000900
     """
-    from megafusion.checkpoint.command import verify
+    from megafusion.commands.checkpoint import verify
 
     verify(path)
 
@@ -367,7 +367,7 @@ def checkpoint_export(
 
     Example: megafusion checkpoint export runs/quickstart/checkpoints/step-00000600 exported
     """
-    from megafusion.checkpoint.command import export
+    from megafusion.commands.checkpoint import export
 
     export(path, out, weights)
 
@@ -393,7 +393,7 @@ def data_inspect(
 
     Example: megafusion data inspect data/quickstart/pairs --out pairs.png
     """
-    from megafusion.data.inspect import inspect
+    from megafusion.commands.data import inspect
 
     inspect(shards, vae, out, num)
 
@@ -404,7 +404,7 @@ def data_verify(shards: Shards) -> None:
 
     Example: megafusion data verify data/quickstart/pairs
     """
-    from megafusion.data.inspect import verify
+    from megafusion.commands.data import verify
 
     verify(shards)
 

@@ -14,12 +14,12 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from megafusion.autoencoder.codec import ImageCodec
 from megafusion.config import parse_config
+from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
-from tests.sizes import make_mixed_shards, mixed_run
-from tests.small import TOKENIZER, make_shards, make_vae, small_run
+from tests.support.sizes import make_mixed_shards, mixed_run
+from tests.support.small import TOKENIZER, make_shards, make_vae, small_run
 
 # A busy machine makes no test fail: how long things take is for the benchmarks.
 settings.register_profile("ours", deadline=None)

@@ -12,9 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megafusion.cli import app, main
+from megafusion.commands.generate import open_picture, open_pipeline
 from megafusion.config import load_config
 from megafusion.errors import UserError
-from megafusion.generate.command import open_picture, open_pipeline
 from megafusion.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -136,9 +136,9 @@ def test_overrides_that_do_not_fit_are_named_with_the_way_out(override, message)
 
 def test_overrides_change_what_they_name():
     config = load_config(
-        RunConfig, ROOT / "configs/quickstart.yaml", ["train.num_steps=50", "model.width=96", "seed=3"]
+        RunConfig, ROOT / "configs/quickstart.yaml", ["train.num_steps=50", "model.hidden_size=96", "seed=3"]
     )
-    assert (config.train.num_steps, config.model.width, config.seed) == (50, 96, 3)
+    assert (config.train.num_steps, config.model.hidden_size, config.seed) == (50, 96, 3)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_configuration_files_that_are_none(tmp_path, content, message):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_is_valid(path):
     from data_prep.config import PreprocessConfig
-    from megafusion.autoencoder.train import AutoencoderConfig
+    from data_prep.vae.train import AutoencoderConfig
 
     cls = {"preprocess": PreprocessConfig, "vae": AutoencoderConfig}.get(path.parent.name, RunConfig)
     load_config(cls, path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.workers import WorkersFailed, run_workers
+from tests.support.workers import WorkersFailed, run_workers
 
 
 def sum_over_ranks(value: torch.Tensor) -> tuple[int, torch.Tensor]:

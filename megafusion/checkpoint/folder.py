@@ -133,7 +133,7 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_aside(path: Path) -> Path:
+def quarantine(path: Path) -> Path:
     """Give a damaged checkpoint a name that is none of a checkpoint, so that nothing counts on it."""
     aside = path.with_name(path.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)

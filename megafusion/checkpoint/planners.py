@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.default_planner import (
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 
-from megafusion.checkpoint.boxes import Boxes, is_covered
+from megafusion.checkpoint.chunks import Chunks, is_covered
 
 
-class BoxSavePlanner(DefaultSavePlanner):
+class ChunkSavePlanner(DefaultSavePlanner):
     """Writes each rank's boxes, one from each place.
 
     Tensor-parallel ranks hold equal copies of a parameter that is not cut, which ZeRO may cut at other
@@ -42,14 +42,14 @@ class BoxSavePlanner(DefaultSavePlanner):
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
-class BoxLoadPlanner(DefaultLoadPlanner):
+class ChunkLoadPlanner(DefaultLoadPlanner):
     """Reads into boxes, and reads nothing but tensors."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def set_up_planner(
-        self, state_dict: dict[str, Boxes], metadata: Metadata | None = None, is_coordinator: bool = False
+        self, state_dict: dict[str, Chunks], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         # Not torch's, which puts None in the place of whatever is not a tensor.
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator

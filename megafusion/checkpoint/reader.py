@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
-from megafusion.checkpoint.boxes import Boxes
+from megafusion.checkpoint.chunks import Chunks
 from megafusion.checkpoint.folder import DamagedCheckpoint, verify_checkpoint, way_out
-from megafusion.checkpoint.planners import BoxLoadPlanner
+from megafusion.checkpoint.planners import ChunkLoadPlanner
 from megafusion.errors import UserError
-from megafusion.parallel.layout import layout_of
+from megafusion.parallel.sharding import shard_spec_of
 
 # All that the list of tensors is made of; the tensors themselves are loaded with weights_only.
 _ALLOWED = {
@@ -72,8 +72,8 @@ class Reader(FileSystemReader):
         return metadata
 
 
-def read_boxes(
-    path: Path, boxes: dict[str, Boxes], shapes: dict[str, torch.Size], kinds: tuple[str, ...]
+def read_chunks(
+    path: Path, boxes: dict[str, Chunks], shapes: dict[str, torch.Size], kinds: tuple[str, ...]
 ) -> None:
     """Fill boxes. UserError where the checkpoint is none of ours, or has other tensors of these kinds."""
     reader = Reader(path / "tensors")
@@ -93,7 +93,7 @@ def read_boxes(
     with warnings.catch_warnings():
         # A rank reads what it needs and no other rank needs to know.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(boxes, storage_reader=reader, planner=BoxLoadPlanner(), no_dist=True)
+        dcp.load(boxes, storage_reader=reader, planner=ChunkLoadPlanner(), no_dist=True)
 
 
 def _shape_text(shape: torch.Size | None) -> str:
@@ -113,6 +113,6 @@ def read_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -
     """The same of a checkpoint that this run has just written or verified."""
     shapes = {f"{kind}.{name}": torch.Size(shape) for name, shape in names_and_shapes.items()}
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    boxes = {name: Boxes(tensor.view(-1), 0, layout_of(tensor)) for name, tensor in tensors.items()}
-    read_boxes(path, boxes, shapes, (kind,))
+    boxes = {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}
+    read_chunks(path, boxes, shapes, (kind,))
     return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}

@@ -44,7 +44,7 @@ class DataConfig(Config):
     pictures, as `flip`: latents are fixed when they are made."""
     flip: float = Field(0.0, ge=0, le=1)
     """Share of showings in which a picture is mirrored, left to right."""
-    look_ahead: int = Field(16, gt=0)
+    packing_buffer_size: int = Field(16, gt=0)
     """Documents held to choose from when a row is packed (best fit)."""
     num_workers: int = Field(0, ge=0)
     """Processes a rank that read and pack ahead of the training; 0: in the step. Changes no row."""

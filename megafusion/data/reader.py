@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megafusion.data.cache import INDEX, CacheFull, ShardCache
-from megafusion.data.members import BadBytes, BadDocument, StoredDocument, parse_document
+from megafusion.data.document_format import BadDocument, CorruptBytes, StoredDocument, parse_document
 from megafusion.data.remote import fetch, is_remote
 from megafusion.data.shards import MANIFEST, ShardEntry, document_offsets, load_manifest, npy
 from megafusion.errors import UserError
@@ -70,7 +70,7 @@ class ShardFolder:
             raise UserError(f"{where}: has become shorter while it was read; bring it back and start again")
         try:
             return parse_document(content, self._latent_shapes)
-        except BadBytes as error:
+        except CorruptBytes as error:
             raise BadDocument(f"{where}, document {position}", str(error)) from error
 
     def is_intact(self) -> bool:
@@ -134,7 +134,7 @@ class ShardFolder:
         if not index.is_file():
             try:
                 write_file(index, npy(document_offsets(self._cache.folder / entry.sha256)))
-            except BadBytes as error:
+            except CorruptBytes as error:
                 file.close()
                 raise UserError(f"{url}: no tar of documents ({error}); preprocess again") from error
         return _open_shard(file, url, index, entry)

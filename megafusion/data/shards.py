@@ -21,10 +21,10 @@ from pydantic import Field
 from webdataset import TarWriter
 
 from megafusion.config import Config, parse_config
-from megafusion.data.members import BLOCK, PICTURE, StoredDocument, segment_kind, tar_members
+from megafusion.data.document_format import BLOCK, PICTURE, StoredDocument, segment_kind, tar_members
 from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
-from megafusion.sequence.sizes import Size, say_sizes
+from megafusion.images.sizes import Size, say_sizes
 from megafusion.storage import file_sha256, new_folder, write_file
 
 MANIFEST = "manifest.json"

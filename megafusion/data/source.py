@@ -6,11 +6,11 @@ import numpy as np
 
 from megafusion.data.cache import ShardCache
 from megafusion.data.config import DataConfig
-from megafusion.data.members import BadDocument, StoredDocument, segment_kind
+from megafusion.data.document_format import BadDocument, StoredDocument, segment_kind
 from megafusion.data.reader import ShardFolder
 from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
-from megafusion.sequence.packing import RowShape
+from megafusion.sequence.packing import SequenceShape
 from megafusion.sequence.tokenizer import Tokenizer
 
 # What a generator is for: the last of its counters. Shard number n of a stream has SHARDS + n.
@@ -28,7 +28,7 @@ class Source:
         if len(folder) < num_streams:
             raise UserError(
                 f"data.sources.{name}: {folder.folder} holds {len(folder)} documents, fewer than "
-                f"data.num_streams {num_streams}; lower num_streams, and with it train.global_batch_rows, "
+                f"data.num_streams {num_streams}; lower num_streams, and with it train.global_batch_size, "
                 "which must divide it"
             )
         self.name, self.number, self.folder, self.seed = name, number, folder, seed
@@ -56,7 +56,7 @@ class Source:
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         return self.folder.read(shard, document - int(self._first[shard]))
 
-    def positions_per_document(self, shape: RowShape) -> float:
+    def positions_per_document(self, shape: SequenceShape) -> float:
         """Mean length of a document; of pictures that are kept, as though each had the first size."""
         manifest = self.folder.manifest
         counts = manifest.count_by_size or {shape.sizes[0]: manifest.num_images}

@@ -12,14 +12,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
-from megafusion.health.signals import STOP_SIGNALS
 from megafusion.processes import end_with_parent
+from megafusion.resilience.signals import STOP_SIGNALS
 
 FOR_THE_TRAINER = STOP_SIGNALS
 # Not forked from this process: a trainer has threads (NCCL's, those that save), and a lock that one of them
 # holds at a fork stays locked in the copy. The server has none, and loads what its workers need once.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megafusion.data.stream"])
+_CONTEXT.set_forkserver_preload(["megafusion.data.loader"])
 
 
 class _Refused(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megafusion.generate.cache import KVCache
-from megafusion.generate.sampling import SamplingConfig, guided, make_sampler
 from megafusion.model.transfusion import Transfusion
+from megafusion.objective.sampler import SamplingConfig, guided, make_sampler
 from megafusion.sequence.packing import PackedBatch
 
 Report = Callable[[int, int], None]

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from megafusion.generate.decoder import Decoder, Report
-from megafusion.generate.sampling import SamplingConfig
+from megafusion.objective.sampler import SamplingConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
-from megafusion.sequence.packing import RowShape, collate, pack_row
+from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import begin_of_image
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Generation:
         longest = max(len(document) for document in documents)
         room = max_images * (model.most_patches + 2) + sampling.max_new_tokens + 1
         self.cache = self.decoder.new_cache(len(prompts), longest + room)
-        shape = RowShape(
+        shape = SequenceShape(
             length=longest,
             num_images=max(1, *(len(document.images) for document in documents)),
             num_patches=model.num_patches,

@@ -12,15 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megafusion.autoencoder.codec import ImageCodec, to_pil, to_rgb, to_tensor
 from megafusion.config import Config, parse_config
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Report
 from megafusion.generate.generation import Generation, Part
-from megafusion.generate.sampling import SamplingConfig
-from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.images.codec import ImageCodec
+from megafusion.images.processor import to_pil, to_rgb, to_tensor
+from megafusion.images.sizes import Size, nearest_size, say_sizes
+from megafusion.model.config import ModelConfig
+from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import ObjectiveConfig
-from megafusion.sequence.sizes import Size, nearest_size, say_sizes
+from megafusion.objective.sampler import SamplingConfig
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import new_folder
 

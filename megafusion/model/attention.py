@@ -80,8 +80,8 @@ def auto(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, intervals: Intervals) -
     return BACKENDS[name](q_BSHK, k_BTGK, v_BTGK, intervals)
 
 
-def _chosen(x: Tensor, head_size: int, num_rows: int, intervals: Intervals) -> Backend:
-    plain, by_length = _serving(x.device, x.dtype, head_size)
+def _chosen(x: Tensor, head_dim: int, num_rows: int, intervals: Intervals) -> Backend:
+    plain, by_length = _serving(x.device, x.dtype, head_dim)
     if num_rows != intervals.num_keys:
         return plain
     name = plain
@@ -93,20 +93,20 @@ def _chosen(x: Tensor, head_size: int, num_rows: int, intervals: Intervals) -> B
 # torch.compile takes the answer for a constant, as it cannot look into packages and files; and it would look
 # through a cache.
 @torch.compiler.assume_constant_result
-def _serving(device: torch.device, dtype: torch.dtype, head_size: int) -> Serving:
-    return _find_serving(device, dtype, head_size)
+def _serving(device: torch.device, dtype: torch.dtype, head_dim: int) -> Serving:
+    return _find_serving(device, dtype, head_dim)
 
 
 @cache
-def _find_serving(device: torch.device, dtype: torch.dtype, head_size: int) -> Serving:
+def _find_serving(device: torch.device, dtype: torch.dtype, head_dim: int) -> Serving:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa", ()
-    plain = "sdpa" if _refusal("interval", device, dtype, head_size) else "interval"
+    plain = "sdpa" if _refusal("interval", device, dtype, head_dim) else "interval"
     major, minor = torch.cuda.get_device_capability(device)
     by_length = []
     for choice in stored_choices():
-        if (choice["architecture"], choice["head_dim"]) == (10 * major + minor, head_size):
-            serving = [b for b in choice["backends"] if not _refusal(b, device, dtype, head_size)]
+        if (choice["architecture"], choice["head_dim"]) == (10 * major + minor, head_dim):
+            serving = [b for b in choice["backends"] if not _refusal(b, device, dtype, head_dim)]
             by_length += [(choice["least_rows"], serving[0])] if serving else []
     return plain, tuple(sorted(by_length))
 
@@ -118,38 +118,38 @@ def stored_choices() -> tuple[dict, ...]:
     return tuple(json.loads(CHOICES.read_text())["choices"])
 
 
-def prepare_mask(backend: Backend, intervals: Intervals, x: Tensor, head_size: int) -> None:
+def prepare_mask(backend: Backend, intervals: Intervals, x: Tensor, head_dim: int) -> None:
     """Make what a backend reads of the mask before blocks that may be compiled: once made, it is looked up.
 
     torch.compile gives up where a block makes it. x: of the blocks' device and type.
     """
-    name = _chosen(x, head_size, intervals.row_start.shape[1], intervals) if backend == "auto" else backend
+    name = _chosen(x, head_dim, intervals.row_start.shape[1], intervals) if backend == "auto" else backend
     made = {"sdpa": "additive_mask", "flex": "block_mask", "interval": "prepared", "flash": "flash_prepared"}
     _ = getattr(intervals, made[name])
 
 
-def check_backend(backend: Backend, head_size: int) -> None:
+def check_backend(backend: Backend, head_dim: int) -> None:
     """UserError at start-up where kernels are asked for that cannot serve: there is no silent fall-back."""
     if backend not in ("interval", "flash"):
         return
     reason = "no CUDA device is here"
     if torch.cuda.is_available():
-        reason = _refusal(backend, torch.device("cuda"), torch.bfloat16, head_size)
+        reason = _refusal(backend, torch.device("cuda"), torch.bfloat16, head_dim)
     if reason:
         raise UserError(f"model.attention: {backend} cannot serve ({reason}); use auto or sdpa")
 
 
-def _refusal(backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+def _refusal(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why kernels do not serve a case; empty where they do, and for what PyTorch itself brings."""
     try:
         if backend == "interval":
             from interval_attention import check_served
 
-            check_served(device, dtype, head_size)
+            check_served(device, dtype, head_dim)
         elif backend == "flash":
             from interval_attention.flash import check_flash
 
-            check_flash(device, dtype, head_size)
+            check_flash(device, dtype, head_dim)
     except (ImportError, ValueError) as error:
         return str(error)
     return ""

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megafusion.images.sizes import Size, bounding_size
 from megafusion.model.adapters import Grid, Skips
-from megafusion.sequence.sizes import Size, canvas
 
 
 class Groups:
@@ -76,7 +76,7 @@ def predict_by_size(
     groups = Groups(sizes_N, len(sizes))
     hidden, timesteps = groups.take(hidden_NPD), groups.take(timesteps_N)
     kept = [groups.take(skip) for skip in skips]
-    height, width = canvas(sizes)
+    height, width = bounding_size(sizes)
     predictions = []
     for number, grid in enumerate(grids):
         shaped = tuple(

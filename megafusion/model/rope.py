@@ -19,8 +19,8 @@ class Rope(NamedTuple):
         return torch.cat(turned, dim=-1).to(x_BSHK.dtype)
 
 
-def rope_at(positions_BS: Tensor, head_size: int, theta: float) -> Rope:
+def rope_at(positions_BS: Tensor, head_dim: int, theta: float) -> Rope:
     """The rotation at integer positions, with frequencies theta^(-2i/K)."""
-    exponent = torch.arange(0, head_size, 2, device=positions_BS.device, dtype=torch.float32) / head_size
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     angles = positions_BS[..., None].float() * theta**-exponent
     return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])

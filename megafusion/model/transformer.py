@@ -20,30 +20,30 @@ class LayerCache(Protocol):
 class FusedLinear(nn.Linear):
     """Several linear layers of one input, without biases, as one matrix product."""
 
-    def __init__(self, width: int, sizes: tuple[int, ...]):
-        super().__init__(width, sum(sizes), bias=False)
+    def __init__(self, hidden_size: int, sizes: tuple[int, ...]):
+        super().__init__(hidden_size, sum(sizes), bias=False)
         self.sizes = sizes
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[..., width] -> one tensor [..., size] for each of the sizes."""
+        """[..., hidden_size] -> one tensor [..., size] for each of the sizes."""
         return super().forward(x).split(self.sizes, dim=-1)
 
 
 class SelfAttention(nn.Module):
     """Queries see the keys of their interval."""
 
-    def __init__(self, width: int, num_heads: int, num_kv_heads: int, backend: Backend):
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, backend: Backend):
         super().__init__()
-        self.head_size = width // num_heads
-        sizes = (num_heads * self.head_size, num_kv_heads * self.head_size, num_kv_heads * self.head_size)
-        self.qkv = FusedLinear(width, sizes)
-        self.out = nn.Linear(num_heads * self.head_size, width, bias=False)
+        self.head_dim = hidden_size // num_heads
+        sizes = (num_heads * self.head_dim, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim)
+        self.qkv = FusedLinear(hidden_size, sizes)
+        self.out = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
         self.attend = BACKENDS[backend]
 
     def forward(
         self, x_BSD: Tensor, intervals: Intervals, rope: Rope, cache: LayerCache | None = None
     ) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in self.qkv(x_BSD))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BSD))
         q, k = rope.rotate(q), rope.rotate(k)
         if cache is not None:
             k, v = cache.update(k, v)
@@ -53,10 +53,10 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, hidden_size: int, ffn_hidden_size: int):
         super().__init__()
-        self.gate_up = FusedLinear(width, (hidden, hidden))
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = FusedLinear(hidden_size, (ffn_hidden_size, ffn_hidden_size))
+        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSD)
@@ -68,18 +68,18 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         num_heads: int,
         num_kv_heads: int,
-        hidden: int,
+        ffn_hidden_size: int,
         backend: Backend,
-        norm_epsilon: float,
+        norm_eps: float,
     ):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=norm_epsilon)
-        self.attention = SelfAttention(width, num_heads, num_kv_heads, backend)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=norm_epsilon)
-        self.feed_forward = FeedForward(width, hidden)
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.attention = SelfAttention(hidden_size, num_heads, num_kv_heads, backend)
+        self.feed_forward_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.feed_forward = FeedForward(hidden_size, ffn_hidden_size)
 
     def forward(
         self, x_BSD: Tensor, intervals: Intervals, rope: Rope, cache: LayerCache | None = None

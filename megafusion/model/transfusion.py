@@ -1,104 +1,19 @@
 """The whole model: stem, blocks, tail - the three kinds of pipeline stage, called in turn on one device."""
 
 import math
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from megafusion.config import Config
-from megafusion.model.adapters import Grid, LinearDown, LinearUp, Skips
-from megafusion.model.attention import Backend, check_backend
+from megafusion.model.adapters import LinearDown, LinearUp, Skips
+from megafusion.model.attention import check_backend
 from megafusion.model.by_size import patches_by_size, predict_by_size
+from megafusion.model.config import ModelConfig
 from megafusion.model.rope import Rope, rope_at
 from megafusion.model.transformer import Block
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
 from megafusion.sequence.packing import PackedBatch
-from megafusion.sequence.sizes import Size, say_sizes
-
-Positive = Annotated[int, Field(gt=0)]
-
-
-class ModelConfig(Config):
-    """A size of the model, named as the paper's table names it."""
-
-    num_layers: int = Field(gt=0)
-    """Transformer blocks."""
-    width: int = Field(gt=0)
-    """Size D of the residual stream."""
-    num_heads: int = Field(gt=0)
-    """Query heads."""
-    num_kv_heads: int | None = Field(None, gt=0)
-    """Key and value heads, fewer for grouped-query attention; as many as num_heads by default."""
-    hidden_width: int | None = Field(None, gt=0)
-    """Size of the feed-forward's hidden layer; 8/3 of the width rounded up to 128 by default."""
-    vocab_size: int = Field(gt=0)
-    """Text pieces plus boi and eoi, the tokenizer's vocab_size; and one more for each of more_sizes."""
-    latent_shape: tuple[Positive, Positive, Positive]
-    """Channels, height and width of an image's latents."""
-    more_sizes: tuple[tuple[Positive, Positive], ...] = ()
-    """Further heights and widths that an image's latents may have; each begins with a token of its own."""
-    patch_size: Literal[1, 2, 4, 8]
-    """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
-    adapter: Literal["linear", "unet"] = "linear"
-    """What stands between latents and the transformer."""
-    unet_channels: int = Field(320, gt=0)
-    """Channels of the U-Net adapter at full resolution; twice as many below it."""
-    attention: Backend = "sdpa"
-    """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
-    CUDA (or 2, for text alone); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
-    rope_theta: float = Field(10_000.0, gt=0)
-    """Base of the rotary frequencies."""
-    norm_epsilon: float = Field(1e-5, gt=0)
-    """Added to the mean square in RMSNorm."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
-        if self.width % self.num_heads or self.width // self.num_heads % 2:
-            raise ValueError(
-                f"width {self.width} over num_heads {self.num_heads} must be a whole, even head size"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
-        for size in self.sizes:
-            if any(side % self.patch_size for side in size):
-                raise ValueError(f"patch_size {self.patch_size} does not divide the latents' sides {size}")
-        if len(set(self.sizes)) < len(self.sizes):
-            raise ValueError(
-                f"more_sizes: of {say_sizes(self.sizes)}, the first of which is latent_shape's, one comes "
-                "twice; name each once"
-            )
-        return self
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def hidden(self) -> int:
-        return self.hidden_width or -(-8 * self.width // 3 // 128) * 128
-
-    @property
-    def sizes(self) -> tuple[Size, ...]:
-        """Every height and width of latents; an image names its own by the index in this list."""
-        return (self.latent_shape[1:], *self.more_sizes)
-
-    @property
-    def grids(self) -> tuple[Grid, ...]:
-        """Patches down and across an image, a size."""
-        return tuple((height // self.patch_size, width // self.patch_size) for height, width in self.sizes)
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image of the first size."""
-        return math.prod(self.grids[0])
-
-    @property
-    def most_patches(self) -> int:
-        """Patches of an image of the largest size."""
-        return max(map(math.prod, self.grids))
 
 
 class Stem(nn.Module):
@@ -108,11 +23,11 @@ class Stem(nn.Module):
         super().__init__()
         channels = config.latent_shape[0]
         self.sizes, self.num_patches = config.sizes, config.most_patches
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.adapter == "linear":
-            self.adapter = LinearDown(channels, config.patch_size, config.width)
+            self.adapter = LinearDown(channels, config.patch_size, config.hidden_size)
         else:
-            self.adapter = UNetDown(channels, config.patch_size, config.width, config.unet_channels)
+            self.adapter = UNetDown(channels, config.patch_size, config.hidden_size, config.unet_channels)
 
     def forward(
         self,
@@ -155,13 +70,13 @@ class Tail(nn.Module):
         super().__init__()
         channels = config.latent_shape[0]
         self.sizes, self.grids, self.num_patches = config.sizes, config.grids, config.most_patches
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.adapter == "linear":
-            self.adapter = LinearUp(channels, config.patch_size, config.width, config.grids[0])
+            self.adapter = LinearUp(channels, config.patch_size, config.hidden_size, config.grids[0])
         else:
             self.adapter = UNetUp(
-                channels, config.patch_size, config.width, config.unet_channels, config.grids[0]
+                channels, config.patch_size, config.hidden_size, config.unet_channels, config.grids[0]
             )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -216,17 +131,17 @@ class Transfusion(nn.Module):
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
-        check_backend(config.attention, config.width // config.num_heads)
+        check_backend(config.attention, config.hidden_size // config.num_heads)
         self.config, self.objective = config, Objective(objective, config.sizes)
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(
             Block(
-                config.width,
+                config.hidden_size,
                 config.num_heads,
                 config.kv_heads,
-                config.hidden,
+                config.ffn_size,
                 config.attention,
-                config.norm_epsilon,
+                config.norm_eps,
             )
             for _ in range(config.num_layers)
         )
@@ -234,7 +149,7 @@ class Transfusion(nn.Module):
 
     def rope(self, positions_BS: Tensor) -> Rope:
         """The rotation of a batch's positions, for all layers."""
-        return rope_at(positions_BS, self.config.width // self.config.num_heads, self.config.rope_theta)
+        return rope_at(positions_BS, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
 
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""

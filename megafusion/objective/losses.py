@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from megafusion.config import Config
-from megafusion.objective.schedule import NoiseSchedule, ScheduleConfig
+from megafusion.images.sizes import Size, bounding_size
+from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
 from megafusion.sequence.document import IGNORED_LABEL
 from megafusion.sequence.packing import Targets
-from megafusion.sequence.sizes import Size, canvas
 
 
 class ObjectiveConfig(Config):
@@ -68,7 +68,7 @@ class Objective(nn.Module):
         # Whole numbers, which no change of the module's precision rounds.
         areas = torch.tensor([math.prod(size) for size in sizes], dtype=torch.int64)
         self.register_buffer("areas", areas, persistent=False)
-        self.canvas_area = math.prod(canvas(sizes)) if sizes else 0
+        self.canvas_area = math.prod(bounding_size(sizes)) if sizes else 0
 
     def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
         """The losses of next-token logits and of predictions for every image slot."""

@@ -7,13 +7,14 @@ from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.model.config import ModelConfig
+from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
-from megafusion.sequence.packing import RowShape
+from megafusion.sequence.packing import SequenceShape
 
 
-def layer_flops(config: ModelConfig, shape: RowShape) -> list[int]:
+def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
     """Forward operations of the stem, of each block and of the tail for one row, counted by PyTorch.
 
     Counted on tensors without storage, with dense attention: every pair of positions counts, seen or not.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megafusion.errors import UserError
 from megafusion.model.transformer import Block, FusedLinear
-from megafusion.parallel.layout import layout_of, set_layout
+from megafusion.parallel.sharding import set_shard_spec, shard_spec_of
 from megafusion.parallel.tensor import RowParallelLinear
 
 
@@ -57,8 +57,8 @@ def _in_fp8(linear: nn.Linear) -> nn.Module:
         params_dtype=torch.bfloat16,
         device=linear.weight.device,
     )
-    layer.sizes, layer.passage = getattr(linear, "sizes", None), getattr(linear, "passage", None)
-    set_layout(layer.weight, layout_of(linear.weight))
+    layer.sizes, layer.region = getattr(linear, "sizes", None), getattr(linear, "passage", None)
+    set_shard_spec(layer.weight, shard_spec_of(linear.weight))
     return layer
 
 
@@ -73,6 +73,6 @@ def _kinds() -> dict[type, type]:
 
     class RowParallel(Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return self.passage.leave(super().forward(x))
+            return self.region.reduce_or_scatter(super().forward(x))
 
     return {nn.Linear: Linear, FusedLinear: Fused, RowParallelLinear: RowParallel}

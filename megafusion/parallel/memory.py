@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from megafusion.parallel.stage import Stage
-from megafusion.parallel.topology import Topology
+from megafusion.parallel.mesh import Mesh
+from megafusion.parallel.pipeline import Stage
 from megafusion.train.config import RunConfig
 
 
@@ -18,16 +18,16 @@ class StateBytes(NamedTuple):
     """The averaged weights."""
 
 
-def state_bytes(stage: Stage, topology: Topology, config: RunConfig) -> StateBytes:
+def state_bytes(stage: Stage, mesh: Mesh, config: RunConfig) -> StateBytes:
     """The formula, padding aside: ZeRO divides by the ranks that share the stage's weights."""
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in stage.parameters()]
     whole = sum(sizes)
     word = 4 if config.train.precision == "fp32" else 2
-    replicas, zero = topology.size("data") * topology.size("ulysses"), config.parallel.zero_stage
+    replicas, zero = mesh.size("data") * mesh.size("ulysses"), config.parallel.zero_stage
     share = whole / (replicas if zero else 1)
     weights = word * whole
     if zero == 3:
         # DeepSpeed keeps the small ones whole on every rank (param_persistence_threshold).
-        kept = sum(size for size in sizes if size <= config.model.width)
+        kept = sum(size for size in sizes if size <= config.model.hidden_size)
         weights = word * ((whole - kept) / replicas + kept)
     return StateBytes(round(weights), round((12 if zero else 8) * share), round(4 * share))

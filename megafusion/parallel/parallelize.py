@@ -6,27 +6,27 @@ from torch import nn
 from megafusion.model.initialize import initial_value, named_owners
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Objective
+from megafusion.parallel.activation_checkpointing import recompute
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.parallel.collectives import sum_over
 from megafusion.parallel.fp8 import use_fp8
-from megafusion.parallel.images import OwnImages, divide_images
-from megafusion.parallel.layout import layout_of
-from megafusion.parallel.recompute import recompute
-from megafusion.parallel.stage import Shapes, Stage
+from megafusion.parallel.image_parallel import ImageShard, shard_images
+from megafusion.parallel.mesh import Mesh
+from megafusion.parallel.pipeline import Shapes, Stage
+from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import (
     VocabularyParallelCrossEntropy,
-    divide_block,
-    divide_stem,
-    divide_tail,
-    words_of_rank,
+    shard_block,
+    shard_stem,
+    shard_tail,
+    vocab_range,
 )
-from megafusion.parallel.topology import Topology
-from megafusion.parallel.ulysses import Slices, exchange_heads
-from megafusion.sequence.packing import RowShape
+from megafusion.parallel.ulysses import SequenceShard, exchange_heads
+from megafusion.sequence.packing import SequenceShape
 from megafusion.train.config import RunConfig
 
 
-def parallelize(model: Transfusion, topology: Topology, config: RunConfig, device: torch.device) -> Stage:
+def parallelize(model: Transfusion, mesh: Mesh, config: RunConfig, device: torch.device) -> Stage:
     """This rank's part of a model that was made without storage, ready for DeepSpeed.
 
     The order matters:
@@ -42,30 +42,30 @@ def parallelize(model: Transfusion, topology: Topology, config: RunConfig, devic
 
     DeepSpeed then adds ZeRO, precision and the data-parallel sums (train/engine.py).
     """
-    shape = config.row_shape
-    stages = stage_blocks(layer_flops(config.model, shape), topology.size("pipeline"))
-    own = OwnImages(topology.rows)
-    shapes = _shapes(model, shape, config.train.micro_batch_rows, own)
-    stage = Stage(model, stages[topology.place("pipeline")], topology, shapes)
-    if topology.size("tensor") > 1:
+    shape = config.sequence_shape
+    stages = stage_blocks(layer_flops(config.model, shape), mesh.size("pipeline"))
+    own = ImageShard(mesh.tensor_context_group)
+    shapes = _shapes(model, shape, config.train.micro_batch_size, own)
+    stage = Stage(model, stages[mesh.rank("pipeline")], mesh, shapes)
+    if mesh.size("tensor") > 1:
         for block in stage.blocks.values():
-            divide_block(block, topology)
-    if topology.size("ulysses") > 1:
+            shard_block(block, mesh)
+    if mesh.size("ulysses") > 1:
         for block in stage.blocks.values():
-            exchange_heads(block, topology)
+            exchange_heads(block, mesh)
     if config.train.precision == "fp8":
         for block in stage.blocks.values():
-            use_fp8(block, topology.group("tensor"))
+            use_fp8(block, mesh.group("tensor"))
     if own.num_ranks > 1:
         if stage.stem:
-            divide_stem(stage.stem, topology)
+            shard_stem(stage.stem, mesh)
         if stage.tail:
-            divide_tail(stage.tail, topology)
-        divide_images(stage.stem, stage.tail, own)
+            shard_tail(stage.tail, mesh)
+        shard_images(stage.stem, stage.tail, own)
     materialize(stage, config.model.num_layers, config.seed, device)
-    _mark(stage, topology)
-    if topology.size("tensor") > 1:
-        _sum_partial_gradients(stage, topology)
+    _mark(stage, mesh)
+    if mesh.size("tensor") > 1:
+        _sum_partial_gradients(stage, mesh)
     for block in stage.blocks.values():
         recompute(block, config.train.recompute)
         if config.train.compile:
@@ -77,47 +77,47 @@ def materialize(stage: nn.Module, num_layers: int, seed: int, device: torch.devi
     """Give every parameter its storage and its part of the random start that its name and the seed define."""
     for name, owner, key in list(named_owners(stage)):
         empty = getattr(owner, key)
-        layout = layout_of(empty)
+        layout = shard_spec_of(empty)
         value = layout.take(initial_value(name, owner, layout.shape, num_layers, seed))
         parameter = nn.Parameter(value.to(device))
         parameter.__dict__.update(empty.__dict__)
         setattr(owner, key, parameter)
 
 
-def _mark(stage: Stage, topology: Topology) -> None:
+def _mark(stage: Stage, mesh: Mesh) -> None:
     """Tell DeepSpeed which parameters count in the gradient's norm here, and which are shards."""
     for parameter in stage.parameters():
         is_shard = hasattr(parameter, "part")
         if is_shard:
             parameter.tensor_model_parallel = True
-        parameter.model_parallel = is_shard or topology.place("tensor") == 0
+        parameter.model_parallel = is_shard or mesh.rank("tensor") == 0
 
 
-def _sum_partial_gradients(stage: Stage, topology: Topology) -> None:
+def _sum_partial_gradients(stage: Stage, mesh: Mesh) -> None:
     """Add up over the tensor ranks what each computes from its images, and from its positions."""
     partial = [part.adapter for part in (stage.stem, stage.tail) if part]
-    if topology.config.sequence:
+    if mesh.config.sequence:
         partial += [
             n for block in stage.blocks.values() for n in (block.attention_norm, block.feed_forward_norm)
         ]
         partial += [stage.tail.norm] if stage.tail else []
     for module in partial:
         for parameter in module.parameters():
-            parameter.register_hook(sum_over(topology.group("tensor")))
+            parameter.register_hook(sum_over(mesh.group("tensor")))
 
 
-def _shapes(model: Transfusion, shape: RowShape, num_rows: int, own: OwnImages) -> Shapes:
+def _shapes(model: Transfusion, shape: SequenceShape, num_rows: int, own: ImageShard) -> Shapes:
     """What a micro-batch measures."""
     skips = model.tail.skip_shapes(own.num_own(num_rows * shape.num_images))
     return Shapes(num_rows, shape.length, shape.num_images, skips)
 
 
-def divided_objective(config: RunConfig, topology: Topology) -> Objective:
+def shard_objective(config: RunConfig, mesh: Mesh) -> Objective:
     """The losses of logits that are divided by words and positions; alike on all ranks of a row."""
-    objective, slices = Objective(config.objective, config.model.sizes), Slices(topology)
-    if topology.size("tensor") > 1:
-        words = words_of_rank(config.model.vocab_size, topology.place("tensor"), topology.size("tensor"))
-        objective.cross_entropy = VocabularyParallelCrossEntropy(topology.group("tensor"), words)
+    objective, slices = Objective(config.objective, config.model.sizes), SequenceShard(mesh)
+    if mesh.size("tensor") > 1:
+        vocab_shard = vocab_range(config.model.vocab_size, mesh.rank("tensor"), mesh.size("tensor"))
+        objective.cross_entropy = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)
     if slices.num_ranks > 1:
         of_slice = objective.cross_entropy
         objective.cross_entropy = lambda logits, labels: slices.total(of_slice(logits, slices.take(labels)))

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from megafusion.model.transformer import Block
 from megafusion.parallel import collectives
+from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import POSITIONS
-from megafusion.parallel.topology import Topology
 from megafusion.sequence.intervals import Intervals
 
 BATCH, HEADS = 0, 2  # dimensions of q_BSHK
 
 
-def exchange_heads(block: Block, topology: Topology) -> None:
+def exchange_heads(block: Block, mesh: Mesh) -> None:
     """Let a block's attention exchange positions for heads before, and back after."""
-    attend = DistributedAttention(block.attention.attend, topology.group("ulysses"), HEADS, POSITIONS)
+    attend = DistributedAttention(block.attention.attend, mesh.group("ulysses"), HEADS, POSITIONS)
 
     def attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, intervals: Intervals) -> Tensor:
         return attend(q_BSHK, k_BSGK, v_BSGK, BATCH, None, intervals)
@@ -27,22 +27,22 @@ def exchange_heads(block: Block, topology: Topology) -> None:
     block.attention.attend = attention
 
 
-class Slices:
+class SequenceShard:
     """Positions of a row divided over the Ulysses ranks, in the order of their numbers."""
 
-    def __init__(self, topology: Topology):
-        self.group = topology.group("ulysses")
+    def __init__(self, mesh: Mesh):
+        self.group = mesh.group("ulysses")
         self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def take(self, x_BS: Tensor) -> Tensor:
         """This rank's positions of what every rank holds alike."""
         return x_BS.chunk(self.num_ranks, POSITIONS)[self.rank]
 
-    def enter(self, x_BSD: Tensor) -> Tensor:
+    def gather_or_copy(self, x_BSD: Tensor) -> Tensor:
         """All positions, from each rank's."""
         return x_BSD if self.num_ranks == 1 else collectives.gather(x_BSD, self.group, POSITIONS)
 
-    def leave(self, x_BSD: Tensor) -> Tensor:
+    def reduce_or_scatter(self, x_BSD: Tensor) -> Tensor:
         """This rank's positions of the sum over the ranks."""
         return x_BSD if self.num_ranks == 1 else collectives.scatter(x_BSD, self.group, POSITIONS)
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megafusion.images.sizes import Size, bounding_size
 from megafusion.sequence.document import IGNORED_LABEL, FlatDocument
 from megafusion.sequence.intervals import Intervals
-from megafusion.sequence.sizes import Size, canvas
 
 
 @dataclass(frozen=True)
-class RowShape:
+class SequenceShape:
     """The fixed shape of a row: S positions, N image slots of P patches, latents [C, h, w], pictures of H x W
     pixels where images come as those; and further sizes [h, w] that an image may have in place of the first.
     """
@@ -138,11 +138,11 @@ class PackedBatch:
         return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.image_start >= 0).sum()])
 
 
-def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np.ndarray]:
+def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[str, np.ndarray]:
     """One row from documents that fit in it together. Positions left over see only themselves."""
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)
-    most, latents = max(shape.patches), (shape.latent_shape[0], *canvas(shape.sizes))
+    most, latents = max(shape.patches), (shape.latent_shape[0], *bounding_size(shape.sizes))
     row = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.full(length, IGNORED_LABEL, np.int64),
@@ -155,7 +155,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: RowShape) -> dict[str, np
         "timesteps": np.zeros(slots, np.int64),
         "image_start": np.full(slots, -1, np.int32),
         "image_size": np.zeros(slots, np.int64),
-        "pictures": np.zeros((slots, 3, *canvas(shape.picture_sizes)), np.uint8),
+        "pictures": np.zeros((slots, 3, *bounding_size(shape.picture_sizes)), np.uint8),
         "has_picture": np.zeros(slots, bool),
     }
     first, slot = 0, 0

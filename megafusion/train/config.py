@@ -7,13 +7,13 @@ from pydantic import Field, model_validator
 
 from megafusion.config import Config
 from megafusion.data.config import DataConfig
-from megafusion.generate.sampling import SamplingConfig
-from megafusion.health.config import HealthConfig
-from megafusion.model.transfusion import ModelConfig
+from megafusion.engine.optimizer import OptimizerConfig
+from megafusion.model.config import ModelConfig
 from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.sampler import SamplingConfig
 from megafusion.parallel.config import ParallelConfig, Recompute
-from megafusion.sequence.packing import RowShape
-from megafusion.train.optimizer import OptimizerConfig
+from megafusion.resilience.config import HealthConfig
+from megafusion.sequence.packing import SequenceShape
 
 
 class SamplesConfig(Config):
@@ -30,9 +30,9 @@ class TrainConfig(Config):
 
     num_steps: int = Field(gt=0)
     """Optimizer steps."""
-    global_batch_rows: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
     """Packed rows of an optimizer step, over all ranks."""
-    micro_batch_rows: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0)
     """Packed rows that a rank computes at a time; the rest is gradient accumulation."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """fp32; bf16 with float32 masters, moments and gradient sums; fp8, which is bf16 with 8-bit matrix
@@ -118,10 +118,10 @@ class RunConfig(Config):
         return self
 
     @property
-    def row_shape(self) -> RowShape:
+    def sequence_shape(self) -> SequenceShape:
         """The shape of a packed row that data and model agree on."""
         data, model = self.data, self.model
-        return RowShape(
+        return SequenceShape(
             data.sequence_length,
             data.images_per_row,
             model.num_patches,

@@ -8,12 +8,12 @@ from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
 from megafusion.checkpoint.reader import read_whole
-from megafusion.data.originals import first_images, originals
+from megafusion.data.decode import first_images, originals
 from megafusion.data.source import Source
-from megafusion.evaluate.sheets import picture_sheet, png
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.images.sheets import picture_sheet, png
 from megafusion.storage import write_file
-from megafusion.train.assemble import Parts, make_pipeline
+from megafusion.train.build import Components, make_pipeline
 from megafusion.train.config import RunConfig
 
 
@@ -57,7 +57,7 @@ class Sampler:
     It is in host memory until it draws: training leaves no room on a device for a whole large model.
     """
 
-    def __init__(self, config: RunConfig, parts: Parts, device: torch.device):
+    def __init__(self, config: RunConfig, parts: Components, device: torch.device):
         self._config, self._parts, self._device = config, parts, device
         self._pipeline: TransfusionPipeline | None = None
         self._pairs: SamplePairs | None = None

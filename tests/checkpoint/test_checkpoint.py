@@ -15,52 +15,52 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megafusion.checkpoint import checkpointer as checkpointer_module
-from megafusion.checkpoint.checkpointer import Checkpointer
+from megafusion.checkpoint import manager as checkpointer_module
 from megafusion.checkpoint.folder import complete_checkpoints, read_manifest, verify_checkpoint
+from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.checkpoint.reader import Reader, load_whole
+from megafusion.engine.ema import Ema
 from megafusion.errors import UserError
-from megafusion.train.ema import Ema
-from tests.checkpoint.engines import (
+from tests.support.engines import (
     BF16,
+    Mesh,
     Model,
     Run,
-    Topology,
     contents,
     forward_weights,
     make_run,
     steps_taken,
 )
-from tests.workers import WorkersFailed, run_workers
+from tests.support.workers import WorkersFailed, run_workers
 
 # Some parameters stay whole on every rank, and there are more flat groups than groups of the optimizer.
 SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 50, "sub_group_size": 100}}
 TOPOLOGIES = [
-    Topology(1, 0),
-    Topology(1, 1),
-    Topology(2, 1),
-    Topology(2, 2),
-    Topology(2, 3, SMALL),
-    Topology(4, 1),
+    Mesh(1, 0),
+    Mesh(1, 1),
+    Mesh(2, 1),
+    Mesh(2, 2),
+    Mesh(2, 3, SMALL),
+    Mesh(4, 1),
 ]
-LOW_PRECISION = [Topology(2, 1, BF16), Topology(2, 2, BF16), Topology(2, 3, SMALL | BF16)]
+LOW_PRECISION = [Mesh(2, 1, BF16), Mesh(2, 2, BF16), Mesh(2, 3, SMALL | BF16)]
 OFFLOADED = [
-    Topology(2, stage, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}) for stage in (1, 2, 3)
+    Mesh(2, stage, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}) for stage in (1, 2, 3)
 ]
 
 
-def checkpointer_of(run: Run, folder: Path, keep_last: int = 2, keep_every: int = 0) -> Checkpointer:
-    return Checkpointer(folder, run.engine, run.owned, run.ema, keep_last, keep_every)
+def checkpointer_of(run: Run, folder: Path, keep_last: int = 2, keep_every: int = 0) -> CheckpointManager:
+    return CheckpointManager(folder, run.engine, run.owned, run.ema, keep_last, keep_every)
 
 
-def save(checkpointer: Checkpointer, step: int) -> None:
+def save(checkpointer: CheckpointManager, step: int) -> None:
     state = {"step": step, "topology": {"world_size": dist.get_world_size()}}
     checkpointer.save(state, {"batch_number": step, "streams": {str(dist.get_rank()): {"at": step}}})
 
 
-def save_and_go_on(topology: Topology, folder: Path) -> tuple[dict, list[float]]:
+def save_and_go_on(mesh: Mesh, folder: Path) -> tuple[dict, list[float]]:
     """Three steps, a save, two more: what stood at the save, and the losses after it."""
-    run = make_run(topology)
+    run = make_run(mesh)
     for number in (1, 2, 3):
         run.step(number)
     with checkpointer_of(run, folder) as checkpointer:
@@ -70,9 +70,9 @@ def save_and_go_on(topology: Topology, folder: Path) -> tuple[dict, list[float]]
     return before, losses
 
 
-def load_each(topology: Topology, folders: list[Path]) -> list[tuple[dict, list[float]]]:
+def load_each(mesh: Mesh, folders: list[Path]) -> list[tuple[dict, list[float]]]:
     """Into one engine, one after the other: what stands there after it, and the next losses."""
-    run, found = make_run(topology, seed=1), []
+    run, found = make_run(mesh, seed=1), []
     for folder in folders:
         checkpointer = checkpointer_of(run, folder)
         state = checkpointer.load(folder / "step-00000003")
@@ -81,7 +81,7 @@ def load_each(topology: Topology, folders: list[Path]) -> list[tuple[dict, list[
         # As after its own step: the small parameters are whole on every rank.
         persistent = getattr(run.engine.optimizer, "persistent_parameters", [])
         assert all(parameter.ds_status == ZeroParamStatus.AVAILABLE for parameter in persistent)
-        assert bool(persistent) == (topology.stage == 3)
+        assert bool(persistent) == (mesh.stage == 3)
         after = contents(run)
         for name, weight in forward_weights(run).items():
             assert torch.equal(weight, after[f"model.{name}"].to(weight.dtype)), name
@@ -96,29 +96,29 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[Topology, tuple]:
+def saved(tmp_path_factory) -> dict[Mesh, tuple]:
     """A checkpoint of each topology, with what it should hold and the losses that followed."""
     found = {}
-    for topology in TOPOLOGIES + LOW_PRECISION:
-        folder = tmp_path_factory.mktemp(str(topology))
-        found[str(topology)] = (folder, *run_workers(save_and_go_on, topology.data, topology, folder)[0])
+    for mesh in TOPOLOGIES + LOW_PRECISION:
+        folder = tmp_path_factory.mktemp(str(mesh))
+        found[str(mesh)] = (folder, *run_workers(save_and_go_on, mesh.data, mesh, folder)[0])
     return found
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-def test_every_topology_loads_every_other_bit_for_bit(saved, topology):
+@pytest.mark.parametrize("mesh", TOPOLOGIES, ids=str)
+def test_every_topology_loads_every_other_bit_for_bit(saved, mesh):
     sources = [saved[str(source)] for source in TOPOLOGIES]
-    by_rank = run_workers(load_each, topology.data, topology, [folder for folder, _, _ in sources])
+    by_rank = run_workers(load_each, mesh.data, mesh, [folder for folder, _, _ in sources])
     for found in by_rank:
         for (after, losses), (_, before, losses_then) in zip(found, sources, strict=True):
             assert_same(after, before)
             assert losses == pytest.approx(losses_then, abs=1e-5)
 
 
-@pytest.mark.parametrize("topology", [*LOW_PRECISION, Topology(1, 1), *OFFLOADED], ids=str)
-def test_masters_in_float32_under_weights_in_bfloat16_or_an_optimizer_on_the_host(saved, topology):
+@pytest.mark.parametrize("mesh", [*LOW_PRECISION, Mesh(1, 1), *OFFLOADED], ids=str)
+def test_masters_in_float32_under_weights_in_bfloat16_or_an_optimizer_on_the_host(saved, mesh):
     sources = [saved[str(source)] for source in LOW_PRECISION]
-    by_rank = run_workers(load_each, topology.data, topology, [folder for folder, _, _ in sources])
+    by_rank = run_workers(load_each, mesh.data, mesh, [folder for folder, _, _ in sources])
     for found in by_rank:
         for (after, losses), (_, before, losses_then) in zip(found, sources, strict=True):
             assert_same(after, before)
@@ -136,29 +136,29 @@ def test_whole_averages_are_read_without_an_engine(saved):
 
 
 def test_a_checkpoint_holds_the_streams_of_all_ranks_and_what_the_caller_says(saved):
-    folder, _, _ = saved[str(Topology(2, 1))]
+    folder, _, _ = saved[str(Mesh(2, 1))]
     state = json.loads((folder / "step-00000003/state.json").read_text())
     assert state["data"] == {"batch_number": 3, "streams": {"0": {"at": 3}, "1": {"at": 3}}}
     assert state["topology"] == {"world_size": 2}
 
 
-@pytest.mark.parametrize("topology", [Topology(2, 1), Topology(2, 3, SMALL), Topology(4, 1)], ids=str)
-def test_every_rank_writes_its_own_and_nothing_twice(saved, topology):
-    folder, _, _ = saved[str(topology)]
+@pytest.mark.parametrize("mesh", [Mesh(2, 1), Mesh(2, 3, SMALL), Mesh(4, 1)], ids=str)
+def test_every_rank_writes_its_own_and_nothing_twice(saved, mesh):
+    folder, _, _ = saved[str(mesh)]
     metadata = Reader(folder / "step-00000003/tensors").read_metadata()
     by_file: Counter = Counter()
     for name, entry in metadata.state_dict_metadata.items():
         for chunk in entry.chunks:
             file = metadata.storage_data[MetadataIndex(name, chunk.offsets)].relative_path
             by_file[file] += chunk.sizes.numel()
-    assert by_file.keys() == {f"__{rank}_0.distcp" for rank in range(topology.data)}
+    assert by_file.keys() == {f"__{rank}_0.distcp" for rank in range(mesh.data)}
     numel = 4 * sum(shape.numel() for shape in shapes_of_model().values())
     assert by_file.total() == numel
-    assert max(by_file.values()) < 1.1 * numel / topology.data + 16 * topology.data
+    assert max(by_file.values()) < 1.1 * numel / mesh.data + 16 * mesh.data
 
 
 def save_while_writing_is_held(folder: Path) -> list[float]:
-    run = make_run(Topology(2, 1))
+    run = make_run(Mesh(2, 1))
     run.step(1)
     released, write = threading.Event(), checkpointer_module._Writer.write_data
 
@@ -189,7 +189,7 @@ def test_training_goes_on_while_a_thread_writes_what_stood_at_the_save(tmp_path)
 
 
 def die_while_saving(folder: Path, victim: int) -> str:
-    run = make_run(Topology(4, 1))
+    run = make_run(Mesh(4, 1))
     checkpointer = checkpointer_of(run, folder, keep_last=1)
     save(checkpointer, 3)
     checkpointer.wait()
@@ -214,12 +214,12 @@ def test_a_rank_killed_while_saving_leaves_the_checkpoints_before_and_no_half(tm
     assert [c.name for c in complete_checkpoints(tmp_path)] == ["step-00000003"]
     verify_checkpoint(tmp_path / "step-00000003")
     assert (tmp_path / "step-00000004.partial").exists() == (victim == 0)  # nobody is left to delete it
-    run_workers(load_each, 1, Topology(1, 1), [tmp_path])
+    run_workers(load_each, 1, Mesh(1, 1), [tmp_path])
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def save_to_a_full_disk(folder: Path) -> list[str]:
-    run = make_run(Topology(2, 1))
+    run = make_run(Mesh(2, 1))
     checkpointer, said = checkpointer_of(run, folder, keep_last=1), []
     save(checkpointer, 3)
     checkpointer.wait()
@@ -252,7 +252,7 @@ def test_a_rank_whose_disk_is_full_is_named_to_all_and_nothing_half_written_stay
 
 
 def save_often(folder: Path) -> list[str]:
-    run, seen = make_run(Topology(1, 1)), []
+    run, seen = make_run(Mesh(1, 1)), []
     with checkpointer_of(run, folder, keep_last=2, keep_every=3) as checkpointer:
         for step in range(1, 8):
             save(checkpointer, step)
@@ -268,12 +268,12 @@ def test_the_newest_and_every_nth_stay(tmp_path):
 
 
 def load_what_does_not_fit(folder: Path, width: int, forget: int) -> str:
-    run = make_run(Topology(2, 1), width=width)
+    run = make_run(Mesh(2, 1), width=width)
     owned = [master for master in run.owned if master.name != "embedding.weight" or not forget]
     before = [[t.clone() for t in (m.weight, m.exp_avg, m.exp_avg_sq)] for m in owned]
     ema = Ema(owned, 0.9)
     with pytest.raises(UserError) as refused:
-        Checkpointer(folder, run.engine, owned, ema, 1).load(folder / "step-00000003")
+        CheckpointManager(folder, run.engine, owned, ema, 1).load(folder / "step-00000003")
     for master, (weight, exp_avg, exp_avg_sq), average in zip(owned, before, ema.fragments, strict=True):
         assert torch.equal(master.weight, weight)
         assert torch.equal(average, weight)
@@ -290,14 +290,14 @@ def load_what_does_not_fit(folder: Path, width: int, forget: int) -> str:
     ],
 )
 def test_another_model_is_refused_with_nothing_overwritten(saved, width, forget, message):
-    folder, _, _ = saved[str(Topology(4, 1))]
+    folder, _, _ = saved[str(Mesh(4, 1))]
     for said in run_workers(load_what_does_not_fit, 2, folder, width, forget):
         assert message in said
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 9])
 def test_each_file_is_hashed_by_one_rank(saved, tmp_path, num_ranks):
-    folder, _, _ = saved[str(Topology(4, 1))]
+    folder, _, _ = saved[str(Mesh(4, 1))]
     path = shutil.copytree(folder, tmp_path / "copy") / "step-00000003"
     names = read_manifest(path)
     assert len(names) == 6
@@ -315,7 +315,7 @@ def test_each_file_is_hashed_by_one_rank(saved, tmp_path, num_ranks):
 
 
 def test_a_damaged_file_of_any_rank_is_named_to_all_ranks(saved, tmp_path):
-    folder, _, _ = saved[str(Topology(4, 1))]
+    folder, _, _ = saved[str(Mesh(4, 1))]
     for name, damage in (("__3_0.distcp", "flip"), ("__1_0.distcp", "remove"), (".metadata", "cut")):
         copy = tmp_path / name
         shutil.copytree(folder, copy)

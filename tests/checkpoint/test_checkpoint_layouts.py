@@ -8,15 +8,15 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megafusion.checkpoint.checkpointer import Checkpointer
 from megafusion.checkpoint.folder import KINDS
-from megafusion.checkpoint.masters import Master, masters
+from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.checkpoint.reader import Reader, load_whole
-from megafusion.parallel.layout import Layout, Run, set_layout
-from megafusion.train.ema import Ema
-from tests.checkpoint.engines import Run as EngineRun
-from tests.checkpoint.engines import Topology, make_engine, steps_taken
-from tests.workers import run_workers
+from megafusion.engine.ema import Ema
+from megafusion.engine.optimizer_state import OptimizerShard, optimizer_shards
+from megafusion.parallel.sharding import ShardSpan, ShardSpec, set_shard_spec
+from tests.support.engines import Mesh, make_engine, steps_taken
+from tests.support.engines import Run as EngineRun
+from tests.support.workers import run_workers
 
 SHAPES = {
     "fused": (12, 5),  # three blocks of four rows, of which each rank has some
@@ -41,40 +41,40 @@ def wholes(kind: str) -> dict[str, Tensor]:
     return {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def layout(name: str, rank: int) -> Layout:
+def layout(name: str, rank: int) -> ShardSpec:
     """A tensor rank's of two: the first has a quarter of each block, the second the rest, so sizes differ."""
     dim, num_blocks = CUTS[name]
     size = SHAPES[name][dim] // num_blocks
     first = -(-size // 4)
     begin, length = ((0, first), (first, size - first))[rank]
-    runs = tuple(Run(block * length, block * size + begin, length) for block in range(num_blocks))
-    return Layout(torch.Size(SHAPES[name]), dim, runs)
+    runs = tuple(ShardSpan(block * length, block * size + begin, length) for block in range(num_blocks))
+    return ShardSpec(torch.Size(SHAPES[name]), dim, runs)
 
 
-def make_part(place: tuple[int, int, int, int]) -> tuple[EngineRun, dict[str, Layout]]:
+def make_part(place: tuple[int, int, int, int]) -> tuple[EngineRun, dict[str, ShardSpec]]:
     """This rank's engine over its stage's parameters, cut for its tensor rank, all of them zero."""
     num_stages, num_data, num_tensor, zero = place
-    topology = PipeModelDataParallelTopology(num_pp=num_stages, num_mp=num_tensor, num_dp=num_data)
-    grid = PipelineParallelGrid(topology=topology)
-    here = topology.get_coord(dist.get_rank())
+    mesh = PipeModelDataParallelTopology(num_pp=num_stages, num_mp=num_tensor, num_dp=num_data)
+    grid = PipelineParallelGrid(mesh=mesh)
+    here = mesh.get_coord(dist.get_rank())
     names = STAGES[here.pipe] if num_stages == 2 else SHAPES
     model, layouts = nn.Module(), {}
     for name in names:
-        layouts[name] = Layout(torch.Size(SHAPES[name]), 0, (Run(0, 0, SHAPES[name][0]),))
+        layouts[name] = ShardSpec(torch.Size(SHAPES[name]), 0, (ShardSpan(0, 0, SHAPES[name][0]),))
         cut = num_tensor == 2 and name in CUTS
         if cut:
             layouts[name] = layout(name, here.model)
         parameter = nn.Parameter(layouts[name].take(torch.zeros(SHAPES[name])))
         if cut:
-            set_layout(parameter, layouts[name])
+            set_shard_spec(parameter, layouts[name])
             parameter.tensor_model_parallel = True
         model.register_parameter(name, parameter)
-    engine = make_engine(model, Topology(num_data, zero), None if num_data == dist.get_world_size() else grid)
-    owned = masters(engine, engine.module.named_parameters())
-    return EngineRun(engine, Topology(num_data, zero), owned, Ema(owned, 0.9)), layouts
+    engine = make_engine(model, Mesh(num_data, zero), None if num_data == dist.get_world_size() else grid)
+    owned = optimizer_shards(engine, engine.module.named_parameters())
+    return EngineRun(engine, Mesh(num_data, zero), owned, Ema(owned, 0.9)), layouts
 
 
-def fragments(master: Master, average: Tensor) -> dict[str, Tensor]:
+def fragments(master: OptimizerShard, average: Tensor) -> dict[str, Tensor]:
     return dict(zip(KINDS, (master.weight, average, master.exp_avg, master.exp_avg_sq), strict=True))
 
 
@@ -84,7 +84,7 @@ def save_part(place: tuple, folder: Path) -> None:
         for kind, fragment in fragments(master, average).items():
             local = layouts[master.name].take(wholes(kind)[master.name]).flatten()
             fragment.copy_(local[master.start : master.start + len(fragment)])
-    with Checkpointer(folder, run.engine, run.owned, run.ema, 1) as checkpointer:
+    with CheckpointManager(folder, run.engine, run.owned, run.ema, 1) as checkpointer:
         checkpointer.save({"step": 3}, {"streams": {}})
 
 
@@ -92,7 +92,7 @@ def load_part(place: tuple, folders: list[Path]) -> int:
     """Number of elements of this rank that were compared."""
     run, layouts = make_part(place)
     for folder in folders:
-        with Checkpointer(folder, run.engine, run.owned, run.ema, 1) as checkpointer:
+        with CheckpointManager(folder, run.engine, run.owned, run.ema, 1) as checkpointer:
             checkpointer.load(folder / "step-00000003")
         for master, average in zip(run.owned, run.ema.fragments, strict=True):
             for kind, fragment in fragments(master, average).items():

@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from megafusion.config import parse_config
 from megafusion.data.config import SourceConfig
-from megafusion.data.members import BadDocument
+from megafusion.data.document_format import BadDocument
+from megafusion.data.loader import packed_and_skipped
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import load_manifest, npy
-from megafusion.data.stream import packed_and_skipped
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
-from tests.data.rows import LATENTS, digest, stream_of, write_pairs, write_texts
-from tests.tars import add_members, link
+from tests.support.rows import LATENTS, digest, stream_of, write_pairs, write_texts
+from tests.support.tars import add_members, link
 
 TOKENS = npy(np.arange(3, 8, dtype=np.int32))
 MOMENTS = npy(np.zeros((2, *LATENTS), np.float16))

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megafusion.config import load_config
-from megafusion.data.stream import BatchStream, packed_and_skipped
+from megafusion.data.loader import DataLoader, packed_and_skipped
 from megafusion.train.config import RunConfig
-from tests.data.rows import Ids, stream_of, write_pairs, write_texts
-from tests.small import GLOSSES, PACK, ROOT
+from tests.support.rows import Ids, stream_of, write_pairs, write_texts
+from tests.support.small import GLOSSES, PACK, ROOT
 
 
 @pytest.fixture(scope="module")
 def captions(tokenizer):
     """Lengths of the starter split's captions and of glosses, in the quickstart's tokenizer."""
-    from data_prep.tars import tar_pictures
+    from data_prep.readers.tars import tar_pictures
 
     wanted = set((ROOT / "data_prep/emoji/starter.txt").read_text().split())
     texts = [p.caption.decode().strip() for p in tar_pictures(PACK) if p.key in wanted]
@@ -31,7 +31,7 @@ def in_turn(lengths):
     return lambda random: next(turns)
 
 
-def packed(stream: BatchStream, num_steps: int) -> tuple[Counter, list[Counter]]:
+def packed(stream: DataLoader, num_steps: int) -> tuple[Counter, list[Counter]]:
     """Positions packed by source: in all, and by batch."""
     totals = [Counter(packed_and_skipped(stream.next().state)[0]) for _ in range(num_steps)]
     return totals[-1], [totals[0]] + [b - a for a, b in itertools.pairwise(totals)]
@@ -51,7 +51,7 @@ def test_the_quickstart_is_full_and_keeps_its_weights(captions, tmp_path):
         length=config.sequence_length,
         slots=config.images_per_row,
         num_patches=16,
-        look_ahead=config.look_ahead,
+        packing_buffer_size=config.packing_buffer_size,
     )
     total, batches = packed(stream, 500)
     assert total.total() / (500 * 16 * config.sequence_length) >= 0.97
@@ -86,7 +86,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     """Texts cut anywhere: the pairs of input and target of two epochs are those of the documents, twice."""
     lengths = [1, 2, 300, 64, 62, 61, 63, 65, 7, 130, 90, 15]
     folder = write_texts(tmp_path / "text", len(lengths), 5, length=in_turn(lengths))
-    stream = stream_of({"text": (folder, 1.0)}, range(1), 1, look_ahead=5)
+    stream = stream_of({"text": (folder, 1.0)}, range(1), 1, packing_buffer_size=5)
     (logical,) = stream._streams.values()
     source = logical._sources["text"]
     wanted: Counter = Counter()
@@ -121,7 +121,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
 
 def test_a_piece_sees_itself_alone_and_restarts_its_positions(tmp_path):
     folder = write_texts(tmp_path / "text", 1, 1, length=lambda r: 150)
-    stream = stream_of({"text": (folder, 1.0)}, range(1), 1, look_ahead=2)
+    stream = stream_of({"text": (folder, 1.0)}, range(1), 1, packing_buffer_size=2)
     rows = [stream.next().micro_batches[0] for _ in range(3)]
     assert rows[1].tokens[0, 0] == rows[0].labels[0, -1]  # a piece's last target opens the next one
     for row in rows:
@@ -135,12 +135,12 @@ def test_a_piece_sees_itself_alone_and_restarts_its_positions(tmp_path):
     per_shard=st.integers(1, 17),
     num_streams=st.integers(1, 3),
     length=st.sampled_from([24, 40, 64]),
-    look_ahead=st.integers(1, 9),
+    packing_buffer_size=st.integers(1, 9),
     seed=st.integers(0, 5),
 )
 @settings(max_examples=25)
 def test_each_sample_exactly_once_an_epoch(
-    tmp_path_factory, num_documents, per_shard, num_streams, length, look_ahead, seed
+    tmp_path_factory, num_documents, per_shard, num_streams, length, packing_buffer_size, seed
 ):
     """Counts that divide nothing: the images of each epoch are all of the source's, each once."""
     folder = tmp_path_factory.mktemp("once") / "pairs"
@@ -150,7 +150,7 @@ def test_each_sample_exactly_once_an_epoch(
         range(num_streams),
         num_streams,
         length=length,
-        look_ahead=look_ahead,
+        packing_buffer_size=packing_buffer_size,
         seed=seed,
     )
     seen: Counter = Counter()
@@ -171,7 +171,7 @@ def test_each_sample_exactly_once_an_epoch(
 def test_a_long_text_does_not_hold_up_what_came_before(tmp_path):
     """No document waits for more rows than the look-ahead holds, cut texts and full slots included."""
     pairs, texts = write_pairs(tmp_path / "pairs", 200), write_texts(tmp_path / "text", 50)
-    stream = stream_of({"pairs": (pairs, 1.0), "text": (texts, 2.0)}, range(1), 1, look_ahead=8)
+    stream = stream_of({"pairs": (pairs, 1.0), "text": (texts, 2.0)}, range(1), 1, packing_buffer_size=8)
     (logical,) = stream._streams.values()
     waited: Counter = Counter()
     for _ in range(300):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megafusion.data.logical import LogicalStream
+from megafusion.data.logical_stream import LogicalStream
 from megafusion.errors import UserError
 from megafusion.sequence.document import IGNORED_LABEL
-from tests.data.rows import (
+from tests.support.rows import (
     NUM_PATCHES,
     Ids,
     ManyIds,
@@ -106,7 +106,7 @@ PARTS = st.lists(st.one_of(st.just(0), st.integers(1, 90)), min_size=1, max_size
     documents=st.lists(PARTS, min_size=1, max_size=6),
     length=st.one_of(st.integers(NUM_PATCHES + 4, 150), st.just(640)),
     slots=st.integers(1, 4),
-    look_ahead=st.integers(1, 6),
+    packing_buffer_size=st.integers(1, 6),
     stops=st.sets(st.integers(0, 30), max_size=3),
 )
 @example([[0, 1]], NUM_PATCHES + 4, 1, 1, set())
@@ -115,11 +115,11 @@ PARTS = st.lists(st.one_of(st.just(0), st.integers(1, 90)), min_size=1, max_size
 @example([[0] * 9, [3, 0, 0, 3, 0]], 640, 1, 2, {1})
 @settings(max_examples=60, deadline=None)
 def test_each_patch_and_each_target_once_an_epoch(
-    tmp_path_factory, documents, length, slots, look_ahead, stops
+    tmp_path_factory, documents, length, slots, packing_buffer_size, stops
 ):
     """After any row, what has stood in rows is what was read and does not wait; so too after restarts."""
     folder = write_documents(tmp_path_factory.mktemp("once") / "web", documents)
-    values = {"length": length, "slots": slots, "look_ahead": look_ahead}
+    values = {"length": length, "slots": slots, "packing_buffer_size": packing_buffer_size}
     logical = logical_of(folder, **values)
     positions, images = Counter(), Counter()
     number = 0
@@ -247,7 +247,9 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_whole(tmp_path):
     """Pairs that fit stay whole; only what fits in no row is cut."""
     lengths = iter([100, 5, 30, 200])
     pairs = write_pairs(tmp_path / "pairs", 4, caption=lambda r: next(lengths))
-    (logical,) = stream_of({"pairs": (pairs, 1.0)}, range(1), 1, length=64, look_ahead=3)._streams.values()
+    (logical,) = stream_of(
+        {"pairs": (pairs, 1.0)}, range(1), 1, length=64, packing_buffer_size=3
+    )._streams.values()
     cut = set()
     for _ in range(60):
         cut |= {place[2] for place in logical.state.pending if place[3]}

@@ -9,22 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafusion.config import parse_config
-from megafusion.data.members import StoredDocument
+from megafusion.data.document_format import StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
+from megafusion.engine.engine import start_process_group
 from megafusion.errors import UserError
-from megafusion.parallel.topology import make_topology
+from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.document import NoisedImage, cut_document, find_cut, flatten
-from megafusion.sequence.packing import RowShape
-from megafusion.train.assemble import assemble
+from megafusion.sequence.packing import SequenceShape
+from megafusion.telemetry.metrics import read_metrics
+from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import start_process_group
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
-from tests.data.rows import Ids, digest, stream_of, write_texts
+from megafusion.train.loop import train
 from tests.data.test_pictures import options, webp, write_pictures
-from tests.data_prep.raw import drawing
-from tests.workers import run_workers
+from tests.support.raw import drawing
+from tests.support.rows import Ids, digest, stream_of, write_texts
+from tests.support.workers import run_workers
 
 SIZES, PATCHES = ((4, 4), (2, 6), (8, 2)), (4, 3, 4)
 
@@ -127,7 +127,7 @@ def test_lengths_are_estimated_by_each_size(sources):
     from megafusion.data.source import Source
 
     source = Source("pairs", 0, ShardFolder(sources["pairs"][0]), 4, 0)
-    shape = RowShape(64, 4, 4, (1, 4, 4), more_sizes=SIZES[1:])
+    shape = SequenceShape(64, 4, 4, (1, 4, 4), more_sizes=SIZES[1:])
     manifest = source.folder.manifest
     expected = 2 + (manifest.num_tokens + 30 * (4 + 3 + 4) + 90 * 2) / 90
     assert source.positions_per_document(shape) == pytest.approx(expected)
@@ -157,7 +157,7 @@ def test_shards_and_model_that_do_not_fit(mixed_values, changes, message):
     config = parse_config(RunConfig, mixed_values, "test")
     start_process_group()
     with pytest.raises(UserError, match=message):
-        assemble(config, make_topology(config.parallel))
+        build_components(config, make_mesh(config.parallel))
 
 
 PARTS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([0, -1, -2])), min_size=1, max_size=10)
@@ -208,7 +208,7 @@ def losses(values: dict) -> list[float]:
 
 def test_pictures_and_their_latents_give_the_same_losses(mixed_values, codec, tokenizer, tmp_path):
     """Kept pictures are shown at the size nearest to each, and encoded as preprocessing would have."""
-    from megafusion.data.pictures import show_picture
+    from megafusion.data.augment import show_picture
 
     shapes = (((32, 32), 0), ((60, 36), 1), ((20, 60), 2), ((30, 33), 0))
     kept, stored = [], []

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from megafusion.errors import UserError
-from tests.data.rows import digest, stream_of, write_pairs, write_texts
+from tests.support.rows import digest, stream_of, write_pairs, write_texts
 
 NUM_ROWS, NUM_STEPS = 8, 500
 

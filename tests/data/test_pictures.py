@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from megafusion.config import parse_config
+from megafusion.data.augment import show_picture
 from megafusion.data.config import DataConfig
-from megafusion.data.members import BadBytes, StoredDocument
-from megafusion.data.pictures import show_picture
+from megafusion.data.document_format import CorruptBytes, StoredDocument
 from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
+from megafusion.telemetry.metrics import read_metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
-from tests.data.rows import digest, stream_of, write_pairs
-from tests.workers import run_workers
+from megafusion.train.loop import train
+from tests.support.rows import digest, stream_of, write_pairs
+from tests.support.workers import run_workers
 
 
 def webp(picture: Image.Image) -> bytes:
@@ -85,20 +85,20 @@ def test_a_share_is_mirrored():
     ids=["empty", "header", "truncated", "no picture"],
 )
 def test_what_is_no_picture_is_bad(content):
-    with pytest.raises(BadBytes, match="cannot be opened"):
+    with pytest.raises(CorruptBytes, match="cannot be opened"):
         show_picture(content, (8, 8), options(), np.random.default_rng(0))
 
 
 def test_a_picture_of_another_format_is_bad():
     buffer = io.BytesIO()
     ramp(8, 8).save(buffer, "PNG")
-    with pytest.raises(BadBytes, match="cannot be opened"):
+    with pytest.raises(CorruptBytes, match="cannot be opened"):
         show_picture(buffer.getvalue(), (8, 8), options(), np.random.default_rng(0))
 
 
 def test_a_bomb_is_bad_before_it_is_unpacked(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadBytes, match="too many pixels"):
+    with pytest.raises(CorruptBytes, match="too many pixels"):
         show_picture(webp(ramp(40, 40)), (8, 8), options(), np.random.default_rng(0))
 
 

@@ -18,7 +18,7 @@ from megafusion.data import remote
 from megafusion.data.cache import CacheFull, ShardCache
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from tests.data.rows import digest, stream_of, write_pairs, write_texts
+from tests.support.rows import digest, stream_of, write_pairs, write_texts
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

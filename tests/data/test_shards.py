@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from webdataset import WebDataset
 
-from megafusion.data.members import StoredDocument
+from megafusion.data.document_format import StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import load_manifest, write_shards
 from megafusion.errors import UserError

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
-from megafusion.data.logical import LogicalStream
-from megafusion.data.members import StoredDocument
+from megafusion.data.document_format import StoredDocument
+from megafusion.data.loader import DataLoader, GlobalBatch
+from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
 from megafusion.data.source import Source, open_sources
-from megafusion.data.stream import BatchStream, GlobalBatch
 from megafusion.errors import UserError
-from megafusion.sequence.packing import RowShape, collate
+from megafusion.sequence.packing import SequenceShape, collate
 
 NUM_ROWS = 4
 
@@ -30,10 +30,10 @@ def data(run_values) -> DataConfig:
 
 @pytest.fixture
 def make_stream(data, tokenizer, codec):
-    def make(rows=range(NUM_ROWS), seed=0, data=data, micro=1) -> BatchStream:
+    def make(rows=range(NUM_ROWS), seed=0, data=data, micro=1) -> DataLoader:
         sources = open_sources(data, tokenizer, codec.hash, seed)
-        shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
-        return BatchStream(data, sources, shape, tokenizer, 1000, NUM_ROWS, rows, micro)
+        shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+        return DataLoader(data, sources, shape, tokenizer, 1000, NUM_ROWS, rows, micro)
 
     return make
 
@@ -50,7 +50,7 @@ def make_logical_stream(data, tokenizer, codec, tmp_path):
             write_shards(tmp_path / name, documents, 16, **origin | fields)
             values["sources"][name] = {"path": tmp_path / name, "weight": weight}
         config = DataConfig(**values)
-        shape = RowShape(config.sequence_length, config.images_per_row, 16, (4, 8, 8))
+        shape = SequenceShape(config.sequence_length, config.images_per_row, 16, (4, 8, 8))
         sources = open_sources(config, tokenizer, codec.hash, seed)
         return LogicalStream(0, sources, config, shape, tokenizer, 1000)
 
@@ -118,7 +118,7 @@ def test_a_restart_goes_on_with_the_same_rows_past_the_end_of_an_epoch(make_stre
 def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data, tokenizer, codec):
     """With twice as many streams as rows every stream is read, also by ranks and after a restart."""
     data = data.model_copy(update={"num_streams": 2 * NUM_ROWS})
-    shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
     sources = open_sources(data, tokenizer, codec.hash, 0)
     streams = [LogicalStream(m, sources, data, shape, tokenizer, 1000) for m in range(2 * NUM_ROWS)]
     expected = []
@@ -210,7 +210,7 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
     """Over whole epochs, the images that come out are those that went in, each once an epoch."""
     data = data.model_copy(update={"caption_first": 1.0, "caption_dropout": 0.0, "num_streams": 1})
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
     stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
     found = Counter()
     for _ in range(60):
@@ -231,7 +231,7 @@ def test_mixture_follows_the_weights(data, tokenizer, codec):
     values["sources"]["text"]["weight"] = 1.5
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    shape = RowShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
     stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
     for _ in range(120):
         stream.next_row()
@@ -243,7 +243,7 @@ def test_what_waits_in_the_look_ahead_counts_for_the_mixture(make_logical_stream
     """After any row the sources are read in step, to within one document, not only in the long run."""
     lengths, weights = {"short": 12, "long": 22}, {"short": 1.0, "long": 2.0}
     made = {name: (weights[name], *texts_of([lengths[name]] * 20)) for name in lengths}
-    stream = make_logical_stream(made, look_ahead=16, sequence_length=50)
+    stream = make_logical_stream(made, packing_buffer_size=16, sequence_length=50)
     ahead = []
     for _ in range(30):
         stream.next_row()
@@ -256,7 +256,7 @@ def test_what_waits_in_the_look_ahead_counts_for_the_mixture(make_logical_stream
 def test_no_document_waits_for_more_rows_than_the_look_ahead_holds(make_logical_stream):
     """Two of 20 positions fill a row of 40, so that the ones of 21 would never be the best fit."""
     made = {"text": (1.0, *texts_of([21 if i % 5 == 0 else 20 for i in range(200)]))}
-    stream = make_logical_stream(made, look_ahead=8, sequence_length=40)
+    stream = make_logical_stream(made, packing_buffer_size=8, sequence_length=40)
     rows_waited = Counter()
     for _ in range(60):
         stream.next_row()
@@ -269,7 +269,7 @@ def test_the_seed_decides_noise_timesteps_and_coins_of_a_document(make_logical_s
 
     def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         made = {"pair": (1.0, *pairs_of(1, codec, 0.0, 0.0))}
-        stream = make_logical_stream(made, seed, look_ahead=1, images_per_row=1, caption_first=0.5)
+        stream = make_logical_stream(made, seed, packing_buffer_size=1, images_per_row=1, caption_first=0.5)
         rows = [stream.next_row() for _ in range(20)]
         names = ("noise", "latents", "timesteps", "tokens")
         return tuple(np.stack([row[name] for row in rows]) for name in names)
@@ -300,7 +300,7 @@ def test_coins_timesteps_and_the_noise_limit(data, tokenizer, codec):
     del values["sources"]["text"]
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    stream = LogicalStream(0, sources, data, RowShape(96, 4, 16, (4, 8, 8)), tokenizer, 1000)
+    stream = LogicalStream(0, sources, data, SequenceShape(96, 4, 16, (4, 8, 8)), tokenizer, 1000)
     kinds, limited, free = Counter(), [], []
     for _ in range(300):
         row = stream.next_row()

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megafusion.errors import UserError
-from tests.data.rows import digest, stream_of, write_pairs
+from tests.support.rows import digest, stream_of, write_pairs
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +127,7 @@ def test_prefetch_is_bounded(sources, tmp_path):
 SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
-from tests.data.rows import stream_of
+from tests.support.rows import stream_of
 with stream_of({"pairs": (sys.argv[1], 1.0)}, range(4), 4, num_workers=2, prefetch=8) as stream:
     stream.next()
     print("ready", flush=True)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from megafusion.autoencoder.codec import ImageCodec, to_tensor
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import load_manifest
 from megafusion.errors import UserError
-from tests.data_prep.raw import png, write_tar
+from megafusion.images.codec import ImageCodec
+from megafusion.images.processor import to_tensor
+from tests.support.raw import png, write_tar
 
 GOOD = {
     "a": {"png": png("red"), "txt": b"red square"},

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.config import FilterConfig
-from data_prep.filters import Facts, Seen
+from data_prep.filters import Deduplicator, RecordInfo
 from megafusion.data.reader import ShardFolder
-from tests.data_prep.raw import drawing, encoded, png, write_tar
+from tests.support.raw import drawing, encoded, png, write_tar
 
 
 def kept_keys(folder) -> list[str]:
@@ -104,11 +104,11 @@ def test_equal_texts_are_duplicates(make, tmp_path):
 def test_looks_are_compared_with_every_one_that_was_kept(looks, flips, distance):
     """As by brute force, though only hashes that share a band of bits are compared."""
     looks = looks + [looks[i % len(looks)] ^ sum(1 << bit for bit in bits) for i, bits in flips]
-    seen = Seen(FilterConfig(duplicates="perceptual", max_distance=distance))
+    seen = Deduplicator(FilterConfig(duplicates="perceptual", max_distance=distance))
     kept: list[int] = []
     for number, look in enumerate(looks):
         is_new = all((look ^ other).bit_count() > distance for other in kept)
-        assert (seen.duplicate(Facts(b"%d" % number, look, 1, 1)) is None) == is_new
+        assert (seen.duplicate(RecordInfo(b"%d" % number, look, 1, 1)) is None) == is_new
         if is_new:
             kept.append(look)
 

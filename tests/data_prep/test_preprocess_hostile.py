@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from data_prep.pictures import open_rgb
-from data_prep.records import BadRecord
+from data_prep.images import open_rgb
+from data_prep.readers.records import BadRecord
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from tests.data_prep.raw import drawing, encoded, png, write_members, write_tar
-from tests.tars import link
+from tests.support.raw import drawing, encoded, png, write_members, write_tar
+from tests.support.tars import link
 
 
 def bomb() -> bytes:

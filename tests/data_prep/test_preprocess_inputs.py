@@ -7,16 +7,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_prep.documents import parts_of
+from data_prep.readers.documents import parts_of
 from megafusion.data.config import DataConfig
-from megafusion.data.logical import LogicalStream
+from megafusion.data.loader import DataLoader
+from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
-from megafusion.data.stream import BatchStream
 from megafusion.errors import UserError
-from megafusion.sequence.packing import RowShape
-from tests.data_prep.raw import png, write_members, write_tar
-from tests.small import ROOT
+from megafusion.sequence.packing import SequenceShape
+from tests.support.raw import png, write_members, write_tar
+from tests.support.small import ROOT
 
 
 def documents(folder) -> list:
@@ -200,9 +200,9 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
     (made,) = make(documents=(tmp_path / "docs.parquet",), documents_per_shard=5)
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=2)
-    shape = RowShape(96, 3, 16, made.latent_shape)
+    shape = SequenceShape(96, 3, 16, made.latent_shape)
     timesteps = {True: [], False: []}
-    with BatchStream(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
+    with DataLoader(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
         for _ in range(30):
             for batch in stream.next().micro_batches:
                 for start, timestep in zip(batch.image_start[0], batch.timesteps[0], strict=True):
@@ -225,7 +225,7 @@ def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
     ]
     assert after == [False, True, False, False]
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=1)
-    logical = LogicalStream(0, sources, config, RowShape(96, 3, 16, made.latent_shape), tokenizer, 1000)
+    logical = LogicalStream(0, sources, config, SequenceShape(96, 3, 16, made.latent_shape), tokenizer, 1000)
     bounds = {}
     for order in range(4):
         document, _ = logical._load("web", 0, order)

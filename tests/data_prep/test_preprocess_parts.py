@@ -8,13 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_prep import inputs
 from data_prep.config import PreprocessConfig
-from data_prep.lines import LineReader, byte_parts, count_lines
 from data_prep.preprocess import ShardRange
-from data_prep.tables import group_parts
+from data_prep.readers import inputs
+from data_prep.readers.lines import LineReader, byte_parts, count_lines
+from data_prep.readers.tables import group_parts
 from megafusion.errors import UserError
-from tests.data_prep.raw import drawing, encoded, made_files, png
+from tests.support.raw import drawing, encoded, made_files, png
 
 KINDS = ("pairs", "text", "interleaved")
 

@@ -19,7 +19,7 @@ from data_prep.config import PreprocessConfig
 from data_prep.preprocess import ShardRange, parse_range, preprocess
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from tests.data_prep.raw import (
+from tests.support.raw import (
     drawing,
     encoded,
     kill_in_the_middle,
@@ -28,7 +28,7 @@ from tests.data_prep.raw import (
     shards_made,
     write_tar,
 )
-from tests.small import GLOSSES
+from tests.support.small import GLOSSES
 
 KINDS = ("pairs", "text", "interleaved")
 

@@ -14,18 +14,18 @@ from pyarrow import Table, parquet
 from typer.testing import CliRunner
 
 from data_prep.config import PreprocessConfig
-from data_prep.make import compressed
 from data_prep.preprocess import ShardRange, preprocess
-from megafusion.autoencoder.codec import to_tensor
+from data_prep.write import compressed
 from megafusion.cli import app
 from megafusion.config import load_config, parse_config
-from megafusion.data.pictures import open_picture
+from megafusion.data.augment import open_picture
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
+from megafusion.images.processor import to_tensor
 from megafusion.train.config import RunConfig
-from tests.data_prep.raw import drawing, encoded, kill_in_the_middle, made_files
-from tests.sizes import ASPECTS, PIXELS, SIZES, write_raw
-from tests.small import ROOT
+from tests.support.raw import drawing, encoded, kill_in_the_middle, made_files
+from tests.support.sizes import ASPECTS, PIXELS, SIZES, write_raw
+from tests.support.small import ROOT
 
 NEAREST = (0, 1, 2, 0, 2, 1)
 

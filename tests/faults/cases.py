@@ -16,11 +16,11 @@ import psutil
 
 from megafusion.checkpoint.folder import PARTIAL, complete_checkpoints, step_of, verify_checkpoint
 from megafusion.errors import UserError
-from megafusion.health.lines import read_metrics
-from megafusion.health.starts import read_starts
+from megafusion.resilience.attempts import read_starts
+from megafusion.telemetry.metrics_file import read_metrics
 from tests.faults.hurts import nan_gradients, slow_disk, with_reference, without_batches
 from tests.faults.job import Job, newest, same_bits, step_of_run
-from tests.small import small_run
+from tests.support.small import small_run
 
 NUM_STEPS = 16
 LAID_OUT = {"tensor": 2}
@@ -60,7 +60,7 @@ class Bench:
         """A run in a folder of its own: 16 steps, a checkpoint every 2."""
         self._number += 1
         values = small_run(self._shards, self._vae, self.folder / f"run-{self._number}")
-        values["train"] |= {"num_steps": NUM_STEPS, "checkpoint_every": 2, "micro_batch_rows": 1}
+        values["train"] |= {"num_steps": NUM_STEPS, "checkpoint_every": 2, "micro_batch_size": 1}
         values["train"] |= {"trackers": [], **train}
         values["parallel"] = LAID_OUT if world == 4 else {}
         # Kills fall on the same step as often as chance has it.
@@ -407,9 +407,15 @@ def endurance(bench: Bench, num_steps: int) -> Case:
     case = Case(f"{num_steps:,} tiny steps")
     every = num_steps // 200
     values = bench.values(1, num_steps=num_steps, log_every=every, checkpoint_every=num_steps // 10)
-    values["train"] |= {"global_batch_rows": 1, "trackers": ["tensorboard", "prometheus"]}
+    values["train"] |= {"global_batch_size": 1, "trackers": ["tensorboard", "prometheus"]}
     values["data"] |= {"num_streams": 1, "sequence_length": 32, "images_per_row": 1}
-    values["model"] |= {"num_layers": 1, "width": 16, "num_heads": 2, "num_kv_heads": 1, "hidden_width": 16}
+    values["model"] |= {
+        "num_layers": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "ffn_hidden_size": 16,
+    }
     values["model"]["patch_size"] = 4
     run, seen = Path(values["out"]), []
     references = run.with_name(run.name + ".references")

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megafusion.data.stream import BatchStream
-from megafusion.train import run
-from megafusion.train.engine import Engine
+from megafusion.data.loader import DataLoader
+from megafusion.engine.engine import Engine
+from megafusion.train import loop as run
 
 
 def nan_gradients(rank: int, victim: int, batches: range) -> None:
@@ -32,16 +32,16 @@ def nan_gradients(rank: int, victim: int, batches: range) -> None:
 
 def without_batches(rank: int, batches: range) -> None:
     """The stream has these batches not at all: what a run with bad ones is to be like."""
-    following, number = BatchStream.next, [0]
+    following, number = DataLoader.next, [0]
 
-    def next_one(self: BatchStream) -> object:
+    def next_one(self: DataLoader) -> object:
         while number[0] in batches:
             number[0] += 1
             following(self)
         number[0] += 1
         return following(self)
 
-    BatchStream.next = next_one
+    DataLoader.next = next_one
 
 
 def slow_disk(rank: int, seconds: float) -> None:

@@ -19,7 +19,7 @@ import yaml
 from megafusion.checkpoint.folder import complete_checkpoints
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megafusion.train.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
+_CONTEXT.set_forkserver_preload(["megafusion.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 class Job:

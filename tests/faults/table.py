@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tests.faults import cases
-from tests.small import make_shards, make_vae
+from tests.support.small import make_shards, make_vae
 
 ALL = {
     "kills": partial(cases.kills, number=30),

@@ -5,15 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from megafusion.autoencoder.codec import to_pil, to_tensor
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.generate.sampling import SamplingConfig, guided, make_sampler
-from megafusion.objective.schedule import ScheduleConfig
+from megafusion.images.processor import to_pil, to_tensor
+from megafusion.objective.noise_process import ScheduleConfig
+from megafusion.objective.sampler import SamplingConfig, guided, make_sampler
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
-from tests.generate.whole import (
+from tests.support.whole import (
     CAPTIONS,
     assert_as_if_alone,
     free_answers,

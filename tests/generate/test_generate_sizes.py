@@ -5,14 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+from megafusion.commands.generate import parse_size
 from megafusion.errors import UserError
-from megafusion.generate.command import parse_size
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
 from megafusion.sequence.tokenizer import begin_of_image
-from tests.data_prep.raw import drawing
-from tests.generate.whole import (
+from tests.support.raw import drawing
+from tests.support.sizes import PIXELS, SIZES
+from tests.support.whole import (
     CAPTIONS,
     assert_as_if_alone,
     free_answers,
@@ -20,7 +21,6 @@ from tests.generate.whole import (
     make_pipeline,
     prompt_batch,
 )
-from tests.sizes import PIXELS, SIZES
 
 PATCHES = (16, 15, 12)
 

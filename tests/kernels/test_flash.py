@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import DEVICE, Case, packed_rows
 
 from interval_attention.blocks import block_lists
 from interval_attention.flash import check_flash, document_starts, flash_prepare
 from interval_attention.reference import dense_mask, reference_attention
+from tests.support.layouts import DEVICE, Case, packed_rows
 
 has_flash_4 = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 needs_flash_4 = pytest.mark.skipif(not has_flash_4, reason="flash-attn-4 is not installed")

@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from layouts import DEVICE, Case, packed_row, packed_rows
 from torch.utils.checkpoint import checkpoint
 
 import interval_attention as package
@@ -13,6 +12,7 @@ from interval_attention import api, configs, interval_attention, prepare, prepar
 from interval_attention.configs import INTERPRETED, Tile, Tiles, using
 from interval_attention.intervals import RUN
 from interval_attention.reference import reference_attention
+from tests.support.layouts import DEVICE, Case, packed_row, packed_rows
 
 
 def int32(rows: list[list[int]]) -> torch.Tensor:

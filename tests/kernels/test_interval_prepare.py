@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import DEVICE, packed_rows
 
 import interval_attention
 from interval_attention import prepare
 from interval_attention.intervals import RUN
 from interval_attention.reference import dense_mask
+from tests.support.layouts import DEVICE, packed_rows
 
 
 def test_column_bounds_are_the_transpose_on_200_layouts():

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from megafusion.cli import app, main
 from megafusion.errors import UserError
 from megafusion.launch.site import Site
-from tests.small import ROOT
+from tests.support.small import ROOT
 
 LAUNCHERS = ROOT / "launchers"
 SCRIPTS = sorted([*LAUNCHERS.glob("*.sh"), *LAUNCHERS.glob("slurm/*")])
@@ -68,7 +68,7 @@ def test_shellcheck_finds_nothing():
 
 def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_file, tmp_path):
     evil = "train.wandb_project=$(touch evil);touch evil"
-    changes = [evil, "train.trackers=[wandb]", "train.global_batch_rows=48", "data.num_streams=48"]
+    changes = [evil, "train.trackers=[wandb]", "train.global_batch_size=48", "data.num_streams=48"]
     script = launch(
         str(config_file), *changes, "--site", "example", "--nodes", "3", "--time", "90", "--dry-run"
     )
@@ -113,7 +113,7 @@ def test_two_runs_have_two_names_and_one_run_has_one(config_file, tmp_path):
         (["out=/tmp/a b", "--site", "example"], "out '/tmp/a b': launchers take"),
         (["--site", "local-test", "--time", "1; touch evil"], "--time '1; touch evil': write minutes"),
         (["--site", "local-test", "--launcher", "mpirun"], "--launcher is srun or deepspeed, not 'mpirun'"),
-        (["--site", "local-test", "--nodes", "3"], r"not a multiple of train.micro_batch_rows 2 x 3 data"),
+        (["--site", "local-test", "--nodes", "3"], r"not a multiple of train.micro_batch_size 2 x 3 data"),
         (
             ["--site", "local-test", "parallel.tensor=2"],
             "the world has 1 ranks, which is not a multiple of 2",

@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from megafusion.cli import app
-from megafusion.train.record import FREE_KEYS, RECIPE_KEYS
-from tests.small import ROOT
+from megafusion.train.run_folder import FREE_KEYS, RECIPE_KEYS
+from tests.support.small import ROOT
 
 PAGE = (ROOT / "docs/operations.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

@@ -16,9 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.launchers.container import make_image, program
 from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS, common
-from tests.small import ROOT
+from tests.support.container import make_image, program
+from tests.support.small import ROOT
 
 
 @pytest.fixture
@@ -174,14 +174,14 @@ def test_node_sh_trains_in_a_container(run_values, tmp_path):
 
 def test_a_launcher_that_ends_well_is_not_believed_without_the_run_s_record(tmp_path):
     """As the record is written: what DeepSpeed's runner says where its launcher was killed is 0."""
-    from megafusion.health.starts import Starts
+    from megafusion.resilience.attempts import Attempts
 
     def is_done() -> bool:
         return common('is_done "$1"', str(tmp_path)).returncode == 0
 
     assert not is_done()
     for ending, done in (("finished", True), ("preempted", False), ("crashed", False), ("stopped", True)):
-        starts = Starts(tmp_path)
+        starts = Attempts(tmp_path)
         starts.claim()
         starts.begin(3, 1)
         assert not is_done()

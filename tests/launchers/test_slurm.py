@@ -13,9 +13,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.launchers.cluster import Cluster, local_cluster, missing_programs
-from tests.launchers.container import make_image, program
-from tests.small import ROOT
+from tests.support.cluster import Cluster, local_cluster, missing_programs
+from tests.support.container import make_image, program
+from tests.support.small import ROOT
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS
-from tests.small import ROOT
+from tests.support.small import ROOT
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = [

@@ -8,13 +8,14 @@ import torch
 from megafusion.errors import UserError
 from megafusion.model import attention as module
 from megafusion.model.attention import BACKENDS, auto, check_backend, flex, prepare_mask, sdpa, stored_choices
-from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.model.config import ModelConfig
+from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 
 SMALL = {
     "num_layers": 1,
-    "width": 32,
+    "hidden_size": 32,
     "num_heads": 2,
     "vocab_size": 40,
     "latent_shape": (2, 8, 8),
@@ -33,9 +34,9 @@ def mixed_rows(num_rows: int) -> Intervals:
     return Intervals(start.int()[None], end.int()[None], num_rows, may_be_empty=True)
 
 
-def inputs(num_queries: int, num_keys: int, dtype=torch.float32, head_size=16) -> tuple[torch.Tensor, ...]:
+def inputs(num_queries: int, num_keys: int, dtype=torch.float32, head_dim=16) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    shapes = ((1, num_queries, 4, head_size), (1, num_keys, 2, head_size), (1, num_keys, 2, head_size))
+    shapes = ((1, num_queries, 4, head_dim), (1, num_keys, 2, head_dim), (1, num_keys, 2, head_dim))
     return tuple(torch.randn(shape).to(dtype) for shape in shapes)
 
 
@@ -118,7 +119,7 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_refusal", lambda backend, *case: "" if backend in serves else "not here")
     monkeypatch.setattr(module, "CHOICES", tmp_path / "choices.json")
 
-    def chosen(choices: list[dict], num_rows: int, num_keys: int, head_size: int = 128, serving=serves):
+    def chosen(choices: list[dict], num_rows: int, num_keys: int, head_dim: int = 128, serving=serves):
         serves.intersection_update(serving)
         module.CHOICES.write_text(json.dumps({"choices": choices}))
         stored_choices.cache_clear()
@@ -126,7 +127,7 @@ def hopper(monkeypatch, tmp_path):
         bounds = torch.zeros(1, num_rows, dtype=torch.int32)
         x = torch.empty(1, dtype=torch.bfloat16, device="meta")
         monkeypatch.setattr(module, "_serving", _as_on_cuda(module._serving))
-        return module._chosen(x, head_size, num_rows, Intervals(bounds, bounds, num_keys))
+        return module._chosen(x, head_dim, num_rows, Intervals(bounds, bounds, num_keys))
 
     yield chosen
     stored_choices.cache_clear()
@@ -136,8 +137,8 @@ def hopper(monkeypatch, tmp_path):
 def _as_on_cuda(serving):
     """The same function, told of a GPU; no tensor can be put on one here."""
 
-    def told(device, dtype, head_size):
-        return serving(torch.device("cuda"), dtype, head_size)
+    def told(device, dtype, head_dim):
+        return serving(torch.device("cuda"), dtype, head_dim)
 
     return told
 
@@ -150,7 +151,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_keys", "head_size", "serving", "expected"),
+    ("num_rows", "num_keys", "head_dim", "serving", "expected"),
     [
         (4096, 4096, 128, {"interval", "flash"}, "interval"),
         (8192, 8192, 128, {"interval", "flash"}, "flash"),
@@ -160,10 +161,8 @@ CHOICES = [
         (8192, 8192, 64, set(), "sdpa"),
     ],
 )
-def test_auto_takes_the_fastest_measured_that_serves(
-    hopper, num_rows, num_keys, head_size, serving, expected
-):
-    assert hopper(CHOICES, num_rows, num_keys, head_size, serving) == expected
+def test_auto_takes_the_fastest_measured_that_serves(hopper, num_rows, num_keys, head_dim, serving, expected):
+    assert hopper(CHOICES, num_rows, num_keys, head_dim, serving) == expected
 
 
 def test_without_measurements_auto_takes_interval(hopper):
@@ -186,13 +185,13 @@ def test_backends_equal_sdpa_on_a_gpu(name):
     whole = mixed_rows(150)
     end = whole.row_end.clone()
     end[0, -1] = 150
-    head_size = 64 if name == "flash" else 16  # the smallest that each serves
+    head_dim = 64 if name == "flash" else 16  # the smallest that each serves
     if name == "flash" and (refusal := module._refusal("flash", torch.device("cuda"), torch.bfloat16, 64)):
         pytest.skip(refusal)
     found = []
     for attend in (BACKENDS[name], sdpa):
         intervals = Intervals(whole.row_start.cuda(), end.cuda(), 150)
-        q, k, v = (x.cuda().requires_grad_() for x in inputs(150, 150, torch.bfloat16, head_size))
+        q, k, v = (x.cuda().requires_grad_() for x in inputs(150, 150, torch.bfloat16, head_dim))
         o = attend(q, k, v, intervals)
         found.append([o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))])
     for ours, expected in zip(*found, strict=True):

@@ -7,22 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from megafusion.images.sizes import nearest_size
 from megafusion.model.by_size import Groups
-from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.model.config import ModelConfig
+from megafusion.model.transfusion import Transfusion
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.losses import ObjectiveConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
-from megafusion.sequence.packing import RowShape, collate, pack_row, with_counts
-from megafusion.sequence.sizes import nearest_size
+from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
 
 SIZES, CHANNELS, PATCH = ((4, 8), (8, 8), (10, 2)), 2, 2
 PATCHES = (8, 16, 5)
 MODEL = {
     "num_layers": 2,
-    "width": 32,
+    "hidden_size": 32,
     "num_heads": 4,
     "num_kv_heads": 2,
-    "hidden_width": 48,
+    "ffn_hidden_size": 48,
     "vocab_size": 34,
     "latent_shape": (CHANNELS, *SIZES[0]),
     "more_sizes": SIZES[1:],
@@ -51,8 +52,8 @@ def document(parts: list[int], seed: int) -> FlatDocument:
     return flatten(segments, Ids, PATCHES[0], PATCHES[1:])
 
 
-def shape(length: int, slots: int) -> RowShape:
-    return RowShape(length, slots, PATCHES[0], (CHANNELS, *SIZES[0]), more_sizes=SIZES[1:])
+def shape(length: int, slots: int) -> SequenceShape:
+    return SequenceShape(length, slots, PATCHES[0], (CHANNELS, *SIZES[0]), more_sizes=SIZES[1:])
 
 
 def model(adapter: str, **changes) -> Transfusion:
@@ -174,7 +175,7 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
             boi = 31 + size if size else 30
 
         flat = flatten([image(size, number, as_only_one=True)], OnlyIds, PATCHES[size])
-        row = pack_row([flat], RowShape(len(flat), 1, PATCHES[size], only["latent_shape"]))
+        row = pack_row([flat], SequenceShape(len(flat), 1, PATCHES[size], only["latent_shape"]))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
     assert_equal(losses_and_gradients(net, mixed), summed(results))
 

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from megafusion.config import load_config
 from megafusion.model.adapters import LinearDown, LinearUp
 from megafusion.model.attention import sdpa
+from megafusion.model.config import ModelConfig
 from megafusion.model.initialize import initialize
 from megafusion.model.rope import rope_at
-from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.model.transfusion import Transfusion
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.losses import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
@@ -21,9 +22,9 @@ from megafusion.train.config import RunConfig
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "num_layers": 2,
-    "width": 32,
+    "hidden_size": 32,
     "num_heads": 4,
-    "hidden_width": 48,
+    "ffn_hidden_size": 48,
     "vocab_size": 40,
     "latent_shape": (2, 8, 8),
     "patch_size": 4,
@@ -49,14 +50,18 @@ def small(**changes) -> Transfusion:
 )
 def test_sizes_of_the_paper(name, billions, layers, width, heads):
     config = load_config(RunConfig, ROOT / f"configs/{name}.yaml")
-    assert (config.model.num_layers, config.model.width, config.model.num_heads) == (layers, width, heads)
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_heads) == (
+        layers,
+        width,
+        heads,
+    )
     with torch.device("meta"):
         model = Transfusion(config.model, config.objective)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.08)
     adapter = sum(p.numel() for part in (model.stem, model.tail) for p in part.adapter.parameters())
     assert adapter < 0.005 * billions * 1e9
     # 2M tokens a step, and the paper's 4,096 positions a row.
-    assert config.train.global_batch_rows * config.data.sequence_length in (2**21, 2**22)
+    assert config.train.global_batch_size * config.data.sequence_length in (2**21, 2**22)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
@@ -163,7 +168,7 @@ def test_the_model_turns_with_the_theta_of_its_configuration(theta):
 
 @pytest.mark.parametrize("num_layers", [2, 8])
 def test_residual_outputs_start_smaller_by_the_root_of_twice_the_layers(num_layers):
-    model = small(num_layers=num_layers, width=64, hidden_width=128)
+    model = small(num_layers=num_layers, hidden_size=64, ffn_hidden_size=128)
     for block in model.blocks:
         for layer in (block.attention.out, block.feed_forward.down):
             assert layer.weight.std().item() == pytest.approx(0.02 / (2 * num_layers) ** 0.5, rel=0.06)

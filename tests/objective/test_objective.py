@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megafusion.objective.losses import Objective, ObjectiveConfig
-from megafusion.objective.schedule import NoiseSchedule, ScheduleConfig
+from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
 from megafusion.sequence.packing import Targets
 
 

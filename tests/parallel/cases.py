@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from megafusion.config import parse_config
+from megafusion.engine.engine import Engine, make_engine, rows_of_rank, start_process_group
+from megafusion.engine.optimizer import make_optimizer
+from megafusion.engine.step import train_step
 from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
-from megafusion.parallel.layout import Layout, layout_of
-from megafusion.parallel.topology import Topology, make_topology
+from megafusion.parallel.mesh import Mesh, make_mesh
+from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row
-from megafusion.train.assemble import assemble
+from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import Engine, make_engine, rows_of_rank, start_process_group
-from megafusion.train.optimizer import make_optimizer
-from megafusion.train.step import train_step
 
 LEARNING_RATE = 2e-3
 """Another than the configuration's, so that it is seen whether the step sets it."""
@@ -27,7 +27,7 @@ class Outcome:
     """A rank's losses (text, image, total, gradient norm) by step, and its parts of the weights."""
 
     losses: list[list[float]]
-    weights: list[tuple[str, Layout, Tensor]]
+    weights: list[tuple[str, ShardSpec, Tensor]]
 
 
 class Batches:
@@ -35,14 +35,14 @@ class Batches:
     half of its rows, so that some ranks have no image and some nothing else, and an empty last row.
     """
 
-    def __init__(self, values: dict, topology: Topology):
+    def __init__(self, values: dict, mesh: Mesh):
         data = values["data"]
         text = {**data, "sources": {"text": data["sources"]["text"]}}
         images = {**data, "sources": {"pairs": data["sources"]["pairs"]}}
         images |= {"caption_first": 1.0, "caption_dropout": 1.0}
         configs = [parse_config(RunConfig, {**values, "data": d}, "test") for d in (data, text, images)]
-        self.streams = [assemble(config, topology).stream for config in configs]
-        self.config, self.topology, self.number = configs[0], topology, 0
+        self.streams = [build_components(config, mesh).stream for config in configs]
+        self.config, self.mesh, self.number = configs[0], mesh, 0
 
     def next(self) -> list[PackedBatch]:
         """This rank's micro-batches of the next global batch."""
@@ -60,13 +60,13 @@ class Batches:
 
     def _lopsided(self, number: int, text: PackedBatch, images: PackedBatch) -> PackedBatch:
         train = self.config.train
-        first = rows_of_rank(self.config, self.topology).start + number * train.micro_batch_rows
-        rows = torch.arange(first, first + train.micro_batch_rows)
-        empty = collate([pack_row([], self.config.row_shape)] * train.micro_batch_rows)
+        first = rows_of_rank(self.config, self.mesh).start + number * train.micro_batch_size
+        rows = torch.arange(first, first + train.micro_batch_size)
+        empty = collate([pack_row([], self.config.sequence_shape)] * train.micro_batch_size)
         return _by_row(
-            rows == train.global_batch_rows - 1,
+            rows == train.global_batch_size - 1,
             empty,
-            _by_row(rows < train.global_batch_rows // 2, text, images),
+            _by_row(rows < train.global_batch_size // 2, text, images),
         )
 
 
@@ -84,8 +84,8 @@ def parallel_steps(values: dict, num_steps: int) -> Outcome:
     start_process_group()
     torch.set_num_threads(1)
     config = parse_config(RunConfig, values, "test")
-    topology = make_topology(config.parallel)
-    batches, engine = Batches(values, topology), make_engine(config, topology)
+    mesh = make_mesh(config.parallel)
+    batches, engine = Batches(values, mesh), make_engine(config, mesh)
     losses = []
     for _ in range(num_steps):
         found = train_step(engine, batches.next(), LEARNING_RATE)
@@ -94,11 +94,11 @@ def parallel_steps(values: dict, num_steps: int) -> Outcome:
     return Outcome(losses, weights_of(engine))
 
 
-def weights_of(engine: Engine) -> list[tuple[str, Layout, Tensor]]:
+def weights_of(engine: Engine) -> list[tuple[str, ShardSpec, Tensor]]:
     found = []
     for name, parameter in engine.stage.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            found.append((name, layout_of(parameter), parameter.detach().float().clone()))
+            found.append((name, shard_spec_of(parameter), parameter.detach().float().clone()))
     return found
 
 
@@ -107,7 +107,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
     start_process_group()
     values = {**values, "parallel": {}}
     config = parse_config(RunConfig, values, "test")
-    batches = Batches(values, make_topology(config.parallel))
+    batches = Batches(values, make_mesh(config.parallel))
     model = Transfusion(config.model, config.objective)
     initialize(model, config.model.num_layers, config.seed)
     optimizer = make_optimizer(model, config.optimizer)
@@ -127,7 +127,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
         optimizer.step()
         losses.append([*sums.tolist(), norm.item()])
-    return Outcome(losses, [(n, layout_of(p), p.detach().clone()) for n, p in model.named_parameters()])
+    return Outcome(losses, [(n, shard_spec_of(p), p.detach().clone()) for n, p in model.named_parameters()])
 
 
 def loss_error(outcome: Outcome, plain: Outcome) -> float:

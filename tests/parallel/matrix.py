@@ -25,8 +25,8 @@ from tests.parallel.cases import (
     parameter_error,
     plain_steps,
 )
-from tests.small import make_shards, make_vae, small_run
-from tests.workers import WorkersFailed, run_workers
+from tests.support.small import make_shards, make_vae, small_run
+from tests.support.workers import WorkersFailed, run_workers
 
 NUM_STEPS = 20
 MAX_LOSS_ERROR, MAX_NORM_ERROR, MAX_PARAMETER_ERROR = 1e-5, 1e-4, 1e-4
@@ -58,7 +58,7 @@ class Case:
         values["model"] |= {"adapter": self.adapter, "unet_channels": 8}
         # Half the micro-batches with a U-Net: each sums the gradients of some hundred small tensors.
         rows = 4 if self.adapter == "unet" else 8
-        values["train"] |= {"num_steps": NUM_STEPS, "global_batch_rows": rows, "micro_batch_rows": 2}
+        values["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": rows, "micro_batch_size": 2}
         values["train"] |= self.train
         return values | {"parallel": self.parallel}
 

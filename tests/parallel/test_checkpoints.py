@@ -6,19 +6,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megafusion.checkpoint.checkpointer import Checkpointer
 from megafusion.checkpoint.folder import KINDS
-from megafusion.checkpoint.masters import masters
+from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.config import parse_config
-from megafusion.parallel.topology import make_topology
-from megafusion.train.assemble import assemble
+from megafusion.engine.ema import Ema
+from megafusion.engine.engine import make_engine
+from megafusion.engine.optimizer_state import optimizer_shards
+from megafusion.engine.step import train_step
+from megafusion.parallel.mesh import make_mesh
+from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
-from megafusion.train.ema import Ema
-from megafusion.train.engine import make_engine
-from megafusion.train.step import train_step
 from tests.parallel.cases import LEARNING_RATE
 from tests.parallel.matrix import Case
-from tests.workers import run_workers
+from tests.support.workers import run_workers
 
 TOPOLOGIES = {
     "one": (1, {}),
@@ -36,13 +36,13 @@ class Training:
 
     def __init__(self, values: dict, folder: Path):
         config = parse_config(RunConfig, values, "test")
-        topology = make_topology(config.parallel)
-        self.stream = assemble(config, topology).stream
+        mesh = make_mesh(config.parallel)
+        self.stream = build_components(config, mesh).stream
         self.state = self.stream.state()
-        self.engine = make_engine(config, topology)
-        owned = masters(self.engine.deepspeed, self.engine.stage.named_parameters())
+        self.engine = make_engine(config, mesh)
+        owned = optimizer_shards(self.engine.deepspeed, self.engine.stage.named_parameters())
         self.ema = Ema(owned, 0.9)
-        self.checkpointer = Checkpointer(folder, self.engine.deepspeed, owned, self.ema, keep_last=100)
+        self.checkpointer = CheckpointManager(folder, self.engine.deepspeed, owned, self.ema, keep_last=100)
         self.step = 0
 
     def run(self, num_steps: int) -> list[list[float]]:

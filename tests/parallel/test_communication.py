@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafusion.config import parse_config
 from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.parallelize import parallelize
-from megafusion.parallel.topology import make_topology
 from megafusion.sequence.intervals import Intervals
 from megafusion.train.config import RunConfig
 from tests.parallel.matrix import Case
-from tests.workers import run_workers
+from tests.support.workers import run_workers
 
 ROWS, LENGTH, WIDTH, HEADS, KV_HEADS, RANKS = 2, 96, 32, 8, 4, 2
 STREAM = ROWS * LENGTH * WIDTH * 4
@@ -41,11 +41,11 @@ class Sent(TorchDispatchMode):
 def one_block(values: dict) -> list[tuple[dict, dict]]:
     """Counts and bytes of a block's forward, and of its backward."""
     config = parse_config(RunConfig, values, "test")
-    topology = make_topology(config.parallel)
+    mesh = make_mesh(config.parallel)
     with torch.device("meta"):
         model = Transfusion(config.model, config.objective)
-    stage = parallelize(model, topology, config, torch.device("cpu"))
-    slices = topology.size("ulysses") * (topology.size("tensor") if config.parallel.sequence else 1)
+    stage = parallelize(model, mesh, config, torch.device("cpu"))
+    slices = mesh.size("ulysses") * (mesh.size("tensor") if config.parallel.sequence else 1)
     x = torch.randn(ROWS, LENGTH // slices, WIDTH, requires_grad=True)
     positions = torch.arange(LENGTH).expand(ROWS, -1).int()
     intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)

@@ -7,13 +7,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from megafusion.config import parse_config
-from megafusion.parallel.topology import make_topology
+from megafusion.engine.engine import make_engine
+from megafusion.engine.step import train_step
+from megafusion.parallel.mesh import make_mesh
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import make_engine
-from megafusion.train.step import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
-from tests.workers import run_workers
+from tests.support.workers import run_workers
 
 CASES = {
     "one": (1, {}, "none"),
@@ -26,8 +26,8 @@ def graphs(values: dict) -> tuple[int, dict]:
     """Graphs that a step was compiled to, and why any ended early; without the compiler behind them."""
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     config = parse_config(RunConfig, values, "test")
-    topology = make_topology(config.parallel)
-    train_step(make_engine(config, topology), Batches(values, topology).next(), 1e-3)
+    mesh = make_mesh(config.parallel)
+    train_step(make_engine(config, mesh), Batches(values, mesh).next(), 1e-3)
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 

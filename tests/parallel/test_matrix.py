@@ -4,7 +4,7 @@ import pytest
 
 from tests.parallel.cases import parallel_steps
 from tests.parallel.matrix import CASES, Case, OneDevice
-from tests.workers import run_workers
+from tests.support.workers import run_workers
 
 QUICK = [
     "one",

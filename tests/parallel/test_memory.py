@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from megafusion.checkpoint.masters import masters
 from megafusion.config import parse_config
+from megafusion.engine.ema import Ema
+from megafusion.engine.engine import make_engine
+from megafusion.engine.optimizer_state import optimizer_shards
+from megafusion.engine.step import train_step
 from megafusion.parallel.memory import state_bytes
-from megafusion.parallel.topology import make_topology
+from megafusion.parallel.mesh import make_mesh
 from megafusion.train.config import RunConfig
-from megafusion.train.ema import Ema
-from megafusion.train.engine import make_engine
-from megafusion.train.step import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
-from tests.workers import run_workers
+from tests.support.workers import run_workers
 
 CASES = {
     "one-zero0": (1, {"zero_stage": 0}, "fp32"),
@@ -34,11 +34,11 @@ CASES = {
 def held(values: dict) -> tuple[list[int], list[int]]:
     """Bytes measured, and bytes by the formula: weights, optimizer, average."""
     config = parse_config(RunConfig, values, "test")
-    topology = make_topology(config.parallel)
-    engine = make_engine(config, topology)
-    owned = masters(engine.deepspeed, engine.stage.named_parameters())
+    mesh = make_mesh(config.parallel)
+    engine = make_engine(config, mesh)
+    owned = optimizer_shards(engine.deepspeed, engine.stage.named_parameters())
     ema = Ema(owned, 0.9)
-    train_step(engine, Batches(values, topology).next(), 1e-3)
+    train_step(engine, Batches(values, mesh).next(), 1e-3)
     parameters = list(engine.stage.parameters())
     if config.parallel.zero_stage == 3:
         kept = [p for p in parameters if p.ds_persist]
@@ -52,14 +52,14 @@ def held(values: dict) -> tuple[list[int], list[int]]:
         states += list(adamw.state)
     kinds = (weights, states, ema.fragments)
     measured = [sum(t.numel() * t.element_size() for t in tensors) for tensors in kinds]
-    return measured, list(state_bytes(engine.stage, topology, config))
+    return measured, list(state_bytes(engine.stage, mesh, config))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_are_as_the_formula_says(shards, vae_folder, tmp_path, name):
     world, degrees, precision = CASES[name]
     values = Case(name, world, degrees, "unet", {"precision": precision}).values(shards, vae_folder, tmp_path)
-    values["model"] |= {"width": 64, "hidden_width": 256}
+    values["model"] |= {"hidden_size": 64, "ffn_hidden_size": 256}
     for measured, formula in run_workers(held, world, values):
         assert measured == pytest.approx(formula, rel=0.02)
         assert sum(measured) > 1_000_000

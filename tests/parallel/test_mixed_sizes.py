@@ -11,8 +11,8 @@ from tests.parallel.cases import (
     plain_steps,
 )
 from tests.parallel.matrix import MAX_LOSS_ERROR, MAX_NORM_ERROR, MAX_PARAMETER_ERROR, Case
-from tests.sizes import mixed_run
-from tests.workers import run_workers
+from tests.support.sizes import mixed_run
+from tests.support.workers import run_workers
 
 NUM_STEPS = 6
 """Of which one has text alone, one images alone, and one ranks with either."""

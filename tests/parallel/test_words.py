@@ -4,18 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from megafusion.model.transfusion import ModelConfig, Transfusion
+from megafusion.model.config import ModelConfig
+from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import ObjectiveConfig, cross_entropy
 from megafusion.parallel.config import ParallelConfig
-from megafusion.parallel.layout import layout_of
+from megafusion.parallel.mesh import make_mesh
+from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import (
     VocabularyParallelCrossEntropy,
-    divide_stem,
-    divide_tail,
-    words_of_rank,
+    shard_stem,
+    shard_tail,
+    vocab_range,
 )
-from megafusion.parallel.topology import make_topology
-from tests.workers import run_workers
+from tests.support.workers import run_workers
 
 VOCABULARY, WIDTH = 90, 8
 
@@ -32,7 +33,7 @@ def values() -> tuple[torch.Tensor, ...]:
 
 
 def small_model() -> Transfusion:
-    sizes = {"num_layers": 1, "width": WIDTH, "num_heads": 4, "vocab_size": VOCABULARY}
+    sizes = {"num_layers": 1, "hidden_size": WIDTH, "num_heads": 4, "vocab_size": VOCABULARY}
     return Transfusion(ModelConfig(**sizes, latent_shape=(1, 2, 2), patch_size=2), ObjectiveConfig())
 
 
@@ -47,16 +48,16 @@ def plain() -> tuple[torch.Tensor, ...]:
 
 def divided(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tensor]:
     """This rank's vectors, the loss, its words, and its gradient of the head."""
-    topology = make_topology(ParallelConfig(tensor=2, ulysses=ulysses))
+    mesh = make_mesh(ParallelConfig(tensor=2, ulysses=ulysses))
     model = small_model()
-    divide_stem(model.stem, topology)
-    divide_tail(model.tail, topology)
+    shard_stem(model.stem, mesh)
+    shard_tail(model.tail, mesh)
     embedding, head, tokens, labels = values()
-    words = words_of_rank(VOCABULARY, topology.place("tensor"), 2)
-    model.stem.embedding.weight.data = layout_of(model.stem.embedding.weight).take(embedding)
-    model.tail.head.weight.data = layout_of(model.tail.head.weight).take(head)
+    words = vocab_range(VOCABULARY, mesh.rank("tensor"), 2)
+    model.stem.embedding.weight.data = shard_spec_of(model.stem.embedding.weight).take(embedding)
+    model.tail.head.weight.data = shard_spec_of(model.tail.head.weight).take(head)
     whole = nn.functional.embedding(tokens, embedding)
-    loss = VocabularyParallelCrossEntropy(topology.group("tensor"), words)(model.tail.head(whole), labels)
+    loss = VocabularyParallelCrossEntropy(mesh.group("tensor"), words)(model.tail.head(whole), labels)
     loss.backward()
     return model.stem.embedding(tokens).detach(), loss.detach(), words, model.tail.head.weight.grad
 

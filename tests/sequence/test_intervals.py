@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megafusion.sequence.document import NoisedImage, flatten
 from megafusion.sequence.intervals import Intervals
-from megafusion.sequence.packing import RowShape, collate, pack_row
+from megafusion.sequence.packing import SequenceShape, collate, pack_row
 
 LATENTS = (1, 1, 1)
 
@@ -28,7 +28,7 @@ def lay_out(documents: list[list[int]], num_patches: int, padding: int):
     ]
     num_images = max(1, sum(len(document.images) for document in flat))
     length = sum(len(document) for document in flat) + padding
-    return collate([pack_row(flat, RowShape(length, num_images, num_patches, LATENTS))]), length
+    return collate([pack_row(flat, SequenceShape(length, num_images, num_patches, LATENTS))]), length
 
 
 def mask_by_definition(documents: list[list[int]], num_patches: int, padding: int) -> torch.Tensor:

@@ -7,13 +7,13 @@ import pytest
 
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.config import parse_config
+from megafusion.engine.engine import Engine
 from megafusion.errors import UserError
 from megafusion.objective.losses import Losses
-from megafusion.train import run as run_module
+from megafusion.telemetry.metrics import read_metrics
+from megafusion.train import loop as run_module
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import Engine
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
+from megafusion.train.loop import train
 
 
 def start(values: dict) -> Path:
@@ -27,16 +27,16 @@ def raise_losses(monkeypatch, batch: int, by: float) -> None:
     step, number = run_module.train_step, [0]
 
     def hurt(engine: Engine, *arguments) -> Losses:
-        add, is_it = type(engine.agreement).add_share, number[0] == batch
+        add, is_it = type(engine.consensus).add_share, number[0] == batch
         number[0] += 1
         if is_it:
-            engine.agreement.add_share = lambda losses: add(
-                engine.agreement, [losses[0], losses[1], losses[2] + by]
+            engine.consensus.add_share = lambda losses: add(
+                engine.consensus, [losses[0], losses[1], losses[2] + by]
             )
         try:
             return step(engine, *arguments)
         finally:
-            vars(engine.agreement).pop("add_share", None)
+            vars(engine.consensus).pop("add_share", None)
 
     monkeypatch.setattr(run_module, "train_step", hurt)
 

@@ -14,13 +14,13 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from megafusion.checkpoint import checkpointer
+from megafusion.checkpoint import manager as checkpointer
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
+from megafusion.telemetry.metrics import read_metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
-from tests.workers import WorkersFailed, run_workers
+from megafusion.train.loop import train
+from tests.support.workers import WorkersFailed, run_workers
 
 
 def train_until_killed(values: dict, lost: int | None) -> None:

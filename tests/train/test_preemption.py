@@ -14,14 +14,14 @@ import yaml
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
-from megafusion.health.signals import StopSignals
-from megafusion.health.starts import read_starts
-from megafusion.train import run as run_module
+from megafusion.engine.engine import Engine
+from megafusion.resilience.attempts import read_starts
+from megafusion.resilience.signals import StopSignals
+from megafusion.telemetry.metrics import read_metrics
+from megafusion.train import loop as run_module
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import Engine
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
-from tests.workers import run_workers
+from megafusion.train.loop import train
+from tests.support.workers import run_workers
 
 
 def ask(values: dict, rank: int, step: int | None) -> str:

@@ -15,9 +15,9 @@ from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
+from megafusion.telemetry.metrics import read_metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
+from megafusion.train.loop import train
 
 
 def start(values: dict, stop_after: int | None = None) -> Path:
@@ -129,7 +129,7 @@ def test_a_flipped_byte_in_a_shard_is_seen_by_its_hash(own_shards):
     ("room", "values", "message"),
     [
         ("model", {"num_heads": 0}, r"key 'model\.num_heads'"),
-        ("model", {"width": -4}, r"key 'model\.width'"),
+        ("model", {"hidden_size": -4}, r"key 'model\.hidden_size'"),
         ("model", {"latent_shape": [0, 8, 8]}, r"key 'model\.latent_shape\.0'"),
         ("optimizer", {"betas": [2.0, 0.5]}, r"key 'optimizer\.betas\.0'"),
         ("optimizer", {"learning_rate": float("inf")}, r"key 'optimizer\.learning_rate'"),

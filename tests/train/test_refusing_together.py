@@ -7,26 +7,26 @@ import pytest
 import torch.distributed as dist
 
 from megafusion.config import parse_config
-from megafusion.data.stream import BatchStream
+from megafusion.data.loader import DataLoader
 from megafusion.errors import UserError
-from megafusion.health.starts import read_starts
-from megafusion.train import metrics
+from megafusion.resilience.attempts import read_starts
+from megafusion.telemetry import metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.run import train
-from tests.workers import run_workers
+from megafusion.train.loop import train
+from tests.support.workers import run_workers
 
 
 def bad_shard(rank: int, at_batch: int) -> None:
     """A rank's stream refuses a batch."""
-    following, number = BatchStream.next, [0]
+    following, number = DataLoader.next, [0]
 
-    def next_one(self: BatchStream) -> object:
+    def next_one(self: DataLoader) -> object:
         number[0] += 1
         if number[0] > at_batch and dist.get_rank() == rank:
             raise UserError("shard-000003.tar: damaged")
         return following(self)
 
-    BatchStream.next = next_one
+    DataLoader.next = next_one
 
 
 def full_disk(rank: int, at_batch: int) -> None:

@@ -22,17 +22,17 @@ from safetensors.torch import load_file
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
+from megafusion.engine.engine import make_engine, start_process_group
+from megafusion.engine.step import train_step
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.health import starts
-from megafusion.parallel.topology import make_topology
-from megafusion.train.assemble import assemble
+from megafusion.parallel.mesh import make_mesh
+from megafusion.resilience import attempts as starts
+from megafusion.telemetry.metrics import read_metrics
+from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
-from megafusion.train.engine import make_engine, start_process_group
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
-from megafusion.train.step import train_step
-from tests.workers import run_workers
+from megafusion.train.loop import train
+from tests.support.workers import run_workers
 
 
 def start(values: dict, stop_after: int | None = None, **changes) -> Path:
@@ -139,9 +139,9 @@ def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
         return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
     start_process_group()
-    topology = make_topology(run_config.parallel)
-    parts = assemble(run_config, topology)
-    engine = make_engine(run_config, topology)
+    mesh = make_mesh(run_config.parallel)
+    parts = build_components(run_config, mesh)
+    engine = make_engine(run_config, mesh)
     before = states()
     for _ in range(2):
         train_step(engine, parts.stream.next().micro_batches, 1e-3)
@@ -283,9 +283,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run_values, tmp
         (("data", "vae"), str(tmp_path / "none"), r"none: no config\.json"),
         (("data", "num_streams"), 6, r"num_streams 6"),
         (
-            ("train", "micro_batch_rows"),
+            ("train", "micro_batch_size"),
             3,
-            r"global_batch_rows 4 is not a multiple of train\.micro_batch_rows 3",
+            r"global_batch_size 4 is not a multiple of train\.micro_batch_size 3",
         ),
     ]
     for (room, key), value, message in cases:

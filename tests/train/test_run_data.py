@@ -7,9 +7,9 @@ import pytest
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
+from megafusion.telemetry.metrics import read_metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.metrics import read_metrics
-from megafusion.train.run import train
+from megafusion.train.loop import train
 
 
 def start(values: dict, stop_after: int | None = None) -> list[dict]:
@@ -47,7 +47,7 @@ def test_metrics_say_what_rows_hold(run_values):
 
 
 def test_a_place_of_an_older_format_is_refused_when_resuming(run_values, monkeypatch):
-    from megafusion.data import stream
+    from megafusion.data import loader as stream
 
     monkeypatch.setattr(stream, "FORMAT", 1)
     start(run_values, stop_after=3)

@@ -1,0 +1,130 @@
+"""What `megafusion checkpoint` does: show, verify and export a run's checkpoints."""
+
+import json
+import re
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from megafusion.checkpoint.folder import (
+    KINDS,
+    MANIFEST,
+    DamagedCheckpoint,
+    newest_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
+from megafusion.checkpoint.reader import Reader
+from megafusion.commands.generate import open_checkpoint
+from megafusion.errors import UserError
+
+
+def show(path: Path) -> None:
+    """Print a table of a run's checkpoints, or what one checkpoint holds."""
+    if _is_checkpoint(path):
+        print("\n".join(_describe(path)))
+        return
+    rows = [("step", "bytes", "complete", "saved by")]
+    for checkpoint in _checkpoints(path):
+        step = checkpoint.name.removeprefix("step-").lstrip("0") or "0"
+        if (checkpoint / MANIFEST).is_file():
+            try:
+                files = read_manifest(checkpoint)
+            except DamagedCheckpoint:
+                rows.append((step, "", "damaged", ""))
+                continue
+            size = sum(entry["bytes"] for entry in files.values())
+            whole = all(_size(checkpoint / name) == entry["bytes"] for name, entry in files.items())
+            rows.append((step, f"{size:,}", "yes" if whole else "damaged", _topology(_state(checkpoint))))
+        else:
+            rows.append((step, "", "no", ""))
+    print("\n".join(_table(rows)))
+
+
+def verify(path: Path) -> None:
+    """Hash every file of a checkpoint, or of all of a run. UserError naming a file of each bad one."""
+    bad = []
+    for checkpoint in [path] if _is_checkpoint(path) else _checkpoints(path):
+        try:
+            verify_checkpoint(checkpoint)
+        except UserError as error:
+            bad.append(str(error))
+        else:
+            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files, as they were written")
+    if bad:
+        raise UserError("\n".join(bad))
+
+
+def export(path: Path, out: Path, raw_weights: bool) -> None:
+    """Write a pipeline folder (safetensors) of a checkpoint's averaged weights, or of its raw ones.
+
+    path: a checkpoint, or a run, whose newest complete one is taken.
+    """
+    checkpoint = path
+    if not _is_checkpoint(path):
+        _checkpoints(path)  # what is no run is said
+        checkpoint = newest_checkpoint(path)
+    open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
+    print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and re.fullmatch(r"step-\d+", path.name) is not None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, complete or not, oldest first."""
+    folder = run / "checkpoints"
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: neither a run folder nor a checkpoint (RUN/checkpoints/step-*)")
+    found = sorted(filter(_is_checkpoint, folder.glob("step-*")), key=lambda p: int(p.name[len("step-") :]))
+    if not found:
+        raise UserError(f"{run}: the run has no checkpoint yet; train it further")
+    return found
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+def _state(checkpoint: Path) -> dict:
+    """What a checkpoint says of itself. UserError where that cannot be read."""
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        return {"step": int(state["step"]), "topology": dict(state.get("topology", {}))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not readable ({error}); megafusion checkpoint verify {checkpoint}"
+        ) from error
+
+
+def _topology(state: dict) -> str:
+    """How the run lay over its ranks, without the axes that had one."""
+    shown = {
+        k: v for k, v in state["topology"].items() if k in ("world_size", "zero_stage") or v not in (1, False)
+    }
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in shown.items())
+
+
+def _describe(checkpoint: Path) -> list[str]:
+    files, state = read_manifest(checkpoint), _state(checkpoint)
+    tensors = Reader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
+    for kind in KINDS:
+        sizes = [prod(entry.size) for name, entry in tensors.items() if name.partition(".")[0] == kind]
+        rows.append((kind, f"{sum(sizes):,} parameters", f"{4 * sum(sizes):,} bytes"))
+    rows.append(("files", f"{len(files):,} files", f"{sum(e['bytes'] for e in files.values()):,} bytes"))
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows in columns as wide as their widest entry; figures stand right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if text[:1].isdigit() and number else text.ljust(width)
+            for number, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,74 @@
+"""The update that DeepSpeed makes, held back until all ranks agree that it is to be made."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from math import inf
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from megafusion.resilience.consensus import StepConsensus
+
+
+def skip_bad_updates(engine: DeepSpeedEngine, consensus: StepConsensus) -> None:
+    """Let every update of an engine wait for the agreement, and be left out whole where that says so.
+
+    Left out, weights, moments and AdamW's count of steps stay as they are, and the gradients are gone.
+    """
+    update = engine._take_model_step
+
+    def guarded(lr_kwargs: dict | None = None) -> None:
+        consensus.decide(gradients(engine))
+        with _discarding(engine) if consensus.is_skipped else nullcontext():
+            update(lr_kwargs)
+
+    engine._take_model_step = guarded
+
+
+def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
+    """What this rank's optimizer would use, reduced over the ranks that share it."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.AdamW):
+        found = [parameter.grad for parameter in engine.module.parameters()]
+    elif isinstance(optimizer, BF16_Optimizer):
+        found = [gradient for group in optimizer.fp32_groups_gradients for gradient in group]
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+        found = [storage.grad for storage in optimizer.single_partition_of_fp32_groups]
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and optimizer.offload_optimizer:
+        found = [storage.grad for storage in optimizer.fp32_partitioned_groups_flat]
+    else:
+        assert isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3)
+        found = [gradient for group in optimizer.averaged_gradients.values() for gradient in group or ()]
+    return [gradient for gradient in found if gradient is not None]
+
+
+@contextmanager
+def _discarding(engine: DeepSpeedEngine) -> Iterator[None]:
+    """The engine's step finds an infinite norm, for which DeepSpeed drops gradients and updates nothing."""
+    optimizer = engine.optimizer
+    infinite = torch.tensor(inf, device=engine.device)
+    if isinstance(optimizer, torch.optim.AdamW):
+        # It has no such path; but AdamW leaves a parameter without a gradient alone.
+        owner, name, instead = engine, "clip_fp32_gradients", engine.zero_grad
+    elif isinstance(optimizer, BF16_Optimizer):
+        owner, name, instead = optimizer, "get_grads_for_norm", lambda: ([infinite], {})
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        owner, name, instead = optimizer, "scaled_global_norm", lambda: infinite
+    else:
+        owner, name, instead = optimizer, "_get_norm_groups", lambda: [infinite]
+    own = vars(owner).get(name)
+    setattr(owner, name, instead)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            # With offload it keeps bf16's sums, and what is no number would stay in them for ever.
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)

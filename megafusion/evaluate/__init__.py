@@ -1,1 +1,0 @@
-"""Figures that say whether a trained model is any good."""

@@ -1,0 +1,1 @@
+"""Images outside the model: sizes, pixels, and the autoencoder that turns them into latents."""

@@ -1,0 +1,133 @@
+"""Pictures to latents and back, through any diffusers AutoencoderKL folder."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+from torch.nn import functional as F
+
+from megafusion.errors import UserError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# What the names and shapes of the weights do not already say. Named, because later versions of diffusers
+# add keys with defaults, which must not change the hash of the same autoencoder.
+HASHED_KEYS = (
+    "act_fn",
+    "down_block_types",
+    "norm_num_groups",
+    "scaling_factor",
+    "shift_factor",
+    "up_block_types",
+)
+
+
+class ImageCodec:
+    """An AutoencoderKL seen from outside: RGB pictures in, latents out, and back.
+
+    N pictures, H x W pixels, latents C x h x w. A model with 3 f^2 input channels, f > 1, gets each f x f
+    block of pixels as channels, so all its convolutions run at low resolution.
+    """
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        self.model = model.eval()
+        self.unshuffle = unshuffle_factor(model)
+        num_halvings = len(model.config.block_out_channels) - 1
+        self.downsampling = self.unshuffle * 2**num_halvings
+        self.latent_channels: int = model.config.latent_channels
+        self.scaling_factor: float = model.config.scaling_factor
+        self.shift_factor: float = model.config.shift_factor or 0.0
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> "ImageCodec":
+        """Load `path`/config.json and its safetensors weights; UserError if it is not an AutoencoderKL."""
+        path = Path(path)
+        _check_folder(path)
+        try:
+            model = AutoencoderKL.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            )
+        except Exception as error:  # diffusers raises what it likes; the user's way out is the same
+            raise UserError(f"{path}: not loadable as an AutoencoderKL: {error}") from error
+        return cls(model.to(device).requires_grad_(False))
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over configuration and weights: equal on every machine, changed by any retraining."""
+        config = {key: self.model.config[key] for key in HASHED_KEYS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            values = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) for pictures of `height` x `width` pixels; UserError if the codec cannot divide them."""
+        f = self.downsampling
+        if height % f or width % f or min(height, width) < f:
+            raise UserError(f"image size {height} x {width}: this autoencoder needs multiples of {f} pixels")
+        return self.latent_channels, height // f, width // f
+
+    @torch.no_grad()
+    def encode(self, images_N3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures in [-1, 1] to the raw, unscaled posterior: (mean, log variance), each [N, C, h, w]."""
+        self.latent_shape(*images_N3HW.shape[-2:])
+        posterior = encode(self.model, images_N3HW)
+        return posterior.mean, posterior.logvar
+
+    @torch.no_grad()
+    def decode(self, latents_NCHW: Tensor) -> Tensor:
+        """Raw latents [N, C, h, w] to pictures [N, 3, H, W], clamped to [-1, 1]."""
+        return decode(self.model, latents_NCHW).clamp(-1, 1)
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Raw latents to about zero mean and unit standard deviation: what the transformer learns."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        return latents / self.scaling_factor + self.shift_factor
+
+
+def unshuffle_factor(model: AutoencoderKL) -> int:
+    """f where the model's input has 3 f^2 channels; UserError for any other count."""
+    channels = model.config.in_channels
+    factor = round((channels / 3) ** 0.5)
+    if 3 * factor**2 != channels or model.config.out_channels != channels:
+        raise UserError(
+            f"autoencoder in_channels {channels}, out_channels {model.config.out_channels}: "
+            "both must be the same 3 f^2 (3, 12, 27, 48, ...)"
+        )
+    return factor
+
+
+def encode(model: AutoencoderKL, images_N3HW: Tensor) -> DiagonalGaussianDistribution:
+    """The posterior of pictures in [-1, 1], raw and with gradients."""
+    return model.encode(F.pixel_unshuffle(images_N3HW, unshuffle_factor(model))).latent_dist
+
+
+def decode(model: AutoencoderKL, latents_NCHW: Tensor) -> Tensor:
+    """Raw latents to pictures about [-1, 1], not clamped, with gradients."""
+    return F.pixel_shuffle(model.decode(latents_NCHW).sample, unshuffle_factor(model))
+
+
+def _check_folder(path: Path) -> None:
+    """UserError unless the folder names itself an AutoencoderKL and has safetensors weights."""
+    advice = "name a diffusers AutoencoderKL folder (config.json and safetensors), or train one: train-vae"
+    config_path = path / CONFIG_NAME
+    if not config_path.is_file():
+        raise UserError(f"{path}: no {CONFIG_NAME} there; {advice}")
+    try:
+        found = json.loads(config_path.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{config_path}: names no model class; {advice}") from error
+    if found != "AutoencoderKL":
+        raise UserError(f"{config_path}: a {found}, not an AutoencoderKL; {advice}")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{path}: no safetensors weights there; pickled ones are not read; {advice}")

@@ -1,0 +1,113 @@
+"""How fast each rank is, and how much memory it has held: gathered with the lines of metrics."""
+
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+STRAGGLES = 1.5
+"""A rank whose forward pass takes so many times as long as its peers' is reported."""
+READINGS = 3
+"""In so many readings one after another."""
+
+
+class StragglerMonitor:
+    """This rank's times since the last reading, and everyone's when all read together.
+
+    A step lasts equally long on every rank, for they wait for each other; so what tells them apart is the
+    forward pass of a rank's own layers (which, with tensor parallelism or ZeRO 3, waits for others too: then
+    a group is slow together) and the waiting for data.
+
+    stage: the module of this rank's layers. hosts: every rank's. num_stages: ranks of one stage are compared.
+    """
+
+    def __init__(self, stage: nn.Module, device: torch.device, hosts: list[str], num_stages: int):
+        self._hosts, self._num_stages, self._device = hosts, num_stages, device
+        self._on_gpu = device.type == "cuda"
+        self._data_seconds = self._forward_seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._began: float | torch.cuda.Event = 0.0
+        self._num_steps, self._since = 0, time.monotonic()
+        self._slow_rank, self._times_slow = -1, 0
+        stage.register_forward_pre_hook(self._begin)
+        stage.register_forward_hook(self._end)
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self, *_: object) -> None:
+        self._began = self._now()
+
+    def _end(self, *_: object) -> None:
+        if self._on_gpu:
+            self._events.append((self._began, self._now()))
+        else:
+            self._forward_seconds += self._now() - self._began
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the fetch of a step's batch."""
+        began = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - began
+        self._num_steps += 1
+
+    def read(self) -> tuple[dict[str, float], str | None]:
+        """Figures of a line of metrics, and a warning if a rank straggles. Called by every rank.
+
+        step_seconds, of all; forward_seconds, the median rank's; data_seconds, the largest wait; slowest_rank
+        and slowest_ratio to the median of its stage; host_memory_bytes and device_memory_bytes, the most that
+        a rank has held, and memory_bytes, the device's where there is one.
+        """
+        steps, now = max(1, self._num_steps), time.monotonic()
+        forward = self._forward_seconds + sum(begin.elapsed_time(end) / 1e3 for begin, end in self._events)
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        device = torch.cuda.max_memory_allocated() if self._on_gpu else 0
+        own = [forward / steps, self._data_seconds / steps, float(host), float(device)]
+        own = torch.tensor(own, dtype=torch.float64, device=self._device)
+        everyone = [torch.zeros_like(own) for _ in self._hosts]
+        dist.all_gather(everyone, own)
+        forwards, data, hosts, devices = torch.stack(everyone).T.tolist()
+        rank, ratio = self._slowest(forwards)
+        figures = {
+            "step_seconds": (now - self._since) / steps,
+            "forward_seconds": statistics.median(forwards),
+            "data_seconds": max(data),
+            "slowest_rank": rank,
+            "slowest_ratio": ratio,
+            "memory_bytes": int(max(devices) or max(hosts)),
+            "host_memory_bytes": int(max(hosts)),
+            "device_memory_bytes": int(max(devices)),
+        }
+        self._data_seconds = self._forward_seconds = 0.0
+        self._events.clear()
+        self._num_steps, self._since = 0, now
+        return figures, self._warning(rank, ratio)
+
+    def _slowest(self, forwards: list[float]) -> tuple[int, float]:
+        """The rank that takes longest beside the median of its stage (stages differ), and how many times."""
+        size = len(forwards) // self._num_stages  # the ranks of a stage are neighbours
+        medians = [statistics.median(forwards[i : i + size]) for i in range(0, len(forwards), size)]
+        ratios = [own / (medians[rank // size] or 1.0) for rank, own in enumerate(forwards)]
+        slowest = max(range(len(ratios)), key=ratios.__getitem__)
+        return slowest, ratios[slowest]
+
+    def _warning(self, rank: int, ratio: float) -> str | None:
+        is_same = rank == self._slow_rank
+        self._times_slow = (self._times_slow * is_same + 1) if ratio > STRAGGLES else 0
+        self._slow_rank = rank
+        if self._times_slow != READINGS:
+            return None
+        return (
+            f"rank {rank} on {self._hosts[rank]} straggles: its forward pass takes {ratio:.1f} times as long "
+            "as its peers'"
+        )

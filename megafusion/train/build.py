@@ -1,0 +1,107 @@
+"""What a run is made of, opened and checked before anything is written."""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from megafusion.data.loader import DataLoader
+from megafusion.data.shards import Manifest
+from megafusion.data.source import Source, open_sources
+from megafusion.engine.engine import rows_of_rank
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts, picture_size
+from megafusion.images.codec import ImageCodec
+from megafusion.images.sizes import say_sizes
+from megafusion.model.attention import check_backend
+from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.fp8 import check_fp8
+from megafusion.parallel.mesh import Mesh, check_degrees
+from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.telemetry.trackers import check_trackers
+from megafusion.train.config import RunConfig
+
+
+@dataclass
+class Components:
+    """What a run is assembled from."""
+
+    tokenizer: Tokenizer
+    codec: ImageCodec
+    sources: dict[str, Source]
+    stream: DataLoader
+
+
+def build_components(config: RunConfig, mesh: Mesh) -> Components:
+    """Open and check everything that a run needs, before anything is written."""
+    check_degrees(config, dist.get_world_size())
+    check_trackers(config.train)
+    if config.train.precision == "fp8":
+        check_fp8()
+    if config.train.compile:
+        _check_compiler()
+    if config.model.attention == "flex" and not torch.cuda.is_available():
+        raise UserError(
+            "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
+        )
+    check_backend(config.model.attention, config.model.hidden_size // config.model.num_heads)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    codec = ImageCodec.from_pretrained(config.data.vae)
+    check_parts(config.model, tokenizer, codec, picture_size(config.model, codec))
+    sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
+    shape = config.sequence_shape
+    for name, source in sources.items():
+        _check_rows(f"data.sources.{name}", source.folder.manifest, config)
+        if source.folder.manifest.images == "pictures":
+            shape = replace(shape, picture_size=picture_size(config.model, codec))
+    stream = DataLoader(
+        config.data,
+        sources,
+        shape,
+        tokenizer,
+        config.objective.schedule.num_steps,
+        config.train.global_batch_size,
+        rows_of_rank(config, mesh),
+        config.train.micro_batch_size,
+    )
+    return Components(tokenizer, codec, sources, stream)
+
+
+def _check_compiler() -> None:
+    """UserError where torch.compile would look for a C++ compiler in vain, at the first step."""
+    names = [os.environ.get("CXX") or "g++", "c++", "clang++"]
+    if not torch.cuda.is_available() and not any(map(shutil.which, names)):
+        raise UserError(
+            "train.compile: true needs a C++ compiler on a CPU, and none is on the PATH; on Debian: "
+            "apt-get install g++, or set it to false"
+        )
+
+
+def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
+    """UserError where a source's latents are not those of the model."""
+    model = config.model
+    if manifest.latent_shape and manifest.latent_shape[0] != model.latent_shape[0]:
+        raise UserError(
+            f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
+        )
+    sizes = [shape[1:] for shape in manifest.latent_shapes]
+    if not set(sizes) <= set(model.sizes):
+        raise UserError(
+            f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
+            if len(sizes) == len(model.sizes) == 1
+            else f"{key}: latents of {say_sizes(sizes)}, but the model has {say_sizes(model.sizes)} "
+            "(model.latent_shape, model.more_sizes); a model may have more sizes than its shards, not fewer"
+        )
+
+
+def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
+    """A pipeline of a run's model, its weights still to be put in."""
+    pipeline_config = PipelineConfig(
+        image_size=picture_size(config.model, codec),
+        model=config.model,
+        objective=config.objective,
+        sampling=config.sampling,
+    )
+    return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)

@@ -1,0 +1,273 @@
+import io
+import json
+import math
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from data_prep.vae import train
+from data_prep.vae.data import (
+    PictureConfig,
+    find_shards,
+    held_out_pictures,
+    is_held_out,
+    training_batches,
+)
+from data_prep.vae.measure import measure
+from data_prep.vae.train import AutoencoderConfig, learning_rate, train_autoencoder
+from megafusion.config import load_config, parse_config
+from megafusion.errors import UserError
+from megafusion.images.codec import ImageCodec
+from tests.support.tars import add_members
+
+ROOT = Path(__file__).parents[3]
+
+
+def disc(seed: int, size: int = 32) -> Image.Image:
+    """A coloured disc on white: something that a few steps can begin to learn."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (size, size), "white")
+    x, y = rng.integers(0, size // 2, 2)
+    ImageDraw.Draw(image).ellipse((x, y, x + 14, y + 14), fill=tuple(rng.integers(0, 200, 3).tolist()))
+    return image
+
+
+def write_shard(path: Path, pictures: dict[str, bytes], extension: str = "png") -> Path:
+    with tarfile.open(path, "w") as tar:
+        for key, content in pictures.items():
+            add_members(tar, [(f"{key}.{extension}", content), (f"{key}.txt", key.encode())])
+    return path
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    return write_shard(tmp_path / "discs-000000.tar", {f"{i:04X}-flat": png(disc(i)) for i in range(48)})
+
+
+@pytest.fixture
+def config(tmp_path: Path, shard: Path):
+    """A function from overrides to a tiny but complete configuration."""
+
+    def make(**changes) -> AutoencoderConfig:
+        values = {
+            "out": str(tmp_path / "vae"),
+            "data": {"shards": [str(shard)], "image_size": 32, "held_out_fraction": 0.15},
+            "network": {
+                "unshuffle": 4,
+                "channels": [16],
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+                "mid_block_attention": False,
+            },
+            "optimization": {
+                "num_steps": 30,
+                "batch_size": 4,
+                "learning_rate": 5e-3,
+                "warmup_steps": 3,
+                "evaluate_every": 15,
+                "checkpoint_every": 10,
+            },
+            "num_threads": 1,
+        }
+        for key, value in changes.items():
+            if isinstance(value, dict):
+                value = values.get(key, {}) | value
+            values[key] = value
+        return parse_config(AutoencoderConfig, values, "test")
+
+    return make
+
+
+def test_a_short_training_learns_and_writes_its_folder(config):
+    report = train_autoencoder(config())
+    out = config().out
+    assert sorted(p.name for p in out.iterdir()) == sorted(train.WRITTEN)
+    assert [p.name for p in out.parent.iterdir() if "vae" in p.name] == ["vae"]  # nothing unfinished left
+    assert json.loads((out / "report.json").read_text()) == report
+    first, last = report["history"]
+    assert last["step"] == 30
+    assert last["reconstruction"] < first["reconstruction"]
+    assert report["psnr"] > first["psnr"]
+    assert report["num_latent_numbers"] == 4 * 8 * 8
+    assert load_config(AutoencoderConfig, out / "recipe.yaml") == config()
+
+    codec = ImageCodec.from_pretrained(out)
+    assert codec.hash == report["codec_sha256"]
+    keys, held_out = held_out_pictures(config().data, find_shards(config().data))
+    assert len(keys) == report["num_held_out_pictures"]
+    measured, reconstructions = measure(codec, held_out)
+    assert measured == {key: report[key] for key in measured}
+    squared = ((reconstructions - held_out) / 2).square().mean((1, 2, 3))
+    assert measured["psnr"] == pytest.approx(float((10 * torch.log10(1 / squared)).mean()), abs=1e-3)
+    assert measured["psnr_of_mean"] == pytest.approx(-10 * math.log10(squared.mean()), abs=1e-3)
+
+    latents = codec.normalize(codec.encode(held_out)[0])
+    assert abs(latents.mean()) < 0.5
+    assert 0.5 < latents.std() < 1.5
+    assert Image.open(out / "reconstructions.png").width > 32
+
+
+def test_same_seed_same_bits_and_another_seed_others(config, tmp_path):
+    hashes = [
+        train_autoencoder(config(out=str(tmp_path / name), seed=seed, optimization={"num_steps": 8}))[
+            "codec_sha256"
+        ]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_stopped_training_continues_to_the_same_bits(config, tmp_path, monkeypatch):
+    short = {
+        "loss": {
+            "adversarial_weight": 0.5,
+            "adversarial_start_step": 3,
+            "discriminator_layers": 1,
+            "discriminator_channels": 4,
+        },
+        "optimization": {"num_steps": 12, "evaluate_every": 4, "checkpoint_every": 5},
+    }
+    whole = train_autoencoder(config(out=str(tmp_path / "whole"), **short))
+
+    def stop_at_8(options, step):
+        if step == 8:
+            raise KeyboardInterrupt
+        return learning_rate(options, step)
+
+    monkeypatch.setattr(train, "learning_rate", stop_at_8)
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(config(**short))
+    monkeypatch.undo()
+    assert not config().out.exists()
+    with pytest.raises(UserError, match=r"unfinished training with another seed"):
+        train_autoencoder(config(**short, seed=1))
+    torch.manual_seed(99)
+    resumed = train_autoencoder(config(**short))
+    assert resumed["codec_sha256"] == whole["codec_sha256"]
+    assert resumed["history"] == whole["history"]
+
+
+def test_bf16_learns_too(config):
+    report = train_autoencoder(config(optimization={"precision": "bf16"}))
+    first, last = report["history"]
+    assert last["reconstruction"] < first["reconstruction"]
+
+
+def test_both_styles_of_a_concept_fall_on_one_side():
+    for number in range(200):
+        sides = {is_held_out(f"{number:04X}-{style}", 0.3) for style in ("3d", "flat", "200D-2642-3d")}
+        assert len(sides) == 1
+    share = sum(is_held_out(f"{number:05X}-flat", 0.1) for number in range(5000)) / 5000
+    assert share == pytest.approx(0.1, abs=0.02)
+
+
+def test_an_epoch_holds_every_training_picture_once(shard):
+    config = PictureConfig(shards=[str(shard)], image_size=32, held_out_fraction=0.15, horizontal_flip=False)
+    _, held_out = held_out_pictures(config, [shard])
+    num_training = 48 - len(held_out)
+    stream = training_batches(config, [shard], num_training, seed=0)
+    first, second = next(stream), next(stream)
+    assert not torch.equal(first, second)
+    seen = [sorted(picture.numpy().tobytes() for picture in batch) for batch in (first, second)]
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == num_training
+    assert not set(seen[0]) & {picture.numpy().tobytes() for picture in held_out}
+    torch.testing.assert_close(
+        next(training_batches(config, [shard], num_training, 0, num_skipped=1)), second
+    )
+
+
+def test_flips_mirror_about_half(shard):
+    options = {"shards": [str(shard)], "image_size": 32, "held_out_fraction": 0.15}
+    flipped = next(training_batches(PictureConfig(**options), [shard], 40, 0))
+    pictures = [disc(i) for i in range(48)]
+    plain = train.held_out_pictures(PictureConfig(**options | {"held_out_fraction": 0.999999}), [shard])[1]
+    assert len(plain) == len(pictures)
+    upright = sum(any(torch.equal(x, p) for p in plain) for x in flipped)
+    mirrored = sum(any(torch.equal(x.flip(-1), p) for p in plain) for x in flipped)
+    assert 8 < mirrored < 32
+    assert upright + mirrored >= 40
+
+
+def test_learning_rate_rises_linearly_and_falls_to_zero(config):
+    options = config(optimization={"num_steps": 110, "warmup_steps": 10}).optimization
+    rates = [learning_rate(options, step) for step in range(1, 111)]
+    assert rates[4] == pytest.approx(0.5 * options.learning_rate)
+    assert max(rates) == rates[9] == options.learning_rate
+    assert rates[59] == pytest.approx(0.5 * options.learning_rate)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_bad_shards_are_named(config, tmp_path, shard):
+    with pytest.raises(UserError, match=r"nowhere-\*\.tar: no such shard"):
+        train_autoencoder(config(data={"shards": [str(tmp_path / "nowhere-*.tar")]}))
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 + 700])
+    with pytest.raises(UserError, match=r"cut\.tar: not readable as a tar shard"):
+        train_autoencoder(config(data={"shards": [str(cut)]}))
+    junk = write_shard(tmp_path / "junk.tar", {f"{i:04X}-flat": b"no picture" for i in range(40)})
+    with pytest.raises(UserError, match=r"junk\.tar: .*-flat\.png: not a readable picture"):
+        train_autoencoder(config(data={"shards": [str(junk)]}))
+    lone = write_shard(tmp_path / "lone.tar", {"0001-flat": png(disc(1))})
+    with pytest.raises(UserError, match=r"held_out_fraction.*keeps no picture of .*lone\.tar"):
+        train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 1e-9}))
+    with pytest.raises(UserError, match="no picture left to train on"):
+        train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 0.999999}))
+
+
+def test_other_bad_input_is_refused(config):
+    with pytest.raises(UserError, match=r"network\.channels 18: not divisible"):
+        train_autoencoder(config(network={"channels": [18]}))
+    with pytest.raises(UserError, match=r"30 x 30.*multiples of 4"):
+        train_autoencoder(config(data={"image_size": 30}))
+    with pytest.raises(UserError, match="device 'tpu'"):
+        train_autoencoder(config(device="tpu"))
+    with pytest.raises(UserError, match=r"step 10: the gradient is not finite"):
+        train_autoencoder(config(loss={"kl_weight": 1e308}))
+    config().out.mkdir()
+    (config().out / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds something else \['thesis\.tex'\]"):
+        train_autoencoder(config())
+
+
+@pytest.mark.parametrize("name", ["emoji", "paper"])
+def test_shipped_configurations_are_valid(name):
+    config = load_config(AutoencoderConfig, ROOT / f"configs/vae/{name}.yaml")
+    with torch.device("meta"):
+        model = train.build_model(config.network)
+    channels, height, width = ImageCodec(model).latent_shape(*[config.data.image_size] * 2)
+    assert (channels, height, width) == {"emoji": (3, 16, 16), "paper": (8, 32, 32)}[name]
+
+
+def test_the_committed_autoencoder_is_as_good_as_it_says():
+    folder = ROOT / "data_prep/vae"
+    report = json.loads((folder / "report.json").read_text())
+    recipe = load_config(AutoencoderConfig, folder / "recipe.yaml")
+    assert recipe == load_config(AutoencoderConfig, ROOT / "configs/vae/emoji.yaml")
+    codec = ImageCodec.from_pretrained(folder)
+    assert codec.hash == report["codec_sha256"]
+    shards = [ROOT / "data_prep/emoji/emoji-000000.tar"]
+    _, held_out = held_out_pictures(recipe.data, shards)
+    assert len(held_out) == report["num_held_out_pictures"]
+    measured, _ = measure(codec, held_out)
+    assert measured["psnr"] == pytest.approx(report["psnr"], abs=0.02)
+    assert measured["psnr"] >= 29.0
+    assert math.prod(codec.latent_shape(64, 64)) <= 1024
+
+    latents = codec.normalize(codec.encode(held_out)[0])
+    assert latents.mean().item() == pytest.approx(0, abs=0.1)
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noised = codec.decode(codec.denormalize(latents + 0.1 * noise))
+    squared = ((noised - held_out) / 2).square().mean((1, 2, 3))
+    assert float(-10 * squared.log10().mean()) >= 27.0

@@ -1,0 +1,158 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.nn import functional as F
+
+from megafusion.errors import UserError
+from megafusion.images.codec import ImageCodec
+from megafusion.images.processor import to_pil, to_tensor
+
+
+def tiny(in_channels: int = 48, levels: int = 1, **options) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=in_channels,
+        out_channels=in_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        norm_num_groups=4,
+        **options,
+    )
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_a_saved_codec_comes_back_equal(tmp_path, images):
+    codec = ImageCodec(tiny(scaling_factor=2.0, shift_factor=0.5))
+    codec.model.save_pretrained(tmp_path)
+    loaded = ImageCodec.from_pretrained(tmp_path)
+    assert loaded.hash == codec.hash
+    mean, log_variance = loaded.encode(images)
+    assert mean.shape == log_variance.shape == (2, *loaded.latent_shape(16, 24)) == (2, 4, 4, 6)
+    torch.testing.assert_close(mean, codec.encode(images)[0])
+    decoded = loaded.decode(mean)
+    assert decoded.shape == images.shape
+    assert decoded.abs().max() <= 1
+
+
+def test_hash_sees_every_weight_and_the_scale_and_nothing_else(tmp_path):
+    codec = ImageCodec(tiny())
+    renamed = tiny()
+    renamed.register_to_config(_name_or_path="elsewhere")
+    assert ImageCodec(renamed).hash == codec.hash
+    changed = tiny()
+    with torch.no_grad():
+        changed.decoder.conv_out.bias[0] += 1e-6
+    assert ImageCodec(changed).hash != codec.hash
+    assert ImageCodec(tiny(scaling_factor=0.5)).hash != codec.hash
+    assert ImageCodec(tiny(act_fn="relu")).hash != codec.hash
+
+
+def test_unshuffled_pictures_are_blocks_of_pixels(images):
+    model = tiny()
+    blocks = images.reshape(2, 3, 4, 4, 6, 4).permute(0, 1, 3, 5, 2, 4).reshape(2, 48, 4, 6)
+    with torch.no_grad():
+        posterior = model.encode(blocks).latent_dist
+        out = model.decode(posterior.mean).sample
+    expected = out.reshape(2, 3, 4, 4, 4, 6).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 24)
+    codec = ImageCodec(model)
+    mean, log_variance = codec.encode(images)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(log_variance, posterior.logvar)
+    torch.testing.assert_close(codec.decode(mean), expected.clamp(-1, 1))
+
+
+def test_an_ordinary_autoencoder_that_halves_twice(images):
+    codec = ImageCodec(tiny(in_channels=3, levels=3))
+    assert codec.latent_shape(16, 24) == (4, 4, 6)
+    mean, _ = codec.encode(images)
+    assert mean.shape == (2, 4, 4, 6)
+    torch.testing.assert_close(mean, codec.model.encode(images).latent_dist.mean)
+    assert codec.decode(mean).shape == images.shape
+
+
+def test_normalize_and_denormalize():
+    codec = ImageCodec(tiny(scaling_factor=0.25, shift_factor=3.0))
+    latents = 3 + 4 * torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    normal = codec.normalize(latents)
+    assert abs(normal.mean()) < 0.05
+    assert abs(normal.std() - 1) < 0.05
+    torch.testing.assert_close(codec.denormalize(normal), latents)
+    # Most published autoencoders have no shift.
+    assert ImageCodec(tiny()).normalize(torch.ones(1)).item() == pytest.approx(0.18215)
+
+
+def test_sizes_and_channels_that_do_not_divide():
+    with pytest.raises(UserError, match=r"18 x 16.*multiples of 4"):
+        ImageCodec(tiny()).encode(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(UserError, match="in_channels 4"):
+        ImageCodec(tiny(in_channels=4))
+
+
+def test_folders_that_hold_no_autoencoder(tmp_path):
+    missing = tmp_path / "missing"
+    with pytest.raises(UserError, match=str(missing)):
+        ImageCodec.from_pretrained(missing)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+    with pytest.raises(UserError, match="VQModel, not an AutoencoderKL"):
+        ImageCodec.from_pretrained(other)
+    tiny().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(UserError, match="pickled ones are not read"):
+        ImageCodec.from_pretrained(tmp_path / "pickled")
+    tiny().save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut: not loadable"):
+        ImageCodec.from_pretrained(tmp_path / "cut")
+
+
+def pixel(tensor, x: int, y: int) -> list[int]:
+    return [round((float(v) + 1) * 127.5) for v in tensor[0, :, y, x]]
+
+
+def test_transparency_becomes_white():
+    image = Image.new("RGBA", (8, 8), (0, 0, 255, 128))
+    assert pixel(to_tensor([image], 8), 3, 3) == [127, 127, 255]
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0])
+    palette.info["transparency"] = 0
+    assert pixel(to_tensor([palette], 8), 3, 3) == [255, 255, 255]
+    assert pixel(to_tensor([Image.new("LA", (8, 8), (0, 0))], 8), 3, 3) == [255, 255, 255]
+
+
+def test_other_modes():
+    assert pixel(to_tensor([Image.new("CMYK", (8, 8), (0, 255, 255, 0))], 8), 0, 0) == [255, 0, 0]
+    assert pixel(to_tensor([Image.new("L", (8, 8), 90)], 8), 0, 0) == [90, 90, 90]
+    assert pixel(to_tensor([Image.new("1", (8, 8), 1)], 8), 0, 0) == [255, 255, 255]
+    sixteen = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
+    assert pixel(to_tensor([sixteen], 8), 0, 0) == [128, 128, 128]
+
+
+def test_exif_rotation_and_centre_crop():
+    image = Image.new("RGB", (8, 8), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    image.getexif()[0x0112] = 6  # the camera lay on its side: turn clockwise
+    image.info["exif"] = image.getexif().tobytes()
+    assert pixel(to_tensor([image], 8), 7, 0) == [255, 255, 255]
+    wide = Image.new("RGB", (32, 8), "red")
+    wide.paste("blue", (12, 0, 20, 8))
+    assert pixel(to_tensor([wide], 8), 4, 4) == [0, 0, 255]
+    assert to_tensor([wide, image], (4, 8)).shape == (2, 3, 4, 8)
+
+
+def test_tensors_come_back_as_the_same_picture():
+    array = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(a) for a in array]
+    back = to_pil(to_tensor(pictures, 8))
+    assert all(np.array_equal(np.asarray(b), a) for a, b in zip(array, back, strict=True))
+    assert F.mse_loss(to_tensor(to_pil(torch.full((1, 3, 4, 4), 9.0)), 4), torch.ones(1, 3, 4, 4)) == 0

@@ -1,0 +1,109 @@
+"""Who is who; and what cannot be laid out is refused at start, with the arithmetic."""
+
+import pytest
+import torch.distributed as dist
+
+from megafusion.config import parse_config
+from megafusion.errors import UserError
+from megafusion.parallel.config import ParallelConfig
+from megafusion.parallel.mesh import AXES, check_degrees, make_mesh
+from megafusion.train.build import build_components
+from megafusion.train.config import RunConfig
+from tests.support.workers import run_workers
+
+
+def places() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
+    """This rank's place, its tensor group, its rows group, and DeepSpeed's view of stage and replica."""
+    mesh = make_mesh(ParallelConfig(pipeline=2, ulysses=2, tensor=2))
+    tensor, rows = (
+        dist.get_process_group_ranks(g) for g in (mesh.group("tensor"), mesh.tensor_context_group)
+    )
+    grid = mesh.grid
+    place = tuple(mesh.rank(axis) for axis in AXES)
+    return place, tensor, rows, grid.get_stage_id(), grid.get_data_parallel_id()
+
+
+def test_ranks_are_named_and_deepspeed_names_them_alike():
+    for rank, (place, tensor, rows, stage, replica) in enumerate(run_workers(places, 8)):
+        pipeline, data, ulysses, own = place
+        assert rank == ((pipeline * 1 + data) * 2 + ulysses) * 2 + own
+        assert tensor == [rank - own, rank - own + 1]
+        assert rows == list(range(pipeline * 4, pipeline * 4 + 4))
+        assert (stage, replica) == (pipeline, ulysses)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({"parallel": {"tensor": 3}}, 4, r"pipeline 1 x ulysses 1 x tensor 3 = 3 ranks .* world has 4 ranks"),
+        ({"parallel": {"tensor": 2, "pipeline": 2}}, 2, r"= 4 ranks a copy of the model, .* world has 2"),
+        (
+            {"parallel": {"tensor": 8}},
+            8,
+            r"model\.num_heads 4 is not a multiple of parallel\.tensor 8 x .* = 8",
+        ),
+        (
+            {"parallel": {"tensor": 2, "ulysses": 2}},
+            4,
+            r"num_kv_heads 2 is not a multiple of .* = 4; .* not copied",
+        ),
+        (
+            {"parallel": {"tensor": 2}, "model": {"ffn_hidden_size": 63}},
+            2,
+            r"ffn_hidden_size 63 is not a multiple of",
+        ),
+        (
+            {"parallel": {"ulysses": 2}, "data": {"sequence_length": 95}},
+            2,
+            r"sequence_length 95 is not a mul",
+        ),
+        (
+            {"parallel": {"pipeline": 4}},
+            4,
+            r"model\.num_layers 2 is less than the stages of parallel\.pipeline 4",
+        ),
+        (
+            {},
+            8,
+            r"global_batch_size 4 is not a multiple of train\.micro_batch_size 2 x 8 data-parallel ranks",
+        ),
+        ({"parallel": {"tensor": 2}, "model": {"vocab_size": 60}}, 2, r"vocab_size 60 is too small"),
+        ({"parallel": {"sequence": True}}, 2, r"sequence is a form of tensor parallelism"),
+        ({"parallel": {"pipeline": 2, "zero_stage": 3}}, 2, r"zero_stage 3 cannot be had with pipeline 2"),
+        ({"parallel": {"zero_stage": 0}, "train": {"precision": "bf16"}}, 1, r"bf16 needs float32 masters"),
+        (
+            {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
+            1,
+            r"offload_optimizer needs zero_stage",
+        ),
+        ({"parallel": {"zero_stage": 4}}, 1, r"parallel\.zero_stage.*Input should be 0, 1, 2 or 3"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_values, changes, world, message):
+    for room, values in changes.items():
+        run_values[room] = {**run_values.get(room, {}), **values}
+    with pytest.raises(UserError, match=message):
+        check_degrees(parse_config(RunConfig, run_values, "test"), world)
+
+
+def refuse(values: dict) -> str:
+    """The message with which this rank refuses a run."""
+    config = parse_config(RunConfig, values, "test")
+    try:
+        build_components(config, make_mesh(config.parallel))
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_every_rank_refuses_the_same(run_values):
+    run_values["parallel"] = {"tensor": 2, "ulysses": 2}
+    first, *others = run_workers(refuse, 4, run_values)
+    assert "num_kv_heads 2" in first
+    assert set(others) == {first}
+
+
+def test_fp8_is_refused_without_its_chip(run_values):
+    run_values["train"]["precision"] = "fp8"
+    (message,) = run_workers(refuse, 1, run_values)
+    assert "fp8 needs an NVIDIA GPU of compute capability 8.9" in message

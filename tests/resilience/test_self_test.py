@@ -1,0 +1,151 @@
+"""The start-up self-test passes on a sound machine in well under a second, and names the rank that is not."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megafusion.errors import UserError
+from megafusion.resilience.self_test import self_test
+from megafusion.resilience.signals import StopSignals
+from tests.support.workers import WorkersFailed, run_workers
+
+
+def sound(folder: Path) -> tuple[int, bool, float]:
+    began = time.perf_counter()
+    hosts, stops = self_test(folder, torch.device("cpu"), wants_stop=dist.get_rank() == 1)
+    return len(hosts), stops, time.perf_counter() - began
+
+
+def test_a_sound_machine_passes_and_one_wish_to_stop_reaches_all(tmp_path):
+    answers = run_workers(sound, 2, tmp_path)
+    assert [answer[:2] for answer in answers] == [(2, True)] * 2
+    assert max(answer[2] for answer in answers) < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def wrong_on(what: str, victim: int, folder: Path) -> str:
+    """The refusal that this rank gets."""
+    if dist.get_rank() == victim:
+        if what == "product":
+            product = torch.Tensor.__matmul__
+
+            def off_by_one(a, b):
+                result = product(a, b)
+                if result.is_floating_point():
+                    result[17, 17] += 1
+                return result
+
+            torch.Tensor.__matmul__ = off_by_one
+        elif what == "sum":
+            reduce = dist.all_reduce
+
+            def broken(tensor, *arguments, **named):
+                reduce(tensor, *arguments, **named)
+                tensor[-1] -= 1
+
+            dist.all_reduce = broken
+        elif what == "disk":
+            folder = folder / "none"
+        else:
+            folder = folder / "read-only"
+    with pytest.raises(UserError) as refused:
+        self_test(folder, torch.device("cpu"), wants_stop=False)
+    assert refused.value.exit_status == 1
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("product", "a matrix product on cpu is wrong"),
+        ("sum", "an all-reduce gave a wrong sum"),
+        ("disk", "cannot be written (No such file or directory)"),
+    ],
+)
+def test_the_rank_that_fails_is_named_on_all(tmp_path, what, said):
+    first, second = run_workers(wrong_on, 2, what, 1, tmp_path)
+    assert first == second
+    assert "rank 1 on " in first
+    assert said in first
+    assert "rank 0" not in first
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a read-only disk")
+def test_a_read_only_disk_is_named(tmp_path):
+    disk = tmp_path / "read-only"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], check=True)
+    try:
+        first, second = run_workers(wrong_on, 2, "read-only", 1, tmp_path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert first == second
+    assert "rank 1 on " in first
+    assert "read-only cannot be written (Read-only file system)" in first
+
+
+def test_signals_are_noted_and_further_ones_change_nothing():
+    (requested,) = run_workers(signalled, 1)
+    assert requested == [False, True, True]
+
+
+def signalled_though_ignored() -> list[bool]:
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signals = StopSignals().listen()
+    signals.begin()
+    heard = []
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.raise_signal(number)
+        heard.append(signals.requested)
+    return heard
+
+
+def test_what_a_launcher_ignores_is_heard_all_the_same_but_for_ctrl_c():
+    assert run_workers(signalled_though_ignored, 1) == [[False, True]]
+
+
+def interrupted_twice() -> list[bool]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+    signals = StopSignals().listen()
+    signals.begin()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    return [signals.requested]
+
+
+def test_a_second_interrupt_ends_at_once():
+    assert run_workers(interrupted_twice, 1) == [[True]]
+
+
+def signalled_early() -> None:
+    signals = StopSignals().listen()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    # The main thread waits in C, where no handler of Python's runs.
+    dist.TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=timedelta(seconds=30))
+    assert signals
+
+
+def test_a_signal_ends_a_process_that_waits_for_others_to_appear():
+    with pytest.raises(WorkersFailed, match="rank 0: ended with status 75"):
+        run_workers(signalled_early, 1, timeout=20)
+
+
+def signalled() -> list[bool]:
+    signals = StopSignals().listen()
+    signals.begin()
+    seen = [signals.requested]
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        seen.append(signals.requested)
+    return seen

@@ -1,0 +1,118 @@
+"""Synthetic shards, streams over them, and hashes of rows: what the tests of streams share."""
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from megafusion.data.config import DataConfig
+from megafusion.data.document_format import StoredDocument
+from megafusion.data.loader import DataLoader
+from megafusion.data.shards import write_shards
+from megafusion.data.source import open_sources
+from megafusion.sequence.packing import SequenceShape
+
+
+class Ids:
+    """What packing asks of a tokenizer."""
+
+    bos, eos, boi, eoi, vocab_size, hash = 1, 2, 62, 63, 64, "t"
+
+
+LATENTS, NUM_PATCHES = (1, 4, 4), 4
+
+
+def write_pairs(folder: Path, num: int, per_shard: int = 16, latents=LATENTS, caption=lambda r: 5) -> Path:
+    """Pairs whose captions' lengths a function draws."""
+    random = np.random.default_rng(0)
+
+    def documents():
+        for i in range(num):
+            tokens = random.integers(3, 60, caption(random)).astype(np.int32)
+            moments = random.standard_normal((2, *latents)).astype(np.float16)
+            yield StoredDocument({"key": f"k{i}", "caption": f"picture {i}"}, (tokens, moments))
+
+    fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "latent_shape": latents}
+    write_shards(folder, documents(), per_shard, provenance={}, **fields)
+    return folder
+
+
+def write_texts(folder: Path, num: int, per_shard: int = 16, length=lambda r: int(r.integers(1, 90))) -> Path:
+    """Texts whose lengths a function draws."""
+    random = np.random.default_rng(1)
+
+    def documents():
+        for i in range(num):
+            yield StoredDocument({"line": i}, (random.integers(3, 60, length(random)).astype(np.int32),))
+
+    write_shards(folder, documents(), per_shard, kind="text", tokenizer_sha256="t", provenance={})
+    return folder
+
+
+class ManyIds(Ids):
+    """As many tokens as a test likes, so that each may stand once alone."""
+
+    vocab_size = 1 << 30
+
+
+def write_documents(folder: Path, documents: list[list[int]], per_shard: int = 5, latents=LATENTS) -> Path:
+    """Interleaved documents: a text of so many tokens, or an image for a 0. No token comes twice, from 100
+    on; the n-th image's latents are n, with next to no deviation."""
+    token, image = itertools.count(100), itertools.count()
+
+    def segment(length: int) -> np.ndarray:
+        if length:
+            return np.array(list(itertools.islice(token, length)), np.int32)
+        return np.stack([np.full(latents, value, np.float16) for value in (next(image), -30)])
+
+    stored = [
+        StoredDocument({"key": str(n)}, tuple(map(segment, parts))) for n, parts in enumerate(documents)
+    ]
+    fields = {"kind": "interleaved", "tokenizer_sha256": "t", "vae_sha256": "v", "latent_shape": latents}
+    write_shards(folder, stored, per_shard, provenance={}, **fields)
+    return folder
+
+
+def stream_of(
+    sources: dict[str, tuple[Path | str, float]],
+    rows: range,
+    num_rows: int,
+    *,
+    length: int = 64,
+    slots: int = 4,
+    num_patches: int = NUM_PATCHES,
+    latents: tuple[int, int, int] = LATENTS,
+    picture_size: tuple[int, int] = (0, 0),
+    more_sizes: tuple[tuple[int, int], ...] = (),
+    seed: int = 0,
+    micro: int = 1,
+    ids: type[Ids] = Ids,
+    **changes,
+) -> DataLoader:
+    """A rank's stream over folders (or URLs) and weights; `changes` are of DataConfig."""
+    values = {
+        "sources": {name: {"path": str(path), "weight": weight} for name, (path, weight) in sources.items()},
+        "tokenizer": Path("t"),
+        "vae": Path("v"),
+        "sequence_length": length,
+        "images_per_row": slots,
+        "num_streams": num_rows,
+    }
+    config = DataConfig(**values | changes)
+    shape = SequenceShape(length, slots, num_patches, latents, picture_size, more_sizes)
+    opened = open_sources(config, ids, "v", seed)
+    return DataLoader(config, opened, shape, ids, 1000, num_rows, rows, micro)
+
+
+def digest(batch) -> list[str]:
+    """A hash of every row of a global batch."""
+    rows = []
+    for micro in batch.micro_batches:
+        for row in range(len(micro.tokens)):
+            whole = hashlib.sha256()
+            for name, value in vars(micro).items():
+                if value.ndim:
+                    whole.update(name.encode() + value[row].numpy().tobytes())
+            rows.append(whole.hexdigest())
+    return rows

@@ -1,0 +1,64 @@
+"""Who receives a run's metrics."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from megafusion.config import parse_config
+from megafusion.errors import UserError
+from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.trackers import prometheus_text
+from megafusion.train.config import RunConfig
+from megafusion.train.loop import train
+
+
+def start(values: dict) -> Path:
+    config = parse_config(RunConfig, values, "test")
+    train(config)
+    return config.out
+
+
+def test_prometheus_reads_the_last_line_and_tensorboard_is_not_made_unasked(run_values):
+    run_values["train"]["trackers"] = ["prometheus"]
+    run = start(run_values)
+    text = (run / "metrics.prom").read_text()
+    # One comment and one sample a metric, as the text format has it.
+    pattern = r'(# TYPE (megafusion_[a-zA-Z0-9_]+) gauge\n\2\{run="run"\} [0-9.e+-]+\n)+'
+    assert re.fullmatch(pattern, text), text
+    values = dict(re.findall(r"^megafusion_(\w+)\{.*\} (\S+)$", text, re.MULTILINE))
+    last = read_metrics(run)[-1]
+    assert float(values["step"]) == 6
+    assert float(values["text_loss"]) == last["text_loss"]
+    assert float(values["share_pairs"]) == last["share/pairs"]
+    assert float(values["skipped_steps"]) == 0
+    assert not (run / "tensorboard").exists()
+
+
+def test_a_name_in_a_label_is_escaped():
+    assert prometheus_text('a"b\\c\nd', {"x/y": 1}).splitlines()[1] == (
+        r'megafusion_x_y{run="a\"b\\c\nd"} 1.0'
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="it is installed")
+def test_wandb_is_refused_at_start_where_it_is_not_installed(run_values):
+    run_values["train"]["trackers"] = ["wandb"]
+    with pytest.raises(UserError, match=r"train\.trackers: wandb is not installed"):
+        start(run_values)
+    assert not Path(run_values["out"]).exists()
+
+
+def test_wandb_offline(run_values, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_values["train"] |= {"trackers": ["wandb"], "wandb_project": "test"}
+    run = start(run_values)
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_project_without_its_tracker_is_refused(run_values):
+    run_values["train"]["wandb_project"] = "mine"
+    with pytest.raises(UserError, match=r"train\.trackers \['tensorboard'\] has no wandb"):
+        start(run_values)
