@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,9 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    renamed_keys: ClassVar[dict[str, str]] = {}
+    """Keys of earlier versions, each with its name now within this class: refused with that name."""
 
 
 C = TypeVar("C", bound=Config)
@@ -53,7 +56,13 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         # JSON mode: strict about types, yet a path may be written as a string and a tuple as a list.
         return cls.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [f"{origin}: {_describe(cls, detail)}" for detail in error.errors()]
+        details = error.errors()
+        new_names = {
+            _new_name(cls, detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"
+        }
+        # The new name of a renamed key is missing too, which is the same mistake.
+        details = [d for d in details if d["type"] != "missing" or _path(d["loc"]) not in new_names]
+        lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
         raise UserError("\n".join(lines)) from error
     except TypeError as error:
         raise UserError(f"{origin}: {error}") from error
@@ -102,11 +111,13 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 
 
 def _describe(cls: type[Config], detail: dict) -> str:
-    location = [part for part in detail["loc"] if isinstance(part, str | int)]
-    path = ".".join(str(part) for part in location)
+    location = detail["loc"]
+    path = _path(location)
     match detail["type"]:
         case "extra_forbidden":
-            fields = _fields_at(cls, location[:-1])
+            if new_name := _new_name(cls, location):
+                return f"key {path!r} was renamed: it is {new_name!r} now"
+            fields = list(_class_at(cls, location[:-1]).model_fields)
             nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
             parent = "".join(f"{part}." for part in location[:-1])
             hint = (
@@ -126,14 +137,25 @@ def _describe(cls: type[Config], detail: dict) -> str:
             return f"{where}{detail['msg']} (got {detail['input']!r})"
 
 
-def _fields_at(cls: type[Config], location: list[str | int]) -> list[str]:
-    """Names of the fields of the configuration class that stands at a location."""
+def _path(location: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def _new_name(cls: type[Config], location: Sequence[str | int]) -> str | None:
+    """The dotted path that a key of an earlier version has now; None for a key that was never there."""
+    *parents, name = location
+    new_name = _class_at(cls, parents).renamed_keys.get(str(name))
+    return new_name and _path([*parents, new_name])
+
+
+def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:
+    """The configuration class that stands at a location."""
     for part in location:
         if part not in cls.model_fields:  # an index of a list or a key of a mapping
             continue
         annotation = cls.model_fields[part].annotation
         cls = next((c for c in _classes_in(annotation) if issubclass(c, Config)), cls)
-    return list(cls.model_fields)
+    return cls
 
 
 def _classes_in(annotation: Any) -> list[type]:

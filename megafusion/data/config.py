@@ -1,7 +1,7 @@
 """What the rows are made of."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -20,6 +20,10 @@ class SourceConfig(Config):
 
 class DataConfig(Config):
     """What the rows are made of."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "look_ahead": "packing_buffer_size",
+    }
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """The mixture, by name."""

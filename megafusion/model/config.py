@@ -1,7 +1,7 @@
 """The sizes of a model."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,12 @@ Positive = Annotated[int, Field(gt=0)]
 
 class ModelConfig(Config):
     """A size of the model, named as the paper's table names it."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "width": "hidden_size",
+        "hidden_width": "ffn_hidden_size",
+        "norm_epsilon": "norm_eps",
+    }
 
     num_layers: int = Field(gt=0)
     """Transformer blocks."""

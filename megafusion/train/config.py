@@ -1,7 +1,7 @@
 """One file describes a run."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,11 @@ class SamplesConfig(Config):
 
 class TrainConfig(Config):
     """How long and how often."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "global_batch_rows": "global_batch_size",
+        "micro_batch_rows": "micro_batch_size",
+    }
 
     num_steps: int = Field(gt=0)
     """Optimizer steps."""
