@@ -24,6 +24,9 @@ class Config(BaseModel):
     renamed_keys: ClassVar[dict[str, str]] = {}
     """Keys of earlier versions, each with its name now within this class: refused with that name."""
 
+    moved_values: ClassVar[dict[tuple[str, str], str]] = {}
+    """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
+
 
 C = TypeVar("C", bound=Config)
 
@@ -113,6 +116,11 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 def _describe(cls: type[Config], detail: dict) -> str:
     location = detail["loc"]
     path = _path(location)
+    value = detail["input"]
+    if isinstance(value, str) and location:
+        moved_to = _class_at(cls, location[:-1]).moved_values.get((str(location[-1]), value))
+        if moved_to:
+            return f"{path}: {value} has moved: write {moved_to}"
     match detail["type"]:
         case "extra_forbidden":
             if new_name := _new_name(cls, location):

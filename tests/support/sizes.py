@@ -34,7 +34,7 @@ def make_mixed_shards(folder: Path, vae: Path) -> Path:
             out=folder,
             tokenizer=TOKENIZER,
             vae=vae,
-            pictures=(raw,),
+            images=(raw,),
             image_size=32,
             more_image_sizes=PIXELS[1:],
             texts=(texts,),
