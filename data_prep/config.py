@@ -59,6 +59,8 @@ class PreprocessConfig(Config):
 
     renamed_keys: ClassVar[dict[str, str]] = {
         "pictures": "images",
+        "image_size": "image_sizes",
+        "more_image_sizes": "image_sizes",
         "document_pictures": "document_images",
         "picture_column": "image_column",
     }
@@ -78,15 +80,13 @@ class PreprocessConfig(Config):
     parquet files, folders of these or of images with .txt files beside them."""
     keys: Path | None = None
     """File of the keys of images to keep, one per line; all by default."""
-    image_size: int = Field(64, gt=0)
-    """Pictures are cropped about the centre to a square of this many pixels."""
-    more_image_sizes: tuple[tuple[Pixels, Pixels], ...] = ()
-    """Further heights and widths in pixels. Each picture goes to that of these and the square whose aspect is
-    nearest to its own, is scaled to cover it and cropped about the centre. Of pictures that are kept this
-    only says how large: a run chooses among the sizes of its model."""
+    image_sizes: tuple[tuple[Pixels, Pixels], ...] = Field(((64, 64),), min_length=1)
+    """Heights and widths in pixels. Each image goes to the size whose aspect ratio is nearest to its own, is
+    resized to cover it and cropped about the centre. For images stored as pixels this only says how large: a
+    run chooses among the sizes of its model."""
     image_storage: Literal["latents", "pixels"] = "latents"
-    """latents: encoded once, now. pixels: stored as WebP, the shorter side image_size, and encoded whenever a
-    run reads them; it may then crop and flip them."""
+    """latents: encoded once, now. pixels: stored as WebP, resized to cover one of image_sizes, and encoded
+    whenever a run reads them; it may then crop and flip them."""
     texts: tuple[Path, ...] = ()
     """Text files, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document per line."""
     documents: tuple[Path, ...] = ()
@@ -117,7 +117,6 @@ class PreprocessConfig(Config):
     max_skip_rate: float = Field(0.01, gt=0, le=1)
     """Maximum fraction of bad inputs; the command stops when it is exceeded by more than chance explains."""
 
-
     @model_validator(mode="after")
     def _sizes_differ(self) -> "PreprocessConfig":
         seen: dict[Fraction, Size] = {}
@@ -125,12 +124,7 @@ class PreprocessConfig(Config):
             other = seen.setdefault(Fraction(*size), size)
             if other is not size:
                 raise ValueError(
-                    f"more_image_sizes: {say_sizes([size])} has the aspect of {say_sizes([other])} "
-                    "(image_size is the first size, a square), so no picture would go there; leave it out"
+                    f"image_sizes: {say_sizes([size])} has the aspect ratio of {say_sizes([other])}, so no "
+                    "image would go there; remove it"
                 )
         return self
-
-    @property
-    def image_sizes(self) -> tuple[Size, ...]:
-        """Every height and width that a picture may be brought to, the square first."""
-        return ((self.image_size, self.image_size), *self.more_image_sizes)

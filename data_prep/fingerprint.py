@@ -29,9 +29,7 @@ class InputFingerprint:
 
     def __init__(self, kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, splits: list[InputSplit]):
         self.fields = manifest_fields(kind, config, tokenizer)
-        # A key that was added later does not count where it is unused: older folders stay up to date.
-        unused = set() if config.more_image_sizes else {"more_image_sizes"}
-        self._config = dump_config(config, KEYS_WITHOUT_EFFECT | unused)
+        self._config = dump_config(config, KEYS_WITHOUT_EFFECT)
         self._paths, extra_files = _input_paths(kind, config)
         files = [file for split in splits for file in split_files(split)] + extra_files
         self._stats = {str(file): list(file_stat(file)) for file in files}

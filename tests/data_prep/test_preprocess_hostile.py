@@ -328,9 +328,7 @@ def test_checking_refuses_the_corrupt_images_that_decoding_refuses():
     """JPEG is checked at an eighth of its size: 600 random corruptions of several encodings."""
     chance = random.Random(0)
     images = [drawing(0, (50, 30)), drawing(1, (64, 64)).convert("L"), drawing(2, (33, 57)).convert("CMYK")]
-    encodings = [
-        encoded(image, "JPEG", **options) for image in images for options in ({}, {"progressive": True})
-    ]
+    encodings = [encoded(image, "JPEG", progressive=mode) for image in images for mode in (False, True)]
     num_refused = 0
     for _ in range(600):
         content = bytearray(chance.choice(encodings))
@@ -353,18 +351,12 @@ def test_checking_refuses_the_corrupt_images_that_decoding_refuses():
     ("values", "message"),
     [
         ({"pictures": ["a.tar"]}, "key 'pictures' was renamed: it is 'images' now"),
-        ({"images": "latents"}, "images: 'latents' moved to another key: write image_storage: latents"),
-        (
-            {"images": "pictures"},
-            "write image_storage: pixels; 'images' names the inputs now, as 'pictures' did",
-        ),
+        ({"images": "latents"}, r"images: latents has moved: write image_storage: latents \('images' names"),
+        ({"images": "pictures"}, "images: pictures has moved: write image_storage: pixels"),
         ({"images": "a.tar"}, r"key 'images' is a list: write \[a.tar\]"),
         ({"document_pictures": "x"}, "key 'document_pictures' was renamed: it is 'document_images' now"),
         ({"picture_column": "x"}, "key 'picture_column' was renamed: it is 'image_column' now"),
-        (
-            {"filters": {"scores": {"beauty": {"least": 5.0}}}},
-            r"renamed: it is 'filters.scores.beauty.min' now",
-        ),
+        ({"filters": {"scores": {"a": {"least": 5.0}}}}, "was renamed: it is 'filters.scores.a.min' now"),
     ],
 )
 def test_configurations_of_the_version_before_are_refused_with_the_new_keys(values, message):
