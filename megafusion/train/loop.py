@@ -116,11 +116,9 @@ def _train(
     starts.resumed(step)
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
     sampler = Sampler(config, parts, engine.device) if is_first else None
-    clock, packing = (
-        StepTimer(config, step, spent_seconds),
-        Packing(config, engine, loader.state_dict()),
-    )
-    encoder = ImageEncoder(parts.codec, config.model.sizes, engine.device)
+    clock = StepTimer(config, step, spent_seconds)
+    packing = Packing(config, engine, loader.state_dict())
+    encoder = ImageEncoder(parts.codec, config.model.latent_sizes, engine.device)
     stops = False
 
     def due(every: int) -> bool:
