@@ -10,8 +10,8 @@ from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_pil, to_tensor
-from megafusion.objective.noise_process import ScheduleConfig
-from megafusion.objective.sampler import SamplingConfig, guided, make_sampler
+from megafusion.objective.config import SamplingConfig, ScheduleConfig
+from megafusion.objective.sampler import guided, make_sampler
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
 from tests.support.whole import (
     CAPTIONS,

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megafusion.objective.losses import Objective, ObjectiveConfig
-from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
+from megafusion.objective.config import ObjectiveConfig, ScheduleConfig
+from megafusion.objective.losses import Objective
+from megafusion.objective.noise_process import NoiseSchedule
 from megafusion.sequence.packing import Targets
 
 
