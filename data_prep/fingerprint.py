@@ -30,9 +30,7 @@ class InputFingerprint:
 
     def __init__(self, kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, pieces: list[InputSplit]):
         self.fields = manifest_fields(kind, config, tokenizer)
-        # A key that came later says nothing where it is not used: folders made before it stay current.
-        unused = set() if config.more_image_sizes else {"more_image_sizes"}
-        self._config = dump_config(config, BYTES_ALIKE | unused)
+        self._config = dump_config(config, BYTES_ALIKE)
         self._given, beside = _given(kind, config)
         files = [file for piece in pieces for file in piece_files(piece)] + beside
         self._stats = {str(file): list(file_stat(file)) for file in files}

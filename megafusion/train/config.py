@@ -95,7 +95,7 @@ class RunConfig(Config):
                 f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 "
                 "has not; use 1"
             )
-        positions = self.model.most_patches + 4  # bos, boi, eoi, eos
+        positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
                 f"an image takes {positions} positions, more than data.sequence_length "
@@ -132,7 +132,7 @@ class RunConfig(Config):
         return SequenceShape(
             data.sequence_length,
             data.images_per_row,
-            model.num_patches,
-            model.latent_shape,
-            more_sizes=model.more_sizes,
+            model.patches,
+            model.latent_channels,
+            model.latent_sizes,
         )
