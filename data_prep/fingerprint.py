@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from megafusion.device import default_device
+
 import megafusion
 from data_prep.config import KEYS_WITHOUT_EFFECT, PreprocessConfig
 from data_prep.readers.splits import InputSplit, split_files
@@ -12,7 +14,6 @@ from data_prep.write import CHANGED
 from megafusion.config import dump_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import Kind
-from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from data_prep.config import PreprocessConfig
 from data_prep.filters import Deduplicator, RecordInfo
 from data_prep.readers.records import Record
 from data_prep.readers.splits import InputSplit
-from megafusion.data.error_budget import beyond_chance
+from megafusion.data.error_budget import exceeds_error_budget
 from megafusion.errors import UserError
 
 NUM_EXAMPLES = 3
@@ -142,7 +142,7 @@ def _check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found:
 
 def _check_skip_rate(config: PreprocessConfig, skipped: Counter, examples: dict, total: int) -> None:
     """UserError for a rate above max_skip_rate by more than chance explains, as in training."""
-    if beyond_chance(skipped.total(), total, config.max_skip_rate):
+    if exceeds_error_budget(skipped.total(), total, config.max_skip_rate):
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items()))
         first = examples[min(skipped)][0]
         raise UserError(

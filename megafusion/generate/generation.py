@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from megafusion.generate.decoder import Decoder, Report
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import begin_of_image

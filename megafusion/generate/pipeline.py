@@ -21,8 +21,7 @@ from megafusion.images.processor import to_pil, to_rgb, to_tensor
 from megafusion.images.sizes import Size, nearest_size, say_sizes
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import new_folder
 

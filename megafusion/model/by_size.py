@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megafusion.images.sizes import Size, bounding_size
-from megafusion.model.adapters import Grid, Skips
+from megafusion.model.adapters import Skips
+from megafusion.model.config import Grid
 
 
 class Groups:

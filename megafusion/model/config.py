@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 
 from megafusion.config import Config
 from megafusion.images.sizes import Size, say_sizes
-from megafusion.model.adapters import Grid
-from megafusion.model.attention import Backend
 
+Backend = Literal["auto", "sdpa", "flex", "interval", "flash"]
+Grid = tuple[int, int]
+"""Patches down and across an image."""
 Positive = Annotated[int, Field(gt=0)]
 
 

@@ -12,7 +12,8 @@ from megafusion.model.config import ModelConfig
 from megafusion.model.rope import Rope, rope_at
 from megafusion.model.transformer import Block
 from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
 
 

@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import SequenceShape
 

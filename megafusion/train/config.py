@@ -1,19 +1,20 @@
 """One file describes a run."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
 from megafusion.data.config import DataConfig
-from megafusion.engine.optimizer import OptimizerConfig
+from megafusion.engine.config import OptimizerConfig
 from megafusion.model.config import ModelConfig
-from megafusion.objective.losses import ObjectiveConfig
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.parallel.config import ParallelConfig, Recompute
 from megafusion.resilience.config import HealthConfig
-from megafusion.sequence.packing import SequenceShape
+
+if TYPE_CHECKING:
+    from megafusion.sequence.packing import SequenceShape
 
 
 class SamplesConfig(Config):
@@ -123,8 +124,10 @@ class RunConfig(Config):
         return self
 
     @property
-    def sequence_shape(self) -> SequenceShape:
+    def sequence_shape(self) -> "SequenceShape":
         """The shape of a packed row that data and model agree on."""
+        from megafusion.sequence.packing import SequenceShape
+
         data, model = self.data, self.model
         return SequenceShape(
             data.sequence_length,

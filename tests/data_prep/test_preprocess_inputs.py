@@ -204,7 +204,7 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
     timesteps = {True: [], False: []}
     with DataLoader(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
         for _ in range(30):
-            for batch in stream.next().micro_batches:
+            for batch in stream.next():
                 for start, timestep in zip(batch.image_start[0], batch.timesteps[0], strict=True):
                     if start >= 0:
                         opens = batch.tokens[0, start - 2] == tokenizer.bos

@@ -10,7 +10,7 @@ from megafusion.model import attention as module
 from megafusion.model.attention import BACKENDS, auto, check_backend, flex, prepare_mask, sdpa, stored_choices
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 
 SMALL = {

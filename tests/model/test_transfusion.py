@@ -15,7 +15,7 @@ from megafusion.model.initialize import initialize
 from megafusion.model.rope import rope_at
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 from megafusion.train.config import RunConfig
 

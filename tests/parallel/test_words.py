@@ -6,7 +6,8 @@ from torch import nn
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig, cross_entropy
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import cross_entropy
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.sharding import shard_spec_of

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import NoisedImage, cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
 

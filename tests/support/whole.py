@@ -6,7 +6,7 @@ from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
 from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 
