@@ -127,7 +127,8 @@ def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: megafusion train-vae configs/vae/emoji.yaml out=runs/vae
     """
-    from data_prep.vae.train import AutoencoderConfig, train_autoencoder
+    from data_prep.vae.config import AutoencoderConfig
+    from data_prep.vae.train import train_autoencoder
 
     report = train_autoencoder(load_config(AutoencoderConfig, config, overrides or []))
     typer.echo(f"held-out PSNR {report['psnr']:.2f} dB after {report['num_steps']} steps")
@@ -312,7 +313,7 @@ def keys(
     elif command == "preprocess":
         from data_prep.config import PreprocessConfig as Chosen
     else:
-        from data_prep.vae.train import AutoencoderConfig as Chosen
+        from data_prep.vae.config import AutoencoderConfig as Chosen
     found = [key for key in keys_of(Chosen) if key.path.startswith(under)]
     if not found:
         raise UserError(f"no key of {command} begins with {under!r}; leave it out to list all")
