@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from megafusion.engine.step import train_step
 from rich.console import Console
 from rich.table import Table
 from step import Stopwatch, processor
@@ -24,7 +25,6 @@ from megafusion.config import load_config
 from megafusion.engine.ema import Ema
 from megafusion.engine.engine import make_engine, start_process_group
 from megafusion.engine.optimizer_state import masters
-from megafusion.engine.step import train_step
 from megafusion.parallel.mesh import make_mesh
 from megafusion.storage import write_file
 from megafusion.train.build import build_components

@@ -22,7 +22,8 @@ class Config(BaseModel):
     )
 
     renamed_keys: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions, each with its name now within this class: refused with that name."""
+    """Keys of earlier versions, refused with their new name: a name within this class, or after a dot a path
+    from the top (`.checkpoint.every`)."""
 
 
 C = TypeVar("C", bound=Config)
@@ -145,7 +146,9 @@ def _new_name(cls: type[Config], location: Sequence[str | int]) -> str | None:
     """The dotted path that a key of an earlier version has now; None for a key that was never there."""
     *parents, name = location
     new_name = _class_at(cls, parents).renamed_keys.get(str(name))
-    return new_name and _path([*parents, new_name])
+    if new_name is None:
+        return None
+    return new_name.removeprefix(".") if new_name.startswith(".") else _path([*parents, new_name])
 
 
 def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:

@@ -169,7 +169,7 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
     """train, then draw and describe from the run, its pipeline and a checkpoint."""
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(run_values))
-    status, text = run("train", str(config), "train.num_steps=2", "train.checkpoint_every=1")
+    status, text = run("train", str(config), "train.num_steps=2", "checkpoint.every=1")
     assert status == 0, text
     folder = Path(run_values["out"])
     places = [folder, folder / "pipeline", folder / "checkpoints/step-00000002"]

@@ -1,0 +1,48 @@
+"""How a training step is computed."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from megafusion.config import Config
+from megafusion.parallel.config import Recompute
+
+
+class TrainConfig(Config):
+    """Number of steps, batch sizes, precision and memory of a step."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "global_batch_rows": "global_batch_size",
+        "micro_batch_rows": "micro_batch_size",
+        "checkpoint_every": ".checkpoint.every",
+        "keep_last": ".checkpoint.keep_last",
+        "keep_every": ".checkpoint.keep_every",
+        "on_save_error": ".checkpoint.on_save_error",
+    }
+
+    num_steps: int = Field(gt=0)
+    """Optimizer steps."""
+    global_batch_size: int = Field(gt=0)
+    """Packed sequences of an optimizer step, over all ranks."""
+    micro_batch_size: int = Field(gt=0)
+    """Packed sequences that a rank computes at a time; the rest is gradient accumulation."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """fp32; bf16, with float32 master weights, moments and gradient accumulation; fp8, which is bf16 with
+    8-bit matrix products in the blocks, by transformer-engine (Hopper or later)."""
+    recompute: Recompute = "none"
+    """Activation checkpointing, what a block's backward pass recomputes: none; selective, attention and cheap
+    operations; full, everything."""
+    compile: bool = False
+    """Whether torch.compile fuses the blocks' operations."""
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the averaged weights; (1 + step) / (10 + step) where that is smaller."""
+    log_every: int = Field(10, gt=0)
+    """Steps between two lines of metrics."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Longest time without progress in one step, checkpoint or start-up before every rank writes its stacks
+    and ends."""
+    trackers: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ("tensorboard",)
+    """Who receives the metrics beside RUN/metrics.jsonl: RUN/tensorboard; Weights & Biases (extra `wandb`,
+    offline with WANDB_MODE=offline); RUN/metrics.prom, for the textfile collector of node_exporter."""
+    wandb_project: str | None = None
+    """Project in Weights & Biases; null for its default."""
