@@ -118,7 +118,7 @@ def test_the_installed_command_runs():
             "data.sources.emoji.wieght=1",
             r"unknown key 'data.sources.emoji.wieght'; did you mean 'data.sources.emoji.weight'\?",
         ),
-        ("zzz=1", r"unknown key 'zzz'; valid keys: data, health, model"),
+        ("zzz=1", r"unknown key 'zzz'; valid keys: checkpoint, data, health, model"),
         ("train.num_steps=many", r"key 'train.num_steps': Input should be a valid integer \(got 'many'\)"),
         ("train.num_steps=1.5", r"key 'train.num_steps'"),
         ("train.num_steps=0", r"key 'train.num_steps': Input should be greater than 0"),

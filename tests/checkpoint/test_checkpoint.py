@@ -183,9 +183,8 @@ def save_while_writing_is_held(folder: Path) -> list[float]:
 def test_training_continues_while_a_thread_writes_the_state_at_the_save(tmp_path):
     expected, later = run_workers(save_while_writing_is_held, 2, tmp_path)[0]
     for step, contents_then in ((3, expected), (4, later)):
-        for name, tensor in load_full_tensors(
-            tmp_path / f"step-{step:08d}", shapes_of_model(), "ema"
-        ).items():
+        found = load_full_tensors(tmp_path / f"step-{step:08d}", shapes_of_model(), "ema")
+        for name, tensor in found.items():
             assert torch.equal(tensor, contents_then[f"ema.{name}"])
     assert any(not torch.equal(expected[name], later[name]) for name in expected)
 
