@@ -33,16 +33,16 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
     """Seconds of a step, a step during a write, the stall, the write and a load."""
     start_process_group()
     mesh = make_mesh(config.parallel)
-    stream, engine = build_components(config, mesh).stream, build_engine(config, mesh)
+    loader, engine = build_components(config, mesh).loader, build_engine(config, mesh)
     ema = Ema(engine.optimizer_state.shards, config.train.ema_decay)
     names = ("step", "first_stall", "stall", "step_while_writing", "write", "load")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     watch = Stopwatch(engine.device)
 
     def step() -> float:
-        batch = stream.next()
+        batch = loader.next()
         watch.lap()
-        engine.step(batch.micro_batches, 1e-3)
+        engine.step(batch, 1e-3)
         return watch.lap()
 
     for _ in range(3):
@@ -52,7 +52,7 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
             seconds["step"].append(step())
             watch.lap()
             begin = time.perf_counter()
-            manager.save({"step": number + 1}, stream.state())
+            manager.save({"step": number + 1}, loader.state_dict())
             seconds["stall" if number else "first_stall"].append(watch.lap())
             seconds["step_while_writing"].append(step())
             manager.wait()

@@ -1,11 +1,32 @@
-"""How a training step is computed."""
+"""How a training step is computed, and the optimizer. Imports no torch."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from megafusion.config import Config
 from megafusion.parallel.config import Recompute
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Config):
+    """AdamW (arXiv 1711.05101) with warm-up and cosine decay."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    """Peak learning rate, reached after the warm-up."""
+    final_learning_rate: float = Field(1.5e-5, ge=0)
+    """Learning rate at the last step, where the cosine ends."""
+    num_warmup_steps: int = Field(4000, ge=0)
+    """Steps of linear warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the square root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Weight decay of matrices and convolutions; vectors (biases, norms) have none."""
+    gradient_clip: float = Field(1.0, ge=0)
+    """Maximum global gradient norm; 0 disables clipping."""
 
 
 class TrainConfig(Config):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from functools import partial
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -13,15 +15,16 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
-from megafusion.engine.config import TrainConfig
+from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.engine.grid import make_grid, make_topology
-from megafusion.engine.optimizer import OptimizerConfig, make_optimizer
+from megafusion.engine.optimizer import make_optimizer
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.engine.process_group import local_device
 from megafusion.engine.skipped_updates import skip_bad_updates
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import Losses, ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Losses
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage

@@ -3,6 +3,8 @@
 import contextlib
 import io
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
 from megafusion.parallel.mesh import Mesh

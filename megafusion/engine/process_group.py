@@ -3,6 +3,8 @@
 import os
 from datetime import timedelta
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import deepspeed
 import torch
 import torch.distributed as dist

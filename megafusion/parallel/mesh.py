@@ -6,10 +6,11 @@ Tensor ranks are neighbours, for they talk most; then the Ulysses ranks of a row
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megafusion.device import default_device
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig
 

@@ -6,7 +6,8 @@ from torch import nn
 from megafusion.model.config import ModelConfig
 from megafusion.model.initialize import initial_value, named_owners
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import Objective, ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Objective
 from megafusion.parallel.activation_checkpointing import recompute as checkpoint_activations
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.parallel.collectives import sum_over
@@ -125,7 +126,7 @@ def _shapes(model: Transfusion, shape: SequenceShape, num_rows: int, own: ImageS
 
 def shard_objective(config: ObjectiveConfig, model: ModelConfig, mesh: Mesh) -> Objective:
     """The losses of logits that are divided by words and positions; alike on all ranks of a row."""
-    objective, slices = Objective(config, model.sizes), SequenceShard(mesh)
+    objective, slices = Objective(config, model.latent_sizes), SequenceShard(mesh)
     if mesh.size("tensor") > 1:
         vocab_shard = vocab_range(model.vocab_size, mesh.rank("tensor"), mesh.size("tensor"))
         objective.cross_entropy = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)

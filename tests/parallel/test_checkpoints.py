@@ -34,8 +34,8 @@ class Training:
     def __init__(self, values: dict, folder: Path):
         config = parse_config(RunConfig, values, "test")
         mesh = make_mesh(config.parallel)
-        self.stream = build_components(config, mesh).stream
-        self.state = self.stream.state()
+        self.loader = build_components(config, mesh).loader
+        self.state = self.loader.state_dict()
         self.engine = build_engine(config, mesh)
         state = self.engine.optimizer_state
         self.ema = Ema(state.shards, 0.9)
@@ -46,9 +46,9 @@ class Training:
         """Losses of the steps after the one that the run stands at."""
         losses = []
         for _ in range(num_steps):
-            batch = self.stream.next()
-            losses.append([float(x) for x in self.engine.step(batch.micro_batches, LEARNING_RATE)])
-            self.step, self.state = self.step + 1, batch.state
+            batch = self.loader.next()
+            losses.append([float(x) for x in self.engine.step(batch, LEARNING_RATE)])
+            self.step, self.state = self.step + 1, self.loader.state_dict()
             self.ema.update(self.step)
         return losses
 
@@ -59,7 +59,7 @@ class Training:
     def load(self, checkpoint: Path) -> None:
         state = self.manager.load(checkpoint)
         self.step, self.state = state["step"], state["data"]
-        self.stream.restore(self.state)
+        self.loader.load_state_dict(self.state)
 
 
 def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:
