@@ -18,6 +18,7 @@ from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.source import Source
 from megafusion.data.workers import Workers
 from megafusion.errors import UserError
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.packing import PackedBatch, SequenceShape, collate
 from megafusion.sequence.tokenizer import Tokenizer
 
@@ -75,7 +76,7 @@ class DataLoader:
         sources: dict[str, Source],
         shape: SequenceShape,
         tokenizer: Tokenizer,
-        num_timesteps: int,
+        noise_process: NoiseProcess,
         num_rows: int,
         rows: range,
         micro_batch_size: int,
@@ -87,7 +88,7 @@ class DataLoader:
             )
         self._config, self._rows, self._micro_batch_size = config, rows, micro_batch_size
         self._streams = {
-            number: LogicalStream(number, sources, config, shape, tokenizer, num_timesteps)
+            number: LogicalStream(number, sources, config, shape, tokenizer, noise_process)
             for number in range(config.num_streams)
             if number % num_rows in rows
         }

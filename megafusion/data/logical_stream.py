@@ -1,7 +1,7 @@
 """Logical streams: an order of packed rows that no rank, worker or restart can change.
 
 The order is defined by M logical streams. Each owns a fixed run of every source's documents, shuffles
-it anew each epoch, and packs rows from it. All randomness (shuffling, timesteps, noise, the caption-first
+it anew each epoch, and packs rows from it. All randomness (shuffling, t, noise, the caption-first
 coin, caption dropout) comes from a counter-based generator keyed by the seed and the document's place, so
 that a stream's state is a few integers: the documents it has not packed yet, and where it reads next.
 """
@@ -17,6 +17,7 @@ from megafusion.data.error_budget import beyond_chance
 from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.source import DOCUMENT, PHASE, Source, counter_generator
 from megafusion.errors import UserError
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import FlatDocument, cut_document, find_cut, flatten, images_between
 from megafusion.sequence.packing import SequenceShape, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
@@ -61,10 +62,10 @@ class LogicalStream:
         config: DataConfig,
         shape: SequenceShape,
         tokenizer: Tokenizer,
-        num_timesteps: int,
+        noise_process: NoiseProcess,
     ):
         self.number, self._sources, self._config = number, sources, config
-        self._shape, self._tokenizer, self._num_timesteps = shape, tokenizer, num_timesteps
+        self._shape, self._tokenizer, self._noise_process = shape, tokenizer, noise_process
         self.state = StreamState({name: [0, 0, 0] for name in sources}, dict.fromkeys(sources, 0))
         self.warnings: list[str] = []
         """What was left out since somebody looked."""
@@ -223,7 +224,8 @@ class LogicalStream:
         document, key = self._whole(place), tuple(place[:3])
         generator = self._documents[key][1]
         if generator:
-            document = sample_noise(document, self._sources[place[0]].folder.manifest, self._shape, generator)
+            manifest = self._sources[place[0]].folder.manifest
+            document = sample_noise(document, manifest, self._shape, self._noise_process, generator)
             self._documents[key] = document, None
         return document
 
@@ -246,7 +248,6 @@ class LogicalStream:
                 stored.segments,
                 manifest,
                 self._config,
-                self._num_timesteps,
                 self._shape,
                 generator,
                 is_after_text=bool(stored.metadata.get(AFTER_TEXT)),

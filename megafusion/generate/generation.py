@@ -141,7 +141,7 @@ class Generation:
             else:
                 size = self.pipeline.size_of(part)
                 latents = self.pipeline.latents([part], size)[0].cpu().numpy()
-                segments.append(NoisedImage(latents, np.zeros_like(latents), timestep=0, size=size))
+                segments.append(NoisedImage(latents, np.zeros_like(latents), t=0.0, size=size))
         patches = [math.prod(grid) for grid in self.pipeline.config.model.grids]
         return flatten(segments, self.tokenizer, patches[0], patches[1:])
 

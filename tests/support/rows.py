@@ -11,6 +11,7 @@ from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader
 from megafusion.data.shards import write_shards
 from megafusion.data.source import open_sources
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape
 
 
@@ -102,7 +103,7 @@ def stream_of(
     config = DataConfig(**values | changes)
     shape = SequenceShape(length, slots, num_patches, latents, picture_size, more_sizes)
     opened = open_sources(config, ids, "v", seed)
-    return DataLoader(config, opened, shape, ids, 1000, num_rows, rows, micro)
+    return DataLoader(config, opened, shape, ids, DDPMConfig().build(), num_rows, rows, micro)
 
 
 def digest(batch) -> list[str]:
