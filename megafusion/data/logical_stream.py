@@ -257,7 +257,7 @@ class LogicalStream:
         texts = (part for part in parts if isinstance(part, np.ndarray))
         if max((text.max(initial=0) for text in texts), default=0) >= self._tokenizer.vocab_size:
             raise BadDocument(where, "a token that the tokenizer does not have")
-        document = flatten(parts, self._tokenizer, self._shape.num_patches, self._shape.patches[1:])
+        document = flatten(parts, self._tokenizer, self._shape.patches)
         start = document.image_start
         longest = int((document.row_end[start] - start).max(initial=0)) + 4
         if longest > self._shape.length:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megafusion.generate.cache import KVCache
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.sampler import SamplingConfig, apply_guidance
+from megafusion.objective.config import SamplingConfig
+from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.packing import PackedBatch
 
 Report = Callable[[int, int], None]

@@ -1,22 +1,26 @@
 """Denoising diffusion in discrete timesteps (Ho et al., arXiv 2006.11239), by diffusers' schedulers.
 
-diffusers is imported where a scheduler is made: processes that sample t alone start without it.
+Imports neither torch nor diffusers: configurations, and processes that only sample t, start without them.
 """
+
+from __future__ import annotations
 
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from megafusion.config import Config
 from megafusion.errors import UserError
-from megafusion.objective.sampler import Sampler, SamplingConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from diffusers import DDPMScheduler
+    from torch import Tensor
+
+    from megafusion.objective.config import SamplingConfig
+    from megafusion.objective.sampler import Sampler
 
 
 class DDPMConfig(Config):
@@ -36,7 +40,7 @@ class DDPMConfig(Config):
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """The model's target: epsilon, the noise (the paper); v_prediction, the velocity (arXiv 2202.00512)."""
 
-    def build(self) -> "DDPM":
+    def build(self) -> DDPM:
         """The process that these values describe."""
         return DDPM(self)
 
@@ -100,7 +104,7 @@ class DDPM:
         return signal[index][..., None, None, None], sigma[index][..., None, None, None]
 
 
-def scheduler(config: DDPMConfig) -> "DDPMScheduler":
+def scheduler(config: DDPMConfig) -> DDPMScheduler:
     """The diffusers scheduler of a config; samplers are made from its config."""
     from diffusers import DDPMScheduler
 

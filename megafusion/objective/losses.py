@@ -2,29 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from megafusion.config import Config
 from megafusion.images.sizes import Size, bounding_size
-from megafusion.objective.noise_process import DDPMConfig, NoiseProcess, NoiseProcessConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import IGNORED_LABEL
 from megafusion.sequence.packing import Targets
-
-
-class ObjectiveConfig(Config):
-    """total = text + image_weight x image."""
-
-    renamed_keys: ClassVar[dict[str, str]] = {"schedule": "noise_process"}
-
-    image_weight: float = Field(5.0, ge=0)
-    """The paper's lambda: the weight of the mean diffusion loss an image beside the mean loss a token."""
-    noise_process: NoiseProcessConfig = DDPMConfig()
-    """The noise process."""
 
 
 class Losses(NamedTuple):

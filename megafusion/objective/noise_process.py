@@ -3,13 +3,18 @@
 Another process, such as flow matching, is one file beside ddpm.py, and its config in `NoiseProcessConfig`.
 """
 
-from typing import Protocol
+from __future__ import annotations
 
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from megafusion.objective.ddpm import DDPMConfig
-from megafusion.objective.sampler import Sampler, SamplingConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from megafusion.objective.config import SamplingConfig
+    from megafusion.objective.sampler import Sampler
 
 NoiseProcessConfig = DDPMConfig
 """Configs of every process, each with a `kind` of its own; its `build` makes the `NoiseProcess`.

@@ -1,29 +1,11 @@
-"""Sampling of images: diffusers' samplers, their steps, classifier-free guidance."""
+"""The reverse of a noise process: the sampler that generation calls, and classifier-free guidance."""
 
-from typing import Any, ClassVar, Literal, Protocol
+from __future__ import annotations
 
-from pydantic import Field
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megafusion.config import Config
-
-
-class SamplingConfig(Config):
-    """Sampler of images; text is decoded greedily."""
-
-    renamed_keys: ClassVar[dict[str, str]] = {
-        "guidance": "guidance_scale",
-        "num_steps": "num_inference_steps",
-    }
-
-    sampler: Literal["ddim", "dpm++"] = "ddim"
-    """DDIM (arXiv 2010.02502), or second-order DPM-Solver++ (arXiv 2211.01095)."""
-    num_inference_steps: int = Field(250, gt=0)
-    """Denoising steps; DPM-Solver++ needs about a tenth of DDIM's."""
-    guidance_scale: float = Field(3.0, ge=0)
-    """Classifier-free guidance (arXiv 2207.12598); 1 turns it off."""
-    max_new_tokens: int = Field(128, ge=0)
-    """Maximum text tokens in an answer."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Sampler(Protocol):

@@ -116,7 +116,7 @@ def _train(
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
     sampler = Sampler(config, parts, engine.device) if is_first else None
     clock, packing = StepTimer(config, step, spent_seconds), Packing(config, engine, parts.stream.state())
-    encoder = ImageEncoder(parts.codec, config.model.sizes, engine)
+    encoder = ImageEncoder(parts.codec, config.model.latent_sizes, engine)
     stops = False
 
     def due(every: int) -> bool:

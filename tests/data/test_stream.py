@@ -33,7 +33,7 @@ def data(run_values) -> DataConfig:
 def make_stream(data, tokenizer, codec):
     def make(rows=range(NUM_ROWS), seed=0, data=data, micro=1) -> DataLoader:
         sources = open_sources(data, tokenizer, codec.hash, seed)
-        shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+        shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
         return DataLoader(data, sources, shape, tokenizer, DDPMConfig().build(), NUM_ROWS, rows, micro)
 
     return make
@@ -51,7 +51,7 @@ def make_logical_stream(data, tokenizer, codec, tmp_path):
             write_shards(tmp_path / name, documents, 16, **origin | fields)
             values["sources"][name] = {"path": tmp_path / name, "weight": weight}
         config = DataConfig(**values)
-        shape = SequenceShape(config.sequence_length, config.images_per_row, 16, (4, 8, 8))
+        shape = SequenceShape(config.sequence_length, config.images_per_row, (16,), 4, ((8, 8),))
         sources = open_sources(config, tokenizer, codec.hash, seed)
         return LogicalStream(0, sources, config, shape, tokenizer, DDPMConfig().build())
 
@@ -119,7 +119,7 @@ def test_a_restart_goes_on_with_the_same_rows_past_the_end_of_an_epoch(make_stre
 def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data, tokenizer, codec):
     """With twice as many streams as rows every stream is read, also by ranks and after a restart."""
     data = data.model_copy(update={"num_streams": 2 * NUM_ROWS})
-    shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
     sources = open_sources(data, tokenizer, codec.hash, 0)
     streams = [
         LogicalStream(m, sources, data, shape, tokenizer, DDPMConfig().build()) for m in range(2 * NUM_ROWS)
@@ -213,7 +213,7 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
     """Over whole epochs, the images that come out are those that went in, each once an epoch."""
     data = data.model_copy(update={"caption_first": 1.0, "caption_dropout": 0.0, "num_streams": 1})
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
     stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     found = Counter()
     for _ in range(60):
@@ -234,7 +234,7 @@ def test_mixture_follows_the_weights(data, tokenizer, codec):
     values["sources"]["text"]["weight"] = 1.5
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    shape = SequenceShape(data.sequence_length, data.images_per_row, 16, (4, 8, 8))
+    shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
     stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     for _ in range(120):
         stream.next_row()
@@ -303,9 +303,8 @@ def test_coins_t_and_the_noise_limit(data, tokenizer, codec):
     del values["sources"]["text"]
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    stream = LogicalStream(
-        0, sources, data, SequenceShape(96, 4, 16, (4, 8, 8)), tokenizer, DDPMConfig().build()
-    )
+    shape = SequenceShape(96, 4, (16,), 4, ((8, 8),))
+    stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     kinds, limited, free = Counter(), [], []
     for _ in range(300):
         row = stream.next_row()

@@ -7,9 +7,10 @@ import torch
 
 from megafusion.config import parse_config
 from megafusion.data.loader import DataLoader
+from megafusion.engine.config import OptimizerConfig
 from megafusion.engine.ema import Ema
 from megafusion.engine.engine import Engine, make_engine, start_process_group
-from megafusion.engine.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from megafusion.engine.optimizer import learning_rate, make_optimizer
 from megafusion.engine.optimizer_state import optimizer_shards
 from megafusion.engine.step import train_step
 from megafusion.model.initialize import initialize

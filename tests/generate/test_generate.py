@@ -10,8 +10,9 @@ from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_pil, to_tensor
+from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
-from megafusion.objective.sampler import SamplingConfig, apply_guidance
+from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
 from tests.support.whole import (
     CAPTIONS,

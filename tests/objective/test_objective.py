@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megafusion.errors import UserError
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
-from megafusion.objective.losses import Objective, ObjectiveConfig
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.losses import Objective
 from megafusion.sequence.packing import Targets
 
 

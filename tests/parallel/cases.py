@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import deepspeed
 import torch
 from torch import Tensor
