@@ -102,7 +102,8 @@ def ours(folder: Path) -> Iterator[int]:
     """Positions of batch after batch."""
     stream, before = make_stream(folder), 0
     while True:
-        total = packed_and_skipped(stream.next().state)[0].total()
+        stream.next()
+        total = packed_and_skipped(stream.state_dict())[0].total()
         yield total - before
         before = total
 
@@ -236,14 +237,14 @@ def measure_resume(folder: Path, num_tries: int = 5) -> float:
         for suffix in (".tar", ".index.npy"):
             (many / (name + suffix)).symlink_to(one / "pairs" / f"shard-000000{suffix}")
     (many / MANIFEST).write_text(json.dumps(values))
-    state = make_stream(folder / "many", ("pairs",)).state()
+    state = make_stream(folder / "many", ("pairs",)).state_dict()
     for stream in state["streams"].values():
         stream["position"]["pairs"] = [0, NUM_SAMPLES // NUM_STREAMS - 100, 0]
     spent = []
     for _ in range(num_tries):
         begin = time.perf_counter()
         stream = make_stream(folder / "many", ("pairs",))
-        stream.restore(state)
+        stream.load_state_dict(state)
         stream.next()
         spent.append(1000 * (time.perf_counter() - begin))
     return statistics.median(spent)

@@ -31,7 +31,7 @@ class Components:
     tokenizer: Tokenizer
     codec: ImageCodec
     sources: dict[str, Source]
-    stream: DataLoader
+    loader: DataLoader
 
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
@@ -56,7 +56,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
         if source.folder.manifest.images == "pictures":
             shape = replace(shape, pixels_per_latent=codec.downsampling)
-    stream = DataLoader(
+    loader = DataLoader(
         config.data,
         sources,
         shape,
@@ -66,7 +66,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         rows_of_rank(config, mesh),
         config.train.micro_batch_size,
     )
-    return Components(tokenizer, codec, sources, stream)
+    return Components(tokenizer, codec, sources, loader)
 
 
 def _check_compiler() -> None:

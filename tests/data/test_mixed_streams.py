@@ -69,12 +69,12 @@ def test_rows_are_alike_at_any_split_and_after_a_restart(sources):
     ]
     with halves[0], halves[1]:
         for number in range(24):
-            state = whole.state()
+            state = whole.state_dict()
             expected = digest(whole.next())
             assert [row for half in halves for row in digest(half.next())] == expected
             if number in (7, 20):  # past the epoch's end, too
                 resumed = stream_of(sources, range(4), 4, **OPTIONS)
-                resumed.restore(state)
+                resumed.load_state_dict(state)
                 assert digest(resumed.next()) == expected
 
 
@@ -82,7 +82,7 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
     stream = stream_of(sources, range(1), 1, **OPTIONS)
     seen = set()
     for _ in range(60):
-        (batch,) = stream.next().micro_batches
+        (batch,) = stream.next()
         for slot in (batch.image_start[0] >= 0).nonzero()[:, 0].tolist():
             size, start = int(batch.image_size[0, slot]), int(batch.image_start[0, slot])
             here = (batch.patch_index[0] // 4 == slot) & (batch.patch_index[0] >= 0)
@@ -117,7 +117,7 @@ def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_pat
         for more in ((), SIZES[1:])
     )
     for _ in range(5):
-        (first,), (second,) = one.next().micro_batches, several.next().micro_batches
+        (first,), (second,) = one.next(), several.next()
         for name in ("tokens", "labels", "positions", "patch_index", "row_end", "t", "image_start"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert torch.equal(first.noise, second.noise[..., :4, :4])

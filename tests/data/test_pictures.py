@@ -117,8 +117,8 @@ def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
         for _ in range(8):
             batch = whole.next()
             assert digest(batch) == [row for half in halves for row in digest(half.next())]
-    has_picture = torch.cat([micro.has_picture for micro in batch.micro_batches])
-    used = torch.cat([micro.image_start >= 0 for micro in batch.micro_batches])
+    has_picture = torch.cat([micro.has_picture for micro in batch])
+    used = torch.cat([micro.image_start >= 0 for micro in batch])
     assert has_picture.any()
     assert (used & ~has_picture).any()
     assert not (has_picture & ~used).any()
@@ -136,7 +136,7 @@ def test_a_broken_picture_is_left_out_and_counted(tmp_path):
         [stream_of(sources, range(1), 1, pixels_per_latent=4).next() for _ in range(40)]
     stream = stream_of(sources, range(1), 1, pixels_per_latent=4, on_error="skip", max_skip_rate=0.1)
     [stream.next() for _ in range(60)]
-    assert sum(stream.state()["streams"]["0"]["skipped"].values()) > 5
+    assert sum(stream.state_dict()["streams"]["0"]["skipped"].values()) > 5
 
 
 @pytest.fixture

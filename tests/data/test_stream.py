@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import StoredDocument
-from megafusion.data.loader import DataLoader, GlobalBatch
+from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
@@ -71,10 +71,10 @@ def pairs_of(num: int, codec, mean: float, log_variance: float) -> tuple[list, d
     return [(np.array([7, 8], np.int32), moments)] * num, fields | scale
 
 
-def digest(batch) -> list[str]:
+def digest(micro_batches) -> list[str]:
     """A hash of every row of a global batch."""
     rows = []
-    for micro in batch.micro_batches:
+    for micro in micro_batches:
         for row in range(len(micro.tokens)):
             whole = hashlib.sha256()
             for name, value in vars(micro).items():
@@ -103,15 +103,15 @@ def test_a_restart_goes_on_with_the_same_rows_past_the_end_of_an_epoch(make_stre
     """22 pairs in 4 streams: an epoch ends after a few rows."""
     whole = make_stream()
     expected = [digest(whole.next()) for _ in range(20)]
-    assert max(s["position"]["pairs"][0] for s in whole.state()["streams"].values()) >= 2
+    assert max(s["position"]["pairs"][0] for s in whole.state_dict()["streams"].values()) >= 2
     first = make_stream()
     for _ in range(stop):
-        batch = first.next()
-    state = json.loads(json.dumps(batch.state))
+        first.next()
+    state = json.loads(json.dumps(first.state_dict()))
     # Restarted at another number of ranks.
     ranks = [make_stream(range(2)), make_stream(range(2, 4))]
     for rank in ranks:
-        rank.restore(state)
+        rank.load_state_dict(state)
     for step in range(stop, 20):
         assert [row for rank in ranks for row in digest(rank.next())] == expected[step]
 
@@ -127,15 +127,16 @@ def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data
     expected = []
     for batch in range(7):
         rows = [streams[(batch * NUM_ROWS + g) % (2 * NUM_ROWS)].next_row() for g in range(NUM_ROWS)]
-        expected.append(digest(GlobalBatch([collate(rows)], {})))
+        expected.append(digest([collate(rows)]))
     whole, first = make_stream(data=data), make_stream(data=data)
     assert [digest(whole.next()) for _ in range(7)] == expected
-    assert all(sum(s["positions_packed"].values()) for s in whole.state()["streams"].values())
+    assert all(sum(s["positions_packed"].values()) for s in whole.state_dict()["streams"].values())
     for _ in range(3):  # odd, so that the second half of the streams is next
-        state = json.loads(json.dumps(first.next().state))
+        first.next()
+    state = json.loads(json.dumps(first.state_dict()))
     ranks = [make_stream(range(2), data=data), make_stream(range(2, 4), data=data)]
     for rank in ranks:
-        rank.restore(state)
+        rank.load_state_dict(state)
     for rows in expected[3:]:
         assert [row for rank in ranks for row in digest(rank.next())] == rows
 
@@ -222,7 +223,7 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
             document = row["row_start"][start]
             found[tuple(row["tokens"][document:start])] += 1
     epoch, order, _ = stream.state.position["pairs"]
-    waiting = sum(place[0] == "pairs" for place in stream.state.pending)
+    waiting = sum(pending.source == "pairs" for pending in stream.state.pending)
     assert epoch >= 2
     assert sum(found.values()) == epoch * 22 + order - waiting
     assert len(found) == 22
@@ -263,7 +264,7 @@ def test_no_document_waits_for_more_rows_than_the_look_ahead_holds(make_logical_
     rows_waited = Counter()
     for _ in range(60):
         stream.next_row()
-        rows_waited.update(tuple(place) for place in stream.state.pending)
+        rows_waited.update((*p.key, p.start, p.end) for p in stream.state.pending)
     assert max(rows_waited.values()) < 8
 
 
@@ -338,7 +339,7 @@ def test_latents_are_normalised_samples_of_the_posterior(make_stream, shards):
         for position in range(entry.num_documents)
     ]
     batch = make_stream().next()
-    latents = [m.latents[0, 0].numpy() for m in batch.micro_batches if m.image_start[0, 0] >= 0]
+    latents = [m.latents[0, 0].numpy() for m in batch if m.image_start[0, 0] >= 0]
     for latent in latents:
         raw = latent / folder.manifest.latent_scale + folder.manifest.latent_shift
         standard = [(raw - mean) * np.exp(-0.5 * log_variance) for mean, log_variance in moments]
@@ -359,7 +360,7 @@ def test_other_tokenizer_or_autoencoder_is_refused(data, tokenizer, codec):
 
 
 def test_stream_counts_that_do_not_fit_are_refused(make_stream, data):
-    with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of the 4 rows"):
+    with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of train.global_batch_size 4"):
         make_stream(data=data.model_copy(update={"num_streams": 6}))
     with pytest.raises(UserError, match=r"holds 22 documents, fewer than data.num_streams 40"):
         make_stream(data=data.model_copy(update={"num_streams": 40}))

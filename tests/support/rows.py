@@ -109,10 +109,10 @@ def stream_of(
     return DataLoader(config, opened, shape, ids, DDPMConfig().build(), num_rows, rows, micro)
 
 
-def digest(batch) -> list[str]:
+def digest(micro_batches) -> list[str]:
     """A hash of every row of a global batch."""
     rows = []
-    for micro in batch.micro_batches:
+    for micro in micro_batches:
         for row in range(len(micro.tokens)):
             whole = hashlib.sha256()
             for name, value in vars(micro).items():

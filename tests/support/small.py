@@ -46,7 +46,7 @@ def make_shards(folder: Path, vae: Path) -> Path:
             out=folder,
             tokenizer=TOKENIZER,
             vae=vae,
-            pictures=(PACK,),
+            images=(PACK,),
             keys=keys,
             image_sizes=((32, 32),),
             texts=(texts,),

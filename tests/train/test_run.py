@@ -144,7 +144,7 @@ def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
     engine = make_engine(run_config, mesh)
     before = states()
     for _ in range(2):
-        train_step(engine, parts.stream.next().micro_batches, 1e-3)
+        train_step(engine, parts.loader.next(), 1e-3)
     assert states() == before
     torch.rand(1)
     assert states() != before
