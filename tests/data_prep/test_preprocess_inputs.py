@@ -13,6 +13,7 @@ from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
+from megafusion.data.stream_state import DocumentKey
 from megafusion.errors import UserError
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape
@@ -230,7 +231,7 @@ def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
     logical = LogicalStream(0, sources, config, shape, tokenizer, DDPMConfig().build())
     bounds = {}
     for order in range(4):
-        document, _ = logical._load("web", 0, order)
+        document = logical._documents.get(DocumentKey("web", 0, order))
         number = sources["web"].document_at(0, 0, order)
         bounds[number] = [image.max_t for image in document.images]
     assert bounds == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.01, 0.01], 3: [0.01]}
