@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from megafusion.config import Config
 from megafusion.images.sizes import Size, say_sizes
 from megafusion.model.adapters import Grid
-from megafusion.model.attention import Backend
+from megafusion.model.attention import BackendName
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -44,7 +44,7 @@ class ModelConfig(Config):
     """What stands between latents and the transformer."""
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
-    attention: Backend = "sdpa"
+    attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
     CUDA (or 2, for text alone); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
     rope_theta: float = Field(10_000.0, gt=0)
@@ -69,6 +69,11 @@ class ModelConfig(Config):
                 "twice; name each once"
             )
         return self
+
+    @property
+    def head_dim(self) -> int:
+        """Size K of an attention head."""
+        return self.hidden_size // self.num_heads
 
     @property
     def kv_heads(self) -> int:
