@@ -1,6 +1,6 @@
 """Attention under interval masks, by one of several backends.
 
-To add a backend, write a module here with the functions of `AttentionBackend`, and add its name to `BackendName`.
+To add a backend, write a module here with the functions of `AttentionBackend` and name it in `BackendName`.
 """
 
 from importlib import import_module
