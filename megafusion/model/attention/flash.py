@@ -27,14 +27,10 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: b
 
 def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> FlashMask:
     """Raises UserError for rows with images if only flash-attention 2 is installed."""
-    row_start, row_end, not_empty = (
-        intervals.row_start,
-        intervals.row_end,
-        intervals.not_empty[..., None, None],
-    )
+    row_start, not_empty = intervals.row_start, intervals.not_empty[..., None, None]
     try:
         package = flash_package(row_start.device)
-        prepared = flash_prepare(row_start, row_end, intervals.num_keys, package)
+        prepared = flash_prepare(row_start, intervals.row_end, intervals.num_keys, package)
     except ValueError as error:
         raise UserError(f"model.attention: flash cannot serve ({error})") from error
     return FlashMask(prepared, not_empty if intervals.may_be_empty else None)
