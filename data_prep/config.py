@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,11 @@ class SplitConfig(Config):
 class PreprocessConfig(Config):
     """Where pictures, captions and text come from, what is kept of them, and where shards go."""
 
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "image_size": "image_sizes",
+        "more_image_sizes": "image_sizes",
+    }
+
     out: Path
     """Folder that receives one folder of shards a kind: pairs/, text/ and interleaved/."""
     tokenizer: Path
@@ -66,15 +71,13 @@ class PreprocessConfig(Config):
     folders of these or of pictures with .txt files beside them."""
     keys: Path | None = None
     """File that names the keys of pictures to keep, one a line; all of them by default."""
-    image_size: int = Field(64, gt=0)
-    """Pictures are cropped about the centre to a square of this many pixels."""
-    more_image_sizes: tuple[tuple[Pixels, Pixels], ...] = ()
-    """Further heights and widths in pixels. Each picture goes to that of these and the square whose aspect is
-    nearest to its own, is scaled to cover it and cropped about the centre. Of pictures that are kept this
-    only says how large: a run chooses among the sizes of its model."""
+    image_sizes: tuple[tuple[Pixels, Pixels], ...] = Field(((64, 64),), min_length=1)
+    """Heights and widths in pixels. Each image goes to the size whose aspect ratio is nearest to its own, is
+    resized to cover it and cropped about the centre. For images stored as pixels this only says how large: a
+    run chooses among the sizes of its model."""
     images: Literal["latents", "pictures"] = "latents"
-    """latents: encoded now, once. pictures: kept as WebP, the shorter side image_size, and encoded by a run
-    whenever it shows them; it may then crop and mirror them."""
+    """latents: encoded now, once. pictures: kept as WebP, resized to cover one of image_sizes, and encoded by
+    a run whenever it shows them; it may then crop and mirror them."""
     texts: tuple[Path, ...] = ()
     """Files of text, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document a line."""
     documents: tuple[Path, ...] = ()
@@ -112,12 +115,7 @@ class PreprocessConfig(Config):
             other = seen.setdefault(Fraction(*size), size)
             if other is not size:
                 raise ValueError(
-                    f"more_image_sizes: {say_sizes([size])} has the aspect of {say_sizes([other])} "
-                    "(image_size is the first size, a square), so no picture would go there; leave it out"
+                    f"image_sizes: {say_sizes([size])} has the aspect ratio of {say_sizes([other])}, so no "
+                    "image would go there; remove it"
                 )
         return self
-
-    @property
-    def image_sizes(self) -> tuple[Size, ...]:
-        """Every height and width that a picture may be brought to, the square first."""
-        return ((self.image_size, self.image_size), *self.more_image_sizes)

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from megafusion.device import default_device
+
 import megafusion
 from data_prep.config import BYTES_ALIKE, PreprocessConfig
 from data_prep.readers.inputs import InputSplit, piece_files
@@ -12,7 +14,6 @@ from data_prep.write import CHANGED
 from megafusion.config import dump_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import Kind
-from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer
@@ -29,9 +30,7 @@ class InputFingerprint:
 
     def __init__(self, kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, pieces: list[InputSplit]):
         self.fields = manifest_fields(kind, config, tokenizer)
-        # A key that came later says nothing where it is not used: folders made before it stay current.
-        unused = set() if config.more_image_sizes else {"more_image_sizes"}
-        self._config = dump_config(config, BYTES_ALIKE | unused)
+        self._config = dump_config(config, BYTES_ALIKE)
         self._given, beside = _given(kind, config)
         files = [file for piece in pieces for file in piece_files(piece)] + beside
         self._stats = {str(file): list(file_stat(file)) for file in files}

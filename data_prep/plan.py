@@ -14,7 +14,7 @@ from data_prep.config import PreprocessConfig
 from data_prep.filters import Deduplicator, RecordInfo
 from data_prep.readers.inputs import InputSplit
 from data_prep.readers.records import Record
-from megafusion.data.error_budget import beyond_chance
+from megafusion.data.error_budget import exceeds_error_budget
 from megafusion.errors import UserError
 
 NUM_EXAMPLES = 3
@@ -134,7 +134,7 @@ def _check_keys(config: PreprocessConfig, wanted: set[str] | None, found: set[st
 
 def _check_rate(config: PreprocessConfig, skipped: Counter, examples: dict, total: int) -> None:
     """As a stream's: more than the limit by what chance brings."""
-    if beyond_chance(skipped.total(), total, config.max_skip_rate):
+    if exceeds_error_budget(skipped.total(), total, config.max_skip_rate):
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items()))
         first = examples[min(skipped)][0]
         raise UserError(

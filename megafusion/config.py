@@ -22,7 +22,8 @@ class Config(BaseModel):
     )
 
     renamed_keys: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions, each with its name now within this class: refused with that name."""
+    """Keys of earlier versions, each with its names now within this class, a space between two: it is refused
+    with those."""
 
 
 C = TypeVar("C", bound=Config)
@@ -57,9 +58,8 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         return cls.model_validate_json(json.dumps(values))
     except ValidationError as error:
         details = error.errors()
-        new_names = {
-            _new_name(cls, detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"
-        }
+        unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+        new_names = {name for location in unknown for name in _new_names(cls, location)}
         # The new name of a renamed key is missing too, which is the same mistake.
         details = [d for d in details if d["type"] != "missing" or _path(d["loc"]) not in new_names]
         lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
@@ -115,8 +115,8 @@ def _describe(cls: type[Config], detail: dict) -> str:
     path = _path(location)
     match detail["type"]:
         case "extra_forbidden":
-            if new_name := _new_name(cls, location):
-                return f"key {path!r} was renamed: it is {new_name!r} now"
+            if new_names := _new_names(cls, location):
+                return f"key {path!r} was renamed: it is {' and '.join(map(repr, new_names))} now"
             fields = list(_class_at(cls, location[:-1]).model_fields)
             nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
             parent = "".join(f"{part}." for part in location[:-1])
@@ -141,11 +141,11 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in location)
 
 
-def _new_name(cls: type[Config], location: Sequence[str | int]) -> str | None:
-    """The dotted path that a key of an earlier version has now; None for a key that was never there."""
+def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
+    """The dotted paths that a key of an earlier version has now; none for a key that was never there."""
     *parents, name = location
-    new_name = _class_at(cls, parents).renamed_keys.get(str(name))
-    return new_name and _path([*parents, new_name])
+    new_names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
+    return [_path([*parents, new_name]) for new_name in new_names]
 
 
 def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:

@@ -219,7 +219,7 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "euler")
     assert status == 2
     assert "--sampler: Input should be 'ddim' or 'dpm++' (got 'euler')" in text
-    assert open_pipeline(Path(run_values["out"])).config.image_size == (32, 32)
+    assert open_pipeline(Path(run_values["out"])).sizes == [(32, 32)]
 
 
 def test_pictures_open(tmp_path):

@@ -11,6 +11,8 @@ import psutil
 
 matplotlib.use("Agg")
 
+from megafusion.device import default_device
+
 from matplotlib import pyplot
 from PIL import Image
 from rich.progress import Progress
@@ -20,7 +22,6 @@ from data_prep.images import decode_picture
 from data_prep.readers.tars import tar_pictures
 from megafusion.commands.generate import open_pipeline
 from megafusion.data.source import open_folder
-from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_tensor

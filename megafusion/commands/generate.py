@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megafusion.device import default_device
+
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
-from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import Part, TransfusionPipeline
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sheets import png
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import SamplingConfig
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import write_file

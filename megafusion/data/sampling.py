@@ -45,7 +45,7 @@ def sample_layout(
     """
     sizes = [_size(segment, shape) for segment in segments]
     parts = [
-        show_picture(s, shape.picture_sizes[size], config, generator) if isinstance(s, bytes) else s
+        show_picture(s, shape.image_sizes[size], config, generator) if isinstance(s, bytes) else s
         for s, size in zip(segments, sizes, strict=True)
     ]
     image_first = min(num_timesteps, config.image_first_max_timestep)
@@ -66,7 +66,7 @@ def sample_layout(
 def _size(segment: np.ndarray | bytes, shape: SequenceShape) -> int:
     """Index of an image's size: that of its latents, or the nearest to a picture. 0 for a text."""
     if isinstance(segment, bytes):
-        return nearest_size(*picture_size(segment), shape.sizes) if shape.more_sizes else 0
+        return nearest_size(*picture_size(segment), shape.sizes) if len(shape.sizes) > 1 else 0
     return shape.sizes.index(segment.shape[2:]) if segment.ndim > 1 else 0
 
 
@@ -85,7 +85,7 @@ def sample_noise(
 def _draw(
     image: StoredImage, manifest: Manifest, shape: SequenceShape, generator: np.random.Generator
 ) -> NoisedImage:
-    size = (2, shape.latent_shape[0], *shape.sizes[image.size])
+    size = (2, shape.latent_channels, *shape.sizes[image.size])
     sample, noise = generator.standard_normal(size, np.float32)
     if manifest.images == "pictures":
         timestep = int(generator.integers(image.max_timestep))

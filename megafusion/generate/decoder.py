@@ -9,7 +9,8 @@ from torch import Tensor
 from megafusion.generate.cache import KVCache
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.sampler import SamplingConfig, guided, make_sampler
+from megafusion.objective.config import SamplingConfig
+from megafusion.objective.sampler import guided, make_sampler
 from megafusion.sequence.packing import PackedBatch
 
 Report = Callable[[int, int], None]

@@ -11,7 +11,8 @@ from megafusion.model.by_size import patches_by_size, predict_by_size
 from megafusion.model.config import ModelConfig
 from megafusion.model.transformer import Block, block_context
 from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
 
 
@@ -20,8 +21,8 @@ class Stem(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels = config.latent_shape[0]
-        self.sizes, self.num_patches = config.sizes, config.most_patches
+        channels = config.latent_channels
+        self.sizes, self.num_patches = config.latent_sizes, max(config.patches)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.adapter == "linear":
             self.adapter = LinearDown(channels, config.patch_size, config.hidden_size)
@@ -67,8 +68,8 @@ class Tail(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels = config.latent_shape[0]
-        self.sizes, self.grids, self.num_patches = config.sizes, config.grids, config.most_patches
+        channels = config.latent_channels
+        self.sizes, self.grids, self.num_patches = config.latent_sizes, config.grids, max(config.patches)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.adapter == "linear":
@@ -131,7 +132,7 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
         check_backend(config.attention, config.head_dim)
-        self.config, self.objective = config, Objective(objective, config.sizes)
+        self.config, self.objective = config, Objective(objective, config.latent_sizes)
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.tail = Tail(config)

@@ -6,23 +6,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from megafusion.config import Config
 from megafusion.images.sizes import Size, bounding_size
-from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.noise_process import NoiseSchedule
 from megafusion.sequence.document import IGNORED_LABEL
 from megafusion.sequence.packing import Targets
-
-
-class ObjectiveConfig(Config):
-    """total = text + image_weight x image."""
-
-    image_weight: float = Field(5.0, ge=0)
-    """The paper's lambda: the weight of the mean diffusion loss an image beside the mean loss a token."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """The noise process."""
 
 
 class Losses(NamedTuple):

@@ -1,33 +1,20 @@
 """The forward noise process, from diffusers' schedulers."""
 
-from typing import Literal
-
 import torch
 from diffusers import DDPMScheduler
-from pydantic import Field
 from torch import Tensor, nn
 
-from megafusion.config import Config
+from megafusion.objective.config import ScheduleConfig
 
 
-class ScheduleConfig(Config):
-    """How images are noised, and what the model predicts about them."""
-
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
-    """diffusers' name of the schedule; squaredcos_cap_v2 is the cosine schedule of the paper."""
-    num_steps: int = Field(1000, gt=0)
-    """Timesteps of the noise process in training."""
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What is predicted: the noise (the paper), or the velocity (Salimans and Ho, arXiv 2202.00512)."""
-
-    def scheduler(self) -> DDPMScheduler:
-        """The diffusers scheduler that these values describe; samplers are made from its config."""
-        return DDPMScheduler(
-            num_train_timesteps=self.num_steps,
-            beta_schedule=self.beta_schedule,
-            prediction_type=self.prediction,
-            clip_sample=False,
-        )
+def ddpm_scheduler(config: ScheduleConfig) -> DDPMScheduler:
+    """The diffusers scheduler of a noise process; samplers are made from its config."""
+    return DDPMScheduler(
+        num_train_timesteps=config.num_steps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction,
+        clip_sample=False,
+    )
 
 
 class NoiseSchedule(nn.Module):
@@ -40,7 +27,7 @@ class NoiseSchedule(nn.Module):
         super().__init__()
         self.prediction = config.prediction
         with torch.device("cpu"):  # also where a model is first made without storage
-            alphas = config.scheduler().alphas_cumprod
+            alphas = ddpm_scheduler(config).alphas_cumprod
         self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - alphas).sqrt().float(), persistent=False)
 

@@ -6,6 +6,8 @@ holds all positions of its share of the heads, so that the mask of whole rows se
 
 from typing import Any
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor

@@ -16,36 +16,24 @@ from megafusion.sequence.intervals import Intervals
 
 @dataclass(frozen=True)
 class SequenceShape:
-    """The fixed shape of a row: S positions, N image slots of P patches, latents [C, h, w], pictures of H x W
-    pixels where images come as those; and further sizes [h, w] that an image may have in place of the first.
+    """The fixed shape of a packed sequence: S positions and N image slots.
+
+    An image of size n has patches[n] patches, and latents [C, h, w] where h x w is sizes[n].
+    pixels_per_latent: along a side, where images come as pixels; 0 where they come as latents.
     """
 
     length: int
     num_images: int
-    num_patches: int
-    latent_shape: tuple[int, int, int]
-    picture_size: Size = (0, 0)
-    more_sizes: tuple[Size, ...] = ()
+    patches: tuple[int, ...]
+    latent_channels: int
+    sizes: tuple[Size, ...]
+    pixels_per_latent: int = 0
 
     @cached_property
-    def sizes(self) -> tuple[Size, ...]:
-        """Every height and width of latents, the first size's first."""
-        return (self.latent_shape[1:], *self.more_sizes)
-
-    @cached_property
-    def patches(self) -> tuple[int, ...]:
-        """Patches of an image, a size."""
-        first = self.latent_shape[1] * self.latent_shape[2]
-        return tuple(height * width * self.num_patches // first for height, width in self.sizes)
-
-    @cached_property
-    def picture_sizes(self) -> tuple[Size, ...]:
-        """Height and width of a picture in pixels, a size."""
-        first = self.latent_shape[1:]
-        return tuple(
-            tuple(side * pixels // one for side, pixels, one in zip(s, self.picture_size, first, strict=True))
-            for s in self.sizes
-        )
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Height and width in pixels of an image of each size."""
+        factor = self.pixels_per_latent
+        return tuple((height * factor, width * factor) for height, width in self.sizes)
 
     def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
         """Whether a document still fits behind what a row holds already."""
@@ -142,7 +130,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
     """One row from documents that fit in it together. Positions left over see only themselves."""
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)
-    most, latents = max(shape.patches), (shape.latent_shape[0], *bounding_size(shape.sizes))
+    most, latents = max(shape.patches), (shape.latent_channels, *bounding_size(shape.sizes))
     row = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.full(length, IGNORED_LABEL, np.int64),
@@ -155,7 +143,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
         "timesteps": np.zeros(slots, np.int64),
         "image_start": np.full(slots, -1, np.int32),
         "image_size": np.zeros(slots, np.int64),
-        "pictures": np.zeros((slots, 3, *bounding_size(shape.picture_sizes)), np.uint8),
+        "pictures": np.zeros((slots, 3, *bounding_size(shape.image_sizes)), np.uint8),
         "has_picture": np.zeros(slots, bool),
     }
     first, slot = 0, 0

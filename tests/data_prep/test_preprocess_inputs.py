@@ -200,11 +200,11 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
     (made,) = make(documents=(tmp_path / "docs.parquet",), documents_per_shard=5)
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=2)
-    shape = SequenceShape(96, 3, 16, made.latent_shape)
+    shape = SequenceShape(96, 3, (16,), 4, ((8, 8),))
     timesteps = {True: [], False: []}
     with DataLoader(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
         for _ in range(30):
-            for batch in stream.next().micro_batches:
+            for batch in stream.next():
                 for start, timestep in zip(batch.image_start[0], batch.timesteps[0], strict=True):
                     if start >= 0:
                         opens = batch.tokens[0, start - 2] == tokenizer.bos
@@ -225,7 +225,7 @@ def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
     ]
     assert after == [False, True, False, False]
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=1)
-    logical = LogicalStream(0, sources, config, SequenceShape(96, 3, 16, made.latent_shape), tokenizer, 1000)
+    logical = LogicalStream(0, sources, config, SequenceShape(96, 3, (16,), 4, ((8, 8),)), tokenizer, 1000)
     bounds = {}
     for order in range(4):
         document, _ = logical._load("web", 0, order)

@@ -67,7 +67,9 @@ def all_files(out: Path) -> dict[str, dict[str, bytes]]:
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tokenizer, vae_folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    preprocess(PreprocessConfig(out=out, tokenizer=tokenizer.path, vae=vae_folder, image_size=32, **inputs))
+    preprocess(
+        PreprocessConfig(out=out, tokenizer=tokenizer.path, vae=vae_folder, image_sizes=((32, 32),), **inputs)
+    )
     return all_files(out)
 
 

@@ -10,8 +10,9 @@ from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_pil, to_tensor
-from megafusion.objective.noise_process import ScheduleConfig
-from megafusion.objective.sampler import SamplingConfig, guided, make_sampler
+from megafusion.objective.config import SamplingConfig, ScheduleConfig
+from megafusion.objective.noise_process import ddpm_scheduler
+from megafusion.objective.sampler import guided, make_sampler
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
 from tests.support.whole import (
     CAPTIONS,
@@ -224,7 +225,7 @@ def test_samplers_reach_the_clean_image_of_a_perfect_model(sampler, num_steps, p
     """A model that knows x_0 exactly: any consistent sampler ends there."""
     schedule = ScheduleConfig(prediction=prediction)
     made = make_sampler(SamplingConfig(sampler=sampler, num_steps=num_steps), schedule)
-    clean, alphas = torch.randn(1, 2, 4, 4), schedule.scheduler().alphas_cumprod
+    clean, alphas = torch.randn(1, 2, 4, 4), ddpm_scheduler(schedule).alphas_cumprod
     x = torch.randn(1, 2, 4, 4)
     for t in made.timesteps:
         a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()

@@ -27,7 +27,7 @@ PATCHES = (16, 15, 12)
 
 @pytest.fixture(params=["linear", "unet"])
 def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
-    changes = {"adapter": request.param, "unet_channels": 4, "more_sizes": SIZES[1:], "vocab_size": 2050}
+    changes = {"adapter": request.param, "unet_channels": 4, "image_sizes": PIXELS, "vocab_size": 2050}
     return make_pipeline(run_config, tokenizer, codec, num_steps=4, **changes)
 
 

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from megafusion.objective.losses import Objective, ObjectiveConfig
-from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
+from megafusion.objective.config import ObjectiveConfig, ScheduleConfig
+from megafusion.objective.losses import Objective
+from megafusion.objective.noise_process import NoiseSchedule, ddpm_scheduler
 from megafusion.sequence.packing import Targets
 
 
 @pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear"])
 def test_noise_and_velocity_equal_diffusers(beta_schedule):
     config = ScheduleConfig(beta_schedule=beta_schedule, prediction="v_prediction")
-    schedule, scheduler = NoiseSchedule(config), config.scheduler()
+    schedule, scheduler = NoiseSchedule(config), ddpm_scheduler(config)
     latents, noise = torch.randn(2, 6, 4, 8, 8)
     timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
     torch.testing.assert_close(

@@ -1,19 +1,20 @@
 """Attention under interval masks, by one of several backends.
 
-To add a backend, write a module here with the functions of `AttentionBackend` and name it in `BackendName`.
+To add a backend, write a module here with the functions of `AttentionBackend`, and add its name to
+`BackendName` in model/config.py.
 """
 
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
+
+from megafusion.device import default_device
 
 import torch
 from torch import Tensor
 
-from megafusion.device import default_device
 from megafusion.errors import UserError
+from megafusion.model.config import BackendName
 from megafusion.sequence.intervals import Intervals
-
-BackendName = Literal["auto", "sdpa", "flex", "interval", "flash"]
 
 
 class AttentionBackend(Protocol):
