@@ -12,7 +12,7 @@ from megafusion.config import parse_config
 from megafusion.data.document_format import StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
-from megafusion.engine.engine import start_process_group
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.document import NoisedImage, cut_document, find_cut, flatten
@@ -118,7 +118,7 @@ def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_pat
     )
     for _ in range(5):
         (first,), (second,) = one.next(), several.next()
-        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "timesteps", "image_start"):
+        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "t", "image_start"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert torch.equal(first.noise, second.noise[..., :4, :4])
 
