@@ -58,7 +58,7 @@ def preprocess(config: PreprocessConfig, part: ShardRange | None = None) -> list
         raise UserError("nothing to preprocess: give `pictures`, `texts` or `documents`")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"{config.out}: is a file; name a folder")
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     kinds: dict[Kind, Sequence[Path]] = {
         "pair": config.pictures,
         "text": config.texts,

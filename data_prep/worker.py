@@ -107,7 +107,7 @@ class Worker:
             gpus = torch.cuda.device_count()
             device = f"cuda:{self._number % gpus}" if gpus else "cpu"
             codec = ImageCodec.from_pretrained(config.vae, device)
-        return DocumentMaker(config, Tokenizer(config.tokenizer), codec)
+        return DocumentMaker(config, Tokenizer.from_pretrained(config.tokenizer), codec)
 
 
 def table_path(work: Path, piece: int) -> Path:

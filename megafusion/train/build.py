@@ -47,7 +47,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
             "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
         )
     check_backend(config.model.attention, config.model.hidden_size // config.model.num_heads)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_parts(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
