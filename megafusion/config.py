@@ -25,6 +25,9 @@ class Config(BaseModel):
     """Keys of earlier versions, each with its names now within this class, a space between two: it is refused
     with those."""
 
+    moved_values: ClassVar[dict[tuple[str, str], str]] = {}
+    """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
+
 
 C = TypeVar("C", bound=Config)
 
@@ -113,6 +116,11 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 def _describe(cls: type[Config], detail: dict) -> str:
     location = detail["loc"]
     path = _path(location)
+    value = detail["input"]
+    if isinstance(value, str) and location:
+        moved_to = _class_at(cls, location[:-1]).moved_values.get((str(location[-1]), value))
+        if moved_to:
+            return f"{path}: {value} has moved: write {moved_to}"
     match detail["type"]:
         case "extra_forbidden":
             if new_names := _new_names(cls, location):

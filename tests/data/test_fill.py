@@ -18,10 +18,10 @@ from tests.support.small import GLOSSES, PACK, ROOT
 @pytest.fixture(scope="module")
 def captions(tokenizer):
     """Lengths of the starter split's captions and of glosses, in the quickstart's tokenizer."""
-    from data_prep.readers.tars import tar_pictures
+    from data_prep.readers.webdataset import tar_pairs
 
     wanted = set((ROOT / "data_prep/emoji/starter.txt").read_text().split())
-    texts = [p.caption.decode().strip() for p in tar_pictures(PACK) if p.key in wanted]
+    texts = [p.caption.decode().strip() for p in tar_pairs(PACK) if p.key in wanted]
     glosses = GLOSSES.read_text().splitlines()[:4000]
     return [len(tokenizer.encode(t)) for t in texts], [len(tokenizer.encode(t)) for t in glosses]
 
