@@ -91,7 +91,8 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
         num_workers=num_workers,
     )
     sources = open_sources(config, TOKENIZER, "v", 0)
-    return DataLoader(config, sources, SHAPE, TOKENIZER, DDPMConfig().build(), NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
+    rows = NUM_ROWS, range(NUM_ROWS), NUM_ROWS
+    return DataLoader(config, sources, SHAPE, TOKENIZER, DDPMConfig().build(), *rows)
 
 
 def ours(folder: Path) -> Iterator[int]:
