@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megafusion.data.loader import DataLoader
 from megafusion.data.shards import Manifest
 from megafusion.data.source import Source, open_sources
-from megafusion.engine.engine import rows_of_rank
+from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts
 from megafusion.images.codec import ImageCodec
@@ -63,10 +63,24 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         tokenizer,
         config.objective.noise_process.build(),
         config.train.global_batch_size,
-        rows_of_rank(config, mesh),
+        rows_of_rank(config.train.global_batch_size, mesh),
         config.train.micro_batch_size,
     )
     return Components(tokenizer, codec, sources, loader)
+
+
+def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    """The engine of a run. Called by every rank."""
+    return make_engine(
+        mesh,
+        model=config.model,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        train=config.train,
+        health=config.health,
+        shape=config.sequence_shape,
+        seed=config.seed,
+    )
 
 
 def _check_compiler() -> None:

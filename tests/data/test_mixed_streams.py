@@ -12,7 +12,7 @@ from megafusion.config import parse_config
 from megafusion.data.document_format import StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
-from megafusion.engine.engine import start_process_group
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.document import NoisedImage, cut_document, find_cut, flatten
