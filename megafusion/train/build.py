@@ -43,7 +43,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     if config.train.compile:
         _check_compiler()
     check_backend(config.model.attention, config.model.head_dim, training=True)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_parts(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)

@@ -1,6 +1,7 @@
 """The mask: two integers a row against the definition in words."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,21 +12,19 @@ from interval_attention import prepare
 from megafusion.sequence.document import NoisedImage, flatten
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
+from megafusion.sequence.tokenizer import Tokenizer
 
 LATENTS = (1, 1, 1)
 
 
-class Ids:
-    """The four ids that flattening needs."""
-
-    bos, eos, boi, eoi = 1, 2, 3, 4
+IDS = Tokenizer(Path(), "", 3, bos=1, eos=2)
 
 
 def lay_out(documents: list[list[int]], num_patches: int, padding: int):
     """A packed row from documents given as segment lengths: 0 for an image, n > 0 for n text tokens."""
     image = NoisedImage(np.zeros(LATENTS, np.float32), np.zeros(LATENTS, np.float32), 0)
     flat = [
-        flatten([np.full(n, 9) if n else image for n in document], Ids, (num_patches,))
+        flatten([np.full(n, 9) if n else image for n in document], IDS, (num_patches,))
         for document in documents
     ]
     num_images = max(1, sum(len(document.images) for document in flat))
