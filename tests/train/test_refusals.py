@@ -165,9 +165,10 @@ def test_values_out_of_bounds_are_named(run_values, room, values, message):
     assert len(str(refused.value)) < 300
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("backend", ["flex", "interval", "flash"])
-def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend):
+def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend, monkeypatch):
+    monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
     run_values["model"]["attention"] = backend
     with pytest.raises(UserError, match=rf"model\.attention: {backend} cannot .*use"):
         start(run_values)
@@ -197,7 +198,7 @@ def test_a_source_without_documents_is_refused(tmp_path):
     assert not (tmp_path / "text").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_compiling_without_a_compiler_is_refused_at_start(run_values, monkeypatch, tmp_path):
     run_values["train"]["compile"] = True
     monkeypatch.setenv("PATH", str(tmp_path))
