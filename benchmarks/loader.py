@@ -36,20 +36,17 @@ from megafusion.data.loader import DataLoader, packed_and_skipped
 from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.shards import MANIFEST, Manifest, load_manifest, write_shards
 from megafusion.data.source import counter_generator, open_sources
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.document import cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
+from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import write_file
 
 SHAPE = SequenceShape(length=4096, num_images=15, patches=(256,), latent_channels=8, sizes=((32, 32),))
 LATENT_SHAPE = (8, 32, 32)
 NUM_ROWS, NUM_STREAMS, NUM_SAMPLES = 4, 16, 10_000_000
 KINDS = ("pairs", "text")
-
-
-class Ids:
-    """What packing asks of a tokenizer."""
-
-    bos, eos, boi, eoi, vocab_size, hash = 1, 2, 32000, 32001, 32002, "t"
+TOKENIZER = Tokenizer(Path("t"), "t", 32000, bos=1, eos=2)
 
 
 def documents(kind: str, num: int) -> Iterator[StoredDocument]:
@@ -93,8 +90,9 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
         num_streams=NUM_STREAMS,
         num_workers=num_workers,
     )
-    sources = open_sources(config, Ids, "v", 0)
-    return DataLoader(config, sources, SHAPE, Ids, 1000, NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
+    sources = open_sources(config, TOKENIZER, "v", 0)
+    rows = NUM_ROWS, range(NUM_ROWS), NUM_ROWS
+    return DataLoader(config, sources, SHAPE, TOKENIZER, DDPMConfig().build(), *rows)
 
 
 def ours(folder: Path) -> Iterator[int]:
@@ -142,17 +140,17 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         images_per_row=SHAPE.num_images,
         num_streams=1,
     )
-    texts = manifest.model_copy(update={"kind": "text"})
+    texts, noise_process = manifest.model_copy(update={"kind": "text"}), DDPMConfig().build()
     packed, rows, row, used, number = dict.fromkeys(readers, 0), [], [], 0, 0
     while True:
         kind = min(packed, key=packed.get)
         generator = counter_generator(0, 0, number, 0, 0)
         number += 1
         about = manifest if kind == "pairs" else texts
-        parts = sample_layout(next(readers[kind]), about, config, 1000, SHAPE, generator)
-        whole = flatten(parts, Ids, SHAPE.patches)
+        parts = sample_layout(next(readers[kind]), about, config, SHAPE, generator)
+        whole = flatten(parts, TOKENIZER, SHAPE.patches)
         packed[kind] += len(whole)
-        pieces = [sample_noise(whole, about, SHAPE, generator)]
+        pieces = [sample_noise(whole, about, SHAPE, noise_process, generator)]
         while pieces:
             piece, room = pieces.pop(), SHAPE.length - used
             images = sum(len(document.images) for document in row)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips
-from megafusion.model.attention import prepare_mask
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
@@ -45,12 +45,11 @@ class Stage(nn.Module):
 
     def __init__(self, model: Transfusion, blocks: range, mesh: Mesh, shapes: Shapes):
         super().__init__()
-        self.shapes, self.hidden_size, self.rope = shapes, model.config.hidden_size, model.rope
-        self.attention, self.head_dim = model.config.attention, self.hidden_size // model.config.num_heads
+        self.shapes, self.config = shapes, model.config
         self.stem = model.stem if blocks.start == 0 else None
         self.blocks = nn.ModuleDict({str(number): model.blocks[number] for number in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
-        self.schedule = model.objective.schedule
+        self.noise_process = model.objective.noise_process
         self.slices = SequenceShard(mesh)
         self.region = TensorParallelRegion(mesh) if mesh.size("tensor") > 1 else None
 
@@ -68,33 +67,33 @@ class Stage(nn.Module):
         rows_3BS, slots_3BN = self._unpack_integers(integers)
         positions, row_start, row_end = rows_3BS
         intervals = Intervals(row_start, row_end, self.shapes.length)
-        prepare_mask(self.attention, intervals, x_BSD, self.head_dim)
-        rope = self.rope(self.slices.take(positions))
+        context = block_context(self.config, intervals, self.slices.take(positions), x_BSD.dtype)
         for block in self.blocks.values():
-            x_BSD = block(x_BSD, intervals, rope)
+            x_BSD = block(x_BSD, context)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
         return self._end(x_BSD, *slots_3BN, skips)
 
     def _begin(self, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
-        noised = self.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(
-            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
-        )
+        noised = self.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
+        timesteps = self.noise_process.timesteps(inputs.t)
+        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
         x_BSD = self.slices.reduce_or_scatter(x_BSD)
         if self.region is not None:
             x_BSD = self.region.reduce_or_scatter(x_BSD)
         rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end])
-        slots = torch.stack([inputs.image_start, inputs.timesteps.int(), inputs.image_size.int()])
+        # The bits of t: exact, and no second float tensor.
+        slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
     def _end(
-        self, x_BSD: Tensor, image_start: Tensor, timesteps: Tensor, image_size: Tensor, skips: Skips
+        self, x_BSD: Tensor, image_start: Tensor, t_bits: Tensor, image_size: Tensor, skips: Skips
     ) -> tuple[Tensor, Tensor]:
         hidden_BSD = self.tail(x_BSD)
         if self.region is not None:
             hidden_BSD = self.region.gather_or_copy(hidden_BSD)
         hidden_BSD = self.slices.gather_or_copy(hidden_BSD)
+        timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
         images = self.tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
         return self.tail.head(self.slices.take(hidden_BSD)), images
 
@@ -102,7 +101,7 @@ class Stage(nn.Module):
         sizes = [prod(shape) for shape in self.shapes.skips]
         x, *skips = floats.split([floats.numel() - sum(sizes), *sizes])
         shaped = tuple(skip.view(shape) for skip, shape in zip(skips, self.shapes.skips, strict=True))
-        return x.view(self.shapes.num_rows, -1, self.hidden_size), shaped
+        return x.view(self.shapes.num_rows, -1, self.config.hidden_size), shaped
 
     def _unpack_integers(self, integers: Tensor) -> tuple[Tensor, Tensor]:
         rows = 3 * self.shapes.num_rows * self.shapes.length

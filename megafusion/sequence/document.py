@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from megafusion.sequence.tokenizer import Tokenizer, begin_of_image
+from megafusion.sequence.tokenizer import Tokenizer
 
 IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
 class NoisedImage:
-    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its timestep.
+    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its t in [0, 1).
 
     picture: uint8 [3, H, W] where latents are to be made of one; those are standard normal until then.
     size: index of its size among the model's.
@@ -21,7 +21,7 @@ class NoisedImage:
 
     latents: np.ndarray
     noise: np.ndarray
-    timestep: int
+    t: float
     picture: np.ndarray | None = None
     size: int = 0
 
@@ -75,7 +75,7 @@ def flatten(
             tokens[first : first + len(segment)] = segment
             first += len(segment)
             continue
-        tokens[first], begins[first] = begin_of_image(tokenizer, segment.size), True
+        tokens[first], begins[first] = tokenizer.boi_of_size(segment.size), True
         here = slice(first + 1, first + 1 + patches[segment.size])
         patch[here] = len(image_start) * most + np.arange(patches[segment.size])
         row_end[here] = here.stop

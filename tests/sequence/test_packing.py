@@ -1,5 +1,7 @@
 """Packing: what has a target, and that a packed row's losses and gradients are its documents' own."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,24 +13,24 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import NoisedImage, cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
+from megafusion.sequence.tokenizer import Tokenizer
 
 VOCABULARY, LATENTS, NUM_PATCHES = 32, (2, 4, 4), 4
 
 
-class Ids:
-    bos, eos, boi, eoi = 1, 2, 30, 31
+IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
 def image(random: np.random.Generator) -> NoisedImage:
     latents, noise = random.standard_normal((2, *LATENTS), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)))
+    return NoisedImage(latents, noise, int(random.integers(1000)) / 1000)
 
 
 def document(lengths: list[int], seed: int):
     """A document of texts of these lengths, an image for each 0."""
     random = np.random.default_rng(seed)
     segments = [random.integers(3, 30, n) if n else image(random) for n in lengths]
-    return flatten(segments, Ids, (NUM_PATCHES,))
+    return flatten(segments, IDS, (NUM_PATCHES,))
 
 
 def test_targets_of_a_caption_and_its_image():
@@ -61,7 +63,7 @@ def test_a_row_holds_its_documents_side_by_side():
     assert (row["patch_index"] >= 0).sum() == 2 * NUM_PATCHES
     assert row["patch_index"].max() == 2 * NUM_PATCHES - 1
     assert np.array_equal(row["latents"][1], second.images[0].latents)
-    assert row["timesteps"].tolist() == [first.images[0].timestep, second.images[0].timestep, 0]
+    assert row["t"].tolist() == pytest.approx([first.images[0].t, second.images[0].t, 0])
 
 
 def test_a_text_is_cut_into_documents_that_keep_its_targets():

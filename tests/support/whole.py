@@ -5,6 +5,7 @@ import torch
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
 from megafusion.model.initialize import initialize
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import flatten
@@ -25,7 +26,7 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
     config = PipelineConfig(
         model=model_config,
         objective=run_config.objective,
-        sampling=SamplingConfig(sampler="ddim", num_steps=num_steps, max_new_tokens=5),
+        sampling=SamplingConfig(sampler="ddim", num_inference_steps=num_steps, max_new_tokens=5),
     )
     return TransfusionPipeline(model, tokenizer, codec, config)
 
@@ -42,10 +43,11 @@ def prompt_batch(pipeline, segments_of_rows):
 @torch.no_grad()
 def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
-    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size)
-    intervals, rope = batch.intervals(), model.rope(batch.positions)
+    timesteps = model.objective.noise_process.timesteps(batch.t)
+    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
+    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype)
     for block in model.blocks:
-        x = block(x, intervals, rope)
+        x = block(x, context)
     return model.tail(x), skips
 
 
