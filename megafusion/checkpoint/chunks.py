@@ -84,7 +84,7 @@ class Chunks:
         self.boxes: list[Box] = []
         local = list(layout.shape)
         if local:
-            local[layout.dim] = sum(run.length for run in layout.runs)
+            local[layout.dim] = sum(run.length for run in layout.spans)
         used = 0
         for offsets, sizes in cut_range(tuple(local), start, start + len(fragment)):
             values = fragment[used : used + prod(sizes)].view(sizes)
@@ -119,7 +119,7 @@ def _by_run(offsets: tuple[int, ...], values: Tensor, layout: ShardSpec) -> list
         return [Box(offsets, values)]
     dim, boxes = layout.dim, []
     begin, end = offsets[dim], offsets[dim] + values.shape[dim]
-    for run in layout.runs:
+    for run in layout.spans:
         low, high = max(begin, run.local_start), min(end, run.local_start + run.length)
         if low < high:
             whole = (*offsets[:dim], run.whole_start + low - run.local_start, *offsets[dim + 1 :])

@@ -84,8 +84,18 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     with torch.device("meta"):
         model = Transfusion(config.model, config.objective)
     device = this_device()
-    stage = parallelize(model, mesh, config, device)
-    objective = shard_objective(config, mesh).to(device)
+    stage = parallelize(
+        model,
+        mesh,
+        shape=config.sequence_shape,
+        micro_batch_size=config.train.micro_batch_size,
+        precision=config.train.precision,
+        recompute=config.train.recompute,
+        compile=config.train.compile,
+        seed=config.seed,
+        device=device,
+    )
+    objective = shard_objective(config.objective, config.model, mesh).to(device)
     consensus = StepConsensus(mesh, device, Spikes(config.health))
     pipelined = mesh.size("pipeline") > 1
     if pipelined:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megafusion.model.attention import BACKENDS, Backend
 from megafusion.model.rope import Rope
+from megafusion.model.weights import Column, Replicated, Row, declare
 from megafusion.sequence.intervals import Intervals
 
 
@@ -18,10 +19,10 @@ class LayerCache(Protocol):
 
 
 class FusedLinear(nn.Linear):
-    """Several linear layers of one input, without biases, as one matrix product."""
+    """Several linear layers of one input as one matrix product."""
 
-    def __init__(self, hidden_size: int, sizes: tuple[int, ...]):
-        super().__init__(hidden_size, sum(sizes), bias=False)
+    def __init__(self, hidden_size: int, sizes: tuple[int, ...], bias: bool = False):
+        super().__init__(hidden_size, sum(sizes), bias)
         self.sizes = sizes
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -36,8 +37,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = hidden_size // num_heads
         sizes = (num_heads * self.head_dim, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim)
-        self.qkv = FusedLinear(hidden_size, sizes)
-        self.out = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+        self.qkv = declare(FusedLinear(hidden_size, sizes), Column())
+        self.out = declare(
+            nn.Linear(num_heads * self.head_dim, hidden_size, bias=False), Row(), init="residual"
+        )
         self.attend = BACKENDS[backend]
 
     def forward(
@@ -55,8 +58,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int):
         super().__init__()
-        self.gate_up = FusedLinear(hidden_size, (ffn_hidden_size, ffn_hidden_size))
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.gate_up = declare(FusedLinear(hidden_size, (ffn_hidden_size, ffn_hidden_size)), Column())
+        self.down = declare(nn.Linear(ffn_hidden_size, hidden_size, bias=False), Row(), init="residual")
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSD)
@@ -76,9 +79,9 @@ class Block(nn.Module):
         norm_eps: float,
     ):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.attention_norm = declare(nn.RMSNorm(hidden_size, eps=norm_eps), Replicated("positions"))
         self.attention = SelfAttention(hidden_size, num_heads, num_kv_heads, backend)
-        self.feed_forward_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.feed_forward_norm = declare(nn.RMSNorm(hidden_size, eps=norm_eps), Replicated("positions"))
         self.feed_forward = FeedForward(hidden_size, ffn_hidden_size)
 
     def forward(

@@ -64,7 +64,7 @@ def make_part(place: tuple[int, int, int, int]) -> tuple[EngineRun, dict[str, Sh
         cut = num_tensor == 2 and name in CUTS
         if cut:
             layouts[name] = layout(name, here.model)
-        parameter = nn.Parameter(layouts[name].take(torch.zeros(SHAPES[name])))
+        parameter = nn.Parameter(layouts[name].shard(torch.zeros(SHAPES[name])))
         if cut:
             set_shard_spec(parameter, layouts[name])
             parameter.tensor_model_parallel = True
@@ -82,7 +82,7 @@ def save_part(place: tuple, folder: Path) -> None:
     run, layouts = make_part(place)
     for master, average in zip(run.owned, run.ema.fragments, strict=True):
         for kind, fragment in fragments(master, average).items():
-            local = layouts[master.name].take(wholes(kind)[master.name]).flatten()
+            local = layouts[master.name].shard(wholes(kind)[master.name]).flatten()
             fragment.copy_(local[master.start : master.start + len(fragment)])
     with CheckpointManager(folder, run.engine, run.owned, run.ema, 1) as checkpointer:
         checkpointer.save({"step": 3}, {"streams": {}})
@@ -96,12 +96,12 @@ def load_part(place: tuple, folders: list[Path]) -> int:
             checkpointer.load(folder / "step-00000003")
         for master, average in zip(run.owned, run.ema.fragments, strict=True):
             for kind, fragment in fragments(master, average).items():
-                local = layouts[master.name].take(wholes(kind)[master.name]).flatten()
+                local = layouts[master.name].shard(wholes(kind)[master.name]).flatten()
                 assert torch.equal(fragment, local[master.start : master.start + len(fragment)]), master.name
                 fragment.zero_()
         if place[-1] < 3:
             for name, parameter in run.engine.module.named_parameters():
-                local = layouts[name].take(wholes("model")[name])
+                local = layouts[name].shard(wholes("model")[name])
                 assert torch.equal(parameter, local) or place[-1] == 0, name  # whose masters were zeroed
         assert steps_taken(run) == {3.0}
     return sum(len(master.weight) for master in run.owned)

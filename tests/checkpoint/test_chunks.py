@@ -68,7 +68,7 @@ def test_fragments_of_any_layout_make_up_the_whole_and_are_written_in_place(para
     whole, layouts = parameter
     read = torch.full(whole.shape, -1.0)
     for layout in layouts:
-        local = layout.take(whole).flatten()
+        local = layout.shard(whole).flatten()
         inner = data.draw(st.lists(st.integers(0, len(local)), max_size=3))
         for start, stop in pairwise(sorted([0, len(local), *inner])):
             fragment = local[start:stop].clone()
