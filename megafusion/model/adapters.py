@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megafusion.images.sizes import Size
-from megafusion.model.by_size import Grid, Skips, patches_by_size, predict_by_size
+from megafusion.model.by_size import Skips, patches_by_size, predict_by_size
+from megafusion.model.config import Grid
 
 
 class DownAdapter(nn.Module):

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megafusion.images.sizes import Size, bounding_size
+from megafusion.model.config import Grid
 
 Skips = tuple[Tensor, ...]
-Grid = tuple[int, int]
-"""Patches down and across an image."""
 
 
 class Groups:
@@ -45,14 +44,14 @@ class Groups:
 def patches_by_size(
     encode: Callable[[Tensor, Tensor], tuple[Tensor, Skips]],
     sizes: Sequence[Size],
-    most_patches: int,
+    max_patches: int,
     latents_NCHW: Tensor,
     timesteps_N: Tensor,
     sizes_N: Tensor,
 ) -> tuple[Tensor, Skips]:
     """Patches and skips that `encode` makes of images of several sizes, each at the top left of its latents.
 
-    Patches [N, most_patches, D], and each skip [N, numbers]: an image's own come first, then zeros, so that
+    Patches [N, max_patches, D], and each skip [N, numbers]: an image's own come first, then zeros, so that
     the shapes are the same whatever sizes a batch holds.
     """
     groups = Groups(sizes_N, len(sizes))
@@ -61,7 +60,7 @@ def patches_by_size(
         sizes, groups.take(latents_NCHW), groups.take(timesteps_N), strict=True
     ):
         patches, skips = encode(latents[..., :height, :width], timesteps)
-        made.append(F.pad(patches, (0, 0, 0, most_patches - patches.shape[1])))
+        made.append(F.pad(patches, (0, 0, 0, max_patches - patches.shape[1])))
         kept.append([skip.flatten(1) for skip in skips])
     return groups.put(made), tuple(map(groups.put, map(_filled_up, zip(*kept, strict=True))))
 

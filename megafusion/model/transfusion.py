@@ -10,7 +10,8 @@ from megafusion.model.rope import Rope, rope_at
 from megafusion.model.transformer import Block
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.model.weights import Replicated, Vocab, declare
-from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
 
 
@@ -19,7 +20,7 @@ class Stem(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels, sizes = config.latent_shape[0], config.sizes
+        channels, sizes = config.latent_channels, config.latent_sizes
         self.embedding = declare(nn.Embedding(config.vocab_size, config.hidden_size), Vocab())
         if config.adapter == "linear":
             adapter = LinearDown(channels, config.patch_size, config.hidden_size, sizes)
@@ -54,8 +55,8 @@ class Tail(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels, sizes = config.latent_shape[0], config.sizes
-        self.num_patches = config.most_patches
+        channels, sizes = config.latent_channels, config.latent_sizes
+        self.num_patches = max(config.patches)
         self.norm = declare(nn.RMSNorm(config.hidden_size, eps=config.norm_eps), Replicated("positions"))
         self.head = declare(nn.Linear(config.hidden_size, config.vocab_size, bias=False), Vocab())
         if config.adapter == "linear":
@@ -100,7 +101,7 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
         check_backend(config.attention, config.hidden_size // config.num_heads)
-        self.config, self.objective = config, Objective(objective, config.sizes)
+        self.config, self.objective = config, Objective(objective, config.latent_sizes)
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(
             Block(
@@ -122,13 +123,12 @@ class Transfusion(nn.Module):
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""
         inputs = batch.inputs()
-        noised = self.objective.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(
-            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
-        )
+        noised = self.objective.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
+        timesteps = self.objective.noise_process.timesteps(inputs.t)
+        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
         intervals, rope = batch.intervals(), self.rope(inputs.positions)
         for block in self.blocks:
             x_BSD = block(x_BSD, intervals, rope)
         hidden_BSD = self.tail(x_BSD)
-        images = self.tail.images(hidden_BSD, inputs.image_start, inputs.timesteps, skips, inputs.image_size)
+        images = self.tail.images(hidden_BSD, inputs.image_start, timesteps, skips, inputs.image_size)
         return self.objective(self.tail.head(hidden_BSD), images, batch.targets())

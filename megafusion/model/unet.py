@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from megafusion.images.sizes import Size
 from megafusion.model.adapters import DownAdapter, TimestepEmbedding, UpAdapter
-from megafusion.model.by_size import Grid, Skips
+from megafusion.model.by_size import Skips
+from megafusion.model.config import Grid
 
 
 def _level_channels(channels: int, patch_size: int) -> list[int]:

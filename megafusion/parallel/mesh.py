@@ -8,6 +8,8 @@ import io
 from dataclasses import dataclass
 from functools import cached_property
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology

@@ -7,7 +7,8 @@ from megafusion.model.config import ModelConfig
 from megafusion.model.initialize import initial_value
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import named_weights
-from megafusion.objective.losses import Objective, ObjectiveConfig, cross_entropy
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Objective, cross_entropy
 from megafusion.parallel.activation_checkpointing import CheckpointedBlock
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.parallel.config import Recompute
@@ -114,4 +115,4 @@ def shard_objective(config: ObjectiveConfig, model: ModelConfig, mesh: Mesh) -> 
         text_loss = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)
     if mesh.size("ulysses") > 1:
         text_loss = SequenceParallelCrossEntropy(text_loss, sequence_shard)
-    return Objective(config, model.sizes, text_loss)
+    return Objective(config, model.latent_sizes, text_loss)

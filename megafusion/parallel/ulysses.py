@@ -4,6 +4,8 @@ The ranks of a row hold a slice of its positions each, and all heads. Around att
 positions for heads: each rank then holds all positions of its heads, so the mask of whole rows applies.
 """
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor

@@ -5,7 +5,8 @@ import signal
 import threading
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from megafusion.processes import STOP_SIGNALS
+
 SAID = b"\nmegafusion: ends after this step, with a checkpoint; Ctrl-C again ends it at once, without one\n"
 
 

@@ -1,1 +1,1 @@
-"""The training step, the run around it, its checkpoints, averaged weights and metrics."""
+"""The training loop, its configuration, the run folder, checkpoints and samples."""
