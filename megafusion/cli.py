@@ -151,7 +151,7 @@ def train(
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
-    from megafusion.engine.engine import start_process_group
+    from megafusion.engine.process_group import start_process_group
     from megafusion.parallel.errors import raise_on_all_ranks
     from megafusion.resilience.lenient_streams import drop_what_cannot_be_written
     from megafusion.train.config import RunConfig

@@ -10,11 +10,11 @@ from megafusion.checkpoint.folder import (
     KINDS,
     MANIFEST,
     DamagedCheckpoint,
-    newest_checkpoint,
+    latest_checkpoint,
     read_manifest,
     verify_checkpoint,
 )
-from megafusion.checkpoint.reader import Reader
+from megafusion.checkpoint.reader import CheckpointReader
 from megafusion.commands.generate import open_checkpoint
 from megafusion.errors import UserError
 
@@ -50,7 +50,7 @@ def verify(path: Path) -> None:
         except UserError as error:
             bad.append(str(error))
         else:
-            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files, as they were written")
+            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files intact")
     if bad:
         raise UserError("\n".join(bad))
 
@@ -63,7 +63,7 @@ def export(path: Path, out: Path, raw_weights: bool) -> None:
     checkpoint = path
     if not _is_checkpoint(path):
         _checkpoints(path)  # what is no run is said
-        checkpoint = newest_checkpoint(path)
+        checkpoint = latest_checkpoint(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 
@@ -109,7 +109,7 @@ def _topology(state: dict) -> str:
 
 def _describe(checkpoint: Path) -> list[str]:
     files, state = read_manifest(checkpoint), _state(checkpoint)
-    tensors = Reader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    tensors = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
     for kind in KINDS:
         sizes = [prod(entry.size) for name, entry in tensors.items() if name.partition(".")[0] == kind]

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around this rank's stage of the model; the only room that knows its internals."""
+"""DeepSpeed around this rank's stage of the model. No other package knows DeepSpeed's internals."""
 
 import warnings
 

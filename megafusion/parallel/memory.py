@@ -29,6 +29,6 @@ def state_bytes(stage: Stage, mesh: Mesh, bytes_per_weight: int) -> StateBytes:
     weights = bytes_per_weight * total
     if zero == 3:
         # DeepSpeed keeps small parameters whole on every rank (param_persistence_threshold).
-        whole = sum(size for size in sizes if size <= stage.hidden_size)
+        whole = sum(size for size in sizes if size <= stage.config.hidden_size)
         weights = bytes_per_weight * ((total - whole) / replicas + whole)
     return StateBytes(round(weights), round((12 if zero else 8) * sharded), round(4 * sharded))

@@ -3,16 +3,11 @@
 Tensor ranks are neighbours because they communicate most; then Ulysses ranks, data ranks, and stages.
 """
 
-import contextlib
-import io
 from dataclasses import dataclass
-from functools import cached_property
 
-import megafusion.device  # noqa: F401 - before deepspeed
+from megafusion.device import default_device
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megafusion.parallel.config import ParallelConfig
@@ -53,15 +48,6 @@ class Mesh:
         """Whether this rank has the last pipeline stage."""
         return self.rank("pipeline") == self.size("pipeline") - 1
 
-    @cached_property
-    def grid(self) -> PipelineParallelGrid:
-        """DeepSpeed's grid, in which Ulysses ranks are data ranks because they hold the same weights."""
-        replicas = self.size("data") * self.size("ulysses")
-        with contextlib.redirect_stdout(io.StringIO()):
-            return PipelineParallelGrid(
-                PipeModelDataParallelTopology(self.size("pipeline"), self.size("tensor"), replicas)
-            )
-
     def __str__(self) -> str:
         return ", ".join(f"{axis} {self.rank(axis)} of {self.size(axis)}" for axis in AXES)
 
@@ -70,5 +56,5 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     """Make the mesh of the world; called by every rank. UserError unless the degrees fill it."""
     data = data_degree(config, dist.get_world_size())
     shape = (config.pipeline, data, config.ulysses, config.tensor)
-    device_mesh = init_device_mesh(get_accelerator().device_name(), shape, mesh_dim_names=AXES)
+    device_mesh = init_device_mesh(default_device().type, shape, mesh_dim_names=AXES)
     return Mesh(device_mesh, device_mesh["ulysses", "tensor"]._flatten("tensor_context").get_group(), config)

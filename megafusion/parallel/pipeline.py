@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from megafusion.model.attention import prepare_mask
 from megafusion.model.by_size import Skips
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
@@ -47,8 +47,7 @@ class Stage(nn.Module):
 
     def __init__(self, model: Transfusion, blocks: range, mesh: Mesh, shape: MicroBatchShape):
         super().__init__()
-        self.shape, self.hidden_size, self.rope = shape, model.config.hidden_size, model.rope
-        self.attention, self.head_dim = model.config.attention, self.hidden_size // model.config.num_heads
+        self.shape, self.config = shape, model.config
         self.stem = model.stem if blocks.start == 0 else None
         self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
@@ -70,10 +69,10 @@ class Stage(nn.Module):
         rows_3BS, slots_3BN = self._unpack_integers(integers)
         positions, row_start, row_end = rows_3BS
         intervals = Intervals(row_start, row_end, self.shape.length)
-        prepare_mask(self.attention, intervals, x_BSD, self.head_dim)
-        rope = self.rope(self.sequence_shard.shard(positions))
+        positions = self.sequence_shard.shard(positions)
+        context = block_context(self.config, intervals, positions, x_BSD.dtype)
         for block in self.blocks.values():
-            x_BSD = block(x_BSD, intervals, rope)
+            x_BSD = block(x_BSD, context)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
         return self._end(x_BSD, *slots_3BN, skips)
@@ -110,7 +109,7 @@ class Stage(nn.Module):
         sizes = [prod(shape) for shape in self.shape.skips]
         x, *skips = floats.split([floats.numel() - sum(sizes), *sizes])
         shaped = tuple(skip.view(shape) for skip, shape in zip(skips, self.shape.skips, strict=True))
-        return x.view(self.shape.num_rows, -1, self.hidden_size), shaped
+        return x.view(self.shape.num_rows, -1, self.config.hidden_size), shaped
 
     def _unpack_integers(self, integers: Tensor) -> tuple[Tensor, Tensor]:
         rows = 3 * self.shape.num_rows * self.shape.length

@@ -4,29 +4,31 @@ The ranks of a row hold a slice of its positions each, and all heads. Around att
 positions for heads: each rank then holds all positions of its heads, so the mask of whole rows applies.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import megafusion.device  # noqa: F401 - before deepspeed
 
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
 
-from megafusion.model.attention import Attention
 from megafusion.objective.losses import CrossEntropy
 from megafusion.parallel import collectives
 from megafusion.parallel.tensor import POSITIONS
-from megafusion.sequence.intervals import Intervals
 
 BATCH, HEADS = 0, 2  # dimensions of q_BSHK
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # a backend's `attend`
 
 
 class UlyssesAttention:
     """An attention backend between two exchanges: positions for heads, and back."""
 
-    def __init__(self, backend: Attention, group: dist.ProcessGroup):
-        self.attention = DistributedAttention(backend, group, HEADS, POSITIONS)
+    def __init__(self, attend: Attend, group: dist.ProcessGroup):
+        self.attention = DistributedAttention(attend, group, HEADS, POSITIONS)
 
-    def __call__(self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, intervals: Intervals) -> Tensor:
-        return self.attention(q_BSHK, k_BSGK, v_BSGK, BATCH, None, intervals)
+    def __call__(self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
+        return self.attention(q_BSHK, k_BSGK, v_BSGK, BATCH, None, mask)
 
 
 class SequenceShard:
