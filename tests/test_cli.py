@@ -159,7 +159,7 @@ def test_configuration_files_that_are_none(tmp_path, content, message):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_is_valid(path):
     from data_prep.config import PreprocessConfig
-    from data_prep.vae.train import AutoencoderConfig
+    from data_prep.vae.config import AutoencoderConfig
 
     cls = {"preprocess": PreprocessConfig, "vae": AutoencoderConfig}.get(path.parent.name, RunConfig)
     load_config(cls, path)

@@ -11,7 +11,7 @@ import psutil
 
 matplotlib.use("Agg")
 
-from megafusion.device import default_device
+from megafusion.device import default_device, peak_memory_bytes
 
 from matplotlib import pyplot
 from PIL import Image
@@ -30,7 +30,7 @@ from megafusion.progress import progress_bar
 from megafusion.storage import write_file
 from megafusion.telemetry.metrics import read_metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.run_folder import load_run_config, peak_memory_bytes
+from megafusion.train.run_folder import load_run_config
 
 NUM_DRAWN = 32
 NUM_DESCRIBED_AT_A_TIME = 34
