@@ -37,6 +37,7 @@ from megafusion.data.manifest import MANIFEST, Manifest, load_manifest
 from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.shards import write_shards
 from megafusion.data.source import counter_generator, open_sources
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.document import cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.storage import write_file
@@ -95,7 +96,7 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
         num_workers=num_workers,
     )
     sources = open_sources(config, Ids, "v", 0)
-    return DataLoader(config, sources, SHAPE, Ids, 1000, NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
+    return DataLoader(config, sources, SHAPE, Ids, DDPMConfig().build(), NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
 
 
 def ours(folder: Path) -> Iterator[int]:
@@ -143,17 +144,17 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         images_per_row=SHAPE.num_images,
         num_streams=1,
     )
-    texts = manifest.model_copy(update={"kind": "text"})
+    texts, noise_process = manifest.model_copy(update={"kind": "text"}), DDPMConfig().build()
     packed, rows, row, used, number = dict.fromkeys(readers, 0), [], [], 0, 0
     while True:
         kind = min(packed, key=packed.get)
         generator = counter_generator(0, 0, number, 0, 0)
         number += 1
         about = manifest if kind == "pairs" else texts
-        parts = sample_layout(next(readers[kind]), about, config, 1000, SHAPE, generator)
+        parts = sample_layout(next(readers[kind]), about, config, SHAPE, generator)
         whole = flatten(parts, Ids, SHAPE.patches)
         packed[kind] += len(whole)
-        pieces = [sample_noise(whole, about, SHAPE, generator)]
+        pieces = [sample_noise(whole, about, SHAPE, noise_process, generator)]
         while pieces:
             piece, room = pieces.pop(), SHAPE.length - used
             images = sum(len(document.images) for document in row)

@@ -204,10 +204,10 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and captions.txt.")] = Path("generated"),
     seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0)] = 0,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 is none.", min=0)
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim or dpm++.")] = None,
     size: Annotated[
         str | None,
@@ -230,7 +230,11 @@ def generate(
     """
     from megafusion.commands.generate import GenerateRequest, run
 
-    overrides = {"guidance": guidance, "num_steps": steps, "sampler": sampler}
+    overrides = {
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+        "sampler": sampler,
+    }
     run(
         checkpoint,
         GenerateRequest(prompt or [], image or [], interleave or [], seed, size),

@@ -50,7 +50,7 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         pipeline.size_number(size)
     lines = []
     with progress_bar() as progress:
-        task = progress.add_task("denoising", total=sampling.num_steps, losses="", visible=False)
+        task = progress.add_task("denoising", total=sampling.num_inference_steps, losses="", visible=False)
 
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
@@ -124,7 +124,9 @@ def _sampling(defaults: SamplingConfig, overrides: dict[str, object]) -> Samplin
         return SamplingConfig.model_validate({**defaults.model_dump(), **overrides})
     except ValidationError as error:
         detail = error.errors()[0]
-        raise UserError(f"--{detail['loc'][0]}: {detail['msg']} (got {detail['input']!r})") from error
+        raise UserError(
+            f"--{str(detail['loc'][0]).replace('_', '-')}: {detail['msg']} (got {detail['input']!r})"
+        ) from error
 
 
 def _write_answer(answer: Sequence[Part], out: Path) -> list[str]:

@@ -16,6 +16,7 @@ from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.source import Source
 from megafusion.data.workers import Workers
 from megafusion.errors import UserError
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.packing import PackedBatch, SequenceShape, collate
 from megafusion.sequence.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ class DataLoader:
         sources: dict[str, Source],
         shape: SequenceShape,
         tokenizer: Tokenizer,
-        num_timesteps: int,
+        noise_process: NoiseProcess,
         global_batch_size: int,
         rows: range,
         micro_batch_size: int,
@@ -82,7 +83,7 @@ class DataLoader:
             )
         self._config, self._rows, self._micro_batch_size = config, rows, micro_batch_size
         self._streams = {
-            number: LogicalStream(number, sources, config, shape, tokenizer, num_timesteps)
+            number: LogicalStream(number, sources, config, shape, tokenizer, noise_process)
             for number in range(config.num_streams)
             if number % global_batch_size in rows
         }

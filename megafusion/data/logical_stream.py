@@ -1,7 +1,7 @@
 """Logical streams: an order of packed rows that no rank, worker or restart can change.
 
 M logical streams define the order. Each owns a fixed range of every source's documents, shuffles it anew
-each epoch, and packs rows from it. All randomness (shuffling, timesteps, noise, order of caption and image,
+each epoch, and packs rows from it. All randomness (shuffling, t, noise, order of caption and image,
 caption dropout) comes from a counter-based generator keyed by the seed, the document and the epoch. So a
 stream's state is a few integers: the documents that are not packed yet, and where it reads next.
 """
@@ -15,6 +15,7 @@ from megafusion.data.source import PHASE, Source, counter_generator
 from megafusion.data.stream_documents import StreamDocuments
 from megafusion.data.stream_state import Cursor, DocumentKey, Pending, StreamState
 from megafusion.errors import UserError
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import FlatDocument, cut_document, find_cut, images_between
 from megafusion.sequence.packing import SequenceShape, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
@@ -32,13 +33,13 @@ class LogicalStream:
         config: DataConfig,
         shape: SequenceShape,
         tokenizer: Tokenizer,
-        num_timesteps: int,
+        noise_process: NoiseProcess,
     ):
         self.number, self._sources, self._config, self._shape = number, sources, config, shape
         self.state = StreamState.at_start(sources)
         self.warnings: list[str] = []
         """Documents skipped since the list was last cleared."""
-        self._documents = StreamDocuments(number, sources, config, shape, tokenizer, num_timesteps)
+        self._documents = StreamDocuments(number, sources, config, shape, tokenizer, noise_process)
         self._initial_leads = {name: self._initial_lead(source) for name, source in sources.items()}
         # Minimum positions on either side of a cut: shorter pieces teach nothing.
         self._min_piece = max(2, shape.length // 64)

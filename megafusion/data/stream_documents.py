@@ -8,6 +8,7 @@ from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.source import DOCUMENT, Source, counter_generator
 from megafusion.data.stream_state import DocumentKey
 from megafusion.errors import UserError
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import FlatDocument, flatten
 from megafusion.sequence.packing import SequenceShape
 from megafusion.sequence.tokenizer import Tokenizer
@@ -23,10 +24,10 @@ class StreamDocuments:
         config: DataConfig,
         shape: SequenceShape,
         tokenizer: Tokenizer,
-        num_timesteps: int,
+        noise_process: NoiseProcess,
     ):
         self._stream, self._sources, self._config = stream, sources, config
-        self._shape, self._tokenizer, self._num_timesteps = shape, tokenizer, num_timesteps
+        self._shape, self._tokenizer, self._noise_process = shape, tokenizer, noise_process
         # Beside a document the generator that samples its images, None once it has.
         self._kept: dict[DocumentKey, tuple[FlatDocument, np.random.Generator | None]] = {}
 
@@ -42,7 +43,7 @@ class StreamDocuments:
         generator = self._kept[key][1]
         if generator:
             manifest = self._sources[key.source].folder.manifest
-            document = sample_noise(document, manifest, self._shape, generator)
+            document = sample_noise(document, manifest, self._shape, self._noise_process, generator)
             self._kept[key] = document, None
         return document
 
@@ -62,7 +63,6 @@ class StreamDocuments:
                 stored.segments,
                 source.folder.manifest,
                 self._config,
-                self._num_timesteps,
                 self._shape,
                 generator,
                 is_after_text=bool(stored.metadata.get(AFTER_TEXT)),

@@ -140,7 +140,7 @@ class Generation:
             else:
                 size = self.pipeline.size_of(part)
                 latents = self.pipeline.latents([part], size)[0].cpu().numpy()
-                segments.append(NoisedImage(latents, np.zeros_like(latents), timestep=0, size=size))
+                segments.append(NoisedImage(latents, np.zeros_like(latents), t=0.0, size=size))
         return flatten(segments, self.tokenizer, self.pipeline.config.model.patches)
 
     def _finish(self, answer: list[Part | int]) -> list[Part]:

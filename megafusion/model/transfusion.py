@@ -155,13 +155,12 @@ class Transfusion(nn.Module):
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""
         inputs = batch.inputs()
-        noised = self.objective.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(
-            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
-        )
+        noised = self.objective.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
+        timesteps = self.objective.noise_process.timesteps(inputs.t)
+        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
         intervals, rope = batch.intervals(), self.rope(inputs.positions)
         for block in self.blocks:
             x_BSD = block(x_BSD, intervals, rope)
         hidden_BSD = self.tail(x_BSD)
-        images = self.tail.images(hidden_BSD, inputs.image_start, inputs.timesteps, skips, inputs.image_size)
+        images = self.tail.images(hidden_BSD, inputs.image_start, timesteps, skips, inputs.image_size)
         return self.objective(self.tail.head(hidden_BSD), images, batch.targets())

@@ -1,40 +1,37 @@
 """The noise process, the weights of the losses, and how images are sampled. Imports no torch."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from megafusion.config import Config
-
-
-class ScheduleConfig(Config):
-    """How images are noised, and what the model predicts about them."""
-
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
-    """diffusers' name of the schedule; squaredcos_cap_v2 is the cosine schedule of the paper."""
-    num_steps: int = Field(1000, gt=0)
-    """Timesteps of the noise process in training."""
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What is predicted: the noise (the paper), or the velocity (Salimans and Ho, arXiv 2202.00512)."""
+from megafusion.objective.noise_process import DDPMConfig, NoiseProcessConfig
 
 
 class ObjectiveConfig(Config):
     """total = text + image_weight x image."""
 
+    renamed_keys: ClassVar[dict[str, str]] = {"schedule": "noise_process"}
+
     image_weight: float = Field(5.0, ge=0)
-    """The paper's lambda: the weight of the mean diffusion loss an image beside the mean loss a token."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """The noise process."""
+    """The paper's lambda: weight of the mean diffusion loss per image beside the mean loss per token."""
+    noise_process: NoiseProcessConfig = DDPMConfig()
+    """How images are noised, and the model's target."""
 
 
 class SamplingConfig(Config):
-    """Sampler of the image path; text is decoded greedily."""
+    """Sampler of images; text is decoded greedily."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "guidance": "guidance_scale",
+        "num_steps": "num_inference_steps",
+    }
 
     sampler: Literal["ddim", "dpm++"] = "ddim"
-    """DDIM (arXiv 2010.02502), or DPM-Solver++ of second order (arXiv 2211.01095)."""
-    num_steps: int = Field(250, gt=0)
+    """DDIM (arXiv 2010.02502), or second-order DPM-Solver++ (arXiv 2211.01095)."""
+    num_inference_steps: int = Field(250, gt=0)
     """Denoising steps; DPM-Solver++ needs about a tenth of DDIM's."""
-    guidance: float = Field(3.0, ge=0)
-    """Classifier-free guidance: 1 is none; see `guided`."""
+    guidance_scale: float = Field(3.0, ge=0)
+    """Classifier-free guidance (arXiv 2207.12598); 1 turns it off."""
     max_new_tokens: int = Field(128, ge=0)
-    """Longest text written before giving up on an end."""
+    """Maximum text tokens in an answer."""

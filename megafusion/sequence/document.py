@@ -13,7 +13,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class NoisedImage:
-    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its timestep.
+    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its t in [0, 1).
 
     picture: uint8 [3, H, W] where latents are to be made of one; those are standard normal until then.
     size: index of its size among the model's.
@@ -21,7 +21,7 @@ class NoisedImage:
 
     latents: np.ndarray
     noise: np.ndarray
-    timestep: int
+    t: float
     picture: np.ndarray | None = None
     size: int = 0
 

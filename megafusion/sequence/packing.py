@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
     row_end: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     image_size: Tensor
 
@@ -64,7 +64,7 @@ class Targets(NamedTuple):
     labels: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     num_text_targets: Tensor
     num_images: Tensor
@@ -78,7 +78,8 @@ class PackedBatch:
     tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where no LM loss;
     positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: which of the row's
     N x P patches stands here, -1 for text; row_start, row_end int32 [B, S]: the mask;
-    latents, noise float32 [B, N, C, H, W], zeros in unused slots; timesteps int64 [B, N];
+    latents, noise float32 [B, N, C, H, W], zeros in unused slots;
+    t float32 [B, N]: each image's time in the noise process, in [0, 1);
     image_start int32 [B, N]: first position of each image, -1 for an unused slot;
     image_size int64 [B, N]: index of each image's size. Of several, P is the largest's number of patches, H
     and W are the largest height and width, and an image or picture stands at the top left, before zeros;
@@ -94,7 +95,7 @@ class PackedBatch:
     row_end: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     image_size: Tensor
     pictures: Tensor
@@ -140,7 +141,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
         "row_end": own + 1,
         "latents": np.zeros((slots, *latents), np.float32),
         "noise": np.zeros((slots, *latents), np.float32),
-        "timesteps": np.zeros(slots, np.int64),
+        "t": np.zeros(slots, np.float32),
         "image_start": np.full(slots, -1, np.int32),
         "image_size": np.zeros(slots, np.int64),
         "pictures": np.zeros((slots, 3, *bounding_size(shape.image_sizes)), np.uint8),
@@ -161,7 +162,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
             height, width = image.latents.shape[1:]
             row["latents"][slot, :, :height, :width] = image.latents
             row["noise"][slot, :, :height, :width] = image.noise
-            row["timesteps"][slot] = image.timestep
+            row["t"][slot] = image.t
             row["image_start"][slot] = first + start
             row["image_size"][slot] = image.size
             if image.picture is not None:

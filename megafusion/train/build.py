@@ -61,7 +61,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         sources,
         shape,
         tokenizer,
-        config.objective.schedule.num_steps,
+        config.objective.noise_process.build(),
         config.train.global_batch_size,
         rows_of_rank(config, mesh),
         config.train.micro_batch_size,

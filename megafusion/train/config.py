@@ -101,16 +101,8 @@ class RunConfig(Config):
                 f"an image takes {positions} positions, more than data.sequence_length "
                 f"{self.data.sequence_length}; raise it or model.patch_size"
             )
-        if self.data.image_first_max_timestep > self.objective.schedule.num_steps:
-            raise ValueError(
-                f"data.image_first_max_timestep {self.data.image_first_max_timestep} is beyond "
-                f"objective.schedule.num_steps {self.objective.schedule.num_steps}"
-            )
-        if self.sampling.num_steps > self.objective.schedule.num_steps:
-            raise ValueError(
-                f"sampling.num_steps {self.sampling.num_steps} is beyond objective.schedule.num_steps "
-                f"{self.objective.schedule.num_steps}"
-            )
+        if reason := self.objective.noise_process.build().refusal(self.sampling):
+            raise ValueError(reason)
         if self.train.wandb_project and "wandb" not in self.train.trackers:
             raise ValueError(
                 f"train.wandb_project {self.train.wandb_project!r} is set, but train.trackers "

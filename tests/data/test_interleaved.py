@@ -144,7 +144,7 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut
         while min(p.epoch for p in logical.state.pending) < num_epochs if logical.state.pending else True:
             row = logical.next_row()
             for slot in np.flatnonzero(row["image_start"] >= 0):
-                draw = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["timesteps"][slot]
+                draw = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["t"][slot]
                 found[round(float(row["latents"][slot].mean()))].add(draw)
         return found
 
@@ -157,21 +157,21 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut
             assert draws <= whole[image]
 
 
-def test_an_image_that_opens_a_piece_keeps_all_timesteps(tmp_path):
-    """Rows of one image: what opens a piece keeps the timesteps that it has in the whole."""
+def test_an_image_that_opens_a_piece_keeps_its_range_of_t(tmp_path):
+    """Rows of one image: what opens a piece has the range of t that it has in the whole document."""
     folder = write_documents(tmp_path / "web", [[0, 3, 0, 0]])
-    logical = logical_of(folder, length=NUM_PATCHES + 5, slots=1, image_first_max_timestep=10)
-    timesteps, opens = defaultdict(list), Counter()
+    logical = logical_of(folder, length=NUM_PATCHES + 5, slots=1, image_first_max_t=0.01)
+    times, opens = defaultdict(list), Counter()
     for _ in range(400):
         row = logical.next_row()
         if row["image_start"][0] >= 0:
             image = round(float(row["latents"][0].mean()))
-            timesteps[image].append(int(row["timesteps"][0]))
+            times[image].append(row["t"][0])
             opens[image] += row["row_start"][row["image_start"][0]] == row["image_start"][0] - 1
-    assert max(timesteps[0]) < 10
-    assert min(opens[2], len(timesteps[2])) > 50
-    assert max(timesteps[1]) > 800
-    assert max(timesteps[2]) > 800
+    assert max(times[0]) < 0.01
+    assert min(opens[2], len(times[2])) > 50
+    assert max(times[1]) > 0.8
+    assert max(times[2]) > 0.8
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_pat
     )
     for _ in range(5):
         (first,), (second,) = one.next(), several.next()
-        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "timesteps", "image_start"):
+        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "t", "image_start"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert torch.equal(first.noise, second.noise[..., :4, :4])
 

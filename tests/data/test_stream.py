@@ -18,6 +18,7 @@ from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
 from megafusion.data.source import Source, open_sources
 from megafusion.errors import UserError
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape, collate
 
 NUM_ROWS = 4
@@ -33,7 +34,7 @@ def make_stream(data, tokenizer, codec):
     def make(rows=range(NUM_ROWS), seed=0, data=data, micro=1) -> DataLoader:
         sources = open_sources(data, tokenizer, codec.hash, seed)
         shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
-        return DataLoader(data, sources, shape, tokenizer, 1000, NUM_ROWS, rows, micro)
+        return DataLoader(data, sources, shape, tokenizer, DDPMConfig().build(), NUM_ROWS, rows, micro)
 
     return make
 
@@ -52,7 +53,7 @@ def make_logical_stream(data, tokenizer, codec, tmp_path):
         config = DataConfig(**values)
         shape = SequenceShape(config.sequence_length, config.images_per_row, (16,), 4, ((8, 8),))
         sources = open_sources(config, tokenizer, codec.hash, seed)
-        return LogicalStream(0, sources, config, shape, tokenizer, 1000)
+        return LogicalStream(0, sources, config, shape, tokenizer, DDPMConfig().build())
 
     return make
 
@@ -120,7 +121,9 @@ def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data
     data = data.model_copy(update={"num_streams": 2 * NUM_ROWS})
     shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    streams = [LogicalStream(m, sources, data, shape, tokenizer, 1000) for m in range(2 * NUM_ROWS)]
+    streams = [
+        LogicalStream(m, sources, data, shape, tokenizer, DDPMConfig().build()) for m in range(2 * NUM_ROWS)
+    ]
     expected = []
     for batch in range(7):
         rows = [streams[(batch * NUM_ROWS + g) % (2 * NUM_ROWS)].next_row() for g in range(NUM_ROWS)]
@@ -212,7 +215,7 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
     data = data.model_copy(update={"caption_first": 1.0, "caption_dropout": 0.0, "num_streams": 1})
     sources = open_sources(data, tokenizer, codec.hash, 0)
     shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
-    stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
+    stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     found = Counter()
     for _ in range(60):
         row = stream.next_row()
@@ -233,7 +236,7 @@ def test_mixture_follows_the_weights(data, tokenizer, codec):
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
     shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
-    stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
+    stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     for _ in range(120):
         stream.next_row()
     packed = stream.state.positions_packed
@@ -265,22 +268,22 @@ def test_no_document_waits_for_more_rows_than_the_look_ahead_holds(make_logical_
     assert max(rows_waited.values()) < 8
 
 
-def test_the_seed_decides_noise_timesteps_and_coins_of_a_document(make_logical_stream, codec):
+def test_the_seed_decides_noise_t_and_coins_of_a_document(make_logical_stream, codec):
     """One document alone, so that no shuffle tells two seeds apart; its epochs come one after another."""
 
     def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         made = {"pair": (1.0, *pairs_of(1, codec, 0.0, 0.0))}
         stream = make_logical_stream(made, seed, packing_buffer_size=1, images_per_row=1, caption_first=0.5)
         rows = [stream.next_row() for _ in range(20)]
-        names = ("noise", "latents", "timesteps", "tokens")
+        names = ("noise", "latents", "t", "tokens")
         return tuple(np.stack([row[name] for row in rows]) for name in names)
 
     first, again, other = drawn(0), drawn(0), drawn(1)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    noise, latents, timesteps, tokens = (a == b for a, b in zip(first, other, strict=True))
+    noise, latents, t, tokens = (a == b for a, b in zip(first, other, strict=True))
     assert noise.mean() < 0.01
     assert latents.mean() < 0.01
-    assert timesteps.mean() < 0.2
+    assert t.mean() < 0.2
     assert not tokens.all()  # the order of picture and caption, and whether there is one
 
 
@@ -295,13 +298,14 @@ def test_a_log_variance_of_two_is_a_deviation_of_e(make_logical_stream, codec):
     assert sample.std() == pytest.approx(np.e, rel=0.05)
 
 
-def test_coins_timesteps_and_the_noise_limit(data, tokenizer, codec):
-    """Caption first in 80%; without a caption in a tenth of those; t < 500 where the image is first."""
+def test_coins_t_and_the_noise_limit(data, tokenizer, codec):
+    """Caption first in 80%; without a caption in a tenth of those; t < 0.5 where the image is first."""
     values = data.model_dump() | {"num_streams": 1}
     del values["sources"]["text"]
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    stream = LogicalStream(0, sources, data, SequenceShape(96, 4, (16,), 4, ((8, 8),)), tokenizer, 1000)
+    shape = SequenceShape(96, 4, (16,), 4, ((8, 8),))
+    stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     kinds, limited, free = Counter(), [], []
     for _ in range(300):
         row = stream.next_row()
@@ -312,19 +316,19 @@ def test_coins_timesteps_and_the_noise_limit(data, tokenizer, codec):
             after = start + 16 + 1
             if start - document > 2:
                 kinds["caption first"] += 1
-                free.append(row["timesteps"][slot])
+                free.append(row["t"][slot])
             elif row["tokens"][after] == tokenizer.eos:
                 kinds["no caption"] += 1
-                free.append(row["timesteps"][slot])
+                free.append(row["t"][slot])
             else:
                 kinds["image first"] += 1
-                limited.append(row["timesteps"][slot])
+                limited.append(row["t"][slot])
     total = kinds.total()
     assert kinds["image first"] / total == pytest.approx(0.2, abs=0.04)
     assert kinds["no caption"] / total == pytest.approx(0.08, abs=0.03)
-    assert max(limited) < 500
-    assert max(free) > 900
-    assert np.mean(free) == pytest.approx(500, abs=40)
+    assert max(limited) < 0.5
+    assert max(free) > 0.9
+    assert np.mean(free) == pytest.approx(0.5, abs=0.04)
 
 
 def test_latents_are_normalised_samples_of_the_posterior(make_stream, shards):

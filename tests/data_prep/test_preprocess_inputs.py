@@ -13,7 +13,9 @@ from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
+from megafusion.data.stream_state import DocumentKey
 from megafusion.errors import UserError
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape
 from tests.support.raw import png, write_members, write_tar
 from tests.support.small import ROOT
@@ -34,7 +36,7 @@ def texts(folder, tokenizer) -> list[list[str | None]]:
 
 
 def streamed(folder, tokenizer, vae, made, num_streams: int) -> tuple[DataConfig, dict]:
-    """The interleaved shards as a run reads them: images before all text keep their timestep below 10."""
+    """The interleaved shards as a run reads them: images before all text keep their t below 0.01."""
     config = DataConfig(
         sources={"web": {"path": str(folder / "out/interleaved")}},
         tokenizer=tokenizer.path,
@@ -42,7 +44,7 @@ def streamed(folder, tokenizer, vae, made, num_streams: int) -> tuple[DataConfig
         sequence_length=96,
         images_per_row=3,
         num_streams=num_streams,
-        image_first_max_timestep=10,
+        image_first_max_t=0.01,
     )
     return config, open_sources(config, tokenizer, made.vae_sha256, 0)
 
@@ -201,16 +203,16 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
     (made,) = make(documents=(tmp_path / "docs.parquet",), documents_per_shard=5)
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=2)
     shape = SequenceShape(96, 3, (16,), 4, ((8, 8),))
-    timesteps = {True: [], False: []}
-    with DataLoader(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
+    times = {True: [], False: []}
+    with DataLoader(config, sources, shape, tokenizer, DDPMConfig().build(), 2, range(2), 1) as stream:
         for _ in range(30):
             for batch in stream.next():
-                for start, timestep in zip(batch.image_start[0], batch.timesteps[0], strict=True):
+                for start, t in zip(batch.image_start[0], batch.t[0], strict=True):
                     if start >= 0:
                         opens = batch.tokens[0, start - 2] == tokenizer.bos
-                        timesteps[bool(opens)].append(int(timestep))
-    assert max(timesteps[True]) < 10  # what opens a document stands before all of its text
-    assert max(timesteps[False]) > 500
+                        times[bool(opens)].append(float(t))
+    assert max(times[True]) < 0.01  # what opens a document stands before all of its text
+    assert max(times[False]) > 0.5
 
 
 def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
@@ -225,13 +227,14 @@ def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
     ]
     assert after == [False, True, False, False]
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=1)
-    logical = LogicalStream(0, sources, config, SequenceShape(96, 3, (16,), 4, ((8, 8),)), tokenizer, 1000)
+    shape = SequenceShape(96, 3, (16,), 4, ((8, 8),))
+    logical = LogicalStream(0, sources, config, shape, tokenizer, DDPMConfig().build())
     bounds = {}
     for order in range(4):
-        document, _ = logical._load("web", 0, order)
+        document = logical._documents.get(DocumentKey("web", 0, order))
         number = sources["web"].document_at(0, 0, order)
-        bounds[number] = [image.max_timestep for image in document.images]
-    assert bounds == {0: [1000, 1000], 1: [1000, 1000], 2: [10, 10], 3: [10]}
+        bounds[number] = [image.max_t for image in document.images]
+    assert bounds == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.01, 0.01], 3: [0.01]}
 
 
 def test_a_mark_before_the_first_line_is_no_text(make, tmp_path, tokenizer):

@@ -40,7 +40,7 @@ class Ids:
 def image(size: int, seed: int, as_only_one: bool = False) -> NoisedImage:
     random = np.random.default_rng(seed)
     latents, noise = random.standard_normal((2, CHANNELS, *SIZES[size]), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)), size=0 if as_only_one else size)
+    return NoisedImage(latents, noise, int(random.integers(1000)) / 1000, size=0 if as_only_one else size)
 
 
 def document(parts: list[int], seed: int) -> FlatDocument:
@@ -159,7 +159,7 @@ def test_packed_equals_documents_one_by_one(adapter, layout):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
 def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, prediction):
-    objective = ObjectiveConfig(schedule={"prediction": prediction})
+    objective = ObjectiveConfig(noise_process={"prediction_type": prediction})
     torch.manual_seed(0)
     net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
     order = [1, 0, 2, 2, 1, 0, 0]

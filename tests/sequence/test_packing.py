@@ -21,7 +21,7 @@ class Ids:
 
 def image(random: np.random.Generator) -> NoisedImage:
     latents, noise = random.standard_normal((2, *LATENTS), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)))
+    return NoisedImage(latents, noise, int(random.integers(1000)) / 1000)
 
 
 def document(lengths: list[int], seed: int):
@@ -61,7 +61,7 @@ def test_a_row_holds_its_documents_side_by_side():
     assert (row["patch_index"] >= 0).sum() == 2 * NUM_PATCHES
     assert row["patch_index"].max() == 2 * NUM_PATCHES - 1
     assert np.array_equal(row["latents"][1], second.images[0].latents)
-    assert row["timesteps"].tolist() == [first.images[0].timestep, second.images[0].timestep, 0]
+    assert row["t"].tolist() == pytest.approx([first.images[0].t, second.images[0].t, 0])
 
 
 def test_a_text_is_cut_into_documents_that_keep_its_targets():

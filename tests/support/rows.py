@@ -11,6 +11,7 @@ from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader
 from megafusion.data.shards import write_shards
 from megafusion.data.source import open_sources
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape
 
 
@@ -105,7 +106,7 @@ def stream_of(
     patches = tuple(height * width * num_patches // (first[0] * first[1]) for height, width in sizes)
     shape = SequenceShape(length, slots, patches, channels, sizes, pixels_per_latent)
     opened = open_sources(config, ids, "v", seed)
-    return DataLoader(config, opened, shape, ids, 1000, num_rows, rows, micro)
+    return DataLoader(config, opened, shape, ids, DDPMConfig().build(), num_rows, rows, micro)
 
 
 def digest(micro_batches) -> list[str]:

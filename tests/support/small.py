@@ -92,5 +92,5 @@ def small_run(shards: Path, vae: Path, out: Path) -> dict:
             "log_every": 1,
             "checkpoint_every": 3,
         },
-        "sampling": {"num_steps": 4, "max_new_tokens": 6},
+        "sampling": {"num_inference_steps": 4, "max_new_tokens": 6},
     }

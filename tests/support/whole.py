@@ -25,7 +25,7 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
     config = PipelineConfig(
         model=model_config,
         objective=run_config.objective,
-        sampling=SamplingConfig(sampler="ddim", num_steps=num_steps, max_new_tokens=5),
+        sampling=SamplingConfig(sampler="ddim", num_inference_steps=num_steps, max_new_tokens=5),
     )
     return TransfusionPipeline(model, tokenizer, codec, config)
 
@@ -42,7 +42,8 @@ def prompt_batch(pipeline, segments_of_rows):
 @torch.no_grad()
 def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
-    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size)
+    timesteps = model.objective.noise_process.timesteps(batch.t)
+    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
     intervals, rope = batch.intervals(), model.rope(batch.positions)
     for block in model.blocks:
         x = block(x, intervals, rope)

@@ -133,7 +133,7 @@ def test_a_flipped_byte_in_a_shard_is_seen_by_its_hash(own_shards):
         ("model", {"image_sizes": [[0, 8]]}, r"key 'model\.image_sizes\.0\.0'"),
         ("optimizer", {"betas": [2.0, 0.5]}, r"key 'optimizer\.betas\.0'"),
         ("optimizer", {"learning_rate": float("inf")}, r"key 'optimizer\.learning_rate'"),
-        ("sampling", {"num_steps": 5000}, r"sampling\.num_steps 5000 is beyond"),
+        ("sampling", {"num_inference_steps": 5000}, r"sampling\.num_inference_steps 5000 exceeds"),
         ("samples", {"every": 4}, r"samples\.every 4 is not a multiple of train\.checkpoint_every 3"),
     ],
 )
