@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def launch(
     config: ConfigFile,
-    site: Annotated[str, typer.Option(help="Cluster: a name in launchers/sites/, or a file like those there.")],
+    site: Annotated[
+        str, typer.Option(help="Cluster: a name in launchers/sites/, or the path of such a file.")
+    ],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(help="Nodes of the job.", min=1)] = 1,
     time_limit: Annotated[

@@ -69,7 +69,7 @@ def _instructions(job: Job, job_id: str, queued: list[str]) -> str:
     ]
     for older in queued:
         lines.append(
-            f"job {older} of this run is still queued or running; {job_id} starts when it has ended. To end it "
-            f"with a checkpoint: scancel --signal=USR1 {older}"
+            f"job {older} of this run is still queued or running; {job_id} starts when it has ended. To end "
+            f"that job with a checkpoint: scancel --signal=USR1 {older}"
         )
     return "\n".join(lines)
