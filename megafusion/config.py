@@ -22,8 +22,8 @@ class Config(BaseModel):
     )
 
     renamed_keys: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions, each with its names now within this class, a space between two: it is refused
-    with those."""
+    """Keys of earlier versions with their names now, by which they are refused: a name within this class, or
+    after a dot a path from the top (`.checkpoint.every`); a space between two names."""
 
     moved_values: ClassVar[dict[tuple[str, str], str]] = {}
     """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
@@ -152,8 +152,8 @@ def _path(location: Sequence[str | int]) -> str:
 def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
     """The dotted paths that a key of an earlier version has now; none for a key that was never there."""
     *parents, name = location
-    new_names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
-    return [_path([*parents, new_name]) for new_name in new_names]
+    names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
+    return [name[1:] if name.startswith(".") else _path([*parents, name]) for name in names]
 
 
 def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:

@@ -13,7 +13,7 @@ from megafusion.checkpoint.folder import (
     KINDS,
     MANIFEST,
     DamagedCheckpoint,
-    newest_checkpoint,
+    latest_checkpoint,
     read_manifest,
     verify_checkpoint,
 )
@@ -69,7 +69,7 @@ def verify(path: RunOrCheckpoint) -> None:
         except UserError as error:
             bad.append(str(error))
         else:
-            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files, as they were written")
+            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files intact")
     if bad:
         raise UserError("\n".join(bad))
 
@@ -91,7 +91,7 @@ def export(
     checkpoint = path
     if not _is_checkpoint(path):
         _checkpoints(path)  # refuses what is not a run
-        checkpoint = newest_checkpoint(path)
+        checkpoint = latest_checkpoint(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 
@@ -136,10 +136,10 @@ def _topology(state: dict) -> str:
 
 
 def _describe(checkpoint: Path) -> list[str]:
-    from megafusion.checkpoint.reader import Reader  # imports torch
+    from megafusion.checkpoint.reader import CheckpointReader  # imports torch
 
     files, state = read_manifest(checkpoint), _state(checkpoint)
-    tensors = Reader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    tensors = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
     for kind in KINDS:
         sizes = [prod(entry.size) for name, entry in tensors.items() if name.partition(".")[0] == kind]

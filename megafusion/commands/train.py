@@ -58,7 +58,7 @@ def train(
 
 def _raise_with_the_other_ranks(error: UserError) -> NoReturn:
     """Raise a rank's error so that every rank ends with it, those with a valid configuration included."""
-    from megafusion.engine.engine import start_process_group
+    from megafusion.engine.process_group import start_process_group
     from megafusion.parallel.errors import raise_on_all_ranks
 
     start_process_group()

@@ -3,17 +3,12 @@
 Tensor ranks are neighbours, for they talk most; then the Ulysses ranks of a row, data ranks, and stages.
 """
 
-import contextlib
-import io
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-import megafusion.device  # noqa: F401 - before deepspeed
+from megafusion.device import default_device
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megafusion.errors import UserError
@@ -57,15 +52,6 @@ class Mesh:
         """Whether this rank holds the last pipeline stage."""
         return self.rank("pipeline") == self.size("pipeline") - 1
 
-    @cached_property
-    def grid(self) -> PipelineParallelGrid:
-        """DeepSpeed's view: to it, the Ulysses ranks of a row are data ranks, for they share all weights."""
-        replicas = self.size("data") * self.size("ulysses")
-        with contextlib.redirect_stdout(io.StringIO()):
-            return PipelineParallelGrid(
-                PipeModelDataParallelTopology(self.size("pipeline"), self.size("tensor"), replicas)
-            )
-
     def __str__(self) -> str:
         return ", ".join(f"{axis} {self.rank(axis)} of {self.size(axis)}" for axis in AXES)
 
@@ -74,7 +60,7 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     """Lay the world out; called by every rank. UserError where the degrees do not fill it."""
     data = data_degree(config, dist.get_world_size())
     shape = (config.pipeline, data, config.ulysses, config.tensor)
-    device_mesh = init_device_mesh(get_accelerator().device_name(), shape, mesh_dim_names=AXES)
+    device_mesh = init_device_mesh(default_device().type, shape, mesh_dim_names=AXES)
     return Mesh(device_mesh, device_mesh["ulysses", "tensor"]._flatten("rows").get_group(), config)
 
 

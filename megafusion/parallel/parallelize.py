@@ -3,12 +3,15 @@
 import torch
 from torch import nn
 
+from megafusion.model.config import ModelConfig
 from megafusion.model.initialize import initial_value, named_owners
 from megafusion.model.transfusion import Transfusion
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective
-from megafusion.parallel.activation_checkpointing import recompute
+from megafusion.parallel.activation_checkpointing import recompute as checkpoint_activations
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.parallel.collectives import sum_over
+from megafusion.parallel.config import Recompute
 from megafusion.parallel.fp8 import use_fp8
 from megafusion.parallel.image_parallel import ImageShard, shard_images
 from megafusion.parallel.mesh import Mesh
@@ -23,10 +26,20 @@ from megafusion.parallel.tensor import (
 )
 from megafusion.parallel.ulysses import SequenceShard, exchange_heads
 from megafusion.sequence.packing import SequenceShape
-from megafusion.train.config import RunConfig
 
 
-def parallelize(model: Transfusion, mesh: Mesh, config: RunConfig, device: torch.device) -> Stage:
+def parallelize(
+    model: Transfusion,
+    mesh: Mesh,
+    *,
+    shape: SequenceShape,
+    micro_batch_size: int,
+    precision: str,
+    recompute: Recompute,
+    compile: bool,
+    seed: int,
+    device: torch.device,
+) -> Stage:
     """This rank's part of a model that was made without storage, ready for DeepSpeed.
 
     The order matters:
@@ -40,12 +53,11 @@ def parallelize(model: Transfusion, mesh: Mesh, config: RunConfig, device: torch
     7. gradients that ranks compute in part are summed: hooks, before DeepSpeed's;
     8. activation checkpointing around the blocks, then torch.compile around that.
 
-    DeepSpeed then adds ZeRO, precision and the data-parallel sums (train/engine.py).
+    DeepSpeed then adds ZeRO, precision and the data-parallel sums (engine/engine.py).
     """
-    shape = config.sequence_shape
-    stages = stage_blocks(layer_flops(config.model, shape), mesh.size("pipeline"))
+    stages = stage_blocks(layer_flops(model.config, shape), mesh.size("pipeline"))
     own = ImageShard(mesh.tensor_context_group)
-    shapes = _shapes(model, shape, config.train.micro_batch_size, own)
+    shapes = _shapes(model, shape, micro_batch_size, own)
     stage = Stage(model, stages[mesh.rank("pipeline")], mesh, shapes)
     if mesh.size("tensor") > 1:
         for block in stage.blocks.values():
@@ -53,7 +65,7 @@ def parallelize(model: Transfusion, mesh: Mesh, config: RunConfig, device: torch
     if mesh.size("ulysses") > 1:
         for block in stage.blocks.values():
             exchange_heads(block, mesh)
-    if config.train.precision == "fp8":
+    if precision == "fp8":
         for block in stage.blocks.values():
             use_fp8(block, mesh.group("tensor"))
     if own.num_ranks > 1:
@@ -62,13 +74,13 @@ def parallelize(model: Transfusion, mesh: Mesh, config: RunConfig, device: torch
         if stage.tail:
             shard_tail(stage.tail, mesh)
         shard_images(stage.stem, stage.tail, own)
-    materialize(stage, config.model.num_layers, config.seed, device)
+    materialize(stage, model.config.num_layers, seed, device)
     _mark(stage, mesh)
     if mesh.size("tensor") > 1:
         _sum_partial_gradients(stage, mesh)
     for block in stage.blocks.values():
-        recompute(block, config.train.recompute)
-        if config.train.compile:
+        checkpoint_activations(block, recompute)
+        if compile:
             block.compile()
     return stage
 
@@ -112,11 +124,11 @@ def _shapes(model: Transfusion, shape: SequenceShape, num_rows: int, own: ImageS
     return Shapes(num_rows, shape.length, shape.num_images, skips)
 
 
-def shard_objective(config: RunConfig, mesh: Mesh) -> Objective:
+def shard_objective(config: ObjectiveConfig, model: ModelConfig, mesh: Mesh) -> Objective:
     """The losses of logits that are divided by words and positions; alike on all ranks of a row."""
-    objective, slices = Objective(config.objective, config.model.latent_sizes), SequenceShard(mesh)
+    objective, slices = Objective(config, model.latent_sizes), SequenceShard(mesh)
     if mesh.size("tensor") > 1:
-        vocab_shard = vocab_range(config.model.vocab_size, mesh.rank("tensor"), mesh.size("tensor"))
+        vocab_shard = vocab_range(model.vocab_size, mesh.rank("tensor"), mesh.size("tensor"))
         objective.cross_entropy = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)
     if slices.num_ranks > 1:
         of_slice = objective.cross_entropy

@@ -58,7 +58,7 @@ class Metrics:
             yield
         except OSError as error:
             reason = error.strerror or error
-            if self._config.train.on_save_error == "stop":
+            if self._config.checkpoint.on_save_error == "stop":
                 raise UserError(
                     f"{self._folder}: cannot write {what} ({reason}); free space and start again"
                 ) from error

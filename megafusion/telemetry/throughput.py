@@ -18,7 +18,7 @@ def step_figures(losses: Losses, engine: Engine, rate: float) -> dict[str, float
     return {
         "text_loss": losses.text.item(),
         "image_loss": losses.image.item(),
-        "gradient_norm": float(engine.deepspeed.get_global_grad_norm()),
+        "gradient_norm": engine.grad_norm(),
         "learning_rate": rate,
     }
 

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from megafusion.engine.config import TrainConfig
 from megafusion.errors import UserError
 from megafusion.storage import write_file
-from megafusion.train.config import RunConfig, TrainConfig
+from megafusion.train.config import RunConfig
 
 
 class Tracker(Protocol):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megafusion.data.loader import DataLoader
 from megafusion.data.manifest import Manifest
 from megafusion.data.source import Source, open_sources
-from megafusion.engine.engine import rows_of_rank
+from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts
 from megafusion.images.codec import ImageCodec
@@ -42,12 +42,8 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
-    if config.model.attention == "flex" and not torch.cuda.is_available():
-        raise UserError(
-            "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
-        )
-    check_backend(config.model.attention, config.model.hidden_size // config.model.num_heads)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    check_backend(config.model.attention, config.model.head_dim, training=True)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_parts(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
@@ -63,10 +59,24 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         tokenizer,
         config.objective.noise_process.build(),
         config.train.global_batch_size,
-        rows_of_rank(config, mesh),
+        rows_of_rank(config.train.global_batch_size, mesh),
         config.train.micro_batch_size,
     )
     return Components(tokenizer, codec, sources, loader)
+
+
+def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    """The engine of a run. Called by every rank."""
+    return make_engine(
+        mesh,
+        model=config.model,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        train=config.train,
+        health=config.health,
+        shape=config.sequence_shape,
+        seed=config.seed,
+    )
 
 
 def _check_compiler() -> None:

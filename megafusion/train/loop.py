@@ -9,10 +9,9 @@ from rich.filesize import decimal
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import Engine, make_engine, start_process_group, this_device
+from megafusion.engine.engine import Engine
 from megafusion.engine.optimizer import learning_rate
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
+from megafusion.engine.process_group import local_device, start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
@@ -27,7 +26,7 @@ from megafusion.resilience.watchdog.thread import Watchdog
 from megafusion.telemetry.metrics import Metrics
 from megafusion.telemetry.stragglers import StragglerMonitor
 from megafusion.telemetry.throughput import Packing, StepTimer, step_figures
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
@@ -87,7 +86,7 @@ def _train(
             starts.claim()
             starts.refuse_crash_loop(config.health.max_crashes)
     watchdog.beat(0, "self-test")
-    hosts, is_asked_to_stop = self_test(config.out, this_device(), signals.requested)
+    hosts, is_asked_to_stop = self_test(config.out, local_device(), signals.requested)
     if is_asked_to_stop:
         return "preempted"
     with raise_on_all_ranks():
@@ -96,20 +95,20 @@ def _train(
             for key, (before, now) in changed.items():
                 _say(f"{config.out}: goes on with {key} {now}, which was {before}")
     watchdog.beat(0, "engine")
-    engine = make_engine(config, mesh)
+    engine = build_engine(config, mesh)
     speeds = StragglerMonitor(engine.stage, engine.device, hosts, mesh.size("pipeline"))
     recovery = Rollback(config.health, engine.consensus)
-    owned = optimizer_shards(engine.deepspeed, engine.stage.named_parameters())
-    ema = Ema(owned, config.train.ema_decay)
+    ema = Ema(engine.optimizer_state.shards, config.train.ema_decay)
     folder = config.out / "checkpoints"
-    checkpointer = CheckpointManager(
-        folder, engine.deepspeed, owned, ema, config.train.keep_last, config.train.keep_every
+    manager = CheckpointManager(
+        folder, engine.optimizer_state, ema, config.checkpoint.keep_last, config.checkpoint.keep_every
     )
-    checkpoints = CheckpointPolicy(config, checkpointer, engine, _say if is_first else _say_nothing)
+    say = _say if is_first else _say_nothing
+    checkpoints = CheckpointPolicy(config.checkpoint, folder, manager, engine.device, say)
     laid_out = {"world_size": dist.get_world_size(), **config.parallel.model_dump()}
     step, spent_seconds = 0, 0.0
     watchdog.beat(0, "load checkpoint")
-    if state := checkpoints.load_newest():
+    if state := checkpoints.load_latest():
         step, spent_seconds = state["step"], state["seconds"]
         loader.load_state_dict(state["data"])
         recovery.restore(state)
@@ -129,7 +128,7 @@ def _train(
 
     with raise_on_all_ranks():
         metrics = Metrics(config, step, silent=not is_first)
-    with checkpointer, loader, metrics:
+    with manager, loader, metrics:
         checkpoints.say = metrics.say
         if dist.get_world_size() > 1:
             metrics.say(_laid_out(engine, config))
@@ -143,14 +142,14 @@ def _train(
                     batch = loader.next()
                 micro_batches = encoder.encode(batch)
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
-            losses = train_step(engine, micro_batches, rate)
+            losses = engine.step(micro_batches, rate)
             stops = engine.consensus.stops
             if said := recovery.record_step(step):
                 metrics.say(said)
             if recovery.must_go_back:
                 watchdog.beat(step, "roll back")
-                checkpoints.settle()
-                state = checkpoints.load_newest()
+                checkpoints.wait()
+                state = checkpoints.load_latest()
                 step = recovery.go_back(state)
                 clock.rewind(step)
                 with engine.consensus.defer_errors():
@@ -165,23 +164,23 @@ def _train(
                 figures = step_figures(losses, engine, rate) | packing.read(loader.state_dict())
                 figures |= clock.read(step)
                 with engine.consensus.defer_errors():
-                    metrics.log(step, figures | speed | recovery.figures() | checkpoints.figures())
+                    metrics.log(step, figures | speed | recovery.figures() | checkpoints.metrics())
                 if warning:
                     metrics.say(warning)
-            if due(config.train.checkpoint_every):
+            if due(config.checkpoint.every):
                 watchdog.beat(step, "checkpoint")
                 checkpoints.save(state_now(), loader.state_dict(), is_last=step == last_step)
             # From the checkpoint of this step, for no rank holds the whole average; the others go on.
             if sampler and config.samples.every and due(config.samples.every) and not stops:
                 watchdog.beat(step, "samples")
-                if checkpoint := checkpointer.published():
+                if checkpoint := manager.latest_complete():
                     with engine.consensus.defer_errors(), metrics.as_the_disk_allows("samples"):
                         metrics.show(*sampler.show(checkpoint))
         if step < last_step:
             watchdog.beat(step, "checkpoint")
             metrics.say(f"asked to stop: a checkpoint of step {step}, then the end with exit status 75")
             checkpoints.save(state_now(), loader.state_dict(), is_last=True)
-        checkpoints.settle(must=step == last_step)
+        checkpoints.wait(must_succeed=step == last_step)
         engine.consensus.settle()
         watchdog.beat(step, "end")
     if step < config.train.num_steps:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from megafusion.checkpoint.folder import newest_checkpoint
-from megafusion.checkpoint.reader import load_whole
+from megafusion.checkpoint.folder import latest_checkpoint
+from megafusion.checkpoint.reader import load_full_tensors
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.codec import ImageCodec
@@ -20,7 +20,7 @@ def open_pipeline(path: Path) -> TransfusionPipeline:
     if (path / "pipeline").is_dir():
         return TransfusionPipeline.from_pretrained(path / "pipeline")
     if (path / "config.yaml").is_file():
-        path = newest_checkpoint(path)
+        path = latest_checkpoint(path)
     if not path.name.startswith("step-"):
         raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
     return open_checkpoint(path, "ema")
@@ -29,8 +29,9 @@ def open_pipeline(path: Path) -> TransfusionPipeline:
 def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPipeline:
     """Open a run's checkpoint, with its EMA weights or the raw ones."""
     config = load_run_config(path.parent.parent)
-    tokenizer, codec = Tokenizer(config.data.tokenizer), ImageCodec.from_pretrained(config.data.vae)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
+    codec = ImageCodec.from_pretrained(config.data.vae)
     pipeline = make_pipeline(config, tokenizer, codec)
     shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
-    pipeline.model.load_state_dict(load_whole(path, shapes, kind))
+    pipeline.model.load_state_dict(load_full_tensors(path, shapes, kind))
     return pipeline

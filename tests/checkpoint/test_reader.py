@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from megafusion.checkpoint.folder import FORMAT
-from megafusion.checkpoint.reader import _Unpickler, load_whole
+from megafusion.checkpoint.reader import _Unpickler, load_full_tensors
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 
@@ -63,6 +63,6 @@ def test_a_list_of_tensors_that_asks_for_more_is_refused(tmp_path, monkeypatch, 
     written = {"bytes": len(content), "sha256": file_sha256(metadata)}
     manifest = {"format": FORMAT, "files": {"tensors/.metadata": written}}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    with pytest.raises(UserError, match=r"\.metadata: not read"):
-        load_whole(checkpoint, {"x": torch.Size([1])}, "ema")
+    with pytest.raises(UserError, match=r"\.metadata: damaged"):
+        load_full_tensors(checkpoint, {"x": torch.Size([1])}, "ema")
     assert not Path("evil-was-here").exists()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from megafusion import TransfusionPipeline
-from megafusion.checkpoint.reader import load_whole
+from megafusion.checkpoint.reader import load_full_tensors
 from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.errors import UserError
@@ -62,14 +62,14 @@ def test_show_tells_a_checkpoint_with_a_file_cut_short(run):
 
 
 def test_verify_names_the_bad_file(run):
-    assert checkpoint("verify", run).count("as they were written") == 2
+    assert checkpoint("verify", run).count("files intact") == 2
     file = run / "checkpoints/step-00000003/tensors/__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     checkpoint("verify", run / "checkpoints/step-00000006")
     for place in (run, file.parents[1]):
-        with pytest.raises(UserError, match=r"step-00000003/tensors/__0_0\.distcp: not as it was written"):
+        with pytest.raises(UserError, match=r"step-00000003/tensors/__0_0\.distcp: damaged"):
             checkpoint("verify", place)
     (run / "checkpoints/step-00000006/state.json").write_text("{}")
     with pytest.raises(UserError, match=r"(?s)step-00000003/tensors.*step-00000006/state\.json"):
@@ -86,7 +86,7 @@ def test_export_is_the_published_model_or_the_raw_weights(run, tmp_path):
     assert all(torch.equal(published[name], average[name]) for name in published)
     checkpoint("export", last, tmp_path / "raw", "--weights")
     raw = load_file(tmp_path / "raw/model.safetensors")
-    stored = load_whole(last, {name: tensor.shape for name, tensor in raw.items()}, "model")
+    stored = load_full_tensors(last, {name: tensor.shape for name, tensor in raw.items()}, "model")
     assert all(torch.equal(raw[name], stored[name]) for name in raw)
     assert any(not torch.equal(raw[name], average[name]) for name in raw)
     checkpoint("export", run, tmp_path / "newest")
@@ -109,6 +109,6 @@ def test_what_is_no_checkpoint_is_said(tmp_path, run_values):
         checkpoint("show", config.out)
     half = config.out / "checkpoints/step-00000003"
     half.mkdir()
-    with pytest.raises(UserError, match=r"no manifest\.json, so no complete checkpoint"):
+    with pytest.raises(UserError, match=r"no manifest\.json, so the checkpoint is incomplete"):
         checkpoint("verify", config.out)
     assert not (tmp_path / "out").exists()

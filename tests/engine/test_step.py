@@ -9,14 +9,13 @@ from megafusion.config import parse_config
 from megafusion.data.loader import DataLoader
 from megafusion.engine.config import OptimizerConfig
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import Engine, make_engine, start_process_group
+from megafusion.engine.engine import Engine
 from megafusion.engine.optimizer import learning_rate, make_optimizer
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
+from megafusion.engine.process_group import start_process_group
 from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.mesh import make_mesh
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 
 
@@ -24,7 +23,7 @@ def alone(config: RunConfig) -> tuple[Engine, DataLoader]:
     """The engine and the stream of a run in this process alone."""
     start_process_group()
     mesh = make_mesh(config.parallel)
-    return make_engine(config, mesh), build_components(config, mesh).loader
+    return build_engine(config, mesh), build_components(config, mesh).loader
 
 
 def plain_model(config: RunConfig) -> Transfusion:
@@ -50,9 +49,9 @@ def test_overfits_one_batch_of_four_pairs(run_values):
     engine, stream = alone(config)
     batch = stream.next()
     assert batch[0].num_images == 4
-    first = last = train_step(engine, batch, 3e-3)
+    first = last = engine.step(batch, 3e-3)
     for step in range(700):
-        last = train_step(engine, batch, 5e-3 * (1 - step / 700))
+        last = engine.step(batch, 5e-3 * (1 - step / 700))
     assert last.text < 0.05 * first.text
     assert last.image < 0.05 * first.image
 
@@ -65,7 +64,7 @@ def test_accumulation_equals_one_large_batch(run_values):
         config = parse_config(RunConfig, run_values, "test")
         engine, stream = alone(config)
         for _ in range(3):
-            train_step(engine, stream.next(), 1e-3)
+            engine.step(stream.next(), 1e-3)
         found.append({n: p.detach().clone() for n, p in engine.stage.named_parameters()})
     stream = alone(config)[1]
     model = plain_model(config)
@@ -106,7 +105,7 @@ def test_decay_is_for_matrices_alone(run_config):
 
 def test_average_follows_its_formula(run_config):
     engine, _ = alone(run_config)
-    owned = optimizer_shards(engine.deepspeed, engine.stage.named_parameters())
+    owned = engine.optimizer_state.shards
     ema = Ema(owned, 0.5)
     expected = [master.weight.clone() for master in owned]
     for step in range(1, 15):

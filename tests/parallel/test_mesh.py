@@ -4,6 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from megafusion.config import parse_config
+from megafusion.engine.grid import make_grid
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.mesh import AXES, check_degrees, make_mesh
@@ -18,7 +19,7 @@ def places() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
     tensor, rows = (
         dist.get_process_group_ranks(g) for g in (mesh.group("tensor"), mesh.tensor_context_group)
     )
-    grid = mesh.grid
+    grid = make_grid(mesh)
     place = tuple(mesh.rank(axis) for axis in AXES)
     return place, tensor, rows, grid.get_stage_id(), grid.get_data_parallel_id()
 

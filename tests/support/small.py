@@ -90,7 +90,7 @@ def small_run(shards: Path, vae: Path, out: Path) -> dict:
             "global_batch_size": 4,
             "micro_batch_size": 2,
             "log_every": 1,
-            "checkpoint_every": 3,
         },
+        "checkpoint": {"every": 3},
         "sampling": {"num_inference_steps": 4, "max_new_tokens": 6},
     }

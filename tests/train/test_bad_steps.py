@@ -24,7 +24,7 @@ def start(values: dict) -> Path:
 
 def raise_losses(monkeypatch, batch: int, by: float) -> None:
     """One batch's total loss is seen as larger; its gradients are as they are."""
-    step, number = run_module.train_step, [0]
+    step, number = Engine.step, [0]
 
     def hurt(engine: Engine, *arguments) -> Losses:
         add, is_it = type(engine.consensus).add_share, number[0] == batch
@@ -38,12 +38,13 @@ def raise_losses(monkeypatch, batch: int, by: float) -> None:
         finally:
             vars(engine.consensus).pop("add_share", None)
 
-    monkeypatch.setattr(run_module, "train_step", hurt)
+    monkeypatch.setattr(Engine, "step", hurt)
 
 
 @pytest.mark.parametrize(("action", "skipped"), [("warn", 0), ("skip", 1), ("off", None)])
 def test_a_loss_that_jumps(run_values, monkeypatch, capfd, action, skipped):
-    run_values["train"] |= {"num_steps": 40, "checkpoint_every": 20, "log_every": 10}
+    run_values["train"] |= {"num_steps": 40, "log_every": 10}
+    run_values["checkpoint"] = {"every": 20}
     run_values["health"] = {"spikes": action}
     raise_losses(monkeypatch, 36, 100.0)
     run = start(run_values)
