@@ -40,13 +40,20 @@ def launch(
     """
     from megafusion.launch.job import make_job, render
     from megafusion.launch.submit import submit
-    from megafusion.parallel.mesh import check_degrees
+    from megafusion.parallel.degrees import check_degrees
     from megafusion.train.config import RunConfig
     from megafusion.train.run_folder import changed_recipe
 
     values = load_config(RunConfig, config, overrides or [])
     job = make_job(values.out, site, nodes, launcher, time_limit)
-    check_degrees(values, job.world_size)
+    check_degrees(
+        values.model,
+        values.parallel,
+        sequence_length=values.data.sequence_length,
+        global_batch_size=values.train.global_batch_size,
+        micro_batch_size=values.train.micro_batch_size,
+        world_size=job.world_size,
+    )
     changed_recipe(values)
     for missing in _missing_inputs(values.data):
         print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)

@@ -51,6 +51,7 @@ def test_help_and_keys_import_nothing_heavy(arguments):
         ("train", "quickstart.yaml"),
         ("preprocess", "preprocess/quickstart.yaml"),
         ("train-vae", "vae/emoji.yaml"),
+        ("launch", "quickstart.yaml"),
     ],
 )
 def test_an_invalid_configuration_is_refused_before_anything_heavy_is_imported(command, config):
@@ -58,10 +59,11 @@ def test_an_invalid_configuration_is_refused_before_anything_heavy_is_imported(c
     assert heavy_imports(command, f"configs/{config}", "zzz=1", *site, status=2) == set()
 
 
-def test_status_imports_nothing_heavy(run_values, tmp_path):
+def test_status_and_a_dry_run_of_launch_import_nothing_heavy(run_values, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
     run = Path(run_values["out"])
+    assert heavy_imports("launch", str(config), "--site", "local-test", "--dry-run") == set()
     run.mkdir()
     (run / "config.yaml").write_text(config.read_text())
     assert heavy_imports("status", str(run)) == set()
