@@ -116,19 +116,19 @@ def _size(file: Path) -> int | None:
 
 
 def _state(checkpoint: Path) -> dict:
-    """What a checkpoint says of itself. UserError where that cannot be read."""
+    """Step and topology from a checkpoint's state.json. UserError if it cannot be read."""
     path = checkpoint / "state.json"
     try:
         state = json.loads(path.read_text())
         return {"step": int(state["step"]), "topology": dict(state.get("topology", {}))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not readable ({error}); megafusion checkpoint verify {checkpoint}"
+            f"{path}: cannot be read ({error}); run megafusion checkpoint verify {checkpoint}"
         ) from error
 
 
 def _topology(state: dict) -> str:
-    """How the run lay over its ranks, without the axes that had one."""
+    """The topology in words, without the degrees that are 1."""
     shown = {
         k: v for k, v in state["topology"].items() if k in ("world_size", "zero_stage") or v not in (1, False)
     }
@@ -149,7 +149,7 @@ def _describe(checkpoint: Path) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows in columns as wide as their widest entry; figures stand right."""
+    """Rows as text in aligned columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
