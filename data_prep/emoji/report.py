@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from megafusion.device import default_device
 
 import psutil
 from matplotlib.figure import Figure
@@ -16,9 +15,9 @@ from rich.progress import Progress
 from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
 from data_prep.images import decode_pair
 from data_prep.readers.webdataset import tar_pairs
-from megafusion.commands.generate import open_pipeline
 from megafusion.data.config import DataConfig
 from megafusion.data.source import open_folder
+from megafusion.device import default_device, peak_memory_bytes
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_tensor
@@ -26,7 +25,8 @@ from megafusion.images.sheets import picture_sheet, png
 from megafusion.progress import progress_bar
 from megafusion.storage import write_file
 from megafusion.telemetry.metrics import read_metrics
-from megafusion.train.run_folder import load_run_config, peak_memory_bytes
+from megafusion.train.open_model import open_pipeline
+from megafusion.train.run_folder import load_run_config
 
 NUM_DRAWN = 32
 DESCRIBE_BATCH_SIZE = 34
