@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from megafusion.device import default_device, peak_memory_bytes
 
 import psutil
 from matplotlib.figure import Figure
@@ -17,7 +18,6 @@ from data_prep.images import decode_pair
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.data.config import DataConfig
 from megafusion.data.source import open_folder
-from megafusion.device import default_device, peak_memory_bytes
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_tensor
