@@ -63,10 +63,9 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
-            raise ValueError(
-                f"head_dim = hidden_size {self.hidden_size} / num_heads {self.num_heads} must be an even integer"
-            )
+        if self.hidden_size % self.num_heads or self.head_dim % 2:
+            heads = f"hidden_size {self.hidden_size} / num_heads {self.num_heads}"
+            raise ValueError(f"head_dim = {heads} must be an even integer")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         patch = self.latent_downsampling * self.patch_size
