@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
@@ -51,6 +53,24 @@ def test_a_moved_run_goes_on(run_values, tmp_path):
     run = start(run_values, stop_after=2)
     run.rename(tmp_path / "elsewhere")
     assert len(read_metrics(start(run_values | {"out": str(tmp_path / "elsewhere")}))) == 6
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_new_keys_until_its_file_has_them(run_values):
+    run = start(run_values, stop_after=2)
+    current = (run / "config.yaml").read_text()
+    frozen = yaml.safe_load(current)
+    frozen["train"]["checkpoint_every"] = frozen.pop("checkpoint")["every"]
+    frozen["model"]["width"] = frozen["model"].pop("hidden_size")
+    (run / "config.yaml").write_text(yaml.safe_dump(frozen))
+    generate = CliRunner().invoke(app, ["generate", str(run), "--prompt", "red apple"])
+    with pytest.raises(UserError) as refused:
+        start(run_values)
+    renamed = {"train.checkpoint_every": "checkpoint.every", "model.width": "model.hidden_size"}
+    for error in (refused.value, generate.exception):
+        for old, new in renamed.items():
+            assert f"{run}/config.yaml: key '{old}' was renamed: it is '{new}' now" in str(error)
+    (run / "config.yaml").write_text(current)
+    assert len(read_metrics(start(run_values))) == 6
 
 
 def test_a_folder_that_is_no_run_is_left_alone(run_values):
