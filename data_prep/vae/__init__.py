@@ -1,0 +1,1 @@
+"""The small autoencoder of the quickstart, and training one: `megafusion train-vae`."""
