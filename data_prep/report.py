@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_prep.plan import Plan
 from megafusion.commands.data import inspect
-from megafusion.data.shards import Manifest
+from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import say_sizes
 from megafusion.storage import write_file
 

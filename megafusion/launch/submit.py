@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megafusion.config import dump_config, load_config
-from megafusion.data.shards import MANIFEST
+from megafusion.data.manifest import MANIFEST
 from megafusion.errors import UserError
 from megafusion.launch.job import Job, render
 from megafusion.launch.run_folder import plain_path

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megafusion.data.loader import DataLoader
-from megafusion.data.shards import Manifest
+from megafusion.data.manifest import Manifest
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
@@ -54,7 +54,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     shape = config.sequence_shape
     for name, source in sources.items():
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
-        if source.folder.manifest.images == "pictures":
+        if source.folder.manifest.image_kind == "pixels":
             shape = replace(shape, pixels_per_latent=codec.downsampling)
     loader = DataLoader(
         config.data,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megafusion.config import changed_keys, dump_config, load_config
-from megafusion.data.shards import load_manifest
+from megafusion.data.manifest import load_manifest
 from megafusion.errors import UserError
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
