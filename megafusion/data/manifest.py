@@ -1,6 +1,8 @@
-"""The manifest of a folder of shards: what it holds, and what it was made with."""
+"""The manifest of a folder of shards: what it holds, and what it was made with. Imports no torch."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +12,7 @@ from megafusion.config import Config, parse_config
 from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
 from megafusion.images.sizes import Size, say_sizes
+from megafusion.storage import write_file
 
 MANIFEST = "manifest.json"
 Kind = Literal["pair", "text", "interleaved"]
@@ -28,6 +31,17 @@ class ShardEntry(Config):
     """Size of the tar; another size on disk means a truncated or altered file."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hash of the tar."""
+
+
+class ShardSummary(Config):
+    """A shard's contribution to the manifest, under the same names."""
+
+    entry: ShardEntry
+    num_tokens: int
+    num_images: int
+    max_images: int
+    max_tokens_beside_images: int
+    images_by_size: dict[str, int] = Field({})
 
 
 class Manifest(Config):
@@ -90,6 +104,23 @@ class Manifest(Config):
         if len(sizes) == 1:
             return {sizes[0]: self.num_images}
         return {size: self.images_by_size.get(say_sizes([size]), 0) for size in sizes}
+
+
+def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict) -> Manifest:
+    """Write the manifest of a folder's shards; `fields` are those that the documents do not determine."""
+    manifest = Manifest(
+        num_tokens=sum(shard.num_tokens for shard in summaries),
+        num_images=sum(shard.num_images for shard in summaries),
+        max_images=max((shard.max_images for shard in summaries), default=0),
+        max_tokens_beside_images=max((shard.max_tokens_beside_images for shard in summaries), default=0),
+        images_by_size=dict(sorted(sum((Counter(s.images_by_size) for s in summaries), Counter()).items())),
+        shards=tuple(shard.entry for shard in summaries),
+        **fields,
+    )
+    # Manifests of one size keep the bytes that they had before there were several.
+    unused = set() if manifest.more_sizes else {"more_sizes", "images_by_size"}
+    write_file(folder / MANIFEST, manifest.model_dump_json(indent=1, exclude=unused) + "\n")
+    return manifest
 
 
 def load_manifest(folder: Path | str) -> Manifest:

@@ -8,33 +8,20 @@ offsets, so any document is one read away and no archive is ever scanned.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 from webdataset import TarWriter
 
-from megafusion.config import Config
 from megafusion.data.document_format import MEMBER_ENDINGS, StoredDocument
 from megafusion.data.index import INDEX, document_offsets, npy
-from megafusion.data.manifest import MANIFEST, Manifest, ShardEntry
+from megafusion.data.manifest import MANIFEST, Manifest, ShardEntry, ShardSummary, write_manifest
 from megafusion.errors import UserError
 from megafusion.images.sizes import say_sizes
 from megafusion.sequence.document import Segment
-from megafusion.storage import file_sha256, new_folder, write_file
-
-
-class ShardSummary(Config):
-    """A shard's contribution to the manifest, under the same names."""
-
-    entry: ShardEntry
-    num_tokens: int
-    num_images: int
-    max_images: int
-    max_tokens_beside_images: int
-    images_by_size: dict[str, int] = Field({})
+from megafusion.storage import file_sha256, new_folder
 
 
 def write_shards(
@@ -61,23 +48,6 @@ def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int
     while batch := list(islice(documents, per_shard)):
         summaries.append(write_shard(folder, len(summaries), batch))
     return write_manifest(folder, summaries, manifest)
-
-
-def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict) -> Manifest:
-    """Write the manifest of a folder's shards; `fields` are those that the documents do not determine."""
-    manifest = Manifest(
-        num_tokens=sum(shard.num_tokens for shard in summaries),
-        num_images=sum(shard.num_images for shard in summaries),
-        max_images=max((shard.max_images for shard in summaries), default=0),
-        max_tokens_beside_images=max((shard.max_tokens_beside_images for shard in summaries), default=0),
-        images_by_size=dict(sorted(sum((Counter(s.images_by_size) for s in summaries), Counter()).items())),
-        shards=tuple(shard.entry for shard in summaries),
-        **fields,
-    )
-    # Manifests of one size keep the bytes that they had before there were several.
-    unused = set() if manifest.more_sizes else {"more_sizes", "images_by_size"}
-    write_file(folder / MANIFEST, manifest.model_dump_json(indent=1, exclude=unused) + "\n")
-    return manifest
 
 
 def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> ShardSummary:

@@ -1,5 +1,7 @@
 """Generation: cached equals uncached, rows of a batch do not touch, the same seed gives the same picture."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
+from megafusion.sequence.tokenizer import Tokenizer
 from tests.support.segments import image_of
 from tests.support.whole import (
     CAPTIONS,
@@ -295,8 +298,6 @@ def test_folders_that_are_no_pipeline_are_named(pipeline, tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
-    class Other:
-        vocab_size, path = 100, "other.model"
-
+    other = Tokenizer(Path("other.model"), "", 98, bos=1, eos=2)
     with pytest.raises(UserError, match=r"vocab_size 2048, but other\.model has 100 ids"):
-        TransfusionPipeline(pipeline.model, Other(), codec, pipeline.config)
+        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)

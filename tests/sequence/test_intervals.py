@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from interval_attention import prepare
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
@@ -60,7 +61,8 @@ def check(documents, num_patches, padding):
     intervals = batch.intervals()
     expected = mask_by_definition(documents, num_patches, padding)
     assert torch.equal(intervals.dense_mask[0, 0], expected)
-    first, last = intervals.column_bounds
+    prepared = prepare(intervals.row_start, intervals.row_end)
+    first, last = prepared.first_row, prepared.last_row
     row = torch.arange(length)[:, None]
     assert torch.equal((row >= first) & (row < last), expected)
     for bound in (batch.row_start[0], batch.row_end[0]):
@@ -88,8 +90,8 @@ def test_dense_mask_equals_the_definition(documents, num_patches, padding):
     check(documents, num_patches, padding)
 
 
-def test_rows_that_see_nothing_are_marked():
+def test_fully_masked_queries_are_marked():
     start = torch.tensor([[0, 1, 2]], dtype=torch.int32)
     intervals = Intervals(start, torch.tensor([[1, 1, 3]], dtype=torch.int32), 3)
-    assert intervals.some_visible.tolist() == [[True, False, True]]
-    assert intervals.additive_mask[0, 0, 1].tolist() == [0, 0, 0]
+    assert intervals.not_empty.tolist() == [[True, False, True]]
+    assert not intervals.dense_mask[0, 0, 1].any()
