@@ -1,1 +1,1 @@
-"""The small autoencoder of the quickstart, and training one: `megafusion train-vae`."""
+"""The small committed autoencoder, and the training of diffusers AutoencoderKLs."""
