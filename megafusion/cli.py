@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import typer
 
 from megafusion import __version__
-from megafusion.config import load_config
+from megafusion.config import load_config, load_values, parse_config
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.signals import StopSignals
 
 # Threads of a CPU that wait for one another by spinning slow a step sevenfold as soon as anything else runs
@@ -46,7 +47,7 @@ def main() -> None:
     if sys.argv[1:2] == ["train"]:
         stop_signals.listen()  # before torch is loaded, which takes seconds
         if (stopped := os.environ.get("MEGAFUSION_STOPPED")) and Path(stopped).is_file():
-            sys.exit(os.EX_TEMPFAIL)  # the word came before this process could hear (local.sh, node.sh)
+            sys.exit(ExitStatus.RETRY)  # local.sh or node.sh was signalled before this process listened
     try:
         app()
     except UserError as error:
@@ -54,13 +55,13 @@ def main() -> None:
             time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
         else:
             typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_status)
+        sys.exit(error.exit_status or ExitStatus.REFUSED)
     except OSError as error:
         if error.errno not in DISK_REFUSALS:
             raise
         where = error.filename or "the disk"
         typer.echo(f"error: {where}: {error.strerror}; make room, or choose another place", err=True)
-        sys.exit(2)
+        sys.exit(ExitStatus.REFUSED)
 
 
 def process() -> None:
@@ -151,13 +152,14 @@ def train(
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
+    _refuse_crash_loop(config, overrides or [])
     from megafusion.engine.engine import start_process_group
     from megafusion.parallel.errors import raise_on_all_ranks
-    from megafusion.resilience.lenient_streams import drop_what_cannot_be_written
+    from megafusion.resilience.lenient_streams import ignore_write_errors
     from megafusion.train.config import RunConfig
     from megafusion.train.loop import train as run
 
-    drop_what_cannot_be_written()
+    ignore_write_errors()
     try:
         values = load_config(RunConfig, config, overrides or [])
     except UserError as error:
@@ -167,7 +169,22 @@ def train(
         with raise_on_all_ranks():  # as the other ranks' first collective
             raise error
     if run(values, stop_after, stop_signals) == "preempted":
-        raise typer.Exit(os.EX_TEMPFAIL)
+        raise typer.Exit(ExitStatus.RETRY)
+
+
+def _refuse_crash_loop(config: Path, overrides: list[str]) -> None:
+    """Before torch is loaded: a process that dies as it loads is an attempt that crashed, too."""
+    from megafusion.checkpoint.folder import newest_step
+    from megafusion.resilience.attempts import refuse_crash_loop
+    from megafusion.resilience.config import ResilienceConfig
+
+    try:
+        values = load_values(config, overrides)
+        max_crashes = parse_config(ResilienceConfig, values.get("resilience", {}), str(config)).max_crashes
+        folder = Path(values["out"])
+    except (UserError, AttributeError, KeyError, TypeError):
+        return  # load_config says what is wrong
+    refuse_crash_loop(folder, newest_step(folder), max_crashes)
 
 
 @app.command()

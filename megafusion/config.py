@@ -22,7 +22,8 @@ class Config(BaseModel):
     )
 
     renamed_keys: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions, each with its name now within this class: refused with that name."""
+    """Keys of earlier versions and their new names, with which they are refused. A name is relative to this
+    class; one that starts with "." is a path from the top, as in ".telemetry.log_every"."""
 
 
 C = TypeVar("C", bound=Config)
@@ -33,6 +34,11 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
 
     Raises UserError naming the file and the key's path, with the nearest valid name for a typing slip.
     """
+    return parse_config(cls, load_values(path, overrides), str(path))
+
+
+def load_values(path: Path | str, overrides: Sequence[str] = ()) -> Any:
+    """Plain values of a YAML file with dotted overrides. Raises UserError if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; see the ones in configs/")
@@ -42,10 +48,9 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
             raise UserError(f"override {override!r} is not of the form key.path=value")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path}: not readable as YAML keys and values: {error}") from error
-    return parse_config(cls, values, str(path))
 
 
 def parse_config(cls: type[C], values: Any, origin: str) -> C:
@@ -142,9 +147,11 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 def _new_name(cls: type[Config], location: Sequence[str | int]) -> str | None:
-    """The dotted path that a key of an earlier version has now; None for a key that was never there."""
+    """The new dotted path of a key of an earlier version; None for a key that never existed."""
     *parents, name = location
     new_name = _class_at(cls, parents).renamed_keys.get(str(name))
+    if new_name and new_name.startswith("."):
+        return new_name[1:]
     return new_name and _path([*parents, new_name])
 
 

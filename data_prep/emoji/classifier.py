@@ -23,6 +23,7 @@ from webdataset import WebDataset
 
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.storage import write_file
 
 IMAGE_SIZE = 64
@@ -330,4 +331,4 @@ if __name__ == "__main__":
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(ExitStatus.REFUSED)

@@ -12,10 +12,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
-from megafusion.processes import end_with_parent
-from megafusion.resilience.signals import STOP_SIGNALS
+from megafusion.processes import STOP_SIGNALS, end_with_parent
 
-FOR_THE_TRAINER = STOP_SIGNALS
 # Not forked from this process: a trainer has threads (NCCL's, those that save), and a lock that one of them
 # holds at a fork stays locked in the copy. The server has none, and loads what its workers need once.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -101,7 +99,7 @@ def _start_server() -> None:
     """Begin the server of processes, if there is none, deaf to what a queue or a terminal sends to all: its
     end would be the workers'. This process is deaf too for those milliseconds.
     """
-    heard = {number: signal.signal(number, signal.SIG_IGN) for number in FOR_THE_TRAINER}
+    heard = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     forkserver.ensure_running()
     for number, handler in heard.items():
         signal.signal(number, handler)
@@ -113,6 +111,6 @@ def _as_it_is(made: Any) -> Any:
 
 def _begin(number: int) -> None:
     """A worker ends with the process that reads, whatever ends that, and leaves signals to it."""
-    for signal_number in FOR_THE_TRAINER:
+    for signal_number in STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
     end_with_parent()

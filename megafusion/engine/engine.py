@@ -24,7 +24,7 @@ from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage
 from megafusion.resilience.consensus import StepConsensus
-from megafusion.resilience.spikes import Spikes
+from megafusion.resilience.spikes import SpikeDetector
 from megafusion.train.config import RunConfig
 
 
@@ -86,7 +86,7 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     device = this_device()
     stage = parallelize(model, mesh, config, device)
     objective = shard_objective(config, mesh).to(device)
-    consensus = StepConsensus(mesh, device, Spikes(config.health))
+    consensus = StepConsensus(mesh, device, SpikeDetector(config.resilience))
     pipelined = mesh.size("pipeline") > 1
     if pipelined:
         module = _pipeline(stage, objective, config, mesh, consensus)
@@ -123,7 +123,7 @@ def _pipeline(
     """DeepSpeed's pipeline of one layer a stage: ours; the others' stand elsewhere."""
     layers = [LayerSpec(nn.Identity)] * mesh.size("pipeline")
     layers[mesh.rank("pipeline")] = stage
-    losses = PipelineLosses(objective, mesh, num_micro_batches(config, mesh), consensus.add_share)
+    losses = PipelineLosses(objective, mesh, num_micro_batches(config, mesh), consensus.add_losses)
     with contextlib.redirect_stdout(io.StringIO()):
         return PipelineModule(
             layers, topology=mesh.grid.topology(), loss_fn=losses, partition_method="uniform"

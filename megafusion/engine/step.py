@@ -12,12 +12,12 @@ from megafusion.sequence.packing import PackedBatch, with_counts
 def train_step(engine: Engine, micro_batches: list[PackedBatch], learning_rate: float) -> Losses:
     """Update the weights once; returns the losses of the global batch, on the device.
 
-    `engine.agreement` says whether the update was left out, and whether a rank wishes to stop. Raises
+    `engine.consensus` says whether the update was left out, and whether a rank wishes to stop. Raises
     UserError on every rank, before anything is done, where one has refused (and has no micro-batches).
     """
     for group in engine.deepspeed.optimizer.param_groups:
         group["lr"] = learning_rate
-    counts = engine.consensus.share_counts(sum(batch.counts() for batch in micro_batches))
+    counts = engine.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
     batches = (with_counts(batch.to(engine.device), counts) for batch in micro_batches)
     if isinstance(engine.deepspeed, PipelineEngine):
         engine.deepspeed.train_batch((batch.inputs(), batch.targets()) for batch in batches)
@@ -32,6 +32,6 @@ def _plain_step(engine: Engine, batches: Iterator[PackedBatch], num_micro_batche
     averaged_over = num_micro_batches * mesh.size("data") * mesh.size("ulysses")
     for batch in batches:
         losses: Losses = engine.deepspeed(batch)
-        engine.consensus.add_share(losses)
+        engine.consensus.add_losses(losses)
         engine.deepspeed.backward(losses.total * averaged_over)
         engine.deepspeed.step()

@@ -37,7 +37,7 @@ class Components:
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
     """Open and check everything that a run needs, before anything is written."""
     check_degrees(config, dist.get_world_size())
-    check_trackers(config.train)
+    check_trackers(config.telemetry)
     if config.train.precision == "fp8":
         check_fp8()
     if config.train.compile:

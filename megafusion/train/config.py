@@ -12,8 +12,9 @@ from megafusion.model.config import ModelConfig
 from megafusion.objective.losses import ObjectiveConfig
 from megafusion.objective.sampler import SamplingConfig
 from megafusion.parallel.config import ParallelConfig, Recompute
-from megafusion.resilience.config import HealthConfig
+from megafusion.resilience.config import ResilienceConfig
 from megafusion.sequence.packing import SequenceShape
+from megafusion.telemetry.config import TelemetryConfig
 
 
 class SamplesConfig(Config):
@@ -31,6 +32,10 @@ class TrainConfig(Config):
     renamed_keys: ClassVar[dict[str, str]] = {
         "global_batch_rows": "global_batch_size",
         "micro_batch_rows": "micro_batch_size",
+        "log_every": ".telemetry.log_every",
+        "trackers": ".telemetry.trackers",
+        "wandb_project": ".telemetry.wandb_project",
+        "timeout_seconds": ".resilience.timeout_seconds",
     }
 
     num_steps: int = Field(gt=0)
@@ -49,8 +54,6 @@ class TrainConfig(Config):
     """Whether torch.compile fuses the blocks' operations."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the averaged weights, reached as (1 + step) / (10 + step) rises to it."""
-    log_every: int = Field(10, gt=0)
-    """Steps between two lines of metrics."""
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between two checkpoints; one is always made at the end."""
     keep_last: int = Field(2, gt=0)
@@ -60,18 +63,12 @@ class TrainConfig(Config):
     rather than wait for a slow disk. The last checkpoint of a run is waited for in either case."""
     keep_every: int = Field(0, ge=0)
     """Steps whose multiples have checkpoints that are never deleted; 0 for none."""
-    timeout_seconds: float = Field(600.0, gt=0)
-    """Longest time without progress in one step, checkpoint or start-up before every rank writes its stacks
-    and ends."""
-    trackers: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ("tensorboard",)
-    """Who receives the metrics beside RUN/metrics.jsonl: RUN/tensorboard; Weights & Biases (extra `wandb`,
-    offline with WANDB_MODE=offline); RUN/metrics.prom, for the textfile collector of node_exporter."""
-    wandb_project: str | None = None
-    """Project in Weights & Biases; null for its default."""
 
 
 class RunConfig(Config):
     """Everything that decides a run's numbers, and where it is kept."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {"health": "resilience"}
 
     out: Path
     """Run folder: frozen configuration, metrics, checkpoints, samples."""
@@ -85,7 +82,8 @@ class RunConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
     sampling: SamplingConfig = SamplingConfig()
     samples: SamplesConfig = SamplesConfig()
-    health: HealthConfig = HealthConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -109,11 +107,6 @@ class RunConfig(Config):
             raise ValueError(
                 f"sampling.num_steps {self.sampling.num_steps} is beyond objective.schedule.num_steps "
                 f"{self.objective.schedule.num_steps}"
-            )
-        if self.train.wandb_project and "wandb" not in self.train.trackers:
-            raise ValueError(
-                f"train.wandb_project {self.train.wandb_project!r} is set, but train.trackers "
-                f"{list(self.train.trackers)} has no wandb; add it there"
             )
         if self.samples.every % self.train.checkpoint_every:
             raise ValueError(

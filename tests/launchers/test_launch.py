@@ -67,8 +67,8 @@ def test_shellcheck_finds_nothing():
 
 
 def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_file, tmp_path):
-    evil = "train.wandb_project=$(touch evil);touch evil"
-    changes = [evil, "train.trackers=[wandb]", "train.global_batch_size=48", "data.num_streams=48"]
+    evil = "telemetry.wandb_project=$(touch evil);touch evil"
+    changes = [evil, "telemetry.trackers=[wandb]", "train.global_batch_size=48", "data.num_streams=48"]
     script = launch(
         str(config_file), *changes, "--site", "example", "--nodes", "3", "--time", "90", "--dry-run"
     )
@@ -155,7 +155,7 @@ def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
         launch(str(config_file), "train.num_steps=7", "--site", "local-test")
     assert files() == before
     with pytest.raises(UserError, match=r"sbatch refused the job, .*: [^$]*configuration file"):
-        launch(str(config_file), "train.log_every=2", "--site", "local-test")
+        launch(str(config_file), "telemetry.log_every=2", "--site", "local-test")
     assert files() == before
 
 
@@ -327,10 +327,10 @@ def test_a_wrong_call_shows_the_right_one(script, tmp_path):
 def test_deepspeed_sh_hands_no_white_space_to_a_remote_shell(config_file, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n")
-    command = [str(LAUNCHERS / "deepspeed.sh"), str(hosts), str(config_file), "train.wandb_project=a b"]
+    command = [str(LAUNCHERS / "deepspeed.sh"), str(hosts), str(config_file), "telemetry.wandb_project=a b"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "train.wandb_project=a b: pdsh cannot hand on white space" in done.stderr
+    assert "telemetry.wandb_project=a b: pdsh cannot pass white space" in done.stderr
 
 
 @pytest.mark.parametrize(
