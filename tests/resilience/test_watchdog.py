@@ -1,4 +1,4 @@
-"""A run that hangs or loses a rank shuts down on every rank, with a message that names the rank and the line."""
+"""A run that hangs or loses a rank shuts down on every rank, with a message that names rank and line."""
 
 import ctypes
 import multiprocessing
@@ -265,12 +265,12 @@ def test_a_failed_dump_does_not_hold_the_message_back(tmp_path, capfd):
     start_process_group()
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "stacks"
-    here = LocalState()
+    local = LocalState()
     Path(tmp_path / "in-place").mkdir()
-    _dump_stacks("lost", here, tmp_path / "in-place")
+    _dump_stacks("lost", local, tmp_path / "in-place")
     assert (tmp_path / "in-place" / "rank-00000.txt").is_file()
-    _dump_stacks("lost", here, folder)
-    _publish("megafusion: lost", folder, here, 1.0)
+    _dump_stacks("lost", local, folder)
+    _publish("megafusion: lost", folder, local, 1.0)
     assert capfd.readouterr().err.count("megafusion: lost") == 1
 
 
