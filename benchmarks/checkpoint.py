@@ -35,7 +35,7 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
     """Seconds of a step, of a step beside a write, of the stall, of the write and of a load."""
     start_process_group()
     mesh = make_mesh(config.parallel)
-    stream, engine = build_components(config, mesh).stream, make_engine(config, mesh)
+    loader, engine = build_components(config, mesh).loader, make_engine(config, mesh)
     owned = masters(engine.deepspeed, engine.stage.named_parameters())
     ema = Ema(owned, config.train.ema_decay)
     names = ("step", "first_stall", "stall", "step_while_writing", "write", "load")
@@ -43,9 +43,9 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
     watch = Stopwatch(engine.device)
 
     def step() -> float:
-        batch = stream.next()
+        batch = loader.next()
         watch.lap()
-        train_step(engine, batch.micro_batches, 1e-3)
+        train_step(engine, batch, 1e-3)
         return watch.lap()
 
     for _ in range(3):
@@ -55,7 +55,7 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
             seconds["step"].append(step())
             watch.lap()
             begin = time.perf_counter()
-            checkpointer.save({"step": number + 1}, stream.state())
+            checkpointer.save({"step": number + 1}, loader.state_dict())
             seconds["stall" if number else "first_stall"].append(watch.lap())
             seconds["step_while_writing"].append(step())
             checkpointer.wait()

@@ -36,11 +36,13 @@ from megafusion.data.loader import DataLoader, packed_and_skipped
 from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.shards import MANIFEST, Manifest, load_manifest, write_shards
 from megafusion.data.source import counter_generator, open_sources
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.document import cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.storage import write_file
 
-SHAPE = SequenceShape(length=4096, num_images=15, num_patches=256, latent_shape=(8, 32, 32))
+SHAPE = SequenceShape(length=4096, num_images=15, patches=(256,), latent_channels=8, sizes=((32, 32),))
+LATENT_SHAPE = (8, 32, 32)
 NUM_ROWS, NUM_STREAMS, NUM_SAMPLES = 4, 16, 10_000_000
 KINDS = ("pairs", "text")
 
@@ -58,7 +60,7 @@ def documents(kind: str, num: int) -> Iterator[StoredDocument]:
         mean, spread, most = (18, 0.5, 200) if kind == "pairs" else (1200, 1.2, 60000)
         length = int(np.clip(random.lognormal(np.log(mean), spread), 3, most))
         tokens = random.integers(3, 32000, length).astype(np.int32)
-        moments = random.standard_normal((2, *SHAPE.latent_shape)).astype(np.float16)
+        moments = random.standard_normal((2, *LATENT_SHAPE)).astype(np.float16)
         yield StoredDocument({"key": str(number)}, (tokens, moments) if kind == "pairs" else (tokens,))
 
 
@@ -67,7 +69,7 @@ def write_all(folder: Path, num: int, with_streaming: bool) -> None:
     for kind in KINDS:
         fields = {"kind": kind.removesuffix("s"), "tokenizer_sha256": "t", "provenance": {}}
         if kind == "pairs":
-            fields |= {"vae_sha256": "v", "latent_shape": SHAPE.latent_shape}
+            fields |= {"vae_sha256": "v", "latent_shape": LATENT_SHAPE}
         share = num if kind == "pairs" else num // 5
         write_shards(folder / kind, documents(kind, share), 256, **fields)
         if with_streaming:
@@ -93,14 +95,15 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
         num_workers=num_workers,
     )
     sources = open_sources(config, Ids, "v", 0)
-    return DataLoader(config, sources, SHAPE, Ids, 1000, NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
+    return DataLoader(config, sources, SHAPE, Ids, DDPMConfig().build(), NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
 
 
 def ours(folder: Path) -> Iterator[int]:
     """Positions of batch after batch."""
     stream, before = make_stream(folder), 0
     while True:
-        total = packed_and_skipped(stream.next().state)[0].total()
+        stream.next()
+        total = packed_and_skipped(stream.state_dict())[0].total()
         yield total - before
         before = total
 
@@ -140,17 +143,17 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         images_per_row=SHAPE.num_images,
         num_streams=1,
     )
-    texts = manifest.model_copy(update={"kind": "text"})
+    texts, noise_process = manifest.model_copy(update={"kind": "text"}), DDPMConfig().build()
     packed, rows, row, used, number = dict.fromkeys(readers, 0), [], [], 0, 0
     while True:
         kind = min(packed, key=packed.get)
         generator = counter_generator(0, 0, number, 0, 0)
         number += 1
         about = manifest if kind == "pairs" else texts
-        parts = sample_layout(next(readers[kind]), about, config, 1000, SHAPE, generator)
-        whole = flatten(parts, Ids, SHAPE.num_patches)
+        parts = sample_layout(next(readers[kind]), about, config, SHAPE, generator)
+        whole = flatten(parts, Ids, SHAPE.patches)
         packed[kind] += len(whole)
-        pieces = [sample_noise(whole, about, SHAPE, generator)]
+        pieces = [sample_noise(whole, about, SHAPE, noise_process, generator)]
         while pieces:
             piece, room = pieces.pop(), SHAPE.length - used
             images = sum(len(document.images) for document in row)
@@ -220,7 +223,7 @@ def measure_resume(folder: Path, num_tries: int = 5) -> float:
         kind="pair",
         tokenizer_sha256="t",
         vae_sha256="v",
-        latent_shape=SHAPE.latent_shape,
+        latent_shape=LATENT_SHAPE,
         provenance={},
     )
     many = folder / "many" / "pairs"
@@ -234,14 +237,14 @@ def measure_resume(folder: Path, num_tries: int = 5) -> float:
         for suffix in (".tar", ".index.npy"):
             (many / (name + suffix)).symlink_to(one / "pairs" / f"shard-000000{suffix}")
     (many / MANIFEST).write_text(json.dumps(values))
-    state = make_stream(folder / "many", ("pairs",)).state()
+    state = make_stream(folder / "many", ("pairs",)).state_dict()
     for stream in state["streams"].values():
         stream["position"]["pairs"] = [0, NUM_SAMPLES // NUM_STREAMS - 100, 0]
     spent = []
     for _ in range(num_tries):
         begin = time.perf_counter()
         stream = make_stream(folder / "many", ("pairs",))
-        stream.restore(state)
+        stream.load_state_dict(state)
         stream.next()
         spent.append(1000 * (time.perf_counter() - begin))
     return statistics.median(spent)

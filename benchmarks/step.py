@@ -37,7 +37,7 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
     for step in range(num_warmup_steps + num_steps):
         spent = dict.fromkeys(PHASES, 0.0)
         watch = Stopwatch(engine.device)
-        micro_batches = parts.stream.next().micro_batches
+        micro_batches = parts.loader.next()
         counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
         counts = engine.consensus.reduce_counts(counts)
         spent["data"] += watch.lap()

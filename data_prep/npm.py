@@ -1,4 +1,4 @@
-"""npm tarballs as sources: found in a folder, verified by checksum, read into memory."""
+"""npm tarballs as sources: read from a folder and verified by checksum."""
 
 import hashlib
 import tarfile

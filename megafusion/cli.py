@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from megafusion import __version__
-from megafusion.config import load_config, load_values, parse_config
+from megafusion.config import load_config
 from megafusion.errors import UserError
 from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.signals import StopSignals
@@ -152,12 +152,10 @@ def train(
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
-    _refuse_crash_loop(config, overrides or [])
-    from megafusion.engine.engine import start_process_group
-    from megafusion.parallel.errors import raise_on_all_ranks
+    from megafusion.checkpoint.folder import newest_step
+    from megafusion.resilience.attempts import refuse_crash_loop
     from megafusion.resilience.lenient_streams import ignore_write_errors
     from megafusion.train.config import RunConfig
-    from megafusion.train.loop import train as run
 
     ignore_write_errors()
     try:
@@ -165,26 +163,18 @@ def train(
     except UserError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
+        from megafusion.engine.engine import start_process_group
+        from megafusion.parallel.errors import raise_on_all_ranks
+
         start_process_group()
         with raise_on_all_ranks():  # as the other ranks' first collective
             raise error
+    # Before torch is loaded, because a process that dies as it loads is a crashed attempt too.
+    refuse_crash_loop(values.out, newest_step(values.out), values.resilience.max_crashes)
+    from megafusion.train.loop import train as run
+
     if run(values, stop_after, stop_signals) == "preempted":
         raise typer.Exit(ExitStatus.RETRY)
-
-
-def _refuse_crash_loop(config: Path, overrides: list[str]) -> None:
-    """Before torch is loaded: a process that dies as it loads is an attempt that crashed, too."""
-    from megafusion.checkpoint.folder import newest_step
-    from megafusion.resilience.attempts import refuse_crash_loop
-    from megafusion.resilience.config import ResilienceConfig
-
-    try:
-        values = load_values(config, overrides)
-        max_crashes = parse_config(ResilienceConfig, values.get("resilience", {}), str(config)).max_crashes
-        folder = Path(values["out"])
-    except (UserError, AttributeError, KeyError, TypeError):
-        return  # load_config says what is wrong
-    refuse_crash_loop(folder, newest_step(folder), max_crashes)
 
 
 @app.command()
@@ -221,10 +211,10 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and captions.txt.")] = Path("generated"),
     seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0)] = 0,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 is none.", min=0)
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim or dpm++.")] = None,
     size: Annotated[
         str | None,
@@ -247,7 +237,11 @@ def generate(
     """
     from megafusion.commands.generate import GenerateRequest, run
 
-    overrides = {"guidance": guidance, "num_steps": steps, "sampler": sampler}
+    overrides = {
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+        "sampler": sampler,
+    }
     run(
         checkpoint,
         GenerateRequest(prompt or [], image or [], interleave or [], seed, size),

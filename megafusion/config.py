@@ -22,8 +22,12 @@ class Config(BaseModel):
     )
 
     renamed_keys: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions and their new names, with which they are refused. A name is relative to this
-    class; one that starts with "." is a path from the top, as in ".telemetry.log_every"."""
+    """Keys of earlier versions and their new names, two separated by a space, with which they are refused. A
+    name is relative to this class; one that starts with "." is a path from the top, as in
+    ".telemetry.log_every"."""
+
+    moved_values: ClassVar[dict[tuple[str, str], str]] = {}
+    """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
 
 
 C = TypeVar("C", bound=Config)
@@ -62,9 +66,8 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         return cls.model_validate_json(json.dumps(values))
     except ValidationError as error:
         details = error.errors()
-        new_names = {
-            _new_name(cls, detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"
-        }
+        unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+        new_names = {name for location in unknown for name in _new_names(cls, location)}
         # The new name of a renamed key is missing too, which is the same mistake.
         details = [d for d in details if d["type"] != "missing" or _path(d["loc"]) not in new_names]
         lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
@@ -118,10 +121,15 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 def _describe(cls: type[Config], detail: dict) -> str:
     location = detail["loc"]
     path = _path(location)
+    value = detail["input"]
+    if isinstance(value, str) and location:
+        moved_to = _class_at(cls, location[:-1]).moved_values.get((str(location[-1]), value))
+        if moved_to:
+            return f"{path}: {value} has moved: write {moved_to}"
     match detail["type"]:
         case "extra_forbidden":
-            if new_name := _new_name(cls, location):
-                return f"key {path!r} was renamed: it is {new_name!r} now"
+            if new_names := _new_names(cls, location):
+                return f"key {path!r} was renamed: it is {' and '.join(map(repr, new_names))} now"
             fields = list(_class_at(cls, location[:-1]).model_fields)
             nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
             parent = "".join(f"{part}." for part in location[:-1])
@@ -146,13 +154,11 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in location)
 
 
-def _new_name(cls: type[Config], location: Sequence[str | int]) -> str | None:
-    """The new dotted path of a key of an earlier version; None for a key that never existed."""
+def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
+    """The new dotted paths of a key of an earlier version; none for a key that never existed."""
     *parents, name = location
-    new_name = _class_at(cls, parents).renamed_keys.get(str(name))
-    if new_name and new_name.startswith("."):
-        return new_name[1:]
-    return new_name and _path([*parents, new_name])
+    new_names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
+    return [new[1:] if new.startswith(".") else _path([*parents, new]) for new in new_names]
 
 
 def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:

@@ -1,6 +1,11 @@
-"""Where single-process work runs."""
+"""The device of a process, also DeepSpeed's: modules import this one before deepspeed."""
+
+import os
 
 import torch
+
+# DeepSpeed reads it when it is imported; otherwise it guesses the same, and prints that it did.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_device() -> torch.device:

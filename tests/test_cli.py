@@ -123,7 +123,7 @@ def test_the_installed_command_runs():
         ("train.num_steps=1.5", r"key 'train.num_steps'"),
         ("train.num_steps=0", r"key 'train.num_steps': Input should be greater than 0"),
         ("model.patch_size=3", r"key 'model.patch_size'"),
-        ("objective.schedule.prediction=x", r"key 'objective.schedule.prediction'"),
+        ("objective.noise_process.prediction_type=x", r"key 'objective.noise_process.prediction_type'"),
         ("data.sequence_length=10", r"an image takes 20 positions, more than data.sequence_length 10"),
         ("telemetry.trackers=wandb", r"key 'telemetry.trackers' is a list: write \[wandb\]"),
         ("train.log_every=5", r"key 'train.log_every' was renamed: it is 'telemetry.log_every' now"),
@@ -195,7 +195,15 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
     assert text.startswith(f"{apple}: ")
     mixed = ("--interleave", f"@{apple}", "--interleave", "and then")
     status, text = run(
-        "generate", str(folder), *mixed, "--steps", "2", "--sampler", "dpm++", "--out", str(tmp_path / "m")
+        "generate",
+        str(folder),
+        *mixed,
+        "--num-inference-steps",
+        "2",
+        "--sampler",
+        "dpm++",
+        "--out",
+        str(tmp_path / "m"),
     )
     assert status == 0
     assert text.startswith("answer")
@@ -221,7 +229,7 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "euler")
     assert status == 2
     assert "--sampler: Input should be 'ddim' or 'dpm++' (got 'euler')" in text
-    assert open_pipeline(Path(run_values["out"])).config.image_size == (32, 32)
+    assert open_pipeline(Path(run_values["out"])).sizes == [(32, 32)]
 
 
 def test_pictures_open(tmp_path):

@@ -71,9 +71,9 @@ def render(encoded: bytes) -> bytes:
     """Any picture as WebP: composited on white, padded to a square, 64 x 64, RGB."""
     picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
     side = max(picture.size)
-    bounding_size = Image.new("RGBA", (side, side), "white")
-    bounding_size.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    picture = bounding_size.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    picture = canvas.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
     return buffer.getvalue()

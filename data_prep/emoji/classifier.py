@@ -44,7 +44,7 @@ SHIFT_PIXELS = 2
 CORRUPTIONS = ("clean", "blur", "noise", "blur and noise", "shift")
 
 
-class PictureClassifier(nn.Module):
+class ImageClassifier(nn.Module):
     """Names pictures after the nearest of K references.
 
     `figures` holds the accuracies measured when the weights were made.
@@ -65,7 +65,7 @@ class PictureClassifier(nn.Module):
         self.references = nn.Parameter(torch.randn(len(keys), EMBEDDING_SIZE))
 
     @classmethod
-    def load(cls, path: Path | str) -> "PictureClassifier":
+    def load(cls, path: Path | str) -> "ImageClassifier":
         """Read the weights that `save` wrote; UserError naming the file when they are not such weights."""
         try:
             with safe_open(path, "pt") as file:
@@ -227,7 +227,7 @@ def split_others(pictures: dict[str, Tensor], keys: Sequence[str]) -> tuple[Tens
     return others[~held_out], others[held_out]
 
 
-def plain_pictures(num: int, random: torch.Generator) -> Tensor:
+def plain_images(num: int, random: torch.Generator) -> Tensor:
     """Pictures [num, 3, 64, 64] of one colour, often white, or of coarse random colours: nothing to see."""
     size = 8 if torch.rand(1, generator=random) < 0.5 else 1
     colours = torch.rand(num, 3, size, size, generator=random)
@@ -237,7 +237,7 @@ def plain_pictures(num: int, random: torch.Generator) -> Tensor:
 
 def train_classifier(
     pictures: dict[str, Tensor], keys: Sequence[str], num_steps: int, seed: int = 0
-) -> PictureClassifier:
+) -> ImageClassifier:
     """Fit the network and the references: own pictures to their key, the rest of the pack to `other`.
 
     `other` is the class of a fixed logit, that of a cosine of REJECTION_COSINE: so the threshold is trained.
@@ -245,7 +245,7 @@ def train_classifier(
     """
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
-    classifier = PictureClassifier(keys)
+    classifier = ImageClassifier(keys)
     images = torch.stack([pictures[key] for key in keys])
     others, _ = split_others(pictures, keys)
     num, other = len(keys), len(keys)
@@ -257,7 +257,7 @@ def train_classifier(
             blended, partner = blends(images, random)
             mixed = torch.randperm(num, generator=random)[: num // 4]
             negatives = others[torch.randint(len(others), (num // 2,), generator=random)]
-            plain = plain_pictures(num // 16, random)
+            plain = plain_images(num // 16, random)
             batch = torch.cat([images, blended[mixed], negatives, plain])
             first = torch.cat([torch.arange(num), mixed, torch.full((len(negatives) + len(plain),), other)])
             second = first.clone()
@@ -274,7 +274,7 @@ def train_classifier(
     return classifier.eval().requires_grad_(False)
 
 
-def measure(classifier: PictureClassifier, pictures: dict[str, Tensor]) -> dict[str, float]:
+def measure(classifier: ImageClassifier, pictures: dict[str, Tensor]) -> dict[str, float]:
     """Shares that say whether the classifier can be trusted: right answers on the concepts' real pictures
     under each corruption, half-blends given to one of their two, and `other` pictures not seen in training
     that are taken for a concept, as they are and blurred with noise.
@@ -318,7 +318,7 @@ def measure_command(
     pack: PackOption, weights: Annotated[Path, typer.Option(help="safetensors file that `train` wrote.")]
 ) -> None:
     """Measure stored weights again."""
-    _print(measure(PictureClassifier.load(weights), read_pack(pack)))
+    _print(measure(ImageClassifier.load(weights), read_pack(pack)))
 
 
 def _print(figures: dict[str, float]) -> None:

@@ -11,16 +11,17 @@ import psutil
 
 matplotlib.use("Agg")
 
+from megafusion.device import default_device
+
 from matplotlib import pyplot
 from PIL import Image
 from rich.progress import Progress
 
-from data_prep.emoji.classifier import IMAGE_SIZE, PictureClassifier
-from data_prep.images import decode_picture
-from data_prep.readers.tars import tar_pictures
+from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
+from data_prep.images import decode_pair
+from data_prep.readers.webdataset import tar_pairs
 from megafusion.commands.generate import open_pipeline
 from megafusion.data.source import open_folder
-from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_tensor
@@ -55,7 +56,7 @@ def write_report(run_folder: Path, tar: Path, classifier_path: Path, seconds_bef
     config = load_run_config(run_folder)
     metrics = read_metrics(run_folder)
     pipeline = open_pipeline(run_folder).to(default_device())
-    classifier = PictureClassifier.load(classifier_path)
+    classifier = ImageClassifier.load(classifier_path)
     pairs = training_pairs(config, tar)
     with progress_bar() as progress:
         concept_top1 = _draw(pipeline, classifier, pairs, run_folder / "samples.png", progress)
@@ -91,21 +92,21 @@ def training_pairs(config: RunConfig, tar: Path) -> list[Pair]:
     folder = next((f for f in folders if f.manifest.kind == "pair"), None)
     if folder is None:
         raise UserError("the run has no source of pairs, so there is nothing to draw or describe")
-    pictures = {picture.key: picture for picture in tar_pictures(tar)}
+    pictures = {picture.key: picture for picture in tar_pairs(tar)}
     pairs = []
     for shard, entry in enumerate(folder.manifest.shards):
         for position in range(entry.num_documents):
             metadata = folder.read(shard, position).metadata
             if metadata["key"] not in pictures:
                 raise UserError(f"{tar}: has no picture {metadata['key']!r}, which the run was trained on")
-            _, picture = decode_picture(pictures[metadata["key"]])
+            _, picture = decode_pair(pictures[metadata["key"]])
             pairs.append(Pair(metadata["key"], metadata["caption"], picture))
     return pairs
 
 
 def _draw(
     pipeline: TransfusionPipeline,
-    classifier: PictureClassifier,
+    classifier: ImageClassifier,
     pairs: list[Pair],
     path: Path,
     progress: Progress,

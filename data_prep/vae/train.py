@@ -15,16 +15,16 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from data_prep.vae.data import (
-    PictureConfig,
+from data_prep.vae.checkpoint import load_checkpoint, read_meta, remove_checkpoint, save_checkpoint
+from data_prep.vae.dataset import (
+    ImageDataConfig,
     find_shards,
     hash_shards,
-    held_out_pictures,
+    held_out_images,
     training_batches,
 )
+from data_prep.vae.evaluation import contact_sheet, latent_statistics, measure
 from data_prep.vae.losses import AutoencoderLoss, LossConfig
-from data_prep.vae.measure import contact_sheet, latent_statistics, measure
-from data_prep.vae.state import load_state, read_meta, remove_state, save_state
 from megafusion.config import Config, changed_keys, dump_config, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec, decode, encode
@@ -112,7 +112,7 @@ class AutoencoderConfig(Config):
     out: Path
     """Folder to write; must not exist, or hold nothing but an earlier autoencoder."""
 
-    data: PictureConfig
+    data: ImageDataConfig
     network: NetworkConfig
     loss: LossConfig = LossConfig()
     optimization: OptimizationConfig
@@ -144,7 +144,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
     loss = AutoencoderLoss(config.loss).to(device)
 
     shards = find_shards(config.data)
-    keys, held_out = held_out_pictures(config.data, shards)
+    keys, held_out = held_out_images(config.data, shards)
     averaged, history, seconds_before = _optimize(config, model, loss, shards, held_out, device)
 
     batches = training_batches(config.data, shards, STATISTICS_BATCH_SIZE, config.seed)
@@ -167,7 +167,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
         "history": history,
     }
     _write(config, averaged, report, contact_sheet(held_out, reconstructions))
-    remove_state(_state_folder(config.out))
+    remove_checkpoint(_state_folder(config.out))
     return report
 
 
@@ -222,7 +222,7 @@ def _optimize(
     meta = {"step": 0, "seconds": 0.0, "history": []}
     if (earlier := read_meta(folder)) is not None:
         _check_same_training(config, earlier["config"], folder)
-        load_state(folder, modules, optimizers)
+        load_checkpoint(folder, modules, optimizers)
         meta = {key: earlier[key] for key in meta}
     history, first_step, seconds_before = meta["history"], meta["step"], meta["seconds"]
     batches = training_batches(config.data, shards, options.batch_size, config.seed, first_step)
@@ -279,7 +279,7 @@ def _optimize(
                     "history": history,
                     "config": config.model_dump(mode="json"),
                 }
-                save_state(folder, modules, optimizers, meta)
+                save_checkpoint(folder, modules, optimizers, meta)
     return averaged, history, seconds_before
 
 

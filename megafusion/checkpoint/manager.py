@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megafusion.device import default_device
+
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
-from megafusion.device import default_device
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import Part, TransfusionPipeline
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sheets import png
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import SamplingConfig
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import write_file
@@ -49,7 +50,7 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         pipeline.size_number(size)
     lines = []
     with progress_bar() as progress:
-        task = progress.add_task("denoising", total=sampling.num_steps, losses="", visible=False)
+        task = progress.add_task("denoising", total=sampling.num_inference_steps, losses="", visible=False)
 
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
@@ -123,7 +124,9 @@ def _sampling(defaults: SamplingConfig, overrides: dict[str, object]) -> Samplin
         return SamplingConfig.model_validate({**defaults.model_dump(), **overrides})
     except ValidationError as error:
         detail = error.errors()[0]
-        raise UserError(f"--{detail['loc'][0]}: {detail['msg']} (got {detail['input']!r})") from error
+        raise UserError(
+            f"--{str(detail['loc'][0]).replace('_', '-')}: {detail['msg']} (got {detail['input']!r})"
+        ) from error
 
 
 def _write_answer(answer: Sequence[Part], out: Path) -> list[str]:

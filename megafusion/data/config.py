@@ -23,6 +23,7 @@ class DataConfig(Config):
 
     renamed_keys: ClassVar[dict[str, str]] = {
         "look_ahead": "packing_buffer_size",
+        "image_first_max_timestep": "image_first_max_t",
     }
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
@@ -39,8 +40,8 @@ class DataConfig(Config):
     """Logical streams M: fixes the data order for good; a multiple of the rows of a global batch."""
     caption_first: float = Field(0.8, ge=0, le=1)
     """Share of pairs in which the caption stands before the image."""
-    image_first_max_timestep: int = Field(500, gt=0)
-    """Timesteps stay below this where the image stands before its caption: the paper's noise limit."""
+    image_first_max_t: float = Field(0.5, gt=0, le=1)
+    """Limit of the noise process's time t for images before their caption (the paper's 500 of 1000 steps)."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of caption-first pairs whose caption is left out, which classifier-free guidance needs."""
     crop: float = Field(1.0, gt=0, le=1)

@@ -9,6 +9,7 @@ from megafusion.data.config import DataConfig
 from megafusion.data.document_format import segment_kind
 from megafusion.data.shards import Manifest
 from megafusion.images.sizes import nearest_size
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import FlatDocument, NoisedImage
 from megafusion.sequence.packing import SequenceShape
 
@@ -22,10 +23,10 @@ with np.errstate(over="ignore", invalid="ignore"):
 @dataclass(frozen=True)
 class StoredImage:
     """An image before its noise is drawn: moments float16 [2, C, H, W] or a picture uint8 [3, H, W], and the
-    bound of its timestep; and the index of its size among the row's."""
+    bound of its t; and the index of its size among the row's."""
 
     content: np.ndarray
-    max_timestep: int
+    max_t: float
     size: int = 0
 
 
@@ -33,7 +34,6 @@ def sample_layout(
     segments: tuple[np.ndarray | bytes, ...],
     manifest: Manifest,
     config: DataConfig,
-    num_timesteps: int,
     shape: SequenceShape,
     generator: np.random.Generator,
     is_after_text: bool = False,
@@ -45,55 +45,62 @@ def sample_layout(
     """
     sizes = [_size(segment, shape) for segment in segments]
     parts = [
-        show_picture(s, shape.picture_sizes[size], config, generator) if isinstance(s, bytes) else s
+        show_picture(s, shape.image_sizes[size], config, generator) if isinstance(s, bytes) else s
         for s, size in zip(segments, sizes, strict=True)
     ]
-    image_first = min(num_timesteps, config.image_first_max_timestep)
     if manifest.kind != "pair":
         is_text = [segment_kind(segment) == "tokens" for segment in segments]
-        bounds = (image_first, num_timesteps)
+        bounds = (config.image_first_max_t, 1.0)
         return [
             part if here else StoredImage(part, bounds[is_after_text or any(is_text[:place])], size)
             for place, (part, size, here) in enumerate(zip(parts, sizes, is_text, strict=True))
         ]
     text, content = parts
     if generator.random() >= config.caption_first:
-        return [StoredImage(content, image_first, sizes[1]), text]
-    image = StoredImage(content, num_timesteps, sizes[1])
+        return [StoredImage(content, config.image_first_max_t, sizes[1]), text]
+    image = StoredImage(content, 1.0, sizes[1])
     return [image] if generator.random() < config.caption_dropout else [text, image]
 
 
 def _size(segment: np.ndarray | bytes, shape: SequenceShape) -> int:
     """Index of an image's size: that of its latents, or the nearest to a picture. 0 for a text."""
     if isinstance(segment, bytes):
-        return nearest_size(*picture_size(segment), shape.sizes) if shape.more_sizes else 0
+        return nearest_size(*picture_size(segment), shape.sizes) if len(shape.sizes) > 1 else 0
     return shape.sizes.index(segment.shape[2:]) if segment.ndim > 1 else 0
 
 
 def sample_noise(
-    document: FlatDocument, manifest: Manifest, shape: SequenceShape, generator: np.random.Generator
+    document: FlatDocument,
+    manifest: Manifest,
+    shape: SequenceShape,
+    noise_process: NoiseProcess,
+    generator: np.random.Generator,
 ) -> FlatDocument:
-    """The document with a sample of each image's latents, its noise and its timestep.
+    """The document with a sample of each image's latents, its noise and its t.
 
     The generator must be the one that tossed the coins, and each image is drawn in its order. A picture's
     latents are for now what its posterior's deviation is to be multiplied by.
     """
-    images = tuple(_draw(image, manifest, shape, generator) for image in document.images)
+    images = tuple(_draw(image, manifest, shape, noise_process, generator) for image in document.images)
     return replace(document, images=images) if images else document
 
 
 def _draw(
-    image: StoredImage, manifest: Manifest, shape: SequenceShape, generator: np.random.Generator
+    image: StoredImage,
+    manifest: Manifest,
+    shape: SequenceShape,
+    noise_process: NoiseProcess,
+    generator: np.random.Generator,
 ) -> NoisedImage:
-    size = (2, shape.latent_shape[0], *shape.sizes[image.size])
+    size = (2, shape.latent_channels, *shape.sizes[image.size])
     sample, noise = generator.standard_normal(size, np.float32)
     if manifest.images == "pictures":
-        timestep = int(generator.integers(image.max_timestep))
-        return NoisedImage(sample, noise, timestep, image.content, image.size)
+        t = noise_process.sample_t(generator, image.max_t)
+        return NoisedImage(sample, noise, t, image.content, image.size)
     mean, log_variance = image.content
     sample *= DEVIATION[log_variance.view(np.uint16)]
     sample += mean
     if manifest.latent_shift:
         sample -= np.float32(manifest.latent_shift)
     sample *= np.float32(manifest.latent_scale)
-    return NoisedImage(sample, noise, int(generator.integers(image.max_timestep)), size=image.size)
+    return NoisedImage(sample, noise, noise_process.sample_t(generator, image.max_t), size=image.size)

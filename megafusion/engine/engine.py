@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import deepspeed
 import torch
 import torch.distributed as dist

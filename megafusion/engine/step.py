@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megafusion.engine.engine import Engine

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megafusion.generate.cache import KVCache
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.sampler import SamplingConfig, guided, make_sampler
+from megafusion.objective.config import SamplingConfig
+from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.packing import PackedBatch
 
 Report = Callable[[int, int], None]
@@ -30,12 +31,13 @@ class Decoder:
         """Read whole prompts, texts and clean images, one a row; next-token logits [B, V] after each.
 
         The batch holds one document a row from position 0; lengths_B int64 [B] are their lengths. Images
-        are read without noise, at timestep 0.
+        are read without noise, at t = 0.
         """
         own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         row_end = torch.where(own < lengths_B[:, None], batch.row_end, 0)
+        timesteps = self.model.objective.noise_process.timesteps(batch.t)
         x_BSD, _ = self.model.stem(
-            batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size
+            batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
         )
         hidden_BSD = self._run(cache, x_BSD, row_end)
         cache.advance(lengths_B)
@@ -64,21 +66,21 @@ class Decoder:
         noise_BCHW: of the size that the bois announce, the same for all rows;
         unconditional: the rows that guidance steers away from, read up to their boi too.
         """
-        sampler = make_sampler(sampling, self.model.objective.config.schedule)
-        is_guided = sampling.guidance != 1
+        sampler = self.model.objective.noise_process.sampler(sampling)
+        is_guided = sampling.guidance_scale != 1
         both = cache.joined(unconditional) if is_guided else cache
-        latents = noise_BCHW * sampler.init_noise_sigma
+        latents = noise_BCHW
         for step, timestep in enumerate(sampler.timesteps):
             prediction = self._predict(
                 both, torch.cat([latents, latents]) if is_guided else latents, timestep
             )
             if is_guided:
-                prediction = guided(*prediction.chunk(2), sampling.guidance)
+                prediction = apply_guidance(*prediction.chunk(2), sampling.guidance_scale)
             latents = sampler.step(prediction, timestep, latents).prev_sample
             if report:
                 report(step + 1, len(sampler.timesteps))
         # What follows must see the clean image: its keys and values take the place of the noised ones.
-        self._predict(cache, latents, torch.zeros((), dtype=torch.int64))
+        self._predict(cache, latents, self.model.objective.noise_process.timesteps(torch.zeros(())))
         cache.advance(torch.full_like(cache.lengths, math.prod(self._grid(latents))))
         return latents
 

@@ -1,6 +1,5 @@
 """One call of the pipeline: rows that are read, written to and drawn into until each has ended."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 
 from megafusion.generate.decoder import Decoder, Report
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import begin_of_image
@@ -43,18 +42,18 @@ class Generation:
         self.images_left = [max_images] * len(prompts)
         self.answers: list[list[Part | int]] = [[] for _ in prompts]
         model = pipeline.config.model
-        self.begins = [begin_of_image(self.tokenizer, number) for number in range(len(model.sizes))]
+        self.begins = [begin_of_image(self.tokenizer, number) for number in range(len(model.image_sizes))]
         self.size = size
         documents = [self._document(prompt) for prompt in prompts]
         longest = max(len(document) for document in documents)
-        room = max_images * (model.most_patches + 2) + sampling.max_new_tokens + 1
+        room = max_images * (max(model.patches) + 2) + sampling.max_new_tokens + 1
         self.cache = self.decoder.new_cache(len(prompts), longest + room)
         shape = SequenceShape(
             length=longest,
             num_images=max(1, *(len(document.images) for document in documents)),
-            num_patches=model.num_patches,
-            latent_shape=model.latent_shape,
-            more_sizes=model.more_sizes,
+            patches=model.patches,
+            latent_channels=model.latent_channels,
+            sizes=model.latent_sizes,
         )
         batch = collate([pack_row([document], shape) for document in documents]).to(self.device)
         # A document ends in eos, which a prompt does not have.
@@ -109,7 +108,7 @@ class Generation:
             self.decoder.read_tokens(unconditional, torch.tensor([token], device=self.device))
         chosen = self.cache.select(index)
         model = self.pipeline.config.model
-        shape = (model.latent_shape[0], *model.sizes[size])
+        shape = (model.latent_channels, *model.latent_sizes[size])
         noise = torch.stack([torch.randn(shape, generator=self.generators[row]) for row in rows])
         latents = self.decoder.draw(
             chosen,
@@ -141,9 +140,8 @@ class Generation:
             else:
                 size = self.pipeline.size_of(part)
                 latents = self.pipeline.latents([part], size)[0].cpu().numpy()
-                segments.append(NoisedImage(latents, np.zeros_like(latents), timestep=0, size=size))
-        patches = [math.prod(grid) for grid in self.pipeline.config.model.grids]
-        return flatten(segments, self.tokenizer, patches[0], patches[1:])
+                segments.append(NoisedImage(latents, np.zeros_like(latents), t=0.0, size=size))
+        return flatten(segments, self.tokenizer, self.pipeline.config.model.patches)
 
     def _finish(self, answer: list[Part | int]) -> list[Part]:
         """Runs of token ids become texts."""

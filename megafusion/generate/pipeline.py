@@ -21,8 +21,7 @@ from megafusion.images.processor import to_pil, to_rgb, to_tensor
 from megafusion.images.sizes import Size, nearest_size, say_sizes
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import new_folder
 
@@ -34,8 +33,6 @@ class PipelineConfig(Config):
 
     format: Literal["megafusion-pipeline/1"] = "megafusion-pipeline/1"
     """Version of the folder's layout."""
-    image_size: tuple[int, int]
-    """Height and width of pictures of the model's first size, in pixels."""
     model: ModelConfig
     objective: ObjectiveConfig
     sampling: SamplingConfig
@@ -52,7 +49,7 @@ class TransfusionPipeline:
 
     def __init__(self, model: Transfusion, tokenizer: Tokenizer, codec: ImageCodec, config: PipelineConfig):
         self.model, self.tokenizer, self.codec, self.config = model.eval(), tokenizer, codec, config
-        check_parts(config.model, tokenizer, codec, config.image_size)
+        check_parts(config.model, tokenizer, codec)
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +157,7 @@ class TransfusionPipeline:
     @property
     def sizes(self) -> list[Size]:
         """Heights and widths, in pixels, of the pictures that the model knows."""
-        return [tuple(side * self.codec.downsampling for side in size) for size in self.config.model.sizes]
+        return list(self.config.model.image_sizes)
 
     def size_number(self, size: Size) -> int:
         """Index of a size in pixels. UserError, with those that there are, for another."""
@@ -193,26 +190,17 @@ def _refuse_others(given: Sequence, kinds: tuple[type, ...], call: str) -> None:
         raise UserError(f"expected a list of {names}, got {given!r:.80}; call it as {call}")
 
 
-def check_parts(
-    model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec, image_size: tuple[int, int]
-) -> None:
+def check_parts(model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec) -> None:
     """UserError where tokenizer or autoencoder are not the size that the model was made for."""
-    num_ids = tokenizer.vocab_size + len(model.more_sizes)
+    num_more = len(model.image_sizes) - 1
+    num_ids = tokenizer.vocab_size + num_more
     if num_ids != model.vocab_size:
-        beside = f", and a boi for each of the {len(model.more_sizes)} model.more_sizes"
+        beside = f", and a boi for each of the {num_more} further model.image_sizes"
         raise UserError(
             f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {num_ids} ids (its pieces, boi "
-            f"and eoi{beside if model.more_sizes else ''}); set model.vocab_size to that or give the "
+            f"and eoi{beside if num_more else ''}); set model.vocab_size to that or give the "
             "tokenizer of the model"
         )
-    if codec.latent_shape(*image_size) != model.latent_shape:
-        raise UserError(
-            f"model.latent_shape {model.latent_shape}, but the autoencoder makes "
-            f"{codec.latent_shape(*image_size)} of {image_size[0]} x {image_size[1]} pixels"
-        )
-
-
-def picture_size(model: ModelConfig, codec: ImageCodec) -> tuple[int, int]:
-    """Height and width of the pictures whose latents have the model's shape."""
-    _, height, width = model.latent_shape
-    return height * codec.downsampling, width * codec.downsampling
+    for key, found in (("channels", codec.latent_channels), ("downsampling", codec.downsampling)):
+        if (wanted := getattr(model, f"latent_{key}")) != found:
+            raise UserError(f"model.latent_{key} is {wanted}, but the autoencoder's is {found}; set that")

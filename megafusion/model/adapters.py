@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megafusion.model.config import Grid
+
 Skips = tuple[Tensor, ...]
-Grid = tuple[int, int]
-"""Patches down and across an image."""
 
 
 class TimestepEmbedding(nn.Module):

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from megafusion.errors import UserError
+from megafusion.model.config import Backend
 from megafusion.sequence.intervals import Intervals
 
-Backend = Literal["auto", "sdpa", "flex", "interval", "flash"]
 CHOICES = Path(__file__).with_name("attention_choices.json")
 Attention = Callable[[Tensor, Tensor, Tensor, Intervals], Tensor]
 # What serves when nothing was measured, and the fastest that serves by least number of rows.

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megafusion.images.sizes import Size, bounding_size
-from megafusion.model.adapters import Grid, Skips
+from megafusion.model.adapters import Skips
+from megafusion.model.config import Grid
 
 
 class Groups:
@@ -42,14 +43,14 @@ class Groups:
 def patches_by_size(
     adapter: nn.Module,
     sizes: Sequence[Size],
-    most_patches: int,
+    max_patches: int,
     latents_NCHW: Tensor,
     timesteps_N: Tensor,
     sizes_N: Tensor,
 ) -> tuple[Tensor, Skips]:
     """What `adapter` makes of images of several sizes, each at the top left of its latents.
 
-    Patches [N, most_patches, D], and each skip [N, numbers]: an image's own come first, then zeros, so that
+    Patches [N, max_patches, D], and each skip [N, numbers]: an image's own come first, then zeros, so that
     the shapes are the same whatever sizes a batch holds.
     """
     groups = Groups(sizes_N, len(sizes))
@@ -58,7 +59,7 @@ def patches_by_size(
         sizes, groups.take(latents_NCHW), groups.take(timesteps_N), strict=True
     ):
         patches, skips = adapter(latents[..., :height, :width], timesteps)
-        made.append(F.pad(patches, (0, 0, 0, most_patches - patches.shape[1])))
+        made.append(F.pad(patches, (0, 0, 0, max_patches - patches.shape[1])))
         kept.append([skip.flatten(1) for skip in skips])
     return groups.put(made), tuple(map(groups.put, map(_filled_up, zip(*kept, strict=True))))
 

@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 
 from megafusion.config import Config
 from megafusion.images.sizes import Size, say_sizes
-from megafusion.model.adapters import Grid
-from megafusion.model.attention import Backend
 
+Backend = Literal["auto", "sdpa", "flex", "interval", "flash"]
+Grid = tuple[int, int]
+"""Patches down and across an image."""
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -20,6 +21,8 @@ class ModelConfig(Config):
         "width": "hidden_size",
         "hidden_width": "ffn_hidden_size",
         "norm_epsilon": "norm_eps",
+        "latent_shape": "latent_channels latent_downsampling image_sizes",
+        "more_sizes": "image_sizes",
     }
 
     num_layers: int = Field(gt=0)
@@ -33,11 +36,14 @@ class ModelConfig(Config):
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of hidden_size, rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
-    """Text pieces plus boi and eoi, the tokenizer's vocab_size; and one more for each of more_sizes."""
-    latent_shape: tuple[Positive, Positive, Positive]
-    """Channels, height and hidden_size of an image's latents."""
-    more_sizes: tuple[tuple[Positive, Positive], ...] = ()
-    """Further heights and widths that an image's latents may have; each begins with a token of its own."""
+    """Text tokens plus boi and eoi, the tokenizer's vocab_size; and one boi more for each image size but the
+    first."""
+    latent_channels: int = Field(gt=0)
+    """Channels of an image's latents."""
+    latent_downsampling: int = Field(gt=0)
+    """Pixels that the autoencoder turns into one latent, along a side."""
+    image_sizes: tuple[tuple[Positive, Positive], ...] = Field(min_length=1)
+    """Heights and widths of images in pixels. Each size has a begin-of-image token of its own."""
     patch_size: Literal[1, 2, 4, 8]
     """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
     adapter: Literal["linear", "unet"] = "linear"
@@ -60,14 +66,15 @@ class ModelConfig(Config):
             )
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
-        for size in self.sizes:
-            if any(side % self.patch_size for side in size):
-                raise ValueError(f"patch_size {self.patch_size} does not divide the latents' sides {size}")
-        if len(set(self.sizes)) < len(self.sizes):
-            raise ValueError(
-                f"more_sizes: of {say_sizes(self.sizes)}, the first of which is latent_shape's, one comes "
-                "twice; name each once"
-            )
+        patch = self.latent_downsampling * self.patch_size
+        for size in self.image_sizes:
+            if any(side % patch for side in size):
+                raise ValueError(
+                    f"image_sizes: {say_sizes([size])} is not a multiple of latent_downsampling "
+                    f"{self.latent_downsampling} x patch_size {self.patch_size} = {patch} pixels"
+                )
+        if len(set(self.image_sizes)) < len(self.image_sizes):
+            raise ValueError(f"image_sizes: {say_sizes(self.image_sizes)} has a size twice; name each once")
         return self
 
     @property
@@ -79,21 +86,18 @@ class ModelConfig(Config):
         return self.ffn_hidden_size or -(-8 * self.hidden_size // 3 // 128) * 128
 
     @property
-    def sizes(self) -> tuple[Size, ...]:
-        """Every height and hidden_size of latents; an image names its own by the index in this list."""
-        return (self.latent_shape[1:], *self.more_sizes)
+    def latent_sizes(self) -> tuple[Size, ...]:
+        """Height and width of the latents of each image size."""
+        factor = self.latent_downsampling
+        return tuple((height // factor, width // factor) for height, width in self.image_sizes)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """Patches down and across an image, a size."""
-        return tuple((height // self.patch_size, width // self.patch_size) for height, width in self.sizes)
+        """Patches down and across an image of each size."""
+        patch = self.patch_size
+        return tuple((height // patch, width // patch) for height, width in self.latent_sizes)
 
     @property
-    def num_patches(self) -> int:
-        """Patches of an image of the first size."""
-        return math.prod(self.grids[0])
-
-    @property
-    def most_patches(self) -> int:
-        """Patches of an image of the largest size."""
-        return max(map(math.prod, self.grids))
+    def patches(self) -> tuple[int, ...]:
+        """Number of patches of an image of each size."""
+        return tuple(map(math.prod, self.grids))

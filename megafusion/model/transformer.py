@@ -5,7 +5,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megafusion.model.attention import BACKENDS, Backend
+from megafusion.model.attention import BACKENDS
+from megafusion.model.config import Backend
 from megafusion.model.rope import Rope
 from megafusion.sequence.intervals import Intervals
 

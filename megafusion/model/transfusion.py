@@ -12,7 +12,8 @@ from megafusion.model.config import ModelConfig
 from megafusion.model.rope import Rope, rope_at
 from megafusion.model.transformer import Block
 from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import Losses, Objective, ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
 
 
@@ -21,8 +22,8 @@ class Stem(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels = config.latent_shape[0]
-        self.sizes, self.num_patches = config.sizes, config.most_patches
+        channels = config.latent_channels
+        self.sizes, self.num_patches = config.latent_sizes, max(config.patches)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.adapter == "linear":
             self.adapter = LinearDown(channels, config.patch_size, config.hidden_size)
@@ -68,8 +69,8 @@ class Tail(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels = config.latent_shape[0]
-        self.sizes, self.grids, self.num_patches = config.sizes, config.grids, config.most_patches
+        channels = config.latent_channels
+        self.sizes, self.grids, self.num_patches = config.latent_sizes, config.grids, max(config.patches)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.adapter == "linear":
@@ -132,7 +133,7 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
         check_backend(config.attention, config.hidden_size // config.num_heads)
-        self.config, self.objective = config, Objective(objective, config.sizes)
+        self.config, self.objective = config, Objective(objective, config.latent_sizes)
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(
             Block(
@@ -154,13 +155,12 @@ class Transfusion(nn.Module):
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""
         inputs = batch.inputs()
-        noised = self.objective.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(
-            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
-        )
+        noised = self.objective.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
+        timesteps = self.objective.noise_process.timesteps(inputs.t)
+        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
         intervals, rope = batch.intervals(), self.rope(inputs.positions)
         for block in self.blocks:
             x_BSD = block(x_BSD, intervals, rope)
         hidden_BSD = self.tail(x_BSD)
-        images = self.tail.images(hidden_BSD, inputs.image_start, inputs.timesteps, skips, inputs.image_size)
+        images = self.tail.images(hidden_BSD, inputs.image_start, timesteps, skips, inputs.image_size)
         return self.objective(self.tail.head(hidden_BSD), images, batch.targets())

@@ -11,7 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from megafusion.model.adapters import Grid, Skips, TimestepEmbedding
+from megafusion.model.adapters import Skips, TimestepEmbedding
+from megafusion.model.config import Grid
 
 
 def _level_channels(channels: int, patch_size: int) -> list[int]:

@@ -6,23 +6,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from megafusion.config import Config
 from megafusion.images.sizes import Size, bounding_size
-from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import IGNORED_LABEL
 from megafusion.sequence.packing import Targets
-
-
-class ObjectiveConfig(Config):
-    """total = text + image_weight x image."""
-
-    image_weight: float = Field(5.0, ge=0)
-    """The paper's lambda: the weight of the mean diffusion loss an image beside the mean loss a token."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """The noise process."""
 
 
 class Losses(NamedTuple):
@@ -62,7 +52,7 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig, sizes: Sequence[Size] = ()):
         super().__init__()
         self.config = config
-        self.schedule = NoiseSchedule(config.schedule)
+        self.noise_process: NoiseProcess = config.noise_process.build()
         # Where the vocabulary is split over devices, another function takes its place.
         self.cross_entropy = cross_entropy
         # Whole numbers, which no change of the module's precision rounds.
@@ -72,7 +62,7 @@ class Objective(nn.Module):
 
     def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
         """The losses of next-token logits and of predictions for every image slot."""
-        target = self.schedule.target(targets.latents, targets.noise, targets.timesteps)
+        target = self.noise_process.target(targets.latents, targets.noise, targets.t)
         text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
         share = self.areas[targets.image_size] / self.canvas_area if len(self.areas) > 1 else None
         errors = squared_error(images_BNCHW, target, targets.image_start >= 0, share)

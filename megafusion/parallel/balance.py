@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import SequenceShape
 
@@ -22,11 +24,13 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
     the first size.
     """
     with torch.device("meta"):
-        one_block = config.model_copy(update={"num_layers": 1, "attention": "sdpa", "more_sizes": ()})
+        one_block = config.model_copy(
+            update={"num_layers": 1, "attention": "sdpa", "image_sizes": config.image_sizes[:1]}
+        )
         model = Transfusion(one_block, ObjectiveConfig())
         tokens = torch.zeros(1, shape.length, dtype=torch.int64)
         bounds = torch.zeros(1, shape.length, dtype=torch.int32)
-        latents = torch.zeros(1, shape.num_images, *shape.latent_shape)
+        latents = torch.zeros(1, shape.num_images, shape.latent_channels, *shape.sizes[0])
         timesteps = torch.zeros(1, shape.num_images, dtype=torch.int64)
     (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps)
     intervals, rope = Intervals(bounds, bounds, shape.length), model.rope(bounds)

@@ -114,7 +114,7 @@ def _shapes(model: Transfusion, shape: SequenceShape, num_rows: int, own: ImageS
 
 def shard_objective(config: RunConfig, mesh: Mesh) -> Objective:
     """The losses of logits that are divided by words and positions; alike on all ranks of a row."""
-    objective, slices = Objective(config.objective, config.model.sizes), SequenceShard(mesh)
+    objective, slices = Objective(config.objective, config.model.latent_sizes), SequenceShard(mesh)
     if mesh.size("tensor") > 1:
         vocab_shard = vocab_range(config.model.vocab_size, mesh.rank("tensor"), mesh.size("tensor"))
         objective.cross_entropy = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)

@@ -50,7 +50,7 @@ class Stage(nn.Module):
         self.stem = model.stem if blocks.start == 0 else None
         self.blocks = nn.ModuleDict({str(number): model.blocks[number] for number in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
-        self.schedule = model.objective.schedule
+        self.noise_process = model.objective.noise_process
         self.slices = SequenceShard(mesh)
         self.region = TensorParallelRegion(mesh) if mesh.size("tensor") > 1 else None
 
@@ -77,24 +77,25 @@ class Stage(nn.Module):
         return self._end(x_BSD, *slots_3BN, skips)
 
     def _begin(self, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
-        noised = self.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(
-            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
-        )
+        noised = self.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
+        timesteps = self.noise_process.timesteps(inputs.t)
+        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
         x_BSD = self.slices.reduce_or_scatter(x_BSD)
         if self.region is not None:
             x_BSD = self.region.reduce_or_scatter(x_BSD)
         rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end])
-        slots = torch.stack([inputs.image_start, inputs.timesteps.int(), inputs.image_size.int()])
+        # The bits of t: exact, and no second float tensor.
+        slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
     def _end(
-        self, x_BSD: Tensor, image_start: Tensor, timesteps: Tensor, image_size: Tensor, skips: Skips
+        self, x_BSD: Tensor, image_start: Tensor, t_bits: Tensor, image_size: Tensor, skips: Skips
     ) -> tuple[Tensor, Tensor]:
         hidden_BSD = self.tail(x_BSD)
         if self.region is not None:
             hidden_BSD = self.region.gather_or_copy(hidden_BSD)
         hidden_BSD = self.slices.gather_or_copy(hidden_BSD)
+        timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
         images = self.tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
         return self.tail.head(self.slices.take(hidden_BSD)), images
 

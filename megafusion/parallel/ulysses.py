@@ -4,6 +4,8 @@ The ranks of a row hold a slice of its positions each, and all heads. In attenti
 holds all positions of its share of the heads, so that the mask of whole rows serves as it is.
 """
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor

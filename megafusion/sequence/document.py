@@ -13,7 +13,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class NoisedImage:
-    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its timestep.
+    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its t in [0, 1).
 
     picture: uint8 [3, H, W] where latents are to be made of one; those are standard normal until then.
     size: index of its size among the model's.
@@ -21,7 +21,7 @@ class NoisedImage:
 
     latents: np.ndarray
     noise: np.ndarray
-    timestep: int
+    t: float
     picture: np.ndarray | None = None
     size: int = 0
 
@@ -51,19 +51,17 @@ class FlatDocument:
 def flatten(
     segments: Sequence[np.ndarray | Any],
     tokenizer: Tokenizer,
-    num_patches: int,
-    more_patches: Sequence[int] = (),
+    patches: Sequence[int],
 ) -> FlatDocument:
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
-    Texts are arrays of ids; anything else is an image, which goes into `images` as it is; its `size` says how
-    many patches it has, num_patches or one of more_patches, and with which boi it begins.
+    Texts are arrays of ids; anything else is an image, which goes into `images` as it is; its `size` says
+    which of `patches` it has, and with which boi it begins.
     Next-token targets stand at every position whose input is neither boi nor a patch: boi is predicted
     by the text before it, while what follows boi is denoised and eoi is put in without being asked for.
     """
     images = tuple(segment for segment in segments if not isinstance(segment, np.ndarray))
     texts = [segment for segment in segments if isinstance(segment, np.ndarray)]
-    patches = (num_patches, *more_patches)
     most = max(patches)
     length = 2 + sum(map(len, texts)) + sum(patches[image.size] + 2 for image in images)
     tokens = np.full(length, tokenizer.eoi, np.int64)  # the filler under patches is never read

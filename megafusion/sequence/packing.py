@@ -16,36 +16,24 @@ from megafusion.sequence.intervals import Intervals
 
 @dataclass(frozen=True)
 class SequenceShape:
-    """The fixed shape of a row: S positions, N image slots of P patches, latents [C, h, w], pictures of H x W
-    pixels where images come as those; and further sizes [h, w] that an image may have in place of the first.
+    """The fixed shape of a packed sequence: S positions and N image slots.
+
+    An image of size n has patches[n] patches, and latents [C, h, w] where h x w is sizes[n].
+    pixels_per_latent: along a side, where images come as pixels; 0 where they come as latents.
     """
 
     length: int
     num_images: int
-    num_patches: int
-    latent_shape: tuple[int, int, int]
-    picture_size: Size = (0, 0)
-    more_sizes: tuple[Size, ...] = ()
+    patches: tuple[int, ...]
+    latent_channels: int
+    sizes: tuple[Size, ...]
+    pixels_per_latent: int = 0
 
     @cached_property
-    def sizes(self) -> tuple[Size, ...]:
-        """Every height and width of latents, the first size's first."""
-        return (self.latent_shape[1:], *self.more_sizes)
-
-    @cached_property
-    def patches(self) -> tuple[int, ...]:
-        """Patches of an image, a size."""
-        first = self.latent_shape[1] * self.latent_shape[2]
-        return tuple(height * width * self.num_patches // first for height, width in self.sizes)
-
-    @cached_property
-    def picture_sizes(self) -> tuple[Size, ...]:
-        """Height and width of a picture in pixels, a size."""
-        first = self.latent_shape[1:]
-        return tuple(
-            tuple(side * pixels // one for side, pixels, one in zip(s, self.picture_size, first, strict=True))
-            for s in self.sizes
-        )
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Height and width in pixels of an image of each size."""
+        factor = self.pixels_per_latent
+        return tuple((height * factor, width * factor) for height, width in self.sizes)
 
     def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
         """Whether a document still fits behind what a row holds already."""
@@ -65,7 +53,7 @@ class Inputs(NamedTuple):
     row_end: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     image_size: Tensor
 
@@ -76,7 +64,7 @@ class Targets(NamedTuple):
     labels: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     num_text_targets: Tensor
     num_images: Tensor
@@ -90,7 +78,8 @@ class PackedBatch:
     tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where no LM loss;
     positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: which of the row's
     N x P patches stands here, -1 for text; row_start, row_end int32 [B, S]: the mask;
-    latents, noise float32 [B, N, C, H, W], zeros in unused slots; timesteps int64 [B, N];
+    latents, noise float32 [B, N, C, H, W], zeros in unused slots;
+    t float32 [B, N]: each image's time in the noise process, in [0, 1);
     image_start int32 [B, N]: first position of each image, -1 for an unused slot;
     image_size int64 [B, N]: index of each image's size. Of several, P is the largest's number of patches, H
     and W are the largest height and width, and an image or picture stands at the top left, before zeros;
@@ -106,7 +95,7 @@ class PackedBatch:
     row_end: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     image_size: Tensor
     pictures: Tensor
@@ -142,7 +131,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
     """One row from documents that fit in it together. Positions left over see only themselves."""
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)
-    most, latents = max(shape.patches), (shape.latent_shape[0], *bounding_size(shape.sizes))
+    most, latents = max(shape.patches), (shape.latent_channels, *bounding_size(shape.sizes))
     row = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.full(length, IGNORED_LABEL, np.int64),
@@ -152,10 +141,10 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
         "row_end": own + 1,
         "latents": np.zeros((slots, *latents), np.float32),
         "noise": np.zeros((slots, *latents), np.float32),
-        "timesteps": np.zeros(slots, np.int64),
+        "t": np.zeros(slots, np.float32),
         "image_start": np.full(slots, -1, np.int32),
         "image_size": np.zeros(slots, np.int64),
-        "pictures": np.zeros((slots, 3, *bounding_size(shape.picture_sizes)), np.uint8),
+        "pictures": np.zeros((slots, 3, *bounding_size(shape.image_sizes)), np.uint8),
         "has_picture": np.zeros(slots, bool),
     }
     first, slot = 0, 0
@@ -173,7 +162,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
             height, width = image.latents.shape[1:]
             row["latents"][slot, :, :height, :width] = image.latents
             row["noise"][slot, :, :height, :width] = image.noise
-            row["timesteps"][slot] = image.timestep
+            row["t"][slot] = image.t
             row["image_start"][slot] = first + start
             row["image_size"][slot] = image.size
             if image.picture is not None:

@@ -12,7 +12,7 @@ from megafusion.data.shards import Manifest
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import rows_of_rank
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts, picture_size
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import say_sizes
 from megafusion.model.attention import check_backend
@@ -31,7 +31,7 @@ class Components:
     tokenizer: Tokenizer
     codec: ImageCodec
     sources: dict[str, Source]
-    stream: DataLoader
+    loader: DataLoader
 
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
@@ -49,24 +49,24 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     check_backend(config.model.attention, config.model.hidden_size // config.model.num_heads)
     tokenizer = Tokenizer(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
-    check_parts(config.model, tokenizer, codec, picture_size(config.model, codec))
+    check_parts(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
     shape = config.sequence_shape
     for name, source in sources.items():
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
         if source.folder.manifest.images == "pictures":
-            shape = replace(shape, picture_size=picture_size(config.model, codec))
-    stream = DataLoader(
+            shape = replace(shape, pixels_per_latent=codec.downsampling)
+    loader = DataLoader(
         config.data,
         sources,
         shape,
         tokenizer,
-        config.objective.schedule.num_steps,
+        config.objective.noise_process.build(),
         config.train.global_batch_size,
         rows_of_rank(config, mesh),
         config.train.micro_batch_size,
     )
-    return Components(tokenizer, codec, sources, stream)
+    return Components(tokenizer, codec, sources, loader)
 
 
 def _check_compiler() -> None:
@@ -82,24 +82,23 @@ def _check_compiler() -> None:
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
     """UserError where a source's latents are not those of the model."""
     model = config.model
-    if manifest.latent_shape and manifest.latent_shape[0] != model.latent_shape[0]:
+    if manifest.latent_shape and manifest.latent_shape[0] != model.latent_channels:
         raise UserError(
-            f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
+            f"{key}: latents have {manifest.latent_shape[0]} channels, but model.latent_channels is "
+            f"{model.latent_channels}"
         )
     sizes = [shape[1:] for shape in manifest.latent_shapes]
-    if not set(sizes) <= set(model.sizes):
+    if not set(sizes) <= set(model.latent_sizes):
         raise UserError(
-            f"{key}: latents of shape {manifest.latent_shape}, but model.latent_shape is {model.latent_shape}"
-            if len(sizes) == len(model.sizes) == 1
-            else f"{key}: latents of {say_sizes(sizes)}, but the model has {say_sizes(model.sizes)} "
-            "(model.latent_shape, model.more_sizes); a model may have more sizes than its shards, not fewer"
+            f"{key}: latents of {say_sizes(sizes)}, but the model's are {say_sizes(model.latent_sizes)} "
+            "(model.image_sizes / model.latent_downsampling); a model may have more sizes than its shards, "
+            "not fewer"
         )
 
 
 def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
     """A pipeline of a run's model, its weights still to be put in."""
     pipeline_config = PipelineConfig(
-        image_size=picture_size(config.model, codec),
         model=config.model,
         objective=config.objective,
         sampling=config.sampling,

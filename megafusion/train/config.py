@@ -1,20 +1,21 @@
 """One file describes a run."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
 from megafusion.data.config import DataConfig
-from megafusion.engine.optimizer import OptimizerConfig
+from megafusion.engine.config import OptimizerConfig
 from megafusion.model.config import ModelConfig
-from megafusion.objective.losses import ObjectiveConfig
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.parallel.config import ParallelConfig, Recompute
 from megafusion.resilience.config import ResilienceConfig
-from megafusion.sequence.packing import SequenceShape
 from megafusion.telemetry.config import TelemetryConfig
+
+if TYPE_CHECKING:
+    from megafusion.sequence.packing import SequenceShape
 
 
 class SamplesConfig(Config):
@@ -92,22 +93,14 @@ class RunConfig(Config):
                 f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 "
                 "has not; use 1"
             )
-        positions = self.model.most_patches + 4  # bos, boi, eoi, eos
+        positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
                 f"an image takes {positions} positions, more than data.sequence_length "
                 f"{self.data.sequence_length}; raise it or model.patch_size"
             )
-        if self.data.image_first_max_timestep > self.objective.schedule.num_steps:
-            raise ValueError(
-                f"data.image_first_max_timestep {self.data.image_first_max_timestep} is beyond "
-                f"objective.schedule.num_steps {self.objective.schedule.num_steps}"
-            )
-        if self.sampling.num_steps > self.objective.schedule.num_steps:
-            raise ValueError(
-                f"sampling.num_steps {self.sampling.num_steps} is beyond objective.schedule.num_steps "
-                f"{self.objective.schedule.num_steps}"
-            )
+        if reason := self.objective.noise_process.build().refusal(self.sampling):
+            raise ValueError(reason)
         if self.samples.every % self.train.checkpoint_every:
             raise ValueError(
                 f"samples.every {self.samples.every} is not a multiple of train.checkpoint_every "
@@ -116,13 +109,15 @@ class RunConfig(Config):
         return self
 
     @property
-    def sequence_shape(self) -> SequenceShape:
+    def sequence_shape(self) -> "SequenceShape":
         """The shape of a packed row that data and model agree on."""
+        from megafusion.sequence.packing import SequenceShape
+
         data, model = self.data, self.model
         return SequenceShape(
             data.sequence_length,
             data.images_per_row,
-            model.num_patches,
-            model.latent_shape,
-            more_sizes=model.more_sizes,
+            model.patches,
+            model.latent_channels,
+            model.latent_sizes,
         )

@@ -82,6 +82,7 @@ def _train(
         mesh = make_mesh(config.parallel)
     with raise_on_all_ranks():
         parts = build_components(config, mesh)
+        loader = parts.loader
         if is_first:
             changed = freeze(config)
             attempts.claim()
@@ -108,15 +109,15 @@ def _train(
     watchdog.beat(0, "load checkpoint")
     if state := checkpoints.load_newest():
         step, spent_seconds = state["step"], state["seconds"]
-        parts.stream.restore(state["data"])
+        loader.load_state_dict(state["data"])
         rollback.load_state_dict(state.get("health", {}))
     attempts.resumed(step)
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
     sampler = Sampler(config, parts, engine.device) if is_first else None
     num_rows, shape = config.train.global_batch_size, config.sequence_shape
     timer = StepTimer(num_rows, shape, config.model, config.train.precision, step, spent_seconds)
-    packing = PackingMonitor(config.data.sources, num_rows * shape.length, engine, parts.stream.state())
-    encoder = ImageEncoder(parts.codec, config.model.sizes, engine)
+    packing = PackingMonitor(config.data.sources, num_rows * shape.length, engine, loader.state_dict())
+    encoder = ImageEncoder(parts.codec, config.model.latent_sizes, engine.device)
     stops = False
 
     def due(every: int) -> bool:
@@ -139,7 +140,7 @@ def _train(
             stops_on_write_error=config.train.on_save_error == "stop",
             silent=not is_first,
         )
-    with checkpointer, parts.stream, metrics:
+    with checkpointer, loader, metrics:
         checkpoints.say = metrics.say
         if dist.get_world_size() > 1:
             metrics.say(_laid_out(engine, config))
@@ -150,8 +151,8 @@ def _train(
             micro_batches = []
             with engine.consensus.defer_errors():
                 with speeds.waiting_for_data():
-                    batch = parts.stream.next()
-                micro_batches = encoder.encode(batch.micro_batches)
+                    batch = loader.next()
+                micro_batches = encoder.encode(batch)
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
             losses = train_step(engine, micro_batches, rate)
             stops = engine.consensus.stops
@@ -172,14 +173,15 @@ def _train(
             metrics.advance(step)
             if due(config.telemetry.log_every) or step == 1:
                 speed, warning = speeds.read()
-                figures = step_figures(losses, engine, rate) | packing.read(batch.state) | timer.read(step)
+                figures = step_figures(losses, engine, rate) | packing.read(loader.state_dict())
+                figures |= timer.read(step)
                 with engine.consensus.defer_errors():
                     metrics.log(step, figures | speed | rollback.figures() | checkpoints.figures())
                 if warning:
                     metrics.say(warning)
             if due(config.train.checkpoint_every):
                 watchdog.beat(step, "checkpoint")
-                checkpoints.save(state_now(), batch.state, is_last=step == last_step)
+                checkpoints.save(state_now(), loader.state_dict(), is_last=step == last_step)
             # From the checkpoint of this step, for no rank holds the whole average; the others go on.
             if sampler and config.samples.every and due(config.samples.every) and not stops:
                 watchdog.beat(step, "samples")
@@ -189,7 +191,7 @@ def _train(
         if step < last_step:
             watchdog.beat(step, "checkpoint")
             metrics.say(f"asked to stop: a checkpoint of step {step}, then exit status {ExitStatus.RETRY}")
-            checkpoints.save(state_now(), batch.state, is_last=True)
+            checkpoints.save(state_now(), loader.state_dict(), is_last=True)
         checkpoints.settle(must=step == last_step)
         engine.consensus.raise_deferred()
         watchdog.beat(step, "end")

@@ -55,7 +55,7 @@ def make_part(place: tuple[int, int, int, int]) -> tuple[EngineRun, dict[str, Sh
     """This rank's engine over its stage's parameters, cut for its tensor rank, all of them zero."""
     num_stages, num_data, num_tensor, zero = place
     mesh = PipeModelDataParallelTopology(num_pp=num_stages, num_mp=num_tensor, num_dp=num_data)
-    grid = PipelineParallelGrid(mesh=mesh)
+    grid = PipelineParallelGrid(topology=mesh)
     here = mesh.get_coord(dist.get_rank())
     names = STAGES[here.pipe] if num_stages == 2 else SHAPES
     model, layouts = nn.Module(), {}

@@ -53,7 +53,7 @@ def sources(tmp_path_factory) -> dict:
     }
 
 
-OPTIONS = {"more_sizes": SIZES[1:], "picture_size": (16, 16), "crop": 0.8, "num_streams": 4}
+OPTIONS = {"more_sizes": SIZES[1:], "pixels_per_latent": 4, "crop": 0.8, "num_streams": 4}
 
 
 def test_the_manifest_counts_images_by_size(sources):
@@ -69,12 +69,12 @@ def test_rows_are_alike_at_any_split_and_after_a_restart(sources):
     ]
     with halves[0], halves[1]:
         for number in range(24):
-            state = whole.state()
+            state = whole.state_dict()
             expected = digest(whole.next())
             assert [row for half in halves for row in digest(half.next())] == expected
             if number in (7, 20):  # past the epoch's end, too
                 resumed = stream_of(sources, range(4), 4, **OPTIONS)
-                resumed.restore(state)
+                resumed.load_state_dict(state)
                 assert digest(resumed.next()) == expected
 
 
@@ -82,7 +82,7 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
     stream = stream_of(sources, range(1), 1, **OPTIONS)
     seen = set()
     for _ in range(60):
-        (batch,) = stream.next().micro_batches
+        (batch,) = stream.next()
         for slot in (batch.image_start[0] >= 0).nonzero()[:, 0].tolist():
             size, start = int(batch.image_size[0, slot]), int(batch.image_start[0, slot])
             here = (batch.patch_index[0] // 4 == slot) & (batch.patch_index[0] >= 0)
@@ -117,8 +117,8 @@ def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_pat
         for more in ((), SIZES[1:])
     )
     for _ in range(5):
-        (first,), (second,) = one.next().micro_batches, several.next().micro_batches
-        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "timesteps", "image_start"):
+        (first,), (second,) = one.next(), several.next()
+        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "t", "image_start"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert torch.equal(first.noise, second.noise[..., :4, :4])
 
@@ -127,7 +127,7 @@ def test_lengths_are_estimated_by_each_size(sources):
     from megafusion.data.source import Source
 
     source = Source("pairs", 0, ShardFolder(sources["pairs"][0]), 4, 0)
-    shape = SequenceShape(64, 4, 4, (1, 4, 4), more_sizes=SIZES[1:])
+    shape = SequenceShape(64, 4, tuple(h * w // 4 for h, w in SIZES), 1, SIZES)
     manifest = source.folder.manifest
     expected = 2 + (manifest.num_tokens + 30 * (4 + 3 + 4) + 90 * 2) / 90
     assert source.positions_per_document(shape) == pytest.approx(expected)
@@ -137,22 +137,26 @@ def test_lengths_are_estimated_by_each_size(sources):
     ("changes", "message"),
     [
         (
-            {"more_sizes": [[12, 4]]},
-            r"data\.sources\.pairs: latents of 8x8, 6x10, 12x4, but the model has 8x8, 12x4 .*more_sizes",
+            {"image_sizes": [[32, 32], [48, 16]]},
+            r"data\.sources\.pairs: latents of 8x8, 6x10, 12x4, but the model's are 8x8, 12x4 .*image_sizes",
         ),
         (
-            {"latent_shape": [3, 8, 8]},
-            r"model\.latent_shape \(3, 8, 8\), but the autoencoder makes \(4, 8, 8\)",
+            {"latent_channels": 3},
+            r"model\.latent_channels is 3, but the autoencoder's is 4",
+        ),
+        (
+            {"latent_downsampling": 8, "patch_size": 1},
+            r"model\.latent_downsampling is 8, but the autoencoder's is 4",
         ),
         (
             {"vocab_size": 2048},
-            r"vocab_size 2048, but .* has 2050 ids .*a boi for each of the 2 model\.more_sizes",
+            r"vocab_size 2048, but .* has 2050 ids .*a boi for each of the 2 further model\.image_sizes",
         ),
     ],
 )
 def test_shards_and_model_that_do_not_fit(mixed_values, changes, message):
     mixed_values["model"] |= changes
-    if len(mixed_values["model"]["more_sizes"]) == 1:
+    if len(mixed_values["model"]["image_sizes"]) == 2:
         mixed_values["model"]["vocab_size"] = 2049
     config = parse_config(RunConfig, mixed_values, "test")
     start_process_group()
@@ -170,7 +174,7 @@ def test_pieces_of_a_document_hold_images_of_any_size_whole(parts, room, slots):
     segments = [
         np.full(part, 7, np.int32) if part > 0 else NoisedImage(None, None, 0, size=-part) for part in parts
     ]
-    whole = flatten(segments, Ids, patches[0], patches[1:])
+    whole = flatten(segments, Ids, patches)
     first, images, tokens, labels = 0, [], [], []
     while first < len(whole):
         last = find_cut(whole, first, len(whole), room, slots, 2)
@@ -193,7 +197,7 @@ def test_pieces_of_a_document_hold_images_of_any_size_whole(parts, room, slots):
 
 
 def test_an_image_of_the_largest_size_must_fit_in_a_row(mixed_values):
-    mixed_values["model"] |= {"more_sizes": [[20, 20]]}
+    mixed_values["model"] |= {"image_sizes": [[80, 80]]}
     with pytest.raises(UserError, match=r"an image takes 104 positions, more than data\.sequence_length 96"):
         parse_config(RunConfig, mixed_values, "test")
 

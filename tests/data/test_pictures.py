@@ -107,7 +107,7 @@ def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
         "pictures": (write_pictures(tmp_path / "pictures", 60), 1.0),
         "latents": (write_pairs(tmp_path / "latents", 60), 1.0),
     }
-    changes = {"picture_size": (16, 16), "crop": 0.7, "flip": 0.5}
+    changes = {"pixels_per_latent": 4, "crop": 0.7, "flip": 0.5}
     whole = stream_of(sources, range(4), 4, num_streams=4, **changes)
     halves = [
         stream_of(sources, rows, 4, num_streams=4, num_workers=n, **changes)
@@ -117,8 +117,8 @@ def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
         for _ in range(8):
             batch = whole.next()
             assert digest(batch) == [row for half in halves for row in digest(half.next())]
-    has_picture = torch.cat([micro.has_picture for micro in batch.micro_batches])
-    used = torch.cat([micro.image_start >= 0 for micro in batch.micro_batches])
+    has_picture = torch.cat([micro.has_picture for micro in batch])
+    used = torch.cat([micro.image_start >= 0 for micro in batch])
     assert has_picture.any()
     assert (used & ~has_picture).any()
     assert not (has_picture & ~used).any()
@@ -133,10 +133,10 @@ def test_a_broken_picture_is_left_out_and_counted(tmp_path):
         path.write_bytes(content)
     sources = {"pictures": (folder, 1.0)}
     with pytest.raises(UserError, match=r"document \d+: not readable \(a picture that cannot be opened\)"):
-        [stream_of(sources, range(1), 1, picture_size=(16, 16)).next() for _ in range(40)]
-    stream = stream_of(sources, range(1), 1, picture_size=(16, 16), on_error="skip", max_skip_rate=0.1)
+        [stream_of(sources, range(1), 1, pixels_per_latent=4).next() for _ in range(40)]
+    stream = stream_of(sources, range(1), 1, pixels_per_latent=4, on_error="skip", max_skip_rate=0.1)
     [stream.next() for _ in range(60)]
-    assert sum(stream.state()["streams"]["0"]["skipped"].values()) > 5
+    assert sum(stream.state_dict()["streams"]["0"]["skipped"].values()) > 5
 
 
 @pytest.fixture

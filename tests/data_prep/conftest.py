@@ -9,7 +9,12 @@ from data_prep.preprocess import preprocess
 @pytest.fixture
 def settings(tmp_path, tokenizer, vae_folder) -> dict:
     """Values of a PreprocessConfig that needs inputs alone."""
-    return {"out": tmp_path / "out", "tokenizer": tokenizer.path, "vae": vae_folder, "image_size": 32}
+    return {
+        "out": tmp_path / "out",
+        "tokenizer": tokenizer.path,
+        "vae": vae_folder,
+        "image_sizes": ((32, 32),),
+    }
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_prep.emoji import classifier as module
-from data_prep.emoji.classifier import OTHER, PictureClassifier
+from data_prep.emoji.classifier import OTHER, ImageClassifier
 from megafusion.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +23,8 @@ def pictures() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def classifier() -> PictureClassifier:
-    return PictureClassifier.load(WEIGHTS)
+def classifier() -> ImageClassifier:
+    return ImageClassifier.load(WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_training_learns_and_repeats_bit_for_bit(pictures, tmp_path):
     second.save(tmp_path / "second.safetensors")
     assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first.safetensors", "second.safetensors"]
-    assert PictureClassifier.load(tmp_path / "first.safetensors").classify(images) == keys
+    assert ImageClassifier.load(tmp_path / "first.safetensors").classify(images) == keys
 
 
 def test_wrong_input_is_refused_by_name(classifier, pictures, tmp_path):
@@ -103,7 +103,7 @@ def test_wrong_input_is_refused_by_name(classifier, pictures, tmp_path):
         if content:
             path.write_bytes(content)
         with pytest.raises(UserError, match=r"bad\.safetensors: no classifier weights"):
-            PictureClassifier.load(path)
+            ImageClassifier.load(path)
     with pytest.raises(UserError, match=r"no\.tar: no such file"):
         module.read_pack(tmp_path / "no.tar")
     (tmp_path / "keys.txt").write_text("1F34E-3d\nFFFF-3d\n")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from data_prep.config import PreprocessConfig
 from data_prep.preprocess import ShardRange, preprocess
-from data_prep.write import compressed
+from data_prep.write import to_webp
 from megafusion.cli import app
 from megafusion.config import load_config, parse_config
 from megafusion.data.augment import open_picture
@@ -37,7 +37,7 @@ def raw(tmp_path_factory):
 
 @pytest.fixture
 def inputs(raw) -> dict:
-    return {"pictures": (raw,), "more_image_sizes": PIXELS[1:], "documents_per_shard": 5, "batch_size": 3}
+    return {"images": (raw,), "image_sizes": PIXELS, "documents_per_shard": 5, "batch_size": 3}
 
 
 def all_documents(folder):
@@ -65,7 +65,7 @@ def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_pat
 
 def test_the_manifest_of_one_size_says_nothing_of_several(make, inputs, tmp_path):
     """Versions from before there were several read it."""
-    make(**inputs | {"more_image_sizes": ()})
+    make(**inputs | {"image_sizes": PIXELS[:1]})
     values = json.loads((tmp_path / "out/pairs/manifest.json").read_text())
     assert not {"more_sizes", "images_by_size"} & set(values)
     assert ShardFolder(tmp_path / "out/pairs").manifest.count_by_size == {(8, 8): 24}
@@ -94,7 +94,7 @@ def test_images_of_documents_go_to_sizes_too(make, inputs, tmp_path):
     pictures = [encoded(drawing(n, ASPECTS[n])) for n in range(3)]
     rows = [{"texts": ["a", None, "b", None], "images": [None, *pictures[:1], None, pictures[2]]}]
     parquet.write_table(Table.from_pylist(rows), tmp_path / "d.parquet")
-    (made,) = make(**inputs | {"pictures": (), "documents": (tmp_path / "d.parquet",)})
+    (made,) = make(**inputs | {"images": (), "documents": (tmp_path / "d.parquet",)})
     (document,) = all_documents(tmp_path / "out/interleaved")
     assert [s.shape for s in document.segments if s.ndim > 1] == [(2, 4, 8, 8), (2, 4, 12, 4)]
     assert made.images_by_size == {"12x4": 1, "8x8": 1}
@@ -106,12 +106,12 @@ def test_a_second_time_nothing_is_made_and_other_sizes_make_anew(make, inputs, t
     capsys.readouterr()
     make(**inputs)
     assert "up to date" in " ".join(capsys.readouterr().err.split())
-    make(**inputs | {"more_image_sizes": PIXELS[1:2]})
+    make(**inputs | {"image_sizes": PIXELS[:2]})
     assert made_files(tmp_path / "out/pairs") != first
 
 
 def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
-    make(**inputs, images="pictures")
+    make(**inputs, image_storage="pixels")
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         height, width = PIXELS[NEAREST[number % len(ASPECTS)]]
         kept = open_picture(document.segments[1])
@@ -120,25 +120,25 @@ def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
         assert kept.height >= min(height, given[1])
         assert kept.width <= width + 1 or kept.height <= height + 1 or kept.size == given
     # Of a square, the shorter side, as ever.
-    assert open_picture(compressed(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
-    assert open_picture(compressed(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
+    assert open_picture(to_webp(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
+    assert open_picture(to_webp(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([[24, 40], [24, 40]], "24x40 has the aspect of 24x40"),
-        ([[32, 32]], r"32x32 has the aspect of 32x32 \(image_size"),
-        ([[64, 64]], "64x64 has the aspect of 32x32"),
-        ([[48, 80], [24, 40]], "24x40 has the aspect of 48x80"),
-        ([[0, 40]], r"more_image_sizes\.0\.0.*greater than 0"),
+        ([[24, 40], [24, 40]], "24x40 has the aspect ratio of 24x40"),
+        ([[32, 32]], "32x32 has the aspect ratio of 32x32"),
+        ([[64, 64]], "64x64 has the aspect ratio of 32x32"),
+        ([[48, 80], [24, 40]], "24x40 has the aspect ratio of 48x80"),
+        ([[0, 40]], r"image_sizes\.1\.0.*greater than 0"),
         ([[24, 41]], r"image size 24 x 41: this autoencoder needs multiples of 4 pixels"),
     ],
 )
 def test_sizes_that_cannot_be(settings, inputs, tmp_path, sizes, message):
-    values = settings | {"pictures": inputs["pictures"], "more_image_sizes": sizes}
+    values = settings | {"images": inputs["images"], "image_sizes": [[32, 32], *sizes]}
     values = {key: value if isinstance(value, int | list) else str(value) for key, value in values.items()}
-    values["pictures"] = [str(path) for path in inputs["pictures"]]
+    values["images"] = [str(path) for path in inputs["images"]]
     with pytest.raises(UserError, match=message):
         preprocess(parse_config(PreprocessConfig, values, "test"))
     assert not (tmp_path / "out/pairs").exists()
@@ -153,7 +153,7 @@ def test_the_example_of_the_docs_is_whole(tmp_path):
     (command,) = re.findall(r"^megafusion train (.*?)\nmegafusion", section, re.MULTILINE | re.DOTALL)
     path, *overrides = shlex.split(command.replace("\\\n", " "))
     plain, run = load_config(RunConfig, ROOT / path), load_config(RunConfig, ROOT / path, overrides)
-    assert run.model.sizes == tuple((height // 8, width // 8) for height, width in pixels)
+    assert run.model.image_sizes == pixels
     assert run.model.vocab_size == plain.model.vocab_size + 2
     written = yaml.safe_load(second)
     for key, value in written["model"].items():
@@ -170,9 +170,9 @@ def megafusion(*arguments: object) -> str:
 
 def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mixed_values, tmp_path):
     """The commands of docs/data.md, on a smaller model."""
-    config = {"out": str(tmp_path / "out"), "image_size": 32, "pictures": [str(inputs["pictures"][0])]}
+    config = {"out": str(tmp_path / "out"), "images": [str(inputs["images"][0])]}
     config |= {"tokenizer": str(settings["tokenizer"]), "vae": str(settings["vae"])}
-    config |= {"more_image_sizes": [list(size) for size in PIXELS[1:]]}
+    config |= {"image_sizes": [list(size) for size in PIXELS]}
     (tmp_path / "preprocess.yaml").write_text(yaml.safe_dump(config))
     megafusion("preprocess", tmp_path / "preprocess.yaml")
     pairs, page = tmp_path / "out/pairs", tmp_path / "page.png"

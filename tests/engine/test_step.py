@@ -7,9 +7,10 @@ import torch
 
 from megafusion.config import parse_config
 from megafusion.data.loader import DataLoader
+from megafusion.engine.config import OptimizerConfig
 from megafusion.engine.ema import Ema
 from megafusion.engine.engine import Engine, make_engine, start_process_group
-from megafusion.engine.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from megafusion.engine.optimizer import learning_rate, make_optimizer
 from megafusion.engine.optimizer_state import optimizer_shards
 from megafusion.engine.step import train_step
 from megafusion.model.initialize import initialize
@@ -23,7 +24,7 @@ def alone(config: RunConfig) -> tuple[Engine, DataLoader]:
     """The engine and the stream of a run in this process alone."""
     start_process_group()
     mesh = make_mesh(config.parallel)
-    return make_engine(config, mesh), build_components(config, mesh).stream
+    return make_engine(config, mesh), build_components(config, mesh).loader
 
 
 def plain_model(config: RunConfig) -> Transfusion:
@@ -47,7 +48,7 @@ def test_overfits_one_batch_of_four_pairs(run_values):
     run_values["optimizer"] = {"gradient_clip": 1.0, "weight_decay": 0.0}
     config = parse_config(RunConfig, run_values, "test")
     engine, stream = alone(config)
-    batch = stream.next().micro_batches
+    batch = stream.next()
     assert batch[0].num_images == 4
     first = last = train_step(engine, batch, 3e-3)
     for step in range(700):
@@ -64,13 +65,13 @@ def test_accumulation_equals_one_large_batch(run_values):
         config = parse_config(RunConfig, run_values, "test")
         engine, stream = alone(config)
         for _ in range(3):
-            train_step(engine, stream.next().micro_batches, 1e-3)
+            train_step(engine, stream.next(), 1e-3)
         found.append({n: p.detach().clone() for n, p in engine.stage.named_parameters()})
     stream = alone(config)[1]
     model = plain_model(config)
     optimizer = make_optimizer(model, config.optimizer)
     for _ in range(3):
-        (batch,) = stream.next().micro_batches
+        (batch,) = stream.next()
         optimizer.zero_grad()
         model(batch).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)

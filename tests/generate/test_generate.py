@@ -10,8 +10,9 @@ from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import to_pil, to_tensor
-from megafusion.objective.noise_process import ScheduleConfig
-from megafusion.objective.sampler import SamplingConfig, guided, make_sampler
+from megafusion.objective.config import SamplingConfig
+from megafusion.objective.ddpm import DDPMConfig, scheduler
+from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
 from tests.support.whole import (
     CAPTIONS,
@@ -32,9 +33,9 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
-def image(seed: int, timestep: int = 0) -> NoisedImage:
+def image(seed: int, t: float = 0.0) -> NoisedImage:
     latents = np.random.default_rng(seed).standard_normal((4, 8, 8), dtype=np.float32)
-    return NoisedImage(latents, np.zeros_like(latents), timestep)
+    return NoisedImage(latents, np.zeros_like(latents), t)
 
 
 def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
@@ -59,11 +60,12 @@ def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
 def test_a_cached_denoising_pass_equals_the_training_layout(pipeline):
     model, decoder = pipeline.model, Decoder(pipeline.model)
     text = np.array([5, 6, 7])
-    noised = image(3, timestep=400)
+    noised = image(3, t=0.4)
     batch, _ = prompt_batch(pipeline, [[text, noised]])
     hidden, skips = full_hidden(model, batch)
+    timesteps = model.objective.noise_process.timesteps(batch.t)
     with torch.no_grad():
-        expected = model.tail.images(hidden, batch.image_start, batch.timesteps, skips)[0, 0]
+        expected = model.tail.images(hidden, batch.image_start, timesteps, skips)[0, 0]
     prefix, lengths = prompt_batch(pipeline, [[text]])
     cache = decoder.new_cache(1, 40)
     decoder.read_prompts(cache, prefix, lengths)
@@ -166,15 +168,17 @@ def test_a_guided_picture_steers_away_from_a_document_of_the_picture_alone(pipel
     monkeypatch.setattr(pipeline, "pictures", list)
     (found,) = pipeline.draw(["red apple"], seed=3)
     caption = np.array(pipeline.tokenizer.encode("red apple"))
-    sampler = make_sampler(sampling, model.objective.config.schedule)
+    process = model.objective.noise_process
+    sampler = process.sampler(sampling)
     latents = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(3))
     for timestep in sampler.timesteps:
-        noised = NoisedImage(latents.numpy(), np.zeros((4, 8, 8), np.float32), int(timestep))
+        noised = NoisedImage(latents.numpy(), np.zeros((4, 8, 8), np.float32), int(timestep) / 1000)
         batch, _ = prompt_batch(pipeline, [[caption, noised], [noised]])
         hidden, skips = full_hidden(model, batch)
+        timesteps = process.timesteps(batch.t)
         with torch.no_grad():
-            both = model.tail.images(hidden, batch.image_start, batch.timesteps, skips)[:, 0]
-        prediction = both[1] + sampling.guidance * (both[0] - both[1])
+            both = model.tail.images(hidden, batch.image_start, timesteps, skips)[:, 0]
+        prediction = both[1] + sampling.guidance_scale * (both[0] - both[1])
         latents = sampler.step(prediction, timestep, latents).prev_sample
     torch.testing.assert_close(found, latents, rtol=1e-3, atol=1e-3)
 
@@ -210,21 +214,21 @@ def test_the_seed_and_the_caption_decide_the_picture(pipeline):
 
 
 def test_guidance_of_one_is_the_conditional_prediction_alone(pipeline):
-    one = pipeline.config.sampling.model_copy(update={"guidance": 1.0})
-    nearly = pipeline.config.sampling.model_copy(update={"guidance": 1.0 + 1e-7})
+    one = pipeline.config.sampling.model_copy(update={"guidance_scale": 1.0})
+    nearly = pipeline.config.sampling.model_copy(update={"guidance_scale": 1.0 + 1e-7})
     a, b = (np.asarray(pipeline.draw(["apple"], sampling=s)[0], int) for s in (one, nearly))
     assert np.abs(a - b).max() <= 2
     conditional, unconditional = torch.tensor([2.0]), torch.tensor([1.0])
-    assert guided(conditional, unconditional, 3.0) == 4
+    assert apply_guidance(conditional, unconditional, 3.0) == 4
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("sampler", "num_steps"), [("ddim", 50), ("dpm++", 20)])
 def test_samplers_reach_the_clean_image_of_a_perfect_model(sampler, num_steps, prediction):
     """A model that knows x_0 exactly: any consistent sampler ends there."""
-    schedule = ScheduleConfig(prediction=prediction)
-    made = make_sampler(SamplingConfig(sampler=sampler, num_steps=num_steps), schedule)
-    clean, alphas = torch.randn(1, 2, 4, 4), schedule.scheduler().alphas_cumprod
+    config = DDPMConfig(prediction_type=prediction)
+    made = config.build().sampler(SamplingConfig(sampler=sampler, num_inference_steps=num_steps))
+    clean, alphas = torch.randn(1, 2, 4, 4), scheduler(config).alphas_cumprod
     x = torch.randn(1, 2, 4, 4)
     for t in made.timesteps:
         a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()

@@ -80,7 +80,7 @@ def test_a_lost_rank_on_another_machine_starts_all_again(run_values, tmp_path):
         environment |= {"PDSH_SSH_ARGS_APPEND": f"-F {client}", "MEGAFUSION_SITE": "local-test"}
         command = [LAUNCHERS / "deepspeed.sh", tmp_path / "hosts", tmp_path / "config.yaml"]
         with subprocess.Popen(
-            [*map(str, command), "model.latent_shape=[4,8,8]", f"out={run}"],
+            [*map(str, command), "model.image_sizes=[[32,32]]", f"out={run}"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

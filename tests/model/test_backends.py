@@ -10,7 +10,7 @@ from megafusion.model import attention as module
 from megafusion.model.attention import BACKENDS, auto, check_backend, flex, prepare_mask, sdpa, stored_choices
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 
 SMALL = {
@@ -18,7 +18,9 @@ SMALL = {
     "hidden_size": 32,
     "num_heads": 2,
     "vocab_size": 40,
-    "latent_shape": (2, 8, 8),
+    "latent_channels": 2,
+    "latent_downsampling": 1,
+    "image_sizes": ((8, 8),),
     "patch_size": 4,
 }
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

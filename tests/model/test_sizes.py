@@ -12,7 +12,7 @@ from megafusion.model.by_size import Groups
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
 
@@ -25,8 +25,9 @@ MODEL = {
     "num_kv_heads": 2,
     "ffn_hidden_size": 48,
     "vocab_size": 34,
-    "latent_shape": (CHANNELS, *SIZES[0]),
-    "more_sizes": SIZES[1:],
+    "latent_channels": CHANNELS,
+    "latent_downsampling": 1,
+    "image_sizes": SIZES,
     "patch_size": PATCH,
     "unet_channels": 4,
 }
@@ -39,7 +40,7 @@ class Ids:
 def image(size: int, seed: int, as_only_one: bool = False) -> NoisedImage:
     random = np.random.default_rng(seed)
     latents, noise = random.standard_normal((2, CHANNELS, *SIZES[size]), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)), size=0 if as_only_one else size)
+    return NoisedImage(latents, noise, int(random.integers(1000)) / 1000, size=0 if as_only_one else size)
 
 
 def document(parts: list[int], seed: int) -> FlatDocument:
@@ -49,11 +50,11 @@ def document(parts: list[int], seed: int) -> FlatDocument:
         random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + place)
         for place, part in enumerate(parts)
     ]
-    return flatten(segments, Ids, PATCHES[0], PATCHES[1:])
+    return flatten(segments, Ids, PATCHES)
 
 
 def shape(length: int, slots: int) -> SequenceShape:
-    return SequenceShape(length, slots, PATCHES[0], (CHANNELS, *SIZES[0]), more_sizes=SIZES[1:])
+    return SequenceShape(length, slots, PATCHES, CHANNELS, SIZES)
 
 
 def model(adapter: str, **changes) -> Transfusion:
@@ -158,24 +159,24 @@ def test_packed_equals_documents_one_by_one(adapter, layout):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
 def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, prediction):
-    objective = ObjectiveConfig(schedule={"prediction": prediction})
+    objective = ObjectiveConfig(noise_process={"prediction_type": prediction})
     torch.manual_seed(0)
     net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
     order = [1, 0, 2, 2, 1, 0, 0]
-    documents = [flatten([image(s, i)], Ids, PATCHES[0], PATCHES[1:]) for i, s in enumerate(order)]
+    documents = [flatten([image(s, i)], Ids, PATCHES) for i, s in enumerate(order)]
     rows = [pack_row(documents[:4], shape(60, 5)), pack_row(documents[4:], shape(60, 5))]
     mixed = collate(rows)
     results = []
     for number, size in enumerate(order):
-        only = {"latent_shape": (CHANNELS, *SIZES[size]), "more_sizes": ()}
+        only = {"image_sizes": (SIZES[size],)}
         single = Transfusion(ModelConfig(**MODEL | only, adapter=adapter), objective)
         single.load_state_dict(net.state_dict())
 
         class OnlyIds(Ids):
             boi = 31 + size if size else 30
 
-        flat = flatten([image(size, number, as_only_one=True)], OnlyIds, PATCHES[size])
-        row = pack_row([flat], SequenceShape(len(flat), 1, PATCHES[size], only["latent_shape"]))
+        flat = flatten([image(size, number, as_only_one=True)], OnlyIds, (PATCHES[size],))
+        row = pack_row([flat], SequenceShape(len(flat), 1, (PATCHES[size],), CHANNELS, (SIZES[size],)))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
     assert_equal(losses_and_gradients(net, mixed), summed(results))
 
@@ -234,10 +235,13 @@ def test_one_size_among_several_is_computed_as_alone_to_the_bit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"more_sizes": ((8, 8), (7, 4))}, r"patch_size 2 does not divide the latents' sides \(7, 4\)"),
-        ({"more_sizes": ((8, 8), (8, 8))}, "more_sizes: of 4x8, 8x8, 8x8, .* comes twice"),
-        ({"more_sizes": ((4, 8),)}, "more_sizes: of 4x8, 4x8, .* comes twice"),
-        ({"more_sizes": ((0, 8),)}, "greater than 0"),
+        (
+            {"image_sizes": ((8, 8), (7, 4))},
+            "7x4 is not a multiple of .* x patch_size 2 = 2 pixels",
+        ),
+        ({"image_sizes": ((4, 8), (8, 8), (8, 8))}, "image_sizes: 4x8, 8x8, 8x8 has a size twice"),
+        ({"image_sizes": ()}, "at least 1 item"),
+        ({"image_sizes": ((0, 8),)}, "greater than 0"),
     ],
 )
 def test_impossible_sizes_are_refused(changes, message):

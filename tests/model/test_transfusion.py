@@ -15,7 +15,7 @@ from megafusion.model.initialize import initialize
 from megafusion.model.rope import rope_at
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 from megafusion.train.config import RunConfig
 
@@ -26,7 +26,9 @@ SMALL = {
     "num_heads": 4,
     "ffn_hidden_size": 48,
     "vocab_size": 40,
-    "latent_shape": (2, 8, 8),
+    "latent_channels": 2,
+    "latent_downsampling": 1,
+    "image_sizes": ((8, 8),),
     "patch_size": 4,
     "unet_channels": 4,
 }
@@ -180,9 +182,9 @@ def test_residual_outputs_start_smaller_by_the_root_of_twice_the_layers(num_laye
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 5}, "head size"),
+        ({"num_heads": 5}, "head_dim"),
         ({"num_kv_heads": 3}, "num_kv_heads 3"),
-        ({"latent_shape": (2, 6, 8)}, "patch_size 4 does not divide"),
+        ({"image_sizes": ((6, 8),)}, "6x8 is not a multiple of"),
         ({"patch_size": 3}, "Input should be 1, 2, 4 or 8"),
     ],
 )

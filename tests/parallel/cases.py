@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import deepspeed
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ class Batches:
         images = {**data, "sources": {"pairs": data["sources"]["pairs"]}}
         images |= {"caption_first": 1.0, "caption_dropout": 1.0}
         configs = [parse_config(RunConfig, {**values, "data": d}, "test") for d in (data, text, images)]
-        self.streams = [build_components(config, mesh).stream for config in configs]
+        self.streams = [build_components(config, mesh).loader for config in configs]
         self.config, self.mesh, self.number = configs[0], mesh, 0
 
     def next(self) -> list[PackedBatch]:
@@ -50,13 +52,13 @@ class Batches:
         mixed, text, images = self.streams
         match self.number % 5:
             case 3:
-                return text.next().micro_batches
+                return text.next()
             case 4:
-                return images.next().micro_batches
+                return images.next()
             case 0:
-                halves = zip(text.next().micro_batches, images.next().micro_batches, strict=True)
+                halves = zip(text.next(), images.next().micro_batches, strict=True)
                 return [self._lopsided(number, *pair) for number, pair in enumerate(halves)]
-        return mixed.next().micro_batches
+        return mixed.next()
 
     def _lopsided(self, number: int, text: PackedBatch, images: PackedBatch) -> PackedBatch:
         train = self.config.train

@@ -37,8 +37,8 @@ class Training:
     def __init__(self, values: dict, folder: Path):
         config = parse_config(RunConfig, values, "test")
         mesh = make_mesh(config.parallel)
-        self.stream = build_components(config, mesh).stream
-        self.state = self.stream.state()
+        self.loader = build_components(config, mesh).loader
+        self.state = self.loader.state_dict()
         self.engine = make_engine(config, mesh)
         owned = optimizer_shards(self.engine.deepspeed, self.engine.stage.named_parameters())
         self.ema = Ema(owned, 0.9)
@@ -49,9 +49,9 @@ class Training:
         """Losses of the steps after the one that the run stands at."""
         losses = []
         for _ in range(num_steps):
-            batch = self.stream.next()
-            losses.append([float(x) for x in train_step(self.engine, batch.micro_batches, LEARNING_RATE)])
-            self.step, self.state = self.step + 1, batch.state
+            batch = self.loader.next()
+            losses.append([float(x) for x in train_step(self.engine, batch, LEARNING_RATE)])
+            self.step, self.state = self.step + 1, self.loader.state_dict()
             self.ema.update(self.step)
         return losses
 
@@ -62,7 +62,7 @@ class Training:
     def load(self, checkpoint: Path) -> None:
         state = self.checkpointer.load(checkpoint)
         self.step, self.state = state["step"], state["data"]
-        self.stream.restore(self.state)
+        self.loader.load_state_dict(self.state)
 
 
 def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:

@@ -29,7 +29,7 @@ CASES = [
 
 def values_of(case: Case, places: tuple) -> dict:
     values, mixed = case.values(*places), mixed_run(*places)
-    for key in ("more_sizes", "vocab_size"):
+    for key in ("image_sizes", "vocab_size"):
         values["model"][key] = mixed["model"][key]
     return values
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig, cross_entropy
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import cross_entropy
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.sharding import shard_spec_of
@@ -34,7 +35,10 @@ def values() -> tuple[torch.Tensor, ...]:
 
 def small_model() -> Transfusion:
     sizes = {"num_layers": 1, "hidden_size": WIDTH, "num_heads": 4, "vocab_size": VOCABULARY}
-    return Transfusion(ModelConfig(**sizes, latent_shape=(1, 2, 2), patch_size=2), ObjectiveConfig())
+    return Transfusion(
+        ModelConfig(**sizes, latent_channels=1, latent_downsampling=1, image_sizes=((2, 2),), patch_size=2),
+        ObjectiveConfig(),
+    )
 
 
 def plain() -> tuple[torch.Tensor, ...]:

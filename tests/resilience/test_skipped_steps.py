@@ -25,17 +25,17 @@ def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[li
     """
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    engine, stream = make_engine(config, mesh), build_components(config, mesh).stream
+    engine, loader = make_engine(config, mesh), build_components(config, mesh).loader
     skipped = []
     # A norm's weight, which is replicated over the tensor ranks.
     parameter = next(p for name, p in engine.stage.named_parameters() if "norm" in name)
     for number in range(5):
-        batch = stream.next()
+        batch = loader.next()
         if number == BAD and rank is None:
             continue
         hurt = number == BAD and torch.distributed.get_rank() == rank
         hook = parameter.register_hook(lambda gradient: gradient * bad) if hurt else None
-        train_step(engine, batch.micro_batches, 1e-3)
+        train_step(engine, batch, 1e-3)
         if hook:
             hook.remove()
         if engine.consensus.is_skipped:

@@ -24,11 +24,14 @@ def lay_out(documents: list[list[int]], num_patches: int, padding: int):
     """A packed row from documents given as segment lengths: 0 for an image, n > 0 for n text tokens."""
     image = NoisedImage(np.zeros(LATENTS, np.float32), np.zeros(LATENTS, np.float32), 0)
     flat = [
-        flatten([np.full(n, 9) if n else image for n in document], Ids, num_patches) for document in documents
+        flatten([np.full(n, 9) if n else image for n in document], Ids, (num_patches,))
+        for document in documents
     ]
     num_images = max(1, sum(len(document.images) for document in flat))
     length = sum(len(document) for document in flat) + padding
-    return collate([pack_row(flat, SequenceShape(length, num_images, num_patches, LATENTS))]), length
+    return collate(
+        [pack_row(flat, SequenceShape(length, num_images, (num_patches,), 1, (LATENTS[1:],)))]
+    ), length
 
 
 def mask_by_definition(documents: list[list[int]], num_patches: int, padding: int) -> torch.Tensor:

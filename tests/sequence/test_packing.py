@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import NoisedImage, cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
 
@@ -21,14 +21,14 @@ class Ids:
 
 def image(random: np.random.Generator) -> NoisedImage:
     latents, noise = random.standard_normal((2, *LATENTS), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)))
+    return NoisedImage(latents, noise, int(random.integers(1000)) / 1000)
 
 
 def document(lengths: list[int], seed: int):
     """A document of texts of these lengths, an image for each 0."""
     random = np.random.default_rng(seed)
     segments = [random.integers(3, 30, n) if n else image(random) for n in lengths]
-    return flatten(segments, Ids, NUM_PATCHES)
+    return flatten(segments, Ids, (NUM_PATCHES,))
 
 
 def test_targets_of_a_caption_and_its_image():
@@ -52,7 +52,7 @@ def test_targets_of_two_adjacent_images_and_a_caption():
 
 def test_a_row_holds_its_documents_side_by_side():
     first, second = document([3, 0], 0), document([0, 2], 1)
-    shape = SequenceShape(26, 3, NUM_PATCHES, LATENTS)
+    shape = SequenceShape(26, 3, (NUM_PATCHES,), 2, ((4, 4),))
     row = pack_row([first, second], shape)
     n, m = len(first), len(second)
     assert row["positions"].tolist() == [*range(n), *range(m), *[0] * (26 - n - m)]
@@ -61,7 +61,7 @@ def test_a_row_holds_its_documents_side_by_side():
     assert (row["patch_index"] >= 0).sum() == 2 * NUM_PATCHES
     assert row["patch_index"].max() == 2 * NUM_PATCHES - 1
     assert np.array_equal(row["latents"][1], second.images[0].latents)
-    assert row["timesteps"].tolist() == [first.images[0].timestep, second.images[0].timestep, 0]
+    assert row["t"].tolist() == pytest.approx([first.images[0].t, second.images[0].t, 0])
 
 
 def test_a_text_is_cut_into_documents_that_keep_its_targets():
@@ -70,7 +70,7 @@ def test_a_text_is_cut_into_documents_that_keep_its_targets():
     assert np.array_equal(np.concatenate([p.labels for p in pieces]), flat.labels)
     assert pieces[0].labels[-1] == pieces[1].tokens[0]
     assert [p.row_end.tolist() for p in pieces] == [[*range(1, n + 1)] for n in (8, 3, 11)]
-    row = pack_row(pieces, SequenceShape(22, 1, NUM_PATCHES, LATENTS))
+    row = pack_row(pieces, SequenceShape(22, 1, (NUM_PATCHES,), 2, ((4, 4),)))
     assert row["row_start"].tolist() == [0] * 8 + [8] * 3 + [11] * 11
     assert row["positions"].tolist() == [*range(8), *range(3), *range(11)]
 
@@ -84,7 +84,9 @@ def model(adapter: str) -> Transfusion:
         num_kv_heads=2,
         ffn_hidden_size=48,
         vocab_size=VOCABULARY,
-        latent_shape=LATENTS,
+        latent_channels=2,
+        latent_downsampling=1,
+        image_sizes=((4, 4),),
         patch_size=2,
         adapter=adapter,
         unet_channels=4,
@@ -119,11 +121,13 @@ def test_packed_equals_documents_one_by_one(adapter, layout):
     total_length = sum(len(d) for d in documents)
     num_images = sum(len(d.images) for d in documents)
     packed, packed_gradients, counts = losses_and_gradients(
-        net, [documents], SequenceShape(total_length + 2, num_images + 1, NUM_PATCHES, LATENTS)
+        net, [documents], SequenceShape(total_length + 2, num_images + 1, (NUM_PATCHES,), 2, ((4, 4),))
     )
     summed, summed_gradients = torch.zeros(3), {n: torch.zeros_like(g) for n, g in packed_gradients.items()}
     for single in documents:
-        shape = SequenceShape(max(NUM_PATCHES, len(single)), max(1, len(single.images)), NUM_PATCHES, LATENTS)
+        shape = SequenceShape(
+            max(NUM_PATCHES, len(single)), max(1, len(single.images)), (NUM_PATCHES,), 2, ((4, 4),)
+        )
         losses, gradients, _ = losses_and_gradients(net, [[single]], shape, counts)
         summed += losses
         for name, gradient in gradients.items():
@@ -136,7 +140,7 @@ def test_packed_equals_documents_one_by_one(adapter, layout):
 def test_micro_batches_with_global_counts_add_up_to_the_whole():
     net = model("linear")
     rows = [[document([3, 0], 0)], [document([6], 1)], [document([0, 0], 2)], [document([1], 3)]]
-    shape = SequenceShape(24, 2, NUM_PATCHES, LATENTS)
+    shape = SequenceShape(24, 2, (NUM_PATCHES,), 2, ((4, 4),))
     whole, _, counts = losses_and_gradients(net, rows, shape)
     parts = [losses_and_gradients(net, rows[i : i + 2], shape, counts)[0] for i in (0, 2)]
     torch.testing.assert_close(whole, sum(parts), rtol=1e-6, atol=1e-6)
@@ -144,7 +148,7 @@ def test_micro_batches_with_global_counts_add_up_to_the_whole():
 
 def test_a_batch_without_images_or_without_text_has_finite_losses():
     net = model("unet")
-    shape = SequenceShape(12, 1, NUM_PATCHES, LATENTS)
+    shape = SequenceShape(12, 1, (NUM_PATCHES,), 2, ((4, 4),))
     text_only, gradients, _ = losses_and_gradients(net, [[document([4], 0)]], shape)
     assert text_only[1] == 0
     assert torch.isfinite(text_only).all()

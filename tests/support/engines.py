@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass, field
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from megafusion.engine.config import OptimizerConfig
 from megafusion.engine.ema import Ema
-from megafusion.engine.optimizer import OptimizerConfig, make_optimizer
+from megafusion.engine.optimizer import make_optimizer
 from megafusion.engine.optimizer_state import OptimizerShard, optimizer_shards
 
 ROWS = 4

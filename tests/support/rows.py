@@ -11,6 +11,7 @@ from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader
 from megafusion.data.shards import write_shards
 from megafusion.data.source import open_sources
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape
 
 
@@ -83,8 +84,8 @@ def stream_of(
     slots: int = 4,
     num_patches: int = NUM_PATCHES,
     latents: tuple[int, int, int] = LATENTS,
-    picture_size: tuple[int, int] = (0, 0),
     more_sizes: tuple[tuple[int, int], ...] = (),
+    pixels_per_latent: int = 0,
     seed: int = 0,
     micro: int = 1,
     ids: type[Ids] = Ids,
@@ -100,15 +101,18 @@ def stream_of(
         "num_streams": num_rows,
     }
     config = DataConfig(**values | changes)
-    shape = SequenceShape(length, slots, num_patches, latents, picture_size, more_sizes)
+    channels, *first = latents
+    sizes = (tuple(first), *more_sizes)
+    patches = tuple(height * width * num_patches // (first[0] * first[1]) for height, width in sizes)
+    shape = SequenceShape(length, slots, patches, channels, sizes, pixels_per_latent)
     opened = open_sources(config, ids, "v", seed)
-    return DataLoader(config, opened, shape, ids, 1000, num_rows, rows, micro)
+    return DataLoader(config, opened, shape, ids, DDPMConfig().build(), num_rows, rows, micro)
 
 
-def digest(batch) -> list[str]:
+def digest(micro_batches) -> list[str]:
     """A hash of every row of a global batch."""
     rows = []
-    for micro in batch.micro_batches:
+    for micro in micro_batches:
         for row in range(len(micro.tokens)):
             whole = hashlib.sha256()
             for name, value in vars(micro).items():

@@ -34,9 +34,8 @@ def make_mixed_shards(folder: Path, vae: Path) -> Path:
             out=folder,
             tokenizer=TOKENIZER,
             vae=vae,
-            pictures=(raw,),
-            image_size=32,
-            more_image_sizes=PIXELS[1:],
+            images=(raw,),
+            image_sizes=PIXELS,
             texts=(texts,),
             documents_per_shard=8,
         )
@@ -47,5 +46,5 @@ def make_mixed_shards(folder: Path, vae: Path) -> Path:
 def mixed_run(shards: Path, vae: Path, out: Path) -> dict:
     """Plain values of `small_run` with images of three sizes."""
     values = small_run(shards, vae, out)
-    values["model"] |= {"more_sizes": [list(size) for size in SIZES[1:]], "vocab_size": 2050}
+    values["model"] |= {"image_sizes": [list(size) for size in PIXELS], "vocab_size": 2050}
     return values

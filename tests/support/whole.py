@@ -1,14 +1,12 @@
 """What tests of generation hold the cache against: the model over whole rows, and each row alone."""
 
-import math
-
 import torch
 
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
 from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.sampler import SamplingConfig
+from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 
@@ -25,10 +23,9 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.ndim > 1 else 1)
     config = PipelineConfig(
-        image_size=(32, 32),
         model=model_config,
         objective=run_config.objective,
-        sampling=SamplingConfig(sampler="ddim", num_steps=num_steps, max_new_tokens=5),
+        sampling=SamplingConfig(sampler="ddim", num_inference_steps=num_steps, max_new_tokens=5),
     )
     return TransfusionPipeline(model, tokenizer, codec, config)
 
@@ -36,16 +33,17 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
 def prompt_batch(pipeline, segments_of_rows):
     """A batch of a document a row, and their lengths without eos."""
     model = pipeline.config.model
-    first, *more = (math.prod(grid) for grid in model.grids)
-    documents = [flatten(s, pipeline.tokenizer, first, more) for s in segments_of_rows]
-    shape = SequenceShape(max(map(len, documents)), 3, first, model.latent_shape, more_sizes=model.more_sizes)
+    documents = [flatten(s, pipeline.tokenizer, model.patches) for s in segments_of_rows]
+    length = max(map(len, documents))
+    shape = SequenceShape(length, 3, model.patches, model.latent_channels, model.latent_sizes)
     return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
 
 
 @torch.no_grad()
 def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
-    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, batch.timesteps, batch.image_size)
+    timesteps = model.objective.noise_process.timesteps(batch.t)
+    x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
     intervals, rope = batch.intervals(), model.rope(batch.positions)
     for block in model.blocks:
         x = block(x, intervals, rope)

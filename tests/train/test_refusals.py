@@ -131,10 +131,10 @@ def test_a_flipped_byte_in_a_shard_is_seen_by_its_hash(own_shards):
     [
         ("model", {"num_heads": 0}, r"key 'model\.num_heads'"),
         ("model", {"hidden_size": -4}, r"key 'model\.hidden_size'"),
-        ("model", {"latent_shape": [0, 8, 8]}, r"key 'model\.latent_shape\.0'"),
+        ("model", {"image_sizes": [[0, 8]]}, r"key 'model\.image_sizes\.0\.0'"),
         ("optimizer", {"betas": [2.0, 0.5]}, r"key 'optimizer\.betas\.0'"),
         ("optimizer", {"learning_rate": float("inf")}, r"key 'optimizer\.learning_rate'"),
-        ("sampling", {"num_steps": 5000}, r"sampling\.num_steps 5000 is beyond"),
+        ("sampling", {"num_inference_steps": 5000}, r"sampling\.num_inference_steps 5000 exceeds"),
         ("samples", {"every": 4}, r"samples\.every 4 is not a multiple of train\.checkpoint_every 3"),
     ],
 )

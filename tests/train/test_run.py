@@ -144,7 +144,7 @@ def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
     engine = make_engine(run_config, mesh)
     before = states()
     for _ in range(2):
-        train_step(engine, parts.stream.next().micro_batches, 1e-3)
+        train_step(engine, parts.loader.next(), 1e-3)
     assert states() == before
     torch.rand(1)
     assert states() != before
@@ -279,7 +279,11 @@ def test_a_disk_that_is_full_ends_the_run_with_its_last_checkpoint_whole(run_val
 def test_what_does_not_fit_is_refused_before_anything_is_written(run_values, tmp_path):
     cases = [
         (("model", "vocab_size"), 2000, r"model\.vocab_size 2000.*has 2048 ids"),
-        (("model", "latent_shape"), [4, 16, 16], r"data\.sources\.pairs: latents of shape \(4, 8, 8\)"),
+        (
+            ("model", "image_sizes"),
+            [[64, 64]],
+            r"pairs: latents of 8x8, but the model's are 16x16",
+        ),
         (("data", "tokenizer"), str(tmp_path / "none.model"), r"none\.model: no such tokenizer"),
         (("data", "vae"), str(tmp_path / "none"), r"none: no config\.json"),
         (("data", "num_streams"), 6, r"num_streams 6"),

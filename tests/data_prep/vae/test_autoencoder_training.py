@@ -10,14 +10,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_prep.vae import train
-from data_prep.vae.data import (
-    PictureConfig,
+from data_prep.vae.dataset import (
+    ImageDataConfig,
     find_shards,
-    held_out_pictures,
+    held_out_images,
     is_held_out,
     training_batches,
 )
-from data_prep.vae.measure import measure
+from data_prep.vae.evaluation import measure
 from data_prep.vae.train import AutoencoderConfig, learning_rate, train_autoencoder
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
@@ -103,7 +103,7 @@ def test_a_short_training_learns_and_writes_its_folder(config):
 
     codec = ImageCodec.from_pretrained(out)
     assert codec.hash == report["codec_sha256"]
-    keys, held_out = held_out_pictures(config().data, find_shards(config().data))
+    keys, held_out = held_out_images(config().data, find_shards(config().data))
     assert len(keys) == report["num_held_out_pictures"]
     measured, reconstructions = measure(codec, held_out)
     assert measured == {key: report[key] for key in measured}
@@ -172,8 +172,10 @@ def test_both_styles_of_a_concept_fall_on_one_side():
 
 
 def test_an_epoch_holds_every_training_picture_once(shard):
-    config = PictureConfig(shards=[str(shard)], image_size=32, held_out_fraction=0.15, horizontal_flip=False)
-    _, held_out = held_out_pictures(config, [shard])
+    config = ImageDataConfig(
+        shards=[str(shard)], image_size=32, held_out_fraction=0.15, horizontal_flip=False
+    )
+    _, held_out = held_out_images(config, [shard])
     num_training = 48 - len(held_out)
     stream = training_batches(config, [shard], num_training, seed=0)
     first, second = next(stream), next(stream)
@@ -189,9 +191,9 @@ def test_an_epoch_holds_every_training_picture_once(shard):
 
 def test_flips_mirror_about_half(shard):
     options = {"shards": [str(shard)], "image_size": 32, "held_out_fraction": 0.15}
-    flipped = next(training_batches(PictureConfig(**options), [shard], 40, 0))
+    flipped = next(training_batches(ImageDataConfig(**options), [shard], 40, 0))
     pictures = [disc(i) for i in range(48)]
-    plain = train.held_out_pictures(PictureConfig(**options | {"held_out_fraction": 0.999999}), [shard])[1]
+    plain = train.held_out_images(ImageDataConfig(**options | {"held_out_fraction": 0.999999}), [shard])[1]
     assert len(plain) == len(pictures)
     upright = sum(any(torch.equal(x, p) for p in plain) for x in flipped)
     mirrored = sum(any(torch.equal(x.flip(-1), p) for p in plain) for x in flipped)
@@ -257,7 +259,7 @@ def test_the_committed_autoencoder_is_as_good_as_it_says():
     codec = ImageCodec.from_pretrained(folder)
     assert codec.hash == report["codec_sha256"]
     shards = [ROOT / "data_prep/emoji/emoji-000000.tar"]
-    _, held_out = held_out_pictures(recipe.data, shards)
+    _, held_out = held_out_images(recipe.data, shards)
     assert len(held_out) == report["num_held_out_pictures"]
     measured, _ = measure(codec, held_out)
     assert measured["psnr"] == pytest.approx(report["psnr"], abs=0.02)

@@ -10,9 +10,9 @@ from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
 from data_prep.preprocess import ShardRange
-from data_prep.readers import inputs
-from data_prep.readers.lines import LineReader, byte_parts, count_lines
-from data_prep.readers.tables import group_parts
+from data_prep.readers import splits
+from data_prep.readers.jsonl import LineReader, byte_ranges, count_lines
+from data_prep.readers.parquet import row_group_ranges
 from megafusion.errors import UserError
 from tests.support.raw import drawing, encoded, made_files, png
 
@@ -33,8 +33,8 @@ def large(tmp_path) -> dict:
         tmp_path / "c.parquet",
         row_group_size=3,
     )
-    pictures = [encoded(drawing(n % 9)) if n != 7 else b"no picture" for n in range(14)]
-    table = pyarrow.table({"image": pictures, "caption": [f"c {n}" for n in range(14)]})
+    images = [encoded(drawing(n % 9)) if n != 7 else b"no image" for n in range(14)]
+    table = pyarrow.table({"image": images, "caption": [f"c {n}" for n in range(14)]})
     parquet.write_table(table, tmp_path / "d.parquet", row_group_size=2)
     documents = [{"texts": [f"a {n}", None], "images": [None, png()]} for n in range(11)]
     parquet.write_table(pyarrow.Table.from_pylist(documents), tmp_path / "e.parquet", row_group_size=2)
@@ -42,7 +42,7 @@ def large(tmp_path) -> dict:
     (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, web)))
     return {
         "texts": tuple(tmp_path / name for name in ("a.txt", "b.jsonl", "c.parquet")),
-        "pictures": (tmp_path / "d.parquet",),
+        "images": (tmp_path / "d.parquet",),
         "documents": tuple(tmp_path / name for name in ("e.parquet", "f.jsonl")),
         "documents_per_shard": 7,
         "batch_size": 3,
@@ -59,10 +59,10 @@ def test_any_cut_of_the_files_makes_the_same_bytes(make, settings, large, tmp_pa
     assert set(report["bad"]) == {"not UTF-8", "no string under 'text'"}
     assert report["dropped"]["exact duplicate"] > 20
     for num_bytes, num_workers in ((97, 0), (400, 2)):
-        monkeypatch.setattr(inputs, "BYTES_A_PIECE", num_bytes)
+        monkeypatch.setattr(splits, "BYTES_PER_SPLIT", num_bytes)
         for kind in ("pair", "text", "interleaved"):
-            pieces = inputs.find_pieces(kind, PreprocessConfig(**settings | large))
-            assert len(pieces) >= 3 * len({piece.files for piece in pieces})
+            found = splits.find_splits(kind, PreprocessConfig(**settings | large))
+            assert len(found) >= 3 * len({split.files for split in found})
         out = tmp_path / f"parts of {num_bytes}"
         make(**large, out=out, num_workers=num_workers)
         assert {kind: made_files(out / kind) for kind in KINDS} == whole
@@ -78,7 +78,7 @@ def test_half_made_work_of_other_parts_is_not_taken_for_its_own(make, large, tmp
     values = large | {"out": tmp_path / "out"}
     make(ShardRange(0, 2), **values)
     assert list((tmp_path / "out").glob("text.*.partial/work/scan/*.parquet"))
-    monkeypatch.setattr(inputs, "BYTES_A_PIECE", 200)
+    monkeypatch.setattr(splits, "BYTES_PER_SPLIT", 200)
     make(**values)
     for kind in KINDS:
         assert made_files(tmp_path / "out" / kind) == made_files(tmp_path / "whole" / kind)
@@ -88,21 +88,21 @@ def test_half_made_work_of_other_parts_is_not_taken_for_its_own(make, large, tmp
 def test_a_bad_line_of_a_part_is_named_by_its_number_in_the_file(
     make, large, tmp_path, monkeypatch, name, place
 ):
-    monkeypatch.setattr(inputs, "BYTES_A_PIECE", 100)
+    monkeypatch.setattr(splits, "BYTES_PER_SPLIT", 100)
     with pytest.raises(UserError, match=rf"{name}, {place}: "):
         make(texts=(tmp_path / name,))
 
 
 def test_what_is_cut(make, large, tmp_path, monkeypatch):
     """Parquet by its row groups, however many bytes are asked for; what is no parquet is not cut."""
-    assert group_parts(tmp_path / "c.parquet", 1) == [(n, n + 1) for n in range(14)]
-    assert group_parts(tmp_path / "c.parquet", 1 << 30) == [(0, 14)]
-    some = group_parts(tmp_path / "c.parquet", 300)
+    assert row_group_ranges(tmp_path / "c.parquet", 1) == [(n, n + 1) for n in range(14)]
+    assert row_group_ranges(tmp_path / "c.parquet", 1 << 30) == [(0, 14)]
+    some = row_group_ranges(tmp_path / "c.parquet", 300)
     assert 1 < len(some) < 14
     assert [group for first, end in some for group in range(first, end)] == list(range(14))
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more, but long enough")
-    assert group_parts(tmp_path / "c.parquet", 1) == []
-    monkeypatch.setattr(inputs, "BYTES_A_PIECE", 1)
+    assert row_group_ranges(tmp_path / "c.parquet", 1) == []
+    monkeypatch.setattr(splits, "BYTES_PER_SPLIT", 1)
     with pytest.raises(UserError, match=r"c\.parquet: not readable as parquet"):
         make(texts=(tmp_path / "c.parquet",))
 
@@ -118,10 +118,10 @@ def test_the_lines_of_all_parts_are_those_of_the_file(tmp_path_factory, content,
     path.write_bytes(content)
     reader, before = LineReader(path), 0
     found = []
-    for part in byte_parts(path, num_bytes):
+    for part in byte_ranges(path, num_bytes):
         assert count_lines(path, 0, part[0]) == before
-        found += [(before + int(record.key), record.at) for record in reader.records(*part)]
+        found += [(before + int(record.key), record.location) for record in reader.records(*part)]
         before += count_lines(path, *part)
-    assert found == [(int(record.key), record.at) for record in reader.records()]
+    assert found == [(int(record.key), record.location) for record in reader.records()]
     assert before == len(content.splitlines()) if b"\r" not in content else True
     reader._file.close()

@@ -16,7 +16,7 @@ from megafusion.errors import UserError
 STATE_NAME = "state.safetensors"
 
 
-def save_state(
+def save_checkpoint(
     folder: Path,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
@@ -50,7 +50,7 @@ def read_meta(folder: Path) -> dict | None:
         raise UserError(f"{path}: not readable ({error}); delete {folder} to begin anew") from error
 
 
-def load_state(
+def load_checkpoint(
     folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> None:
     """Put the saved values back into modules and optimizers of the same shapes, and the random state."""
@@ -73,7 +73,7 @@ def load_state(
             torch.cuda.set_rng_state(file.get_tensor("random/cuda"))
 
 
-def remove_state(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Forget an unfinished training."""
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Files of lines: a text a line, or JSON."""
+"""Text files with a document per line, and JSON Lines."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from data_prep.readers.records import BadRecord, Record
 
 
 class LineReader:
-    """The lines of a file that hold anything; a record's place: offset and size."""
+    """Reads the non-blank lines of a file. A record's location: offset and size in bytes."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file = path.open("rb", buffering=0)
 
     def records(self, first: int = 0, end: int | None = None) -> Iterator[Record]:
-        """A record a line that begins in bytes [first, end), which its key numbers from 1 on there."""
+        """A record per line that begins in bytes [first, end); its key is its number there, from 1."""
         with self.path.open("rb") as file:
             offset = _seek_line(file, first)
             for number, line in enumerate(file, start=1):
@@ -28,10 +28,10 @@ class LineReader:
                 offset += len(line)
 
     def read(self, record: Record) -> str:
-        """A line. Raises BadRecord where it is not UTF-8."""
-        offset, size = record.at
+        """A line. Raises BadRecord for invalid UTF-8."""
+        offset, size = record.location
         try:
-            # Some programs put a mark before a file's first line.
+            # Some programs write a byte order mark before the first line.
             return os.pread(self._file.fileno(), size, offset).decode("utf-8" if offset else "utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadRecord("not UTF-8") from error
@@ -41,8 +41,8 @@ class LineReader:
         return f"{self.path}, line {record.key}"
 
 
-class JsonReader(LineReader):
-    """The texts of one key of JSON lines."""
+class JsonlReader(LineReader):
+    """Reads the texts under one key of JSON Lines."""
 
     def __init__(self, path: Path, key: str):
         super().__init__(path)
@@ -50,20 +50,20 @@ class JsonReader(LineReader):
 
     def read(self, record: Record) -> str:
         """A text. Raises BadRecord."""
-        value = json_line(super().read(record)).get(self._key)
+        value = parse_json_line(super().read(record)).get(self._key)
         if not isinstance(value, str):
             raise BadRecord(f"no string under {self._key!r}")
         return value
 
 
-def byte_parts(path: Path, num_bytes: int) -> list[tuple[int, int]]:
-    """The bytes of a file, so many at a time: first and end."""
+def byte_ranges(path: Path, num_bytes: int) -> list[tuple[int, int]]:
+    """Ranges [first, end) of `num_bytes` bytes that cover a file."""
     size = path.stat().st_size
     return [(first, min(first + num_bytes, size)) for first in range(0, size, num_bytes)]
 
 
 def count_lines(path: Path, first: int, end: int) -> int:
-    """Lines that begin in bytes [first, end)."""
+    """Number of lines that begin in bytes [first, end)."""
     count, block = 0, 1 << 20
     with path.open("rb") as file:
         start = _seek_line(file, first)
@@ -75,24 +75,24 @@ def count_lines(path: Path, first: int, end: int) -> int:
 
 
 def _seek_line(file: BinaryIO, first: int) -> int:
-    """Go to where the first line begins at or after a byte."""
+    """Seek to the first line that begins at or after a byte; its offset."""
     if first:
         file.seek(first - 1)
         file.readline()
     return file.tell()
 
 
-def json_line(line: str) -> dict:
-    """A line's mapping. Raises BadRecord."""
+def parse_json_line(line: str) -> dict:
+    """The JSON object of a line. Raises BadRecord."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadRecord("no JSON") from error
-    if "\\u" in line:  # half a character can be written so, and in no other way
+        raise BadRecord("not valid JSON") from error
+    if "\\u" in line:  # only an escape can hold an unpaired surrogate
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise BadRecord("not UTF-8") from error
     if not isinstance(value, dict):
-        raise BadRecord("no mapping")
+        raise BadRecord("not a JSON object")
     return value

@@ -21,7 +21,7 @@ from megafusion.images.processor import to_tensor
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
-class PictureConfig(Config):
+class ImageDataConfig(Config):
     """Which pictures the autoencoder learns from."""
 
     shards: list[str] = Field(min_length=1)
@@ -43,7 +43,7 @@ class PictureConfig(Config):
     """Compressed pictures held in memory for shuffling; an epoch that fits is shuffled perfectly."""
 
 
-def find_shards(config: PictureConfig) -> list[Path]:
+def find_shards(config: ImageDataConfig) -> list[Path]:
     """The shards that the patterns name, sorted; UserError for a pattern that names none."""
     shards: set[str] = set()
     for pattern in config.shards:
@@ -61,7 +61,7 @@ def is_held_out(key: str, fraction: float) -> bool:
     return draw < fraction
 
 
-def held_out_pictures(config: PictureConfig, shards: list[Path]) -> tuple[list[str], Tensor]:
+def held_out_images(config: ImageDataConfig, shards: list[Path]) -> tuple[list[str], Tensor]:
     """Keys and pictures float [N, 3, H, W] in [-1, 1] of the held-out part, in the shards' order."""
     held_out = (s for s in _samples(shards) if is_held_out(s["__key__"], config.held_out_fraction))
     chosen = list(islice(held_out, config.max_held_out))
@@ -74,7 +74,7 @@ def held_out_pictures(config: PictureConfig, shards: list[Path]) -> tuple[list[s
 
 
 def training_batches(
-    config: PictureConfig, shards: list[Path], batch_size: int, seed: int, num_skipped: int = 0
+    config: ImageDataConfig, shards: list[Path], batch_size: int, seed: int, num_skipped: int = 0
 ) -> Iterator[Tensor]:
     """Endless float [N, 3, H, W] in [-1, 1]; order and flips depend on `seed` alone.
 
@@ -109,7 +109,7 @@ def hash_shards(shards: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _shuffled(config: PictureConfig, shards: list[Path], rng: random.Random) -> Iterator[dict]:
+def _shuffled(config: ImageDataConfig, shards: list[Path], rng: random.Random) -> Iterator[dict]:
     """One epoch of training samples: shards in random order, then a shuffle buffer."""
     order = rng.sample(shards, len(shards))
     samples = (s for s in _samples(order) if not is_held_out(s["__key__"], config.held_out_fraction))
