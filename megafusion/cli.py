@@ -163,7 +163,7 @@ def train(
     except UserError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        from megafusion.engine.engine import start_process_group
+        from megafusion.engine.process_group import start_process_group
         from megafusion.parallel.errors import raise_on_all_ranks
 
         start_process_group()

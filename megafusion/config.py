@@ -22,9 +22,8 @@ class Config(BaseModel):
     )
 
     renamed_keys: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions and their new names, two separated by a space, with which they are refused. A
-    name is relative to this class; one that starts with "." is a path from the top, as in
-    ".telemetry.log_every"."""
+    """Keys of earlier versions with their names now, by which they are refused: a name within this class, or
+    after a dot a path from the top (`.checkpoint.every`); a space between two names."""
 
     moved_values: ClassVar[dict[tuple[str, str], str]] = {}
     """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
@@ -157,8 +156,8 @@ def _path(location: Sequence[str | int]) -> str:
 def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
     """The new dotted paths of a key of an earlier version; none for a key that never existed."""
     *parents, name = location
-    new_names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
-    return [new[1:] if new.startswith(".") else _path([*parents, new]) for new in new_names]
+    names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
+    return [name[1:] if name.startswith(".") else _path([*parents, name]) for name in names]
 
 
 def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:

@@ -118,7 +118,7 @@ def test_the_installed_command_runs():
             "data.sources.emoji.wieght=1",
             r"unknown key 'data.sources.emoji.wieght'; did you mean 'data.sources.emoji.weight'\?",
         ),
-        ("zzz=1", r"unknown key 'zzz'; valid keys: data, model, objective"),
+        ("zzz=1", r"unknown key 'zzz'; valid keys: checkpoint, data, model"),
         ("train.num_steps=many", r"key 'train.num_steps': Input should be a valid integer \(got 'many'\)"),
         ("train.num_steps=1.5", r"key 'train.num_steps'"),
         ("train.num_steps=0", r"key 'train.num_steps': Input should be greater than 0"),
@@ -171,7 +171,7 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
     """train, then draw and describe from the run, its pipeline and a checkpoint."""
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(run_values))
-    status, text = run("train", str(config), "train.num_steps=2", "train.checkpoint_every=1")
+    status, text = run("train", str(config), "train.num_steps=2", "checkpoint.every=1")
     assert status == 0, text
     folder = Path(run_values["out"])
     places = [folder, folder / "pipeline", folder / "checkpoints/step-00000002"]

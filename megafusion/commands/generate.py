@@ -80,14 +80,14 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def open_pipeline(path: Path) -> TransfusionPipeline:
     """The model of a pipeline folder, a run folder (published or its newest checkpoint), or a checkpoint."""
-    from megafusion.checkpoint.folder import newest_checkpoint
+    from megafusion.checkpoint.folder import latest_checkpoint
 
     if (path / "config.json").is_file():
         return TransfusionPipeline.from_pretrained(path)
     if (path / "pipeline").is_dir():
         return TransfusionPipeline.from_pretrained(path / "pipeline")
     if (path / "config.yaml").is_file():
-        path = newest_checkpoint(path)
+        path = latest_checkpoint(path)
     if not path.name.startswith("step-"):
         raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
     return open_checkpoint(path, "ema")
@@ -95,15 +95,16 @@ def open_pipeline(path: Path) -> TransfusionPipeline:
 
 def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPipeline:
     """The model of a run's checkpoint, with the averaged weights or the raw ones."""
-    from megafusion.checkpoint.reader import load_whole
+    from megafusion.checkpoint.reader import load_full_tensors
     from megafusion.train.build import make_pipeline
     from megafusion.train.run_folder import load_run_config
 
     config = load_run_config(path.parent.parent)
-    tokenizer, codec = Tokenizer(config.data.tokenizer), ImageCodec.from_pretrained(config.data.vae)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
+    codec = ImageCodec.from_pretrained(config.data.vae)
     pipeline = make_pipeline(config, tokenizer, codec)
     shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
-    pipeline.model.load_state_dict(load_whole(path, shapes, kind))
+    pipeline.model.load_state_dict(load_full_tensors(path, shapes, kind))
     return pipeline
 
 

@@ -1,4 +1,4 @@
-"""AdamW, its two parameter groups, and the learning rate as a function of the step."""
+"""AdamW with two parameter groups, and the learning-rate schedule."""
 
 import math
 
@@ -9,7 +9,7 @@ from megafusion.engine.config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: weight decay on matrices and convolutions, none on vectors."""
+    """AdamW with weight decay on matrices and convolutions, and without on vectors."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -21,7 +21,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """The rate for the update after `step` updates: it depends on nothing else, so it has no state."""
+    """Learning rate of the update after `step` updates: a pure function, so no scheduler state is saved."""
     if step < config.num_warmup_steps:
         return config.learning_rate * (step + 1) / config.num_warmup_steps
     progress = (step - config.num_warmup_steps) / max(1, num_steps - config.num_warmup_steps)

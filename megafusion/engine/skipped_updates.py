@@ -1,4 +1,4 @@
-"""The update that DeepSpeed makes, held back until all ranks agree that it is to be made."""
+"""Skipping an update: DeepSpeed's optimizer step waits until all ranks agree to make it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,22 +17,22 @@ from megafusion.resilience.consensus import StepConsensus
 
 
 def skip_bad_updates(engine: DeepSpeedEngine, consensus: StepConsensus) -> None:
-    """Let every update of an engine wait for the agreement, and be left out whole where that says so.
+    """Let the consensus decide on every update of an engine. DeepSpeed has no hook for it.
 
-    Left out, weights, moments and AdamW's count of steps stay as they are, and the gradients are gone.
+    A skipped update leaves weights, moments and AdamW's step count as they were, and drops the gradients.
     """
     update = engine._take_model_step
 
-    def guarded(lr_kwargs: dict | None = None) -> None:
-        consensus.decide(gradients(engine))
-        with _discarding(engine) if consensus.is_skipped else nullcontext():
+    def update_or_skip(lr_kwargs: dict | None = None) -> None:
+        consensus.decide(_gradients(engine))
+        with _infinite_norm(engine) if consensus.is_skipped else nullcontext():
             update(lr_kwargs)
 
-    engine._take_model_step = guarded
+    engine._take_model_step = update_or_skip
 
 
-def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
-    """What this rank's optimizer would use, reduced over the ranks that share it."""
+def _gradients(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The gradients that this rank's optimizer would use, already reduced over data ranks."""
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.AdamW):
         found = [parameter.grad for parameter in engine.module.parameters()]
@@ -49,12 +49,12 @@ def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 @contextmanager
-def _discarding(engine: DeepSpeedEngine) -> Iterator[None]:
-    """The engine's step finds an infinite norm, for which DeepSpeed drops gradients and updates nothing."""
+def _infinite_norm(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Report an infinite gradient norm to DeepSpeed, which then drops the gradients and updates nothing."""
     optimizer = engine.optimizer
     infinite = torch.tensor(inf, device=engine.device)
     if isinstance(optimizer, torch.optim.AdamW):
-        # It has no such path; but AdamW leaves a parameter without a gradient alone.
+        # ZeRO 0 has no such path, but AdamW skips parameters without a gradient.
         owner, name, instead = engine, "clip_fp32_gradients", engine.zero_grad
     elif isinstance(optimizer, BF16_Optimizer):
         owner, name, instead = optimizer, "get_grads_for_norm", lambda: ([infinite], {})
@@ -72,5 +72,5 @@ def _discarding(engine: DeepSpeedEngine) -> Iterator[None]:
         else:
             setattr(owner, name, own)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
-            # With offload it keeps bf16's sums, and what is no number would stay in them for ever.
+            # With offload it keeps accumulating into bf16's sums, in which NaN would stay for ever.
             optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)

@@ -40,7 +40,7 @@ class KVCache:
     @classmethod
     def empty(cls, num_rows: int, capacity: int, config: ModelConfig, like: Tensor) -> "KVCache":
         """Nothing read yet, room for `capacity` positions a row, on the device and in the dtype of `like`."""
-        size = (num_rows, capacity, config.kv_heads, config.hidden_size // config.num_heads)
+        size = (num_rows, capacity, config.kv_heads, config.head_dim)
         nowhere = torch.zeros((num_rows, 0), dtype=torch.int64, device=like.device)
         layers = [
             _Layer(like.new_zeros(size), like.new_zeros(size), nowhere) for _ in range(config.num_layers)

@@ -11,7 +11,6 @@ from megafusion.generate.decoder import Decoder, Report
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
-from megafusion.sequence.tokenizer import begin_of_image
 
 if TYPE_CHECKING:
     from megafusion.generate.pipeline import TransfusionPipeline
@@ -42,7 +41,7 @@ class Generation:
         self.images_left = [max_images] * len(prompts)
         self.answers: list[list[Part | int]] = [[] for _ in prompts]
         model = pipeline.config.model
-        self.begins = [begin_of_image(self.tokenizer, number) for number in range(len(model.image_sizes))]
+        self.begins = [self.tokenizer.boi_of_size(number) for number in range(len(model.image_sizes))]
         self.size = size
         documents = [self._document(prompt) for prompt in prompts]
         longest = max(len(document) for document in documents)

@@ -130,7 +130,7 @@ def _skipped(last: dict) -> str:
         "loss_spikes": "loss spikes",
         "documents_skipped": "documents",
         "save_errors": "failed saves",
-        "saves_left_out": "late saves",
+        "saves_skipped": "skipped saves",
     }
     return ", ".join(f"{last.get(key, 0):,} {name}" for key, name in names.items())
 

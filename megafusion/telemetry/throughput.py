@@ -20,7 +20,7 @@ def step_figures(losses: Losses, engine: Engine, learning_rate: float) -> dict[s
     return {
         "text_loss": losses.text.item(),
         "image_loss": losses.image.item(),
-        "gradient_norm": float(engine.deepspeed.get_global_grad_norm()),
+        "gradient_norm": engine.grad_norm(),
         "learning_rate": learning_rate,
     }
 

@@ -9,10 +9,9 @@ from rich.filesize import decimal
 from megafusion.checkpoint.folder import complete_checkpoints, newest_step
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import Engine, make_engine, start_process_group, this_device
+from megafusion.engine.engine import Engine
 from megafusion.engine.optimizer import learning_rate
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
+from megafusion.engine.process_group import local_device, start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
@@ -27,7 +26,7 @@ from megafusion.resilience.watchdog.thread import Watchdog
 from megafusion.telemetry.metrics import Metrics
 from megafusion.telemetry.stragglers import StragglerMonitor
 from megafusion.telemetry.throughput import PackingMonitor, StepTimer, step_figures
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
@@ -90,24 +89,24 @@ def _train(
             for key, (before, now) in changed.items():
                 _say(f"{config.out}: resumes with {key} {now} instead of {before}")
     watchdog.beat(0, "self-test")
-    hosts, is_asked_to_stop = self_test(config.out, this_device(), signals.requested)
+    hosts, is_asked_to_stop = self_test(config.out, local_device(), signals.requested)
     if is_asked_to_stop:
         return "preempted"
     watchdog.beat(0, "engine")
-    engine = make_engine(config, mesh)
+    engine = build_engine(config, mesh)
     speeds = StragglerMonitor(engine.stage, engine.device, hosts, mesh.size("pipeline"))
     rollback = Rollback(config.resilience, engine.consensus)
-    owned = optimizer_shards(engine.deepspeed, engine.stage.named_parameters())
-    ema = Ema(owned, config.train.ema_decay)
+    ema = Ema(engine.optimizer_state.shards, config.train.ema_decay)
     folder = config.out / "checkpoints"
-    checkpointer = CheckpointManager(
-        folder, engine.deepspeed, owned, ema, config.train.keep_last, config.train.keep_every
+    manager = CheckpointManager(
+        folder, engine.optimizer_state, ema, config.checkpoint.keep_last, config.checkpoint.keep_every
     )
-    checkpoints = CheckpointPolicy(config, checkpointer, engine, _say if is_first else _say_nothing)
+    say = _say if is_first else _say_nothing
+    checkpoints = CheckpointPolicy(config.checkpoint, folder, manager, engine.device, say)
     laid_out = {"world_size": dist.get_world_size(), **config.parallel.model_dump()}
     step, spent_seconds = 0, 0.0
     watchdog.beat(0, "load checkpoint")
-    if state := checkpoints.load_newest():
+    if state := checkpoints.load_latest():
         step, spent_seconds = state["step"], state["seconds"]
         loader.load_state_dict(state["data"])
         rollback.load_state_dict(state.get("health", {}))
@@ -137,10 +136,10 @@ def _train(
             config.out,
             config.train.num_steps,
             step,
-            stops_on_write_error=config.train.on_save_error == "stop",
+            stops_on_write_error=config.checkpoint.on_save_error == "stop",
             silent=not is_first,
         )
-    with checkpointer, loader, metrics:
+    with manager, loader, metrics:
         checkpoints.say = metrics.say
         if dist.get_world_size() > 1:
             metrics.say(_laid_out(engine, config))
@@ -154,14 +153,14 @@ def _train(
                     batch = loader.next()
                 micro_batches = encoder.encode(batch)
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
-            losses = train_step(engine, micro_batches, rate)
+            losses = engine.step(micro_batches, rate)
             stops = engine.consensus.stops
             if said := rollback.record_step(step):
                 metrics.say(said)
             if rollback.is_due:
                 watchdog.beat(step, "roll back")
-                checkpoints.settle()
-                state = checkpoints.load_newest()
+                checkpoints.wait()
+                state = checkpoints.load_latest()
                 step = rollback.roll_back(state)
                 timer.rewind(step)
                 with engine.consensus.defer_errors():
@@ -176,23 +175,23 @@ def _train(
                 figures = step_figures(losses, engine, rate) | packing.read(loader.state_dict())
                 figures |= timer.read(step)
                 with engine.consensus.defer_errors():
-                    metrics.log(step, figures | speed | rollback.figures() | checkpoints.figures())
+                    metrics.log(step, figures | speed | rollback.figures() | checkpoints.metrics())
                 if warning:
                     metrics.say(warning)
-            if due(config.train.checkpoint_every):
+            if due(config.checkpoint.every):
                 watchdog.beat(step, "checkpoint")
                 checkpoints.save(state_now(), loader.state_dict(), is_last=step == last_step)
             # From the checkpoint of this step, for no rank holds the whole average; the others go on.
             if sampler and config.samples.every and due(config.samples.every) and not stops:
                 watchdog.beat(step, "samples")
-                if checkpoint := checkpointer.published():
+                if checkpoint := manager.latest_complete():
                     with engine.consensus.defer_errors(), metrics.handle_write_errors("samples"):
                         metrics.log_samples(*sampler.show(checkpoint))
         if step < last_step:
             watchdog.beat(step, "checkpoint")
             metrics.say(f"asked to stop: a checkpoint of step {step}, then exit status {ExitStatus.RETRY}")
             checkpoints.save(state_now(), loader.state_dict(), is_last=True)
-        checkpoints.settle(must=step == last_step)
+        checkpoints.wait(must_succeed=step == last_step)
         engine.consensus.raise_deferred()
         watchdog.beat(step, "end")
     if step < config.train.num_steps:
@@ -214,6 +213,6 @@ def _say_nothing(text: str) -> None:
 def _laid_out(engine: Engine, config: RunConfig) -> str:
     """How the run lies over its ranks, and what one holds."""
     axes = " x ".join(f"{axis} {engine.mesh.size(axis)}" for axis in AXES)
-    held = state_bytes(engine.stage, engine.mesh, config)
+    held = state_bytes(engine.stage, engine.mesh, 4 if config.train.precision == "fp32" else 2)
     parts = ", ".join(f"{name} {decimal(size)}" for name, size in held._asdict().items())
     return f"{dist.get_world_size()} ranks: {axes}; rank 0 holds {parts}"

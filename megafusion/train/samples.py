@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
-from megafusion.checkpoint.reader import read_whole
+from megafusion.checkpoint.reader import load_full_tensors
 from megafusion.data.decode import first_images, originals
 from megafusion.data.source import Source
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -67,7 +67,7 @@ class Sampler:
         if self._pipeline is None:
             self._pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
         shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
-        self._pipeline.model.load_state_dict(read_whole(checkpoint, shapes, "ema"))
+        self._pipeline.model.load_state_dict(load_full_tensors(checkpoint, shapes, "ema", verify=False))
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:

@@ -56,12 +56,12 @@ class Bench:
         self._whole: dict[int, Path] = {}
         self._number = 0
 
-    def values(self, world: int, **train: object) -> dict:
+    def values(self, world: int, **checkpoint: object) -> dict:
         """A run in a folder of its own: 16 steps, a checkpoint every 2."""
         self._number += 1
         values = small_run(self._shards, self._vae, self.folder / f"run-{self._number}")
-        values["train"] |= {"num_steps": NUM_STEPS, "checkpoint_every": 2, "micro_batch_size": 1}
-        values["train"] |= train
+        values["train"] |= {"num_steps": NUM_STEPS, "micro_batch_size": 1}
+        values["checkpoint"] = {"every": 2, **checkpoint}
         values["telemetry"]["trackers"] = []
         values["parallel"] = LAID_OUT if world == 4 else {}
         # Kills fall on the same step as often as chance has it.
@@ -189,7 +189,7 @@ def refusing_disk(bench: Bench, kind: str, policy: str) -> Case:
         _refuse(disk, kind)
         with Job(values, world) as job:
             if policy == "continue":
-                if not job.wait_for(lambda: "training goes on (train.on_save_error)" in job.said()):
+                if not job.wait_for(lambda: "training continues (checkpoint.on_save_error)" in job.said()):
                     broken.append(f"no warning: {job.said()[-300:]}")
                 _allow(disk, kind)
                 status = 0
@@ -270,7 +270,7 @@ def crawling_disk(bench: Bench, policy: str) -> Case:
     case = Case(f"disk slow, on_save_error: {policy}")
     values = bench.values(1, on_save_error=policy)
     broken = bench.finish(values, 1, partial(slow_disk, seconds=0.5)) + verified(Path(values["out"]))
-    left_out = read_metrics(Path(values["out"]))[-1]["saves_left_out"]
+    left_out = read_metrics(Path(values["out"]))[-1]["saves_skipped"]
     if (left_out > 0) != (policy == "continue"):
         broken.append(f"{left_out} checkpoints left out")
     case.figures["checkpoints left out"] = left_out
@@ -360,7 +360,7 @@ def flipped_bits(bench: Bench, each: int, names: Sequence[str] = (), seed: int =
             statuses = resumed.end()
             said = resumed.said()
         broken = [] if statuses == [0] * world else [f"{name}: ended with {statuses}: {said[-300:]}"]
-        if "the run goes on from the checkpoint before" not in said or "resumes after step 4" not in said:
+        if "resuming from the previous checkpoint" not in said or "resumes after step 4" not in said:
             broken.append(f"{name}: not said: {said[:300]}")
         case.count(broken or bench.differences(resumed.run, world))
     case.figures["files"] = len(names)
@@ -408,8 +408,8 @@ def endurance(bench: Bench, num_steps: int) -> Case:
     """
     case = Case(f"{num_steps:,} tiny steps")
     every = num_steps // 200
-    values = bench.values(1, num_steps=num_steps, checkpoint_every=num_steps // 10)
-    values["train"]["global_batch_size"] = 1
+    values = bench.values(1, every=num_steps // 10)
+    values["train"] |= {"num_steps": num_steps, "global_batch_size": 1}
     values["telemetry"] = {"log_every": every, "trackers": ["tensorboard", "prometheus"]}
     values["data"] |= {"num_streams": 1, "sequence_length": 32, "images_per_row": 1}
     values["model"] |= {

@@ -10,7 +10,6 @@ from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
-from megafusion.sequence.tokenizer import begin_of_image
 from tests.support.raw import drawing
 from tests.support.sizes import PIXELS, SIZES
 from tests.support.whole import (
@@ -70,7 +69,7 @@ def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(p
         expected = model.tail.images(hidden, batch.image_start, timesteps, skips, batch.image_size)
     prefix, lengths = prompt_batch(pipeline, [[text]])
     cache, empty = decoder.new_cache(1, 40), decoder.new_cache(1, 40)
-    begin = torch.tensor([begin_of_image(pipeline.tokenizer, size)])
+    begin = torch.tensor([pipeline.tokenizer.boi_of_size(size)])
     decoder.read_prompts(cache, prefix, lengths)
     decoder.read_tokens(cache, begin)
     with torch.no_grad():
@@ -93,7 +92,7 @@ def prefer_by_state(pipeline) -> None:
         hidden = inputs[0]
         for size in range(3):
             wish = (hidden[..., 0] > 0.3) * (2 + hidden[..., 1 + size])
-            logits[..., begin_of_image(pipeline.tokenizer, size)] += 1e3 * wish
+            logits[..., pipeline.tokenizer.boi_of_size(size)] += 1e3 * wish
         logits[..., pipeline.tokenizer.eos] += 1e4 * (hidden[..., 5] > 1.2)
         return logits
 
@@ -105,7 +104,7 @@ def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cac
     prefer_by_state(pipeline)
     monkeypatch.setattr(pipeline, "pictures", list)  # latents stand for the pictures made of them
     tokenizer, budget = pipeline.tokenizer, 10
-    begins = [begin_of_image(tokenizer, size) for size in range(3)]
+    begins = [tokenizer.boi_of_size(size) for size in range(3)]
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": budget})
 
     together, drawn = free_answers(pipeline, CAPTIONS, sampling, 5, 2), set()
@@ -150,7 +149,7 @@ def test_a_size_can_be_asked_for(pipeline):
 
 def test_a_wish_for_a_picture_of_another_size_is_one_for_the_size_asked_for(pipeline):
     def hook(_head, _inputs, logits):
-        logits[..., begin_of_image(pipeline.tokenizer, 0)] += 1e4
+        logits[..., pipeline.tokenizer.boi_of_size(0)] += 1e4
         return logits
 
     pipeline.model.tail.head.register_forward_hook(hook)
@@ -163,7 +162,7 @@ def test_guidance_steers_away_from_a_document_of_a_picture_of_that_size_alone(pi
     monkeypatch.setattr(pipeline, "pictures", list)
     (drawn,) = pipeline.draw(["x"], seed=4, size=PIXELS[size])
     decoder, caches = Decoder(pipeline.model), []
-    begin = torch.tensor([begin_of_image(pipeline.tokenizer, size)])
+    begin = torch.tensor([pipeline.tokenizer.boi_of_size(size)])
     for segments in ([np.array(pipeline.tokenizer.encode("x"))], []):
         caches.append(decoder.new_cache(1, 40))
         decoder.read_prompts(caches[-1], *prompt_batch(pipeline, [segments]))

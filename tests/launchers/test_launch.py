@@ -298,7 +298,7 @@ def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_th
         "2",
         str(config_file),
         "train.num_steps=30",
-        "train.checkpoint_every=3",
+        "checkpoint.every=3",
     ]
     process = subprocess.Popen(
         command,

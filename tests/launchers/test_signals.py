@@ -26,7 +26,8 @@ from tests.support.small import ROOT
 @pytest.fixture
 def endless(run_values, tmp_path) -> Path:
     """Configuration of a run that does not end by itself."""
-    run_values["train"] |= {"num_steps": 10**6, "checkpoint_every": 10**6}
+    run_values["train"]["num_steps"] = 10**6
+    run_values["checkpoint"] = {"every": 10**6}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(run_values))
     return path

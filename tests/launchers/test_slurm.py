@@ -53,7 +53,8 @@ def wait_for_step(run: Path, start: int, step: int) -> None:
 
 
 def test_a_run_grows_stops_when_cancelled_and_shrinks(run_values, tmp_path):
-    run_values["train"] |= {"num_steps": 400, "checkpoint_every": 50}
+    run_values["train"]["num_steps"] = 400
+    run_values["checkpoint"] = {"every": 50}
     config, run = tmp_path / "config.yaml", Path(run_values["out"])
     config.write_text(yaml.safe_dump(run_values))
     with local_cluster() as cluster:
@@ -134,7 +135,8 @@ def ranks(config: Path) -> list[psutil.Process]:
 
 def test_a_signal_before_the_ranks_and_an_absent_controller_lose_no_job(run_values, tmp_path):
     """In a container: everything of the job that needs megafusion runs with the image's Python."""
-    run_values["train"] |= {"num_steps": 600, "checkpoint_every": 100}
+    run_values["train"]["num_steps"] = 600
+    run_values["checkpoint"] = {"every": 100}
     config, run, log = tmp_path / "config.yaml", Path(run_values["out"]), tmp_path / "job.log"
     config.write_text(yaml.safe_dump(run_values))
     image = make_image(tmp_path)
@@ -180,7 +182,8 @@ def test_a_signal_before_the_ranks_and_an_absent_controller_lose_no_job(run_valu
 
 def test_a_killed_deepspeed_launcher_is_not_a_finished_run(run_values, tmp_path):
     """DeepSpeed's runner above it exits with 0, and its ranks remain."""
-    run_values["train"] |= {"num_steps": 800, "checkpoint_every": 100}
+    run_values["train"]["num_steps"] = 800
+    run_values["checkpoint"] = {"every": 100}
     config, run = tmp_path / "config.yaml", Path(run_values["out"])
     config.write_text(yaml.safe_dump(run_values))
     with local_cluster() as cluster:

@@ -1,5 +1,8 @@
 """Images of several sizes: which size a picture goes to, how rows hold it, and that losses are its own."""
 
+from copy import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
+from megafusion.sequence.tokenizer import Tokenizer
 
 SIZES, CHANNELS, PATCH = ((4, 8), (8, 8), (10, 2)), 2, 2
 PATCHES = (8, 16, 5)
@@ -33,8 +37,7 @@ MODEL = {
 }
 
 
-class Ids:
-    bos, eos, boi, eoi = 1, 2, 30, 31
+IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
 def image(size: int, seed: int, as_only_one: bool = False) -> NoisedImage:
@@ -50,7 +53,7 @@ def document(parts: list[int], seed: int) -> FlatDocument:
         random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + place)
         for place, part in enumerate(parts)
     ]
-    return flatten(segments, Ids, PATCHES)
+    return flatten(segments, IDS, PATCHES)
 
 
 def shape(length: int, slots: int) -> SequenceShape:
@@ -163,7 +166,7 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
     torch.manual_seed(0)
     net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
     order = [1, 0, 2, 2, 1, 0, 0]
-    documents = [flatten([image(s, i)], Ids, PATCHES) for i, s in enumerate(order)]
+    documents = [flatten([image(s, i)], IDS, PATCHES) for i, s in enumerate(order)]
     rows = [pack_row(documents[:4], shape(60, 5)), pack_row(documents[4:], shape(60, 5))]
     mixed = collate(rows)
     results = []
@@ -171,11 +174,9 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
         only = {"image_sizes": (SIZES[size],)}
         single = Transfusion(ModelConfig(**MODEL | only, adapter=adapter), objective)
         single.load_state_dict(net.state_dict())
-
-        class OnlyIds(Ids):
-            boi = 31 + size if size else 30
-
-        flat = flatten([image(size, number, as_only_one=True)], OnlyIds, (PATCHES[size],))
+        only_ids = copy(IDS)
+        only_ids.boi = IDS.boi_of_size(size)
+        flat = flatten([image(size, number, as_only_one=True)], only_ids, (PATCHES[size],))
         row = pack_row([flat], SequenceShape(len(flat), 1, (PATCHES[size],), CHANNELS, (SIZES[size],)))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
     assert_equal(losses_and_gradients(net, mixed), summed(results))
@@ -204,12 +205,11 @@ def test_what_is_taken_by_size_is_put_back(sizes):
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_the_features_that_the_unet_keeps_are_those_that_are_foretold(patch_size):
-    down, up = UNetDown(2, patch_size, 32, 4), UNetUp(2, patch_size, 32, 4, (2, 2))
+    down, up = UNetDown(2, patch_size, 32, 4, [(16, 8)]), UNetUp(2, patch_size, 32, 4, [(16, 8)])
     latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
     patches, skips = down(latents, timesteps)
-    grid = (16 // patch_size, 8 // patch_size)
-    assert [tuple(skip.shape[1:]) for skip in skips] == up.skip_shapes(grid)
-    assert up(patches, timesteps, skips, grid).shape == latents.shape
+    assert tuple(skip.shape for skip in skips) == up.skip_shapes(3)
+    assert up(patches, timesteps, skips).shape == latents.shape
 
 
 def test_what_the_stem_keeps_has_the_shapes_that_the_tail_foretells():
@@ -217,18 +217,18 @@ def test_what_the_stem_keeps_has_the_shapes_that_the_tail_foretells():
     net = model("unet")
     for sizes in ([0, 0, 0], [2, 1, 0], [2, 2, 1]):
         latents, timesteps = torch.randn(3, CHANNELS, 10, 8), torch.tensor([7, 90, 900])
-        _, skips = net.stem.patches(latents, timesteps, torch.tensor(sizes))
-        assert tuple(skip.shape for skip in skips) == net.tail.skip_shapes(3)
+        _, skips = net.stem.adapter(latents, timesteps, torch.tensor(sizes))
+        assert tuple(skip.shape for skip in skips) == net.tail.adapter.skip_shapes(3)
 
 
 def test_one_size_among_several_is_computed_as_alone_to_the_bit():
     """Nothing of other sizes is near an image: not even zeros beside it."""
     net = model("unet")
     latents, timesteps = torch.randn(2, CHANNELS, 10, 8), torch.tensor([7, 900])
-    patches, _ = net.stem.patches(latents, timesteps, torch.tensor([0, 2]))
+    patches, _ = net.stem.adapter(latents, timesteps, torch.tensor([0, 2]))
     other = latents.clone()
     other[0, :, 4:], other[1, :, :, 2:] = 100.0, 100.0
-    again, _ = net.stem.patches(other, timesteps, torch.tensor([0, 2]))
+    again, _ = net.stem.adapter(other, timesteps, torch.tensor([0, 2]))
     assert torch.equal(patches, again)
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from megafusion.config import parse_config
-from megafusion.engine.engine import Engine, make_engine, rows_of_rank, start_process_group
+from megafusion.engine.engine import Engine, rows_of_rank
 from megafusion.engine.optimizer import make_optimizer
-from megafusion.engine.step import train_step
+from megafusion.engine.process_group import start_process_group
 from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 
 LEARNING_RATE = 2e-3
@@ -56,13 +56,13 @@ class Batches:
             case 4:
                 return images.next()
             case 0:
-                halves = zip(text.next(), images.next().micro_batches, strict=True)
+                halves = zip(text.next(), images.next(), strict=True)
                 return [self._lopsided(number, *pair) for number, pair in enumerate(halves)]
         return mixed.next()
 
     def _lopsided(self, number: int, text: PackedBatch, images: PackedBatch) -> PackedBatch:
         train = self.config.train
-        first = rows_of_rank(self.config, self.mesh).start + number * train.micro_batch_size
+        first = rows_of_rank(train.global_batch_size, self.mesh).start + number * train.micro_batch_size
         rows = torch.arange(first, first + train.micro_batch_size)
         empty = collate([pack_row([], self.config.sequence_shape)] * train.micro_batch_size)
         return _by_row(
@@ -87,11 +87,11 @@ def parallel_steps(values: dict, num_steps: int) -> Outcome:
     torch.set_num_threads(1)
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    batches, engine = Batches(values, mesh), make_engine(config, mesh)
+    batches, engine = Batches(values, mesh), build_engine(config, mesh)
     losses = []
     for _ in range(num_steps):
-        found = train_step(engine, batches.next(), LEARNING_RATE)
-        norm = float(engine.deepspeed.get_global_grad_norm())
+        found = engine.step(batches.next(), LEARNING_RATE)
+        norm = engine.grad_norm()
         losses.append([*(float(loss) for loss in found), norm])
     return Outcome(losses, weights_of(engine))
 
@@ -150,10 +150,10 @@ def parameter_error(outcomes: list[Outcome], plain: Outcome) -> float:
     covered = {name: torch.zeros_like(value) for name, value in true.items()}
     worst = 0.0
     for outcome in outcomes:
-        for name, layout, value in outcome.weights:
-            assert layout.shape == true[name].shape, name
-            worst = max(worst, (value - layout.take(true[name])).abs().max().item())
-            for run in layout.runs:
-                covered[name].narrow(layout.dim, run.whole_start, run.length).fill_(1)
+        for name, spec, value in outcome.weights:
+            assert spec.shape == true[name].shape, name
+            worst = max(worst, (value - spec.shard(true[name])).abs().max().item())
+            for span in spec.spans:
+                covered[name].narrow(spec.dim, span.whole_start, span.length).fill_(1)
     assert all(value.all() for value in covered.values())
     return worst

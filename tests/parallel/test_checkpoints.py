@@ -10,11 +10,8 @@ from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.config import parse_config
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import make_engine
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
 from megafusion.parallel.mesh import make_mesh
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from tests.parallel.cases import LEARNING_RATE
 from tests.parallel.matrix import Case
@@ -39,10 +36,10 @@ class Training:
         mesh = make_mesh(config.parallel)
         self.loader = build_components(config, mesh).loader
         self.state = self.loader.state_dict()
-        self.engine = make_engine(config, mesh)
-        owned = optimizer_shards(self.engine.deepspeed, self.engine.stage.named_parameters())
-        self.ema = Ema(owned, 0.9)
-        self.checkpointer = CheckpointManager(folder, self.engine.deepspeed, owned, self.ema, keep_last=100)
+        self.engine = build_engine(config, mesh)
+        state = self.engine.optimizer_state
+        self.ema = Ema(state.shards, 0.9)
+        self.manager = CheckpointManager(folder, state, self.ema, keep_last=100)
         self.step = 0
 
     def run(self, num_steps: int) -> list[list[float]]:
@@ -50,17 +47,17 @@ class Training:
         losses = []
         for _ in range(num_steps):
             batch = self.loader.next()
-            losses.append([float(x) for x in train_step(self.engine, batch, LEARNING_RATE)])
+            losses.append([float(x) for x in self.engine.step(batch, LEARNING_RATE)])
             self.step, self.state = self.step + 1, self.loader.state_dict()
             self.ema.update(self.step)
         return losses
 
     def save(self) -> None:
-        self.checkpointer.save({"step": self.step}, self.state)
-        self.checkpointer.wait()
+        self.manager.save({"step": self.step}, self.state)
+        self.manager.wait()
 
     def load(self, checkpoint: Path) -> None:
-        state = self.checkpointer.load(checkpoint)
+        state = self.manager.load(checkpoint)
         self.step, self.state = state["step"], state["data"]
         self.loader.load_state_dict(self.state)
 
@@ -79,7 +76,7 @@ def load_each(values: dict, checkpoints: dict[str, Path], folder: Path) -> dict[
     training = Training(values, folder)
     for name, checkpoint in checkpoints.items():
         training.load(checkpoint)
-        training.checkpointer._folder = folder / name
+        training.manager._folder = folder / name
         training.save()
         losses[name] = training.run(NUM_AFTER)
     return losses

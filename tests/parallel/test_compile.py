@@ -7,9 +7,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from megafusion.config import parse_config
-from megafusion.engine.engine import make_engine
-from megafusion.engine.step import train_step
 from megafusion.parallel.mesh import make_mesh
+from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
@@ -27,7 +26,7 @@ def graphs(values: dict) -> tuple[int, dict]:
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    train_step(make_engine(config, mesh), Batches(values, mesh).next(), 1e-3)
+    build_engine(config, mesh).step(Batches(values, mesh).next(), 1e-3)
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 

@@ -5,11 +5,9 @@ import torch
 
 from megafusion.config import parse_config
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import make_engine
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import make_mesh
+from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
@@ -35,24 +33,24 @@ def held(values: dict) -> tuple[list[int], list[int]]:
     """Bytes measured, and bytes by the formula: weights, optimizer, average."""
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    engine = make_engine(config, mesh)
-    owned = optimizer_shards(engine.deepspeed, engine.stage.named_parameters())
+    engine = build_engine(config, mesh)
+    owned = engine.optimizer_state.shards
     ema = Ema(owned, 0.9)
-    train_step(engine, Batches(values, mesh).next(), 1e-3)
+    engine.step(Batches(values, mesh).next(), 1e-3)
     parameters = list(engine.stage.parameters())
     if config.parallel.zero_stage == 3:
         kept = [p for p in parameters if p.ds_persist]
         weights = [p.ds_tensor for p in parameters if not p.ds_persist] + kept
     else:
         weights = parameters
-    optimizer = engine.deepspeed.optimizer
+    optimizer = engine._deepspeed.optimizer
     adamw = getattr(optimizer, "optimizer", optimizer)
     states = [t for s in adamw.state.values() for t in s.values() if t.numel() > 1]
     if config.parallel.zero_stage:
         states += list(adamw.state)
     kinds = (weights, states, ema.fragments)
     measured = [sum(t.numel() * t.element_size() for t in tensors) for tensors in kinds]
-    return measured, list(state_bytes(engine.stage, mesh, config))
+    return measured, list(state_bytes(engine.stage, mesh, 4 if config.train.precision == "fp32" else 2))
 
 
 @pytest.mark.parametrize("name", CASES)

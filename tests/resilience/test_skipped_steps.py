@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from megafusion.config import parse_config
-from megafusion.engine.engine import make_engine
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
 from megafusion.parallel.mesh import make_mesh
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from tests.support.workers import run_workers
 
@@ -25,7 +22,7 @@ def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[li
     """
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    engine, loader = make_engine(config, mesh), build_components(config, mesh).loader
+    engine, loader = build_engine(config, mesh), build_components(config, mesh).loader
     skipped = []
     # A norm's weight, which is replicated over the tensor ranks.
     parameter = next(p for name, p in engine.stage.named_parameters() if "norm" in name)
@@ -35,12 +32,12 @@ def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[li
             continue
         hurt = number == BAD and torch.distributed.get_rank() == rank
         hook = parameter.register_hook(lambda gradient: gradient * bad) if hurt else None
-        train_step(engine, batch, 1e-3)
+        engine.step(batch, 1e-3)
         if hook:
             hook.remove()
         if engine.consensus.is_skipped:
             skipped.append(number)
-    state = optimizer_shards(engine.deepspeed, engine.stage.named_parameters())
+    state = engine.optimizer_state.shards
     return [(m.name, m.weight.clone(), m.exp_avg.clone(), m.exp_avg_sq.clone()) for m in state], skipped
 
 

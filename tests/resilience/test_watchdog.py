@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megafusion.engine.engine import start_process_group
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.resilience.exit_status import ExitStatus

@@ -28,7 +28,7 @@ def start(values: dict) -> Path:
 
 def raise_losses(monkeypatch, batch: int, by: float) -> None:
     """Report a larger total loss for one batch, with its gradients unchanged."""
-    step, number = run_module.train_step, [0]
+    step, number = Engine.step, [0]
 
     def hurt(engine: Engine, *arguments) -> Losses:
         add, is_it = type(engine.consensus).add_losses, number[0] == batch
@@ -42,12 +42,13 @@ def raise_losses(monkeypatch, batch: int, by: float) -> None:
         finally:
             vars(engine.consensus).pop("add_losses", None)
 
-    monkeypatch.setattr(run_module, "train_step", hurt)
+    monkeypatch.setattr(Engine, "step", hurt)
 
 
 @pytest.mark.parametrize(("action", "skipped"), [("warn", 0), ("skip", 1), ("off", None)])
 def test_a_loss_spike(run_values, monkeypatch, capfd, action, skipped):
-    run_values["train"] |= {"num_steps": 40, "checkpoint_every": 20}
+    run_values["train"]["num_steps"] = 40
+    run_values["checkpoint"] = {"every": 20}
     run_values["telemetry"] = {"log_every": 10}
     run_values["resilience"] = {"spikes": action}
     raise_losses(monkeypatch, 36, 100.0)

@@ -44,7 +44,8 @@ def losses(run: Path) -> list[tuple]:
 @pytest.mark.parametrize("lost", [0, 3])
 def test_a_rank_killed_while_saving_is_named_and_the_run_goes_on(run_values, tmp_path, lost):
     run_values["parallel"] = {"tensor": 2, "pipeline": 2}
-    run_values["train"] |= {"num_steps": 6, "checkpoint_every": 2}
+    run_values["train"]["num_steps"] = 6
+    run_values["checkpoint"] = {"every": 2}
     whole = run_values | {"out": str(tmp_path / "whole")}
     run_workers(train_until_killed, 4, whole, None)
     with pytest.raises(WorkersFailed) as failed:

@@ -55,7 +55,7 @@ def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_va
 
 def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypatch):
     """Asked to stop amid bad steps, right after a checkpoint: that is saved again, with the data's place."""
-    run_values["train"] |= {"checkpoint_every": 1}
+    run_values["checkpoint"] = {"every": 1}
     bad = range(3, 5)
     signals = StopSignals()
 
@@ -63,7 +63,7 @@ def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypa
         signals.requested |= number[0] == bad[0]
         return rate(done, *arguments)
 
-    step, number, rate = run_module.train_step, [0], run_module.learning_rate
+    step, number, rate = Engine.step, [0], run_module.learning_rate
 
     def hurt_step(engine: Engine, *arguments) -> object:
         parameter = next(engine.stage.parameters())
@@ -74,7 +74,7 @@ def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypa
             hook.remove()
         return losses
 
-    monkeypatch.setattr(run_module, "train_step", hurt_step)
+    monkeypatch.setattr(Engine, "step", hurt_step)
     monkeypatch.setattr(run_module, "learning_rate", asked)
     assert train(parse_config(RunConfig, run_values, "test"), None, signals) == "preempted"
     newest = complete_checkpoints(Path(run_values["out"]) / "checkpoints")[-1]
@@ -86,7 +86,8 @@ def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypa
 
 
 def test_the_command_ends_with_75_however_often_it_is_asked(run_values, tmp_path):
-    run_values["train"] |= {"num_steps": 100_000, "checkpoint_every": 100_000}
+    run_values["train"]["num_steps"] = 100_000
+    run_values["checkpoint"] = {"every": 100_000}
     config, run = tmp_path / "config.yaml", Path(run_values["out"])
     config.write_text(yaml.safe_dump(run_values))
     command = [sys.executable, "-m", "megafusion.cli", "train", str(config)]
