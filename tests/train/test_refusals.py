@@ -93,9 +93,7 @@ def test_diverged_weights_never_push_out_a_good_checkpoint(run_values):
     run_values["checkpoint"] = {"every": 1, "keep_last": 1}
     run_values["telemetry"] = {"log_every": 5}
     run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
-    with pytest.raises(
-        UserError, match=r"5 consecutive steps .* rolled back to step 1, which is kept, before"
-    ):
+    with pytest.raises(UserError, match=r"5 consecutive .* rolled back to step 1, which is kept, before"):
         start(run_values)
     (kept,) = complete_checkpoints(Path(run_values["out"]) / "checkpoints")
     assert kept.name == "step-00000001"
