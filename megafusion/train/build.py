@@ -58,7 +58,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     shape = config.sequence_shape
     for name, source in sources.items():
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
-        if source.folder.manifest.images == "pictures":
+        if source.folder.manifest.image_kind == "pixels":
             shape = replace(shape, pixels_per_latent=codec.downsampling)
     loader = DataLoader(
         config.data,
