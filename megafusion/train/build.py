@@ -45,7 +45,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         micro_batch_size=config.train.micro_batch_size,
         world_size=dist.get_world_size(),
     )
-    check_trackers(config.train)
+    check_trackers(config.telemetry)
     if config.train.precision == "fp8":
         check_fp8()
     if config.train.compile:
@@ -81,7 +81,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
         objective=config.objective,
         optimizer=config.optimizer,
         train=config.train,
-        health=config.health,
+        resilience=config.resilience,
         shape=config.sequence_shape,
         seed=config.seed,
     )
