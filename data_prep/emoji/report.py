@@ -24,7 +24,7 @@ from megafusion.images.processor import to_tensor
 from megafusion.images.sheets import picture_sheet, png
 from megafusion.progress import progress_bar
 from megafusion.storage import write_file
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.open_model import open_pipeline
 from megafusion.train.run_folder import load_run_config
 
