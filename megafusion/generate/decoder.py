@@ -88,10 +88,10 @@ class Decoder:
     def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
         """The model's prediction for noised latents behind each row, [B, C, H, W]."""
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
-        patches_BPD, skips = self.model.stem.adapter(latents_BCHW, timesteps_B)
+        patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW, timesteps_B)
         end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
         hidden_BPD = self._run(cache, patches_BPD, end)
-        return self.model.tail.adapter(hidden_BPD, timesteps_B, skips, self._grid(latents_BCHW))
+        return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, self._grid(latents_BCHW))
 
     def _grid(self, latents_BCHW: Tensor) -> tuple[int, int]:
         """Patches down and across images."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megafusion.model.transformer import FusedLinear
-from megafusion.model.weights import Column, Replicated, Row, Vocab, declare, named_weights
+from megafusion.model.weights import Replicated, declare, named_weights
 from megafusion.parallel import collectives
 from megafusion.parallel.degrees import vocab_shard_size
 from megafusion.parallel.mesh import Mesh
@@ -140,16 +140,16 @@ def shard_weights(model: nn.Module, mesh: Mesh) -> None:
 
 def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.Module:
     match module.weight_spec.sharding:
-        case Vocab() if isinstance(module, nn.Embedding):
+        case "vocab" if isinstance(module, nn.Embedding):
             vocab_shard = vocab_range(module.num_embeddings, region.rank, region.num_ranks)
             return VocabularyParallelEmbedding(module, vocab_shard, _embedded_range(vocab_shard, mesh))
         case _ if region.num_ranks == 1:
             return module
-        case Column():
+        case "column":
             return ColumnParallelLinear(module, region)
-        case Row():
+        case "row":
             return RowParallelLinear(module, region)
-        case Vocab():
+        case "vocab":
             vocab_shard = vocab_range(module.out_features, region.rank, region.num_ranks)
             return VocabularyParallelLinear(module, vocab_shard)
         case Replicated():
