@@ -12,8 +12,8 @@ from megafusion.engine.ema import Ema
 from megafusion.engine.engine import Engine
 from megafusion.engine.optimizer import learning_rate, make_optimizer
 from megafusion.engine.process_group import start_process_group
-from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
+from megafusion.model.weights import initialize
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig

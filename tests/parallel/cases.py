@@ -12,8 +12,8 @@ from megafusion.config import parse_config
 from megafusion.engine.engine import Engine, rows_of_rank
 from megafusion.engine.optimizer import make_optimizer
 from megafusion.engine.process_group import start_process_group
-from megafusion.model.initialize import initialize
 from megafusion.model.transfusion import Transfusion
+from megafusion.model.weights import initialize
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row
