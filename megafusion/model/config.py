@@ -8,12 +8,9 @@ from pydantic import Field, model_validator
 from megafusion.config import Config
 from megafusion.images.sizes import Size, say_sizes
 
-BackendName = Literal["auto", "sdpa", "flex", "interval", "flash"]
-"""Attention backends, each a module in model/attention/."""
-AdapterName = Literal["linear", "unet"]
-"""Adapters between latents and the transformer, registered in model/adapters.py."""
-Grid = tuple[int, int]
-"""Rows and columns of patches in an image."""
+BackendName = Literal["auto", "sdpa", "flex", "interval", "flash"]  # modules in model/attention/
+AdapterName = Literal["linear", "unet"]  # modules in model/adapters/
+Grid = tuple[int, int]  # rows and columns of patches in an image
 Positive = Annotated[int, Field(gt=0)]
 
 

@@ -4,9 +4,9 @@ import torch
 
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
-from megafusion.model.initialize import initialize
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
+from megafusion.model.weights import initialize
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from tests.support.segments import flat_document
