@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megafusion.config import Config
 from megafusion.errors import UserError
-from megafusion.images.processor import to_tensor
+from megafusion.images.processor import preprocess_images
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
@@ -70,7 +70,8 @@ def held_out_images(config: ImageDataConfig, shards: list[Path]) -> tuple[list[s
             f"data.held_out_fraction {config.held_out_fraction}: keeps no picture of "
             f"{', '.join(map(str, shards))}; raise it or add pictures"
         )
-    return [s["__key__"] for s in chosen], to_tensor([_image(s) for s in chosen], config.image_size)
+    images = [_image(s) for s in chosen]
+    return [s["__key__"] for s in chosen], preprocess_images(images, config.image_size, config.image_size)
 
 
 def training_batches(
@@ -90,7 +91,7 @@ def training_batches(
             if num_pictures_left_out:
                 num_pictures_left_out -= 1
                 continue
-            picture = to_tensor([_image(sample)], config.image_size)[0]
+            picture = preprocess_images([_image(sample)], config.image_size, config.image_size)[0]
             batch.append(picture.flip(-1) if flip else picture)
             if len(batch) == batch_size:
                 yield torch.stack(batch)

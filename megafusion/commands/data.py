@@ -16,7 +16,7 @@ from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import document_offsets
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
-from megafusion.images.sheets import picture_sheet, png
+from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.progress import progress_bar
 from megafusion.storage import file_sha256, write_file
 
@@ -124,6 +124,6 @@ def _write_page(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, ou
     images = first_images(chosen)
     captions = [str(document.metadata.get("caption", "")) for document in chosen]
     pictures = originals(images, codec)
-    write_file(out, png(picture_sheet(list(zip(captions, pictures, strict=True)))))
+    write_file(out, encode_png(make_image_grid(list(zip(captions, pictures, strict=True)))))
     how = "decoded from their latents" if has_latents else "as they are kept"
     print(f"{out}: {len(chosen)} pictures {how}, with captions")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import Part, TransfusionPipeline
 from megafusion.images.codec import ImageCodec
-from megafusion.images.sheets import png
+from megafusion.images.grid import encode_png
 from megafusion.objective.config import SamplingConfig
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
     sampling = _sampling(pipeline.config.sampling, overrides)
     size = parse_size(request.size) if request.size else None
     if size:
-        pipeline.size_number(size)
+        pipeline.size_index(size)
     lines = []
     with progress_bar() as progress:
         task = progress.add_task("denoising", total=sampling.num_inference_steps, losses="", visible=False)
@@ -55,11 +55,11 @@ def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[s
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        given = {"seed": request.seed, "size": size, "sampling": sampling, "report": report}
+        given = {"seed": request.seed, "size": size, "sampling": sampling, "progress": report}
         drawn = pipeline.draw(request.prompts, **given)
         for number, (prompt, picture) in enumerate(zip(request.prompts, drawn, strict=True)):
             path = out / f"{number}-{_slug(prompt)}.png"
-            write_file(path, png(picture))
+            write_file(path, encode_png(picture))
             lines.append(f"{path}: drawn from {prompt!r}")
         for path, caption in zip(request.images, pipeline.describe(pictures, sampling=sampling), strict=True):
             lines.append(f"{path}: {caption}")
@@ -135,7 +135,7 @@ def _write_answer(answer: Sequence[Part], out: Path) -> list[str]:
         if isinstance(part, str):
             lines.append(f"answer {number}: {part}")
         else:
-            write_file(out / f"answer-{number}.png", png(part))
+            write_file(out / f"answer-{number}.png", encode_png(part))
             lines.append(f"answer {number}: {out / f'answer-{number}.png'}")
     return lines or ["answer: nothing (the model ended at once)"]
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from megafusion.data.augment import open_picture
 from megafusion.data.document_format import StoredDocument, segment_kind
 from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import to_pil
+from megafusion.images.processor import postprocess_images
 from megafusion.images.sizes import Size, nearest_size
 
 
@@ -33,7 +33,7 @@ def originals(
     for shape in dict.fromkeys(moments.shape for moments in images):
         own = [number for number, moments in enumerate(images) if moments.shape == shape]
         means = torch.from_numpy(np.stack([images[number][0] for number in own])).float()
-        decoded = to_pil(codec.decode(means.to(next(codec.model.parameters()).device)))
+        decoded = postprocess_images(codec.decode(means.to(codec.model.device)))
         pictures |= zip(own, decoded, strict=True)
     return [pictures[number] for number in range(len(images))]
 

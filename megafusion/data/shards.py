@@ -24,7 +24,7 @@ from megafusion.config import Config, parse_config
 from megafusion.data.document_format import BLOCK, PICTURE, StoredDocument, segment_kind, tar_members
 from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
-from megafusion.images.sizes import Size, say_sizes
+from megafusion.images.sizes import Size, format_sizes
 from megafusion.storage import file_sha256, new_folder, write_file
 
 MANIFEST = "manifest.json"
@@ -111,7 +111,7 @@ class Manifest(Config):
         sizes = [shape[1:] for shape in self.latent_shapes]
         if len(sizes) == 1:
             return {sizes[0]: self.num_images}
-        return {size: self.images_by_size.get(say_sizes([size]), 0) for size in sizes}
+        return {size: self.images_by_size.get(format_sizes([size]), 0) for size in sizes}
 
 
 def write_shards(
@@ -176,7 +176,7 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
     tokens = [sum(len(s) for s in document.segments if segment_kind(s) == "tokens") for document in documents]
     images = [sum(segment_kind(s) != "tokens" for s in document.segments) for document in documents]
     by_size = Counter(
-        say_sizes([segment.shape[2:]])
+        format_sizes([segment.shape[2:]])
         for document in documents
         for segment in document.segments
         if segment_kind(segment) == "moments"

@@ -21,7 +21,7 @@ from megafusion.config import load_config, parse_config
 from megafusion.data.augment import open_picture
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from megafusion.images.processor import to_tensor
+from megafusion.images.processor import preprocess_images
 from megafusion.train.config import RunConfig
 from tests.support.raw import drawing, encoded, kill_in_the_middle, made_files
 from tests.support.sizes import ASPECTS, PIXELS, SIZES, write_raw
@@ -58,7 +58,7 @@ def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_pat
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         size = NEAREST[number % len(ASPECTS)]
         picture = drawing(number, ASPECTS[number % len(ASPECTS)])
-        mean, log_variance = codec.encode(to_tensor([picture], PIXELS[size]))
+        mean, log_variance = codec.encode(preprocess_images([picture], *PIXELS[size]))
         expected = torch.stack([mean[0], log_variance[0]]).half().numpy()
         np.testing.assert_allclose(document.segments[1], expected, rtol=1e-2, atol=1e-2)
 
