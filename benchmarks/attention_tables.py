@@ -19,7 +19,7 @@ from interval_attention.configs import (
     stored_tiles,
     using,
 )
-from megafusion.model.attention import CHOICES
+from megafusion.model.attention.auto import CHOICES
 
 LAYOUT = "interleaved-256"
 # Each kernel by what times it; decode and delta keep their tiles, which hardly matter.
@@ -50,7 +50,7 @@ def measure_tiles(plan, where: dict, path: Path | None, directions: Callable, ti
     architecture = ARCHITECTURES[-1] if plan.device == "cpu" else architecture_of(torch.device(plan.device))
     entries = []
     for head_dim in plan.head_dims:
-        for place, seq in enumerate(plan.seqs):
+        for index, seq in enumerate(plan.seqs):
             batch, heads = max(1, plan.positions // seq), plan.width // head_dim
             bounds = layout(LAYOUT, seq, plan.shrink)
             inputs = Inputs.random(bounds, batch, heads, head_dim, plan.device, plan.dtype)
@@ -68,8 +68,8 @@ def measure_tiles(plan, where: dict, path: Path | None, directions: Callable, ti
                         flush=True,
                     )
                 best = best._replace(**{kernel: min(times, key=times.get)})
-            least = seq if place else 0
-            entries.append({"architecture": architecture, "head_dim": head_dim, "least_rows": least})
+            min_rows = seq if index else 0
+            entries.append({"architecture": architecture, "head_dim": head_dim, "min_rows": min_rows})
             entries[-1] |= {name: list(tile) for name, tile in best._asdict().items()}
     write_tiles(entries, where | {"architecture": architecture}, path or STORED)
 
@@ -85,7 +85,7 @@ def _time(tiles: Tiles, call: Callable, before: Callable, plan, timer: Callable)
 
 
 def write_tiles(entries: list[dict], where: dict, path: Path) -> None:
-    """Put entries in the place of those of the same architecture and head size; all others stay."""
+    """Put entries in the place of those of the same architecture and head_dim; all others stay."""
     stored = json.loads(STORED.read_text())
     replaced = {(e["architecture"], e["head_dim"]) for e in entries}
     kept = [e for e in stored["tiles"] if (e["architecture"], e["head_dim"]) not in replaced]
@@ -96,7 +96,7 @@ def write_tiles(entries: list[dict], where: dict, path: Path) -> None:
 
 
 def write_choices(report: dict, path: Path = CHOICES) -> None:
-    """Store which backends were fastest by architecture, head size and least number of rows.
+    """Store which backends were fastest by architecture, head_dim and minimum number of rows.
 
     Forward and backward, the sum over mixed layouts; a backend must have served them all.
     """
@@ -124,13 +124,13 @@ def chosen(rows: list[dict], architecture: int) -> list[dict]:
             for s in sorted({r["seq"] for r in cases})
             if {r["layout"] for r in cases if r["seq"] == s} == layouts
         ]
-        for place, seq in enumerate(seqs):
+        for index, seq in enumerate(seqs):
             spent: dict[str, list[float]] = {}
             for row in cases:
                 if row["seq"] == seq and row["backend"] in ("interval", "flash", "flex"):
                     spent.setdefault(row["backend"], []).append(row["milliseconds"])
             whole = {backend: sum(ms) for backend, ms in spent.items() if len(ms) == len(layouts)}
-            entry = {"architecture": architecture, "head_dim": head_dim, "least_rows": seq if place else 0}
+            entry = {"architecture": architecture, "head_dim": head_dim, "min_rows": seq if index else 0}
             choices.append(entry | {"backends": sorted(whole, key=whole.get)})
     return choices
 
@@ -140,4 +140,4 @@ def _others(stored: dict, where: dict) -> list[dict]:
 
 
 def _order(entry: dict) -> tuple[int, int, int]:
-    return entry["architecture"], entry["head_dim"], entry["least_rows"]
+    return entry["architecture"], entry["head_dim"], entry["min_rows"]

@@ -39,18 +39,14 @@ from megafusion.data.source import counter_generator, open_sources
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.document import cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
+from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import write_file
 
 SHAPE = SequenceShape(length=4096, num_images=15, patches=(256,), latent_channels=8, sizes=((32, 32),))
 LATENT_SHAPE = (8, 32, 32)
 NUM_ROWS, NUM_STREAMS, NUM_SAMPLES = 4, 16, 10_000_000
 KINDS = ("pairs", "text")
-
-
-class Ids:
-    """What packing asks of a tokenizer."""
-
-    bos, eos, boi, eoi, vocab_size, hash = 1, 2, 32000, 32001, 32002, "t"
+TOKENIZER = Tokenizer(Path("t"), "t", 32000, bos=1, eos=2)
 
 
 def documents(kind: str, num: int) -> Iterator[StoredDocument]:
@@ -94,8 +90,9 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
         num_streams=NUM_STREAMS,
         num_workers=num_workers,
     )
-    sources = open_sources(config, Ids, "v", 0)
-    return DataLoader(config, sources, SHAPE, Ids, DDPMConfig().build(), NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
+    sources = open_sources(config, TOKENIZER, "v", 0)
+    rows = NUM_ROWS, range(NUM_ROWS), NUM_ROWS
+    return DataLoader(config, sources, SHAPE, TOKENIZER, DDPMConfig().build(), *rows)
 
 
 def ours(folder: Path) -> Iterator[int]:
@@ -151,7 +148,7 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         number += 1
         about = manifest if kind == "pairs" else texts
         parts = sample_layout(next(readers[kind]), about, config, SHAPE, generator)
-        whole = flatten(parts, Ids, SHAPE.patches)
+        whole = flatten(parts, TOKENIZER, SHAPE.patches)
         packed[kind] += len(whole)
         pieces = [sample_noise(whole, about, SHAPE, noise_process, generator)]
         while pieces:

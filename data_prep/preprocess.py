@@ -64,7 +64,7 @@ def preprocess(config: PreprocessConfig, shard_range: ShardRange | None = None) 
         raise UserError("nothing to preprocess: set `images`, `texts` or `documents`")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"{config.out}: is a file; name a folder")
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     with progress_bar() as progress:
         kinds = [kind for kind, paths in inputs.items() if paths]
         jobs = [_Job(kind, config, tokenizer, progress, shard_range) for kind in kinds]

@@ -109,4 +109,4 @@ class Worker:
             num_gpus = torch.cuda.device_count()
             device = f"cuda:{self._index % num_gpus}" if num_gpus else "cpu"
             codec = ImageCodec.from_pretrained(config.vae, device)
-        return DocumentBuilder(config, Tokenizer(config.tokenizer), codec)
+        return DocumentBuilder(config, Tokenizer.from_pretrained(config.tokenizer), codec)

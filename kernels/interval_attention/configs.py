@@ -65,18 +65,18 @@ def architecture_of(device: torch.device) -> int:
 
 
 def lookup(architecture: int, head_dim: int, num_rows: int) -> Tiles:
-    """The entry of the file with the largest `least_rows` that num_rows reaches."""
+    """The entry of the file with the largest `min_rows` that num_rows reaches."""
     entries = read_stored()[architecture, head_dim]
-    return entries[max(least for least in entries if least <= num_rows)]
+    return entries[max(min_rows for min_rows in entries if min_rows <= num_rows)]
 
 
 @cache
 def read_stored() -> dict[tuple[int, int], dict[int, Tiles]]:
-    """The file's tiles by (architecture, head_dim), then by least number of rows; each has an entry for 0."""
+    """The file's tiles by (architecture, head_dim), then by min_rows; each has an entry for 0."""
     stored: dict[tuple[int, int], dict[int, Tiles]] = {}
     for entry in json.loads(STORED.read_text())["tiles"]:
         tiles = Tiles(*(Tile(*entry[kernel]) for kernel in Tiles._fields))
-        stored.setdefault((entry["architecture"], entry["head_dim"]), {})[entry["least_rows"]] = tiles
+        stored.setdefault((entry["architecture"], entry["head_dim"]), {})[entry["min_rows"]] = tiles
     return stored
 
 

@@ -83,7 +83,7 @@ def _manifest(files: dict[str, dict]) -> str:
 
 
 def way_out() -> str:
-    """What a user can do about a damaged checkpoint."""
+    """Advice to the user for a damaged checkpoint."""
     return "use the previous checkpoint, as `megafusion train` does"
 
 

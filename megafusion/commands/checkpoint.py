@@ -1,4 +1,4 @@
-"""What `megafusion checkpoint` does: show, verify and export a run's checkpoints."""
+"""`megafusion checkpoint`: show, verify and export a run's checkpoints."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from megafusion.errors import UserError
 
 
 def show(path: Path) -> None:
-    """Print a table of a run's checkpoints, or what one checkpoint holds."""
+    """Print a table of a run's checkpoints, or the contents of one checkpoint."""
     if _is_checkpoint(path):
         print("\n".join(_describe(path)))
         return
@@ -42,7 +42,7 @@ def show(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Hash every file of a checkpoint, or of all of a run. UserError naming a file of each bad one."""
+    """Check the hashes of a checkpoint, or of all of a run. UserError naming a file of each damaged one."""
     bad = []
     for checkpoint in [path] if _is_checkpoint(path) else _checkpoints(path):
         try:
@@ -56,13 +56,13 @@ def verify(path: Path) -> None:
 
 
 def export(path: Path, out: Path, raw_weights: bool) -> None:
-    """Write a pipeline folder (safetensors) of a checkpoint's averaged weights, or of its raw ones.
+    """Write a pipeline folder (safetensors) with a checkpoint's averaged weights, or its raw ones.
 
-    path: a checkpoint, or a run, whose newest complete one is taken.
+    path: a checkpoint, or a run, whose latest complete checkpoint is exported.
     """
     checkpoint = path
     if not _is_checkpoint(path):
-        _checkpoints(path)  # what is no run is said
+        _checkpoints(path)  # raises if this is not a run
         checkpoint = latest_checkpoint(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
@@ -88,19 +88,19 @@ def _size(file: Path) -> int | None:
 
 
 def _state(checkpoint: Path) -> dict:
-    """What a checkpoint says of itself. UserError where that cannot be read."""
+    """Step and topology from a checkpoint's state.json. UserError if it cannot be read."""
     path = checkpoint / "state.json"
     try:
         state = json.loads(path.read_text())
         return {"step": int(state["step"]), "topology": dict(state.get("topology", {}))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not readable ({error}); megafusion checkpoint verify {checkpoint}"
+            f"{path}: cannot be read ({error}); run megafusion checkpoint verify {checkpoint}"
         ) from error
 
 
 def _topology(state: dict) -> str:
-    """How the run lay over its ranks, without the axes that had one."""
+    """The topology in words, without the degrees that are 1."""
     shown = {
         k: v for k, v in state["topology"].items() if k in ("world_size", "zero_stage") or v not in (1, False)
     }
@@ -119,7 +119,7 @@ def _describe(checkpoint: Path) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows in columns as wide as their widest entry; figures stand right."""
+    """Rows as text in aligned columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

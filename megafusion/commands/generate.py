@@ -100,7 +100,8 @@ def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPip
     from megafusion.train.run_folder import load_run_config
 
     config = load_run_config(path.parent.parent)
-    tokenizer, codec = Tokenizer(config.data.tokenizer), ImageCodec.from_pretrained(config.data.vae)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
+    codec = ImageCodec.from_pretrained(config.data.vae)
     pipeline = make_pipeline(config, tokenizer, codec)
     shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
     pipeline.model.load_state_dict(load_full_tensors(path, shapes, kind))

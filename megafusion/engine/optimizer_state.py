@@ -29,7 +29,7 @@ class OptimizerShard:
     name: str
     """Canonical name of the parameter, the same in every topology."""
     shard_spec: ShardSpec
-    """Which part of the whole parameter the local parameter is."""
+    """The local parameter's part of the whole one."""
     start: int
     weight: Tensor
     exp_avg: Tensor
@@ -97,7 +97,7 @@ class FragmentSpec:
 
 
 def _fragment_spec(optimizer: DeepSpeedOptimizer, parameter: nn.Parameter) -> FragmentSpec | None:
-    """Where this rank's fragment of a parameter is stored; None if it owns none."""
+    """Storage of this rank's fragment of a parameter; None if it owns none."""
     if isinstance(optimizer, torch.optim.AdamW):
         return FragmentSpec(parameter, 0, 0, parameter.numel())
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):

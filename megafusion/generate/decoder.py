@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megafusion.generate.cache import KVCache
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.sampler import apply_guidance
@@ -99,7 +100,7 @@ class Decoder:
 
     def _forward(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor) -> Tensor:
         positions, intervals = cache.allocate(row_end_BS)
-        rope = self.model.rope(positions)
+        context = block_context(self.model.config, intervals, positions, x_BSD.dtype)
         for block, layer in zip(self.model.blocks, cache.layers, strict=True):
-            x_BSD = block(x_BSD, intervals, rope, layer)
+            x_BSD = block(x_BSD, context, layer)
         return self.model.tail(x_BSD)

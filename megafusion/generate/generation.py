@@ -14,7 +14,7 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
-from megafusion.sequence.tokenizer import Tokenizer, begin_of_image
+from megafusion.sequence.tokenizer import Tokenizer
 
 Part = str | Image.Image
 
@@ -47,7 +47,7 @@ class Generation:
         self.outputs: list[list[Part | int]] = [[] for _ in prompts]
         """By row: images, and token ids that are not decoded to text yet."""
         config = self.config
-        self.boi_ids = [begin_of_image(tokenizer, index) for index in range(len(config.image_sizes))]
+        self.boi_ids = [tokenizer.boi_of_size(index) for index in range(len(config.image_sizes))]
         documents = [self._document(prompt) for prompt in prompts]
         longest = max(len(document) for document in documents)
         room = max_images * (max(config.patches) + 2) + sampling.max_new_tokens + 1

@@ -1,7 +1,6 @@
 """TransfusionPipeline: captions to images, images to captions, and texts and images in any order."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -86,7 +85,7 @@ class TransfusionPipeline:
                 f"{folder / WEIGHTS}: names or shapes differ from config.json's model, first {wrong[0]}"
             )
         model.load_state_dict(weights)
-        tokenizer = Tokenizer(folder / "tokenizer.model")
+        tokenizer = Tokenizer.from_pretrained(folder)
         return cls(model, tokenizer, ImageCodec.from_pretrained(folder / "vae"), config)
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -97,7 +96,7 @@ class TransfusionPipeline:
         with new_folder(Path(folder), WEIGHTS) as partial:
             (partial / "config.json").write_text(self.config.model_dump_json(indent=1) + "\n")
             save_file(self.model.state_dict(), partial / WEIGHTS)
-            shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
+            self.tokenizer.save_pretrained(partial)
             self.codec.model.save_pretrained(partial / "vae")
 
     def draw(
@@ -188,7 +187,7 @@ def _refuse_others(given: Sequence, kinds: tuple[type, ...], call: str) -> None:
 def check_components(model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec) -> None:
     """Raise UserError if the tokenizer or the autoencoder does not fit the model's configuration."""
     num_more = len(model.image_sizes) - 1
-    num_ids = tokenizer.vocab_size + num_more
+    num_ids = tokenizer.num_ids(len(model.image_sizes))
     if num_ids != model.vocab_size:
         beside = f", and a boi for each of the {num_more} further model.image_sizes"
         raise UserError(

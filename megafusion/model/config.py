@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from megafusion.config import Config
 from megafusion.images.sizes import Size, format_sizes
 
-Backend = Literal["auto", "sdpa", "flex", "interval", "flash"]
+BackendName = Literal["auto", "sdpa", "flex", "interval", "flash"]
+"""Attention backends, each a module of model/attention/."""
 Grid = tuple[int, int]
 """Patches down and across an image."""
 Positive = Annotated[int, Field(gt=0)]
@@ -50,7 +51,7 @@ class ModelConfig(Config):
     """What stands between latents and the transformer."""
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
-    attention: Backend = "sdpa"
+    attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
     CUDA (or 2, for text alone); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
     rope_theta: float = Field(10_000.0, gt=0)
@@ -78,6 +79,11 @@ class ModelConfig(Config):
                 f"image_sizes: {format_sizes(self.image_sizes)} has a size twice; name each once"
             )
         return self
+
+    @property
+    def head_dim(self) -> int:
+        """Size K of an attention head."""
+        return self.hidden_size // self.num_heads
 
     @property
     def kv_heads(self) -> int:

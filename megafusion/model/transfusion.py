@@ -9,8 +9,7 @@ from megafusion.model.adapters import LinearDown, LinearUp, Skips
 from megafusion.model.attention import check_backend
 from megafusion.model.by_size import patches_by_size, predict_by_size
 from megafusion.model.config import ModelConfig
-from megafusion.model.rope import Rope, rope_at
-from megafusion.model.transformer import Block
+from megafusion.model.transformer import Block, block_context
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses, Objective
@@ -132,25 +131,11 @@ class Transfusion(nn.Module):
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
-        check_backend(config.attention, config.hidden_size // config.num_heads)
+        check_backend(config.attention, config.head_dim)
         self.config, self.objective = config, Objective(objective, config.latent_sizes)
         self.stem = Stem(config)
-        self.blocks = nn.ModuleList(
-            Block(
-                config.hidden_size,
-                config.num_heads,
-                config.kv_heads,
-                config.ffn_size,
-                config.attention,
-                config.norm_eps,
-            )
-            for _ in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.tail = Tail(config)
-
-    def rope(self, positions_BS: Tensor) -> Rope:
-        """The rotation of a batch's positions, for all layers."""
-        return rope_at(positions_BS, self.config.hidden_size // self.config.num_heads, self.config.rope_theta)
 
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""
@@ -158,9 +143,9 @@ class Transfusion(nn.Module):
         noised = self.objective.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
         timesteps = self.objective.noise_process.timesteps(inputs.t)
         x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
-        intervals, rope = batch.intervals(), self.rope(inputs.positions)
+        context = block_context(self.config, batch.intervals(), inputs.positions, x_BSD.dtype)
         for block in self.blocks:
-            x_BSD = block(x_BSD, intervals, rope)
+            x_BSD = block(x_BSD, context)
         hidden_BSD = self.tail(x_BSD)
         images = self.tail.images(hidden_BSD, inputs.image_start, timesteps, skips, inputs.image_size)
         return self.objective(self.tail.head(hidden_BSD), images, batch.targets())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megafusion.model.config import ModelConfig
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
@@ -33,8 +34,8 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
         latents = torch.zeros(1, shape.num_images, shape.latent_channels, *shape.sizes[0])
         timesteps = torch.zeros(1, shape.num_images, dtype=torch.int64)
     (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps)
-    intervals, rope = Intervals(bounds, bounds, shape.length), model.rope(bounds)
-    hidden, block = _counted(model.blocks[0], x, intervals, rope)
+    context = block_context(one_block, Intervals(bounds, bounds, shape.length), bounds, x.dtype)
+    hidden, block = _counted(model.blocks[0], x, context)
     _, head = _counted(model.tail.head, hidden)
     _, images = _counted(model.tail.images, hidden, timesteps, timesteps, skips)
     return [stem, *[block] * config.num_layers, head + images]

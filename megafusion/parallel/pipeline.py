@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips
-from megafusion.model.attention import prepare_mask
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
@@ -45,8 +45,7 @@ class Stage(nn.Module):
 
     def __init__(self, model: Transfusion, blocks: range, mesh: Mesh, shapes: Shapes):
         super().__init__()
-        self.shapes, self.hidden_size, self.rope = shapes, model.config.hidden_size, model.rope
-        self.attention, self.head_dim = model.config.attention, self.hidden_size // model.config.num_heads
+        self.shapes, self.config = shapes, model.config
         self.stem = model.stem if blocks.start == 0 else None
         self.blocks = nn.ModuleDict({str(number): model.blocks[number] for number in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
@@ -68,10 +67,9 @@ class Stage(nn.Module):
         rows_3BS, slots_3BN = self._unpack_integers(integers)
         positions, row_start, row_end = rows_3BS
         intervals = Intervals(row_start, row_end, self.shapes.length)
-        prepare_mask(self.attention, intervals, x_BSD, self.head_dim)
-        rope = self.rope(self.slices.take(positions))
+        context = block_context(self.config, intervals, self.slices.take(positions), x_BSD.dtype)
         for block in self.blocks.values():
-            x_BSD = block(x_BSD, intervals, rope)
+            x_BSD = block(x_BSD, context)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
         return self._end(x_BSD, *slots_3BN, skips)
@@ -103,7 +101,7 @@ class Stage(nn.Module):
         sizes = [prod(shape) for shape in self.shapes.skips]
         x, *skips = floats.split([floats.numel() - sum(sizes), *sizes])
         shaped = tuple(skip.view(shape) for skip, shape in zip(skips, self.shapes.skips, strict=True))
-        return x.view(self.shapes.num_rows, -1, self.hidden_size), shaped
+        return x.view(self.shapes.num_rows, -1, self.config.hidden_size), shaped
 
     def _unpack_integers(self, integers: Tensor) -> tuple[Tensor, Tensor]:
         rows = 3 * self.shapes.num_rows * self.shapes.length

@@ -4,6 +4,8 @@ The ranks of a row hold a slice of its positions each, and all heads. In attenti
 holds all positions of its share of the heads, so that the mask of whole rows serves as it is.
 """
 
+from typing import Any
+
 import megafusion.device  # noqa: F401 - before deepspeed
 
 import torch.distributed as dist
@@ -14,7 +16,6 @@ from megafusion.model.transformer import Block
 from megafusion.parallel import collectives
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import POSITIONS
-from megafusion.sequence.intervals import Intervals
 
 BATCH, HEADS = 0, 2  # dimensions of q_BSHK
 
@@ -23,8 +24,8 @@ def exchange_heads(block: Block, mesh: Mesh) -> None:
     """Let a block's attention exchange positions for heads before, and back after."""
     attend = DistributedAttention(block.attention.attend, mesh.group("ulysses"), HEADS, POSITIONS)
 
-    def attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, intervals: Intervals) -> Tensor:
-        return attend(q_BSHK, k_BSGK, v_BSGK, BATCH, None, intervals)
+    def attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
+        return attend(q_BSHK, k_BSGK, v_BSGK, BATCH, None, mask)
 
     block.attention.attend = attention
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megafusion.sequence.tokenizer import Tokenizer, begin_of_image
+from megafusion.sequence.tokenizer import Tokenizer
 
 IGNORED_LABEL = -100
 
@@ -75,7 +75,7 @@ def flatten(
             tokens[first : first + len(segment)] = segment
             first += len(segment)
             continue
-        tokens[first], begins[first] = begin_of_image(tokenizer, segment.size), True
+        tokens[first], begins[first] = tokenizer.boi_of_size(segment.size), True
         here = slice(first + 1, first + 1 + patches[segment.size])
         patch[here] = len(image_start) * most + np.arange(patches[segment.size])
         row_end[here] = here.stop

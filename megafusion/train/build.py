@@ -42,12 +42,8 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
-    if config.model.attention == "flex" and not torch.cuda.is_available():
-        raise UserError(
-            "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
-        )
-    check_backend(config.model.attention, config.model.hidden_size // config.model.num_heads)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    check_backend(config.model.attention, config.model.head_dim, training=True)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)

@@ -1,4 +1,4 @@
-"""`megafusion checkpoint`: what it prints, what it refuses, and what it exports."""
+"""`megafusion checkpoint`: its output, its refusals, and the pipelines that it exports."""
 
 import json
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_show_lists_a_run_and_describes_a_checkpoint(run):
     assert "world_size 1" in text
 
 
-def test_show_tells_a_checkpoint_with_a_file_cut_short(run):
+def test_show_reports_a_checkpoint_with_a_truncated_file(run):
     with (run / "checkpoints/step-00000003/tensors/__0_0.distcp").open("r+b") as file:
         file.truncate(1000)
     assert [line.split()[2] for line in checkpoint("show", run).splitlines()[1:]] == ["damaged", "yes"]
@@ -96,7 +96,7 @@ def test_export_is_the_published_model_or_the_raw_weights(run, tmp_path):
     assert pipeline.draw(["red apple"])[0].size == (32, 32)
 
 
-def test_what_is_no_checkpoint_is_said(tmp_path, run_values):
+def test_a_path_without_checkpoints_is_named(tmp_path, run_values):
     config = parse_config(RunConfig, run_values, "test")
     for command in ("show", "verify"):
         with pytest.raises(UserError, match="neither a run folder nor a checkpoint"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megafusion.config import load_config
 from megafusion.data.loader import DataLoader, packed_and_skipped
 from megafusion.train.config import RunConfig
-from tests.support.rows import Ids, stream_of, write_pairs, write_texts
+from tests.support.rows import IDS, stream_of, write_pairs, write_texts
 from tests.support.small import GLOSSES, PACK, ROOT
 
 
@@ -94,7 +94,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     source = logical._sources["text"]
     wanted: Counter = Counter()
     for number in range(len(lengths)):
-        ids = [Ids.bos, *source.read(number).segments[0].tolist(), Ids.eos]
+        ids = [IDS.bos, *source.read(number).segments[0].tolist(), IDS.eos]
         wanted.update(itertools.pairwise(ids))
     found: Counter = Counter()
     while logical.state.position["text"][0] < 2 or any(p.epoch < 2 for p in logical.state.pending):
@@ -111,12 +111,12 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     epoch, order, offset = logical.state.position["text"]
     for e in range(2, epoch + 1):
         for o in range(len(lengths) if e < epoch else order + (offset > 0)):
-            ids = [Ids.bos, *source.read(source.document_at(0, e, o)).segments[0].tolist(), Ids.eos]
+            ids = [IDS.bos, *source.read(source.document_at(0, e, o)).segments[0].tolist(), IDS.eos]
             end = offset if (e, o) == (epoch, order) else len(ids) - 1
             extra.update(list(itertools.pairwise(ids))[:end])
     for pending in logical.state.pending:
         document = source.document_at(0, pending.epoch, pending.order)
-        ids = [Ids.bos, *source.read(document).segments[0].tolist(), Ids.eos]
+        ids = [IDS.bos, *source.read(document).segments[0].tolist(), IDS.eos]
         extra.subtract(list(itertools.pairwise(ids))[pending.start : pending.end])
     wanted = Counter({pair: 2 * n for pair, n in wanted.items()})
     wanted.update(extra)

@@ -14,9 +14,9 @@ from megafusion.data.logical_stream import LogicalStream
 from megafusion.errors import UserError
 from megafusion.sequence.document import IGNORED_LABEL
 from tests.support.rows import (
+    IDS,
+    MANY_IDS,
     NUM_PATCHES,
-    Ids,
-    ManyIds,
     digest,
     stream_of,
     write_documents,
@@ -28,19 +28,19 @@ PATCH = -1
 
 
 def logical_of(folder, **values) -> LogicalStream:
-    (logical,) = stream_of({"web": (folder, 1.0)}, range(1), 1, ids=ManyIds, **values)._streams.values()
+    (logical,) = stream_of({"web": (folder, 1.0)}, range(1), 1, ids=MANY_IDS, **values)._streams.values()
     return logical
 
 
 def laid_out(segments) -> list[tuple[int, int]]:
     """Token and target of each position of a document, by the rules as docs/data.md gives them."""
-    tokens = [Ids.bos]
+    tokens = [IDS.bos]
     for segment in segments:
-        tokens += segment.tolist() if segment.ndim == 1 else [Ids.boi, *[PATCH] * NUM_PATCHES, Ids.eoi]
-    tokens.append(Ids.eos)
+        tokens += segment.tolist() if segment.ndim == 1 else [IDS.boi, *[PATCH] * NUM_PATCHES, IDS.eoi]
+    tokens.append(IDS.eos)
     following = [*tokens[1:], IGNORED_LABEL]
     return [
-        (token, IGNORED_LABEL if token in (PATCH, Ids.boi) else label)
+        (token, IGNORED_LABEL if token in (PATCH, IDS.boi) else label)
         for token, label in zip(tokens, following, strict=True)
     ]
 
@@ -95,7 +95,7 @@ def found_in(row, positions: Counter, images: Counter, slots: int) -> None:
         here = slice(start, start + NUM_PATCHES)
         assert row["patch_index"][here].tolist() == list(range(slot * NUM_PATCHES, (slot + 1) * NUM_PATCHES))
         assert (row["row_end"][here] == here.stop).all()
-        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (Ids.boi, Ids.eoi)
+        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (IDS.boi, IDS.eoi)
         assert len(set(row["row_start"][start - 1 : here.stop + 1])) == 1
         images[round(float(row["latents"][slot].mean()))] += 1
 
@@ -194,7 +194,7 @@ NUM_ROWS, NUM_STEPS = 4, 100
 def ranks_of(mixture, num_ranks: int, **changes):
     share = NUM_ROWS // num_ranks
     rows = [range(r * share, (r + 1) * share) for r in range(num_ranks)]
-    return [stream_of(mixture, r, NUM_ROWS, num_streams=8, ids=ManyIds, **changes) for r in rows]
+    return [stream_of(mixture, r, NUM_ROWS, num_streams=8, ids=MANY_IDS, **changes) for r in rows]
 
 
 def rows_of(ranks) -> list[str]:
@@ -236,7 +236,7 @@ def test_interleaved_documents_fill_their_rows(tmp_path):
             parts.insert(int(draw.integers(len(parts) + 1)), 0)
         shapes.append(parts)
     folder = write_documents(tmp_path / "web", shapes, 100, latents=(1, 2, 2))
-    values = {"length": 4096, "num_patches": 256, "latents": (1, 2, 2), "ids": ManyIds}
+    values = {"length": 4096, "num_patches": 256, "latents": (1, 2, 2), "ids": MANY_IDS}
     for slots in (15, 12):
         stream = stream_of({"web": (folder, 1.0)}, range(16), 16, slots=slots, **values)
         for _ in range(17):
@@ -257,8 +257,8 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_whole(tmp_path):
         cut |= {pending.order for pending in logical.state.pending if pending.start}
         row = logical.next_row()
         starts = row["image_start"][row["image_start"] >= 0]
-        assert (row["tokens"][starts - 1] == Ids.boi).all()
-        assert (row["tokens"][starts + NUM_PATCHES] == Ids.eoi).all()
+        assert (row["tokens"][starts - 1] == IDS.boi).all()
+        assert (row["tokens"][starts + NUM_PATCHES] == IDS.eoi).all()
     assert cut
     assert logical.state.position["pairs"][0] > 5
 

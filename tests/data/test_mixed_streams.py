@@ -23,7 +23,7 @@ from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.data.test_pictures import options, webp, write_pictures
 from tests.support.raw import drawing
-from tests.support.rows import Ids, digest, stream_of, write_texts
+from tests.support.rows import IDS, digest, stream_of, write_texts
 from tests.support.workers import run_workers
 
 SIZES, PATCHES = ((4, 4), (2, 6), (8, 2)), (4, 3, 4)
@@ -87,8 +87,8 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
             size, start = int(batch.image_size[0, slot]), int(batch.image_start[0, slot])
             here = (batch.patch_index[0] // 4 == slot) & (batch.patch_index[0] >= 0)
             assert here.nonzero()[:, 0].tolist() == list(range(start, start + PATCHES[size]))
-            assert batch.tokens[0, start - 1] == (Ids.eoi + size if size else Ids.boi)
-            assert batch.tokens[0, start + PATCHES[size]] == Ids.eoi
+            assert batch.tokens[0, start - 1] == IDS.boi_of_size(size)
+            assert batch.tokens[0, start + PATCHES[size]] == IDS.eoi
             height, width = SIZES[size]
             for whole, factor in ((batch.noise[0, slot], 1), (batch.pictures[0, slot], 4)):
                 beside = whole.clone()
@@ -174,7 +174,7 @@ def test_pieces_of_a_document_hold_images_of_any_size_whole(parts, room, slots):
     segments = [
         np.full(part, 7, np.int32) if part > 0 else NoisedImage(None, None, 0, size=-part) for part in parts
     ]
-    whole = flatten(segments, Ids, patches)
+    whole = flatten(segments, IDS, patches)
     first, images, tokens, labels = 0, [], [], []
     while first < len(whole):
         last = find_cut(whole, first, len(whole), room, slots, 2)
@@ -186,7 +186,7 @@ def test_pieces_of_a_document_hold_images_of_any_size_whole(parts, room, slots):
             here = slice(start, start + patches[image.size])
             assert piece.patch[here].tolist() == list(range(number * 20, number * 20 + patches[image.size]))
             assert (piece.row_end[here] == here.stop).all()
-            assert piece.tokens[here.stop] == Ids.eoi
+            assert piece.tokens[here.stop] == IDS.eoi
         assert (piece.patch >= 0).sum() == sum(patches[image.size] for image in piece.images)
         images += piece.images
         tokens += piece.tokens.tolist()

@@ -11,7 +11,6 @@ from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import nearest_size_of
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
-from megafusion.sequence.tokenizer import begin_of_image
 from tests.support.generation import (
     CAPTIONS,
     assert_batch_invariant,
@@ -71,7 +70,7 @@ def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(p
         expected = model.tail.images(hidden, batch.image_start, timesteps, skips, batch.image_size)
     prefix, lengths = prompt_batch(pipeline, [[text]])
     cache, empty = decoder.new_cache(1, 40), decoder.new_cache(1, 40)
-    begin = torch.tensor([begin_of_image(pipeline.tokenizer, size)])
+    begin = torch.tensor([pipeline.tokenizer.boi_of_size(size)])
     decoder.read_prompts(cache, prefix, lengths)
     decoder.read_tokens(cache, begin)
     with torch.no_grad():
@@ -94,7 +93,7 @@ def prefer_by_state(pipeline) -> None:
         hidden = inputs[0]
         for size in range(3):
             wish = (hidden[..., 0] > 0.3) * (2 + hidden[..., 1 + size])
-            logits[..., begin_of_image(pipeline.tokenizer, size)] += 1e3 * wish
+            logits[..., pipeline.tokenizer.boi_of_size(size)] += 1e3 * wish
         logits[..., pipeline.tokenizer.eos] += 1e4 * (hidden[..., 5] > 1.2)
         return logits
 
@@ -106,7 +105,7 @@ def test_tokens_and_sizes_are_the_argmax_of_one_pass_without_a_cache(pipeline, m
     prefer_by_state(pipeline)
     monkeypatch.setattr(pipeline.codec, "decode_images", list)  # outputs hold latents
     tokenizer, budget = pipeline.tokenizer, 10
-    begins = [begin_of_image(tokenizer, size) for size in range(3)]
+    begins = [tokenizer.boi_of_size(size) for size in range(3)]
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": budget})
 
     together, drawn = run_generation(pipeline, CAPTIONS, sampling, 5, 2), set()
@@ -151,7 +150,7 @@ def test_a_size_can_be_requested(pipeline):
 
 def test_a_boi_of_another_size_draws_at_the_requested_size(pipeline):
     def hook(_head, _inputs, logits):
-        logits[..., begin_of_image(pipeline.tokenizer, 0)] += 1e4
+        logits[..., pipeline.tokenizer.boi_of_size(0)] += 1e4
         return logits
 
     pipeline.model.tail.head.register_forward_hook(hook)
@@ -164,7 +163,7 @@ def test_guidance_uses_a_document_without_text_of_the_same_size(pipeline, monkey
     monkeypatch.setattr(pipeline.codec, "decode_images", list)
     (drawn,) = pipeline.draw(["x"], seed=4, size=PIXELS[size])
     decoder, caches = Decoder(pipeline.model), []
-    begin = torch.tensor([begin_of_image(pipeline.tokenizer, size)])
+    begin = torch.tensor([pipeline.tokenizer.boi_of_size(size)])
     for segments in ([np.array(pipeline.tokenizer.encode("x"))], []):
         caches.append(decoder.new_cache(1, 40))
         decoder.read_prompts(caches[-1], *prompt_batch(pipeline, [segments]))

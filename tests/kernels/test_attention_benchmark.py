@@ -139,8 +139,8 @@ def test_choices_order_backends_by_the_sum_over_mixed_layouts():
         both("pairs", 65536, "flash", 1),
     ]
     assert chosen(rows, 90) == [
-        {"architecture": 90, "head_dim": 128, "least_rows": 0, "backends": ["interval", "flash"]},
-        {"architecture": 90, "head_dim": 128, "least_rows": 8192, "backends": ["flash", "interval"]},
+        {"architecture": 90, "head_dim": 128, "min_rows": 0, "backends": ["interval", "flash"]},
+        {"architecture": 90, "head_dim": 128, "min_rows": 8192, "backends": ["flash", "interval"]},
     ]
 
 

@@ -1,5 +1,8 @@
 """Images of several sizes: which size a picture goes to, how rows hold it, and that losses are its own."""
 
+from copy import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
+from megafusion.sequence.tokenizer import Tokenizer
 
 SIZES, CHANNELS, PATCH = ((4, 8), (8, 8), (10, 2)), 2, 2
 PATCHES = (8, 16, 5)
@@ -33,8 +37,7 @@ MODEL = {
 }
 
 
-class Ids:
-    bos, eos, boi, eoi = 1, 2, 30, 31
+IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
 def image(size: int, seed: int, as_only_one: bool = False) -> NoisedImage:
@@ -50,7 +53,7 @@ def document(parts: list[int], seed: int) -> FlatDocument:
         random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + place)
         for place, part in enumerate(parts)
     ]
-    return flatten(segments, Ids, PATCHES)
+    return flatten(segments, IDS, PATCHES)
 
 
 def shape(length: int, slots: int) -> SequenceShape:
@@ -163,7 +166,7 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
     torch.manual_seed(0)
     net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
     order = [1, 0, 2, 2, 1, 0, 0]
-    documents = [flatten([image(s, i)], Ids, PATCHES) for i, s in enumerate(order)]
+    documents = [flatten([image(s, i)], IDS, PATCHES) for i, s in enumerate(order)]
     rows = [pack_row(documents[:4], shape(60, 5)), pack_row(documents[4:], shape(60, 5))]
     mixed = collate(rows)
     results = []
@@ -171,11 +174,9 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
         only = {"image_sizes": (SIZES[size],)}
         single = Transfusion(ModelConfig(**MODEL | only, adapter=adapter), objective)
         single.load_state_dict(net.state_dict())
-
-        class OnlyIds(Ids):
-            boi = 31 + size if size else 30
-
-        flat = flatten([image(size, number, as_only_one=True)], OnlyIds, (PATCHES[size],))
+        only_ids = copy(IDS)
+        only_ids.boi = IDS.boi_of_size(size)
+        flat = flatten([image(size, number, as_only_one=True)], only_ids, (PATCHES[size],))
         row = pack_row([flat], SequenceShape(len(flat), 1, (PATCHES[size],), CHANNELS, (SIZES[size],)))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
     assert_equal(losses_and_gradients(net, mixed), summed(results))

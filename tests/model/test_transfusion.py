@@ -9,10 +9,11 @@ from pydantic import ValidationError
 
 from megafusion.config import load_config
 from megafusion.model.adapters import LinearDown, LinearUp
-from megafusion.model.attention import sdpa
+from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig
 from megafusion.model.initialize import initialize
 from megafusion.model.rope import rope_at
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.config import ObjectiveConfig
@@ -134,7 +135,9 @@ def test_attention_equals_softmax_written_out_with_grouped_queries_and_empty_row
     q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
     start = torch.tensor([[0, 0, 2, 3, 3], [0, 1, 1, 1, 4]], dtype=torch.int32)
     end = torch.tensor([[1, 4, 4, 3, 6], [1, 1, 6, 6, 6]], dtype=torch.int32)
-    out = sdpa(q, k, v, Intervals(start, end, 6, may_be_empty=True))
+    sdpa = attention_backend("sdpa")
+    mask = sdpa.prepare(Intervals(start, end, 6, may_be_empty=True), torch.float32, 8)
+    out = sdpa.attend(q, k, v, mask)
     for b in range(2):
         for i in range(5):
             for h in range(4):
@@ -160,8 +163,9 @@ def test_rope_depends_on_distance_alone():
 
 @pytest.mark.parametrize("theta", [100.0, 500_000.0])
 def test_the_model_turns_with_the_theta_of_its_configuration(theta):
-    positions = torch.tensor([[0, 1, 7]])
-    rope = small(rope_theta=theta).rope(positions)
+    positions = torch.tensor([[0, 1, 7]], dtype=torch.int32)
+    config = ModelConfig(**SMALL, rope_theta=theta)
+    rope = block_context(config, Intervals(positions, positions + 1, 8), positions, torch.float32).rope
     frequencies = torch.tensor([1.0, theta**-0.25, theta**-0.5, theta**-0.75])  # heads of 8
     angles = positions[0, :, None] * frequencies
     torch.testing.assert_close(rope.cos[0, :, 0], angles.cos())
@@ -196,7 +200,7 @@ def test_impossible_sizes_are_refused(changes, message):
 def test_plain_rooms_import_nothing_distributed():
     foreign = ("torch.distributed", "deepspeed", "megafusion.parallel", "megafusion.train")
     for room in ("model", "sequence", "objective"):
-        for path in (ROOT / "megafusion" / room).glob("*.py"):
+        for path in (ROOT / "megafusion" / room).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafusion.config import parse_config
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.parallelize import parallelize
@@ -49,9 +50,9 @@ def one_block(values: dict) -> list[tuple[dict, dict]]:
     x = torch.randn(ROWS, LENGTH // slices, WIDTH, requires_grad=True)
     positions = torch.arange(LENGTH).expand(ROWS, -1).int()
     intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)
-    rope = stage.rope(stage.slices.take(positions))
+    context = block_context(config.model, intervals, stage.slices.take(positions), x.dtype)
     with Sent() as forward:
-        out = stage.blocks["0"](x, intervals, rope)
+        out = stage.blocks["0"](x, context)
     with Sent() as backward:
         out.sum().backward()
     return [(dict(sent.number), dict(sent.num_bytes)) for sent in (forward, backward)]

@@ -1,5 +1,7 @@
 """Packing: what has a target, and that a packed row's losses and gradients are its documents' own."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +13,12 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import NoisedImage, cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
+from megafusion.sequence.tokenizer import Tokenizer
 
 VOCABULARY, LATENTS, NUM_PATCHES = 32, (2, 4, 4), 4
 
 
-class Ids:
-    bos, eos, boi, eoi = 1, 2, 30, 31
+IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
 def image(random: np.random.Generator) -> NoisedImage:
@@ -28,7 +30,7 @@ def document(lengths: list[int], seed: int):
     """A document of texts of these lengths, an image for each 0."""
     random = np.random.default_rng(seed)
     segments = [random.integers(3, 30, n) if n else image(random) for n in lengths]
-    return flatten(segments, Ids, (NUM_PATCHES,))
+    return flatten(segments, IDS, (NUM_PATCHES,))
 
 
 def test_targets_of_a_caption_and_its_image():

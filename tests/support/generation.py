@@ -5,6 +5,7 @@ import torch
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
 from megafusion.model.initialize import initialize
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import flatten
@@ -44,9 +45,9 @@ def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
     timesteps = model.objective.noise_process.timesteps(batch.t)
     x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
-    intervals, rope = batch.intervals(), model.rope(batch.positions)
+    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype)
     for block in model.blocks:
-        x = block(x, intervals, rope)
+        x = block(x, context)
     return model.tail(x), skips
 
 

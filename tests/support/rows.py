@@ -13,14 +13,10 @@ from megafusion.data.shards import write_shards
 from megafusion.data.source import open_sources
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape
+from megafusion.sequence.tokenizer import Tokenizer
 
-
-class Ids:
-    """What packing asks of a tokenizer."""
-
-    bos, eos, boi, eoi, vocab_size, hash = 1, 2, 62, 63, 64, "t"
-
-
+IDS, MANY_IDS = (Tokenizer(Path("t"), "t", 62, bos=1, eos=2) for _ in range(2))
+MANY_IDS.vocab_size = 1 << 30  # as many tokens as a test likes, so that each may occur only once
 LATENTS, NUM_PATCHES = (1, 4, 4), 4
 
 
@@ -49,12 +45,6 @@ def write_texts(folder: Path, num: int, per_shard: int = 16, length=lambda r: in
 
     write_shards(folder, documents(), per_shard, kind="text", tokenizer_sha256="t", provenance={})
     return folder
-
-
-class ManyIds(Ids):
-    """As many tokens as a test likes, so that each may stand once alone."""
-
-    vocab_size = 1 << 30
 
 
 def write_documents(folder: Path, documents: list[list[int]], per_shard: int = 5, latents=LATENTS) -> Path:
@@ -88,7 +78,7 @@ def stream_of(
     pixels_per_latent: int = 0,
     seed: int = 0,
     micro: int = 1,
-    ids: type[Ids] = Ids,
+    ids: Tokenizer = IDS,
     **changes,
 ) -> DataLoader:
     """A rank's stream over folders (or URLs) and weights; `changes` are of DataConfig."""

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
@@ -51,6 +53,24 @@ def test_a_moved_run_goes_on(run_values, tmp_path):
     run = start(run_values, stop_after=2)
     run.rename(tmp_path / "elsewhere")
     assert len(read_metrics(start(run_values | {"out": str(tmp_path / "elsewhere")}))) == 6
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_the_new_keys_until_its_file_has_them(run_values):
+    run = start(run_values, stop_after=2)
+    current = (run / "config.yaml").read_text()
+    frozen = yaml.safe_load(current)
+    frozen["train"]["checkpoint_every"] = frozen.pop("checkpoint")["every"]
+    frozen["model"]["width"] = frozen["model"].pop("hidden_size")
+    (run / "config.yaml").write_text(yaml.safe_dump(frozen))
+    generate = CliRunner().invoke(app, ["generate", str(run), "--prompt", "red apple"])
+    with pytest.raises(UserError) as refused:
+        start(run_values)
+    renamed = {"train.checkpoint_every": "checkpoint.every", "model.width": "model.hidden_size"}
+    for error in (refused.value, generate.exception):
+        for old, new in renamed.items():
+            assert f"{run}/config.yaml: key '{old}' was renamed: it is '{new}' now" in str(error)
+    (run / "config.yaml").write_text(current)
+    assert len(read_metrics(start(run_values))) == 6
 
 
 def test_a_folder_that_is_no_run_is_left_alone(run_values):
@@ -145,9 +165,10 @@ def test_values_out_of_bounds_are_named(run_values, room, values, message):
     assert len(str(refused.value)) < 300
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("backend", ["flex", "interval", "flash"])
-def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend):
+def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend, monkeypatch):
+    monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
     run_values["model"]["attention"] = backend
     with pytest.raises(UserError, match=rf"model\.attention: {backend} cannot .*use"):
         start(run_values)
@@ -177,7 +198,7 @@ def test_a_source_without_documents_is_refused(tmp_path):
     assert not (tmp_path / "text").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_compiling_without_a_compiler_is_refused_at_start(run_values, monkeypatch, tmp_path):
     run_values["train"]["compile"] = True
     monkeypatch.setenv("PATH", str(tmp_path))

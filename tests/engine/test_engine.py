@@ -1,4 +1,4 @@
-"""The step: it learns, accumulates exactly, and follows the schedule."""
+"""A training step: it learns, accumulates exactly, and follows the learning-rate schedule."""
 
 from itertools import pairwise
 
@@ -19,22 +19,22 @@ from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 
 
-def alone(config: RunConfig) -> tuple[Engine, DataLoader]:
-    """The engine and the stream of a run in this process alone."""
+def make_run(config: RunConfig) -> tuple[Engine, DataLoader]:
+    """The engine and the data loader of a run in one process."""
     start_process_group()
     mesh = make_mesh(config.parallel)
     return build_engine(config, mesh), build_components(config, mesh).loader
 
 
 def plain_model(config: RunConfig) -> Transfusion:
-    """The model that a run starts from."""
+    """The whole initial model of a run."""
     model = Transfusion(config.model, config.objective)
     initialize(model, config.model.num_layers, config.seed)
     return model
 
 
 def test_overfits_one_batch_of_four_pairs(run_values):
-    """Both losses fall to under 5% of their start."""
+    """Both losses fall below 5% of their first values."""
     run_values["data"] |= {
         "num_streams": 1,
         "sequence_length": 112,
@@ -46,8 +46,8 @@ def test_overfits_one_batch_of_four_pairs(run_values):
     run_values["train"] |= {"global_batch_size": 1, "micro_batch_size": 1}
     run_values["optimizer"] = {"gradient_clip": 1.0, "weight_decay": 0.0}
     config = parse_config(RunConfig, run_values, "test")
-    engine, stream = alone(config)
-    batch = stream.next()
+    engine, loader = make_run(config)
+    batch = loader.next()
     assert batch[0].num_images == 4
     first = last = engine.step(batch, 3e-3)
     for step in range(700):
@@ -57,20 +57,20 @@ def test_overfits_one_batch_of_four_pairs(run_values):
 
 
 def test_accumulation_equals_one_large_batch(run_values):
-    """And both equal a plain AdamW loop without DeepSpeed."""
+    """Both also equal a plain AdamW loop without DeepSpeed."""
     found = []
     for micro in (1, 2, 4):
         run_values["train"]["micro_batch_size"] = micro
         config = parse_config(RunConfig, run_values, "test")
-        engine, stream = alone(config)
+        engine, loader = make_run(config)
         for _ in range(3):
-            engine.step(stream.next(), 1e-3)
+            engine.step(loader.next(), 1e-3)
         found.append({n: p.detach().clone() for n, p in engine.stage.named_parameters()})
-    stream = alone(config)[1]
+    loader = make_run(config)[1]
     model = plain_model(config)
     optimizer = make_optimizer(model, config.optimizer)
     for _ in range(3):
-        (batch,) = stream.next()
+        (batch,) = loader.next()
         optimizer.zero_grad()
         model(batch).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
@@ -83,7 +83,7 @@ def test_accumulation_equals_one_large_batch(run_values):
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-5)
 
 
-def test_learning_rate_warms_up_and_falls_as_a_cosine():
+def test_learning_rate_warms_up_and_decays_as_a_cosine():
     config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, num_warmup_steps=10)
     rates = [learning_rate(step, 110, config) for step in range(111)]
     assert rates[0] == pytest.approx(0.1)
@@ -93,24 +93,24 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine():
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
-def test_decay_is_for_matrices_alone(run_config):
+def test_weight_decay_applies_to_matrices_only(run_config):
     model = plain_model(run_config)
-    decayed, free = make_optimizer(model, run_config.optimizer).param_groups
+    decayed, others = make_optimizer(model, run_config.optimizer).param_groups
     assert decayed["weight_decay"] == 0.1
-    assert free["weight_decay"] == 0
+    assert others["weight_decay"] == 0
     assert all(p.ndim >= 2 for p in decayed["params"])
-    assert all(p.ndim < 2 for p in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    assert all(p.ndim < 2 for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
 def test_average_follows_its_formula(run_config):
-    engine, _ = alone(run_config)
-    owned = engine.optimizer_state.shards
-    ema = Ema(owned, 0.5)
-    expected = [master.weight.clone() for master in owned]
+    engine, _ = make_run(run_config)
+    shards = engine.optimizer_state.shards
+    ema = Ema(shards, 0.5)
+    expected = [shard.weight.clone() for shard in shards]
     for step in range(1, 15):
-        for master in owned:
-            master.weight.fill_(float(step))
+        for shard in shards:
+            shard.weight.fill_(float(step))
         ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = [decay * value + (1 - decay) * step for value in expected]
