@@ -84,7 +84,7 @@ class Chunks:
         self.chunks: list[Chunk] = []
         local_shape = list(shard_spec.shape)
         if local_shape:
-            local_shape[shard_spec.dim] = sum(span.length for span in shard_spec.runs)
+            local_shape[shard_spec.dim] = sum(span.length for span in shard_spec.spans)
         used = 0
         for offsets, sizes in chunk_bounds(tuple(local_shape), start, start + len(fragment)):
             values = fragment[used : used + prod(sizes)].view(sizes)
@@ -119,7 +119,7 @@ def _to_whole(offsets: tuple[int, ...], values: Tensor, shard_spec: ShardSpec) -
         return [Chunk(offsets, values)]
     dim, chunks = shard_spec.dim, []
     begin, end = offsets[dim], offsets[dim] + values.shape[dim]
-    for span in shard_spec.runs:
+    for span in shard_spec.spans:
         low, high = max(begin, span.local_start), min(end, span.local_start + span.length)
         if low < high:
             whole = (*offsets[:dim], span.whole_start + low - span.local_start, *offsets[dim + 1 :])

@@ -15,7 +15,7 @@ from megafusion.errors import UserError
 from megafusion.launch.job import Job, render
 from megafusion.launch.run_folder import plain_path
 from megafusion.launch.site import Site, check_launcher
-from megafusion.parallel.mesh import check_degrees
+from megafusion.parallel.degrees import check_degrees
 from megafusion.storage import write_file
 from megafusion.train.config import RunConfig
 from megafusion.train.run_folder import changed_recipe
@@ -41,7 +41,14 @@ def launch(
     launcher = check_launcher(launcher or site.launcher, "--launcher")
     submission = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     job = Job(plain_path(config.out, "out"), site, nodes, launcher, time, submission)
-    check_degrees(config, job.world_size)
+    check_degrees(
+        config.model,
+        config.parallel,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        world_size=job.world_size,
+    )
     changed_recipe(config)
     for missing in _not_here(config):
         print(f"warning: {missing} is not there, as seen from here: the job would end", file=sys.stderr)

@@ -1,15 +1,16 @@
 """Image slots grouped by size, for adapters take images of one size at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megafusion.images.sizes import Size, bounding_size
-from megafusion.model.adapters import Skips
 from megafusion.model.config import Grid
+
+Skips = tuple[Tensor, ...]
 
 
 class Groups:
@@ -41,14 +42,14 @@ class Groups:
 
 
 def patches_by_size(
-    adapter: nn.Module,
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, Skips]],
     sizes: Sequence[Size],
     max_patches: int,
     latents_NCHW: Tensor,
     timesteps_N: Tensor,
     sizes_N: Tensor,
 ) -> tuple[Tensor, Skips]:
-    """What `adapter` makes of images of several sizes, each at the top left of its latents.
+    """Patches and skips that `encode` makes of images of several sizes, each at the top left of its latents.
 
     Patches [N, max_patches, D], and each skip [N, numbers]: an image's own come first, then zeros, so that
     the shapes are the same whatever sizes a batch holds.
@@ -58,14 +59,15 @@ def patches_by_size(
     for (height, width), latents, timesteps in zip(
         sizes, groups.take(latents_NCHW), groups.take(timesteps_N), strict=True
     ):
-        patches, skips = adapter(latents[..., :height, :width], timesteps)
+        patches, skips = encode(latents[..., :height, :width], timesteps)
         made.append(F.pad(patches, (0, 0, 0, max_patches - patches.shape[1])))
         kept.append([skip.flatten(1) for skip in skips])
     return groups.put(made), tuple(map(groups.put, map(_filled_up, zip(*kept, strict=True))))
 
 
 def predict_by_size(
-    adapter: nn.Module,
+    decode: Callable[[Tensor, Tensor, Skips, Grid], Tensor],
+    image_skip_shapes: Callable[[Grid], Sequence[tuple[int, int, int]]],
     sizes: Sequence[Size],
     grids: Sequence[Grid],
     hidden_NPD: Tensor,
@@ -82,9 +84,9 @@ def predict_by_size(
     for number, grid in enumerate(grids):
         shaped = tuple(
             skip[number][:, : math.prod(shape)].unflatten(1, shape)
-            for skip, shape in zip(kept, adapter.skip_shapes(grid), strict=True)
+            for skip, shape in zip(kept, image_skip_shapes(grid), strict=True)
         )
-        own = adapter(hidden[number][:, : math.prod(grid)], timesteps[number], shaped, grid)
+        own = decode(hidden[number][:, : math.prod(grid)], timesteps[number], shaped, grid)
         predictions.append(F.pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])))
     return groups.put(predictions)
 

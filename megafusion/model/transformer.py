@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig
 from megafusion.model.rope import Rope, rope_at
+from megafusion.model.weights import Column, Replicated, Row, declare
 from megafusion.sequence.intervals import Intervals
 
 
@@ -40,10 +41,10 @@ class LayerCache(Protocol):
 
 
 class FusedLinear(nn.Linear):
-    """Several linear layers of one input, without biases, as one matrix product."""
+    """Several linear layers of one input as one matrix product."""
 
-    def __init__(self, hidden_size: int, sizes: tuple[int, ...]):
-        super().__init__(hidden_size, sum(sizes), bias=False)
+    def __init__(self, hidden_size: int, sizes: tuple[int, ...], bias: bool = False):
+        super().__init__(hidden_size, sum(sizes), bias)
         self.sizes = sizes
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -58,8 +59,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv = FusedLinear(config.hidden_size, (q_size, kv_size, kv_size))
-        self.out = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.qkv = declare(FusedLinear(config.hidden_size, (q_size, kv_size, kv_size)), Column())
+        self.out = declare(nn.Linear(q_size, config.hidden_size, bias=False), Row(), init="residual")
         self.attend = attention_backend(config.attention).attend
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
@@ -75,8 +76,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = FusedLinear(config.hidden_size, (config.ffn_size, config.ffn_size))
-        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+        size, ffn_size = config.hidden_size, config.ffn_size
+        self.gate_up = declare(FusedLinear(size, (ffn_size, ffn_size)), Column())
+        self.down = declare(nn.Linear(ffn_size, size, bias=False), Row(), init="residual")
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSD)
@@ -88,9 +90,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        size, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = declare(nn.RMSNorm(size, eps=eps), Replicated("positions"))
         self.attention = SelfAttention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward_norm = declare(nn.RMSNorm(size, eps=eps), Replicated("positions"))
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:

@@ -1,16 +1,14 @@
 """The whole model: stem, blocks, tail - the three kinds of pipeline stage, called in turn on one device."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import LinearDown, LinearUp, Skips
 from megafusion.model.attention import check_backend
-from megafusion.model.by_size import patches_by_size, predict_by_size
 from megafusion.model.config import ModelConfig
 from megafusion.model.transformer import Block, block_context
 from megafusion.model.unet import UNetDown, UNetUp
+from megafusion.model.weights import Replicated, Vocab, declare
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
@@ -21,13 +19,13 @@ class Stem(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels = config.latent_channels
-        self.sizes, self.num_patches = config.latent_sizes, max(config.patches)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        channels, sizes = config.latent_channels, config.latent_sizes
+        self.embedding = declare(nn.Embedding(config.vocab_size, config.hidden_size), Vocab())
         if config.adapter == "linear":
-            self.adapter = LinearDown(channels, config.patch_size, config.hidden_size)
+            adapter = LinearDown(channels, config.patch_size, config.hidden_size, sizes)
         else:
-            self.adapter = UNetDown(channels, config.patch_size, config.hidden_size, config.unet_channels)
+            adapter = UNetDown(channels, config.patch_size, config.hidden_size, config.unet_channels, sizes)
+        self.adapter = declare(adapter, Replicated("images"))
 
     def forward(
         self,
@@ -44,23 +42,11 @@ class Stem(nn.Module):
         num_rows = tokens_BS.shape[0]
         latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
         sizes_N = None if image_size_BN is None else image_size_BN.flatten()
-        patches_NPD, skips = self.patches(latents_NCHW, timesteps_BN.flatten(), sizes_N)
+        patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten(), sizes_N)
         patches_BPD = patches_NPD.unflatten(0, (num_rows, -1)).flatten(1, 2)
         index = patch_index_BS.clamp(min=0).long()[..., None].expand(-1, -1, patches_BPD.shape[-1])
         is_patch = patch_index_BS[..., None] >= 0
         return torch.where(is_patch, patches_BPD.gather(1, index), self.embedding(tokens_BS)), skips
-
-    def patches(
-        self, latents_NCHW: Tensor, timesteps_N: Tensor, sizes_N: Tensor | None
-    ) -> tuple[Tensor, Skips]:
-        """Patches [N, P, D] of images, and the adapter's skips.
-
-        Of several sizes, each image stands at the top left of its latents; its patches, and its features in
-        each skip, flattened, are filled up with zeros to those of the largest: one shape for all.
-        """
-        if len(self.sizes) == 1:
-            return self.adapter(latents_NCHW, timesteps_N)
-        return patches_by_size(self.adapter, self.sizes, self.num_patches, latents_NCHW, timesteps_N, sizes_N)
 
 
 class Tail(nn.Module):
@@ -68,16 +54,15 @@ class Tail(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels = config.latent_channels
-        self.sizes, self.grids, self.num_patches = config.latent_sizes, config.grids, max(config.patches)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        channels, sizes = config.latent_channels, config.latent_sizes
+        self.num_patches = max(config.patches)
+        self.norm = declare(nn.RMSNorm(config.hidden_size, eps=config.norm_eps), Replicated("positions"))
+        self.head = declare(nn.Linear(config.hidden_size, config.vocab_size, bias=False), Vocab())
         if config.adapter == "linear":
-            self.adapter = LinearUp(channels, config.patch_size, config.hidden_size, config.grids[0])
+            adapter = LinearUp(channels, config.patch_size, config.hidden_size, sizes)
         else:
-            self.adapter = UNetUp(
-                channels, config.patch_size, config.hidden_size, config.unet_channels, config.grids[0]
-            )
+            adapter = UNetUp(channels, config.patch_size, config.hidden_size, config.unet_channels, sizes)
+        self.adapter = declare(adapter, Replicated("images"))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Normalised hidden states [B, S, D], which `head` and `images` read."""
@@ -105,25 +90,8 @@ class Tail(nn.Module):
             .flatten(0, 1)
         )
         sizes_N = None if image_size_BN is None else image_size_BN.flatten()
-        predictions = self.predict(hidden_NPD, timesteps_BN.flatten(), skips, sizes_N)
+        predictions = self.adapter(hidden_NPD, timesteps_BN.flatten(), skips, sizes_N)
         return predictions.unflatten(0, (num_rows, num_slots))
-
-    def predict(
-        self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, sizes_N: Tensor | None
-    ) -> Tensor:
-        """Predictions [N, C, H, W] of images; several sizes as in `Stem.patches`."""
-        if len(self.grids) == 1:
-            return self.adapter(hidden_NPD, timesteps_N, skips)
-        return predict_by_size(self.adapter, self.sizes, self.grids, hidden_NPD, timesteps_N, skips, sizes_N)
-
-    def skip_shapes(self, num_images: int) -> tuple[torch.Size, ...]:
-        """Shapes of what `Stem.patches` keeps of some images for `predict`."""
-        by_size = [self.adapter.skip_shapes(grid) for grid in self.grids]
-        if len(by_size) == 1:
-            return tuple(torch.Size((num_images, *shape)) for shape in by_size[0])
-        return tuple(
-            torch.Size((num_images, max(map(math.prod, shapes)))) for shapes in zip(*by_size, strict=True)
-        )
 
 
 class Transfusion(nn.Module):

@@ -5,13 +5,17 @@ each factor 2 of the patch size, layer norm in place of adaptive layer norm, and
 transformer's output together with the features that the down path kept.
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from megafusion.model.adapters import Skips, TimestepEmbedding
+from megafusion.images.sizes import Size
+from megafusion.model.adapters import DownAdapter, TimestepEmbedding, UpAdapter
+from megafusion.model.by_size import Skips
 from megafusion.model.config import Grid
 
 
@@ -28,11 +32,11 @@ def _residual(in_channels: int, out_channels: int, timestep_width: int) -> Resne
     )
 
 
-class UNetDown(nn.Module):
+class UNetDown(DownAdapter):
     """Latents to patches: two residual blocks a level, then a linear layer to the width."""
 
-    def __init__(self, in_channels: int, patch_size: int, width: int, channels: int):
-        super().__init__()
+    def __init__(self, in_channels: int, patch_size: int, width: int, channels: int, sizes: Sequence[Size]):
+        super().__init__(patch_size, sizes)
         levels = _level_channels(channels, patch_size)
         timestep_width = 4 * channels
         self.timestep = TimestepEmbedding(timestep_width)
@@ -46,7 +50,7 @@ class UNetDown(nn.Module):
             previous = size
         self.linear = nn.Linear(previous, width)
 
-    def forward(self, latents_NCHW: Tensor, timesteps_N: Tensor) -> tuple[Tensor, Skips]:
+    def encode(self, latents_NCHW: Tensor, timesteps_N: Tensor) -> tuple[Tensor, Skips]:
         """[N, C, H, W] noised latents -> [N, P, D] patches in raster order, and each block's features."""
         embedding = self.timestep(timesteps_N)
         x = self.conv_in(latents_NCHW)
@@ -59,14 +63,14 @@ class UNetDown(nn.Module):
         return self.linear(x.flatten(2).transpose(1, 2)), tuple(skips)
 
 
-class UNetUp(nn.Module):
+class UNetUp(UpAdapter):
     """Patches to latents: the mirror of UNetDown, each block reading the features kept at its place."""
 
-    def __init__(self, out_channels: int, patch_size: int, width: int, channels: int, grid: Grid):
-        super().__init__()
+    def __init__(self, out_channels: int, patch_size: int, width: int, channels: int, sizes: Sequence[Size]):
+        super().__init__(patch_size, sizes)
         levels = _level_channels(channels, patch_size)[::-1]
         timestep_width = 4 * channels
-        self.grid, self.levels = grid, levels
+        self.levels = levels
         self.timestep = TimestepEmbedding(timestep_width)
         self.linear = nn.Linear(width, levels[0])
         self.blocks, self.doublings = nn.ModuleList(), nn.ModuleList()
@@ -79,21 +83,19 @@ class UNetUp(nn.Module):
         self.norm_out = nn.GroupNorm(1, channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
-    def forward(
-        self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, grid: Grid | None = None
-    ) -> Tensor:
-        """[N, P, D] with the down path's features -> [N, C, H, W]; `grid` as LinearUp's."""
+    def decode(self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, grid: Grid) -> Tensor:
+        """[N, P, D] with the down path's features -> [N, C, H, W]."""
         embedding = self.timestep(timesteps_N)
         kept = list(skips)
-        x = self.linear(hidden_NPD).transpose(1, 2).unflatten(2, grid or self.grid)
+        x = self.linear(hidden_NPD).transpose(1, 2).unflatten(2, grid)
         for level, double in enumerate(self.doublings):
             x = double(x)
             for block in self.blocks[2 * level : 2 * level + 2]:
                 x = block(torch.cat([x, kept.pop()], dim=1), embedding)
         return self.conv_out(nn.functional.silu(self.norm_out(x)))
 
-    def skip_shapes(self, grid: Grid) -> list[tuple[int, int, int]]:
-        """Channels, height and width of each skip that `forward` reads of an image, in UNetDown's order."""
+    def image_skip_shapes(self, grid: Grid) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each skip that `decode` reads of an image, in UNetDown's order."""
         coarse_to_fine = [
             (size, grid[0] << doubling, grid[1] << doubling) for doubling, size in enumerate(self.levels)
         ]

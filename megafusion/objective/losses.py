@@ -1,7 +1,7 @@
 """Next-token loss on text, denoising loss on images, each a mean over the whole global batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ class Losses(NamedTuple):
     text: Tensor
     image: Tensor
     total: Tensor
+
+
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+"""Nats summed over the labels that count, of logits [B, S, V] and labels [B, S]."""
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -47,13 +51,18 @@ class Objective(nn.Module):
     """Both losses, added once so that backward runs once. It has no parameters.
 
     sizes: heights and widths of images, where there are several: each image's loss is the mean over its own.
+    cross_entropy: another one for logits that are sharded over devices.
     """
 
-    def __init__(self, config: ObjectiveConfig, sizes: Sequence[Size] = ()):
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        sizes: Sequence[Size] = (),
+        cross_entropy: CrossEntropy = cross_entropy,
+    ):
         super().__init__()
         self.config = config
         self.noise_process: NoiseProcess = config.noise_process.build()
-        # Where the vocabulary is split over devices, another function takes its place.
         self.cross_entropy = cross_entropy
         # Whole numbers, which no change of the module's precision rounds.
         areas = torch.tensor([math.prod(size) for size in sizes], dtype=torch.int64)

@@ -1,11 +1,10 @@
-"""Which blocks stand on which pipeline stage, so that the slowest stage is as fast as can be."""
+"""Assignment of blocks to pipeline stages so that the slowest stage is as fast as possible."""
 
-from itertools import pairwise
-
-import megafusion.device  # noqa: F401 - before deepspeed
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import inf
 
 import torch
-from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,9 +19,9 @@ from megafusion.sequence.packing import SequenceShape
 def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
     """Forward operations of the stem, of each block and of the tail for one row, counted by PyTorch.
 
-    Counted on tensors without storage, with dense attention: every pair of positions counts, seen or not.
-    The U-Net and the vocabulary are in the stem's and the tail's figures. Every image slot counts as one of
-    the first size.
+    Counted on tensors without storage, with dense attention: every pair of positions counts, masked or not.
+    The stem and the tail include the U-Net and the vocabulary. Every image slot counts as one of the first
+    size.
     """
     with torch.device("meta"):
         one_block = config.model_copy(
@@ -41,14 +40,40 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
     return [stem, *[block] * config.num_layers, head + images]
 
 
-def stage_blocks(flops: list[int], num_stages: int) -> list[range]:
-    """Numbers of each stage's blocks, at least one, from the costs of stem, blocks and tail."""
-    stem, *blocks, tail = flops
-    costs = list(blocks)
+def stage_blocks(flops: Sequence[int], num_stages: int) -> list[range]:
+    """Indices of each stage's blocks, at least one, from the costs of stem, blocks and tail."""
+    stem, *costs, tail = flops
     costs[0] += stem
     costs[-1] += tail
-    bounds = partition_balanced(costs, num_stages)
-    return [range(first, last) for first, last in pairwise(bounds)]
+    return partition(costs, num_stages)
+
+
+def partition(costs: Sequence[int], num_parts: int) -> list[range]:
+    """Consecutive non-empty ranges with the smallest possible largest cost, then the largest smallest cost.
+
+    The linear partition problem, solved exactly by dynamic programming.
+    """
+    slowest = max(sum(costs[i] for i in part) for part in _max_min(costs, num_parts, lambda cost: -cost))
+    return _max_min(costs, num_parts, lambda cost: cost if cost <= slowest else -inf)
+
+
+def _max_min(costs: Sequence[int], num_parts: int, score: Callable[[int], float]) -> list[range]:
+    """Ranges whose lowest score of a range's cost is highest; of equals, those that end with the shortest."""
+    sums = [0, *accumulate(costs)]
+    best = {0: (inf, [])}  # by number of items: the lowest score and the ranges, of as many ranges as yet
+    for part in range(1, num_parts + 1):
+        best = {
+            stop: max(
+                (
+                    (min(lowest, score(sums[stop] - sums[start])), [*ranges, range(start, stop)])
+                    for start, (lowest, ranges) in best.items()
+                    if start < stop
+                ),
+                key=lambda candidate: (candidate[0], candidate[1][-1].start),
+            )
+            for stop in range(part, len(costs) + 1)
+        }
+    return best[len(costs)][1]
 
 
 def _counted(function, *arguments) -> tuple[Tensor, int]:

@@ -202,6 +202,6 @@ def _say_nothing(text: str) -> None:
 def _laid_out(engine: Engine, config: RunConfig) -> str:
     """How the run lies over its ranks, and what one holds."""
     axes = " x ".join(f"{axis} {engine.mesh.size(axis)}" for axis in AXES)
-    held = state_bytes(engine.stage, engine.mesh, config)
+    held = state_bytes(engine.stage, engine.mesh, 4 if config.train.precision == "fp32" else 2)
     parts = ", ".join(f"{name} {decimal(size)}" for name, size in held._asdict().items())
     return f"{dist.get_world_size()} ranks: {axes}; rank 0 holds {parts}"

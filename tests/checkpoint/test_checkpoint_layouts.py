@@ -63,7 +63,7 @@ def make_run(layout: tuple[int, int, int, int]) -> tuple[Run, dict[str, ShardSpe
         is_sharded = num_tensor == 2 and name in SHARDED
         if is_sharded:
             specs[name] = shard_spec(name, coordinates.model)
-        parameter = nn.Parameter(specs[name].take(torch.zeros(SHAPES[name])))
+        parameter = nn.Parameter(specs[name].shard(torch.zeros(SHAPES[name])))
         if is_sharded:
             set_shard_spec(parameter, specs[name])
             parameter.tensor_model_parallel = True
@@ -81,7 +81,7 @@ def save(layout: tuple, folder: Path) -> None:
     run, specs = make_run(layout)
     for shard, average in zip(run.state.shards, run.ema.fragments, strict=True):
         for kind, fragment in fragments(shard, average).items():
-            local = specs[shard.name].take(full_tensors(kind)[shard.name]).flatten()
+            local = specs[shard.name].shard(full_tensors(kind)[shard.name]).flatten()
             fragment.copy_(local[shard.start : shard.start + len(fragment)])
     with CheckpointManager(folder, run.state, run.ema, 1) as manager:
         manager.save({"step": 3}, {"streams": {}})
@@ -95,12 +95,12 @@ def load(layout: tuple, folders: list[Path]) -> int:
             manager.load(folder / "step-00000003")
         for shard, average in zip(run.state.shards, run.ema.fragments, strict=True):
             for kind, fragment in fragments(shard, average).items():
-                local = specs[shard.name].take(full_tensors(kind)[shard.name]).flatten()
+                local = specs[shard.name].shard(full_tensors(kind)[shard.name]).flatten()
                 assert torch.equal(fragment, local[shard.start : shard.start + len(fragment)]), shard.name
                 fragment.zero_()
         if layout[-1] < 3:
             for name, parameter in run.engine.module.named_parameters():
-                local = specs[name].take(full_tensors("model")[name])
+                local = specs[name].shard(full_tensors("model")[name])
                 assert torch.equal(parameter, local) or layout[-1] == 0, name  # whose weights were zeroed
         assert step_counts(run) == {3.0}
     return sum(len(shard.weight) for shard in run.state.shards)

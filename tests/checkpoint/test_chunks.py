@@ -68,7 +68,7 @@ def test_fragments_of_any_shards_make_up_the_whole_and_are_views(parameter, data
     whole, specs = parameter
     read = torch.full(whole.shape, -1.0)
     for spec in specs:
-        local = spec.take(whole).flatten()
+        local = spec.shard(whole).flatten()
         inner = data.draw(st.lists(st.integers(0, len(local)), max_size=3))
         for start, stop in pairwise(sorted([0, len(local), *inner])):
             fragment = local[start:stop].clone()

@@ -205,12 +205,11 @@ def test_what_is_taken_by_size_is_put_back(sizes):
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_the_features_that_the_unet_keeps_are_those_that_are_foretold(patch_size):
-    down, up = UNetDown(2, patch_size, 32, 4), UNetUp(2, patch_size, 32, 4, (2, 2))
+    down, up = UNetDown(2, patch_size, 32, 4, [(16, 8)]), UNetUp(2, patch_size, 32, 4, [(16, 8)])
     latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
     patches, skips = down(latents, timesteps)
-    grid = (16 // patch_size, 8 // patch_size)
-    assert [tuple(skip.shape[1:]) for skip in skips] == up.skip_shapes(grid)
-    assert up(patches, timesteps, skips, grid).shape == latents.shape
+    assert tuple(skip.shape for skip in skips) == up.skip_shapes(3)
+    assert up(patches, timesteps, skips).shape == latents.shape
 
 
 def test_what_the_stem_keeps_has_the_shapes_that_the_tail_foretells():
@@ -218,18 +217,18 @@ def test_what_the_stem_keeps_has_the_shapes_that_the_tail_foretells():
     net = model("unet")
     for sizes in ([0, 0, 0], [2, 1, 0], [2, 2, 1]):
         latents, timesteps = torch.randn(3, CHANNELS, 10, 8), torch.tensor([7, 90, 900])
-        _, skips = net.stem.patches(latents, timesteps, torch.tensor(sizes))
-        assert tuple(skip.shape for skip in skips) == net.tail.skip_shapes(3)
+        _, skips = net.stem.adapter(latents, timesteps, torch.tensor(sizes))
+        assert tuple(skip.shape for skip in skips) == net.tail.adapter.skip_shapes(3)
 
 
 def test_one_size_among_several_is_computed_as_alone_to_the_bit():
     """Nothing of other sizes is near an image: not even zeros beside it."""
     net = model("unet")
     latents, timesteps = torch.randn(2, CHANNELS, 10, 8), torch.tensor([7, 900])
-    patches, _ = net.stem.patches(latents, timesteps, torch.tensor([0, 2]))
+    patches, _ = net.stem.adapter(latents, timesteps, torch.tensor([0, 2]))
     other = latents.clone()
     other[0, :, 4:], other[1, :, :, 2:] = 100.0, 100.0
-    again, _ = net.stem.patches(other, timesteps, torch.tensor([0, 2]))
+    again, _ = net.stem.adapter(other, timesteps, torch.tensor([0, 2]))
     assert torch.equal(patches, again)
 
 

@@ -80,14 +80,14 @@ def test_unet_adapter_of_the_paper_has_027b_parameters(patch_size):
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
 def test_adapters_go_from_latents_to_patches_and_back(adapter, patch_size):
-    grid = (16 // patch_size, 8 // patch_size)
+    sizes = [(16, 8)]
     latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
     if adapter == "linear":
-        down, up = LinearDown(2, patch_size, 32), LinearUp(2, patch_size, 32, grid)
+        down, up = LinearDown(2, patch_size, 32, sizes), LinearUp(2, patch_size, 32, sizes)
     else:
-        down, up = UNetDown(2, patch_size, 32, 4), UNetUp(2, patch_size, 32, 4, grid)
+        down, up = UNetDown(2, patch_size, 32, 4, sizes), UNetUp(2, patch_size, 32, 4, sizes)
     patches, skips = down(latents, timesteps)
-    assert patches.shape == (3, grid[0] * grid[1], 32)
+    assert patches.shape == (3, 16 * 8 // patch_size**2, 32)
     out = up(patches, timesteps, skips)
     assert out.shape == latents.shape
     # The prediction depends on the timestep, and each image on itself alone.
@@ -99,7 +99,7 @@ def test_adapters_go_from_latents_to_patches_and_back(adapter, patch_size):
 
 def test_unet_reads_every_skip_and_the_timestep_of_both_halves():
     torch.manual_seed(0)
-    down, up = UNetDown(2, 4, 32, 4), UNetUp(2, 4, 32, 4, (4, 2))
+    down, up = UNetDown(2, 4, 32, 4, [(16, 8)]), UNetUp(2, 4, 32, 4, [(16, 8)])
     latents, timesteps, others = torch.randn(1, 2, 16, 8), torch.tensor([10]), torch.tensor([900])
     patches, skips = down(latents, timesteps)
     out = up(patches, timesteps, skips)
@@ -116,7 +116,7 @@ def test_unet_reads_every_skip_and_the_timestep_of_both_halves():
 
 
 def test_linear_adapter_orders_patches_in_raster():
-    down, up = LinearDown(1, 2, 4), LinearUp(1, 2, 4, (2, 2))
+    down, up = LinearDown(1, 2, 4, [(4, 4)]), LinearUp(1, 2, 4, [(4, 4)])
     with torch.no_grad():
         down.linear.weight.copy_(torch.eye(4))
         down.linear.bias.zero_()

@@ -150,10 +150,10 @@ def parameter_error(outcomes: list[Outcome], plain: Outcome) -> float:
     covered = {name: torch.zeros_like(value) for name, value in true.items()}
     worst = 0.0
     for outcome in outcomes:
-        for name, layout, value in outcome.weights:
-            assert layout.shape == true[name].shape, name
-            worst = max(worst, (value - layout.take(true[name])).abs().max().item())
-            for run in layout.runs:
-                covered[name].narrow(layout.dim, run.whole_start, run.length).fill_(1)
+        for name, spec, value in outcome.weights:
+            assert spec.shape == true[name].shape, name
+            worst = max(worst, (value - spec.shard(true[name])).abs().max().item())
+            for span in spec.spans:
+                covered[name].narrow(spec.dim, span.whole_start, span.length).fill_(1)
     assert all(value.all() for value in covered.values())
     return worst

@@ -45,12 +45,23 @@ def one_block(values: dict) -> list[tuple[dict, dict]]:
     mesh = make_mesh(config.parallel)
     with torch.device("meta"):
         model = Transfusion(config.model, config.objective)
-    stage = parallelize(model, mesh, config, torch.device("cpu"))
+    stage = parallelize(
+        model,
+        mesh,
+        shape=config.sequence_shape,
+        micro_batch_size=config.train.micro_batch_size,
+        precision=config.train.precision,
+        recompute=config.train.recompute,
+        compile=False,
+        seed=0,
+        device=torch.device("cpu"),
+    )
     slices = mesh.size("ulysses") * (mesh.size("tensor") if config.parallel.sequence else 1)
     x = torch.randn(ROWS, LENGTH // slices, WIDTH, requires_grad=True)
     positions = torch.arange(LENGTH).expand(ROWS, -1).int()
     intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)
-    context = block_context(config.model, intervals, stage.slices.take(positions), x.dtype)
+    positions_shard = stage.sequence_shard.shard(positions)
+    context = block_context(config.model, intervals, positions_shard, x.dtype)
     with Sent() as forward:
         out = stage.blocks["0"](x, context)
     with Sent() as backward:

@@ -50,7 +50,7 @@ def held(values: dict) -> tuple[list[int], list[int]]:
         states += list(adamw.state)
     kinds = (weights, states, ema.fragments)
     measured = [sum(t.numel() * t.element_size() for t in tensors) for tensors in kinds]
-    return measured, list(state_bytes(engine.stage, mesh, config))
+    return measured, list(state_bytes(engine.stage, mesh, 4 if config.train.precision == "fp32" else 2))
 
 
 @pytest.mark.parametrize("name", CASES)

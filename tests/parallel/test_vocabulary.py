@@ -1,4 +1,4 @@
-"""Words that do not divide evenly over the ranks: shares of a multiple of 64, the last one smaller."""
+"""A vocabulary that does not divide evenly: shards of a multiple of 64 tokens, the last one smaller."""
 
 import pytest
 import torch
@@ -13,8 +13,7 @@ from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import (
     VocabularyParallelCrossEntropy,
-    shard_stem,
-    shard_tail,
+    shard_weights,
     vocab_range,
 )
 from tests.support.workers import run_workers
@@ -23,7 +22,7 @@ VOCABULARY, WIDTH = 90, 8
 
 
 def values() -> tuple[torch.Tensor, ...]:
-    """An embedding, a head, tokens and labels, alike on every rank; logits of hundreds."""
+    """An embedding, a head, tokens and labels, the same on every rank; logits of hundreds."""
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(VOCABULARY, WIDTH, generator=generator)
     head = 100 * torch.randn(VOCABULARY, WIDTH, generator=generator)
@@ -50,28 +49,27 @@ def plain() -> tuple[torch.Tensor, ...]:
     return vectors, loss.detach(), head.grad
 
 
-def divided(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tensor]:
-    """This rank's vectors, the loss, its words, and its gradient of the head."""
+def sharded(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tensor]:
+    """This rank's vectors, the loss, its range of the vocabulary, and its gradient of the head."""
     mesh = make_mesh(ParallelConfig(tensor=2, ulysses=ulysses))
     model = small_model()
-    shard_stem(model.stem, mesh)
-    shard_tail(model.tail, mesh)
+    shard_weights(model, mesh)
     embedding, head, tokens, labels = values()
-    words = vocab_range(VOCABULARY, mesh.rank("tensor"), 2)
-    model.stem.embedding.weight.data = shard_spec_of(model.stem.embedding.weight).take(embedding)
-    model.tail.head.weight.data = shard_spec_of(model.tail.head.weight).take(head)
+    vocab_shard = vocab_range(VOCABULARY, mesh.rank("tensor"), 2)
+    model.stem.embedding.weight.data = shard_spec_of(model.stem.embedding.weight).shard(embedding)
+    model.tail.head.weight.data = shard_spec_of(model.tail.head.weight).shard(head)
     whole = nn.functional.embedding(tokens, embedding)
-    loss = VocabularyParallelCrossEntropy(mesh.group("tensor"), words)(model.tail.head(whole), labels)
+    loss = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)(model.tail.head(whole), labels)
     loss.backward()
-    return model.stem.embedding(tokens).detach(), loss.detach(), words, model.tail.head.weight.grad
+    return model.stem.embedding(tokens).detach(), loss.detach(), vocab_shard, model.tail.head.weight.grad
 
 
 @pytest.mark.parametrize("ulysses", [1, 2])
-def test_uneven_words_give_the_plain_loss_and_gradients(ulysses):
+def test_an_uneven_vocabulary_gives_the_plain_loss_and_gradients(ulysses):
     vectors, loss, head_gradient = plain()
-    ranks = run_workers(divided, 2 * ulysses, ulysses)
-    assert [len(words) for _, _, words, _ in ranks[:2]] == [64, 26]
-    torch.testing.assert_close(sum(own for own, *_ in ranks), vectors)
-    for _, found, words, gradient in ranks:
+    ranks = run_workers(sharded, 2 * ulysses, ulysses)
+    assert [len(shard) for _, _, shard, _ in ranks[:2]] == [64, 26]
+    torch.testing.assert_close(sum(vectors for vectors, *_ in ranks), vectors)
+    for _, found, shard, gradient in ranks:
         torch.testing.assert_close(found, loss)
-        torch.testing.assert_close(gradient, head_gradient[words.start : words.stop], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, head_gradient[shard.start : shard.stop], rtol=1e-4, atol=1e-4)
