@@ -88,10 +88,10 @@ class Decoder:
     def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
         """The model's prediction [B, C, H, W] for noised latents after each row."""
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
-        patches_BPD, skips = self.model.stem.adapter(latents_BCHW, timesteps_B)
+        patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW, timesteps_B)
         end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
         hidden_BPD = self._forward(cache, patches_BPD, end)
-        return self.model.tail.adapter(hidden_BPD, timesteps_B, skips, self._grid(latents_BCHW))
+        return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, self._grid(latents_BCHW))
 
     def _grid(self, latents_BCHW: Tensor) -> tuple[int, int]:
         """Rows and columns of patches."""

@@ -1,5 +1,7 @@
 """Generation: cached equals uncached, rows are independent of their batch, a seed fixes the image."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
+from megafusion.sequence.tokenizer import Tokenizer
 from tests.support.generation import (
     CAPTIONS,
     assert_batch_invariant,
@@ -295,8 +298,6 @@ def test_an_invalid_pipeline_folder_is_named(pipeline, tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
-    class Other:
-        vocab_size, path = 100, "other.model"
-
+    other = Tokenizer(Path("other.model"), "hash", num_text_ids=98, bos=1, eos=2)
     with pytest.raises(UserError, match=r"vocab_size 2048, but other\.model has 100 ids"):
-        TransfusionPipeline(pipeline.model, Other(), codec, pipeline.config)
+        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)
