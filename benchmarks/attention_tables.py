@@ -1,4 +1,4 @@
-"""The tables that benchmarks/attention.py writes: tiles of the kernels, and backends that `auto` takes."""
+"""The tables that benchmarks/attention.py writes: tiles of the kernels, and the choices of `auto`."""
 
 import json
 import statistics
@@ -22,7 +22,7 @@ from interval_attention.configs import (
 from megafusion.model.attention.auto import CHOICES
 
 LAYOUT = "interleaved-256"
-# Each kernel by what times it; decode and delta keep their tiles, which hardly matter.
+# The direction that times each kernel; decode and delta keep their tiles, which hardly matter.
 TUNED = {"forward": "forward", "dkdv": "backward", "dq": "backward"}
 SIZES = {
     "forward": [(128, 64), (128, 128), (64, 64), (64, 128)],
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def candidates(kernel: str, present: Tile, architecture: int, tiny: bool) -> Iterator[Tile]:
-    """The tile in use, then others; on sm_90 each with pointers and with TMA descriptors."""
+    """The current tile, then others; on sm_90 each with pointers and with TMA descriptors."""
     yield present
     if tiny:
         yield present._replace(tma=True)
@@ -46,7 +46,7 @@ def candidates(kernel: str, present: Tile, architecture: int, tiny: bool) -> Ite
 
 
 def measure_tiles(plan, where: dict, path: Path | None, directions: Callable, timer: Callable) -> None:
-    """Time each kernel's candidates, one kernel after the other, and store the fastest by number of rows."""
+    """Time the candidates of one kernel after the other, and store the fastest by number of rows."""
     architecture = ARCHITECTURES[-1] if plan.device == "cpu" else architecture_of(torch.device(plan.device))
     entries = []
     for head_dim in plan.head_dims:
@@ -85,7 +85,7 @@ def _time(tiles: Tiles, call: Callable, before: Callable, plan, timer: Callable)
 
 
 def write_tiles(entries: list[dict], where: dict, path: Path) -> None:
-    """Put entries in the place of those of the same architecture and head_dim; all others stay."""
+    """Replace the entries of the same architecture and head_dim; keep all others."""
     stored = json.loads(STORED.read_text())
     replaced = {(e["architecture"], e["head_dim"]) for e in entries}
     kept = [e for e in stored["tiles"] if (e["architecture"], e["head_dim"]) not in replaced]
@@ -98,10 +98,10 @@ def write_tiles(entries: list[dict], where: dict, path: Path) -> None:
 def write_choices(report: dict, path: Path = CHOICES) -> None:
     """Store which backends were fastest by architecture, head_dim and minimum number of rows.
 
-    Forward and backward, the sum over mixed layouts; a backend must have served them all.
+    By forward plus backward time, summed over the mixed layouts, all of which a backend must serve.
     """
     if not report["gpu_measurement"]:
-        raise ValueError("choices come from a GPU alone")
+        raise ValueError("choices must be measured on a GPU")
     major, minor = torch.cuda.get_device_capability()
     where = {name: report[name] for name in ("device", "versions", "date")}
     where["architecture"] = 10 * major + minor

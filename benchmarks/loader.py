@@ -33,8 +33,9 @@ from webdataset import WebDataset
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader, packed_and_skipped
+from megafusion.data.manifest import MANIFEST, Manifest, load_manifest
 from megafusion.data.sampling import sample_layout, sample_noise
-from megafusion.data.shards import MANIFEST, Manifest, load_manifest, write_shards
+from megafusion.data.shards import write_shards
 from megafusion.data.source import counter_generator, open_sources
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.document import cut_document, flatten

@@ -12,8 +12,8 @@ from data_prep.readers.splits import InputSplit, split_files
 from data_prep.scan import file_stat
 from data_prep.write import CHANGED
 from megafusion.config import dump_config
+from megafusion.data.manifest import Kind
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import Kind
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer

@@ -25,7 +25,7 @@ from data_prep.report import summary, write_report, write_sheet
 from data_prep.scan import table_path
 from data_prep.worker import ShardTask, WorkerSettings
 from data_prep.write import read_summary, summary_path
-from megafusion.data.shards import FOLDERS, MANIFEST, Kind, Manifest, load_manifest, write_manifest
+from megafusion.data.manifest import FOLDERS, MANIFEST, Kind, Manifest, load_manifest, write_manifest
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer

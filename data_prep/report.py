@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from data_prep.plan import Plan
-from megafusion.commands.data import inspect
-from megafusion.data.shards import Manifest
+from megafusion.data.inspect import inspect_shards
+from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import format_sizes
 from megafusion.storage import write_file
 
@@ -33,7 +33,7 @@ def write_report(folder: Path, plan: Plan, manifest: Manifest) -> None:
 def write_sheet(folder: Path, manifest: Manifest, vae: Path) -> None:
     """Write a sheet of images, decoded from latents, unless it exists or there are no images."""
     if manifest.num_images and not (folder / SHEET).is_file():
-        inspect(folder, vae, folder / SHEET, NUM_IMAGES_SHOWN)
+        inspect_shards(folder, vae, folder / SHEET, NUM_IMAGES_SHOWN)
 
 
 def summary(folder: Path, plan: Plan, manifest: Manifest) -> str:

@@ -15,7 +15,7 @@ from data_prep.readers.records import BadRecord, Reader, Record
 from data_prep.readers.splits import InputSplit, open_reader
 from data_prep.scan import scan_split, table_path
 from data_prep.write import CHANGED, DocumentBuilder, write_shard_once
-from megafusion.data.shards import Kind
+from megafusion.data.manifest import Kind
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer

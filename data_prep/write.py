@@ -14,7 +14,8 @@ from data_prep.config import PreprocessConfig, SplitConfig
 from data_prep.images import decode_caption, open_rgb
 from data_prep.readers.records import RawPair, Record
 from megafusion.data.document_format import AFTER_TEXT, StoredDocument
-from megafusion.data.shards import ShardSummary, write_shard
+from megafusion.data.manifest import ShardSummary
+from megafusion.data.shards import write_shard
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.images.processor import preprocess_images, resize_and_crop

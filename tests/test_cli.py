@@ -12,10 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megafusion.cli import app, main
-from megafusion.commands.generate import open_picture, open_pipeline
+from megafusion.commands.generate import open_image
 from megafusion.config import load_config
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
+from megafusion.train.open_model import open_pipeline
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch", "keys")
@@ -159,7 +160,7 @@ def test_configuration_files_that_are_none(tmp_path, content, message):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_is_valid(path):
     from data_prep.config import PreprocessConfig
-    from data_prep.vae.train import AutoencoderConfig
+    from data_prep.vae.config import AutoencoderConfig
 
     cls = {"preprocess": PreprocessConfig, "vae": AutoencoderConfig}.get(path.parent.name, RunConfig)
     load_config(cls, path)
@@ -209,11 +210,11 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
 
 def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     for arguments, message in [
         ((), "nothing to generate"),
-        (("--image", str(tmp_path / "none.png")), "none.png: no such picture"),
-        (("--image", str(broken)), "broken.png: not a picture"),
+        (("--image", str(tmp_path / "none.png")), "none.png: no such image"),
+        (("--image", str(broken)), "broken.png: not an image"),
         (("--prompt", "x"), "neither a pipeline folder, a run folder nor a checkpoint"),
     ]:
         out = tmp_path / "out"
@@ -230,9 +231,9 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     assert open_pipeline(Path(run_values["out"])).sizes == [(32, 32)]
 
 
-def test_pictures_open(tmp_path):
+def test_an_image_opens(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png").size == (4, 4)
+    assert open_image(tmp_path / "a.png").size == (4, 4)
 
 
 @pytest.mark.parametrize("command", ["train", "preprocess", "train-vae"])

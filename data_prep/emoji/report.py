@@ -11,7 +11,7 @@ import psutil
 
 matplotlib.use("Agg")
 
-from megafusion.device import default_device
+from megafusion.device import default_device, peak_memory_bytes
 
 from matplotlib import pyplot
 from PIL import Image
@@ -20,7 +20,6 @@ from rich.progress import Progress
 from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
 from data_prep.images import decode_pair
 from data_prep.readers.webdataset import tar_pairs
-from megafusion.commands.generate import open_pipeline
 from megafusion.data.source import open_folder
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -30,7 +29,8 @@ from megafusion.progress import progress_bar
 from megafusion.storage import write_file
 from megafusion.telemetry.metrics import read_metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.run_folder import load_run_config, peak_memory_bytes
+from megafusion.train.open_model import open_pipeline
+from megafusion.train.run_folder import load_run_config
 
 NUM_DRAWN = 32
 NUM_DESCRIBED_AT_A_TIME = 34

@@ -13,7 +13,7 @@ from data_prep.readers.jsonl import JsonlReader, LineReader, byte_ranges
 from data_prep.readers.parquet import ParquetPairs, ParquetTexts, row_group_ranges
 from data_prep.readers.records import Reader
 from data_prep.readers.webdataset import IMAGE_SUFFIXES, TarReader
-from megafusion.data.shards import Kind
+from megafusion.data.manifest import Kind
 from megafusion.errors import UserError
 
 IMAGES_PER_SPLIT = 512

@@ -11,36 +11,13 @@ from pathlib import Path
 import torch
 import webdataset
 from PIL import Image, UnidentifiedImageError
-from pydantic import Field
 from torch import Tensor
 
-from megafusion.config import Config
+from data_prep.vae.config import ImageDataConfig
 from megafusion.errors import UserError
 from megafusion.images.processor import preprocess_images
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
-
-
-class ImageDataConfig(Config):
-    """Which pictures the autoencoder learns from."""
-
-    shards: list[str] = Field(min_length=1)
-    """Paths or globs of WebDataset tar shards; each sample holds a .webp, .png or .jpg."""
-
-    image_size: int = Field(default=64, gt=0)
-    """Height and width in pixels, after centre-cropping and resizing."""
-
-    held_out_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the key groups kept for measuring; a group is the key up to its first "-"."""
-
-    max_held_out: int = Field(default=1024, gt=0)
-    """Most held-out pictures that are measured, the first in the shards' order."""
-
-    horizontal_flip: bool = True
-    """Whether half of the training pictures, drawn at random, are mirrored."""
-
-    shuffle_buffer: int = Field(default=8192, gt=0)
-    """Compressed pictures held in memory for shuffling; an epoch that fits is shuffled perfectly."""
 
 
 def find_shards(config: ImageDataConfig) -> list[Path]:

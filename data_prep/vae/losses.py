@@ -5,57 +5,15 @@ neither built nor computed.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_prep.vae.config import LossConfig
 from data_prep.vae.features import ResNet50Features, VGG16Features, load_heads, load_weights
-from megafusion.config import Config
 from megafusion.errors import UserError
-
-
-class LossConfig(Config):
-    """What is asked of a reconstruction, and at which weight."""
-
-    reconstruction: Literal["l1", "l2"] = "l1"
-    """Mean absolute or mean squared difference of pixels in [-1, 1]; its weight is 1."""
-
-    kl_weight: float = Field(default=1e-6, ge=0)
-    """Weight of the divergence from a unit Gaussian, summed over a picture's latent numbers."""
-
-    perceptual_weight: float = Field(default=0.0, ge=0)
-    """Weight of the LPIPS distance of VGG-16 features."""
-
-    perceptual_weights: Path | None = None
-    """Safetensors file of an ImageNet VGG-16 under torchvision's names (features.0.weight, ...)."""
-
-    perceptual_heads: Path | None = None
-    """Safetensors file of LPIPS' learned channel weights (lin0.model.1.weight, ...); none: all one."""
-
-    identity_weight: float = Field(default=0.0, ge=0)
-    """Weight of the distance of MoCo v2 features."""
-
-    identity_weights: Path | None = None
-    """Safetensors file of a MoCo v2 ResNet-50 under torchvision's names (layer1.0.conv1.weight, ...)."""
-
-    adversarial_weight: float = Field(default=0.0, ge=0)
-    """Weight of the patch discriminator's opinion."""
-
-    adversarial_start_step: int = Field(default=50_000, ge=1)
-    """Step at which discriminator and adversarial term begin."""
-
-    discriminator_channels: int = Field(default=64, gt=0)
-    """Width of the discriminator's first layer."""
-
-    discriminator_layers: int = Field(default=3, gt=0)
-    """Number of its layers that halve the picture."""
-
-    discriminator_learning_rate: float = Field(default=1e-4, gt=0)
-    """Constant rate of its Adam."""
 
 
 class AutoencoderLoss(nn.Module):

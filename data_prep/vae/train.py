@@ -7,25 +7,23 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
 from data_prep.vae.checkpoint import load_checkpoint, read_meta, remove_checkpoint, save_checkpoint
+from data_prep.vae.config import AutoencoderConfig, NetworkConfig, OptimizationConfig
 from data_prep.vae.dataset import (
-    ImageDataConfig,
     find_shards,
     hash_shards,
     held_out_images,
     training_batches,
 )
 from data_prep.vae.evaluation import contact_sheet, latent_statistics, measure
-from data_prep.vae.losses import AutoencoderLoss, LossConfig
-from megafusion.config import Config, changed_keys, dump_config, parse_config
+from data_prep.vae.losses import AutoencoderLoss
+from megafusion.config import changed_keys, dump_config, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec, decode, encode
 from megafusion.progress import progress_bar
@@ -45,86 +43,6 @@ STATISTICS_BATCH_SIZE = 64
 LOG_EVERY = 10
 # A change of these between a stop and its continuation changes no step that is still to come.
 FREE_ON_RESUME = ("out", "device", "num_threads", "optimization.checkpoint_every")
-
-
-class NetworkConfig(Config):
-    """Size and shape of the diffusers AutoencoderKL."""
-
-    unshuffle: int = Field(default=1, gt=0)
-    """Side of the pixel blocks that become channels before the first convolution; 1 for none."""
-
-    channels: list[int] = Field(min_length=1)
-    """Width of each resolution level, the finest first; each level after the first halves the picture."""
-
-    layers_per_block: int = Field(default=2, gt=0)
-    """Residual blocks a level in the encoder; the decoder has one more."""
-
-    latent_channels: int = Field(default=4, gt=0)
-    """Numbers a latent position."""
-
-    norm_num_groups: int = Field(default=32, gt=0)
-    """Groups of the group normalisation; must divide every width."""
-
-    mid_block_attention: bool = True
-    """Whether the middle of encoder and decoder attends over all positions."""
-
-
-class OptimizationConfig(Config):
-    """How long and how fast it learns."""
-
-    num_steps: int = Field(gt=0)
-    """Optimizer steps."""
-
-    batch_size: int = Field(default=32, gt=0)
-    """Pictures a step."""
-
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak rate, after the warm-up and before the cosine to zero."""
-
-    warmup_steps: int = Field(default=100, ge=0)
-    """Steps over which the rate rises linearly."""
-
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's decay rates."""
-
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
-
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the averaged weights that are saved; 0 saves the last ones."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks while training; weights, averages and measuring stay fp32."""
-
-    evaluate_every: int = Field(default=500, gt=0)
-    """Steps between measurements on the held-out pictures."""
-
-    checkpoint_every: int = Field(default=1000, gt=0)
-    """Steps between saves of the unfinished training, in OUT.training; it goes when the training ends."""
-
-
-class AutoencoderConfig(Config):
-    """Everything that `train-vae` needs."""
-
-    out: Path
-    """Folder to write; must not exist, or hold nothing but an earlier autoencoder."""
-
-    data: ImageDataConfig
-    network: NetworkConfig
-    loss: LossConfig = LossConfig()
-    optimization: OptimizationConfig
-
-    seed: int = 0
-    """Fixes initial weights, order of pictures, flips and latent noise."""
-
-    device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1, ... or auto, the first GPU if there is one."""
-
-    num_threads: int = Field(default=0, ge=0)
-    """CPU threads of torch; 0 leaves the choice to torch."""
 
 
 def train_autoencoder(config: AutoencoderConfig) -> dict:

@@ -5,6 +5,9 @@ import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from megafusion.checkpoint.folder import (
     KINDS,
@@ -14,13 +17,25 @@ from megafusion.checkpoint.folder import (
     read_manifest,
     verify_checkpoint,
 )
-from megafusion.checkpoint.reader import CheckpointReader
-from megafusion.commands.generate import open_checkpoint
 from megafusion.errors import UserError
 
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Show a run's checkpoints, verify them, or export one as a pipeline folder.\n\n"
+    "Example: megafusion checkpoint show runs/quickstart",
+)
 
-def show(path: Path) -> None:
-    """Print a table of a run's checkpoints, or the contents of one checkpoint."""
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(help="Run folder, or one of its checkpoints/step-*.", metavar="RUN_OR_CHECKPOINT")
+]
+
+
+@app.command()
+def show(path: RunOrCheckpoint) -> None:
+    """List a run's checkpoints (step, bytes, complete or not, what saved it), or describe one.
+
+    Example: megafusion checkpoint show runs/quickstart
+    """
     if _is_checkpoint(path):
         print("\n".join(_describe(path)))
         return
@@ -41,8 +56,12 @@ def show(path: Path) -> None:
     print("\n".join(_table(rows)))
 
 
-def verify(path: Path) -> None:
-    """Check the hashes of a checkpoint, or of all of a run. UserError naming a file of each damaged one."""
+@app.command()
+def verify(path: RunOrCheckpoint) -> None:
+    """Hash every file of a checkpoint, or of all of a run's; each corrupt one is named, with exit status 2.
+
+    Example: megafusion checkpoint verify runs/quickstart/checkpoints/step-00000900
+    """
     bad = []
     for checkpoint in [path] if _is_checkpoint(path) else _checkpoints(path):
         try:
@@ -55,14 +74,23 @@ def verify(path: Path) -> None:
         raise UserError("\n".join(bad))
 
 
-def export(path: Path, out: Path, raw_weights: bool) -> None:
-    """Write a pipeline folder (safetensors) with a checkpoint's averaged weights, or its raw ones.
+@app.command()
+def export(
+    path: RunOrCheckpoint,
+    out: Annotated[Path, typer.Argument(help="Pipeline folder to write, for generate and from_pretrained.")],
+    raw_weights: Annotated[
+        bool, typer.Option("--weights", help="Export the raw weights, not the EMA weights.")
+    ] = False,
+) -> None:
+    """Export a checkpoint, or a run's newest complete one, as safetensors that TransfusionPipeline loads.
 
-    path: a checkpoint, or a run, whose latest complete checkpoint is exported.
+    Example: megafusion checkpoint export runs/quickstart/checkpoints/step-00000600 exported
     """
+    from megafusion.train.open_model import open_checkpoint
+
     checkpoint = path
     if not _is_checkpoint(path):
-        _checkpoints(path)  # raises if this is not a run
+        _checkpoints(path)  # refuses what is not a run
         checkpoint = latest_checkpoint(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
@@ -108,6 +136,8 @@ def _topology(state: dict) -> str:
 
 
 def _describe(checkpoint: Path) -> list[str]:
+    from megafusion.checkpoint.reader import CheckpointReader  # imports torch
+
     files, state = read_manifest(checkpoint), _state(checkpoint)
     tensors = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]

@@ -10,8 +10,9 @@ import numpy as np
 
 from megafusion.data.cache import INDEX, CacheFull, ShardCache
 from megafusion.data.document_format import BadDocument, CorruptBytes, StoredDocument, parse_document
+from megafusion.data.manifest import MANIFEST, ShardEntry, load_manifest
 from megafusion.data.remote import fetch, is_remote
-from megafusion.data.shards import MANIFEST, ShardEntry, document_offsets, load_manifest, npy
+from megafusion.data.shards import document_offsets, npy
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 

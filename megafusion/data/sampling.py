@@ -7,7 +7,7 @@ import numpy as np
 from megafusion.data.augment import picture_size, show_picture
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import segment_kind
-from megafusion.data.shards import Manifest
+from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import nearest_size
 from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import FlatDocument, NoisedImage

@@ -39,7 +39,7 @@ class OptimizerShard:
 class OptimizerState:
     """The optimizer shards of this rank, made without communication.
 
-    Serves ZeRO 0 in float32, and ZeRO 1, 2 and 3 in any precision, with the optimizer on the device or
+    Supports ZeRO 0 in float32, and ZeRO 1, 2 and 3 in any precision, with the optimizer on the device or
     offloaded to the host. named_parameters: trained parameters by canonical name.
     """
 

@@ -1,4 +1,4 @@
-"""The sizes of a model."""
+"""Configuration of the model."""
 
 import math
 from typing import Annotated, ClassVar, Literal
@@ -9,14 +9,16 @@ from megafusion.config import Config
 from megafusion.images.sizes import Size, format_sizes
 
 BackendName = Literal["auto", "sdpa", "flex", "interval", "flash"]
-"""Attention backends, each a module of model/attention/."""
+"""Attention backends, each a module in model/attention/."""
+AdapterName = Literal["linear", "unet"]
+"""Adapters between latents and the transformer, registered in model/adapters.py."""
 Grid = tuple[int, int]
-"""Patches down and across an image."""
+"""Rows and columns of patches in an image."""
 Positive = Annotated[int, Field(gt=0)]
 
 
 class ModelConfig(Config):
-    """A size of the model, named as the paper's table names it."""
+    """Architecture of the model."""
 
     renamed_keys: ClassVar[dict[str, str]] = {
         "width": "hidden_size",
@@ -33,7 +35,7 @@ class ModelConfig(Config):
     num_heads: int = Field(gt=0)
     """Query heads."""
     num_kv_heads: int | None = Field(None, gt=0)
-    """Key and value heads, fewer for grouped-query attention; as many as num_heads by default."""
+    """Key and value heads, fewer for grouped-query attention; num_heads by default."""
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of hidden_size, rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
@@ -42,18 +44,18 @@ class ModelConfig(Config):
     latent_channels: int = Field(gt=0)
     """Channels of an image's latents."""
     latent_downsampling: int = Field(gt=0)
-    """Pixels that the autoencoder turns into one latent, along a side."""
+    """Pixels per latent along a side: the downsampling factor of the autoencoder."""
     image_sizes: tuple[tuple[Positive, Positive], ...] = Field(min_length=1)
     """Heights and widths of images in pixels. Each size has a begin-of-image token of its own."""
     patch_size: Literal[1, 2, 4, 8]
     """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
-    adapter: Literal["linear", "unet"] = "linear"
-    """What stands between latents and the transformer."""
+    adapter: AdapterName = "linear"
+    """Adapter between latents and the transformer: linear, or the paper's U-Net blocks."""
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
     attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
-    CUDA (or 2, for text alone); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
+    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     norm_eps: float = Field(1e-5, gt=0)
@@ -61,10 +63,9 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a whole, even head_dim"
-            )
+        if self.hidden_size % self.num_heads or self.head_dim % 2:
+            heads = f"hidden_size {self.hidden_size} / num_heads {self.num_heads}"
+            raise ValueError(f"head_dim = {heads} must be an even integer")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         patch = self.latent_downsampling * self.patch_size
@@ -87,10 +88,12 @@ class ModelConfig(Config):
 
     @property
     def kv_heads(self) -> int:
+        """Key and value heads G."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def ffn_size(self) -> int:
+        """Size of the feed-forward's hidden layer."""
         return self.ffn_hidden_size or -(-8 * self.hidden_size // 3 // 128) * 128
 
     @property
@@ -101,7 +104,7 @@ class ModelConfig(Config):
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """Patches down and across an image of each size."""
+        """Rows and columns of patches in an image of each size."""
         patch = self.patch_size
         return tuple((height // patch, width // patch) for height, width in self.latent_sizes)
 

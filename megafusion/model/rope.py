@@ -13,14 +13,14 @@ class Rope(NamedTuple):
     sin: Tensor
 
     def rotate(self, x_BSHK: Tensor) -> Tensor:
-        """Turn each pair (x_i, x_{i + K/2}) by its position's angle."""
+        """Rotate each pair (x_i, x_{i + K/2}) by its position's angle."""
         first, second = x_BSHK.float().chunk(2, dim=-1)
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat(turned, dim=-1).to(x_BSHK.dtype)
+        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(rotated, dim=-1).to(x_BSHK.dtype)
 
 
 def rope_at(positions_BS: Tensor, head_dim: int, theta: float) -> Rope:
-    """The rotation at integer positions, with frequencies theta^(-2i/K)."""
+    """The rotation of integer positions, with frequencies theta^(-2i/K)."""
     exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     angles = positions_BS[..., None].float() * theta**-exponent
     return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])

@@ -1,13 +1,12 @@
-"""The whole model: stem, blocks, tail - the three kinds of pipeline stage, called in turn on one device."""
+"""The whole model: stem, blocks and tail, which pipeline stages divide among them."""
 
 import torch
 from torch import Tensor, nn
 
-from megafusion.model.adapters import LinearDown, LinearUp, Skips
+from megafusion.model.adapters import Skips, adapter_module
 from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
 from megafusion.model.transformer import Block, block_context
-from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.model.weights import Replicated, Vocab, declare
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses, Objective
@@ -15,17 +14,12 @@ from megafusion.sequence.packing import PackedBatch
 
 
 class Stem(nn.Module):
-    """Tokens and noised latents to the sequence of vectors that the blocks read."""
+    """Tokens and noised latents to the residual stream: Megatron's pre_process stage."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels, sizes = config.latent_channels, config.latent_sizes
         self.embedding = declare(nn.Embedding(config.vocab_size, config.hidden_size), Vocab())
-        if config.adapter == "linear":
-            adapter = LinearDown(channels, config.patch_size, config.hidden_size, sizes)
-        else:
-            adapter = UNetDown(channels, config.patch_size, config.hidden_size, config.unet_channels, sizes)
-        self.adapter = declare(adapter, Replicated("images"))
+        self.adapter = declare(adapter_module(config.adapter).Down(config), Replicated("images"))
 
     def forward(
         self,
@@ -33,65 +27,45 @@ class Stem(nn.Module):
         patch_index_BS: Tensor,
         latents_BNCHW: Tensor,
         timesteps_BN: Tensor,
-        image_size_BN: Tensor | None = None,
+        image_size_BN: Tensor,
     ) -> tuple[Tensor, Skips]:
         """x [B, S, D] with each patch gathered to its position, and the adapter's skips.
 
-        image_size_BN: index of each image's size, where the model has several.
+        image_size_BN: index of each image's size.
         """
-        num_rows = tokens_BS.shape[0]
         latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
-        sizes_N = None if image_size_BN is None else image_size_BN.flatten()
-        patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten(), sizes_N)
-        patches_BPD = patches_NPD.unflatten(0, (num_rows, -1)).flatten(1, 2)
+        patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten(), image_size_BN.flatten())
+        patches_BPD = patches_NPD.unflatten(0, (len(tokens_BS), -1)).flatten(1, 2)
         index = patch_index_BS.clamp(min=0).long()[..., None].expand(-1, -1, patches_BPD.shape[-1])
         is_patch = patch_index_BS[..., None] >= 0
         return torch.where(is_patch, patches_BPD.gather(1, index), self.embedding(tokens_BS)), skips
 
 
 class Tail(nn.Module):
-    """The last norm, the language head, and the adapter back to latents."""
+    """The last norm, the language head, and the adapter back to latents: Megatron's post_process stage."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        channels, sizes = config.latent_channels, config.latent_sizes
-        self.num_patches = max(config.patches)
+        self.max_patches = max(config.patches)
         self.norm = declare(nn.RMSNorm(config.hidden_size, eps=config.norm_eps), Replicated("positions"))
         self.head = declare(nn.Linear(config.hidden_size, config.vocab_size, bias=False), Vocab())
-        if config.adapter == "linear":
-            adapter = LinearUp(channels, config.patch_size, config.hidden_size, sizes)
-        else:
-            adapter = UNetUp(channels, config.patch_size, config.hidden_size, config.unet_channels, sizes)
-        self.adapter = declare(adapter, Replicated("images"))
+        self.adapter = declare(adapter_module(config.adapter).Up(config), Replicated("images"))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Normalised hidden states [B, S, D], which `head` and `images` read."""
         return self.norm(x_BSD)
 
     def images(
-        self,
-        hidden_BSD: Tensor,
-        image_start_BN: Tensor,
-        timesteps_BN: Tensor,
-        skips: Skips,
-        image_size_BN: Tensor | None = None,
+        self, hidden_BSD: Tensor, start_BN: Tensor, timesteps_BN: Tensor, skips: Skips, image_size_BN: Tensor
     ) -> Tensor:
-        """Predictions [B, N, C, H, W] for each slot from the hidden states at its patches.
-
-        Of several sizes, each at the top left, zeros elsewhere; image_size_BN as the stem's.
-        """
-        num_rows, num_slots = image_start_BN.shape
-        patch = torch.arange(self.num_patches, device=hidden_BSD.device)
-        # A small image at a row's end has fewer patches behind its start than the largest.
-        index = (image_start_BN.clamp(min=0).long()[..., None] + patch).clamp(max=hidden_BSD.shape[1] - 1)
-        hidden_NPD = (
-            hidden_BSD.gather(1, index.flatten(1)[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
-            .unflatten(1, (num_slots, self.num_patches))
-            .flatten(0, 1)
-        )
-        sizes_N = None if image_size_BN is None else image_size_BN.flatten()
-        predictions = self.adapter(hidden_NPD, timesteps_BN.flatten(), skips, sizes_N)
-        return predictions.unflatten(0, (num_rows, num_slots))
+        """Predictions [B, N, C, H, W] of images whose patches begin at start_BN."""
+        patch = torch.arange(self.max_patches, device=hidden_BSD.device)
+        # A small image at a row's end has fewer positions after its start than the largest image.
+        index = (start_BN.clamp(min=0).long()[..., None] + patch).clamp(max=hidden_BSD.shape[1] - 1)
+        index_BPD = index.flatten(1)[..., None].expand(-1, -1, hidden_BSD.shape[-1])
+        hidden_NPD = hidden_BSD.gather(1, index_BPD).unflatten(1, (-1, self.max_patches)).flatten(0, 1)
+        images_NCHW = self.adapter(hidden_NPD, timesteps_BN.flatten(), skips, image_size_BN.flatten())
+        return images_NCHW.unflatten(0, start_BN.shape)
 
 
 class Transfusion(nn.Module):

@@ -32,11 +32,11 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
         bounds = torch.zeros(1, shape.length, dtype=torch.int32)
         latents = torch.zeros(1, shape.num_images, shape.latent_channels, *shape.sizes[0])
         timesteps = torch.zeros(1, shape.num_images, dtype=torch.int64)
-    (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps)
+    (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps, timesteps)
     context = block_context(one_block, Intervals(bounds, bounds, shape.length), bounds, x.dtype)
     hidden, block = _counted(model.blocks[0], x, context)
     _, head = _counted(model.tail.head, hidden)
-    _, images = _counted(model.tail.images, hidden, timesteps, timesteps, skips)
+    _, images = _counted(model.tail.images, hidden, timesteps, timesteps, skips, timesteps)
     return [stem, *[block] * config.num_layers, head + images]
 
 

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafusion.model.adapters import DownAdapter, UpAdapter
-from megafusion.model.by_size import Skips
+from megafusion.model.adapters import DownAdapter, Skips, UpAdapter
 from megafusion.parallel import collectives
 from megafusion.parallel.wrapper import Wrapper
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from megafusion.model.by_size import Skips
+from megafusion.model.adapters import Skips
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Losses, Objective

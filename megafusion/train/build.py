@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megafusion.data.loader import DataLoader
-from megafusion.data.shards import Manifest
+from megafusion.data.manifest import Manifest
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError

@@ -8,8 +8,9 @@ import pytest
 from webdataset import WebDataset
 
 from megafusion.data.document_format import StoredDocument
+from megafusion.data.manifest import load_manifest
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import load_manifest, write_shards
+from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
 
 FIELDS = {

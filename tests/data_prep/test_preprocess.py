@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from megafusion.data.manifest import load_manifest
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import load_manifest
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.images.processor import preprocess_images

@@ -67,7 +67,7 @@ def test_a_cached_denoising_pass_equals_the_training_layout(pipeline):
     hidden, skips = full_hidden(model, batch)
     timesteps = model.objective.noise_process.timesteps(batch.t)
     with torch.no_grad():
-        expected = model.tail.images(hidden, batch.image_start, timesteps, skips)[0, 0]
+        expected = model.tail.images(hidden, batch.image_start, timesteps, skips, batch.image_size)[0, 0]
     prefix, lengths = prompt_batch(pipeline, [[text]])
     cache = decoder.new_cache(1, 40)
     decoder.read_prompts(cache, prefix, lengths)
@@ -178,7 +178,7 @@ def test_guidance_uses_the_prediction_of_a_document_without_text(pipeline, monke
         hidden, skips = full_hidden(model, batch)
         timesteps = process.timesteps(batch.t)
         with torch.no_grad():
-            both = model.tail.images(hidden, batch.image_start, timesteps, skips)[:, 0]
+            both = model.tail.images(hidden, batch.image_start, timesteps, skips, batch.image_size)[:, 0]
         prediction = both[1] + sampling.guidance_scale * (both[0] - both[1])
         latents = sampler.step(prediction, timestep, latents).prev_sample
     torch.testing.assert_close(found, latents, rtol=1e-3, atol=1e-3)

@@ -88,7 +88,7 @@ def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_
 def test_what_the_nodes_will_miss_is_said_before_they_are_asked_for(config_file):
     changes = ["data.vae=no/vae", "data.sources.text.path=no/text", "--site", "local-test", "--dry-run"]
     result = CliRunner().invoke(app, ["launch", str(config_file), *changes])
-    assert [line.partition(" is not there")[0] for line in result.stderr.splitlines()] == [
+    assert [line.partition(" not found")[0] for line in result.stderr.splitlines()] == [
         "warning: data.sources.text.path no/text",
         "warning: data.vae no/vae",
     ]

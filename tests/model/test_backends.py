@@ -1,4 +1,4 @@
-"""Attention backends: each equals sdpa where it serves, and says so where it does not."""
+"""Attention backends: each equals sdpa, or is refused with a reason."""
 
 import json
 import sys

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megafusion.images.sizes import nearest_size
-from megafusion.model.by_size import Groups
+from megafusion.model.adapters import adapter_module
+from megafusion.model.adapters.by_size import SizeGroups
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.unet import UNetDown, UNetUp
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
@@ -192,28 +192,36 @@ def test_a_batch_without_some_size_gives_every_parameter_a_gradient():
 
 
 @given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=9))
-def test_what_is_taken_by_size_is_put_back(sizes):
-    own = torch.arange(len(sizes))
-    groups = Groups(torch.tensor(sizes), 4)
-    taken = groups.take(own)
-    assert all(len(part) for part in taken)
-    for size, part in enumerate(taken):
+def test_merge_inverts_split(sizes):
+    index = torch.arange(len(sizes))[:, None]
+    groups = SizeGroups(torch.tensor(sizes), 4)
+    split = groups.split(index)
+    assert all(len(group) for group in split)
+    for size, group in enumerate(split):
         if size in sizes:
-            assert part.tolist() == [slot for slot, s in enumerate(sizes) if s == size]
-    assert torch.equal(groups.put(taken), own)
+            assert group[:, 0].tolist() == [slot for slot, s in enumerate(sizes) if s == size]
+    assert torch.equal(groups.merge(split), index)
+
+
+def test_merge_pads_to_the_longest():
+    groups = SizeGroups(torch.tensor([1, 0]), 2)
+    merged = groups.merge([torch.ones(1, 3, 2), torch.ones(1, 1, 2)])
+    assert merged[..., 0].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_the_features_that_the_unet_keeps_are_those_that_are_foretold(patch_size):
-    down, up = UNetDown(2, patch_size, 32, 4, [(16, 8)]), UNetUp(2, patch_size, 32, 4, [(16, 8)])
+def test_the_skips_of_the_unet_have_the_predicted_shapes(patch_size):
+    config = ModelConfig(**MODEL | {"adapter": "unet", "patch_size": patch_size, "image_sizes": ((16, 8),)})
+    unet = adapter_module("unet")
+    down, up = unet.Down(config), unet.Up(config)
     latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
-    patches, skips = down(latents, timesteps)
+    patches, skips = down.encode(latents, timesteps)
     assert tuple(skip.shape for skip in skips) == up.skip_shapes(3)
-    assert up(patches, timesteps, skips).shape == latents.shape
+    assert up.decode(patches, timesteps, skips, config.grids[0]).shape == latents.shape
 
 
-def test_what_the_stem_keeps_has_the_shapes_that_the_tail_foretells():
-    """Whatever sizes a batch holds: pipeline stages exchange it in buffers of one shape."""
+def test_the_skips_of_the_stem_have_the_shapes_that_the_tail_predicts():
+    """Pipeline stages exchange them in buffers of one shape, whatever the sizes in a batch."""
     net = model("unet")
     for sizes in ([0, 0, 0], [2, 1, 0], [2, 2, 1]):
         latents, timesteps = torch.randn(3, CHANNELS, 10, 8), torch.tensor([7, 90, 900])

@@ -1,4 +1,4 @@
-"""What a worker process computes: some steps of a run at a topology, and what comes of them."""
+"""The work of a test process: some steps of a run at a topology, and their outcome."""
 
 from dataclasses import dataclass
 
@@ -21,20 +21,20 @@ from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 
 LEARNING_RATE = 2e-3
-"""Another than the configuration's, so that it is seen whether the step sets it."""
+"""Not the configuration's, so that a step which does not set it fails."""
 
 
 @dataclass
 class Outcome:
-    """A rank's losses (text, image, total, gradient norm) by step, and its parts of the weights."""
+    """A rank's losses (text, image, total, gradient norm) by step, and its shards of the weights."""
 
     losses: list[list[float]]
     weights: list[tuple[str, ShardSpec, Tensor]]
 
 
 class Batches:
-    """The emoji stream. Of five batches one has text alone, one images without captions, and one has each in
-    half of its rows, so that some ranks have no image and some nothing else, and an empty last row.
+    """The emoji stream. Of five batches one has only text, one only images, and one has text in half of its
+    rows, images in the others and an empty last row, so that ranks differ in what they have.
     """
 
     def __init__(self, values: dict, mesh: Mesh):
@@ -73,7 +73,7 @@ class Batches:
 
 
 def _by_row(chosen: Tensor, first: PackedBatch, second: PackedBatch) -> PackedBatch:
-    """The first batch's rows where they are chosen, else the second's."""
+    """Rows of the first batch where chosen is true, else of the second."""
     fields = {}
     for name, value in vars(first).items():
         mask = chosen.view(-1, *[1] * (value.ndim - 1)) if value.ndim else torch.tensor(True)
@@ -82,7 +82,7 @@ def _by_row(chosen: Tensor, first: PackedBatch, second: PackedBatch) -> PackedBa
 
 
 def parallel_steps(values: dict, num_steps: int) -> Outcome:
-    """The steps at the topology that the values ask for. Called by each rank."""
+    """Train at the topology of the configuration. Called by every rank."""
     start_process_group()
     torch.set_num_threads(1)
     config = parse_config(RunConfig, values, "test")
@@ -105,7 +105,7 @@ def weights_of(engine: Engine) -> list[tuple[str, ShardSpec, Tensor]]:
 
 
 def plain_steps(values: dict, num_steps: int) -> Outcome:
-    """The same steps by the plain model and a plain optimizer on one device, without DeepSpeed."""
+    """The same steps on one device with the plain model and torch's AdamW, without DeepSpeed."""
     start_process_group()
     values = {**values, "parallel": {}}
     config = parse_config(RunConfig, values, "test")
@@ -133,19 +133,19 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
 
 
 def loss_error(outcome: Outcome, plain: Outcome) -> float:
-    """Largest relative error of any loss at any step; of a loss that is 0, the absolute."""
+    """Largest relative error of any loss at any step; the absolute error of a loss that is 0."""
     found, true = torch.tensor(outcome.losses)[:, :3], torch.tensor(plain.losses)[:, :3]
     return ((found - true).abs() / torch.where(true == 0, 1, true.abs())).max().item()
 
 
 def norm_error(outcome: Outcome, plain: Outcome) -> float:
-    """Largest relative error of the gradient's norm at any step: AdamW hides a wrong one from the weights."""
+    """Largest relative error of the gradient norm at any step; AdamW hides a wrong scale from the weights."""
     found, true = torch.tensor(outcome.losses)[:, 3], torch.tensor(plain.losses)[:, 3]
     return ((found - true).abs() / true).max().item()
 
 
 def parameter_error(outcomes: list[Outcome], plain: Outcome) -> float:
-    """Largest absolute error of any weight on any rank; every weight must be somewhere."""
+    """Largest absolute error of any weight on any rank. Asserts that the shards cover every weight."""
     true = {name: value for name, _, value in plain.weights}
     covered = {name: torch.zeros_like(value) for name, value in true.items()}
     worst = 0.0

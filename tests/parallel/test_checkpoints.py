@@ -1,4 +1,4 @@
-"""A checkpoint of any topology loads in any other: weights, moments and averages to the bit."""
+"""A checkpoint of any topology loads in any other: weights, moments and averages are bitwise equal."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Training:
         self.step = 0
 
     def run(self, num_steps: int) -> list[list[float]]:
-        """Losses of the steps after the one that the run stands at."""
+        """Losses of the next steps."""
         losses = []
         for _ in range(num_steps):
             batch = self.loader.next()
@@ -62,8 +62,8 @@ class Training:
         self.loader.load_state_dict(self.state)
 
 
-def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:
-    """Some steps, a checkpoint, and the losses of the steps after it."""
+def save_and_continue(values: dict, folder: Path) -> list[list[float]]:
+    """Train, save a checkpoint, and return the losses of the next steps."""
     training = Training(values, folder)
     training.run(NUM_BEFORE)
     training.save()
@@ -71,7 +71,7 @@ def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:
 
 
 def load_each(values: dict, checkpoints: dict[str, Path], folder: Path) -> dict[str, list[list[float]]]:
-    """For each checkpoint: load it, save it again as this topology would, and the losses that follow."""
+    """Load each checkpoint, save it again from this topology, and return the losses of the next steps."""
     losses = {}
     training = Training(values, folder)
     for name, checkpoint in checkpoints.items():
@@ -92,16 +92,16 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def saved(shards, vae_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
-    """A checkpoint of each topology, and the losses with which each goes on."""
+    """A checkpoint of each topology, and the losses of its next steps."""
     folder, losses = tmp_path_factory.mktemp("checkpoints"), {}
     for name, (world, degrees) in TOPOLOGIES.items():
         values = Case(name, world, degrees).values(shards, vae_folder, folder / "run")
-        losses[name] = run_workers(save_and_go_on, world, values, folder / "saved" / name)[0]
+        losses[name] = run_workers(save_and_continue, world, values, folder / "saved" / name)[0]
     return folder, losses
 
 
 @pytest.mark.parametrize("target", TOPOLOGIES)
-def test_each_topology_goes_on_from_every_other(saved, shards, vae_folder, target):
+def test_each_topology_resumes_from_every_other(saved, shards, vae_folder, target):
     folder, losses = saved
     world, degrees = TOPOLOGIES[target]
     values = Case(target, world, degrees).values(shards, vae_folder, folder / "run")

@@ -1,4 +1,4 @@
-"""What the ranks send in a block, forward and backward: as docs/parallelism.md says, and nothing else."""
+"""The collectives of a block, forward and backward, are those in docs/parallelism.md and no others."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ STREAM = ROWS * LENGTH * WIDTH * 4
 
 
 class Sent(TorchDispatchMode):
-    """Counts collectives and the bytes of the whole tensors that they work on."""
+    """Counts collectives and the bytes of their whole tensors."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Sent(TorchDispatchMode):
 
 
 def one_block(values: dict) -> list[tuple[dict, dict]]:
-    """Counts and bytes of a block's forward, and of its backward."""
+    """Counts and bytes of collectives in a block's forward, and in its backward."""
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
     with torch.device("meta"):
@@ -106,7 +106,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_block_sends_what_the_formula_says(shards, vae_folder, tmp_path, name):
+def test_a_block_sends_the_documented_bytes(shards, vae_folder, tmp_path, name):
     degrees, recompute, forward, backward = CASES[name]
     values = Case(name, RANKS, degrees, train={"recompute": recompute}).values(shards, vae_folder, tmp_path)
     for rank in run_workers(one_block, RANKS, values):

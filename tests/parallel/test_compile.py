@@ -1,4 +1,4 @@
-"""torch.compile takes each block whole, whatever stands around and in it."""
+"""torch.compile makes one graph of each block, with parallel layers and checkpointing."""
 
 from functools import partialmethod
 
@@ -22,7 +22,7 @@ CASES = {
 
 
 def graphs(values: dict) -> tuple[int, dict]:
-    """Graphs that a step was compiled to, and why any ended early; without the compiler behind them."""
+    """Number of graphs of a step, and the reasons of graph breaks; captured without code generation."""
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)

@@ -1,4 +1,4 @@
-"""A rank's weights and optimizer state fall with each degree as the formula says."""
+"""A rank's weights and optimizer state have the sizes that the formula gives, at each degree."""
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ CASES = {
 }
 
 
-def held(values: dict) -> tuple[list[int], list[int]]:
-    """Bytes measured, and bytes by the formula: weights, optimizer, average."""
+def state_sizes(values: dict) -> tuple[list[int], list[int]]:
+    """Bytes of weights, optimizer and average: measured, and by the formula."""
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
     engine = build_engine(config, mesh)
@@ -54,24 +54,24 @@ def held(values: dict) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bytes_are_as_the_formula_says(shards, vae_folder, tmp_path, name):
+def test_sizes_are_those_of_the_formula(shards, vae_folder, tmp_path, name):
     world, degrees, precision = CASES[name]
     values = Case(name, world, degrees, "unet", {"precision": precision}).values(shards, vae_folder, tmp_path)
     values["model"] |= {"hidden_size": 64, "ffn_hidden_size": 256}
-    for measured, formula in run_workers(held, world, values):
+    for measured, formula in run_workers(state_sizes, world, values):
         assert measured == pytest.approx(formula, rel=0.02)
         assert sum(measured) > 1_000_000
 
 
-def test_each_degree_divides(shards, vae_folder, tmp_path):
-    """The sums over ranks of one copy's weights are the whole, whatever the degrees: nothing is twice."""
+def test_tensor_and_pipeline_ranks_replicate_no_sharded_weight(shards, vae_folder, tmp_path):
+    """Over the ranks of one replica, the bytes of weights add up to those of the whole model."""
     totals = {}
     for name in ("one", "tp2", "pp2", "tp2-pp2"):
         world, degrees, _ = CASES[name]
         values = Case(name, world, degrees).values(shards, vae_folder, tmp_path)
-        totals[name] = sum(measured[0] for measured, _ in run_workers(held, world, values))
+        totals[name] = sum(measured[0] for measured, _ in run_workers(state_sizes, world, values))
     assert totals["pp2"] == totals["one"]
-    # Norms and the linear adapters are held by every tensor rank.
+    # Every tensor rank has the norms and the linear adapters.
     assert totals["one"] < totals["tp2"] < 1.1 * totals["one"]
     assert totals["tp2-pp2"] == totals["tp2"]
     assert torch.tensor(list(totals.values())).min() == totals["one"]

@@ -1,4 +1,4 @@
-"""The mask: two integers a row against the definition in words."""
+"""The mask: two integers per position against its definition."""
 
 import random
 from pathlib import Path
@@ -35,23 +35,23 @@ def lay_out(documents: list[list[int]], num_patches: int, padding: int):
 
 
 def mask_by_definition(documents: list[list[int]], num_patches: int, padding: int) -> torch.Tensor:
-    """For each pair of positions: same document, and not later or in the same image."""
-    place = []  # document and image of each position
+    """Visible if in the same document, and not later or in the same image."""
+    members = []  # document and image of each position
     image_number = 0
     for number, document in enumerate(documents):
-        place.append((number, None))
+        members.append((number, None))
         for n in document:
             if n:
-                place += [(number, None)] * n
+                members += [(number, None)] * n
             else:
-                place += [(number, None), *[(number, image_number)] * num_patches, (number, None)]
+                members += [(number, None), *[(number, image_number)] * num_patches, (number, None)]
                 image_number += 1
-        place.append((number, None))
-    place += [(f"padding {i}", None) for i in range(padding)]
-    size = len(place)
+        members.append((number, None))
+    members += [(f"padding {i}", None) for i in range(padding)]
+    size = len(members)
     visible = torch.zeros(size, size, dtype=torch.bool)
-    for i, (document, image) in enumerate(place):
-        for j, (other, other_image) in enumerate(place):
+    for i, (document, image) in enumerate(members):
+        for j, (other, other_image) in enumerate(members):
             visible[i, j] = document == other and (j <= i or (image is not None and image == other_image))
     return visible
 

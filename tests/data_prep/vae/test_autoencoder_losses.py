@@ -3,8 +3,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 
+from data_prep.vae.config import LossConfig
 from data_prep.vae.features import ResNet50Features, VGG16Features, load_weights
-from data_prep.vae.losses import AutoencoderLoss, LossConfig, PatchDiscriminator, feature_distance
+from data_prep.vae.losses import AutoencoderLoss, PatchDiscriminator, feature_distance
 from megafusion.errors import UserError
 
 

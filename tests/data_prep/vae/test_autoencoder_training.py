@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_prep.vae import train
+from data_prep.vae.config import AutoencoderConfig
 from data_prep.vae.dataset import (
     ImageDataConfig,
     find_shards,
@@ -18,7 +19,7 @@ from data_prep.vae.dataset import (
     training_batches,
 )
 from data_prep.vae.evaluation import measure
-from data_prep.vae.train import AutoencoderConfig, learning_rate, train_autoencoder
+from data_prep.vae.train import learning_rate, train_autoencoder
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec

@@ -1,0 +1,139 @@
+"""The manifest of a folder of shards. Imports no torch."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megafusion.config import Config, parse_config
+from megafusion.data.remote import is_remote, read_remote
+from megafusion.errors import UserError
+from megafusion.images.sizes import Size, format_sizes
+from megafusion.storage import write_file
+
+MANIFEST = "manifest.json"
+Kind = Literal["pair", "text", "interleaved"]
+FOLDERS: dict[Kind, str] = {"pair": "pairs", "text": "text", "interleaved": "interleaved"}
+"""Where preprocessing puts each kind."""
+
+
+class ShardEntry(Config):
+    """One shard of a folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
+    """File name of the tar; never a path."""
+    num_documents: int
+    """Documents in it."""
+    num_bytes: int
+    """Size of the tar; another size on disk means a truncated or altered file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the tar."""
+
+
+class ShardSummary(Config):
+    """What a manifest must know of one shard; its counts are named as the manifest's."""
+
+    entry: ShardEntry
+    num_tokens: int
+    num_images: int
+    max_images: int
+    max_tokens_beside_images: int
+    images_by_size: dict[str, int] = Field({})
+
+
+class Manifest(Config):
+    """What a folder of shards holds, and what it was made with."""
+
+    format: Literal["megafusion-shards/1"] = "megafusion-shards/1"
+    """Version of the layout."""
+    kind: Kind
+    """pair: one text and one image a document, in either order; text: texts only; interleaved: any texts and
+    images, in the order in which they are shown."""
+    num_tokens: int
+    """Text tokens, without bos, eos, boi and eoi."""
+    num_images: int
+    """Images."""
+    max_images: int = 0
+    """Most images of a document."""
+    max_tokens_beside_images: int = 0
+    """Most text tokens of a document with images, which is never split: it must fit in a row."""
+    images: Literal["latents", "pictures"] = "latents"
+    """latents: made once, by the autoencoder of vae_sha256; pictures: encoded whenever they are shown."""
+    tokenizer_sha256: str
+    """Hash of the SentencePiece model that made the tokens."""
+    vae_sha256: str | None = None
+    """Hash of the autoencoder that made the latents; null without latents."""
+    latent_shape: tuple[int, int, int] | None = None
+    """Channels, height and width of the latents; null without latents."""
+    more_sizes: tuple[Size, ...] = ()
+    """Further heights and widths that latents may have."""
+    images_by_size: dict[str, int] = Field({})
+    """Images by height and width of their latents, as 32x32, where there are several; see count_by_size."""
+    latent_scale: float = 1.0
+    """Factor that brings latents to unit deviation: the autoencoder's scaling_factor."""
+    latent_shift: float = 0.0
+    """Subtracted before scaling: the autoencoder's shift_factor."""
+    provenance: dict[str, str]
+    """Inputs and versions, for people."""
+    shards: tuple[ShardEntry, ...]
+    """The tars, in order."""
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Every shape that the latents of an image may have; empty without latents."""
+        if self.latent_shape is None:
+            return ()
+        return (self.latent_shape, *((self.latent_shape[0], *size) for size in self.more_sizes))
+
+    @property
+    def count_by_size(self) -> dict[Size, int]:
+        """Images by height and width of their latents; of sizes that it has no images of, 0."""
+        sizes = [shape[1:] for shape in self.latent_shapes]
+        if len(sizes) == 1:
+            return {sizes[0]: self.num_images}
+        return {size: self.images_by_size.get(format_sizes([size]), 0) for size in sizes}
+
+
+def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict) -> Manifest:
+    """Write the manifest of a folder's shards; `fields` are those that the documents do not tell."""
+    made = Manifest(
+        num_tokens=sum(shard.num_tokens for shard in summaries),
+        num_images=sum(shard.num_images for shard in summaries),
+        max_images=max((shard.max_images for shard in summaries), default=0),
+        max_tokens_beside_images=max((shard.max_tokens_beside_images for shard in summaries), default=0),
+        images_by_size=dict(sorted(sum((Counter(s.images_by_size) for s in summaries), Counter()).items())),
+        shards=tuple(shard.entry for shard in summaries),
+        **fields,
+    )
+    # Where they say nothing they are not there, so that manifests of one size stay what they were.
+    unused = set() if made.more_sizes else {"more_sizes", "images_by_size"}
+    write_file(folder / MANIFEST, made.model_dump_json(indent=1, exclude=unused) + "\n")
+    return made
+
+
+def load_manifest(folder: Path | str) -> Manifest:
+    """The manifest of a folder of shards, or of a URL. Raises UserError when there is none."""
+    if is_remote(folder):
+        return _parse_manifest(read_remote(f"{folder}/{MANIFEST}"), f"{folder}/{MANIFEST}")
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        inside = [str(folder / kind) for kind in FOLDERS.values() if (folder / kind / MANIFEST).is_file()]
+        way_out = f"name {' or '.join(inside)}" if inside else "make it with `megafusion preprocess`"
+        raise UserError(f"{folder}: no {MANIFEST}, so no folder of shards; {way_out}")
+    return _parse_manifest(path.read_bytes(), str(path))
+
+
+def _parse_manifest(content: bytes, where: str) -> Manifest:
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where}: not readable as JSON ({error}); preprocess again") from error
+    return parse_config(Manifest, values, where)
