@@ -12,7 +12,7 @@ from megafusion.images.codec import ImageCodec
 from megafusion.images.processor import nearest_size_of
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
-from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
+from megafusion.sequence.document import FlatDocument, ImageSegment, Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
 
@@ -138,11 +138,11 @@ class Generation:
         segments = []
         for part in prompt:
             if isinstance(part, str):
-                segments.append(np.array(self.tokenizer.encode(part), np.int64))
+                segments.append(Segment("tokens", np.array(self.tokenizer.encode(part), np.int64)))
             else:
                 size = nearest_size_of(part, self.config.image_sizes)
                 latents = self.codec.encode_images([part], self.config.image_sizes[size])[0].cpu().numpy()
-                segments.append(NoisedImage(latents, np.zeros_like(latents), t=0.0, size=size))
+                segments.append(ImageSegment(size=size, latents=latents, noise=np.zeros_like(latents)))
         return flatten(segments, self.tokenizer, self.config.patches)
 
     def _to_parts(self, output: list[Part | int]) -> list[Part]:

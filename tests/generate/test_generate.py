@@ -14,7 +14,7 @@ from megafusion.images.processor import postprocess_images, preprocess_images
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.sampler import apply_guidance
-from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
+from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from megafusion.sequence.tokenizer import Tokenizer
 from tests.support.generation import (
     CAPTIONS,
@@ -24,6 +24,7 @@ from tests.support.generation import (
     prompt_batch,
     run_generation,
 )
+from tests.support.segments import image_of
 
 
 @pytest.fixture(params=["linear", "unet"])
@@ -35,9 +36,9 @@ def pil_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
-def noised_image(seed: int, t: float = 0.0) -> NoisedImage:
+def noised_image(seed: int, t: float = 0.0) -> ImageSegment:
     latents = np.random.default_rng(seed).standard_normal((4, 8, 8), dtype=np.float32)
-    return NoisedImage(latents, np.zeros_like(latents), t)
+    return image_of(latents, t=t)
 
 
 def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
@@ -91,7 +92,7 @@ def test_tokens_after_a_drawn_image_attend_to_the_clean_image(pipeline):
         decoder.read_tokens(empty, torch.tensor([token]))
     latents = decoder.draw(cache, empty, torch.randn(1, 4, 8, 8), pipeline.config.sampling)
     logits = decoder.read_tokens(cache, torch.tensor([tokenizer.eoi]))
-    clean = NoisedImage(latents[0].numpy(), np.zeros((4, 8, 8), np.float32), 0)
+    clean = image_of(latents[0].numpy())
     batch, lengths = prompt_batch(pipeline, [[text, clean]])
     expected = decoder.read_prompts(decoder.new_cache(1, 40), batch, lengths)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -142,12 +143,7 @@ def test_tokens_are_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch
     outputs = run_generation(pipeline, CAPTIONS, sampling, 5, 1)
     for caption, output in zip(CAPTIONS, outputs, strict=True):
         prompt = np.array(tokenizer.encode(caption))
-        segments = [
-            np.array([part])
-            if isinstance(part, int)
-            else NoisedImage(part.numpy(), np.zeros((4, 8, 8), np.float32), 0)
-            for part in output
-        ]
+        segments = [np.array([part]) if isinstance(part, int) else image_of(part.numpy()) for part in output]
         batch, lengths = prompt_batch(pipeline, [[prompt, *segments]])
         with torch.no_grad():
             logits = pipeline.model.tail.head(full_hidden(pipeline.model, batch)[0])[0]
@@ -173,7 +169,7 @@ def test_guidance_uses_the_prediction_of_a_document_without_text(pipeline, monke
     sampler = process.sampler(sampling)
     latents = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(3))
     for timestep in sampler.timesteps:
-        noised = NoisedImage(latents.numpy(), np.zeros((4, 8, 8), np.float32), int(timestep) / 1000)
+        noised = image_of(latents.numpy(), t=int(timestep) / 1000)
         batch, _ = prompt_batch(pipeline, [[caption, noised], [noised]])
         hidden, skips = full_hidden(model, batch)
         timesteps = process.timesteps(batch.t)
