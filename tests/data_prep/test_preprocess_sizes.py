@@ -198,6 +198,6 @@ def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mi
         assert Image.open(out / "0-x.png").size == (width, height)
     with pytest.raises(UserError, match="size 40x24: the model has 32x32, 24x40, 48x16"):
         megafusion("generate", run, "--prompt", "x", "--size", "40x24", "--out", tmp_path / "none")
-    with pytest.raises(UserError, match="--size is that of drawn pictures"):
+    with pytest.raises(UserError, match="--size is for drawn images"):
         megafusion("generate", run, "--image", page, "--size", "32x32", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
