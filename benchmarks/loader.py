@@ -38,7 +38,7 @@ from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.shards import write_shards
 from megafusion.data.source import counter_generator, open_sources
 from megafusion.objective.ddpm import DDPMConfig
-from megafusion.sequence.document import cut_document, flatten
+from megafusion.sequence.document import Segment, cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import write_file
@@ -50,6 +50,11 @@ KINDS = ("pairs", "text")
 TOKENIZER = Tokenizer(Path("t"), "t", 32000, bos=1, eos=2)
 
 
+def segments(tokens: np.ndarray, moments: np.ndarray | None) -> list[Segment]:
+    """A text, and an image if there is one."""
+    return [Segment("tokens", tokens)] + ([] if moments is None else [Segment("moments", moments)])
+
+
 def documents(kind: str, num: int) -> Iterator[StoredDocument]:
     """Lengths as CC12M's captions and as web pages have them."""
     random = np.random.default_rng(0)
@@ -58,7 +63,8 @@ def documents(kind: str, num: int) -> Iterator[StoredDocument]:
         length = int(np.clip(random.lognormal(np.log(mean), spread), 3, most))
         tokens = random.integers(3, 32000, length).astype(np.int32)
         moments = random.standard_normal((2, *LATENT_SHAPE)).astype(np.float16)
-        yield StoredDocument({"key": str(number)}, (tokens, moments) if kind == "pairs" else (tokens,))
+        stored = segments(tokens, moments if kind == "pairs" else None)
+        yield StoredDocument({"key": str(number)}, tuple(stored))
 
 
 def write_all(folder: Path, num: int, with_streaming: bool) -> None:
@@ -76,7 +82,7 @@ def write_all(folder: Path, num: int, with_streaming: bool) -> None:
             columns |= {"moments": "ndarray:float16"} if kind == "pairs" else {}
             with MDSWriter(out=str(folder / f"mds-{kind}"), columns=columns) as writer:
                 for document in documents(kind, share):
-                    arrays = dict(zip(("tokens", "moments"), document.segments, strict=False))
+                    arrays = {segment.kind: segment.data for segment in document.segments}
                     writer.write({"json": document.metadata, **arrays})
 
 
@@ -109,11 +115,10 @@ def ours(folder: Path) -> Iterator[int]:
 def webdataset(folder: Path) -> Iterator[int]:
     """Batches from webdataset's plain loader."""
 
-    def read(kind: str) -> Iterator[tuple[np.ndarray, ...]]:
+    def read(kind: str) -> Iterator[list[Segment]]:
         urls = [str(path) for path in sorted((folder / kind).glob("*.tar"))]
         for sample in WebDataset(urls, shardshuffle=False).decode().repeat():
-            tokens = sample["0.tokens.npy"]
-            yield (tokens, sample["1.moments.npy"]) if kind == "pairs" else (tokens,)
+            yield segments(sample["0.tokens.npy"], sample.get("1.moments.npy"))
 
     return batches({kind: read(kind) for kind in KINDS}, load_manifest(folder / "pairs"))
 
@@ -122,11 +127,11 @@ def streaming(folder: Path) -> Iterator[int]:
     """Batches from mosaicml-streaming's dataset."""
     from streaming import StreamingDataset
 
-    def read(kind: str) -> Iterator[tuple[np.ndarray, ...]]:
+    def read(kind: str) -> Iterator[list[Segment]]:
         dataset = StreamingDataset(local=str(folder / f"mds-{kind}"), shuffle=False, batch_size=1)
         while True:
             for sample in dataset:
-                yield (sample["tokens"], sample["moments"]) if kind == "pairs" else (sample["tokens"],)
+                yield segments(sample["tokens"], sample.get("moments"))
 
     return batches({kind: read(kind) for kind in KINDS}, load_manifest(folder / "pairs"))
 

@@ -40,11 +40,11 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
         watch = Stopwatch(engine.device)
         micro_batches = parts.loader.next()
         counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
-        counts = engine.consensus.share_counts(counts)
+        counts = engine.consensus.reduce_counts(counts)
         spent["data"] += watch.lap()
         for batch in micro_batches:
             losses = deepspeed(with_counts(batch.to(engine.device), counts))
-            engine.consensus.add_share(losses)
+            engine.consensus.add_losses(losses)
             spent["forward"] += watch.lap()
             deepspeed.backward(losses.total * len(micro_batches))
             spent["backward"] += watch.lap()

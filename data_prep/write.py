@@ -20,12 +20,13 @@ from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.images.processor import fit_rgb, to_tensor
 from megafusion.images.sizes import nearest_size
+from megafusion.sequence.document import Segment
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, write_file
 
 CAPTION_PREVIEW_CHARS = 80
 WEBP_QUALITY = 95
-Segment = np.ndarray | Image.Image | bytes
+RawSegment = np.ndarray | Image.Image | bytes
 """Token ids; an image to encode; or an image stored as WebP."""
 CHANGED = "has changed since it was scanned"
 
@@ -75,7 +76,7 @@ class DocumentBuilder:
 
     def documents(self, records: Iterator[tuple[Record, Any, str]]) -> Iterator[StoredDocument]:
         """Documents of (record, what its reader returns, where it is)."""
-        batch: list[tuple[dict, list[Segment]]] = []
+        batch: list[tuple[dict, list[RawSegment]]] = []
         num_images = 0
         for record, raw, where in records:
             try:
@@ -90,7 +91,7 @@ class DocumentBuilder:
                     batch, num_images = [], 0
         yield from self._encode(batch)
 
-    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[Segment]]]:
+    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[RawSegment]]]:
         """Metadata and segments of the documents that a record becomes; images are not encoded yet."""
         if isinstance(raw, RawPair):
             caption = decode_caption(raw.caption)
@@ -115,7 +116,7 @@ class DocumentBuilder:
         height, width = sizes[nearest_size(image.height, image.width, sizes)]
         return fit_rgb(image, height, width) if self._codec else to_webp(image, height, width)
 
-    def _encode(self, batch: list[tuple[dict, list[Segment]]]) -> Iterator[StoredDocument]:
+    def _encode(self, batch: list[tuple[dict, list[RawSegment]]]) -> Iterator[StoredDocument]:
         images = [s for _, segments in batch for s in segments if isinstance(s, Image.Image)]
         moments: dict[int, np.ndarray] = {}
         for height, width in self._config.image_sizes:
@@ -125,13 +126,18 @@ class DocumentBuilder:
                 moments |= zip(some, self._moments([images[index] for index in some]), strict=True)
         in_order = (moments[index] for index in range(len(images)))
         for metadata, segments in batch:
-            stored = [next(in_order) if isinstance(s, Image.Image) else s for s in segments]
-            yield StoredDocument(metadata, tuple(stored))
+            yield StoredDocument(metadata, tuple(_stored(segment, in_order) for segment in segments))
 
     def _moments(self, images: list[Image.Image]) -> np.ndarray:
         """Mean and log-variance, float16 [n, 2, C, h, w], of at most batch_size images of one size."""
         pixels = to_tensor(images, images[0].size[::-1]).to(self._codec.model.device)
         return torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
+
+
+def _stored(segment: RawSegment, moments: Iterator[np.ndarray]) -> Segment:
+    if isinstance(segment, Image.Image):
+        return Segment("moments", next(moments))
+    return Segment("pixels" if isinstance(segment, bytes) else "tokens", segment)
 
 
 def to_webp(image: Image.Image, height: int, width: int) -> bytes:
@@ -145,14 +151,14 @@ def to_webp(image: Image.Image, height: int, width: int) -> bytes:
     return buffer.getvalue()
 
 
-def split_document(segments: list[Segment], limits: SplitConfig) -> list[list[Segment]]:
+def split_document(segments: list[RawSegment], limits: SplitConfig) -> list[list[RawSegment]]:
     """Split a document into parts within the limits; images stay complete, texts are cut at the limit.
 
     A document without images is not split, because streams cut texts themselves.
     """
     if all(isinstance(segment, np.ndarray) for segment in segments):
         return [segments]
-    parts: list[list[Segment]] = [[]]
+    parts: list[list[RawSegment]] = [[]]
     num_tokens = num_images = 0
     for segment in segments:
         if not isinstance(segment, np.ndarray):

@@ -1,4 +1,4 @@
-"""An unfinished training on disk: weights, averages, optimizers and random state, without pickle."""
+"""Checkpoint of an unfinished training: weights, averages, optimizers and random state, without pickle."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megafusion.errors import UserError
 
-STATE_NAME = "state.safetensors"
+CHECKPOINT_NAME = "state.safetensors"
 
 
 def save_checkpoint(
@@ -22,7 +22,7 @@ def save_checkpoint(
     optimizers: Mapping[str, torch.optim.Optimizer],
     meta: dict,
 ) -> None:
-    """Write everything that the next step depends on; the file is replaced whole or not at all."""
+    """Write everything that the next step depends on, atomically."""
     tensors = {
         f"{kind}/{name}": value.detach().cpu().contiguous()
         for kind, states in (("module", modules), ("optimizer", optimizers))
@@ -33,28 +33,28 @@ def save_checkpoint(
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{STATE_NAME}.new"
+    temporary = folder / f".{CHECKPOINT_NAME}.new"
     save_file(tensors, temporary, {"meta": json.dumps(meta)})
-    temporary.replace(folder / STATE_NAME)
+    temporary.replace(folder / CHECKPOINT_NAME)
 
 
 def read_meta(folder: Path) -> dict | None:
-    """What the unfinished training in `folder` noted about itself; None where there is none."""
-    path = folder / STATE_NAME
+    """Metadata of the checkpoint in `folder`; None where there is none."""
+    path = folder / CHECKPOINT_NAME
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["meta"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); delete {folder} to begin anew") from error
+        raise UserError(f"{path}: not readable ({error}); delete {folder} to start over") from error
 
 
 def load_checkpoint(
     folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> None:
-    """Put the saved values back into modules and optimizers of the same shapes, and the random state."""
-    with safe_open(folder / STATE_NAME, "pt") as file:
+    """Load modules and optimizers of the same shapes, and the random state."""
+    with safe_open(folder / CHECKPOINT_NAME, "pt") as file:
         names = set(file.keys())
         for owner, module in modules.items():
             prefix = f"module/{owner}/"
@@ -74,7 +74,7 @@ def load_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Forget an unfinished training."""
+    """Remove the checkpoint."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

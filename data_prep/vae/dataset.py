@@ -1,8 +1,7 @@
-"""Pictures from WebDataset shards: a deterministic held-out part, a shuffled endless rest."""
+"""Images of webdataset tars: a deterministic held-out part, and endless shuffled training batches."""
 
 import glob
 import hashlib
-import io
 import random
 from collections.abc import Iterator
 from itertools import count, islice
@@ -10,18 +9,22 @@ from pathlib import Path
 
 import torch
 import webdataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from data_prep.images import open_rgb
+from data_prep.readers.records import BadRecord
+from data_prep.readers.webdataset import NO_IMAGE, TarReader
 from data_prep.vae.config import ImageDataConfig
 from megafusion.errors import UserError
 from megafusion.images.processor import to_tensor
 
-IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+Sample = tuple[str, str, bytes]
+"""Key, where it is for error messages, and encoded image."""
 
 
 def find_shards(config: ImageDataConfig) -> list[Path]:
-    """The shards that the patterns name, sorted; UserError for a pattern that names none."""
+    """The shards that the patterns match, sorted; UserError for a pattern without a match."""
     shards: set[str] = set()
     for pattern in config.shards:
         found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (patterns may be absolute)
@@ -32,22 +35,21 @@ def find_shards(config: ImageDataConfig) -> list[Path]:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a sample is for measuring: by a hash of its key up to the first "-", so by the concept."""
+    """Whether an image is held out, by a hash of its key up to the first "-", so by concept."""
     group = key.partition("-")[0]
-    draw = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-    return draw < fraction
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64 < fraction
 
 
 def held_out_images(config: ImageDataConfig, shards: list[Path]) -> tuple[list[str], Tensor]:
-    """Keys and pictures float [N, 3, H, W] in [-1, 1] of the held-out part, in the shards' order."""
-    held_out = (s for s in _samples(shards) if is_held_out(s["__key__"], config.held_out_fraction))
+    """Keys and pixels, float [N, 3, H, W] in [-1, 1], of the held-out images, in the shards' order."""
+    held_out = (s for s in _samples(shards) if is_held_out(s[0], config.held_out_fraction))
     chosen = list(islice(held_out, config.max_held_out))
     if not chosen:
         raise UserError(
-            f"data.held_out_fraction {config.held_out_fraction}: keeps no picture of "
-            f"{', '.join(map(str, shards))}; raise it or add pictures"
+            f"data.held_out_fraction {config.held_out_fraction}: holds out no image of "
+            f"{', '.join(map(str, shards))}; raise it or add images"
         )
-    return [s["__key__"] for s in chosen], to_tensor([_image(s) for s in chosen], config.image_size)
+    return [key for key, _, _ in chosen], to_tensor([_decode(s) for s in chosen], config.image_size)
 
 
 def training_batches(
@@ -55,25 +57,25 @@ def training_batches(
 ) -> Iterator[Tensor]:
     """Endless float [N, 3, H, W] in [-1, 1]; order and flips depend on `seed` alone.
 
-    The first `num_skipped` batches are passed over without decoding, as a resumed run needs.
+    A resumed run skips its first `num_skipped` batches, without decoding them.
     """
     batch: list[Tensor] = []
-    num_pictures_left_out = num_skipped * batch_size
+    num_images_to_skip = num_skipped * batch_size
     for epoch in count():
         rng = random.Random(f"{seed}/{epoch}")
         sample = None
         for sample in _shuffled(config, shards, rng):
             flip = config.horizontal_flip and rng.random() < 0.5
-            if num_pictures_left_out:
-                num_pictures_left_out -= 1
+            if num_images_to_skip:
+                num_images_to_skip -= 1
                 continue
-            picture = to_tensor([_image(sample)], config.image_size)[0]
-            batch.append(picture.flip(-1) if flip else picture)
+            pixels = to_tensor([_decode(sample)], config.image_size)[0]
+            batch.append(pixels.flip(-1) if flip else pixels)
             if len(batch) == batch_size:
                 yield torch.stack(batch)
                 batch = []
         if sample is None:
-            raise UserError(f"data.shards: {', '.join(map(str, shards))}: no picture left to train on")
+            raise UserError(f"data.shards: {', '.join(map(str, shards))}: no image left to train on")
 
 
 def hash_shards(shards: list[Path]) -> str:
@@ -86,33 +88,30 @@ def hash_shards(shards: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _shuffled(config: ImageDataConfig, shards: list[Path], rng: random.Random) -> Iterator[dict]:
-    """One epoch of training samples: shards in random order, then a shuffle buffer."""
+def _shuffled(config: ImageDataConfig, shards: list[Path], rng: random.Random) -> Iterator[Sample]:
+    """One epoch of training images: shards in random order, then a shuffle buffer."""
     order = rng.sample(shards, len(shards))
-    samples = (s for s in _samples(order) if not is_held_out(s["__key__"], config.held_out_fraction))
+    samples = (s for s in _samples(order) if not is_held_out(s[0], config.held_out_fraction))
     size = config.shuffle_buffer
     return webdataset.filters.shuffle(size, initial=size, rng=rng)(samples)
 
 
-def _samples(shards: list[Path]) -> Iterator[dict]:
-    """Samples of the shards in order; UserError naming a shard that cannot be read to its end."""
+def _samples(shards: list[Path]) -> Iterator[Sample]:
+    """Images of the shards in order; UserError naming the first corrupt shard or invalid member."""
     for shard in shards:
-        try:
-            for sample in webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False):
-                if any(extension in sample for extension in IMAGE_EXTENSIONS):
-                    yield sample
-        except (OSError, EOFError, ValueError, webdataset.tariterators.tarfile.TarError) as error:
-            raise UserError(f"{shard}: not readable as a tar shard; build it again ({error})") from error
+        reader = TarReader(shard)
+        for record in reader.records():
+            if record.problem == NO_IMAGE:
+                continue
+            where = reader.where(record)
+            if record.problem:
+                raise UserError(f"{where}: {record.problem}")
+            yield record.key, where, reader.read(record).image
 
 
-def _image(sample: dict) -> Image.Image:
-    extension = next(e for e in IMAGE_EXTENSIONS if e in sample)
+def _decode(sample: Sample) -> Image.Image:
+    _, where, content = sample
     try:
-        image = Image.open(io.BytesIO(sample[extension]))
-        image.load()
-    except (UnidentifiedImageError, OSError) as error:
-        shard = sample.get("__url__", "shard")
-        raise UserError(
-            f"{shard}: {sample['__key__']}.{extension}: not a readable picture: {error}"
-        ) from error
-    return image
+        return open_rgb(content)
+    except BadRecord as error:
+        raise UserError(f"{where}: {error.reason}; fix or remove it") from error

@@ -8,7 +8,7 @@ import typer
 
 def report(
     run_folder: Annotated[Path, typer.Argument(help="Folder of a finished run.", metavar="RUN")],
-    pictures: Annotated[Path, typer.Option(help="Tar of the images that the run was trained on.")] = Path(
+    images: Annotated[Path, typer.Option(help="Tar of the images that the run was trained on.")] = Path(
         "data_prep/emoji/emoji-000000.tar"
     ),
     classifier: Annotated[Path, typer.Option(help="Weights of a classifier of those images.")] = Path(
@@ -24,7 +24,7 @@ def report(
     """
     from data_prep.emoji.report import write_report
 
-    report = write_report(run_folder, pictures, classifier, seconds_before)
+    report = write_report(run_folder, images, classifier, seconds_before)
     for name, value in report.items():
         typer.echo(f"{name}: {value}")
     typer.echo(f"look at {run_folder / 'samples.png'}, captions.txt and losses.png beside it")

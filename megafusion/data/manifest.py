@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards. Imports no torch."""
+"""The manifest of a folder of shards: what it holds, and what it was made with. Imports no torch."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from megafusion.storage import write_file
 MANIFEST = "manifest.json"
 Kind = Literal["pair", "text", "interleaved"]
 FOLDERS: dict[Kind, str] = {"pair": "pairs", "text": "text", "interleaved": "interleaved"}
-"""Where preprocessing puts each kind."""
+"""Folder that preprocessing writes each kind to."""
 
 
 class ShardEntry(Config):
@@ -34,7 +34,7 @@ class ShardEntry(Config):
 
 
 class ShardSummary(Config):
-    """What a manifest must know of one shard; its counts are named as the manifest's."""
+    """A shard's contribution to the manifest, under the same names."""
 
     entry: ShardEntry
     num_tokens: int
@@ -51,19 +51,19 @@ class Manifest(Config):
     """Version of the layout."""
     kind: Kind
     """pair: one text and one image a document, in either order; text: texts only; interleaved: any texts and
-    images, in the order in which they are shown."""
+    images, in the order in which the model sees them."""
     num_tokens: int
     """Text tokens, without bos, eos, boi and eoi."""
     num_images: int
     """Images."""
     max_images: int = 0
-    """Most images of a document."""
+    """Maximum images of a document."""
     max_tokens_beside_images: int = 0
-    """Most text tokens of a document with images, which is never split: it must fit in a row."""
+    """Maximum text tokens of a document with images."""
     images: Literal["latents", "pictures"] = "latents"
-    """latents: made once, by the autoencoder of vae_sha256; pictures: encoded whenever they are shown."""
+    """latents: encoded once, by the autoencoder of vae_sha256; pictures: pixels, encoded in training."""
     tokenizer_sha256: str
-    """Hash of the SentencePiece model that made the tokens."""
+    """Hash of the tokenizer file that made the tokens."""
     vae_sha256: str | None = None
     """Hash of the autoencoder that made the latents; null without latents."""
     latent_shape: tuple[int, int, int] | None = None
@@ -71,9 +71,9 @@ class Manifest(Config):
     more_sizes: tuple[Size, ...] = ()
     """Further heights and widths that latents may have."""
     images_by_size: dict[str, int] = Field({})
-    """Images by height and width of their latents, as 32x32, where there are several; see count_by_size."""
+    """Images by height and width of their latents, as 32x32, if there are several; see count_by_size."""
     latent_scale: float = 1.0
-    """Factor that brings latents to unit deviation: the autoencoder's scaling_factor."""
+    """Factor that gives latents unit standard deviation: the autoencoder's scaling_factor."""
     latent_shift: float = 0.0
     """Subtracted before scaling: the autoencoder's shift_factor."""
     provenance: dict[str, str]
@@ -86,6 +86,11 @@ class Manifest(Config):
         return sum(shard.num_documents for shard in self.shards)
 
     @property
+    def image_kind(self) -> Literal["moments", "pixels"]:
+        """Kind of the segments of images."""
+        return "moments" if self.images == "latents" else "pixels"
+
+    @property
     def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Every shape that the latents of an image may have; empty without latents."""
         if self.latent_shape is None:
@@ -94,7 +99,7 @@ class Manifest(Config):
 
     @property
     def count_by_size(self) -> dict[Size, int]:
-        """Images by height and width of their latents; of sizes that it has no images of, 0."""
+        """Images by height and width of their latents; 0 for sizes that no image has."""
         sizes = [shape[1:] for shape in self.latent_shapes]
         if len(sizes) == 1:
             return {sizes[0]: self.num_images}
@@ -102,8 +107,8 @@ class Manifest(Config):
 
 
 def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict) -> Manifest:
-    """Write the manifest of a folder's shards; `fields` are those that the documents do not tell."""
-    made = Manifest(
+    """Write the manifest of a folder's shards; `fields` are those that the documents do not determine."""
+    manifest = Manifest(
         num_tokens=sum(shard.num_tokens for shard in summaries),
         num_images=sum(shard.num_images for shard in summaries),
         max_images=max((shard.max_images for shard in summaries), default=0),
@@ -112,14 +117,14 @@ def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict
         shards=tuple(shard.entry for shard in summaries),
         **fields,
     )
-    # Where they say nothing they are not there, so that manifests of one size stay what they were.
-    unused = set() if made.more_sizes else {"more_sizes", "images_by_size"}
-    write_file(folder / MANIFEST, made.model_dump_json(indent=1, exclude=unused) + "\n")
-    return made
+    # Manifests of one size keep the bytes that they had before there were several.
+    unused = set() if manifest.more_sizes else {"more_sizes", "images_by_size"}
+    write_file(folder / MANIFEST, manifest.model_dump_json(indent=1, exclude=unused) + "\n")
+    return manifest
 
 
 def load_manifest(folder: Path | str) -> Manifest:
-    """The manifest of a folder of shards, or of a URL. Raises UserError when there is none."""
+    """The manifest of a folder of shards, or of a URL. Raises UserError if there is none."""
     if is_remote(folder):
         return _parse_manifest(read_remote(f"{folder}/{MANIFEST}"), f"{folder}/{MANIFEST}")
     folder = Path(folder)
@@ -127,7 +132,7 @@ def load_manifest(folder: Path | str) -> Manifest:
     if not path.is_file():
         inside = [str(folder / kind) for kind in FOLDERS.values() if (folder / kind / MANIFEST).is_file()]
         way_out = f"name {' or '.join(inside)}" if inside else "make it with `megafusion preprocess`"
-        raise UserError(f"{folder}: no {MANIFEST}, so no folder of shards; {way_out}")
+        raise UserError(f"{folder}: not a folder of shards (no {MANIFEST}); {way_out}")
     return _parse_manifest(path.read_bytes(), str(path))
 
 
@@ -135,5 +140,5 @@ def _parse_manifest(content: bytes, where: str) -> Manifest:
     try:
         values = json.loads(content)
     except ValueError as error:
-        raise UserError(f"{where}: not readable as JSON ({error}); preprocess again") from error
+        raise UserError(f"{where}: not valid JSON ({error}); preprocess again") from error
     return parse_config(Manifest, values, where)

@@ -1,15 +1,12 @@
-"""Shards: webdataset tars of documents, an index of offsets each, and one manifest a folder.
+"""Writes shards: webdataset tars of documents, an index of offsets each, and one manifest a folder.
 
-A document is a tar member `KEY.json` (its kind and metadata) followed by its segments in order:
-`KEY.0.tokens.npy` int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and
-log-variance of an image's latents, or `KEY.1.picture.webp` where the picture itself is kept. The index
-`shard-000000.index.npy` holds int64 [n + 1] offsets, so any document is one read away and no archive is
-ever scanned.
+A document is a tar member `KEY.json` (its metadata) followed by its segments in order: `KEY.0.tokens.npy`
+int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and log-variance of an image's
+latents, or `KEY.1.picture.webp` for its pixels. The index `shard-000000.index.npy` holds int64 [n + 1]
+offsets, so any document is one read away and no archive is ever scanned.
 """
 
-import io
 import json
-import mmap
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
@@ -18,10 +15,12 @@ from pathlib import Path
 import numpy as np
 from webdataset import TarWriter
 
-from megafusion.data.document_format import BLOCK, PICTURE, StoredDocument, segment_kind, tar_members
+from megafusion.data.document_format import MEMBER_ENDINGS, StoredDocument
+from megafusion.data.index import INDEX, document_offsets, npy
 from megafusion.data.manifest import MANIFEST, Manifest, ShardEntry, ShardSummary, write_manifest
 from megafusion.errors import UserError
 from megafusion.images.sizes import say_sizes
+from megafusion.sequence.document import Segment
 from megafusion.storage import file_sha256, new_folder
 
 
@@ -31,17 +30,17 @@ def write_shards(
     documents_per_shard: int,
     **manifest: object,
 ) -> Manifest:
-    """Write a folder of shards that appears whole or not at all; an older folder of that name goes.
+    """Write a folder of shards that appears complete or not at all, in place of an older folder of shards.
 
-    `manifest` gives the fields that the documents themselves do not tell. Deterministic: equal
-    documents make equal bytes. Raises UserError naming the folder when there is no document, when the
-    disk is full, and when the folder holds anything but shards.
+    `manifest` gives the fields that the documents do not determine. Deterministic: equal documents give
+    equal bytes. Raises UserError naming the folder if there is no document, the disk is full, or the folder
+    holds anything but shards.
     """
     with new_folder(folder, MANIFEST) as partial:
-        made = _write_all(partial, documents, documents_per_shard, manifest)
-        if not made.shards:
+        written = _write_all(partial, documents, documents_per_shard, manifest)
+        if not written.shards:
             raise UserError(f"{folder}: the inputs hold no document that can be used; nothing is written")
-    return made
+    return written
 
 
 def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int, manifest: dict) -> Manifest:
@@ -52,28 +51,25 @@ def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int
 
 
 def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> ShardSummary:
-    """Write one shard with its index, and say what it holds. Equal documents make equal bytes."""
+    """Write one shard with its index, and summarize it. Equal documents give equal bytes."""
     path = folder / f"shard-{number:06d}.tar"
     with path.open("wb") as file:
         writer = TarWriter(file, encoder=False, mtime=0)
         for position, document in enumerate(documents):
             members = {"json": json.dumps(document.metadata, sort_keys=True).encode()}
             for order, segment in enumerate(document.segments):
-                kind = segment_kind(segment)
-                if kind == "picture":
-                    members[f"{order}.{PICTURE}"] = segment
-                else:
-                    members[f"{order}.{kind}.npy"] = npy(segment)
+                content = segment.data if segment.kind == "pixels" else npy(segment.data)
+                members[f"{order}.{MEMBER_ENDINGS[segment.kind]}"] = content
             writer.write({"__key__": f"{number:06d}-{position:06d}", **members})
         writer.close()
-    np.save(path.with_suffix(".index.npy"), document_offsets(path))
-    tokens = [sum(len(s) for s in document.segments if segment_kind(s) == "tokens") for document in documents]
-    images = [sum(segment_kind(s) != "tokens" for s in document.segments) for document in documents]
+    np.save(path.with_suffix(INDEX), document_offsets(path))
+    tokens = [sum(map(_num_tokens, document.segments)) for document in documents]
+    images = [sum(segment.kind != "tokens" for segment in document.segments) for document in documents]
     by_size = Counter(
-        say_sizes([segment.shape[2:]])
+        say_sizes([segment.data.shape[2:]])
         for document in documents
         for segment in document.segments
-        if segment_kind(segment) == "moments"
+        if segment.kind == "moments"
     )
     return ShardSummary(
         entry=ShardEntry(
@@ -90,24 +86,5 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
     )
 
 
-def document_offsets(path: Path) -> np.ndarray:
-    """int64 [n + 1]: where each document's first member starts, and where the last one's last member ends.
-
-    Raises BadBytes where the file is no tar of plain files. Reads the headers alone.
-    """
-    offsets, previous, end = [], None, 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for member in tar_members(content, len(content)):
-            key = member.name.partition(".")[0]
-            if key != previous:
-                offsets.append(member.header)
-                previous = key
-            end = member.start + -(-member.size // BLOCK) * BLOCK
-    return np.array([*offsets, end], np.int64)
-
-
-def npy(array: np.ndarray) -> bytes:
-    """The bytes of an npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+def _num_tokens(segment: Segment) -> int:
+    return len(segment.data) if segment.kind == "tokens" else 0

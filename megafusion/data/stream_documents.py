@@ -59,7 +59,7 @@ class StreamDocuments:
         where = f"{source.folder.folder}, document {index}"
         source.check(stored, where)
         try:
-            parts = sample_layout(
+            segments = sample_layout(
                 stored.segments,
                 source.folder.manifest,
                 self._config,
@@ -69,10 +69,10 @@ class StreamDocuments:
             )
         except CorruptBytes as error:
             raise BadDocument(where, str(error)) from error
-        texts = (part for part in parts if isinstance(part, np.ndarray))
+        texts = (segment.data for segment in segments if segment.kind == "tokens")
         if max((text.max(initial=0) for text in texts), default=0) >= self._tokenizer.vocab_size:
             raise BadDocument(where, "a token that the tokenizer does not have")
-        document = flatten(parts, self._tokenizer, self._shape.patches)
+        document = flatten(segments, self._tokenizer, self._shape.patches)
         start = document.image_start
         longest = int((document.row_end[start] - start).max(initial=0)) + 4
         if longest > self._shape.length:

@@ -28,9 +28,9 @@ from megafusion.objective.losses import Losses
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage
-from megafusion.resilience.config import HealthConfig
+from megafusion.resilience.config import ResilienceConfig
 from megafusion.resilience.consensus import StepConsensus
-from megafusion.resilience.spikes import Spikes
+from megafusion.resilience.spikes import SpikeDetector
 from megafusion.sequence.packing import PackedBatch, SequenceShape, with_counts
 
 
@@ -66,7 +66,7 @@ class Engine:
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        counts = self.consensus.share_counts(sum(batch.counts() for batch in micro_batches))
+        counts = self.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
         batches = (with_counts(batch.to(self.device), counts) for batch in micro_batches)
         if isinstance(self._deepspeed, PipelineEngine):
             self._deepspeed.train_batch((batch.inputs(), batch.targets()) for batch in batches)
@@ -79,7 +79,7 @@ class Engine:
         averaged_over = num_batches * self.mesh.size("data") * self.mesh.size("ulysses")
         for batch in batches:
             losses: Losses = self._deepspeed(batch)
-            self.consensus.add_share(losses)
+            self.consensus.add_losses(losses)
             self._deepspeed.backward(losses.total * averaged_over)
             self._deepspeed.step()  # an update after the last micro-batch
 
@@ -95,7 +95,7 @@ def make_engine(
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
-    health: HealthConfig,
+    resilience: ResilienceConfig,
     shape: SequenceShape,
     seed: int,
 ) -> Engine:
@@ -115,11 +115,11 @@ def make_engine(
         device=device,
     )
     losses = shard_objective(objective, model, mesh).to(device)
-    consensus = StepConsensus(mesh, device, Spikes(health))
+    consensus = StepConsensus(mesh, device, SpikeDetector(resilience))
     accumulation = num_micro_batches(train.global_batch_size, train.micro_batch_size, mesh)
     pipelined = mesh.size("pipeline") > 1
     if pipelined:
-        module = _pipeline(stage, PipelineLosses(losses, mesh, accumulation, consensus.add_share), mesh)
+        module = _pipeline(stage, PipelineLosses(losses, mesh, accumulation, consensus.add_losses), mesh)
     else:
         module = ModelWithLoss(stage, losses)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory

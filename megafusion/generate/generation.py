@@ -9,7 +9,7 @@ from PIL import Image
 
 from megafusion.generate.decoder import Decoder, Report
 from megafusion.objective.config import SamplingConfig
-from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
+from megafusion.sequence.document import FlatDocument, ImageSegment, Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 
 if TYPE_CHECKING:
@@ -135,11 +135,11 @@ class Generation:
         segments = []
         for part in prompt:
             if isinstance(part, str):
-                segments.append(np.array(self.tokenizer.encode(part), np.int64))
+                segments.append(Segment("tokens", np.array(self.tokenizer.encode(part), np.int64)))
             else:
                 size = self.pipeline.size_of(part)
                 latents = self.pipeline.latents([part], size)[0].cpu().numpy()
-                segments.append(NoisedImage(latents, np.zeros_like(latents), t=0.0, size=size))
+                segments.append(ImageSegment(size=size, latents=latents, noise=np.zeros_like(latents)))
         return flatten(segments, self.tokenizer, self.pipeline.config.model.patches)
 
     def _finish(self, answer: list[Part | int]) -> list[Part]:

@@ -45,7 +45,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         micro_batch_size=config.train.micro_batch_size,
         world_size=dist.get_world_size(),
     )
-    check_trackers(config.train)
+    check_trackers(config.telemetry)
     if config.train.precision == "fp8":
         check_fp8()
     if config.train.compile:
@@ -58,7 +58,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     shape = config.sequence_shape
     for name, source in sources.items():
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
-        if source.folder.manifest.images == "pictures":
+        if source.folder.manifest.image_kind == "pixels":
             shape = replace(shape, pixels_per_latent=codec.downsampling)
     loader = DataLoader(
         config.data,
@@ -81,7 +81,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
         objective=config.objective,
         optimizer=config.optimizer,
         train=config.train,
-        health=config.health,
+        resilience=config.resilience,
         shape=config.sequence_shape,
         seed=config.seed,
     )

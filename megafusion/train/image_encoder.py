@@ -23,7 +23,7 @@ class ImageEncoder:
 
     def encode(self, micro_batches: list[PackedBatch]) -> list[PackedBatch]:
         """The batches with a sample of each image's normalized latents in place of its pixels."""
-        return [self._encode(batch) if batch.pictures.numel() else batch for batch in micro_batches]
+        return [self._encode(batch) if batch.pixels.numel() else batch for batch in micro_batches]
 
     def _encode(self, batch: PackedBatch) -> PackedBatch:
         """Encode one row and one size at a time: the last bits of a convolution depend on its batch, and rows
@@ -33,15 +33,15 @@ class ImageEncoder:
         batch = batch.to(self._device)
         latents = batch.latents.clone()
         factor = self._on_device.downsampling
-        for row, has_picture in enumerate(batch.has_picture):
+        for row, has_pixels in enumerate(batch.has_pixels):
             for number, (height, width) in enumerate(self._sizes):
-                chosen = has_picture & (batch.image_size[row] == number)
+                chosen = has_pixels & (batch.image_size[row] == number)
                 if not chosen.any():
                     continue
-                shown = batch.pictures[row, chosen, :, : height * factor, : width * factor]
+                shown = batch.pixels[row, chosen, :, : height * factor, : width * factor]
                 mean, log_variance = self._on_device.encode(shown.float() / 127.5 - 1)
                 noise = latents[row, chosen, :, :height, :width]
                 sample = mean + noise * torch.exp(0.5 * log_variance)
                 latents[row, chosen, :, :height, :width] = self._on_device.normalize(sample)
-        empty = batch.pictures[..., :0, :0]
-        return replace(batch, latents=latents, pictures=empty, has_picture=batch.has_picture & False)
+        empty = batch.pixels[..., :0, :0]
+        return replace(batch, latents=latents, pixels=empty, has_pixels=batch.has_pixels & False)

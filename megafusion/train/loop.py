@@ -6,7 +6,7 @@ from typing import Literal
 import torch.distributed as dist
 from rich.filesize import decimal
 
-from megafusion.checkpoint.folder import complete_checkpoints
+from megafusion.checkpoint.folder import complete_checkpoints, newest_step
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
 from megafusion.engine.engine import Engine
@@ -17,15 +17,15 @@ from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import AXES, make_mesh
 from megafusion.resilience.attempts import CRASHED, Attempts
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.rollback import Rollback
 from megafusion.resilience.self_test import self_test
 from megafusion.resilience.signals import StopSignals
 from megafusion.resilience.watchdog.failures import describe, is_lost
-from megafusion.resilience.watchdog.report import EXIT_STATUS
 from megafusion.resilience.watchdog.thread import Watchdog
 from megafusion.telemetry.metrics import Metrics
 from megafusion.telemetry.stragglers import StragglerMonitor
-from megafusion.telemetry.throughput import Packing, StepTimer, step_figures
+from megafusion.telemetry.throughput import PackingMonitor, StepTimer, step_figures
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
@@ -43,61 +43,59 @@ def train(config: RunConfig, stop_after: int | None = None, signals: StopSignals
     asks the run to stop; then all ranks finish the step, save, and return "preempted". Raises UserError
     before the first step for whatever does not fit together.
     """
-    signals, starts = signals or StopSignals(), Attempts(config.out)
+    signals, attempts = signals or StopSignals(), Attempts(config.out)
     try:
         # A minute more than the watchdog gives, so that its message comes before torch's.
-        start_process_group(config.train.timeout_seconds + 60)
+        start_process_group(config.resilience.timeout_seconds + 60)
         signals.begin()
-        watched = Watchdog(config.out, config.train.timeout_seconds)
+        watched = Watchdog(config.out, config.resilience.timeout_seconds)
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        _say(f"megafusion: a process was lost before all had met ({describe(error)}); start again")
-        raise SystemExit(EXIT_STATUS) from error
+        _say(
+            f"megafusion: a process was lost before all ranks had connected ({describe(error)}); start again"
+        )
+        raise SystemExit(ExitStatus.RETRY) from error
     with watched as watchdog:
         try:
-            ended = _train(config, stop_after, signals, watchdog, starts)
+            ended = _train(config, stop_after, signals, watchdog, attempts)
         except UserError as error:
-            starts.end("refused", str(error))
+            attempts.end("refused", str(error))
             raise
         except KeyboardInterrupt:
-            starts.end("interrupted")
+            attempts.end("interrupted")
             raise
         except Exception as error:
             lost = "a process was lost or hung: " if is_lost(error) else ""
-            starts.end(CRASHED, lost + describe(error))
+            attempts.end(CRASHED, lost + describe(error))
             raise
-        starts.end(ended)
+        attempts.end(ended)
     return ended
 
 
 def _train(
-    config: RunConfig, stop_after: int | None, signals: StopSignals, watchdog: Watchdog, starts: Attempts
+    config: RunConfig, stop_after: int | None, signals: StopSignals, watchdog: Watchdog, attempts: Attempts
 ) -> Ended:
     is_first = dist.get_rank() == 0
     with raise_on_all_ranks():
         mesh = make_mesh(config.parallel)
-    changed: dict[str, list] = {}
     with raise_on_all_ranks():
         parts = build_components(config, mesh)
         loader = parts.loader
         if is_first:
             changed = freeze(config)
-            starts.claim()
-            starts.refuse_crash_loop(config.health.max_crashes)
+            attempts.claim()
+            attempts.begin(dist.get_world_size(), newest_step(config.out), changed)
+            for key, (before, now) in changed.items():
+                _say(f"{config.out}: resumes with {key} {now} instead of {before}")
     watchdog.beat(0, "self-test")
     hosts, is_asked_to_stop = self_test(config.out, local_device(), signals.requested)
     if is_asked_to_stop:
         return "preempted"
-    with raise_on_all_ranks():
-        if is_first:
-            starts.begin(dist.get_world_size(), changed)
-            for key, (before, now) in changed.items():
-                _say(f"{config.out}: goes on with {key} {now}, which was {before}")
     watchdog.beat(0, "engine")
     engine = build_engine(config, mesh)
     speeds = StragglerMonitor(engine.stage, engine.device, hosts, mesh.size("pipeline"))
-    recovery = Rollback(config.health, engine.consensus)
+    rollback = Rollback(config.resilience, engine.consensus)
     ema = Ema(engine.optimizer_state.shards, config.train.ema_decay)
     folder = config.out / "checkpoints"
     manager = CheckpointManager(
@@ -111,12 +109,13 @@ def _train(
     if state := checkpoints.load_latest():
         step, spent_seconds = state["step"], state["seconds"]
         loader.load_state_dict(state["data"])
-        recovery.restore(state)
-    starts.resumed(step)
+        rollback.load_state_dict(state.get("health", {}))
+    attempts.resumed(step)
     last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
     sampler = Sampler(config, parts, engine.device) if is_first else None
-    clock = StepTimer(config, step, spent_seconds)
-    packing = Packing(config, engine, loader.state_dict())
+    num_rows, shape = config.train.global_batch_size, config.sequence_shape
+    timer = StepTimer(num_rows, shape, config.model, config.train.precision, step, spent_seconds)
+    packing = PackingMonitor(config.data.sources, num_rows * shape.length, engine, loader.state_dict())
     encoder = ImageEncoder(parts.codec, config.model.latent_sizes, engine.device)
     stops = False
 
@@ -124,17 +123,29 @@ def _train(
         return step == last_step or (every > 0 and step % every == 0)
 
     def state_now() -> dict:
-        return {"step": step, "seconds": clock.seconds(), "topology": laid_out, "health": recovery.state()}
+        return {
+            "step": step,
+            "seconds": timer.seconds(),
+            "topology": laid_out,
+            "health": rollback.state_dict(),
+        }
 
     with raise_on_all_ranks():
-        metrics = Metrics(config, step, silent=not is_first)
+        metrics = Metrics(
+            config.telemetry,
+            config.out,
+            config.train.num_steps,
+            step,
+            stops_on_write_error=config.checkpoint.on_save_error == "stop",
+            silent=not is_first,
+        )
     with manager, loader, metrics:
         checkpoints.say = metrics.say
         if dist.get_world_size() > 1:
             metrics.say(_laid_out(engine, config))
         while step < last_step and not stops:
             watchdog.beat(step + 1, "train")
-            starts.at(step + 1)
+            attempts.at(step + 1)
             engine.consensus.wants_stop = signals.requested
             micro_batches = []
             with engine.consensus.defer_errors():
@@ -144,14 +155,14 @@ def _train(
             rate = learning_rate(step, config.train.num_steps, config.optimizer)
             losses = engine.step(micro_batches, rate)
             stops = engine.consensus.stops
-            if said := recovery.record_step(step):
+            if said := rollback.record_step(step):
                 metrics.say(said)
-            if recovery.must_go_back:
+            if rollback.is_due:
                 watchdog.beat(step, "roll back")
                 checkpoints.wait()
                 state = checkpoints.load_latest()
-                step = recovery.go_back(state)
-                clock.rewind(step)
+                step = rollback.roll_back(state)
+                timer.rewind(step)
                 with engine.consensus.defer_errors():
                     metrics.rewind(step)
             if engine.consensus.is_skipped:
@@ -159,12 +170,12 @@ def _train(
             step += 1
             ema.update(step)
             metrics.advance(step)
-            if due(config.train.log_every) or step == 1:
+            if due(config.telemetry.log_every) or step == 1:
                 speed, warning = speeds.read()
                 figures = step_figures(losses, engine, rate) | packing.read(loader.state_dict())
-                figures |= clock.read(step)
+                figures |= timer.read(step)
                 with engine.consensus.defer_errors():
-                    metrics.log(step, figures | speed | recovery.figures() | checkpoints.metrics())
+                    metrics.log(step, figures | speed | rollback.figures() | checkpoints.metrics())
                 if warning:
                     metrics.say(warning)
             if due(config.checkpoint.every):
@@ -174,14 +185,14 @@ def _train(
             if sampler and config.samples.every and due(config.samples.every) and not stops:
                 watchdog.beat(step, "samples")
                 if checkpoint := manager.latest_complete():
-                    with engine.consensus.defer_errors(), metrics.as_the_disk_allows("samples"):
-                        metrics.show(*sampler.show(checkpoint))
+                    with engine.consensus.defer_errors(), metrics.handle_write_errors("samples"):
+                        metrics.log_samples(*sampler.show(checkpoint))
         if step < last_step:
             watchdog.beat(step, "checkpoint")
-            metrics.say(f"asked to stop: a checkpoint of step {step}, then the end with exit status 75")
+            metrics.say(f"asked to stop: a checkpoint of step {step}, then exit status {ExitStatus.RETRY}")
             checkpoints.save(state_now(), loader.state_dict(), is_last=True)
         checkpoints.wait(must_succeed=step == last_step)
-        engine.consensus.settle()
+        engine.consensus.raise_deferred()
         watchdog.beat(step, "end")
     if step < config.train.num_steps:
         return "preempted" if step < last_step else "stopped"

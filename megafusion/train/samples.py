@@ -8,7 +8,7 @@ from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
 from megafusion.checkpoint.reader import load_full_tensors
-from megafusion.data.decode import first_images, originals
+from megafusion.data.decode import decode, first_images
 from megafusion.data.source import Source
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.sheets import picture_sheet, png
@@ -36,7 +36,7 @@ def sample_pairs(
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
-        pictures=originals(first_images(chosen), pipeline.codec, pipeline.sizes),
+        pictures=decode(first_images(chosen), pipeline.codec, pipeline.sizes),
     )
 
 

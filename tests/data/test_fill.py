@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megafusion.config import load_config
 from megafusion.data.loader import DataLoader, packed_and_skipped
 from megafusion.train.config import RunConfig
-from tests.support.rows import IDS, stream_of, write_pairs, write_texts
+from tests.support.rows import IDS, arrays, stream_of, write_pairs, write_texts
 from tests.support.small import GLOSSES, PACK, ROOT
 
 
@@ -94,11 +94,11 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     source = logical._sources["text"]
     wanted: Counter = Counter()
     for number in range(len(lengths)):
-        ids = [IDS.bos, *source.read(number).segments[0].tolist(), IDS.eos]
+        ids = [IDS.bos, *source.read(number).segments[0].data.tolist(), IDS.eos]
         wanted.update(itertools.pairwise(ids))
     found: Counter = Counter()
     while logical.state.position["text"][0] < 2 or any(p.epoch < 2 for p in logical.state.pending):
-        row = logical.next_row()
+        row = arrays(logical.next_row())
         asked = row["labels"] >= 0
         found.update(zip(row["tokens"][asked].tolist(), row["labels"][asked].tolist(), strict=True))
         ends = np.flatnonzero(np.diff(row["row_start"], append=-1))
@@ -111,12 +111,12 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     epoch, order, offset = logical.state.position["text"]
     for e in range(2, epoch + 1):
         for o in range(len(lengths) if e < epoch else order + (offset > 0)):
-            ids = [IDS.bos, *source.read(source.document_at(0, e, o)).segments[0].tolist(), IDS.eos]
+            ids = [IDS.bos, *source.read(source.document_at(0, e, o)).segments[0].data.tolist(), IDS.eos]
             end = offset if (e, o) == (epoch, order) else len(ids) - 1
             extra.update(list(itertools.pairwise(ids))[:end])
     for pending in logical.state.pending:
         document = source.document_at(0, pending.epoch, pending.order)
-        ids = [IDS.bos, *source.read(document).segments[0].tolist(), IDS.eos]
+        ids = [IDS.bos, *source.read(document).segments[0].data.tolist(), IDS.eos]
         extra.subtract(list(itertools.pairwise(ids))[pending.start : pending.end])
     wanted = Counter({pair: 2 * n for pair, n in wanted.items()})
     wanted.update(extra)
@@ -223,7 +223,7 @@ def test_the_shards_open_at_once_are_bounded(tmp_path):
     for _ in range(400):
         stream.next()
     held = [f for f in psutil.Process().open_files() if str(tmp_path) in f.path and f.path.endswith(".tar")]
-    assert len(held) <= reader.MOST_OPEN
+    assert len(held) <= reader.MAX_OPEN
 
 
 def test_images_alone_leave_what_no_image_fits(tmp_path):

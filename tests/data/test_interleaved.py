@@ -17,6 +17,7 @@ from tests.support.rows import (
     IDS,
     MANY_IDS,
     NUM_PATCHES,
+    arrays,
     digest,
     stream_of,
     write_documents,
@@ -36,7 +37,9 @@ def laid_out(segments) -> list[tuple[int, int]]:
     """Token and target of each position of a document, by the rules as docs/data.md gives them."""
     tokens = [IDS.bos]
     for segment in segments:
-        tokens += segment.tolist() if segment.ndim == 1 else [IDS.boi, *[PATCH] * NUM_PATCHES, IDS.eoi]
+        tokens += (
+            segment.data.tolist() if segment.kind == "tokens" else [IDS.boi, *[PATCH] * NUM_PATCHES, IDS.eoi]
+        )
     tokens.append(IDS.eos)
     following = [*tokens[1:], IGNORED_LABEL]
     return [
@@ -54,7 +57,7 @@ def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
         segments = source.read(source.document_at(0, epoch, order)).segments
         whole = laid_out(segments)
         starts = [n for n in range(1, len(whole)) if whole[n][0] == PATCH != whole[n - 1][0]]
-        numbers = [int(s[0, 0, 0, 0]) for s in segments if s.ndim == 4]
+        numbers = [int(s.data[0, 0, 0, 0]) for s in segments if s.kind == "moments"]
         for position in whole[first:last]:
             positions[position] += sign
         for number, start in zip(numbers, starts, strict=True):
@@ -129,7 +132,7 @@ def test_each_patch_and_each_target_once_an_epoch(
             state = json.loads(json.dumps(logical.state.state_dict()))
             logical = logical_of(folder, **values)
             logical.load_state_dict(state)
-        found_in(logical.next_row(), positions, images, slots)
+        found_in(arrays(logical.next_row()), positions, images, slots)
         number += 1
         assert number < 2000
     assert (positions, images) == packed_by_state(logical)
@@ -142,7 +145,7 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut
     def drawn(num_epochs: int, **values) -> dict[int, set]:
         logical, found = logical_of(folder, **values), defaultdict(set)
         while min(p.epoch for p in logical.state.pending) < num_epochs if logical.state.pending else True:
-            row = logical.next_row()
+            row = arrays(logical.next_row())
             for slot in np.flatnonzero(row["image_start"] >= 0):
                 draw = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["t"][slot]
                 found[round(float(row["latents"][slot].mean()))].add(draw)
@@ -163,7 +166,7 @@ def test_an_image_that_opens_a_piece_keeps_its_range_of_t(tmp_path):
     logical = logical_of(folder, length=NUM_PATCHES + 5, slots=1, image_first_max_t=0.01)
     times, opens = defaultdict(list), Counter()
     for _ in range(400):
-        row = logical.next_row()
+        row = arrays(logical.next_row())
         if row["image_start"][0] >= 0:
             image = round(float(row["latents"][0].mean()))
             times[image].append(row["t"][0])
@@ -255,7 +258,7 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_whole(tmp_path):
     cut = set()
     for _ in range(60):
         cut |= {pending.order for pending in logical.state.pending if pending.start}
-        row = logical.next_row()
+        row = arrays(logical.next_row())
         starts = row["image_start"][row["image_start"] >= 0]
         assert (row["tokens"][starts - 1] == IDS.boi).all()
         assert (row["tokens"][starts + NUM_PATCHES] == IDS.eoi).all()

@@ -1,6 +1,5 @@
 """The data order: the same at any number of ranks and after any restart; each document once an epoch."""
 
-import hashlib
 import json
 from collections import Counter
 
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
@@ -20,6 +18,7 @@ from megafusion.data.source import Source, open_sources
 from megafusion.errors import UserError
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape, collate
+from tests.support.rows import arrays, digest, stored
 
 NUM_ROWS = 4
 
@@ -46,7 +45,7 @@ def make_logical_stream(data, tokenizer, codec, tmp_path):
     def make(made: dict[str, tuple[float, list, dict]], seed: int = 0, **changes) -> LogicalStream:
         values = data.model_dump() | {"num_streams": 1, "sources": {}} | changes
         for name, (weight, segments, fields) in made.items():
-            documents = [StoredDocument({}, s) for s in segments]
+            documents = [stored({}, *s) for s in segments]
             origin = {"tokenizer_sha256": tokenizer.hash, "provenance": {}}
             write_shards(tmp_path / name, documents, 16, **origin | fields)
             values["sources"][name] = {"path": tmp_path / name, "weight": weight}
@@ -69,19 +68,6 @@ def pairs_of(num: int, codec, mean: float, log_variance: float) -> tuple[list, d
     fields = {"kind": "pair", "vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
     scale = {"latent_scale": 2.0, "latent_shift": 0.1}
     return [(np.array([7, 8], np.int32), moments)] * num, fields | scale
-
-
-def digest(micro_batches) -> list[str]:
-    """A hash of every row of a global batch."""
-    rows = []
-    for micro in micro_batches:
-        for row in range(len(micro.tokens)):
-            whole = hashlib.sha256()
-            for name, value in vars(micro).items():
-                if value.ndim:
-                    whole.update(name.encode() + value[row].numpy().tobytes())
-            rows.append(whole.hexdigest())
-    return rows
 
 
 def test_the_same_rows_at_any_number_of_ranks(make_stream):
@@ -218,7 +204,7 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
     stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     found = Counter()
     for _ in range(60):
-        row = stream.next_row()
+        row = arrays(stream.next_row())
         for start in row["image_start"][row["image_start"] >= 0]:
             document = row["row_start"][start]
             found[tuple(row["tokens"][document:start])] += 1
@@ -274,7 +260,7 @@ def test_the_seed_decides_noise_t_and_coins_of_a_document(make_logical_stream, c
     def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         made = {"pair": (1.0, *pairs_of(1, codec, 0.0, 0.0))}
         stream = make_logical_stream(made, seed, packing_buffer_size=1, images_per_row=1, caption_first=0.5)
-        rows = [stream.next_row() for _ in range(20)]
+        rows = [arrays(stream.next_row()) for _ in range(20)]
         names = ("noise", "latents", "t", "tokens")
         return tuple(np.stack([row[name] for row in rows]) for name in names)
 
@@ -290,7 +276,7 @@ def test_the_seed_decides_noise_t_and_coins_of_a_document(make_logical_stream, c
 def test_a_log_variance_of_two_is_a_deviation_of_e(make_logical_stream, codec):
     made = {"pair": (1.0, *pairs_of(8, codec, 3.0, 2.0))}
     stream = make_logical_stream(made)
-    rows = [stream.next_row() for _ in range(10)]
+    rows = [arrays(stream.next_row()) for _ in range(10)]
     latents = np.concatenate([row["latents"][row["image_start"] >= 0] for row in rows])
     sample = latents / 2.0 + 0.1
     assert len(latents) > 20
@@ -308,7 +294,7 @@ def test_coins_t_and_the_noise_limit(data, tokenizer, codec):
     stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     kinds, limited, free = Counter(), [], []
     for _ in range(300):
-        row = stream.next_row()
+        row = arrays(stream.next_row())
         for slot, start in enumerate(row["image_start"]):
             if start < 0:
                 continue
@@ -334,7 +320,7 @@ def test_coins_t_and_the_noise_limit(data, tokenizer, codec):
 def test_latents_are_normalised_samples_of_the_posterior(make_stream, shards):
     folder = ShardFolder(shards / "pairs")
     moments = [
-        folder.read(shard, position).segments[1].astype(np.float32)
+        folder.read(shard, position).segments[1].data.astype(np.float32)
         for shard, entry in enumerate(folder.manifest.shards)
         for position in range(entry.num_documents)
     ]

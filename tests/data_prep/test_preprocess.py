@@ -30,7 +30,7 @@ def test_pairs_hold_the_encoded_picture_and_its_caption(make, tmp_path, vae_fold
     assert folder.manifest.latent_shape == (4, 8, 8)
     assert (folder.manifest.latent_scale, folder.manifest.latent_shift) == (2.0, 0.1)
     document = folder.read(0, 1)
-    tokens, moments = document.segments
+    tokens, moments = (segment.data for segment in document.segments)
     assert document.metadata == {"key": "b", "caption": "café"}
     assert tokenizer.decode(tokens) == "café"
     mean, log_variance = codec.encode(to_tensor([Image.new("RGB", (40, 40), "blue")], 32))
@@ -44,7 +44,7 @@ def test_texts_are_a_document_a_line(make, tmp_path, tokenizer):
     make(texts=(path,))
     folder = ShardFolder(tmp_path / "out/text")
     assert len(folder) == 2
-    assert [tokenizer.decode(folder.read(0, i).segments[0]) for i in range(2)] == ["one two", "three"]
+    assert [tokenizer.decode(folder.read(0, i).segments[0].data) for i in range(2)] == ["one two", "three"]
 
 
 def test_a_folder_of_pictures_with_captions_beside_them(make, tmp_path):
@@ -128,7 +128,7 @@ def test_pictures_can_be_kept_as_they_are(make, tmp_path):
     make(images=(write_tar(tmp_path / "in.tar", {**GOOD, **wide}),), image_storage="pixels")
     folder = ShardFolder(tmp_path / "out/pairs")
     assert (folder.manifest.images, folder.manifest.vae_sha256) == ("pictures", None)
-    kept = [Image.open(io.BytesIO(folder.read(0, i).segments[1])) for i in range(3)]
+    kept = [Image.open(io.BytesIO(folder.read(0, i).segments[1].data)) for i in range(3)]
     assert [(picture.format, picture.size) for picture in kept] == [
         ("WEBP", (32, 32)),
         ("WEBP", (32, 32)),

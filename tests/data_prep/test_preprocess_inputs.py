@@ -30,7 +30,7 @@ def documents(folder) -> list:
 def texts(folder, tokenizer) -> list[list[str | None]]:
     """Each document's parts: its texts, and None for an image."""
     return [
-        [tokenizer.decode(s) if s.ndim == 1 else None for s in document.segments]
+        [tokenizer.decode(s.data) if s.kind == "tokens" else None for s in document.segments]
         for document in documents(folder)
     ]
 
@@ -120,8 +120,8 @@ def test_interleaved_documents_keep_the_order_of_their_parts(make, tmp_path, tok
     assert texts(folder, tokenizer) == expected
     assert (made.kind, made.num_images, made.max_images) == ("interleaved", 3, 2)
     first, second, _ = documents(folder)
-    assert (first.segments[1] == second.segments[0]).all()  # a.png, both times
-    assert (first.segments[1] != first.segments[3]).any()
+    assert (first.segments[1].data == second.segments[0].data).all()  # a.png, both times
+    assert (first.segments[1].data != first.segments[3].data).any()
     assert (folder / "sheet.png").is_file()
 
 
@@ -157,7 +157,9 @@ def test_images_of_mmc4_stand_before_their_sentences(make, tmp_path, tokenizer, 
     make(documents=(tmp_path / "docs_shard_0.jsonl",), document_images=tmp_path / "pictures")
     found = texts(tmp_path / "out/interleaved", tokenizer)
     assert found == [["One. Two.", None, None, "Three.", None, "Five."], ["No image."]]
-    one, two, three = (s for s in documents(tmp_path / "out/interleaved")[0].segments if s.ndim == 4)
+    one, two, three = (
+        s.data for s in documents(tmp_path / "out/interleaved")[0].segments if s.kind == "moments"
+    )
     # blue, red, green: which is which is known from documents of one picture each.
     rows = [{"texts": [None, color], "images": [f"{color}.png", None]} for color in ("b", "a", "late")]
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -167,7 +169,7 @@ def test_images_of_mmc4_stand_before_their_sentences(make, tmp_path, tokenizer, 
         document_images=tmp_path / "pictures",
         batch_size=3,
     )
-    expected = [document.segments[0] for document in documents(tmp_path / "each/interleaved")]
+    expected = [document.segments[0].data for document in documents(tmp_path / "each/interleaved")]
     for moments, other in zip((one, two, three), expected, strict=True):
         assert (moments == other).all()
 
@@ -261,10 +263,10 @@ def test_long_documents_are_split_and_images_stay_whole(make, tmp_path, tokenize
     (made,) = make(documents=(tmp_path / "docs.parquet",), split={"tokens": 12, "images": 2})
     assert (made.max_images, made.max_tokens_beside_images) == (2, 12)
     found = documents(tmp_path / "out/interleaved")
-    images = [sum(s.ndim == 4 for s in document.segments) for document in found]
+    images = [sum(s.kind == "moments" for s in document.segments) for document in found]
     assert images[:2] == [2, 1]
     assert sum(images) == 3
     assert [document.metadata["part"] for document in found] == list(range(len(found)))
-    whole = [int(t) for document in found for s in document.segments if s.ndim == 1 for t in s]
+    whole = [int(t) for document in found for s in document.segments if s.kind == "tokens" for t in s.data]
     assert whole == tokenizer.encode("start") + tokenizer.encode(words)
-    assert max(sum(len(s) for s in d.segments if s.ndim == 1) for d in found) == 12
+    assert max(sum(len(s.data) for s in d.segments if s.kind == "tokens") for d in found) == 12

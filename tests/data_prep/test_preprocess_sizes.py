@@ -18,7 +18,7 @@ from data_prep.preprocess import ShardRange, preprocess
 from data_prep.write import to_webp
 from megafusion.cli import app
 from megafusion.config import load_config, parse_config
-from megafusion.data.augment import open_picture
+from megafusion.data.augment import open_image
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.images.processor import to_tensor
@@ -60,7 +60,7 @@ def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_pat
         picture = drawing(number, ASPECTS[number % len(ASPECTS)])
         mean, log_variance = codec.encode(to_tensor([picture], PIXELS[size]))
         expected = torch.stack([mean[0], log_variance[0]]).half().numpy()
-        np.testing.assert_allclose(document.segments[1], expected, rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(document.segments[1].data, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_manifest_of_one_size_says_nothing_of_several(make, inputs, tmp_path):
@@ -96,7 +96,7 @@ def test_images_of_documents_go_to_sizes_too(make, inputs, tmp_path):
     parquet.write_table(Table.from_pylist(rows), tmp_path / "d.parquet")
     (made,) = make(**inputs | {"images": (), "documents": (tmp_path / "d.parquet",)})
     (document,) = all_documents(tmp_path / "out/interleaved")
-    assert [s.shape for s in document.segments if s.ndim > 1] == [(2, 4, 8, 8), (2, 4, 12, 4)]
+    assert [s.data.shape for s in document.segments if s.kind == "moments"] == [(2, 4, 8, 8), (2, 4, 12, 4)]
     assert made.images_by_size == {"12x4": 1, "8x8": 1}
 
 
@@ -114,14 +114,14 @@ def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
     make(**inputs, image_storage="pixels")
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         height, width = PIXELS[NEAREST[number % len(ASPECTS)]]
-        kept = open_picture(document.segments[1])
+        kept = open_image(document.segments[1].data)
         given = ASPECTS[number % len(ASPECTS)]
         assert kept.width >= min(width, given[0])
         assert kept.height >= min(height, given[1])
         assert kept.width <= width + 1 or kept.height <= height + 1 or kept.size == given
     # Of a square, the shorter side, as ever.
-    assert open_picture(to_webp(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
-    assert open_picture(to_webp(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
+    assert open_image(to_webp(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
+    assert open_image(to_webp(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Generation: cached equals uncached, rows of a batch do not touch, the same seed gives the same picture."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from megafusion.images.processor import to_pil, to_tensor
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.sampler import apply_guidance
-from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
+from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
+from megafusion.sequence.tokenizer import Tokenizer
+from tests.support.segments import image_of
 from tests.support.whole import (
     CAPTIONS,
     assert_as_if_alone,
@@ -33,9 +37,9 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
-def image(seed: int, t: float = 0.0) -> NoisedImage:
+def image(seed: int, t: float = 0.0) -> ImageSegment:
     latents = np.random.default_rng(seed).standard_normal((4, 8, 8), dtype=np.float32)
-    return NoisedImage(latents, np.zeros_like(latents), t)
+    return image_of(latents, t=t)
 
 
 def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
@@ -89,7 +93,7 @@ def test_what_follows_a_drawn_image_sees_it_clean(pipeline):
         decoder.read_tokens(empty, torch.tensor([token]))
     latents = decoder.draw(cache, empty, torch.randn(1, 4, 8, 8), pipeline.config.sampling)
     logits = decoder.read_tokens(cache, torch.tensor([tokenizer.eoi]))
-    clean = NoisedImage(latents[0].numpy(), np.zeros((4, 8, 8), np.float32), 0)
+    clean = image_of(latents[0].numpy())
     batch, lengths = prompt_batch(pipeline, [[text, clean]])
     expected = decoder.read_prompts(decoder.new_cache(1, 40), batch, lengths)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -141,12 +145,7 @@ def test_what_a_batch_of_rows_writes_is_the_argmax_of_one_pass_without_a_cache(p
     after_a_picture = 0
     for caption, answer in zip(CAPTIONS, generation.answers, strict=True):
         prompt = np.array(tokenizer.encode(caption))
-        segments = [
-            np.array([part])
-            if isinstance(part, int)
-            else NoisedImage(part.numpy(), np.zeros((4, 8, 8), np.float32), 0)
-            for part in answer
-        ]
+        segments = [np.array([part]) if isinstance(part, int) else image_of(part.numpy()) for part in answer]
         batch, lengths = prompt_batch(pipeline, [[prompt, *segments]])
         with torch.no_grad():
             logits = pipeline.model.tail.head(full_hidden(pipeline.model, batch)[0])[0]
@@ -172,7 +171,7 @@ def test_a_guided_picture_steers_away_from_a_document_of_the_picture_alone(pipel
     sampler = process.sampler(sampling)
     latents = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(3))
     for timestep in sampler.timesteps:
-        noised = NoisedImage(latents.numpy(), np.zeros((4, 8, 8), np.float32), int(timestep) / 1000)
+        noised = image_of(latents.numpy(), t=int(timestep) / 1000)
         batch, _ = prompt_batch(pipeline, [[caption, noised], [noised]])
         hidden, skips = full_hidden(model, batch)
         timesteps = process.timesteps(batch.t)
@@ -299,8 +298,6 @@ def test_folders_that_are_no_pipeline_are_named(pipeline, tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
-    class Other:
-        vocab_size, path = 100, "other.model"
-
+    other = Tokenizer(Path("other.model"), "", 98, bos=1, eos=2)
     with pytest.raises(UserError, match=r"vocab_size 2048, but other\.model has 100 ids"):
-        TransfusionPipeline(pipeline.model, Other(), codec, pipeline.config)
+        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)

@@ -9,8 +9,9 @@ from megafusion.commands.generate import parse_size
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.sequence.document import IGNORED_LABEL, NoisedImage
+from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from tests.support.raw import drawing
+from tests.support.segments import image_of
 from tests.support.sizes import PIXELS, SIZES
 from tests.support.whole import (
     CAPTIONS,
@@ -30,9 +31,9 @@ def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
     return make_pipeline(run_config, tokenizer, codec, num_steps=4, **changes)
 
 
-def image(size: int, seed: int, t: float = 0.0) -> NoisedImage:
+def image(size: int, seed: int, t: float = 0.0) -> ImageSegment:
     latents = np.random.default_rng(seed).standard_normal((4, *SIZES[size]), dtype=np.float32)
-    return NoisedImage(latents, np.zeros_like(latents), t, size=size)
+    return image_of(latents, t=t, size=size)
 
 
 def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
@@ -79,7 +80,7 @@ def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(p
         decoder.read_tokens(empty, token)
     latents = decoder.draw(cache, empty, torch.randn(1, 4, height, width), pipeline.config.sampling)
     logits = decoder.read_tokens(cache, torch.tensor([pipeline.tokenizer.eoi]))
-    clean = NoisedImage(latents[0].numpy(), np.zeros((4, height, width), np.float32), 0, size=size)
+    clean = image_of(latents[0].numpy(), size=size)
     batch, lengths = prompt_batch(pipeline, [[text, clean]])
     after = decoder.read_prompts(decoder.new_cache(1, 40), batch, lengths)
     torch.testing.assert_close(logits, after, rtol=1e-4, atol=1e-4)
@@ -117,7 +118,7 @@ def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cac
                 continue
             size = SIZES.index(tuple(part.shape[1:]))
             drawn.add(size)
-            segments.append(NoisedImage(part.numpy(), np.zeros(part.shape, np.float32), 0, size=size))
+            segments.append(image_of(part.numpy(), size=size))
         batch, lengths = prompt_batch(pipeline, [segments])
         with torch.no_grad():
             logits = pipeline.model.tail.head(full_hidden(pipeline.model, batch)[0])[0]

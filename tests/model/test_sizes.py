@@ -16,9 +16,11 @@ from megafusion.model.adapters.by_size import SizeGroups
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
-from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
+from megafusion.sequence.document import FlatDocument, ImageSegment
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
 from megafusion.sequence.tokenizer import Tokenizer
+from tests.support.rows import arrays
+from tests.support.segments import flat_document, image_of
 
 SIZES, CHANNELS, PATCH = ((4, 8), (8, 8), (10, 2)), 2, 2
 PATCHES = (8, 16, 5)
@@ -40,10 +42,10 @@ MODEL = {
 IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
-def image(size: int, seed: int, as_only_one: bool = False) -> NoisedImage:
+def image(size: int, seed: int, as_only_one: bool = False) -> ImageSegment:
     random = np.random.default_rng(seed)
     latents, noise = random.standard_normal((2, CHANNELS, *SIZES[size]), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)) / 1000, size=0 if as_only_one else size)
+    return image_of(latents, noise, int(random.integers(1000)) / 1000, size=0 if as_only_one else size)
 
 
 def document(parts: list[int], seed: int) -> FlatDocument:
@@ -53,7 +55,7 @@ def document(parts: list[int], seed: int) -> FlatDocument:
         random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + place)
         for place, part in enumerate(parts)
     ]
-    return flatten(segments, IDS, PATCHES)
+    return flat_document(segments, IDS, PATCHES)
 
 
 def shape(length: int, slots: int) -> SequenceShape:
@@ -127,7 +129,7 @@ def test_the_token_before_an_image_says_its_size():
 
 def test_a_row_holds_each_image_at_the_top_left():
     flat = document([2, -1, -3, -2], 0)
-    row = pack_row([document([3], 1), flat], shape(50, 4))
+    row = arrays(pack_row([document([3], 1), flat], shape(50, 4)))
     assert row["image_size"].tolist() == [0, 2, 1, 0]
     assert row["latents"].shape == row["noise"].shape == (4, CHANNELS, 10, 8)
     for slot, made in enumerate(flat.images):
@@ -166,7 +168,7 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
     torch.manual_seed(0)
     net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
     order = [1, 0, 2, 2, 1, 0, 0]
-    documents = [flatten([image(s, i)], IDS, PATCHES) for i, s in enumerate(order)]
+    documents = [flat_document([image(s, i)], IDS, PATCHES) for i, s in enumerate(order)]
     rows = [pack_row(documents[:4], shape(60, 5)), pack_row(documents[4:], shape(60, 5))]
     mixed = collate(rows)
     results = []
@@ -176,7 +178,7 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
         single.load_state_dict(net.state_dict())
         only_ids = copy(IDS)
         only_ids.boi = IDS.boi_of_size(size)
-        flat = flatten([image(size, number, as_only_one=True)], only_ids, (PATCHES[size],))
+        flat = flat_document([image(size, number, as_only_one=True)], only_ids, (PATCHES[size],))
         row = pack_row([flat], SequenceShape(len(flat), 1, (PATCHES[size],), CHANNELS, (SIZES[size],)))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
     assert_equal(losses_and_gradients(net, mixed), summed(results))

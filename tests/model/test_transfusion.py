@@ -1,6 +1,5 @@
 """The model: sizes, what sees what, adapters, and that it stays plain."""
 
-import ast
 from pathlib import Path
 
 import pytest
@@ -204,16 +203,6 @@ def test_residual_outputs_start_smaller_by_the_root_of_twice_the_layers(num_laye
 def test_impossible_sizes_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         ModelConfig(**SMALL | changes)
-
-
-def test_plain_rooms_import_nothing_distributed():
-    foreign = ("torch.distributed", "deepspeed", "megafusion.parallel", "megafusion.train")
-    for room in ("model", "sequence", "objective"):
-        for path in (ROOT / "megafusion" / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not [n for n in names if n.startswith(foreign)], path
 
 
 def test_the_model_folder_stays_short():

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interval_attention import prepare
-from megafusion.sequence.document import NoisedImage, flatten
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
+from tests.support.segments import flat_document, image_of
 
 LATENTS = (1, 1, 1)
 
@@ -22,9 +22,9 @@ IDS = Tokenizer(Path(), "", 3, bos=1, eos=2)
 
 def lay_out(documents: list[list[int]], num_patches: int, padding: int):
     """A packed row from documents given as segment lengths: 0 for an image, n > 0 for n text tokens."""
-    image = NoisedImage(np.zeros(LATENTS, np.float32), np.zeros(LATENTS, np.float32), 0)
+    image = image_of(np.zeros(LATENTS, np.float32))
     flat = [
-        flatten([np.full(n, 9) if n else image for n in document], IDS, (num_patches,))
+        flat_document([np.full(n, 9) if n else image for n in document], IDS, (num_patches,))
         for document in documents
     ]
     num_images = max(1, sum(len(document.images) for document in flat))

@@ -8,8 +8,8 @@ from megafusion.model.initialize import initialize
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
-from megafusion.sequence.document import flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
+from tests.support.segments import flat_document
 
 CAPTIONS = ["apple", "red apple, 3d style", "x", "a much longer caption than the others", "pizza", "cat face"]
 
@@ -34,7 +34,7 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
 def prompt_batch(pipeline, segments_of_rows):
     """A batch of a document a row, and their lengths without eos."""
     model = pipeline.config.model
-    documents = [flatten(s, pipeline.tokenizer, model.patches) for s in segments_of_rows]
+    documents = [flat_document(s, pipeline.tokenizer, model.patches) for s in segments_of_rows]
     length = max(map(len, documents))
     shape = SequenceShape(length, 3, model.patches, model.latent_channels, model.latent_sizes)
     return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
