@@ -94,16 +94,31 @@ class Key(NamedTuple):
     about: str
 
 
-def keys_of(cls: type[Config], parent: str = "") -> Iterator[Key]:
+def keys_of(cls: type[Config]) -> Iterator[Key]:
     """Every key of a configuration and of those within it; NAME stands for any name."""
+    for parent, inner in _classes_with_paths(cls):
+        for name, field in inner.model_fields.items():
+            if any(_configs_in(field.annotation)):
+                continue
+            default = "required" if field.is_required() else json.dumps(field.default, default=str)
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            yield Key(parent + name, default, choices, " ".join((field.description or "").split()))
+
+
+def renamed_keys_of(cls: type[Config]) -> Iterator[tuple[str, list[str]]]:
+    """Dotted paths of the keys of earlier versions, and of the keys that replace each."""
+    for parent, inner in _classes_with_paths(cls):
+        for old, names in inner.renamed_keys.items():
+            yield parent + old, [n[1:] if n.startswith(".") else parent + n for n in names.split()]
+
+
+def _classes_with_paths(cls: type[Config], parent: str = "") -> Iterator[tuple[str, type[Config]]]:
+    """A configuration class and those within it, each with the prefix of its keys."""
+    yield parent, cls
     for name, field in cls.model_fields.items():
-        path = parent + name
-        if inner := next((c for c in _classes_in(field.annotation) if issubclass(c, Config)), None):
-            yield from keys_of(inner, f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}.")
-            continue
-        default = "required" if field.is_required() else json.dumps(field.default, default=str)
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        yield Key(path, default, choices, " ".join((field.description or "").split()))
+        infix = ".NAME." if get_origin(field.annotation) is dict else "."
+        for inner in _configs_in(field.annotation):
+            yield from _classes_with_paths(inner, f"{parent}{name}{infix}")
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:
@@ -166,11 +181,12 @@ def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:
         if part not in cls.model_fields:  # an index of a list or a key of a mapping
             continue
         annotation = cls.model_fields[part].annotation
-        cls = next((c for c in _classes_in(annotation) if issubclass(c, Config)), cls)
+        cls = next(iter(_configs_in(annotation)), cls)
     return cls
 
 
-def _classes_in(annotation: Any) -> list[type]:
+def _configs_in(annotation: Any) -> list[type[Config]]:
+    """Configuration classes that an annotation names, each kind of a union."""
     if isinstance(annotation, type):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _classes_in(part)]
+        return [annotation] if issubclass(annotation, Config) else []
+    return [found for part in get_args(annotation) for found in _configs_in(part)]
