@@ -1,4 +1,4 @@
-"""Draw docs/sequence-and-mask.png from the project's own code: one sequence of text and patches, and its mask.
+"""Draw docs/sequence-and-mask.png: one packed sequence of text and patches, and its mask.
 
 python docs/sequence_and_mask.py
 """
@@ -44,16 +44,36 @@ def main() -> None:
         axes.text(i + 0.47, -2.45, label, rotation=50, ha="left", va="bottom", fontsize=8)
         axes.add_patch(Rectangle((-1.3, i), 0.94, 0.94, color=color[kind]))
         axes.text(-1.55, i + 0.5, label or "patch", ha="right", va="center", fontsize=7.5)
-        axes.text(-3.6, i + 0.5, f"[{start[i]}, {end[i]})", ha="right", va="center", fontsize=7.5, family="monospace")
+        axes.text(
+            -3.6,
+            i + 0.5,
+            f"[{start[i]}, {end[i]})",
+            ha="right",
+            va="center",
+            fontsize=7.5,
+            family="monospace",
+        )
         for j in range(size):
             seen = start[i] <= j < end[i]
             shade = (PATCH if j > i else color[kind]) if seen else "#f1f1f1"
             axes.add_patch(Rectangle((j, i), 0.94, 0.94, color=shade, alpha=0.85 if seen else 1))
     axes.text(-4.6, -1.3, "keys seen", fontsize=8.5, ha="center", weight="bold")
     notes = [
-        (TEXT, "text: sees what came before it in its document,", "and learns the next token (cross-entropy)"),
-        (PATCH, "image patches: noised latents that see one another both", "ways, and learn to be denoised (diffusion loss)"),
-        (SPECIAL, "boi, eoi: the model writes boi itself when an image is to", "come; images of several sizes have a boi each"),
+        (
+            TEXT,
+            "text: sees what came before it in its document,",
+            "and learns the next token (cross-entropy)",
+        ),
+        (
+            PATCH,
+            "image patches: noised latents that see one another both",
+            "ways, and learn to be denoised (diffusion loss)",
+        ),
+        (
+            SPECIAL,
+            "boi, eoi: the model writes boi itself when an image is to",
+            "come; images of several sizes have a boi each",
+        ),
         (OTHER, "another document packed into the same row:", "no key is shared, nothing is padded"),
     ]
     for n, (shade, first, second) in enumerate(notes):
@@ -62,8 +82,12 @@ def main() -> None:
         axes.text(20, y + 0.35, first, fontsize=9, va="center")
         axes.text(20, y + 1.3, second, fontsize=9, va="center")
     axes.text(
-        18.6, 14.6, "The mask is two integers a position: each query sees one\ncontiguous run of keys. No S x S square is ever built.",
-        fontsize=9.5, weight="bold", va="top",
+        18.6,
+        14.6,
+        "The mask is two integers a position: each query sees one\ncontiguous run of keys, and kernels skip all others.",
+        fontsize=9.5,
+        weight="bold",
+        va="top",
     )
     figure.savefig(Path(__file__).with_name("sequence-and-mask.png"))
 

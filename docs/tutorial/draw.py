@@ -1,9 +1,9 @@
-"""Draw the tutorial's images: 960 coloured shapes of 64 x 64 pixels, each with its caption in a .txt file beside it.
+"""Draw the tutorial's images: 1,080 coloured shapes of 64 x 64 pixels, a .txt caption beside each.
 
 python docs/tutorial/draw.py data/shapes
 
-60 combinations go to FOLDER/held-out, the others to FOLDER/train: the model never sees the former, but each of their
-words in other combinations.
+60 combinations go to FOLDER/held-out, the others to FOLDER/train: the model never sees the former, but each of
+their words in other combinations.
 """
 
 import itertools
@@ -23,20 +23,19 @@ COLORS = {
     "pink": (255, 143, 177),
     "brown": (121, 85, 61),
 }
-BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 20), "grey": (150, 150, 150), "beige": (233, 220, 190)}
 SHAPES = ("circle", "square", "triangle", "diamond", "ring")
-RADII = {"small": 8, "large": 15}
-CENTRES = {"left": 17, "middle": 32, "right": 47}
+RADII = {"small": 6, "medium": 10, "large": 14}
+X, Y = {"left": 17, "centre": 32, "right": 47}, {"top": 17, "middle": 32, "bottom": 47}
 SIDE = 64
 
 
 def caption_of(combination: tuple[str, ...]) -> str:
-    size, color, shape, background, position = combination
-    return f"a {size} {color} {shape} at the {position}, {background} background"
+    size, color, shape, y, x = combination
+    return f"a {size} {color} {shape} at the {y} {x}"
 
 
 def combinations() -> list[tuple[str, ...]]:
-    return list(itertools.product(RADII, COLORS, SHAPES, BACKGROUNDS, CENTRES))
+    return list(itertools.product(RADII, COLORS, SHAPES, Y, X))
 
 
 def held_out() -> set[int]:
@@ -45,11 +44,11 @@ def held_out() -> set[int]:
 
 
 def draw(combination: tuple[str, ...]) -> Image.Image:
-    size, color, shape, background, position = combination
     scale = 4  # drawn larger, then resized: smooth edges
-    image = Image.new("RGB", (SIDE * scale, SIDE * scale), BACKGROUNDS[background])
-    pen, x, y, r = ImageDraw.Draw(image), CENTRES[position] * scale, SIDE * scale // 2, RADII[size] * scale
-    fill = COLORS[color]
+    image = Image.new("RGB", (SIDE * scale, SIDE * scale), "white")
+    size, color, shape, y_name, x_name = combination
+    pen, fill = ImageDraw.Draw(image), COLORS[color]
+    r, x, y = RADII[size] * scale, X[x_name] * scale, Y[y_name] * scale
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "square":

@@ -1,9 +1,9 @@
-"""Judge a model on the tutorial's held-out captions: what it draws from them, and what it writes about their images.
+"""Judge a model on the tutorial's held-out captions: its drawings of them, and its captions of their images.
 
 python docs/tutorial/judge.py runs/shapes/pipeline data/shapes/held-out
 
-A drawing is measured without a network: its background and colour by the nearest of the palette, its size, shape and
-position by the overlap with every combination of these. The judge first judges the real images, which it must get right.
+A drawing is measured without a network: its colour by the nearest of the palette, its size, shape and position
+by the overlap with every combination of these. The judge first judges the real images, which it must get right.
 """
 
 import itertools
@@ -13,46 +13,43 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from draw import BACKGROUNDS, CENTRES, COLORS, RADII, SHAPES, draw
+from draw import COLORS, RADII, SHAPES, X, Y, draw
 from PIL import Image
 
 from megafusion import TransfusionPipeline
 
-WORDS = ("size", "color", "shape", "background", "position")
-
-
-def nearest(pixel: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
-    return min(palette, key=lambda name: np.abs(pixel - np.array(palette[name], float)).sum())
+WORDS = ("size", "color", "shape", "y", "x")
 
 
 def mask_of(image: Image.Image) -> np.ndarray:
-    """True where a pixel differs from the background."""
-    pixels = np.asarray(image, float)
-    border = np.concatenate([pixels[0], pixels[-1]])
-    return np.abs(pixels - np.median(border, axis=0)).sum(-1) > 60
+    """True where a pixel differs from the white background."""
+    return (255 - np.asarray(image, float)).sum(-1) > 100
 
 
 @cache
-def templates() -> dict[tuple[str, str, str], np.ndarray]:
+def templates() -> dict[tuple[str, ...], np.ndarray]:
     """Masks by size, shape and position."""
-    names = itertools.product(RADII, SHAPES, CENTRES)
-    return {(size, shape, x): mask_of(draw((size, "red", shape, "white", x))) for size, shape, x in names}
+    names = itertools.product(RADII, SHAPES, Y, X)
+    return {(size, shape, y, x): mask_of(draw((size, "red", shape, y, x))) for size, shape, y, x in names}
 
 
 def judge(image: Image.Image) -> tuple[str, ...]:
     """The combination that an image shows, in the order of WORDS."""
     pixels, mask = np.asarray(image, float), mask_of(image)
-    background = nearest(np.median(np.concatenate([pixels[0], pixels[-1]]), axis=0), BACKGROUNDS)
-    color = nearest(np.median(pixels[mask], axis=0) if mask.any() else np.zeros(3), COLORS)
+    pixel = np.median(pixels[mask], axis=0) if mask.any() else np.full(3, 255.0)
+    color = min(COLORS, key=lambda name: np.abs(pixel - np.array(COLORS[name], float)).sum())
     overlap = {name: (mask & t).sum() / (mask | t).sum() for name, t in templates().items()}
-    size, shape, position = max(overlap, key=overlap.__getitem__)
-    return size, color, shape, background, position
+    size, shape, y, x = max(overlap, key=overlap.__getitem__)
+    return size, color, shape, y, x
 
 
 def shares(found: list[tuple[str, ...]], wanted: list[tuple[str, ...]]) -> dict[str, float]:
     """Share of images with each word right, and with all five."""
     right = np.array(found) == np.array(wanted)
-    return {**dict(zip(WORDS, right.mean(0).round(3).tolist(), strict=True)), "all": round(float(right.all(1).mean()), 3)}
+    return {
+        **dict(zip(WORDS, right.mean(0).round(3).tolist(), strict=True)),
+        "all": round(float(right.all(1).mean()), 3),
+    }
 
 
 def main(pipeline_folder: str, folder: Path) -> None:
