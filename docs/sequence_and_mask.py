@@ -84,7 +84,8 @@ def main() -> None:
     axes.text(
         18.6,
         14.6,
-        "The mask is two integers a position: each query sees one\ncontiguous run of keys, and kernels skip all others.",
+        "The mask is two integers a position: each query sees one\n"
+        "contiguous run of keys, and kernels skip all others.",
         fontsize=9.5,
         weight="bold",
         va="top",

@@ -2,8 +2,8 @@
 
 python docs/tutorial/draw.py data/shapes
 
-60 combinations go to FOLDER/held-out, the others to FOLDER/train: the model never sees the former, but each of
-their words in other combinations.
+60 combinations go to FOLDER/held-out, the others to FOLDER/train: the model never sees the former, but each
+of their words in other combinations.
 """
 
 import itertools

@@ -2,8 +2,8 @@
 
 python docs/tutorial/judge.py runs/shapes/pipeline data/shapes/held-out
 
-A drawing is measured without a network: its colour by the nearest of the palette, its size, shape and position
-by the overlap with every combination of these. The judge first judges the real images, which it must get right.
+A drawing is measured without a network: its colour by the nearest of the palette, its size, shape and
+position by the overlap with every combination of these. The judge must first get the real images right.
 """
 
 import itertools
