@@ -1,12 +1,12 @@
-"""How fast is attention under the mask of packed text and images, and how exact, by backend?
+"""Measure the speed and accuracy of each attention backend under the mask of packed text and images.
 
     python benchmarks/attention.py [--json [FILE]] [--picture FILE] [--write-choices]
     python benchmarks/attention.py --tiles           measure candidate tiles and store the best
-    python benchmarks/attention.py --tiny ...        on a CPU: proves this script, and says nothing of speed
+    python benchmarks/attention.py --tiny ...        on a CPU: tests this script, measures nothing
 
-Needs a GPU but for --tiny. Times are CUDA events around one call, warm, the backends in turns; medians.
-TFLOP/s count 4 x head_dim operations a pair and head forward, and 10 backward, once for the pairs that are
-visible and once for those in the tiles that a backend computes.
+Needs a GPU, except with --tiny. Times are medians of CUDA events around one warm call; backends alternate.
+TFLOP/s count 4 x head_dim operations per pair and head forward, and 10 backward, once for the visible pairs
+and once for the pairs in the tiles that a backend computes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-# The interpreter is chosen before the kernels are imported.
+# The interpreter must be chosen before the kernels are imported.
 if not torch.cuda.is_available():
     import os
 
@@ -55,7 +55,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: a call's heads are `width` over head_dim, its rows `positions` over seq."""
+    """The sizes to measure: a call has width / head_dim heads and positions / seq rows."""
 
     device: str
     dtype: torch.dtype
@@ -75,7 +75,7 @@ TINY = Plan("cpu", torch.float32, (48,), (16,), (64,), (2, 128), 40, 16, 64, 1, 
 
 
 def milliseconds(call: Callable, device: str, before: Callable = lambda: ()) -> float:
-    """One call's time on the device, after an untimed `before`, whose results it takes."""
+    """Time of one call on the device, with the results of an untimed `before` as arguments."""
     inputs = before()
     if device == "cpu":
         begin = time.perf_counter()
@@ -90,8 +90,8 @@ def milliseconds(call: Callable, device: str, before: Callable = lambda: ()) -> 
 
 
 def peak_bytes(call: Callable, device: str) -> int:
-    """Memory that a call takes at its height, beyond what was held before; 0 on a CPU, which counts none."""
-    call()  # what compiling takes is not the call's
+    """Peak memory of a call beyond what was allocated before; 0 on a CPU, where it is not counted."""
+    call()  # exclude the memory of compiling
     if device == "cpu":
         return 0
     torch.cuda.synchronize()
@@ -103,7 +103,7 @@ def peak_bytes(call: Callable, device: str) -> int:
 
 
 def directions(attend: Callable, inputs: Inputs) -> dict[str, tuple[Callable, Callable]]:
-    """For each direction what is timed, and what runs before it."""
+    """For each direction the timed call, and the untimed call before it."""
     qkv = (inputs.q, inputs.k, inputs.v)
     detached = [x.detach() for x in qkv]
 
@@ -121,7 +121,7 @@ def directions(attend: Callable, inputs: Inputs) -> dict[str, tuple[Callable, Ca
 
 
 def reason_of(error: Exception) -> str:
-    """One line that says why something was not measured."""
+    """The reason in one line why a case was not measured."""
     if isinstance(error, NotServed):
         return str(error)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -130,7 +130,7 @@ def reason_of(error: Exception) -> str:
 def measure_case(
     plan: Plan, name: str, seq: int, head_dim: int, backends=tuple(BACKENDS)
 ) -> tuple[list, list]:
-    """Rows of every backend and direction, and what was skipped with the reason."""
+    """Rows of every backend and direction, and the skipped ones with their reasons."""
     batch, heads = max(1, plan.positions // seq), plan.width // head_dim
     inputs = Inputs.random(layout(name, seq, plan.shrink), batch, heads, head_dim, plan.device, plan.dtype)
     case = {"layout": name, "seq": seq, "head_dim": head_dim}
@@ -138,7 +138,7 @@ def measure_case(
     for backend in backends:
         try:
             attend = BACKENDS[backend](inputs)
-        except Exception as error:  # another's package may raise what it likes; the others go on
+        except Exception as error:  # other packages may raise anything; continue with the next
             skipped.append(case | {"backend": backend, "reason": reason_of(error)})
             continue
         for direction, (call, before) in directions(attend, inputs).items():
@@ -149,7 +149,7 @@ def measure_case(
                 reason = reason_of(error)
                 skipped.append(case | {"backend": backend, "direction": direction, "reason": reason})
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for number in range(plan.rounds + 2):  # two to warm up
+    for number in range(plan.rounds + 2):  # two for warm-up
         for key, (call, before) in calls.items():
             spent = milliseconds(call, plan.device, before)
             if number >= 2 or plan.rounds == 1:
@@ -158,7 +158,7 @@ def measure_case(
     rows = []
     for (backend, direction), spent in times.items():
         ms = statistics.median(spent)
-        flops = DIRECTIONS[direction] * head_dim * heads / (ms * 1e9)  # tera, a pair
+        flops = DIRECTIONS[direction] * head_dim * heads / (ms * 1e9)  # tera, per pair
         rows.append(
             case
             | {
@@ -177,7 +177,7 @@ def measure_case(
 
 
 def measure_prepare(plan: Plan) -> list[dict]:
-    """Time and memory of what each backend makes of the mask, once a batch."""
+    """Time and memory of preparing the mask for each backend, once a batch."""
     batch, seq = plan.prepare_size
     start, end = (x.to(plan.device).repeat(batch, 1) for x in layout("interleaved-256", seq, plan.shrink))
     sees = sees_of(start, end)
@@ -190,7 +190,7 @@ def measure_prepare(plan: Plan) -> list[dict]:
         package = flash_package(start.device)
         ways["flash"] = lambda: flash_prepare(start, end, seq, package)
     except ValueError:
-        if plan.device == "cpu":  # the lists are made here too, though nothing takes them
+        if plan.device == "cpu":  # the lists can be made on a CPU, where no kernel reads them
             ways["flash"] = lambda: flash_prepare(start, end, seq, "flash-attn-4")
     rows = []
     for way, call in ways.items():
@@ -237,7 +237,7 @@ def measure_errors(plan: Plan) -> list[dict]:
 
 
 def describe(plan: Plan) -> dict:
-    """Where and with what this ran."""
+    """The device, versions and date of a measurement."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "triton", "flash-attn-4", "flash-attn", "nvidia-cutlass-dsl"):
         try:
@@ -279,18 +279,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw bars of TFLOP/s")
-    parser.add_argument("--write-choices", action="store_true", help="store what `attention: auto` takes")
-    parser.add_argument("--tiles", action="store_true", help="measure tiles and store the best, nothing else")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a bar chart of TFLOP/s")
+    parser.add_argument("--write-choices", action="store_true", help="store the choices of `attention: auto`")
+    parser.add_argument("--tiles", action="store_true", help="measure tiles and store the best, and stop")
     parser.add_argument("--tiles-file", type=Path, metavar="FILE", help="where --tiles stores them")
-    parser.add_argument("--seqs", type=int, nargs="+", metavar="S", help="these lengths alone")
-    parser.add_argument("--head-dims", type=int, nargs="+", metavar="K", help="these head sizes alone")
+    parser.add_argument("--seqs", type=int, nargs="+", metavar="S", help="only these lengths")
+    parser.add_argument("--head-dims", type=int, nargs="+", metavar="K", help="only these values of head_dim")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to test this script")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
-        parser.error(
-            "no CUDA device is here, and times of anything else would mislead; --tiny tests the script"
-        )
+        parser.error("no CUDA device, and times of anything else would mislead; --tiny tests the script")
     outputs = [Path(x) for x in (options.json, options.picture) if x not in (None, "-")]
     if options.tiny and (options.write_choices or any(RESULTS in x.resolve().parents for x in outputs)):
         parser.error("--tiny is not a measurement: it writes no choices and nothing to benchmarks/results")

@@ -1,4 +1,4 @@
-"""What benchmarks/attention.py measures: layouts, what is visible in them, and the backends."""
+"""The cases of benchmarks/attention.py: layouts, their visible pairs, and the backends."""
 
 import random
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from interval_attention.flash import check_flash, flash_attention, flash_prepare
 from interval_attention.reference import dense_mask
 
 FLEX_BLOCK = 128
-# Least and most positions of a run of text, patches of an image, images of a document.
+# Minimum and maximum length of a text segment, patches per image, images per document.
 _MIXED = {
     "pairs": (16, 64, 256, 1),
     "interleaved-256": (64, 400, 256, 6),
@@ -27,11 +27,11 @@ LAYOUTS = ("causal", *_MIXED)
 
 
 class NotServed(Exception):
-    """A backend cannot run a case here; the message says why."""
+    """A backend cannot run a case on this machine; the message says why."""
 
 
 def layout(name: str, seq: int, shrink: int = 1) -> tuple[Tensor, Tensor]:
-    """row_start and row_end, int32 [1, seq]: documents behind one another, the last cut off at the end.
+    """row_start and row_end, int32 [1, seq]: consecutive documents, the last truncated at the end.
 
     `shrink` divides every length, for runs on a CPU.
     """
@@ -52,15 +52,15 @@ def layout(name: str, seq: int, shrink: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def visible_pairs(row_start: Tensor, row_end: Tensor) -> int:
-    """Pairs of a query and a key that it sees."""
+    """Number of visible query-key pairs."""
     return int((row_end - row_start).long().sum())
 
 
 def tile_pairs(row_start: Tensor, row_end: Tensor, rows: int, keys: int, *, grid: bool) -> int:
-    """Pairs in the tiles of rows x keys that are visited; whole tiles, cut off by the end or not.
+    """Number of pairs in the visited tiles of rows x keys; a tile past the end counts in full.
 
-    With `grid`, tiles stand at multiples of `keys`, as in block lists; else they count from the first key
-    that a tile's rows see, as in our kernels.
+    With `grid`, tiles start at multiples of `keys`, as in block lists; else at the first key that a tile's
+    rows see, as in our kernels.
     """
     seq = row_start.shape[1]
     first = row_start[:, ::rows].long()
@@ -124,7 +124,7 @@ def make_block_mask(sees: Callable, row_start: Tensor, create: Callable = create
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """For the shapes of each case anew: FlexAttention at its best. On a CPU nothing is compiled."""
+    """Compiled anew for the shapes of each case, the fastest form of FlexAttention; not compiled on a CPU."""
     torch._dynamo.config.recompile_limit = 256
     return torch.compile(function, dynamic=False) if torch.cuda.is_available() else function
 
@@ -147,12 +147,12 @@ def sdpa_dense(inputs: Inputs) -> Callable:
 
 
 def sdpa_causal(kind: SDPBackend, inputs: Inputs) -> Callable:
-    """The speed of light of a plain causal mask, in one of PyTorch's kernels."""
+    """A plain causal mask in one of PyTorch's kernels: the upper bound of speed."""
     end = torch.arange(1, inputs.q.shape[1] + 1, device=inputs.q.device)
     if inputs.row_start.any() or (inputs.row_end != end).any():
         raise NotServed("not a plain causal mask")
     if not inputs.q.is_cuda:
-        raise NotServed("runs on CUDA alone")
+        raise NotServed("runs on CUDA only")
 
     def attend(q, k, v):
         with sdpa_kernel(kind):
@@ -165,7 +165,7 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-# Each takes Inputs, raises NotServed, and returns attend(q, k, v) with the mask made.
+# Each takes Inputs and returns attend(q, k, v) with a prepared mask, or raises NotServed.
 BACKENDS: dict[str, Callable[[Inputs], Callable]] = {
     "interval": intervals_in_kernels,
     "flash": flash_4,
@@ -177,7 +177,7 @@ BACKENDS: dict[str, Callable[[Inputs], Callable]] = {
 
 
 def computed_pairs(backend: str, inputs: Inputs, direction: str) -> int:
-    """Pairs in the tiles that a backend computes. For a backward pass ours are a mean of its two kernels'."""
+    """Pairs in the tiles that a backend computes; for our backward pass, the mean of its two kernels."""
     bounds, seq = (inputs.row_start.cpu(), inputs.row_end.cpu()), inputs.q.shape[1]
     if backend == "sdpa":
         return len(bounds[0]) * seq**2
@@ -193,5 +193,5 @@ def computed_pairs(backend: str, inputs: Inputs, direction: str) -> int:
     prepared = prepare(*bounds)
     by_keys = tile_pairs(prepared.first_row, prepared.last_row, tiles.dkdv.keys, tiles.dkdv.rows, grid=False)
     backward = (by_keys + by_rows(tiles.dq)) // 2
-    # A forward pass is 2 products of matrices, a backward pass 5.
+    # A forward pass is 2 matrix products, a backward pass 5.
     return backward if direction == "backward" else (2 * by_rows(tiles.forward) + 5 * backward) // 7

@@ -1,4 +1,4 @@
-"""The table, the summary and the picture of benchmarks/attention.py."""
+"""The table, the summary and the chart of benchmarks/attention.py."""
 
 import sys
 from collections.abc import Iterable
@@ -11,19 +11,19 @@ CAUSAL = ("sdpa-flash-causal", "sdpa-cudnn-causal")
 
 
 def summarize(report: dict, seqs: Iterable[int], head_dim: int) -> dict:
-    """Ratios of speed, forward and backward together, each the least over layouts and lengths; or None.
+    """Ratios of speed, forward and backward together, each the minimum over layouts and lengths; or None.
 
     vs_flex: `interval` against FlexAttention on mixed layouts; best_vs_flex: the faster of `interval` and
     `flash`; vs_best_causal: `interval` against the best plain causal kernel on causal text;
-    best_vs_causal: mixed layouts against that kernel, a visible pair; packed_vs_causal: `interval` on mixed
-    layouts against itself on causal text, a computed tile; prepare_vs_...: of `prepare`.
+    best_vs_causal: mixed layouts against that kernel, per visible pair; packed_vs_causal: `interval` on mixed
+    layouts against itself on causal text, per computed tile; prepare_vs_...: of `prepare`.
     """
     rows = [r for r in report["rows"] if r["direction"] == "both" and r["head_dim"] == head_dim]
     found = {(r["layout"], r["seq"], r["backend"]): r for r in rows if r["seq"] in seqs}
     mixed = sorted({key[:2] for key in found if key[0] != "causal"})
 
-    def least(values: Iterable) -> float | None:
-        """None where nothing, or not everything, was measured."""
+    def lowest(values: Iterable) -> float | None:
+        """None unless all values were measured."""
         listed = list(values)
         return min(listed) if listed and None not in listed else None
 
@@ -37,13 +37,13 @@ def summarize(report: dict, seqs: Iterable[int], head_dim: int) -> dict:
     ours, best = ["interval"], ["interval", "flash"]
     spent = {row["what"]: row["milliseconds"] for row in report["prepare"]}
     return {
-        "vs_flex": least(ratio(rate(*case, ours), rate(*case, ["flex"])) for case in mixed),
-        "best_vs_flex": least(ratio(rate(*case, best), rate(*case, ["flex"])) for case in mixed),
-        "vs_best_causal": least(
+        "vs_flex": lowest(ratio(rate(*case, ours), rate(*case, ["flex"])) for case in mixed),
+        "best_vs_flex": lowest(ratio(rate(*case, best), rate(*case, ["flex"])) for case in mixed),
+        "vs_best_causal": lowest(
             ratio(rate("causal", seq, ours), rate("causal", seq, CAUSAL)) for seq in seqs
         ),
-        "best_vs_causal": least(ratio(rate(*case, best), rate("causal", case[1], CAUSAL)) for case in mixed),
-        "packed_vs_causal": least(
+        "best_vs_causal": lowest(ratio(rate(*case, best), rate("causal", case[1], CAUSAL)) for case in mixed),
+        "packed_vs_causal": lowest(
             ratio(rate(*case, ours, "tflops_tiles"), rate("causal", case[1], ours, "tflops_tiles"))
             for case in mixed
         ),
@@ -53,7 +53,7 @@ def summarize(report: dict, seqs: Iterable[int], head_dim: int) -> dict:
 
 
 def print_table(report: dict) -> None:
-    """On standard error, that standard output may be JSON."""
+    """Print to standard error, because standard output may be JSON."""
     console = Console(stderr=True, width=150)
     table = Table(title=f"{report['device']}, {report['dtype']}, torch {report['versions']['torch']}")
     for name in ("layout", "seq", "head_dim", "direction", "backend"):
@@ -77,7 +77,7 @@ def print_table(report: dict) -> None:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Bars of TFLOP/s on visible pairs, forward and backward, a panel for each layout."""
+    """Draw bars of TFLOP/s on visible pairs, forward and backward, one panel per layout."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,11 +91,11 @@ def draw(report: dict, path: Path) -> None:
     )
     for panel, layout in zip(panels[0], layouts, strict=True):
         seqs = sorted({r["seq"] for r in rows if r["layout"] == layout})
-        for place, backend in enumerate(backends):
+        for index, backend in enumerate(backends):
             mine = [r for r in rows if (r["layout"], r["backend"]) == (layout, backend)]
-            at = [seqs.index(r["seq"]) + (place - len(backends) / 2) / (len(backends) + 1) for r in mine]
+            at = [seqs.index(r["seq"]) + (index - len(backends) / 2) / (len(backends) + 1) for r in mine]
             heights = [r["tflops_visible"] for r in mine]
-            panel.bar(at, heights, 1 / (len(backends) + 1), label=backend, color=f"C{place}")
+            panel.bar(at, heights, 1 / (len(backends) + 1), label=backend, color=f"C{index}")
         panel.set_xticks(range(len(seqs)), [f"{seq:,}" for seq in seqs])
         panel.set_title(layout)
         panel.set_xlabel("positions a row")

@@ -1,4 +1,4 @@
-"""The tables that benchmarks/attention.py writes: tiles of the kernels, and backends that `auto` takes."""
+"""The tables that benchmarks/attention.py writes: tiles of the kernels, and the choices of `auto`."""
 
 import json
 import statistics
@@ -19,10 +19,10 @@ from interval_attention.configs import (
     stored_tiles,
     using,
 )
-from megafusion.model.attention import CHOICES
+from megafusion.model.attention.auto import CHOICES
 
 LAYOUT = "interleaved-256"
-# Each kernel by what times it; decode and delta keep their tiles, which hardly matter.
+# The direction that times each kernel; decode and delta keep their tiles, which hardly matter.
 TUNED = {"forward": "forward", "dkdv": "backward", "dq": "backward"}
 SIZES = {
     "forward": [(128, 64), (128, 128), (64, 64), (64, 128)],
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def candidates(kernel: str, present: Tile, architecture: int, tiny: bool) -> Iterator[Tile]:
-    """The tile in use, then others; on sm_90 each with pointers and with TMA descriptors."""
+    """The current tile, then others; on sm_90 each with pointers and with TMA descriptors."""
     yield present
     if tiny:
         yield present._replace(tma=True)
@@ -46,11 +46,11 @@ def candidates(kernel: str, present: Tile, architecture: int, tiny: bool) -> Ite
 
 
 def measure_tiles(plan, where: dict, path: Path | None, directions: Callable, timer: Callable) -> None:
-    """Time each kernel's candidates, one kernel after the other, and store the fastest by number of rows."""
+    """Time the candidates of one kernel after the other, and store the fastest by number of rows."""
     architecture = ARCHITECTURES[-1] if plan.device == "cpu" else architecture_of(torch.device(plan.device))
     entries = []
     for head_dim in plan.head_dims:
-        for place, seq in enumerate(plan.seqs):
+        for index, seq in enumerate(plan.seqs):
             batch, heads = max(1, plan.positions // seq), plan.width // head_dim
             bounds = layout(LAYOUT, seq, plan.shrink)
             inputs = Inputs.random(bounds, batch, heads, head_dim, plan.device, plan.dtype)
@@ -68,8 +68,8 @@ def measure_tiles(plan, where: dict, path: Path | None, directions: Callable, ti
                         flush=True,
                     )
                 best = best._replace(**{kernel: min(times, key=times.get)})
-            least = seq if place else 0
-            entries.append({"architecture": architecture, "head_dim": head_dim, "least_rows": least})
+            min_rows = seq if index else 0
+            entries.append({"architecture": architecture, "head_dim": head_dim, "min_rows": min_rows})
             entries[-1] |= {name: list(tile) for name, tile in best._asdict().items()}
     write_tiles(entries, where | {"architecture": architecture}, path or STORED)
 
@@ -85,7 +85,7 @@ def _time(tiles: Tiles, call: Callable, before: Callable, plan, timer: Callable)
 
 
 def write_tiles(entries: list[dict], where: dict, path: Path) -> None:
-    """Put entries in the place of those of the same architecture and head size; all others stay."""
+    """Replace the entries of the same architecture and head_dim; keep all others."""
     stored = json.loads(STORED.read_text())
     replaced = {(e["architecture"], e["head_dim"]) for e in entries}
     kept = [e for e in stored["tiles"] if (e["architecture"], e["head_dim"]) not in replaced]
@@ -96,12 +96,12 @@ def write_tiles(entries: list[dict], where: dict, path: Path) -> None:
 
 
 def write_choices(report: dict, path: Path = CHOICES) -> None:
-    """Store which backends were fastest by architecture, head size and least number of rows.
+    """Store which backends were fastest by architecture, head_dim and minimum number of rows.
 
-    Forward and backward, the sum over mixed layouts; a backend must have served them all.
+    By forward plus backward time, summed over the mixed layouts, all of which a backend must serve.
     """
     if not report["gpu_measurement"]:
-        raise ValueError("choices come from a GPU alone")
+        raise ValueError("choices must be measured on a GPU")
     major, minor = torch.cuda.get_device_capability()
     where = {name: report[name] for name in ("device", "versions", "date")}
     where["architecture"] = 10 * major + minor
@@ -124,13 +124,13 @@ def chosen(rows: list[dict], architecture: int) -> list[dict]:
             for s in sorted({r["seq"] for r in cases})
             if {r["layout"] for r in cases if r["seq"] == s} == layouts
         ]
-        for place, seq in enumerate(seqs):
+        for index, seq in enumerate(seqs):
             spent: dict[str, list[float]] = {}
             for row in cases:
                 if row["seq"] == seq and row["backend"] in ("interval", "flash", "flex"):
                     spent.setdefault(row["backend"], []).append(row["milliseconds"])
             whole = {backend: sum(ms) for backend, ms in spent.items() if len(ms) == len(layouts)}
-            entry = {"architecture": architecture, "head_dim": head_dim, "least_rows": seq if place else 0}
+            entry = {"architecture": architecture, "head_dim": head_dim, "min_rows": seq if index else 0}
             choices.append(entry | {"backends": sorted(whole, key=whole.get)})
     return choices
 
@@ -140,4 +140,4 @@ def _others(stored: dict, where: dict) -> list[dict]:
 
 
 def _order(entry: dict) -> tuple[int, int, int]:
-    return entry["architecture"], entry["head_dim"], entry["least_rows"]
+    return entry["architecture"], entry["head_dim"], entry["min_rows"]

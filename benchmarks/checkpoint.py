@@ -1,9 +1,9 @@
-"""How long does training wait for a checkpoint, and how long is one in the making?
+"""How long does a checkpoint block training, and how long does it take to write?
 
     python benchmarks/checkpoint.py [--json [FILE]]
 
-Needs the quickstart's shards (`make preprocess`). A save waits for the copy to host memory alone; a thread
-writes beside the steps that follow. Seconds are medians.
+Needs the quickstart's shards (`make preprocess`). A save blocks for the copy to host memory; a thread
+writes during the steps that follow. Seconds are medians.
 """
 
 import argparse
@@ -22,53 +22,51 @@ from megafusion.checkpoint.folder import complete_checkpoints, read_manifest
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.config import load_config
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import make_engine, start_process_group
-from megafusion.engine.optimizer_state import masters
-from megafusion.engine.step import train_step
+from megafusion.engine.process_group import start_process_group
 from megafusion.parallel.mesh import make_mesh
 from megafusion.storage import write_file
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 
 
 def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
-    """Seconds of a step, of a step beside a write, of the stall, of the write and of a load."""
+    """Seconds of a step, a step during a write, the stall, the write and a load."""
     start_process_group()
     mesh = make_mesh(config.parallel)
-    stream, engine = build_components(config, mesh).stream, make_engine(config, mesh)
-    owned = masters(engine.deepspeed, engine.stage.named_parameters())
-    ema = Ema(owned, config.train.ema_decay)
+    loader, engine = build_components(config, mesh).loader, build_engine(config, mesh)
+    ema = Ema(engine.optimizer_state.shards, config.train.ema_decay)
     names = ("step", "first_stall", "stall", "step_while_writing", "write", "load")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     watch = Stopwatch(engine.device)
 
     def step() -> float:
-        batch = stream.next()
+        batch = loader.next()
         watch.lap()
-        train_step(engine, batch.micro_batches, 1e-3)
+        train_step(engine, batch, 1e-3)
         return watch.lap()
 
     for _ in range(3):
         step()
-    with CheckpointManager(folder, engine.deepspeed, owned, ema, keep_last=1) as checkpointer:
+    with CheckpointManager(folder, engine.optimizer_state, ema, keep_last=1) as manager:
         for number in range(num_saves + 1):
             seconds["step"].append(step())
             watch.lap()
             begin = time.perf_counter()
-            checkpointer.save({"step": number + 1}, stream.state())
+            manager.save({"step": number + 1}, loader.state_dict())
             seconds["stall" if number else "first_stall"].append(watch.lap())
             seconds["step_while_writing"].append(step())
-            checkpointer.wait()
+            manager.wait()
             seconds["write"].append(time.perf_counter() - begin)
-        (newest,) = complete_checkpoints(folder)
+        (latest,) = complete_checkpoints(folder)
         watch.lap()
-        checkpointer.load(newest)
+        manager.load(latest)
         seconds["load"].append(watch.lap())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         **medians,
         "stall_of_step": medians["stall"] / medians["step"],
-        "num_bytes": sum(entry["bytes"] for entry in read_manifest(newest).values()),
+        "num_bytes": sum(entry["bytes"] for entry in read_manifest(latest).values()),
         "num_parameters": sum(p.numel() for p in engine.stage.parameters()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "torch": torch.__version__,
@@ -91,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(config, arguments.saves, Path(folder))
     title = f"{figures['num_parameters']:,} parameters, {figures['num_bytes']:,} bytes"
-    table = Table("what", "seconds", "of a step", title=title)
+    table = Table("phase", "seconds", "of a step", title=title)
     for name in ("step", "first_stall", "stall", "step_while_writing", "write", "load"):
         table.add_row(name, f"{figures[name]:.4f}", f"{figures[name] / figures['step']:.1%}")
     Console(stderr=True).print(table)

@@ -33,23 +33,26 @@ from webdataset import WebDataset
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader, packed_and_skipped
+from megafusion.data.manifest import MANIFEST, Manifest, load_manifest
 from megafusion.data.sampling import sample_layout, sample_noise
-from megafusion.data.shards import MANIFEST, Manifest, load_manifest, write_shards
+from megafusion.data.shards import write_shards
 from megafusion.data.source import counter_generator, open_sources
-from megafusion.sequence.document import cut_document, flatten
+from megafusion.objective.ddpm import DDPMConfig
+from megafusion.sequence.document import Segment, cut_document, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
+from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import write_file
 
 SHAPE = SequenceShape(length=4096, num_images=15, patches=(256,), latent_channels=8, sizes=((32, 32),))
 LATENT_SHAPE = (8, 32, 32)
 NUM_ROWS, NUM_STREAMS, NUM_SAMPLES = 4, 16, 10_000_000
 KINDS = ("pairs", "text")
+TOKENIZER = Tokenizer(Path("t"), "t", 32000, bos=1, eos=2)
 
 
-class Ids:
-    """What packing asks of a tokenizer."""
-
-    bos, eos, boi, eoi, vocab_size, hash = 1, 2, 32000, 32001, 32002, "t"
+def segments(tokens: np.ndarray, moments: np.ndarray | None) -> list[Segment]:
+    """A text, and an image if there is one."""
+    return [Segment("tokens", tokens)] + ([] if moments is None else [Segment("moments", moments)])
 
 
 def documents(kind: str, num: int) -> Iterator[StoredDocument]:
@@ -60,7 +63,8 @@ def documents(kind: str, num: int) -> Iterator[StoredDocument]:
         length = int(np.clip(random.lognormal(np.log(mean), spread), 3, most))
         tokens = random.integers(3, 32000, length).astype(np.int32)
         moments = random.standard_normal((2, *LATENT_SHAPE)).astype(np.float16)
-        yield StoredDocument({"key": str(number)}, (tokens, moments) if kind == "pairs" else (tokens,))
+        stored = segments(tokens, moments if kind == "pairs" else None)
+        yield StoredDocument({"key": str(number)}, tuple(stored))
 
 
 def write_all(folder: Path, num: int, with_streaming: bool) -> None:
@@ -78,7 +82,7 @@ def write_all(folder: Path, num: int, with_streaming: bool) -> None:
             columns |= {"moments": "ndarray:float16"} if kind == "pairs" else {}
             with MDSWriter(out=str(folder / f"mds-{kind}"), columns=columns) as writer:
                 for document in documents(kind, share):
-                    arrays = dict(zip(("tokens", "moments"), document.segments, strict=False))
+                    arrays = {segment.kind: segment.data for segment in document.segments}
                     writer.write({"json": document.metadata, **arrays})
 
 
@@ -93,15 +97,17 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
         num_streams=NUM_STREAMS,
         num_workers=num_workers,
     )
-    sources = open_sources(config, Ids, "v", 0)
-    return DataLoader(config, sources, SHAPE, Ids, 1000, NUM_ROWS, range(NUM_ROWS), NUM_ROWS)
+    sources = open_sources(config, TOKENIZER, "v", 0)
+    rows = NUM_ROWS, range(NUM_ROWS), NUM_ROWS
+    return DataLoader(config, sources, SHAPE, TOKENIZER, DDPMConfig().build(), *rows)
 
 
 def ours(folder: Path) -> Iterator[int]:
     """Positions of batch after batch."""
     stream, before = make_stream(folder), 0
     while True:
-        total = packed_and_skipped(stream.next().state)[0].total()
+        stream.next()
+        total = packed_and_skipped(stream.state_dict())[0].total()
         yield total - before
         before = total
 
@@ -109,11 +115,10 @@ def ours(folder: Path) -> Iterator[int]:
 def webdataset(folder: Path) -> Iterator[int]:
     """Batches from webdataset's plain loader."""
 
-    def read(kind: str) -> Iterator[tuple[np.ndarray, ...]]:
+    def read(kind: str) -> Iterator[list[Segment]]:
         urls = [str(path) for path in sorted((folder / kind).glob("*.tar"))]
         for sample in WebDataset(urls, shardshuffle=False).decode().repeat():
-            tokens = sample["0.tokens.npy"]
-            yield (tokens, sample["1.moments.npy"]) if kind == "pairs" else (tokens,)
+            yield segments(sample["0.tokens.npy"], sample.get("1.moments.npy"))
 
     return batches({kind: read(kind) for kind in KINDS}, load_manifest(folder / "pairs"))
 
@@ -122,11 +127,11 @@ def streaming(folder: Path) -> Iterator[int]:
     """Batches from mosaicml-streaming's dataset."""
     from streaming import StreamingDataset
 
-    def read(kind: str) -> Iterator[tuple[np.ndarray, ...]]:
+    def read(kind: str) -> Iterator[list[Segment]]:
         dataset = StreamingDataset(local=str(folder / f"mds-{kind}"), shuffle=False, batch_size=1)
         while True:
             for sample in dataset:
-                yield (sample["tokens"], sample["moments"]) if kind == "pairs" else (sample["tokens"],)
+                yield segments(sample["tokens"], sample.get("moments"))
 
     return batches({kind: read(kind) for kind in KINDS}, load_manifest(folder / "pairs"))
 
@@ -141,17 +146,17 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         images_per_row=SHAPE.num_images,
         num_streams=1,
     )
-    texts = manifest.model_copy(update={"kind": "text"})
+    texts, noise_process = manifest.model_copy(update={"kind": "text"}), DDPMConfig().build()
     packed, rows, row, used, number = dict.fromkeys(readers, 0), [], [], 0, 0
     while True:
         kind = min(packed, key=packed.get)
         generator = counter_generator(0, 0, number, 0, 0)
         number += 1
         about = manifest if kind == "pairs" else texts
-        parts = sample_layout(next(readers[kind]), about, config, 1000, SHAPE, generator)
-        whole = flatten(parts, Ids, SHAPE.patches)
+        parts = sample_layout(next(readers[kind]), about, config, SHAPE, generator)
+        whole = flatten(parts, TOKENIZER, SHAPE.patches)
         packed[kind] += len(whole)
-        pieces = [sample_noise(whole, about, SHAPE, generator)]
+        pieces = [sample_noise(whole, about, SHAPE, noise_process, generator)]
         while pieces:
             piece, room = pieces.pop(), SHAPE.length - used
             images = sum(len(document.images) for document in row)
@@ -235,14 +240,14 @@ def measure_resume(folder: Path, num_tries: int = 5) -> float:
         for suffix in (".tar", ".index.npy"):
             (many / (name + suffix)).symlink_to(one / "pairs" / f"shard-000000{suffix}")
     (many / MANIFEST).write_text(json.dumps(values))
-    state = make_stream(folder / "many", ("pairs",)).state()
+    state = make_stream(folder / "many", ("pairs",)).state_dict()
     for stream in state["streams"].values():
         stream["position"]["pairs"] = [0, NUM_SAMPLES // NUM_STREAMS - 100, 0]
     spent = []
     for _ in range(num_tries):
         begin = time.perf_counter()
         stream = make_stream(folder / "many", ("pairs",))
-        stream.restore(state)
+        stream.load_state_dict(state)
         stream.next()
         spent.append(1000 * (time.perf_counter() - begin))
     return statistics.median(spent)

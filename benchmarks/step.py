@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megafusion.config import load_config
-from megafusion.engine.engine import make_engine, start_process_group
+from megafusion.engine.process_group import start_process_group
 from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.packing import with_counts
 from megafusion.storage import write_file
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -32,23 +32,25 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
     start_process_group()
     mesh = make_mesh(config.parallel)
     parts = build_components(config, mesh)
-    engine = make_engine(config, mesh)
+    engine = build_engine(config, mesh)
+    deepspeed = engine._deepspeed  # its phases, which forward_backward does not separate
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for step in range(num_warmup_steps + num_steps):
         spent = dict.fromkeys(PHASES, 0.0)
         watch = Stopwatch(engine.device)
-        micro_batches = parts.stream.next().micro_batches
+        micro_batches = parts.loader.next()
         counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
-        counts = engine.consensus.share_counts(counts)
+        counts = engine.consensus.reduce_counts(counts)
         spent["data"] += watch.lap()
         for batch in micro_batches:
-            losses = engine.deepspeed(with_counts(batch.to(engine.device), counts))
-            engine.consensus.add_share(losses)
+            losses = deepspeed(with_counts(batch.to(engine.device), counts))
+            engine.consensus.add_losses(losses)
             spent["forward"] += watch.lap()
-            engine.deepspeed.backward(losses.total * len(micro_batches))
+            deepspeed.backward(losses.total * len(micro_batches))
             spent["backward"] += watch.lap()
-            engine.deepspeed.step()
-            spent["optimizer"] += watch.lap()
+            deepspeed.step()
+        engine.clip_and_step(1e-3)
+        spent["optimizer"] += watch.lap()
         if step >= num_warmup_steps:
             for phase in PHASES:
                 seconds[phase].append(spent[phase])

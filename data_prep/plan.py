@@ -1,4 +1,7 @@
-"""What is kept, in input order, and in which shard each stands: the same however the scan was shared out."""
+"""The plan: which records are kept, in input order, and which shard each belongs to.
+
+It depends on the scan's tables alone, not on how the scan was distributed.
+"""
 
 import json
 from collections import Counter
@@ -12,74 +15,76 @@ from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
 from data_prep.filters import Deduplicator, RecordInfo
-from data_prep.readers.inputs import InputSplit
 from data_prep.readers.records import Record
-from megafusion.data.error_budget import beyond_chance
+from data_prep.readers.splits import InputSplit
+from megafusion.data.error_budget import exceeds_error_budget
 from megafusion.errors import UserError
 
 NUM_EXAMPLES = 3
 
 
 class Plan(NamedTuple):
-    """The records that are kept, and what became of the others."""
+    """The kept records, and counts of the others."""
 
-    pieces: np.ndarray
-    """int32 [n]: the piece of each."""
+    splits: np.ndarray
+    """int32 [n]: index of each kept record's split."""
     rows: np.ndarray
-    """int32 [n]: its row in the piece's table."""
-    num_seen: int
-    """Records looked at."""
+    """int32 [n]: its row in the split's table."""
+    num_records: int
+    """Records inspected."""
     dropped: dict[str, int]
-    """By reason: what filters left out."""
+    """Records that filters dropped, by reason."""
     skipped: dict[str, int]
-    """By reason: what was bad."""
+    """Bad records, by reason."""
     examples: dict[str, list[str]]
-    """By reason: the first that were left out."""
-    sides: dict[str, int]
-    """Pictures of pairs that are kept, by the power of two below their shorter side."""
+    """The first dropped or skipped records, by reason."""
+    shorter_sides: dict[str, int]
+    """Number of kept pairs' images by ranges of their shorter side: powers of two."""
 
     def shard(self, number: int, per_shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces and rows of one shard's records."""
-        here = slice(number * per_shard, (number + 1) * per_shard)
-        return self.pieces[here], self.rows[here]
+        """Splits and rows of one shard's records."""
+        own = slice(number * per_shard, (number + 1) * per_shard)
+        return self.splits[own], self.rows[own]
 
     def num_shards(self, per_shard: int) -> int:
-        """How many shards hold them."""
         return -(-len(self.rows) // per_shard)
 
 
 def make_plan(
-    pieces: list[InputSplit], tables: Iterable[Path], config: PreprocessConfig, wanted: set[str] | None
+    splits: list[InputSplit],
+    tables: Iterable[Path],
+    config: PreprocessConfig,
+    selected_keys: set[str] | None,
 ) -> Plan:
-    """Go through the scan's tables in order. UserError for keys that are nowhere and too much that is bad."""
+    """Make the plan from the scan's tables, in order. UserError for missing keys and too many bad records."""
     kept: list[tuple[int, np.ndarray]] = []
     dropped, skipped, sides = Counter(), Counter(), Counter()
     examples: dict[str, list[str]] = {}
-    seen, found, total = Deduplicator(config.filters), set(), 0
+    deduplicator, found, total = Deduplicator(config.filters), set(), 0
     tables = list(tables)
-    before = lines_before(pieces, tables)
-    for piece, path in zip(pieces, tables, strict=True):
+    offsets = line_offsets(splits, tables)
+    for split, path in zip(splits, tables, strict=True):
         table = parquet.read_table(path)
         total += len(table)
-        if wanted is not None:
+        if selected_keys is not None:
             found.update(table.column("key").to_pylist())
-        reasons, is_bad = table.column("reason").to_pylist(), table.column("bad").to_pylist()
+        reasons, is_bad = table.column("reason").to_pylist(), table.column("is_bad").to_pylist()
         if config.filters.duplicates != "keep":
-            _mark_duplicates(table, reasons, seen)
+            _mark_duplicates(table, reasons, deduplicator)
         rows = np.array([row for row, reason in enumerate(reasons) if reason is None], np.int32)
-        kept.append((piece.number, rows))
+        kept.append((split.index, rows))
         shorter = np.minimum(table.column("width").to_numpy(), table.column("height").to_numpy())[rows]
         sides.update(Counter((1 << np.log2(shorter[shorter > 0]).astype(int)).tolist()))
         for row, reason in enumerate(reasons):
             if reason is not None:
                 (skipped if is_bad[row] else dropped)[reason] += 1
                 if len(examples.setdefault(reason, [])) < NUM_EXAMPLES:
-                    key = numbered(table.column("key")[row].as_py(), before[piece.number])
-                    examples[reason].append(_where(piece, key))
-    _check_keys(config, wanted, found)
-    _check_rate(config, skipped, examples, total)
+                    key = renumber(table.column("key")[row].as_py(), offsets[split.index])
+                    examples[reason].append(_where(split, key))
+    _check_keys(config, selected_keys, found)
+    _check_skip_rate(config, skipped, examples, total)
     return Plan(
-        np.concatenate([np.full(len(rows), number, np.int32) for number, rows in kept] or [np.int32([])]),
+        np.concatenate([np.full(len(rows), index, np.int32) for index, rows in kept] or [np.int32([])]),
         np.concatenate([rows for _, rows in kept] or [np.int32([])]),
         total,
         dict(sorted(dropped.items())),
@@ -89,55 +94,58 @@ def make_plan(
     )
 
 
-def lines_before(pieces: list[InputSplit], tables: Iterable[Path]) -> list[int]:
-    """By piece: the lines of its file before those of a part of it; 0 for all else."""
-    found, before = [], 0
-    for piece, path in zip(pieces, tables, strict=True):
-        before = 0 if piece.opens_file else before
-        found.append(before)
-        if piece.part:
-            before += json.loads(parquet.read_schema(path).metadata[b"lines"])
+def line_offsets(splits: list[InputSplit], tables: Iterable[Path]) -> list[int]:
+    """By split: the number of lines of its file before it; 0 unless it is a later part of a text file."""
+    found, offset = [], 0
+    for split, path in zip(splits, tables, strict=True):
+        offset = 0 if split.opens_file else offset
+        found.append(offset)
+        if split.span:
+            offset += json.loads(parquet.read_schema(path).metadata[b"lines"])
     return found
 
 
-def numbered(key: str, before: int) -> str:
-    """A record's key in the whole file, from that in its part."""
-    return str(int(key) + before) if before and key else key
+def renumber(key: str, line_offset: int) -> str:
+    """A record's key in the complete file, from that in its split."""
+    return str(int(key) + line_offset) if line_offset and key else key
 
 
-def records_at(path: Path, rows: Iterable[int], before: int) -> list[Record]:
-    """Records of a scan's table by their rows; `before` as `lines_before` gives it."""
-    table = parquet.read_table(path, columns=["key", "at"]).take(pyarrow.array(rows))
-    keys, places = (table.column(name).to_pylist() for name in ("key", "at"))
-    return [Record(numbered(key, before), json.loads(at)) for key, at in zip(keys, places, strict=True)]
+def records_at(path: Path, rows: Iterable[int], line_offset: int) -> list[Record]:
+    """Records at some rows of a scan's table."""
+    table = parquet.read_table(path, columns=["key", "location"]).take(pyarrow.array(rows))
+    keys, locations = (table.column(name).to_pylist() for name in ("key", "location"))
+    return [
+        Record(renumber(key, line_offset), json.loads(location))
+        for key, location in zip(keys, locations, strict=True)
+    ]
 
 
-def _mark_duplicates(table: pyarrow.Table, reasons: list[str | None], seen: Deduplicator) -> None:
+def _mark_duplicates(table: pyarrow.Table, reasons: list[str | None], deduplicator: Deduplicator) -> None:
     columns = [table.column(name).to_pylist() for name in RecordInfo._fields]
-    for row, facts in enumerate(zip(*columns, strict=True)):
+    for row, info in enumerate(zip(*columns, strict=True)):
         if reasons[row] is None:
-            reasons[row] = seen.duplicate(RecordInfo(*facts))
+            reasons[row] = deduplicator.duplicate_reason(RecordInfo(*info))
 
 
-def _where(piece: InputSplit, key: str) -> str:
-    place = str(piece.folder or piece.files[0])
-    return f"{place}, {key}" if key else place
+def _where(split: InputSplit, key: str) -> str:
+    path = str(split.folder or split.files[0])
+    return f"{path}, {key}" if key else path
 
 
-def _check_keys(config: PreprocessConfig, wanted: set[str] | None, found: set[str]) -> None:
-    missing = sorted((wanted or set()) - found)
+def _check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: set[str]) -> None:
+    missing = sorted((selected_keys or set()) - found)
     if missing:
         raise UserError(
-            f"{config.keys}: {len(missing)} keys are in no picture source, the first {missing[0]!r}"
+            f"{config.keys}: {len(missing)} keys are not in any of `images`, the first {missing[0]!r}"
         )
 
 
-def _check_rate(config: PreprocessConfig, skipped: Counter, examples: dict, total: int) -> None:
-    """As a stream's: more than the limit by what chance brings."""
-    if beyond_chance(skipped.total(), total, config.max_skip_rate):
+def _check_skip_rate(config: PreprocessConfig, skipped: Counter, examples: dict, total: int) -> None:
+    """UserError for a rate above max_skip_rate by more than chance explains, as in training."""
+    if exceeds_error_budget(skipped.total(), total, config.max_skip_rate):
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items()))
         first = examples[min(skipped)][0]
         raise UserError(
             f"{skipped.total()} of {total} inputs are bad ({reasons}), more than max_skip_rate "
-            f"{config.max_skip_rate}; one is {first}; mend the inputs, or raise it"
+            f"{config.max_skip_rate}; one is {first}; fix the inputs, or raise it"
         )

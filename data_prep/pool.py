@@ -1,4 +1,4 @@
-"""One function over many tasks: here, or in processes; results in the tasks' order."""
+"""A pool that maps tasks over workers, in this process or in several; results are in the tasks' order."""
 
 import multiprocessing
 import signal
@@ -20,24 +20,24 @@ _worker: Worker
 
 
 class Pool:
-    """Workers for one kind of input. A context: its processes end with it, or with this process.
+    """Workers for one kind of input, as a context manager: its processes end with it, or with this process.
 
-    Each computes on one thread, so that results are the same bits however many there are.
+    Each worker computes on one thread, so that results are bitwise identical at any number of workers.
     """
 
     def __init__(self, settings: WorkerSettings, num_workers: int):
         self._settings, self._executor = settings, None
         if num_workers > 1:
             _CONTEXT.set_forkserver_preload(["data_prep.worker"])
-            self._counter, number = _CONTEXT.Value("q", 0), _CONTEXT.Value("i", 0)
+            self._counter, next_index = _CONTEXT.Value("q", 0), _CONTEXT.Value("i", 0)
             before = set(multiprocessing.active_children())
             self._executor = ProcessPoolExecutor(
-                num_workers, _CONTEXT, _begin, (settings, self._counter, number)
+                num_workers, _CONTEXT, _start_worker, (settings, self._counter, next_index)
             )
             self._started = lambda: set(multiprocessing.active_children()) - before
         else:
             self._num_threads = torch.get_num_threads()
-            self._done = 0
+            self._num_done = 0
             self._worker = Worker(settings, 0, self._count)
 
     def __enter__(self) -> "Pool":
@@ -55,10 +55,10 @@ class Pool:
         self._executor.shutdown(cancel_futures=True)
 
     def map(self, method: str, tasks: Sequence[Any], report: Callable[[int], None]) -> Iterator[Any]:
-        """What a Worker's method makes of each task, in order. `report` gets the records done so far."""
+        """Results of a Worker's method for each task, in order. `report` receives the records done so far."""
         self._report = report
         if self._executor is None:
-            self._done = 0
+            self._num_done = 0
             yield from map(getattr(self._worker, method), tasks)
             return
         with self._counter.get_lock():
@@ -68,8 +68,8 @@ class Pool:
                 yield self._result(future)
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that preprocesses has died; if memory ran out, lower num_workers or batch_size; "
-                "start again to go on"
+                "a preprocessing worker died; if memory ran out, lower num_workers or batch_size; run the "
+                "same command to resume"
             ) from error
         report(self._counter.value)
 
@@ -79,39 +79,39 @@ class Pool:
         return future.result()
 
     def _count(self, number: int) -> None:
-        self._done += number
-        self._report(self._done)
+        self._num_done += number
+        self._report(self._num_done)
 
 
-def _begin(settings: WorkerSettings, counter: Any, number: Any) -> None:
-    """A worker ends with the process that began it, whatever ends that, and leaves Ctrl-C to it."""
+def _start_worker(settings: WorkerSettings, counter: Any, next_index: Any) -> None:
+    """Initialize a worker process. It ends with its parent, however that ends, and leaves Ctrl-C to it."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     torch.set_num_threads(1)
-    with number.get_lock():
-        own = number.value
-        number.value += 1
+    with next_index.get_lock():
+        index = next_index.value
+        next_index.value += 1
 
     def count(more: int) -> None:
         with counter.get_lock():
             counter.value += more
 
-    _worker = Worker(settings, own, count)
+    _worker = Worker(settings, index, count)
 
 
 def _call(method: str, task: Any) -> Any:
     try:
         return getattr(_worker, method)(task)
     except UserError as error:
-        raise UserError(str(error)) from None  # a subclass may not travel
+        raise UserError(str(error)) from None  # a subclass may not be picklable
 
 
-class Speed:
-    """Records a second since it was made, as text."""
+class Throughput:
+    """Records per second since it was made, as text."""
 
-    def __init__(self, what: str):
-        self._what, self._begun = what, time.monotonic()
+    def __init__(self, unit: str):
+        self._unit, self._started = unit, time.monotonic()
 
     def __call__(self, number: int) -> str:
-        return f"{number / max(time.monotonic() - self._begun, 1e-3):,.0f} {self._what}/s"
+        return f"{number / max(time.monotonic() - self._started, 1e-3):,.0f} {self._unit}/s"

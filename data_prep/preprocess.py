@@ -1,9 +1,9 @@
-"""Pictures, captions and text to shards that a run reads: latents, token ids, metadata, a manifest.
+"""Preprocessing: images, captions and text to shards of latents, token ids, metadata and a manifest.
 
-Two passes over the inputs. The scan reads, judges and hashes every record, a piece of the inputs at a time.
-Then it is settled, in input order, what is kept and in which shard it stands; and the shards are made. Tables
-of the scan and shards are each written whole or not at all, by any process, so a command that was killed goes
-on where it was, and no byte of a shard depends on who made it.
+Two passes over the inputs. The scan reads, checks and hashes every record, one input split at a time. Then
+the plan fixes, in input order, which records are kept and which shard each belongs to, and the shards are
+written. Each table of the scan and each shard is written atomically, by any process, so a killed command
+resumes where it was, and the bytes of a shard do not depend on the process that wrote it.
 """
 
 import json
@@ -19,12 +19,13 @@ from rich.progress import Progress
 from data_prep.config import PreprocessConfig
 from data_prep.fingerprint import InputFingerprint, write_hashes
 from data_prep.plan import Plan, make_plan
-from data_prep.pool import Pool, Speed
-from data_prep.readers.inputs import find_pieces
+from data_prep.pool import Pool, Throughput
+from data_prep.readers.splits import find_splits
 from data_prep.report import summary, write_report, write_sheet
-from data_prep.worker import ShardTask, WorkerSettings, table_path
-from data_prep.write import read_record, shard_record
-from megafusion.data.shards import FOLDERS, MANIFEST, Kind, Manifest, load_manifest, write_manifest
+from data_prep.scan import table_path
+from data_prep.worker import ShardTask, WorkerSettings
+from data_prep.write import read_summary, summary_path
+from megafusion.data.manifest import FOLDERS, MANIFEST, Kind, Manifest, load_manifest, write_manifest
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
 from megafusion.sequence.tokenizer import Tokenizer
@@ -34,47 +35,48 @@ NAMES: dict[Kind, str] = {"pair": "pairs", "text": "texts", "interleaved": "docu
 
 
 class ShardRange(NamedTuple):
-    """Which shards a command makes: every count-th from the index-th on."""
+    """The shards that a command writes: every count-th from the index-th on."""
 
     index: int = 0
     count: int = 1
 
 
 def parse_range(text: str) -> ShardRange:
-    """I/N, I from 0. UserError for anything else."""
+    """Parse I/N, I from 0. UserError for anything else."""
     index, _, count = text.partition("/")
     if index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return ShardRange(int(index), int(count))
     raise UserError(f"--shard-range {text}: is not I/N with I from 0 to N - 1; 0/8 is the first of eight")
 
 
-def preprocess(config: PreprocessConfig, part: ShardRange | None = None) -> list[Manifest]:
-    """Make the folders of shards that the configuration asks for; those already up to date are kept.
+def preprocess(config: PreprocessConfig, shard_range: ShardRange | None = None) -> list[Manifest]:
+    """Write the folders of shards that the configuration describes; those up to date are kept.
 
-    part: of several tasks each makes its own shards, and the one that ends last the manifests; the others
-    return fewer. Raises UserError for bad input by policy, a full disk, and a folder that is not ours.
+    shard_range: each of several tasks writes its own shards, and the last to finish the manifests; the others
+    return fewer. Raises UserError for bad input if on_error=fail, a full disk, and a folder that is not ours.
     """
-    if not (config.pictures or config.texts or config.documents):
-        raise UserError("nothing to preprocess: give `pictures`, `texts` or `documents`")
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"{config.out}: is a file; name a folder")
-    tokenizer = Tokenizer(config.tokenizer)
-    kinds: dict[Kind, Sequence[Path]] = {
-        "pair": config.pictures,
+    inputs: dict[Kind, Sequence[Path]] = {
+        "pair": config.images,
         "text": config.texts,
         "interleaved": config.documents,
     }
+    if not any(inputs.values()):
+        raise UserError("nothing to preprocess: set `images`, `texts` or `documents`")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"{config.out}: is a file; name a folder")
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     with progress_bar() as progress:
-        jobs = [_Job(kind, config, tokenizer, progress, part) for kind, paths in kinds.items() if paths]
-        made = {job.folder: job.run() for job in jobs}
-    for folder, manifest in made.items():
+        kinds = [kind for kind, paths in inputs.items() if paths]
+        jobs = [_Job(kind, config, tokenizer, progress, shard_range) for kind in kinds]
+        manifests = {job.folder: job.run() for job in jobs}
+    for folder, manifest in manifests.items():
         if manifest:
             write_sheet(folder, manifest, config.vae)
-    return [manifest for manifest in made.values() if manifest]
+    return [manifest for manifest in manifests.values() if manifest]
 
 
 class _Job:
-    """The making of one folder of shards."""
+    """Preprocessing of one kind of input into one folder of shards."""
 
     def __init__(
         self,
@@ -82,103 +84,102 @@ class _Job:
         config: PreprocessConfig,
         tokenizer: Tokenizer,
         progress: Progress,
-        part: ShardRange | None,
+        shard_range: ShardRange | None,
     ):
         self.folder = config.out / FOLDERS[kind]
-        self._kind, self._config, self._progress, self._part = kind, config, progress, part
-        self._pieces = find_pieces(kind, config)
-        self._identity = InputFingerprint(kind, config, tokenizer, self._pieces)
-        self._wanted = set(config.keys.read_text().split()) if kind == "pair" and config.keys else None
-        # Named by what goes in, so that tasks that start side by side never clear away each other's work.
-        self._partial = self.folder.with_name(f"{self.folder.name}.{self._identity.digest}.partial")
+        self._kind, self._config, self._progress, self._shard_range = kind, config, progress, shard_range
+        self._splits = find_splits(kind, config)
+        self._fingerprint = InputFingerprint(kind, config, tokenizer, self._splits)
+        self._selected_keys = set(config.keys.read_text().split()) if kind == "pair" and config.keys else None
+        # Named by the fingerprint, so that concurrent tasks of other inputs never delete each other's work.
+        self._partial = self.folder.with_name(f"{self.folder.name}.{self._fingerprint.digest}.partial")
         self._work = self._partial / "work"
 
     def run(self) -> Manifest | None:
-        """The manifest of the folder; None where shards are left that other tasks make."""
-        if self._identity.is_current(self.folder):
-            self._say(f"{self.folder}: up to date")
-            return self._cleared()
+        """The manifest of the folder; None where other tasks have shards left to write."""
+        if self._fingerprint.is_current(self.folder):
+            self._print(f"{self.folder}: up to date")
+            return self._finished()
         refuse_foreign(self.folder, MANIFEST)
         try:
-            return self._make()
+            return self._run()
         except OSError as error:
-            if self._identity.is_current(self.folder):  # another task has ended the work meanwhile
-                return self._cleared()
+            if self._fingerprint.is_current(self.folder):  # another task has finished meanwhile
+                return self._finished()
             if error.filename and not Path(error.filename).is_relative_to(self._config.out):
                 raise UserError(
-                    f"{error.filename}: {error.strerror}; bring it back, and the same command goes on"
+                    f"{error.filename}: {error.strerror}; restore it, and run the same command to resume"
                 ) from error
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror or error}); free space or choose another "
-                "folder; what is made is kept, and the same command goes on from it"
+                "folder; finished work is kept, and the same command resumes from it"
             ) from error
         finally:
             self._remove_if_empty()
 
-    def _make(self) -> Manifest | None:
+    def _run(self) -> Manifest | None:
         for name in ("scan", "shards"):
             (self._work / name).mkdir(parents=True, exist_ok=True)
         settings = WorkerSettings(
-            self._kind, self._config, self._pieces, self._wanted, self._partial, self._work
+            self._kind, self._config, self._splits, self._selected_keys, self._partial, self._work
         )
-        index, count = self._part or ShardRange()
+        index, count = self._shard_range or ShardRange()
         with Pool(settings, self._config.num_workers) as pool:
-            # Each task begins with a share of its own, then helps with what is left: none waits for another.
-            first = index * len(self._pieces) // count
-            order = [*range(first, len(self._pieces)), *range(first)]
-            self._run(pool, "scan", order, None)
-            plan = make_plan(self._pieces, self._tables(), self._config, self._wanted)
+            # Each task starts at its own share of the splits, then scans the rest: none waits for another.
+            first = index * len(self._splits) // count
+            self._map(pool, "scan", [*range(first, len(self._splits)), *range(first)], None)
+            plan = make_plan(self._splits, self._tables(), self._config, self._selected_keys)
             per_shard = self._config.documents_per_shard
             num_shards = plan.num_shards(per_shard)
             if not num_shards:
-                raise UserError(
-                    f"{self.folder}: the inputs hold no document that can be used; nothing is written"
-                )
+                raise UserError(f"{self.folder}: the inputs hold no valid document; nothing is written")
             tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(index, num_shards, count)]
-            self._run(pool, "make", tasks, sum(len(task.rows) for task in tasks))
+            self._map(pool, "write", tasks, sum(len(task.rows) for task in tasks))
         return self._finish(plan, num_shards)
 
-    def _run(self, pool: Pool, method: str, tasks: list[Any], total: int | None) -> None:
-        what = NAMES[self._kind]
-        name = f"scanning {what}" if method == "scan" else f"{what} to {self.folder}"
-        task, speed = self._progress.add_task(name, total=total, losses=""), Speed(what)
-        done = 0
+    def _map(self, pool: Pool, method: str, tasks: list[Any], total: int | None) -> None:
+        unit = NAMES[self._kind]
+        name = f"scanning {unit}" if method == "scan" else f"{unit} to {self.folder}"
+        task, throughput = self._progress.add_task(name, total=total, losses=""), Throughput(unit)
+        num_done = 0
 
         def report(number: int) -> None:
-            nonlocal done
-            done = number
-            self._progress.update(task, completed=number, losses=speed(number))
+            nonlocal num_done
+            num_done = number
+            self._progress.update(task, completed=number, losses=throughput(number))
 
         for _ in pool.map(method, tasks, report):
             pass
-        self._progress.update(task, total=total if total is not None else done, completed=total or done)
+        self._progress.update(
+            task, total=total if total is not None else num_done, completed=total or num_done
+        )
 
     def _finish(self, plan: Plan, num_shards: int) -> Manifest | None:
-        records = [read_record(shard_record(self._work, number)) for number in range(num_shards)]
-        if missing := records.count(None):
-            self._say(
-                f"{self.folder}: {missing} of {num_shards} shards are left to other tasks; the one that ends "
-                "last writes the manifest, or the same command without --shard-range"
+        summaries = [read_summary(summary_path(self._work, number)) for number in range(num_shards)]
+        if missing := summaries.count(None):
+            self._print(
+                f"{self.folder}: {missing} of {num_shards} shards are left to other tasks; the last to "
+                "finish writes the manifest, or the same command without --shard-range"
             )
             return None
-        if self._part and not self._is_first_to_finish():
-            self._say(f"{self.folder}: all shards are made, and another task writes the manifest")
+        if self._shard_range and not self._is_first_to_finish():
+            self._print(f"{self.folder}: all shards are complete, and another task writes the manifest")
             return None
-        self._identity.refuse_changed()
+        self._fingerprint.refuse_changed()
         hashes: dict[str, list] = {}
         for table in self._tables():
             hashes |= json.loads(parquet.read_schema(table).metadata[b"files"])
-        hashes = self._identity.hash_files(hashes)
+        hashes = self._fingerprint.hash_files(hashes)
         write_hashes(self._partial, hashes)
-        fields = self._identity.fields | {"provenance": self._identity.provenance(hashes)}
-        made = write_manifest(self._partial, records, fields)
-        write_report(self._partial, plan, made)
+        fields = self._fingerprint.fields | {"provenance": self._fingerprint.provenance(hashes)}
+        manifest = write_manifest(self._partial, summaries, fields)
+        write_report(self._partial, plan, manifest)
         self._replace()
-        self._say(summary(self.folder, plan, made))
-        return self._cleared()
+        self._print(summary(self.folder, plan, manifest))
+        return self._finished()
 
     def _tables(self) -> list[Path]:
-        return [table_path(self._work, piece.number) for piece in self._pieces]
+        return [table_path(self._work, split.index) for split in self._splits]
 
     def _is_first_to_finish(self) -> bool:
         try:
@@ -188,23 +189,23 @@ class _Job:
         return True
 
     def _replace(self) -> None:
-        """Put what is made in its place. A kill in between leaves it beside, whole, for the next command."""
+        """Rename the finished folder into place. After a kill in between, the next command completes this."""
         old = self.folder.with_name(f"{self.folder.name}.old.partial")
         if self.folder.exists():
             self.folder.rename(old)
         self._partial.rename(self.folder)
-        for left in self.folder.parent.glob(f"{self.folder.name}.*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        for stale in self.folder.parent.glob(f"{self.folder.name}.*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
 
-    def _cleared(self) -> Manifest:
+    def _finished(self) -> Manifest:
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         return load_manifest(self.folder)
 
     def _remove_if_empty(self) -> None:
-        """What has come to nothing leaves nothing behind."""
-        # os.walk, for other tasks may take folders away meanwhile.
+        """Remove a partial folder without any file."""
+        # os.walk tolerates folders that other tasks remove meanwhile.
         if not any(files for _, _, files in os.walk(self._partial)):
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._progress.console.print(line, markup=False)

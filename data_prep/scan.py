@@ -1,6 +1,6 @@
-"""The first pass: every record read, decoded, judged and hashed, a table a piece.
+"""The first pass: reads, checks and hashes every record, and writes one table per input split.
 
-So it is settled which documents there will be, in which shard each, before any shard is made.
+So it is known which documents there are, and in which shard each belongs, before any shard is written.
 """
 
 import json
@@ -12,96 +12,105 @@ from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
 from data_prep.filters import RecordInfo, inspect_record
-from data_prep.readers.inputs import InputSplit, piece_files
-from data_prep.readers.lines import count_lines
+from data_prep.readers.jsonl import count_lines
 from data_prep.readers.records import BadRecord, Dropped, Reader, Record
+from data_prep.readers.splits import InputSplit, split_files
+from data_prep.readers.webdataset import NO_IMAGE
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 
-WAY_OUT = "mend or remove it, or set on_error=skip"
+WAY_OUT = "fix or remove it, or set on_error=skip"
 SCHEMA = pyarrow.schema(
     [
         ("key", pyarrow.string()),
-        ("at", pyarrow.string()),
+        ("location", pyarrow.string()),
         ("reason", pyarrow.string()),
-        ("bad", pyarrow.bool_()),
-        ("content", pyarrow.binary()),
-        ("look", pyarrow.uint64()),
+        ("is_bad", pyarrow.bool_()),
+        ("content_hash", pyarrow.binary()),
+        ("phash", pyarrow.uint64()),
         ("width", pyarrow.int32()),
         ("height", pyarrow.int32()),
     ]
 )
 
 
-def scan_piece(
-    piece: InputSplit,
+def scan_split(
+    split: InputSplit,
     open_reader: Callable[[], Reader],
     config: PreprocessConfig,
-    wanted: set[str] | None,
+    selected_keys: set[str] | None,
     out: Path,
     count: Callable[[int], None],
 ) -> None:
-    """Write a piece's table: a row a record, and the hash of every file that was read.
+    """Write a split's table: a row per record, and the hash of every file that was read.
 
-    wanted: keys of the records to look at; None: all. Raises UserError for a bad record by policy.
+    selected_keys: keys of the records to inspect; None: all. Raises UserError for a bad record, by on_error.
     """
-    read = piece_files(piece) if piece.opens_file else []
+    read = split_files(split) if split.opens_file else []
     files = {str(file): [*file_stat(file), file_sha256(file)] for file in read}
     rows = []
-    for record, facts, error in _judge(piece, open_reader, config, wanted):
+    for record, info, error in _inspect_records(split, open_reader, config, selected_keys):
         count(1)
         reason = error.reason if error else None
-        is_bad = isinstance(error, BadRecord)  # and no choice of the filters
-        rows.append((record.key, json.dumps(record.at), reason, is_bad, *facts))
+        is_bad = isinstance(error, BadRecord)  # and not Dropped by a filter
+        rows.append((record.key, json.dumps(record.location), reason, is_bad, *info))
     table = pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
     sink = pyarrow.BufferOutputStream()
-    about = {"files": json.dumps(files), "lines": json.dumps(_num_lines(piece))}
-    parquet.write_table(table.replace_schema_metadata(about), sink)
+    metadata = {"files": json.dumps(files), "lines": json.dumps(_num_lines(split))}
+    parquet.write_table(table.replace_schema_metadata(metadata), sink)
     write_file(out, sink.getvalue().to_pybytes())
 
 
-def _judge(
-    piece: InputSplit, open_reader: Callable[[], Reader], config: PreprocessConfig, wanted: set[str] | None
+def table_path(work: Path, split: int) -> Path:
+    """Path of a split's table."""
+    return work / "scan" / f"{split:06d}.parquet"
+
+
+def _inspect_records(
+    split: InputSplit,
+    open_reader: Callable[[], Reader],
+    config: PreprocessConfig,
+    selected_keys: set[str] | None,
 ) -> Iterator[tuple[Record, RecordInfo, BadRecord | Dropped | None]]:
-    nothing = RecordInfo(b"")
+    no_info = RecordInfo(b"")
     try:
         reader = open_reader()
     except BadRecord as error:
         if config.on_error == "fail":
-            raise UserError(f"{piece.files[0]}: {error.reason}; {WAY_OUT}") from error
-        yield Record(""), nothing, error
+            raise UserError(f"{split.files[0]}: {error.reason}; {WAY_OUT}") from error
+        yield Record(""), no_info, error
         return
-    for record in reader.records(*piece.part):
-        if wanted is not None and record.key and record.key not in wanted:
+    for record in reader.records(*split.span):
+        if selected_keys is not None and record.key and record.key not in selected_keys:
             continue
         try:
-            if record.problem == "no picture":
+            if record.problem == NO_IMAGE:
                 raise Dropped(record.problem)
             if record.problem:
                 raise BadRecord(record.problem)
             yield record, inspect_record(reader.read(record), config.filters), None
         except BadRecord as error:
             if config.on_error == "fail":
-                raise UserError(f"{reader.where(_numbered(piece, record))}: {error}; {WAY_OUT}") from error
-            yield record, nothing, error
+                raise UserError(f"{reader.where(_renumbered(split, record))}: {error}; {WAY_OUT}") from error
+            yield record, no_info, error
         except Dropped as error:
-            yield record, nothing, error
+            yield record, no_info, error
 
 
-def _num_lines(piece: InputSplit) -> int:
-    """Lines of a part of a file of lines, by which those of the next parts are numbered; else 0."""
-    is_lines = piece.part and piece.files[0].suffix.lower() != ".parquet"
-    return count_lines(piece.files[0], *piece.part) if is_lines else 0
+def _num_lines(split: InputSplit) -> int:
+    """Number of lines in a part of a text file, by which the next parts' lines are renumbered; else 0."""
+    is_lines = split.span and split.files[0].suffix.lower() != ".parquet"
+    return count_lines(split.files[0], *split.span) if is_lines else 0
 
 
-def _numbered(piece: InputSplit, record: Record) -> Record:
-    """A record whose key numbers it in the whole file."""
-    if piece.opens_file or piece.files[0].suffix.lower() == ".parquet":
+def _renumbered(split: InputSplit, record: Record) -> Record:
+    """A record whose key is its number in the complete file."""
+    if split.opens_file or split.files[0].suffix.lower() == ".parquet":
         return record
-    return Record(str(int(record.key) + count_lines(piece.files[0], 0, piece.part[0])), record.at)
+    return Record(str(int(record.key) + count_lines(split.files[0], 0, split.span[0])), record.location)
 
 
 def file_stat(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds."""
+    """Size in bytes and modification time in nanoseconds."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns

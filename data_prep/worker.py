@@ -1,4 +1,4 @@
-"""What one process does: scan pieces, make shards."""
+"""The work of one process: scan input splits, write shards."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -9,75 +9,77 @@ import numpy as np
 import torch
 
 from data_prep.config import PreprocessConfig
-from data_prep.plan import lines_before, records_at
-from data_prep.readers.documents import NamedPictures
-from data_prep.readers.inputs import InputSplit, open_piece
+from data_prep.plan import line_offsets, records_at
+from data_prep.readers.interleaved import NamedImages
 from data_prep.readers.records import BadRecord, Reader, Record
-from data_prep.scan import scan_piece
-from data_prep.write import CHANGED, DocumentMaker, make_shard
-from megafusion.data.shards import Kind
+from data_prep.readers.splits import InputSplit, open_reader
+from data_prep.scan import scan_split, table_path
+from data_prep.write import CHANGED, DocumentBuilder, write_shard_once
+from megafusion.data.manifest import Kind
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer
 
 
 class WorkerSettings(NamedTuple):
-    """What every worker of a kind works on."""
+    """Settings that all workers of a kind share."""
 
     kind: Kind
     config: PreprocessConfig
-    pieces: list[InputSplit]
-    wanted: set[str] | None
+    splits: list[InputSplit]
+    selected_keys: set[str] | None
     """Keys of the pairs to keep; None: all."""
     folder: Path
-    """Where shards go."""
+    """Folder of the shards."""
     work: Path
-    """Where tables of the scan and records of shards go."""
+    """Folder of the scan's tables and the shards' summaries."""
 
 
 class ShardTask(NamedTuple):
-    """A shard and where its records stand: piece and row in the piece's table."""
+    """A shard to write, and its records: split and row in the split's table."""
 
     number: int
-    pieces: np.ndarray
+    splits: np.ndarray
     rows: np.ndarray
 
 
 class Worker:
-    """Scans pieces and makes shards. With GPUs, the n-th worker uses the n-th of them, round and round."""
+    """Scans splits and writes shards. Workers are assigned to GPUs round-robin by their index."""
 
-    def __init__(self, settings: WorkerSettings, number: int, count: Callable[[int], None]):
-        self._settings, self._number, self._count = settings, number, count
-        self._named = NamedPictures(settings.config.document_pictures)
+    def __init__(self, settings: WorkerSettings, index: int, count: Callable[[int], None]):
+        self._settings, self._index, self._count = settings, index, count
+        self._named_images = NamedImages(settings.config.document_images)
         self._opened: tuple[int, Reader] | None = None
 
-    def scan(self, piece: int) -> None:
-        """Write a piece's table, unless it is there."""
-        out = table_path(self._settings.work, piece)
+    def scan(self, split: int) -> None:
+        """Write a split's table, unless it exists."""
+        settings = self._settings
+        out = table_path(settings.work, split)
         if not out.is_file():
-            scan_piece(
-                self._settings.pieces[piece],
-                lambda: self._reader(piece),
-                self._settings.config,
-                self._settings.wanted,
+            scan_split(
+                settings.splits[split],
+                lambda: self._reader(split),
+                settings.config,
+                settings.selected_keys,
                 out,
                 self._count,
             )
 
-    def make(self, task: ShardTask) -> None:
-        """Make a shard, unless it is there whole."""
-        make_shard(
-            self._settings.folder,
-            self._settings.work,
+    def write(self, task: ShardTask) -> None:
+        """Write a shard, unless it is complete."""
+        settings = self._settings
+        write_shard_once(
+            settings.folder,
+            settings.work,
             task.number,
-            lambda: self._maker.documents(self._records(task)),
+            lambda: self._builder.documents(self._records(task)),
         )
 
     def _records(self, task: ShardTask) -> Iterator[tuple[Record, Any, str]]:
-        for piece in np.unique(task.pieces):
-            path = table_path(self._settings.work, int(piece))
-            for record in records_at(path, task.rows[task.pieces == piece], self._before[piece]):
-                reader = self._reader(int(piece))
+        for split in np.unique(task.splits):
+            path = table_path(self._settings.work, int(split))
+            for record in records_at(path, task.rows[task.splits == split], self._line_offsets[split]):
+                reader = self._reader(int(split))
                 try:
                     raw = reader.read(record)
                 except BadRecord as error:
@@ -87,29 +89,24 @@ class Worker:
                 yield record, raw, reader.where(record)
                 self._count(1)
 
-    def _reader(self, piece: int) -> Reader:
-        if self._opened is None or self._opened[0] != piece:
+    def _reader(self, split: int) -> Reader:
+        if self._opened is None or self._opened[0] != split:
             settings = self._settings
-            reader = open_piece(settings.kind, settings.pieces[piece], settings.config, self._named)
-            self._opened = piece, reader
+            reader = open_reader(settings.kind, settings.splits[split], settings.config, self._named_images)
+            self._opened = split, reader
         return self._opened[1]
 
     @cached_property
-    def _before(self) -> list[int]:
-        pieces = self._settings.pieces
-        return lines_before(pieces, [table_path(self._settings.work, piece.number) for piece in pieces])
+    def _line_offsets(self) -> list[int]:
+        splits = self._settings.splits
+        return line_offsets(splits, [table_path(self._settings.work, split.index) for split in splits])
 
     @cached_property
-    def _maker(self) -> DocumentMaker:
+    def _builder(self) -> DocumentBuilder:
         config, codec = self._settings.config, None
-        if self._settings.kind != "text" and config.images == "latents":
+        if self._settings.kind != "text" and config.image_storage == "latents":
             torch.backends.cudnn.deterministic = True
-            gpus = torch.cuda.device_count()
-            device = f"cuda:{self._number % gpus}" if gpus else "cpu"
+            num_gpus = torch.cuda.device_count()
+            device = f"cuda:{self._index % num_gpus}" if num_gpus else "cpu"
             codec = ImageCodec.from_pretrained(config.vae, device)
-        return DocumentMaker(config, Tokenizer(config.tokenizer), codec)
-
-
-def table_path(work: Path, piece: int) -> Path:
-    """Where a piece's table of the scan stands."""
-    return work / "scan" / f"{piece:06d}.parquet"
+        return DocumentBuilder(config, Tokenizer.from_pretrained(config.tokenizer), codec)

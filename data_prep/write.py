@@ -1,4 +1,4 @@
-"""The second pass: the documents of one shard, from records that are known to be good."""
+"""The second pass: builds the documents of a shard from records that the scan found valid, and writes it."""
 
 import io
 import tempfile
@@ -12,167 +12,172 @@ from PIL import Image
 
 from data_prep.config import PreprocessConfig, SplitConfig
 from data_prep.images import decode_caption, open_rgb
-from data_prep.readers.records import Picture, Record
+from data_prep.readers.records import RawPair, Record
 from megafusion.data.document_format import AFTER_TEXT, StoredDocument
-from megafusion.data.shards import ShardSummary, write_shard
+from megafusion.data.manifest import ShardSummary
+from megafusion.data.shards import write_shard
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import fit_rgb, to_tensor
+from megafusion.images.processor import preprocess_images, resize_and_crop
 from megafusion.images.sizes import nearest_size
+from megafusion.sequence.document import Segment
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, write_file
 
-CAPTION_SHOWN = 80
+CAPTION_PREVIEW_CHARS = 80
 WEBP_QUALITY = 95
-Part = np.ndarray | Image.Image | bytes
-"""A text's ids; a picture to be encoded; or one that is kept, as its bytes."""
+RawSegment = np.ndarray | Image.Image | bytes
+"""Token ids; an image to encode; or an image stored as WebP."""
 CHANGED = "has changed since it was scanned"
 
 
-def make_shard(
+def write_shard_once(
     folder: Path, work: Path, number: int, documents: Callable[[], Iterable[StoredDocument]]
-) -> ShardSummary:
-    """Write a shard and the record that it is whole; one that is there already stays.
+) -> None:
+    """Write a shard, then its summary, which marks it complete; a complete shard is kept.
 
-    It is made beside its place and moved there, its record last, so that a kill leaves no half of anything.
+    The shard is written to a temporary folder and renamed, so a kill leaves nothing half-written.
     """
-    record = shard_record(work, number)
-    found = read_record(record)
-    if found and _is_whole(folder, found):
-        return found
-    with tempfile.TemporaryDirectory(dir=work, prefix=f"shard-{number:06d}.") as beside:
-        made = write_shard(Path(beside), number, list(documents()))
-        for path in sorted(Path(beside).iterdir()):
+    summary = read_summary(summary_path(work, number))
+    if summary and _is_complete(folder, summary):
+        return
+    with tempfile.TemporaryDirectory(dir=work, prefix=f"shard-{number:06d}.") as temporary:
+        summary = write_shard(Path(temporary), number, list(documents()))
+        for path in sorted(Path(temporary).iterdir()):
             path.replace(folder / path.name)
-    write_file(record, made.model_dump_json())
-    return made
+    write_file(summary_path(work, number), summary.model_dump_json())
 
 
-def shard_record(work: Path, number: int) -> Path:
-    """Where it is said that a shard is whole."""
+def summary_path(work: Path, number: int) -> Path:
+    """Path of a complete shard's summary."""
     return work / "shards" / f"{number:06d}.json"
 
 
-def read_record(path: Path) -> ShardSummary | None:
-    """What is said of a shard; None where nothing is."""
+def read_summary(path: Path) -> ShardSummary | None:
+    """A shard's summary; None where it is missing."""
     return ShardSummary.model_validate_json(path.read_bytes()) if path.is_file() else None
 
 
-def _is_whole(folder: Path, summary: ShardSummary) -> bool:
+def _is_complete(folder: Path, summary: ShardSummary) -> bool:
     path = folder / summary.entry.name
     index = path.with_suffix(".index.npy")
     return path.is_file() and index.is_file() and file_sha256(path) == summary.entry.sha256
 
 
-class DocumentMaker:
-    """Records to documents: tokens, and latents in batches of one size that the shard alone decides.
+class DocumentBuilder:
+    """Builds documents from records: tokenizes texts and encodes images, in batches of one size.
 
-    A batch's size can change the last bits of its latents, so batches begin anew with each shard, whoever
-    makes it and whatever came before.
+    The batch size can change the last bits of latents, so batches start anew with each shard: its bytes
+    depend neither on the process that writes it nor on what that process wrote before.
     """
 
     def __init__(self, config: PreprocessConfig, tokenizer: Tokenizer, codec: ImageCodec | None):
         self._config, self._tokenizer, self._codec = config, tokenizer, codec
 
     def documents(self, records: Iterator[tuple[Record, Any, str]]) -> Iterator[StoredDocument]:
-        """Documents of records, each with what its reader gives and where it stands."""
-        batch: list[tuple[dict, list[Part]]] = []
+        """Documents of (record, what its reader returns, where it is)."""
+        batch: list[tuple[dict, list[RawSegment]]] = []
         num_images = 0
         for record, raw, where in records:
             try:
                 parsed = self._parse(record, raw)
             except UserError as error:
                 raise UserError(f"{where}: {CHANGED} ({error}); start again") from error
-            for metadata, parts in parsed:
-                batch.append((metadata, parts))
-                num_images += sum(isinstance(part, Image.Image) for part in parts)
+            for metadata, segments in parsed:
+                batch.append((metadata, segments))
+                num_images += sum(isinstance(segment, Image.Image) for segment in segments)
                 if num_images >= self._config.batch_size:
-                    yield from self._encoded(batch)
+                    yield from self._encode(batch)
                     batch, num_images = [], 0
-        yield from self._encoded(batch)
+        yield from self._encode(batch)
 
-    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[Part]]]:
-        if isinstance(raw, Picture):
+    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[RawSegment]]]:
+        """Metadata and segments of the documents that a record becomes; images are not encoded yet."""
+        if isinstance(raw, RawPair):
             caption = decode_caption(raw.caption)
-            parts = [self._tokens(caption), self._picture(raw.content)]
-            return [({"key": record.key, "caption": caption}, parts)]
+            segments = [self._tokens(caption), self._image(raw.image)]
+            return [({"key": record.key, "caption": caption}, segments)]
         if isinstance(raw, str):
             return [({"line": int(record.key)}, [self._tokens(raw.strip())])]
-        parts = [self._picture(part) if isinstance(part, bytes) else self._tokens(part) for part in raw]
-        about = {"key": record.key, "caption": _beginning(raw)}
-        pieces = split(parts, self._config.split)
+        segments = [self._image(s) if isinstance(s, bytes) else self._tokens(s) for s in raw]
+        metadata = {"key": record.key, "caption": _caption_preview(raw)}
         found, has_text = [], False
-        for number, piece in enumerate(pieces):
+        for number, part in enumerate(split_document(segments, self._config.split)):
             after = {AFTER_TEXT: True} if has_text else {}
-            found.append((about | {"part": number} | after, piece))
-            has_text |= any(isinstance(part, np.ndarray) for part in piece)
+            found.append((metadata | {"part": number} | after, part))
+            has_text |= any(isinstance(segment, np.ndarray) for segment in part)
         return found
 
     def _tokens(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text), np.int32)
 
-    def _picture(self, content: bytes) -> Image.Image | bytes:
-        picture, sizes = open_rgb(content), self._config.image_sizes
-        height, width = sizes[nearest_size(picture.height, picture.width, sizes)]
-        return fit_rgb(picture, height, width) if self._codec else compressed(picture, height, width)
+    def _image(self, content: bytes) -> Image.Image | bytes:
+        image, sizes = open_rgb(content), self._config.image_sizes
+        height, width = sizes[nearest_size(image.height, image.width, sizes)]
+        return resize_and_crop(image, height, width) if self._codec else to_webp(image, height, width)
 
-    def _encoded(self, batch: list[tuple[dict, list[Part]]]) -> Iterator[StoredDocument]:
-        pictures = [part for _, parts in batch for part in parts if isinstance(part, Image.Image)]
-        made: dict[int, np.ndarray] = {}
+    def _encode(self, batch: list[tuple[dict, list[RawSegment]]]) -> Iterator[StoredDocument]:
+        images = [s for _, segments in batch for s in segments if isinstance(s, Image.Image)]
+        moments: dict[int, np.ndarray] = {}
         for height, width in self._config.image_sizes:
-            own = [number for number, p in enumerate(pictures) if p.size == (width, height)]
+            own = [index for index, image in enumerate(images) if image.size == (width, height)]
             for first in range(0, len(own), self._config.batch_size):
                 some = own[first : first + self._config.batch_size]
-                made |= zip(some, self._moments([pictures[number] for number in some]), strict=True)
-        moments = (made[number] for number in range(len(pictures)))
-        for metadata, parts in batch:
-            segments = [next(moments) if isinstance(part, Image.Image) else part for part in parts]
-            yield StoredDocument(metadata, tuple(segments))
+                moments |= zip(some, self._moments([images[index] for index in some]), strict=True)
+        in_order = (moments[index] for index in range(len(images)))
+        for metadata, segments in batch:
+            yield StoredDocument(metadata, tuple(_stored(segment, in_order) for segment in segments))
 
-    def _moments(self, pictures: list[Image.Image]) -> np.ndarray:
-        """Mean and log-variance, float16 [n, 2, C, h, w], of at most a batch of pictures of one size."""
-        pixels = to_tensor(pictures, pictures[0].size[::-1]).to(self._codec.model.device)
+    def _moments(self, images: list[Image.Image]) -> np.ndarray:
+        """Mean and log-variance, float16 [n, 2, C, h, w], of at most batch_size images of one size."""
+        pixels = preprocess_images(images, images[0].height, images[0].width).to(self._codec.model.device)
         return torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
 
 
-def compressed(picture: Image.Image, height: int, width: int) -> bytes:
-    """A picture as WebP, made as small as still covers a height and a width."""
-    scale = max(width / picture.width, height / picture.height)
+def _stored(segment: RawSegment, moments: Iterator[np.ndarray]) -> Segment:
+    if isinstance(segment, Image.Image):
+        return Segment("moments", next(moments))
+    return Segment("pixels" if isinstance(segment, bytes) else "tokens", segment)
+
+
+def to_webp(image: Image.Image, height: int, width: int) -> bytes:
+    """An image as WebP, downscaled to the smallest size that covers height x width; never upscaled."""
+    scale = max(width / image.width, height / image.height)
     if scale < 1:
-        least = (width, height)
-        whole = tuple(max(a, round(side * scale)) for a, side in zip(least, picture.size, strict=True))
-        picture = picture.resize(whole, Image.Resampling.LANCZOS)
+        size = [max(a, round(b * scale)) for a, b in zip((width, height), image.size, strict=True)]
+        image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=WEBP_QUALITY)
+    image.save(buffer, "WEBP", quality=WEBP_QUALITY)
     return buffer.getvalue()
 
 
-def split(parts: list[Part], most: SplitConfig) -> list[list[Part]]:
-    """A document's parts as documents within the limits; images stay whole, texts are cut where they must.
+def split_document(segments: list[RawSegment], limits: SplitConfig) -> list[list[RawSegment]]:
+    """Split a document into parts within the limits; images stay complete, texts are cut at the limit.
 
-    Where there is no image nothing is split: streams cut texts themselves.
+    A document without images is not split, because streams cut texts themselves.
     """
-    if all(isinstance(part, np.ndarray) for part in parts):
-        return [parts]
-    pieces: list[list[Part]] = [[]]
+    if all(isinstance(segment, np.ndarray) for segment in segments):
+        return [segments]
+    parts: list[list[RawSegment]] = [[]]
     num_tokens = num_images = 0
-    for part in parts:
-        if not isinstance(part, np.ndarray):
-            if num_images == most.images:
-                pieces.append([])
+    for segment in segments:
+        if not isinstance(segment, np.ndarray):
+            if num_images == limits.images:
+                parts.append([])
                 num_tokens = num_images = 0
-            pieces[-1].append(part)
+            parts[-1].append(segment)
             num_images += 1
             continue
-        while len(part):
-            if num_tokens == most.tokens:
-                pieces.append([])
+        while len(segment):
+            if num_tokens == limits.tokens:
+                parts.append([])
                 num_tokens = num_images = 0
-            some, part = part[: most.tokens - num_tokens], part[most.tokens - num_tokens :]
-            pieces[-1].append(some)
-            num_tokens += len(some)
-    return pieces
+            room = limits.tokens - num_tokens
+            head, segment = segment[:room], segment[room:]
+            parts[-1].append(head)
+            num_tokens += len(head)
+    return parts
 
 
-def _beginning(parts: list[str | bytes]) -> str:
-    return next((part[:CAPTION_SHOWN] for part in parts if isinstance(part, str)), "")
+def _caption_preview(segments: list[str | bytes]) -> str:
+    return next((s[:CAPTION_PREVIEW_CHARS] for s in segments if isinstance(s, str)), "")

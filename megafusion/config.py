@@ -22,8 +22,11 @@ class Config(BaseModel):
     )
 
     renamed_keys: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions, each with its names now within this class, a space between two: it is refused
-    with those."""
+    """Keys of earlier versions with their names now, by which they are refused: a name within this class, or
+    after a dot a path from the top (`.checkpoint.every`); a space between two names."""
+
+    moved_values: ClassVar[dict[tuple[str, str], str]] = {}
+    """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
 
 
 C = TypeVar("C", bound=Config)
@@ -34,6 +37,11 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
 
     Raises UserError naming the file and the key's path, with the nearest valid name for a typing slip.
     """
+    return parse_config(cls, load_values(path, overrides), str(path))
+
+
+def load_values(path: Path | str, overrides: Sequence[str] = ()) -> Any:
+    """Plain values of a YAML file with dotted overrides. Raises UserError if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; see the ones in configs/")
@@ -43,10 +51,9 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
             raise UserError(f"override {override!r} is not of the form key.path=value")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path}: not readable as YAML keys and values: {error}") from error
-    return parse_config(cls, values, str(path))
 
 
 def parse_config(cls: type[C], values: Any, origin: str) -> C:
@@ -113,6 +120,11 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 def _describe(cls: type[Config], detail: dict) -> str:
     location = detail["loc"]
     path = _path(location)
+    value = detail["input"]
+    if isinstance(value, str) and location:
+        moved_to = _class_at(cls, location[:-1]).moved_values.get((str(location[-1]), value))
+        if moved_to:
+            return f"{path}: {value} has moved: write {moved_to}"
     match detail["type"]:
         case "extra_forbidden":
             if new_names := _new_names(cls, location):
@@ -142,10 +154,10 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
-    """The dotted paths that a key of an earlier version has now; none for a key that was never there."""
+    """The new dotted paths of a key of an earlier version; none for a key that never existed."""
     *parents, name = location
-    new_names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
-    return [_path([*parents, new_name]) for new_name in new_names]
+    names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
+    return [name[1:] if name.startswith(".") else _path([*parents, name]) for name in names]
 
 
 def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:

@@ -1,8 +1,21 @@
-"""Where single-process work runs."""
+"""The device of a process, also DeepSpeed's: modules import this one before deepspeed."""
+
+import os
+import resource
 
 import torch
+
+# DeepSpeed reads it when it is imported; otherwise it guesses the same, and prints that it did.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_device() -> torch.device:
     """The first GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process so far: the GPU's where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

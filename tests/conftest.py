@@ -28,7 +28,7 @@ settings.load_profile("ours")
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(TOKENIZER)
+    return Tokenizer.from_pretrained(TOKENIZER)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megafusion.cli import app, main
-from megafusion.commands.generate import open_picture, open_pipeline
+from megafusion.commands.generate import open_image
 from megafusion.config import load_config
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
+from megafusion.train.open_model import open_pipeline
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch", "keys")
@@ -118,14 +119,16 @@ def test_the_installed_command_runs():
             "data.sources.emoji.wieght=1",
             r"unknown key 'data.sources.emoji.wieght'; did you mean 'data.sources.emoji.weight'\?",
         ),
-        ("zzz=1", r"unknown key 'zzz'; valid keys: data, health, model"),
+        ("zzz=1", r"unknown key 'zzz'; valid keys: checkpoint, data, model"),
         ("train.num_steps=many", r"key 'train.num_steps': Input should be a valid integer \(got 'many'\)"),
         ("train.num_steps=1.5", r"key 'train.num_steps'"),
         ("train.num_steps=0", r"key 'train.num_steps': Input should be greater than 0"),
         ("model.patch_size=3", r"key 'model.patch_size'"),
-        ("objective.schedule.prediction=x", r"key 'objective.schedule.prediction'"),
+        ("objective.noise_process.prediction_type=x", r"key 'objective.noise_process.prediction_type'"),
         ("data.sequence_length=10", r"an image takes 20 positions, more than data.sequence_length 10"),
-        ("train.trackers=wandb", r"key 'train.trackers' is a list: write \[wandb\]"),
+        ("telemetry.trackers=wandb", r"key 'telemetry.trackers' is a list: write \[wandb\]"),
+        ("train.log_every=5", r"key 'train.log_every' was renamed: it is 'telemetry.log_every' now"),
+        ("health.max_crashes=0", r"key 'health' was renamed: it is 'resilience' now"),
         ("nonsense", r"override 'nonsense' is not of the form key.path=value"),
     ],
 )
@@ -159,7 +162,7 @@ def test_configuration_files_that_are_none(tmp_path, content, message):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_is_valid(path):
     from data_prep.config import PreprocessConfig
-    from data_prep.vae.train import AutoencoderConfig
+    from data_prep.vae.config import AutoencoderConfig
 
     cls = {"preprocess": PreprocessConfig, "vae": AutoencoderConfig}.get(path.parent.name, RunConfig)
     load_config(cls, path)
@@ -169,7 +172,7 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
     """train, then draw and describe from the run, its pipeline and a checkpoint."""
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(run_values))
-    status, text = run("train", str(config), "train.num_steps=2", "train.checkpoint_every=1")
+    status, text = run("train", str(config), "train.num_steps=2", "checkpoint.every=1")
     assert status == 0, text
     folder = Path(run_values["out"])
     places = [folder, folder / "pipeline", folder / "checkpoints/step-00000002"]
@@ -193,7 +196,15 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
     assert text.startswith(f"{apple}: ")
     mixed = ("--interleave", f"@{apple}", "--interleave", "and then")
     status, text = run(
-        "generate", str(folder), *mixed, "--steps", "2", "--sampler", "dpm++", "--out", str(tmp_path / "m")
+        "generate",
+        str(folder),
+        *mixed,
+        "--num-inference-steps",
+        "2",
+        "--sampler",
+        "dpm++",
+        "--out",
+        str(tmp_path / "m"),
     )
     assert status == 0
     assert text.startswith("answer")
@@ -201,11 +212,11 @@ def test_train_and_generate_from_every_kind_of_folder(run_values, tmp_path):
 
 def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     for arguments, message in [
         ((), "nothing to generate"),
-        (("--image", str(tmp_path / "none.png")), "none.png: no such picture"),
-        (("--image", str(broken)), "broken.png: not a picture"),
+        (("--image", str(tmp_path / "none.png")), "none.png: no such image"),
+        (("--image", str(broken)), "broken.png: not an image"),
         (("--prompt", "x"), "neither a pipeline folder, a run folder nor a checkpoint"),
     ]:
         out = tmp_path / "out"
@@ -222,9 +233,9 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     assert open_pipeline(Path(run_values["out"])).sizes == [(32, 32)]
 
 
-def test_pictures_open(tmp_path):
+def test_an_image_opens(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png").size == (4, 4)
+    assert open_image(tmp_path / "a.png").size == (4, 4)
 
 
 @pytest.mark.parametrize("command", ["train", "preprocess", "train-vae"])

@@ -1,1 +1,1 @@
-"""The embedded picture-caption pack and its builder."""
+"""The emoji pack: captioned images, the classifier of generated ones, and the quickstart's report."""

@@ -1,7 +1,7 @@
-"""Build the emoji pack: 64 x 64 pictures in two styles with captions, as one webdataset tar.
+"""Builder of the emoji pack: 64 x 64 images in two styles with captions, as one webdataset tar.
 
-Pictures come from Fluent Emoji ("3d") and Noto Emoji ("flat"), captions from emojibase; README.md
-beside this file gives provenance and licences.
+Images come from Fluent Emoji ("3d") and Noto Emoji ("flat"), captions from emojibase; README.md beside
+this file gives provenance and licenses.
 """
 
 import io
@@ -34,7 +34,7 @@ SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 FLAG_GROUP = 9
 
 FLUENT_DUPLICATE = "1F63A"
-"""Fluent ships one picture for both `cat face` (1F431) and `grinning cat` (1F63A)."""
+"""Fluent ships one image for both `cat face` (1F431) and `grinning cat` (1F63A)."""
 
 STARTER_CONCEPTS = """
 red apple, banana, strawberry, watermelon, lemon, grapes, carrot, avocado, mushroom, pizza, hamburger,
@@ -45,7 +45,7 @@ rainbow, snowflake, fire, evergreen tree, palm tree, cactus, sunflower, tulip, a
 sailboat, house, umbrella, balloon, wrapped gift, soccer ball, basketball, guitar, key, bell,
 crown, trophy, light bulb
 """
-"""Captions' labels of the starter split: everyday, short, and clearly different in both styles."""
+"""Labels of the starter split: everyday, short, and visually distinct in both styles."""
 
 
 def code_points(name: str) -> str:
@@ -55,7 +55,7 @@ def code_points(name: str) -> str:
 
 
 def read_labels(emojis: list[dict]) -> dict[str, str]:
-    """English label by code points, from emojibase's list; flags, skin tones and components left out.
+    """English label by code points, from emojibase's list, without flags, skin tones and components.
 
     Flags are hundreds of near-identical rectangles; components have no group.
     """
@@ -68,32 +68,32 @@ def read_labels(emojis: list[dict]) -> dict[str, str]:
 
 
 def render(encoded: bytes) -> bytes:
-    """Any picture as WebP: composited on white, padded to a square, 64 x 64, RGB."""
-    picture = Image.open(io.BytesIO(encoded)).convert("RGBA")
-    side = max(picture.size)
+    """An encoded image as WebP: composited on white, padded to a square, 64 x 64, RGB."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    side = max(image.size)
     canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    picture = canvas.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+    image = canvas.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
+    image.save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
     return buffer.getvalue()
 
 
 def join_pairs(
     labels: dict[str, str], fluent: dict[str, bytes], noto: dict[str, bytes]
 ) -> dict[str, tuple[bytes, str]]:
-    """(encoded picture, caption) by key, sorted; pictures are given by their file names.
+    """(encoded image, caption) by key, sorted; `fluent` and `noto` map file names to encoded images.
 
-    A key is the code points and the style, such as `1F34E-3d`: no dot, which would end it in webdataset.
+    A key is code points and style, such as `1F34E-3d`, without the dot that would end it in webdataset.
     """
     pairs = {}
     for style, files in (("3d", fluent), ("flat", noto)):
-        # Reversed, so that of two files for the same code points the first by name stays.
-        pictures = {code_points(Path(name).stem): files[name] for name in reversed(list(files))}
+        # Reversed, so that of two files for the same code points the first by name is kept.
+        images = {code_points(Path(name).stem): files[name] for name in reversed(list(files))}
         if style == "3d":
-            pictures.pop(FLUENT_DUPLICATE, None)
-        for key in labels.keys() & pictures.keys():
-            pairs[f"{key}-{style}"] = (pictures[key], f"{labels[key]}, {style} style")
+            images.pop(FLUENT_DUPLICATE, None)
+        for key in labels.keys() & images.keys():
+            pairs[f"{key}-{style}"] = (images[key], f"{labels[key]}, {style} style")
     return dict(sorted(pairs.items()))
 
 
@@ -101,9 +101,9 @@ def pack(pairs: dict[str, tuple[bytes, str]]) -> bytes:
     """A webdataset tar of KEY.webp and KEY.txt; the same pairs give the same bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for key, (picture, caption) in pairs.items():
-            for extension, content in (("webp", picture), ("txt", caption.encode())):
-                # A fresh TarInfo has mtime 0, owner 0 and mode 644: nothing of this machine gets in.
+        for key, (image, caption) in pairs.items():
+            for extension, content in (("webp", image), ("txt", caption.encode())):
+                # A fresh TarInfo has mtime 0, owner 0 and mode 644, whatever the machine.
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -116,13 +116,13 @@ def starter_keys(captions: dict[str, str], concepts: list[str]) -> list[str]:
     Raises UserError for a concept that the pack lacks in one of the styles.
     """
     by_caption = {caption: key for key, caption in captions.items()}
-    wanted = [f"{concept}, {style} style" for concept in concepts for style in ("3d", "flat")]
-    missing = [caption for caption in wanted if caption not in by_caption]
+    selected = [f"{concept}, {style} style" for concept in concepts for style in ("3d", "flat")]
+    missing = [caption for caption in selected if caption not in by_caption]
     if missing:
         raise UserError(
             f"starter concepts not in the pack: {missing}; correct STARTER_CONCEPTS in {__file__}"
         )
-    return [by_caption[caption] for caption in wanted]
+    return [by_caption[caption] for caption in selected]
 
 
 app = typer.Typer(add_completion=False)
@@ -137,9 +137,7 @@ def build(
     labels = read_labels(json.loads(read_package(EMOJIBASE, packages, "en/data.json")[""]))
     fluent = read_package(FLUENT, packages, "assets/")
     noto = read_package(NOTO, packages, "img/google/64/")
-    pairs = {
-        key: (render(picture), text) for key, (picture, text) in join_pairs(labels, fluent, noto).items()
-    }
+    pairs = {key: (render(image), text) for key, (image, text) in join_pairs(labels, fluent, noto).items()}
     concepts = [concept.strip() for concept in STARTER_CONCEPTS.split(",")]
     starter = starter_keys({key: caption for key, (_, caption) in pairs.items()}, concepts)
     content = pack(pairs)

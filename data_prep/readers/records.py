@@ -1,4 +1,4 @@
-"""What inputs are made of: records, each at a place that any process can read again."""
+"""Records: the unit of input, each with a location from which any process can read it again."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -6,9 +6,9 @@ from megafusion.errors import UserError
 
 
 class BadRecord(UserError):
-    """An input that cannot be used, and why; who catches it knows where it stands.
+    """An invalid input, and why; the caller adds where it is.
 
-    reason: what is counted, so of few kinds. detail: what a message says beside it.
+    reason: counted in the report, so one of few. detail: added to the message alone.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -17,7 +17,7 @@ class BadRecord(UserError):
 
 
 class Dropped(Exception):
-    """An input that a filter leaves out, and why."""
+    """A valid input that a filter drops, and why."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -25,33 +25,33 @@ class Dropped(Exception):
 
 
 class Record(NamedTuple):
-    """One input: its key or line, its place in the file, and what is wrong with it before it is read."""
+    """One input: its key or line, its location in the file, and a problem that is known before it is read."""
 
     key: str
-    at: Any = None
+    location: Any = None
     problem: str | None = None
 
 
-class Picture(NamedTuple):
-    """A picture with its caption as found, still encoded."""
+class RawPair(NamedTuple):
+    """An image, still encoded, with its caption and scores as found."""
 
     key: str
-    content: bytes
+    image: bytes
     caption: bytes | str | None
     scores: dict
 
 
 class Reader(Protocol):
-    """The records of a file, or of a few: in their order, and each by its place."""
+    """Reads the records of an input split: lists them in order, and reads each by its location."""
 
-    def records(self, *part: int) -> Any:
-        """Iterator of Record, in the file's order. What is damaged comes as a record with a problem.
+    def records(self, *span: int) -> Any:
+        """Iterator of Record, in the file's order. A damaged one has a problem.
 
-        part: of a file that is scanned in parts, first and end. Lines are numbered within it.
+        span: first and end of a part of a file. Lines are numbered within it.
         """
 
     def read(self, record: Record) -> Any:
-        """A Picture, a text (str), or a document's parts (list of str and bytes). Raises BadRecord."""
+        """A RawPair, a text (str), or a document's segments (list of str and bytes). Raises BadRecord."""
 
     def where(self, record: Record) -> str:
-        """The file and the record, as a message names them."""
+        """The file and the record, as error messages name them."""

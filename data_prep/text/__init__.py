@@ -1,1 +1,1 @@
-"""English text for small runs: WordNet glosses."""
+"""English text for small runs: WordNet glosses, and their builder."""

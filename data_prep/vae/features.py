@@ -10,46 +10,46 @@ from torch.nn import functional as F
 
 from megafusion.errors import UserError
 
-# ImageNet's mean and deviation a channel, for pictures in [-1, 1].
+# ImageNet's mean and standard deviation per channel, for images in [-1, 1].
 MEAN = (-0.030, -0.088, -0.188)
-DEVIATION = (0.458, 0.448, 0.450)
+STD = (0.458, 0.448, 0.450)
 
 
 class _Features(nn.Module):
-    """A trunk that is never trained and whose batch norms always use what they learned."""
+    """A frozen trunk; its batch norms always use their running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "_Features":
         return super().train(False)
 
-    def scaled(self, images_N3HW: Tensor) -> Tensor:
-        return (images_N3HW - self.mean) / self.deviation
+    def normalized(self, images_N3HW: Tensor) -> Tensor:
+        return (images_N3HW - self.mean) / self.std
 
 
 class VGG16Features(_Features):
-    """Pictures [N, 3, H, W] in [-1, 1] to the features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+    """Images [N, 3, H, W] in [-1, 1] to the features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
 
-    widths = (64, 128, 256, 512, 512)
+    channels = (64, 128, 256, 512, 512)
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         self.outputs: set[int] = set()
         in_channels = 3
-        for width, num_convolutions in zip(self.widths, (2, 2, 3, 3, 3), strict=True):
+        for out_channels, num_convolutions in zip(self.channels, (2, 2, 3, 3, 3), strict=True):
             for _ in range(num_convolutions):
-                layers += [nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU()]
-                in_channels = width
+                layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.ReLU()]
+                in_channels = out_channels
             self.outputs.add(len(layers) - 1)
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])
 
     def forward(self, images_N3HW: Tensor) -> list[Tensor]:
-        x = self.scaled(images_N3HW)
+        x = self.normalized(images_N3HW)
         found = []
         for index, layer in enumerate(self.features):
             x = layer(x)
@@ -59,9 +59,9 @@ class VGG16Features(_Features):
 
 
 class ResNet50Features(_Features):
-    """Pictures [N, 3, H, W] in [-1, 1] to the outputs of the four stages."""
+    """Images [N, 3, H, W] in [-1, 1] to the outputs of the four stages."""
 
-    widths = (256, 512, 1024, 2048)
+    channels = (256, 512, 1024, 2048)
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class ResNet50Features(_Features):
         return nn.Sequential(first, *(_Bottleneck(4 * width, width, 1) for _ in range(num_blocks - 1)))
 
     def forward(self, images_N3HW: Tensor) -> list[Tensor]:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(self.scaled(images_N3HW)))), 3, 2, 1)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(self.normalized(images_N3HW)))), 3, 2, 1)
         found = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
@@ -109,29 +109,29 @@ class _Bottleneck(nn.Module):
 
 
 def load_weights(network: nn.Module, path: Path, key: str) -> None:
-    """Fill and freeze a feature network; what the file holds beside it (a classifier) is ignored.
+    """Load and freeze a feature network; other tensors of the file (a classifier) are ignored.
 
     UserError, naming the file and the configuration's `key`, if it is unreadable or lacks a weight.
     """
     weights = _read(path, key)
-    for name, wanted in network.state_dict().items():
-        # Batch norm's count of batches, which many exports leave out, plays no part in evaluation.
+    for name, own in network.state_dict().items():
+        # Many exports lack batch norm's batch count, which evaluation does not use.
         if name.endswith("num_batches_tracked"):
-            weights.setdefault(name, wanted)
-        elif name not in weights or weights[name].shape != wanted.shape:
-            raise UserError(f"{key}: {path}: lacks {name} of shape {tuple(wanted.shape)}")
+            weights.setdefault(name, own)
+        elif name not in weights or weights[name].shape != own.shape:
+            raise UserError(f"{key}: {path}: lacks {name} of shape {tuple(own.shape)}")
     network.load_state_dict({name: weights[name] for name in network.state_dict()})
     network.eval().requires_grad_(False)
 
 
-def load_heads(path: Path, widths: tuple[int, ...], key: str) -> list[Tensor]:
-    """LPIPS' learned weights, one [C] a level: lin0.model.1.weight [1, C, 1, 1] and so on."""
+def load_heads(path: Path, channels: tuple[int, ...], key: str) -> list[Tensor]:
+    """LPIPS' learned weights, one [C] per level: lin0.model.1.weight [1, C, 1, 1] and so on."""
     weights = _read(path, key)
     heads = []
-    for level, width in enumerate(widths):
+    for level, num in enumerate(channels):
         name = f"lin{level}.model.1.weight"
-        if name not in weights or weights[name].numel() != width:
-            raise UserError(f"{key}: {path}: lacks {name} of {width} numbers")
+        if name not in weights or weights[name].numel() != num:
+            raise UserError(f"{key}: {path}: lacks {name} of {num} numbers")
         heads.append(weights[name].flatten())
     return heads
 

@@ -1,69 +1,27 @@
-"""The autoencoder's losses: reconstruction, divergence, perceptual, adversarial, identity.
+"""The autoencoder's loss: reconstruction, KL, perceptual, identity and adversarial terms.
 
-The whole of the paper's objective is L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL. A term of weight zero is
-neither built nor computed.
+The paper's objective is L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL. A term of weight zero is neither built
+nor computed.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_prep.vae.config import LossConfig
 from data_prep.vae.features import ResNet50Features, VGG16Features, load_heads, load_weights
-from megafusion.config import Config
 from megafusion.errors import UserError
 
 
-class LossConfig(Config):
-    """What is asked of a reconstruction, and at which weight."""
-
-    reconstruction: Literal["l1", "l2"] = "l1"
-    """Mean absolute or mean squared difference of pixels in [-1, 1]; its weight is 1."""
-
-    kl_weight: float = Field(default=1e-6, ge=0)
-    """Weight of the divergence from a unit Gaussian, summed over a picture's latent numbers."""
-
-    perceptual_weight: float = Field(default=0.0, ge=0)
-    """Weight of the LPIPS distance of VGG-16 features."""
-
-    perceptual_weights: Path | None = None
-    """Safetensors file of an ImageNet VGG-16 under torchvision's names (features.0.weight, ...)."""
-
-    perceptual_heads: Path | None = None
-    """Safetensors file of LPIPS' learned channel weights (lin0.model.1.weight, ...); none: all one."""
-
-    identity_weight: float = Field(default=0.0, ge=0)
-    """Weight of the distance of MoCo v2 features."""
-
-    identity_weights: Path | None = None
-    """Safetensors file of a MoCo v2 ResNet-50 under torchvision's names (layer1.0.conv1.weight, ...)."""
-
-    adversarial_weight: float = Field(default=0.0, ge=0)
-    """Weight of the patch discriminator's opinion."""
-
-    adversarial_start_step: int = Field(default=50_000, ge=1)
-    """Step at which discriminator and adversarial term begin."""
-
-    discriminator_channels: int = Field(default=64, gt=0)
-    """Width of the discriminator's first layer."""
-
-    discriminator_layers: int = Field(default=3, gt=0)
-    """Number of its layers that halve the picture."""
-
-    discriminator_learning_rate: float = Field(default=1e-4, gt=0)
-    """Constant rate of its Adam."""
-
-
 class AutoencoderLoss(nn.Module):
-    """Every term that the configuration asks for, as a dictionary of weighted scalars.
+    """Weighted terms of the loss, as the configuration sets them.
 
     The identity term is the paper's L_ID, "a perceptual loss based on internal features of the MoCo v2
-    model" (recalled, not found in the text at hand). Which features and which distance is our reading: the
-    outputs of ResNet-50's four stages, under the same distance as LPIPS without learned heads.
+    model" (quoted from memory). Features and distance are our choice: the outputs of ResNet-50's four stages,
+    under the distance of LPIPS without learned heads.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -73,27 +31,27 @@ class AutoencoderLoss(nn.Module):
         self.heads: list[Tensor] | None = None
         if config.perceptual_weight:
             self.perceptual = VGG16Features()
-            _fill(self.perceptual, config.perceptual_weights, "perceptual")
+            _load_frozen(self.perceptual, config.perceptual_weights, "perceptual")
             if config.perceptual_heads:
                 self.heads = load_heads(
-                    config.perceptual_heads, VGG16Features.widths, "loss.perceptual_heads"
+                    config.perceptual_heads, VGG16Features.channels, "loss.perceptual_heads"
                 )
         if config.identity_weight:
             self.identity = ResNet50Features()
-            _fill(self.identity, config.identity_weights, "identity")
+            _load_frozen(self.identity, config.identity_weights, "identity")
         if config.adversarial_weight:
             self.discriminator = PatchDiscriminator(
                 config.discriminator_channels, config.discriminator_layers
             )
 
-    def adversarial_at(self, step: int) -> bool:
-        """Whether the discriminator takes part in this step."""
+    def is_adversarial_at(self, step: int) -> bool:
+        """Whether this step trains the discriminator and has an adversarial term."""
         return self.discriminator is not None and step >= self.config.adversarial_start_step
 
     def forward(
         self, images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussianDistribution, step: int
     ) -> dict[str, Tensor]:
-        """Weighted terms whose sum the autoencoder minimises; pictures [N, 3, H, W], about [-1, 1]."""
+        """Weighted terms, whose sum the autoencoder minimizes; images [N, 3, H, W], about [-1, 1]."""
         config = self.config
         difference = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
         terms = {"reconstruction": difference(reconstructions, images)}
@@ -106,12 +64,12 @@ class AutoencoderLoss(nn.Module):
             terms["identity"] = config.identity_weight * feature_distance(
                 self.identity, images, reconstructions
             )
-        if self.adversarial_at(step):
+        if self.is_adversarial_at(step):
             terms["adversarial"] = config.adversarial_weight * -self.discriminator(reconstructions).mean()
         return terms
 
     def discriminator_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Hinge loss of telling pictures from reconstructions; leaves the autoencoder without gradient."""
+        """Hinge loss of the discriminator; the autoencoder receives no gradient."""
         real = self.discriminator(images)
         fake = self.discriminator(reconstructions.detach())
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -120,15 +78,15 @@ class AutoencoderLoss(nn.Module):
 def feature_distance(
     network: nn.Module, images: Tensor, reconstructions: Tensor, heads: list[Tensor] | None = None
 ) -> Tensor:
-    """LPIPS (Zhang et al., arXiv 1801.03924, equation 1), the mean over pictures [N, 3, H, W] in [-1, 1].
+    """LPIPS (Zhang et al., arXiv 1801.03924, equation 1), the mean over images [N, 3, H, W] in [-1, 1].
 
-    Each level's features are scaled to unit length at every position; squared differences are summed over
-    channels (weighted by `heads`, one [C] a level), averaged over positions and summed over levels.
+    Each level's features are normalized to unit length at every position; squared differences are summed over
+    channels (weighted by `heads`, one [C] per level), averaged over positions and summed over levels.
     """
     with torch.no_grad():
-        wanted = network(images)
+        targets = network(images)
     total = images.new_zeros(())
-    for level, (a, b) in enumerate(zip(wanted, network(reconstructions), strict=True)):
+    for level, (a, b) in enumerate(zip(targets, network(reconstructions), strict=True)):
         squared_NCHW = (_unit(a) - _unit(b)).square()
         if heads is not None:
             squared_NCHW = squared_NCHW * heads[level].to(squared_NCHW).view(1, -1, 1, 1)
@@ -137,32 +95,32 @@ def feature_distance(
 
 
 def _unit(features_NCHW: Tensor) -> Tensor:
-    # The constant stands inside the root: outside it, an all-zero position has an infinite gradient.
+    # The epsilon is inside the root: outside it, an all-zero position would have an infinite gradient.
     return features_NCHW / (features_NCHW.square().sum(1, keepdim=True) + 1e-10).sqrt()
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Judges overlapping patches (pix2pix, arXiv 1611.07004): [N, 3, H, W] to scores [N, 1, h, w]."""
+    """PatchGAN of pix2pix (arXiv 1611.07004): images [N, 3, H, W] to logits of patches [N, 1, h, w]."""
 
     def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
-        width = channels
+        in_channels = channels
         for level in range(1, num_layers + 1):
-            wider = channels * min(2**level, 8)
+            out_channels = channels * min(2**level, 8)
             stride = 1 if level == num_layers else 2
             layers += [
-                nn.Conv2d(width, wider, 4, stride, 1, bias=False),
-                nn.BatchNorm2d(wider),
+                nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=False),
+                nn.BatchNorm2d(out_channels),
                 nn.LeakyReLU(0.2),
             ]
-            width = wider
-        super().__init__(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+            in_channels = out_channels
+        super().__init__(*layers, nn.Conv2d(in_channels, 1, 4, 1, 1))
         for module in self:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
 
-def _fill(network: nn.Module, path: Path | None, name: str) -> None:
+def _load_frozen(network: nn.Module, path: Path | None, name: str) -> None:
     if path is None:
         raise UserError(
             f"loss.{name}_weight is above 0, so loss.{name}_weights must name a safetensors file; "

@@ -1,4 +1,4 @@
-"""Attention whose mask is two integers a row: packed text and images at the speed of what is visible."""
+"""Attention whose mask is two integers per row; its cost grows with the visible query-key pairs only."""
 
 from interval_attention.api import check_served, interval_attention, prepared_attention
 from interval_attention.intervals import Prepared, prepare

@@ -1,4 +1,4 @@
-"""The public function, and the custom operators behind it that torch.compile and autograd know."""
+"""The public functions, and the custom operators that register them with torch.compile and autograd."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from interval_attention.configs import HEAD_DIMS, Tile, stored_tiles
 from interval_attention.forward import forward_kernel
 from interval_attention.intervals import RUN, Prepared, prepare
 
-# Decided when the kernels were decorated, above.
+# Fixed when the kernels were decorated, at their import above.
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MASK = (
@@ -33,11 +33,11 @@ def interval_attention(
     q [B, S, H, K]; k, v [B, T, G, K] with G dividing H (grouped-query), any strides; row_start, row_end
     int32 [B, S] within 0 .. T, non-decreasing along S if gradients are wanted. scale is 1 / sqrt(K) by
     default. Returns o [B, S, H, K], and with return_lse also the natural log of each row's sum of exp
-    scores, float32 [B, H, S]. A row that sees no key gives zeros, and -inf in lse.
+    scores, float32 [B, H, S]. A fully masked row gives zeros, and -inf in lse.
 
-    Derives the transposed mask on each call; where layers share a mask, call `prepare` once and
-    `prepared_attention` in each layer. The backward pass is deterministic. ValueError for what the
-    kernels do not serve.
+    Derives the transposed mask on each call; if layers share a mask, call `prepare` once and
+    `prepared_attention` in each layer. The backward pass is deterministic. Raises ValueError for a case that
+    the kernels do not serve.
     """
     if k.ndim != 4:
         raise ValueError(f"k must be of shape (batch, keys, heads, head_dim), got {list(k.shape)}")
@@ -54,7 +54,7 @@ def prepared_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`interval_attention` with a mask made once by `prepare(row_start, row_end, T)` for many layers."""
+    """Attention as `interval_attention`, with a mask prepared once by `prepare(row_start, row_end, T)`."""
     _check_shapes(q, k, v, prepared)
     check_served(q.device, q.dtype, q.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -65,7 +65,7 @@ def prepared_attention(
 
 
 def check_served(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """ValueError for a device, dtype or head size that no kernel serves: to be asked at start-up."""
+    """Raise ValueError for a device, dtype or head_dim that no kernel serves; meant for start-up."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} is not served; served are {', '.join(map(str, DTYPES))}")
     if head_dim not in HEAD_DIMS:
@@ -75,7 +75,7 @@ def check_served(device: torch.device, dtype: torch.dtype, head_dim: int) -> Non
             f"tensors on {device}: the kernels run on CUDA devices of compute capability 8.0 and above "
             "(and on the CPU under TRITON_INTERPRET=1, for tests)"
         )
-    # Not traced by torch.compile, which cannot: such a chip is refused by the first eager call.
+    # torch.compile cannot trace this check; the first eager call refuses such a chip.
     traced = torch.compiler.is_compiling()
     if device.type == "cuda" and not traced and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"{torch.cuda.get_device_name(device)}: compute capability is below 8.0")
@@ -194,7 +194,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _in_loop(tensors: tuple[Tensor, Tensor], tile: Tile, block: int) -> tuple[tuple, Tile]:
-    """What a kernel's loop loads: TMA descriptors if its tile says so and both tensors allow them."""
+    """The tensors that a kernel's loop loads, as TMA descriptors if its tile says so and both allow them."""
     if not (tile.tma and all(map(describable, tensors))):
         return tensors, tile._replace(tma=False)
     described = (TensorDescriptor.from_tensor(x, [1, block, 1, x.shape[3]]) for x in tensors)
@@ -202,9 +202,8 @@ def _in_loop(tensors: tuple[Tensor, Tensor], tile: Tile, block: int) -> tuple[tu
 
 
 def describable(x: Tensor) -> bool:
-    """Whether the hardware takes a descriptor of x [B, S, H, K]: begin and strides on 16 bytes, the last 1.
-
-    What it does not take is read through pointers, at the same tile: right all the same.
+    """Whether the hardware supports a TMA descriptor of x [B, S, H, K]: address and strides multiples of
+    16 bytes, last stride 1. Other tensors are read through pointers with the same tile.
     """
     *outer, last = x.stride()
     aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in outer)

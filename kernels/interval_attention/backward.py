@@ -1,6 +1,6 @@
 """The backward pass: dK and dV by tiles of keys, dQ by tiles of queries.
 
-Each gradient is summed by one program in one order, with no atomics: the backward pass is deterministic.
+Each gradient is summed by one program in one order, without atomics: the backward pass is deterministic.
 """
 
 import triton
@@ -15,9 +15,9 @@ def delta_kernel(
     s_gb, s_gs, s_gh, s_gd, num_rows, num_heads,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(o x do) - dlse, and lse in base 2 with +inf (so p = 0) for rows that see nothing.
+    """delta = rowsum(o x do) - dlse, and lse in base 2 with +inf (so p = 0) for fully masked rows.
 
-    The gradient of a score is p (dp - rowsum(o x do)) + p dlse, which is why dlse joins delta.
+    The gradient of a score is p (dp - rowsum(o x do)) + p dlse, hence dlse is part of delta.
     """
     tiles = tl.cdiv(num_rows, BLOCK_M)
     pid = tl.program_id(0)
@@ -45,7 +45,7 @@ def _add_dkdv(
     s_qs, s_qd, s_gs, s_gd,
     MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """What query rows first .. first + BLOCK_M of one head add to a tile's dK and dV."""
+    """Add the contribution of query rows first .. first + BLOCK_M of one head to a tile's dK and dV."""
     rows = first + tl.arange(0, BLOCK_M)
     q_MD = load_tile(q, b, head, first, s_qs, s_qd, high, MASKED, TMA, BLOCK_M, HEAD_DIM)
     lse2_M = tl.load(lse2 + rows, mask=rows < high, other=0.0) if MASKED else tl.load(lse2 + rows)
@@ -72,7 +72,7 @@ def dkdv_kernel(
     RUN: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [B, T, G, K], contiguous; one program a tile of BLOCK_N keys of a key head."""
+    """dk, dv [B, T, G, K], contiguous; one program per tile of BLOCK_N keys of a key head."""
     num_kv_heads = num_heads // group
     b, kv_head, first_key = locate(order, num_runs, num_kv_heads, RUN, BLOCK_N)
     if first_key >= num_keys:
@@ -132,7 +132,7 @@ def _add_dq(
     s_kt, s_kd, s_vt, s_vd,
     MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """What keys first .. first + BLOCK_N add to a tile's dQ."""
+    """Add the contribution of keys first .. first + BLOCK_N to a tile's dQ."""
     k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, MASKED, TMA, BLOCK_N, HEAD_DIM)
     v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, MASKED, TMA, BLOCK_N, HEAD_DIM)
     s = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
@@ -154,7 +154,7 @@ def dq_kernel(
     RUN: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, S, H, K], contiguous; one program a tile of BLOCK_M queries of a head."""
+    """dq [B, S, H, K], contiguous; one program per tile of BLOCK_M queries of a head."""
     b, head, tile_row = locate(order, num_runs, num_heads, RUN, BLOCK_M)
     if tile_row >= num_rows:
         return

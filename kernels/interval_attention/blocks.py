@@ -1,4 +1,4 @@
-"""Intervals as lists of blocks, for kernels that take them so (flash-attention 4)."""
+"""Intervals as block lists, the mask format of flash-attention 4."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from interval_attention.tiles import FAR
 
 
 class BlockLists(NamedTuple):
-    """For each block of positions, the blocks of the other side that it visits, in ascending order.
+    """For each block of positions, the visited blocks of the other side, in ascending order.
 
     N blocks of positions, M of the other side: counts int32 [B, 1, N], indices int32 [B, 1, N, M] (zeros
-    behind the count). `mask` blocks need the mask; in `full` ones every pair is visible. Blocks that are
-    cut off by either end stand among `mask`.
+    after the count). `mask` blocks need the mask; in `full` blocks every pair is visible. A block that
+    extends past either end is a `mask` block.
     """
 
     mask_count: Tensor
@@ -26,11 +26,11 @@ class BlockLists(NamedTuple):
 
 @triton.jit
 def block_lists_kernel(
-    start, end, held_start, held_end, mask_count, mask_index, full_count, full_index,
+    start, end, clamped_start, clamped_end, mask_count, mask_index, full_count, full_index,
     num_positions, num_others, num_other_blocks,
     BLOCK: tl.constexpr, OTHER: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of positions: its visited blocks are one run, and the full ones a run inside it."""
+    """One program per block of positions: its visited blocks are one range, its full blocks a subrange."""
     num_blocks = tl.cdiv(num_positions, BLOCK)
     pid = tl.program_id(0)
     block = pid % num_blocks
@@ -41,9 +41,9 @@ def block_lists_kernel(
     e = tl.load(end + from64 + at, mask=inside, other=0)
     s = tl.minimum(tl.maximum(s, 0), num_others - 1)
     e = tl.maximum(tl.minimum(e, num_others), s + 1)
-    held = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(held_start + held, tl.where(inside, s, num_others))
-    tl.store(held_end + held, tl.where(inside, e, num_others))
+    at_clamped = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(clamped_start + at_clamped, tl.where(inside, s, num_others))
+    tl.store(clamped_end + at_clamped, tl.where(inside, e, num_others))
 
     first = tl.min(tl.where(inside, s, FAR)) // OTHER
     last = tl.cdiv(tl.max(tl.where(inside, e, 0)), OTHER)
@@ -67,20 +67,20 @@ def block_lists_kernel(
 def block_lists(
     start: Tensor, end: Tensor, num_others: int, block: int, other_block: int
 ) -> tuple[BlockLists, Tensor, Tensor]:
-    """Lists for intervals int32 [B, S] over `num_others` positions of the other side, and the intervals held.
+    """Block lists of intervals int32 [B, S] over `num_others` positions, and the clamped intervals.
 
-    Held intervals, int32 [B, N x block], are inside 0 .. num_others and never empty (an empty one sees the
-    one position where it stands; who calls sets that row's result to zero), for kernels that divide by what
-    a row sees; behind S they are empty. One kernel; `block` and `other_block` are powers of two.
+    The returned intervals, int32 [B, N x block], are clamped to 0 .. num_others and never empty, because
+    flash-attention divides by a row's sum: an empty interval becomes its own position, and the caller zeroes
+    that row's result. Past S they are empty. `block` and `other_block` must be powers of two.
     """
     num_batch, num_positions = start.shape
     num_blocks, num_other_blocks = triton.cdiv(num_positions, block), triton.cdiv(num_others, other_block)
     counts = start.new_empty((2, num_batch, 1, num_blocks))
     indices = start.new_empty((2, num_batch, 1, num_blocks, num_other_blocks))
-    held = start.new_empty((2, num_batch, num_blocks * block))
+    clamped = start.new_empty((2, num_batch, num_blocks * block))
     with torch.cuda.device_of(start):
         block_lists_kernel[(num_batch * num_blocks,)](
-            start.contiguous(), end.contiguous(), *held, counts[0], indices[0], counts[1], indices[1],
+            start.contiguous(), end.contiguous(), *clamped, counts[0], indices[0], counts[1], indices[1],
             num_positions, num_others, num_other_blocks, BLOCK=block, OTHER=other_block, CHUNK=64,
         )  # fmt: skip
-    return BlockLists(counts[0], indices[0], counts[1], indices[1]), held[0], held[1]
+    return BlockLists(counts[0], indices[0], counts[1], indices[1]), clamped[0], clamped[1]

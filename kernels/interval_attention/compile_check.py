@@ -1,9 +1,9 @@
-"""Compile every stored variant for a GPU that need not be here, and print what each one takes.
+"""Compile every stored variant for a GPU, without needing one, and print the resources that each uses.
 
 python -m interval_attention.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma] [--json]
 
-Registers and spills are ptxas's own figures, read with the cuobjdump that comes with Triton. They say
-whether a variant fits on the chip; they say nothing about its speed.
+Registers and spills are ptxas's own figures, read with the cuobjdump that comes with Triton. They show
+whether a variant fits on the chip, not its speed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from interval_attention.forward import forward_kernel
 from interval_attention.intervals import RUN
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# Most shared memory a program may have, in bytes; for 80 that of 8.6, 8.9 and 12.x, its smallest users.
+# Maximum shared memory of a program in bytes; for 80 that of 8.6, 8.9 and 12.x, which also use its tiles.
 SHARED_LIMIT = {80: 101_376, 90: 232_448}
 KERNELS = {
     "forward": forward_kernel,
@@ -38,15 +38,25 @@ KERNELS = {
     "dq": dq_kernel,
 }
 FLOAT32 = {"lse", "dlse", "delta", "lse2"}
-# What each kernel's loop loads, through descriptors if its tile says so.
+# The tensors that each kernel's loop loads, through descriptors if its tile says so.
 IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do", "dq_kernel": "k v"}
-INT32 = {"row_start", "row_end", "first_row", "last_row", "order", "start", "end", "held_start", "held_end"}
+INT32 = {
+    "row_start",
+    "row_end",
+    "first_row",
+    "last_row",
+    "order",
+    "start",
+    "end",
+    "clamped_start",
+    "clamped_end",
+}
 INT32 |= {"mask_count", "mask_index", "full_count", "full_index"}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled variant takes: registers a thread, bytes spilled a thread, shared bytes a program."""
+    """Resources of one compiled variant: registers and spilled bytes per thread, shared bytes per program."""
 
     kernel: str
     architecture: int
@@ -59,7 +69,7 @@ class Usage:
 
 
 def variants(architecture: int, head_dim: int) -> Iterator[tuple[str, triton.JITFunction, Tile]]:
-    """The kernels of one architecture and head size with each of their stored tiles."""
+    """The kernels of one architecture and head_dim with each of their stored tiles."""
     for name, kernel in KERNELS.items():
         stored = read_stored()[architecture, head_dim].values()
         for tile in dict.fromkeys(getattr(tiles, name) for tiles in stored):
@@ -70,7 +80,7 @@ def variants(architecture: int, head_dim: int) -> Iterator[tuple[str, triton.JIT
 def measure(
     name: str, kernel: triton.JITFunction, tile: Tile, architecture: int, dtype: str, head_dim: int
 ) -> Usage:
-    """Compile one variant as a launch with aligned, packed tensors would."""
+    """Compile one variant as a launch with aligned, contiguous tensors would."""
     source = _source(kernel, tile, dtype, head_dim)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -80,7 +90,7 @@ def measure(
         text = subprocess.run(
             [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
-    # STACK is what a thread keeps in local memory, LOCAL what the source asked for: spills show as stack.
+    # Local memory of a thread: STACK includes spills, LOCAL is what the source asked for.
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
     return Usage(
         name, architecture, dtype, head_dim, tile, registers, stack + local, compiled.metadata.shared
@@ -95,31 +105,31 @@ def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int) -
     described = set(IN_LOOP[kernel.__name__].split()) if tile.tma else set()
     block = tile.rows if kernel is dkdv_kernel else tile.keys
     signature, constexprs, attributes = {}, {}, {}
-    for place, name in enumerate(inspect.signature(kernel.fn).parameters):
+    for index, name in enumerate(inspect.signature(kernel.fn).parameters):
         if name in constants or re.fullmatch(r"s_.d", name):
             # A last stride of 1 is a constant to Triton's launcher too.
             signature[name], constexprs[name] = "constexpr", constants.get(name, 1)
         elif name.startswith("s_") or name.startswith("num_") or name == "group":
             signature[name] = "i32"
             if name.startswith("s_"):
-                attributes[place,] = [["tt.divisibility", 16]]
+                attributes[index,] = [["tt.divisibility", 16]]
         elif name == "scale":
             signature[name] = "fp32"
         elif name in described:
             signature[name] = f"tensordesc<{dtype}[1, {block}, 1, {head_dim}]>"
         else:
             signature[name] = "*fp32" if name in FLOAT32 else "*i32" if name in INT32 else f"*{dtype}"
-            attributes[place,] = [["tt.divisibility", 16]]
+            attributes[index,] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; status 1 when a variant spills or does not fit its chip."""
+    """Print the table; exit status 1 if a variant spills or does not fit its chip."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
-    parser.add_argument("--tma", action="store_true", help="sm_90 alone, each loop through TMA descriptors")
+    parser.add_argument("--tma", action="store_true", help="sm_90 only, each loop through TMA descriptors")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(arguments)
     usages = []

@@ -1,6 +1,6 @@
-"""Stored tiles per architecture, head size and number of rows: nothing is tuned while a model trains.
+"""Stored tiles per architecture, head_dim and number of rows: nothing is tuned at run time.
 
-`stored_tiles.json` holds them, and says which of them were measured.
+`stored_tiles.json` holds them and records which were measured.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of its software pipeline, and whether its loop
+    """Rows and keys of a tile, warps per program, stages of its software pipeline, and whether its loop
     loads through TMA descriptors (sm_90 and above)."""
 
     rows: int
@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One tile for each kernel; `decode` is the forward pass of at most 16 query rows."""
+    """One tile per kernel; `decode` is the forward pass of at most 16 query rows."""
 
     forward: Tile
     decode: Tile
@@ -39,7 +39,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 90)
 STORED = Path(__file__).with_name("stored_tiles.json")
 _DELTA = Tile(64, 1, 4, 1)
-# float32 serves tests and comparisons; the interpreter's tiles are small so that short rows have edges.
+# float32 serves tests and comparisons; the interpreter's tiles are small so that short rows have edges too.
 _FLOAT32 = Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), _DELTA, Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 _WIDE_FLOAT32 = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), _DELTA, Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 INTERPRETED = Tiles(
@@ -48,7 +48,7 @@ INTERPRETED = Tiles(
 
 
 def stored_tiles(device: torch.device, head_dim: int, dtype: torch.dtype, num_rows: int) -> Tiles:
-    """The tiles for num_rows query rows; float32 has its own, and so has the interpreter on a CPU."""
+    """The tiles for num_rows query rows. float32 and the interpreter on a CPU have tiles of their own."""
     if _in_use is not None:
         return _in_use
     if device.type == "cpu":
@@ -59,24 +59,24 @@ def stored_tiles(device: torch.device, head_dim: int, dtype: torch.dtype, num_ro
 
 
 def architecture_of(device: torch.device) -> int:
-    """Which of ARCHITECTURES has the tiles of a CUDA device."""
+    """The entry of ARCHITECTURES whose tiles a CUDA device uses."""
     major, _ = torch.cuda.get_device_capability(device)
     return 90 if major in (9, 10) else 80
 
 
 def lookup(architecture: int, head_dim: int, num_rows: int) -> Tiles:
-    """The entry of the file with the largest `least_rows` that num_rows reaches."""
+    """The stored tiles with the largest min_rows <= num_rows."""
     entries = read_stored()[architecture, head_dim]
-    return entries[max(least for least in entries if least <= num_rows)]
+    return entries[max(min_rows for min_rows in entries if min_rows <= num_rows)]
 
 
 @cache
 def read_stored() -> dict[tuple[int, int], dict[int, Tiles]]:
-    """The file's tiles by (architecture, head_dim), then by least number of rows; each has an entry for 0."""
+    """The stored tiles by (architecture, head_dim), then by min_rows; each has an entry for 0."""
     stored: dict[tuple[int, int], dict[int, Tiles]] = {}
     for entry in json.loads(STORED.read_text())["tiles"]:
         tiles = Tiles(*(Tile(*entry[kernel]) for kernel in Tiles._fields))
-        stored.setdefault((entry["architecture"], entry["head_dim"]), {})[entry["least_rows"]] = tiles
+        stored.setdefault((entry["architecture"], entry["head_dim"]), {})[entry["min_rows"]] = tiles
     return stored
 
 
@@ -85,7 +85,7 @@ _in_use: Tiles | None = None
 
 @contextmanager
 def using(tiles: Tiles) -> Iterator[None]:
-    """Every call inside takes these tiles in the place of the stored ones: to measure and to test them."""
+    """Override the stored tiles inside the block, for measurements and tests."""
     global _in_use
     before, _in_use = _in_use, tiles
     try:

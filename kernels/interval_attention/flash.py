@@ -1,7 +1,7 @@
-"""The same mask for Tri Dao's kernels: flash-attention 4 with block lists, flash-attention 2 for text alone.
+"""The same mask for Tri Dao's kernels: flash-attention 4 with block lists, flash-attention 2 for text only.
 
-Neither was run here, for want of a GPU. Against the real package without one, tests check the names of the
-arguments and compile the kernels for sm_90 with our mask function.
+Neither has run on a GPU here. Without one, tests check the names of the arguments against the installed
+package, and compile its kernels for sm_90 with our mask function.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from torch import Tensor
 from interval_attention.blocks import BlockLists, block_lists
 
 Package = Literal["flash-attn-4", "flash-attn"]
-# The head sizes at which flash-attention 4 takes blocks of 128 keys, forward and backward.
+# The values of head_dim for which flash-attention 4 takes blocks of 128 keys, forward and backward.
 HEAD_DIMS = (64, 96, 128)
 BLOCK_KEYS = 128
 
@@ -22,9 +22,9 @@ BLOCK_KEYS = 128
 class FlashPrepared(NamedTuple):
     """A batch's mask for `flash_attention`, made once by `flash_prepare`.
 
-    With flash-attn-4: row_start, row_end, int32 [B, S up to whole blocks], never empty; lists for the
-    forward pass, by blocks of rows, and where S = T for the backward pass, by blocks of keys. With
-    flash-attn: starts of the documents of all rows, int32 [documents + 1].
+    With flash-attn-4: row_start, row_end, int32 [B, S padded to whole blocks], never empty; lists for the
+    forward pass, by blocks of rows, and if S = T for the backward pass, by blocks of keys. With flash-attn:
+    starts of the documents of all rows, int32 [documents + 1].
     """
 
     package: Package
@@ -39,8 +39,8 @@ class FlashPrepared(NamedTuple):
 def flash_prepare(row_start: Tensor, row_end: Tensor, num_keys: int, package: Package) -> FlashPrepared:
     """Intervals int32 [B, S] over num_keys T keys, for the package that `check_flash` named.
 
-    The lists by keys need row_start and row_end to be non-decreasing along S. For flash-attn this waits for
-    the device, and raises ValueError where a row holds more than texts.
+    The lists by keys need row_start and row_end to be non-decreasing along S. For flash-attn this
+    synchronizes with the device, and raises ValueError if a row contains an image.
     """
     if package == "flash-attn":
         return FlashPrepared(package, document_starts=document_starts(row_start, row_end, num_keys))
@@ -59,10 +59,9 @@ def flash_prepare(row_start: Tensor, row_end: Tensor, num_keys: int, package: Pa
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, prepared: FlashPrepared, scale: float | None = None
 ) -> Tensor:
-    """Attention [B, S, H, K] as `interval_attention`; what a row that sees nothing holds is not defined.
+    """Compute attention [B, S, H, K] as `interval_attention` does; a fully masked row's result is undefined.
 
-    Of what the packages add, dQ is summed in no fixed order, and torch.compile leaves the call out of its
-    graph.
+    The packages sum dQ in no fixed order, and the call breaks torch.compile's graph.
     """
     call = _flash_4 if prepared.package == "flash-attn-4" else _flash_2
     return call(q, k, v, prepared, scale)
@@ -76,7 +75,7 @@ def _flash_4(q: Tensor, k: Tensor, v: Tensor, prepared: FlashPrepared, scale: fl
 
 
 def flash_4_arguments(prepared: FlashPrepared) -> dict:
-    """What says the mask to `flash_attn.cute.interface.flash_attn_func`."""
+    """The arguments of `flash_attn.cute.interface.flash_attn_func` that describe the mask."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     from interval_attention.flash_mask import sees
@@ -111,37 +110,37 @@ def _flash_2(q: Tensor, k: Tensor, v: Tensor, prepared: FlashPrepared, scale: fl
 
 
 def document_starts(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor:
-    """Where documents begin in all rows laid end to end, and where the last ends: int32 [documents + 1].
+    """The first position of each document in the concatenated rows, and the end: int32 [documents + 1].
 
-    ValueError for rows that are not texts one behind the other, each from its own first position on.
+    Raises ValueError for rows that are not consecutive text documents.
     """
     num_batch, num_rows = row_start.shape
     if num_rows != num_keys:
         raise ValueError(f"flash-attn serves as many queries as keys, not {num_rows} and {num_keys}")
     position = torch.arange(num_rows, device=row_start.device)
     begins = row_start == position
-    goes_on = torch.zeros_like(begins)
-    goes_on[:, 1:] = row_start[:, 1:] == row_start[:, :-1]
-    others = ((row_end != position + 1) | ~(begins | goes_on)).nonzero()
+    continues = torch.zeros_like(begins)
+    continues[:, 1:] = row_start[:, 1:] == row_start[:, :-1]
+    others = ((row_end != position + 1) | ~(begins | continues)).nonzero()
     if len(others):
         b, i = others[0].tolist()
         raise ValueError(
-            f"flash-attn serves rows of text alone, but query {i} of row {b} sees the keys "
-            f"{row_start[b, i]} .. {row_end[b, i]}: images need flash-attn-4, or another backend"
+            f"flash-attn serves rows of text only, but query {i} of row {b} sees the keys "
+            f"{row_start[b, i]} .. {row_end[b, i]}: images need flash-attn-4 or another backend"
         )
     end = torch.tensor([num_batch * num_rows], device=row_start.device)
     return torch.cat([begins.flatten().nonzero()[:, 0], end]).int()
 
 
 def flash_package(device: torch.device) -> Package:
-    """The installed package that serves a chip; ValueError with packages, versions and chip otherwise."""
+    """The installed package that serves a chip; raises ValueError with packages and chip if none does."""
     if device.type != "cuda":
         raise ValueError(f"flash-attention runs on CUDA devices, not on {device}")
     architecture, refusals = _architecture(device), []
     served: dict[Package, tuple[range, str]] = {
         "flash-attn-4": (
             range(90, 120),
-            "Hopper and Blackwell (sm_90 to sm_11x), which take masks by blocks",
+            "Hopper and Blackwell (sm_90 to sm_11x), which support block-sparse masks",
         ),
         "flash-attn": (range(80, 120), "sm_80 to sm_11x"),
     }
@@ -154,7 +153,7 @@ def flash_package(device: torch.device) -> Package:
 
 
 def check_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> Package:
-    """The package that serves a case; ValueError with package, version and chip where none does."""
+    """The package that serves a case; raises ValueError with package, version and chip if none does."""
     package = flash_package(device)
     reason = _refusal_4(head_dim) if package == "flash-attn-4" else _refusal_2(head_dim)
     if dtype not in (torch.bfloat16, torch.float16):
@@ -195,7 +194,7 @@ def _version(package: str) -> str | None:
 
 
 def _architecture(device: torch.device) -> int:
-    """90 for compute capability 9.0; 0 for no CUDA device."""
+    """90 for compute capability 9.0; 0 for a device that is not CUDA."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)

@@ -19,7 +19,7 @@ def _attend(
         seen = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
         s = tl.where(seen, s, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1) * scale2)
-    # A row that has seen no key yet has a peak of -inf; 0 in its place keeps exp2 from NaN.
+    # A row without a visible key so far has a peak of -inf, of which exp2 would make NaN: use 0.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     p = tl.exp2(s * scale2 - base[:, None])
     shrink = tl.exp2(peak - base)
@@ -37,7 +37,7 @@ def forward_kernel(
     RUN: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """o [B, S, H, K] and lse [B, H, S], both contiguous; one program a tile of BLOCK_M queries of a head."""
+    """o [B, S, H, K] and lse [B, H, S], contiguous; one program per tile of BLOCK_M queries of a head."""
     b, head, first_row = locate(order, num_runs, num_heads, RUN, BLOCK_M)
     if first_row >= num_rows:
         return

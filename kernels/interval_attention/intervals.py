@@ -1,11 +1,11 @@
-"""What every layer shares: the mask's two integers a row, their transpose, and the order of work."""
+"""The mask as all layers share it: two integers per row, their transpose, and the order of work."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Rows (or keys) that the schedule moves as one; the kernels' tiles divide it.
+# Rows (or keys) that the schedule moves together; a multiple of the kernels' tiles.
 RUN = 128
 
 
@@ -13,9 +13,9 @@ class Prepared(NamedTuple):
     """A batch's mask, made once by `prepare` and read by all layers.
 
     row_start, row_end: int32 [B, S]; query i sees the keys row_start <= j < row_end, none where they are
-    equal. first_row, last_row: int32 [B, T], the transpose: key j is seen by rows first_row <= i < last_row
-    (less the empty ones). row_order, key_order: int32 [B x runs], runs of 128 rows or keys with the longest
-    work first; run r stands for row r // runs of the batch and its positions from r % runs x 128.
+    equal. first_row, last_row: int32 [B, T], the transpose: rows first_row <= i < last_row see key j
+    (except fully masked rows). row_order, key_order: int32 [B x runs], runs of 128 rows or keys in descending
+    order of work; run r is the positions from r % runs x 128 of batch row r // runs.
     """
 
     row_start: Tensor
@@ -29,11 +29,11 @@ class Prepared(NamedTuple):
 def prepare(
     row_start: Tensor, row_end: Tensor, num_keys: int | None = None, *, check: bool = False
 ) -> Prepared:
-    """Derive the column bounds and the schedule of a batch: O(S) memory, no wait for the device.
+    """Derive the column bounds and the schedule of a batch: O(S) memory, no synchronization with the device.
 
     row_start, row_end: int32 [B, S]; num_keys T is S by default. The backward pass needs both to be
-    non-decreasing along S, as packing makes them; the forward pass takes any. `check=True` looks at the
-    contents (which waits for the device) and raises ValueError with the first value that is out of
+    non-decreasing along S, as packing makes them; the forward pass does not. `check=True` validates the
+    contents, which synchronizes with the device, and raises ValueError with the first value that is outside
     0 .. T or smaller than the one before it.
     """
     for name, bound in (("row_start", row_start), ("row_end", row_end)):
@@ -44,7 +44,7 @@ def prepare(
     if row_start.shape != row_end.shape or row_start.device != row_end.device:
         raise ValueError(
             f"row_start {list(row_start.shape)} on {row_start.device} and row_end {list(row_end.shape)} on "
-            f"{row_end.device} must be of one shape on one device"
+            f"{row_end.device} must have one shape and one device"
         )
     num_rows = row_start.shape[1]
     num_keys = num_rows if num_keys is None else num_keys
@@ -60,7 +60,7 @@ def prepare(
 
 
 def _longest_first(start: Tensor, end: Tensor) -> Tensor:
-    """Runs of 128 positions in the order of what they visit together, the longest first."""
+    """Runs of 128 positions in descending order of the length of the union of their intervals."""
     size = start.shape[1]
     last = torch.arange(RUN - 1, size + RUN - 1, RUN, device=start.device).clamp_(max=size - 1)
     length = end[:, last] - start[:, ::RUN]

@@ -1,4 +1,4 @@
-"""Dense attention under the same mask, in the precision it is given: what the kernels are held against."""
+"""Dense attention under the same mask, in the precision of its inputs: the tests' reference."""
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ def reference_attention(
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     score_BHST = torch.einsum("bshk,bthk->bhst", q, k) * scale
-    seen = dense_mask(row_start, row_end, k.shape[1])
-    some = seen.any(-1, keepdim=True)
-    # A row that sees nothing takes finite scores here and is replaced below: -inf alone would give NaN.
-    score_BHST = score_BHST.masked_fill(~seen & some, float("-inf"))
+    visible = dense_mask(row_start, row_end, k.shape[1])
+    not_empty = visible.any(-1, keepdim=True)
+    # A fully masked row keeps finite scores here and is zeroed below, because a row of -inf would give NaN.
+    score_BHST = score_BHST.masked_fill(~visible & not_empty, float("-inf"))
     o = torch.einsum("bhst,bthk->bshk", score_BHST.softmax(-1), v)
-    lse = score_BHST.logsumexp(-1).masked_fill(~some[..., 0], float("-inf"))
-    return o * some[:, 0, :, :, None], lse
+    lse = score_BHST.logsumexp(-1).masked_fill(~not_empty[..., 0], float("-inf"))
+    return o * not_empty[:, 0, :, :, None], lse

@@ -1,9 +1,9 @@
-"""Which keys or rows a tile visits, and which of its steps need the mask. Shared by all kernels."""
+"""The keys or rows that a tile visits, and the steps that need the mask. Shared by all kernels."""
 
 import triton
 import triton.language as tl
 
-# Larger than any position; a neutral element for minima.
+# Larger than any position: the neutral element of minima.
 FAR = tl.constexpr(2**31 - 1)
 
 
@@ -20,7 +20,7 @@ def locate(order, num_runs, num_heads, RUN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_rows(row_start, row_end, rows, num_rows, num_keys):
-    """Intervals [BLOCK] of some rows, held inside 0 .. num_keys; rows past the end are empty."""
+    """Intervals [BLOCK] of some rows, clamped to 0 .. num_keys; empty past the last row."""
     inside = rows < num_rows
     start = tl.load(row_start + rows, mask=inside, other=0)
     end = tl.load(row_end + rows, mask=inside, other=0)
@@ -29,9 +29,9 @@ def load_rows(row_start, row_end, rows, num_rows, num_keys):
 
 @triton.jit
 def bounds(start, end):
-    """What rows of these intervals visit, [low, high), and what each of them sees, [inner_low, inner_high).
+    """The union of some rows' intervals, [low, high), and their intersection, [inner_low, inner_high).
 
-    Empty rows have no say: their results are replaced by zeros in the end.
+    Empty intervals are ignored, because their rows' results are zeroed in the end.
     """
     empty = end <= start
     low = tl.min(tl.where(empty, FAR, start))
@@ -43,10 +43,10 @@ def bounds(start, end):
 
 @triton.jit
 def steps(low, inner_low, inner_high, high, BLOCK: tl.constexpr):
-    """Cut [low, high) into steps of BLOCK: edge steps, which need the mask, and full steps, which do not.
+    """Split [low, high) into steps of BLOCK: edge steps, which need the mask, and full steps, which do not.
 
-    Steps count from low, so a tile inside one document has no edge on the left. Returns where the full
-    steps begin and end, the number of edge steps on the left, and of all edge steps.
+    Steps count from low, so a tile within one document has no edge on the left. Returns the begin and end of
+    the full steps, the number of edge steps on the left, and the number of all edge steps.
     """
     full_low = low + tl.cdiv(inner_low - low, BLOCK) * BLOCK
     full_high = full_low + tl.maximum(inner_high - full_low, 0) // BLOCK * BLOCK
@@ -57,13 +57,13 @@ def steps(low, inner_low, inner_high, high, BLOCK: tl.constexpr):
 
 @triton.jit
 def edge_step(i, low, full_high, num_left, BLOCK: tl.constexpr):
-    """Where the i-th edge step begins: those on the left, then those on the right."""
+    """The first position of the i-th edge step: those on the left come first, then those on the right."""
     return tl.where(i < num_left, low + i * BLOCK, full_high + (i - num_left) * BLOCK)
 
 
 @triton.jit
 def at_head(x, b, head, stride_b, stride_h, TMA: tl.constexpr):
-    """Where one head of one batch row begins; a TMA descriptor stands for all of them and stays as it is."""
+    """The address of one head of one batch row; a TMA descriptor covers all and is returned as it is."""
     if TMA:
         return x
     else:
@@ -75,9 +75,9 @@ def load_tile(
     x, b, head, first, stride, stride_d, high,
     MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Positions first .. first + BLOCK of one head, [BLOCK, HEAD_DIM], of what `at_head` gave.
+    """Load positions first .. first + BLOCK of one head, [BLOCK, HEAD_DIM], from the result of `at_head`.
 
-    If MASKED, zeros from `high` on, or with TMA from the tensor's end on.
+    If MASKED, zeros from `high` on; with TMA, zeros past the tensor's end.
     """
     if TMA:
         return x.load([b.to(tl.int32), first, head.to(tl.int32), 0]).reshape([BLOCK, HEAD_DIM])

@@ -1,1 +1,1 @@
-"""Checkpoints: tensors by name, complete or not there, for any topology."""
+"""Sharded checkpoints of whole tensors by name, which any topology can load."""

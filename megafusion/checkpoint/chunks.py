@@ -1,8 +1,8 @@
-"""A contiguous range of a flattened parameter, as n-dimensional boxes of the whole parameter.
+"""A contiguous range of a flattened parameter, as n-dimensional chunks of the whole parameter.
 
-ZeRO cuts flattened parameters anywhere; torch.distributed.checkpoint stores boxes of whole tensors. A range
-is at most 2 n - 1 boxes (part of a row, whole rows, part of a row; and so on inward), each once a run of the
-parameter's layout. Boxes are views: what is read is written straight into the optimizer's storage.
+ZeRO splits flattened parameters at any element; torch.distributed.checkpoint (DCP) stores n-dimensional
+chunks of whole tensors. A range is at most 2 n - 1 chunks (part of a row, whole rows, part of a row; and so
+on inward), for each span of its ShardSpec. Chunks are views: reading into one fills the optimizer's storage.
 """
 
 from collections.abc import Iterable
@@ -16,45 +16,45 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megafusion.parallel.sharding import ShardSpec
 
-Place = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes of a box."""
+Bounds = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes of a chunk, by dimension."""
 
 
-def cut_range(shape: tuple[int, ...], start: int, stop: int) -> list[Place]:
-    """The boxes that elements [start, stop) of a flattened tensor make up, in their order there."""
+def chunk_bounds(shape: tuple[int, ...], start: int, stop: int) -> list[Bounds]:
+    """The chunks that make up elements [start, stop) of a flattened tensor, in the order of the elements."""
     if start >= stop:
         return []
     if not shape:
         return [((), ())]
     inner = prod(shape[1:])
 
-    def in_row(row: int, begin: int, end: int) -> list[Place]:
-        return [((row, *offsets), (1, *sizes)) for offsets, sizes in cut_range(shape[1:], begin, end)]
+    def in_row(row: int, begin: int, end: int) -> list[Bounds]:
+        return [((row, *offsets), (1, *sizes)) for offsets, sizes in chunk_bounds(shape[1:], begin, end)]
 
     first, last = -(-start // inner), stop // inner  # whole rows
     if first > last:
         return in_row(last, start - last * inner, stop - last * inner)
-    boxes = in_row(first - 1, start - (first - 1) * inner, inner) if start % inner else []
+    chunks = in_row(first - 1, start - (first - 1) * inner, inner) if start % inner else []
     if first < last:
-        boxes.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
-    return boxes + (in_row(last, 0, stop % inner) if stop % inner else [])
+        chunks.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return chunks + (in_row(last, 0, stop % inner) if stop % inner else [])
 
 
-def is_covered(shape: tuple[int, ...], boxes: Iterable[Place]) -> bool:
-    """Whether boxes, which may overlap, fill a tensor."""
-    left = [((0,) * len(shape), tuple(shape))]
-    for box in sorted(boxes):  # in order, so that little is left in pieces
-        left = [piece for rest in left for piece in _without(rest, box)]
-    return not left
+def is_covered(shape: tuple[int, ...], chunks: Iterable[Bounds]) -> bool:
+    """Whether chunks, which may overlap, cover a tensor."""
+    uncovered = [((0,) * len(shape), tuple(shape))]
+    for chunk in sorted(chunks):  # in order, so that few pieces are left at a time
+        uncovered = [piece for rest in uncovered for piece in _without(rest, chunk)]
+    return not uncovered
 
 
-def _without(box: Place, taken: Place) -> list[Place]:
-    """What is left of a box, in boxes."""
-    offsets, sizes = box
-    begins = [max(a, b) for a, b in zip(offsets, taken[0], strict=True)]
-    ends = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, *taken, strict=True)]
+def _without(bounds: Bounds, covered: Bounds) -> list[Bounds]:
+    """The difference of two chunks, in chunks."""
+    offsets, sizes = bounds
+    begins = [max(a, b) for a, b in zip(offsets, covered[0], strict=True)]
+    ends = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, *covered, strict=True)]
     if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
-        return [box]
+        return [bounds]
     pieces = []
     for dim, (begin, end) in enumerate(zip(begins, ends, strict=True)):
         for low, high in ((offsets[dim], begin), (end, offsets[dim] + sizes[dim])):
@@ -66,33 +66,33 @@ def _without(box: Place, taken: Place) -> list[Place]:
 
 
 @dataclass(frozen=True)
-class Box:
-    """Part of a whole tensor: where it begins there, and its values (a view)."""
+class Chunk:
+    """Part of a whole tensor: its offsets there, and its values (a view)."""
 
     offsets: tuple[int, ...]
     values: Tensor
 
 
 class Chunks:
-    """What a rank holds of a whole tensor, in the protocol of torch/distributed/_checkpointable.py.
+    """A rank's part of a whole tensor, under the protocol of torch/distributed/_checkpointable.py.
 
-    fragment: 1-D, elements [start, start + len) of the flattened local parameter that layout describes.
+    fragment: 1-D, elements [start, start + len(fragment)) of the flattened local parameter of shard_spec.
     """
 
-    def __init__(self, fragment: Tensor, start: int, layout: ShardSpec):
-        self.shape, self.dtype = layout.shape, fragment.dtype
-        self.boxes: list[Box] = []
-        local = list(layout.shape)
-        if local:
-            local[layout.dim] = sum(run.length for run in layout.runs)
+    def __init__(self, fragment: Tensor, start: int, shard_spec: ShardSpec):
+        self.shape, self.dtype = shard_spec.shape, fragment.dtype
+        self.chunks: list[Chunk] = []
+        local_shape = list(shard_spec.shape)
+        if local_shape:
+            local_shape[shard_spec.dim] = sum(span.length for span in shard_spec.spans)
         used = 0
-        for offsets, sizes in cut_range(tuple(local), start, start + len(fragment)):
+        for offsets, sizes in chunk_bounds(tuple(local_shape), start, start + len(fragment)):
             values = fragment[used : used + prod(sizes)].view(sizes)
             used += prod(sizes)
-            self.boxes += _by_run(offsets, values, layout)
+            self.chunks += _to_whole(offsets, values, shard_spec)
 
     def size(self) -> torch.Size:
-        """The whole tensor's."""
+        """Shape of the whole tensor."""
         return self.shape
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
@@ -107,21 +107,21 @@ class Chunks:
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(box.offsets), box.values.shape) for box in self.boxes]
+        return [ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.values.shape) for chunk in self.chunks]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(box.values for box in self.boxes if box.offsets == tuple(index.offset))
+        return next(chunk.values for chunk in self.chunks if chunk.offsets == tuple(index.offset))
 
 
-def _by_run(offsets: tuple[int, ...], values: Tensor, layout: ShardSpec) -> list[Box]:
-    """A box of the local parameter as boxes of the whole one, one for each run that it meets."""
+def _to_whole(offsets: tuple[int, ...], values: Tensor, shard_spec: ShardSpec) -> list[Chunk]:
+    """A chunk of the local parameter as chunks of the whole one, one for each span that it overlaps."""
     if not offsets:
-        return [Box(offsets, values)]
-    dim, boxes = layout.dim, []
+        return [Chunk(offsets, values)]
+    dim, chunks = shard_spec.dim, []
     begin, end = offsets[dim], offsets[dim] + values.shape[dim]
-    for run in layout.runs:
-        low, high = max(begin, run.local_start), min(end, run.local_start + run.length)
+    for span in shard_spec.spans:
+        low, high = max(begin, span.local_start), min(end, span.local_start + span.length)
         if low < high:
-            whole = (*offsets[:dim], run.whole_start + low - run.local_start, *offsets[dim + 1 :])
-            boxes.append(Box(whole, values.narrow(dim, low - begin, high - low)))
-    return boxes
+            whole = (*offsets[:dim], span.whole_start + low - span.local_start, *offsets[dim + 1 :])
+            chunks.append(Chunk(whole, values.narrow(dim, low - begin, high - low)))
+    return chunks

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: complete with its manifest, or no checkpoint."""
+"""A checkpoint's folder, complete only with its manifest."""
 
 import errno
 import json
@@ -19,32 +19,37 @@ DAMAGED = ".damaged"
 
 
 class DamagedCheckpoint(UserError):
-    """A file of a checkpoint is missing or not as it was written."""
+    """A file of a checkpoint is missing, or differs from the manifest."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """Complete checkpoints in a folder, oldest first."""
     found = [
         p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()
     ]
     return sorted(found, key=step_of)
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run folder. UserError where there is none."""
+def latest_checkpoint(run: Path) -> Path:
+    """The latest complete checkpoint of a run folder. UserError if it has none."""
     found = complete_checkpoints(run / "checkpoints")
     if not found:
         raise UserError(f"{run}: the run has no complete checkpoint yet; train it further")
     return found[-1]
 
 
-def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
-    """Raise DamagedCheckpoint naming the file that is missing or not as it was written.
+def newest_step(run: Path) -> int:
+    """Step of the newest complete checkpoint of a run folder; 0 without one."""
+    return max(map(step_of, complete_checkpoints(run / "checkpoints")), default=0)
 
-    first, stride: hash every stride-th file from the first on, for ranks that share the work.
+
+def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
+    """Check the size and SHA-256 of every file. Raises DamagedCheckpoint naming the first bad one.
+
+    first, stride: check every stride-th file from the first on, so that ranks share the work.
     """
     files = read_manifest(path)
-    # The largest first, so that shares are about equal.
+    # The largest first, so that ranks read about equally much.
     for name in sorted(files, key=lambda name: -files[name]["bytes"])[first::stride]:
         file, entry = path / name, files[name]
         if not file.is_file():
@@ -53,28 +58,28 @@ def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
             is_whole = file.stat().st_size == entry["bytes"] and file_sha256(file) == entry["sha256"]
         except OSError as error:
             if error.errno == errno.EIO:  # the disk has lost it
-                raise DamagedCheckpoint(f"{file}: not readable any more; {way_out()}") from error
-            raise UserError(f"{file}: cannot be read ({error.strerror or error}); mend that first") from error
+                raise DamagedCheckpoint(f"{file}: damaged: an I/O error; {way_out()}") from error
+            raise UserError(f"{file}: cannot be read ({error.strerror or error}); fix that first") from error
         if not is_whole:
-            raise DamagedCheckpoint(f"{file}: not as it was written; {way_out()}")
+            raise DamagedCheckpoint(f"{file}: damaged: size or SHA-256 is not the manifest's; {way_out()}")
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
-    """`bytes` and `sha256` of a checkpoint's files.
+    """Size (`bytes`) and `sha256` of a checkpoint's files.
 
-    Raises DamagedCheckpoint where the manifest is missing, or not to the byte what `publish` writes of what
-    it says: nothing else has its hash.
+    Raises DamagedCheckpoint if the manifest is missing, or is not byte for byte what `publish` writes for the
+    entries in it: no other file holds its hash.
     """
     if not (path / MANIFEST).is_file():
-        raise DamagedCheckpoint(f"{path}: no {MANIFEST}, so no complete checkpoint; {way_out()}")
+        raise DamagedCheckpoint(f"{path}: no {MANIFEST}, so the checkpoint is incomplete; {way_out()}")
     try:
         text = (path / MANIFEST).read_text()
         files = json.loads(text)["files"]
         files = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path / MANIFEST}: not readable ({error}); {way_out()}") from error
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: {error}; {way_out()}") from error
     if text != _manifest(files):
-        raise DamagedCheckpoint(f"{path / MANIFEST}: not as it was written; {way_out()}")
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: its text was changed; {way_out()}")
     return files
 
 
@@ -83,7 +88,8 @@ def _manifest(files: dict[str, dict]) -> str:
 
 
 def way_out() -> str:
-    return "take the checkpoint before, as `megafusion train` does"
+    """Advice to the user for a damaged checkpoint."""
+    return "use the previous checkpoint, as `megafusion train` does"
 
 
 def step_of(path: Path) -> int:
@@ -91,7 +97,7 @@ def step_of(path: Path) -> int:
 
 
 def hash_files(folder: Path, pattern: str) -> dict[str, dict]:
-    """Sizes and hashes of files, as the manifest has them."""
+    """Manifest entries of files: size and SHA-256."""
     return {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.glob(pattern))
@@ -99,33 +105,33 @@ def hash_files(folder: Path, pattern: str) -> dict[str, dict]:
 
 
 def publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
-    """Write the manifest, and rename the folder into place."""
+    """Write the manifest, and rename the folder to its final name."""
     (partial / MANIFEST).write_text(_manifest(files))
-    # torch has brought the tensors to the disk; the rest must be there too before the name is.
+    # DCP has synced the tensors; the rest must reach the disk before the name does.
     for written in (partial / "state.json", partial / MANIFEST, partial / "tensors", partial):
-        _to_disk(written)
-    # A step may be saved again, with other counts: the older folder is whole until the new one is.
+        _sync(written)
+    # A step may be saved again, with other counts; its older checkpoint stays complete until then.
     older = path.with_name(f"{path.name}.older{PARTIAL}")
     if path.exists():
         path.rename(older)
     partial.rename(path)
-    _to_disk(path.parent)
+    _sync(path.parent)
     shutil.rmtree(older, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, or what is left of one. What cannot be deleted is said and stays."""
+    """Delete a checkpoint, or the rest of one. Warn if it cannot be deleted."""
     try:
         if not path.name.endswith(PARTIAL):
-            # Under a name that is no checkpoint's, for deleting takes a while and may be cut short.
+            # Renamed first, because deleting takes a while and may be interrupted.
             path = path.rename(path.with_name(path.name + PARTIAL))
         shutil.rmtree(path)
     except OSError as error:
         print(f"warning: {path}: cannot be deleted ({error.strerror or error})", file=sys.stderr, flush=True)
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+def _sync(path: Path) -> None:
+    """Sync a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -134,7 +140,7 @@ def _to_disk(path: Path) -> None:
 
 
 def quarantine(path: Path) -> Path:
-    """Give a damaged checkpoint a name that is none of a checkpoint, so that nothing counts on it."""
-    aside = path.with_name(path.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
+    """Rename a damaged checkpoint, so that it is no longer found; returns its new path."""
+    quarantined = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(quarantined, ignore_errors=True)
+    return path.rename(quarantined)

@@ -1,6 +1,6 @@
-"""How torch.distributed.checkpoint plans with Boxes.
+"""Planners of torch.distributed.checkpoint (DCP) for Chunks.
 
-torch's own planners take tensors alone, refuse overlap, and unpickle what a checkpoint holds beside tensors.
+DCP's own planners accept only tensors, reject overlapping chunks, and unpickle objects that are not tensors.
 """
 
 import io
@@ -19,12 +19,12 @@ from megafusion.checkpoint.chunks import Chunks, is_covered
 
 
 class ChunkSavePlanner(DefaultSavePlanner):
-    """Writes each rank's boxes, one from each place.
+    """Writes each rank's chunks, equal ones once.
 
-    Tensor-parallel ranks hold equal copies of a parameter that is not cut, which ZeRO may cut at other
-    places on each. Boxes of such copies overlap; as their values are equal, either is right to write and
-    to read, so overlap is left alone. torch knows a box by its name and offsets, and of those that begin
-    together keeps one, long or short. That leaves no gap: where the kept one ends, its own copy goes on.
+    Tensor-parallel ranks hold equal copies of a replicated parameter, and ZeRO may split each copy elsewhere.
+    Chunks of such copies overlap. Their values are equal, so either may be written and read, and overlap is
+    allowed. DCP identifies a chunk by name and offsets, and of chunks with equal offsets keeps one, short or
+    long. This leaves no gap: where the kept one ends, the next chunk of its own copy begins.
     """
 
     def __init__(self):
@@ -34,8 +34,8 @@ class ChunkSavePlanner(DefaultSavePlanner):
         plans = self._dedup_save_plans(all_plans)
         plans, metadata = create_default_global_save_plan(plans)
         for name, entry in metadata.state_dict_metadata.items():
-            boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
-            assert is_covered(tuple(entry.size), boxes), f"{name}: the ranks do not hold the whole of it"
+            chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+            assert is_covered(tuple(entry.size), chunks), f"{name}: the chunks of all ranks do not cover it"
         return plans, metadata
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
@@ -43,7 +43,7 @@ class ChunkSavePlanner(DefaultSavePlanner):
 
 
 class ChunkLoadPlanner(DefaultLoadPlanner):
-    """Reads into boxes, and reads nothing but tensors."""
+    """Reads tensors, and nothing else, into chunks."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -51,11 +51,11 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Chunks], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        # Not torch's, which puts None in the place of whatever is not a tensor.
+        # DCP's own replaces everything that is not a tensor by None.
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> NoReturn:
-        raise AssertionError(f"{read_item.dest_index.fqn}: bytes, which are never unpickled")
+        raise AssertionError(f"{read_item.dest_index.fqn}: pickled bytes, which are never loaded")
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)

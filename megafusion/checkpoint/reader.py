@@ -1,8 +1,10 @@
-"""Reading a checkpoint without trusting it: torch pickles the list of its tensors."""
+"""Reads checkpoints without trusting them: DCP pickles the list of tensors."""
 
 import pickle
 import warnings
+from collections.abc import Container
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -11,12 +13,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from megafusion.checkpoint.chunks import Chunks
-from megafusion.checkpoint.folder import DamagedCheckpoint, verify_checkpoint, way_out
+from megafusion.checkpoint.folder import KINDS, DamagedCheckpoint, verify_checkpoint, way_out
 from megafusion.checkpoint.planners import ChunkLoadPlanner
 from megafusion.errors import UserError
 from megafusion.parallel.sharding import shard_spec_of
 
-# All that the list of tensors is made of; the tensors themselves are loaded with weights_only.
+# Every class in the list of tensors. The tensors themselves are loaded with weights_only.
 _ALLOWED = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
@@ -40,9 +42,9 @@ _ALLOWED = {
 
 
 def _member(owner: type, name: str) -> object:
-    """An enumeration's member, which Python up to 3.11.3 pickles as an attribute of its class."""
+    """A member of an enumeration: Python up to 3.11.3 pickles it as an attribute of its class."""
     if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
-        raise pickle.UnpicklingError(f"it asks for an attribute of {owner!r}")
+        raise pickle.UnpicklingError(f"it names an attribute of {owner!r}")
     return owner[name]
 
 
@@ -53,66 +55,79 @@ class _Unpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours holds")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint holds")
 
 
-class Reader(FileSystemReader):
-    """torch's reader of a checkpoint's folder, which runs nothing that the folder might ask for."""
+class TensorSource(Protocol):
+    """Whole tensors by name, of which each rank reads the chunks that it needs; str() names it in errors."""
+
+    def shapes(self) -> dict[str, torch.Size]: ...
+
+    def read(self, chunks: dict[str, Chunks]) -> None:
+        """Fill chunks, by the name of their tensor."""
+
+
+class CheckpointReader(FileSystemReader):
+    """The tensors `KIND.PARAMETER` of a checkpoint, a TensorSource. Runs no code that the files name."""
+
+    def __init__(self, checkpoint: Path, kinds: Container[str] = KINDS):
+        super().__init__(checkpoint / "tensors")
+        self._checkpoint, self._kinds = checkpoint, kinds
+
+    def __str__(self) -> str:
+        return str(self._checkpoint)
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """The list of tensors. UserError naming the file when it is damaged or holds anything else."""
+        """The list of tensors. DamagedCheckpoint naming the file if it is corrupt or holds anything else."""
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise DamagedCheckpoint(f"{path}: not read ({error}); {way_out()}") from error
+            raise DamagedCheckpoint(f"{path}: damaged: {error}; {way_out()}") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
+    def shapes(self) -> dict[str, torch.Size]:
+        entries = self.read_metadata().state_dict_metadata
+        return {name: entry.size for name, entry in entries.items() if name.partition(".")[0] in self._kinds}
 
-def read_chunks(
-    path: Path, boxes: dict[str, Chunks], shapes: dict[str, torch.Size], kinds: tuple[str, ...]
-) -> None:
-    """Fill boxes. UserError where the checkpoint is none of ours, or has other tensors of these kinds."""
-    reader = Reader(path / "tensors")
-    stored = {
-        name: entry.size
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.partition(".")[0] in kinds
-    }
+    def read(self, chunks: dict[str, Chunks]) -> None:
+        with warnings.catch_warnings():
+            # Each rank reads what it needs; no plan is shared.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(chunks, storage_reader=self, planner=ChunkLoadPlanner(), no_dist=True)
+
+
+def read_chunks(source: TensorSource, chunks: dict[str, Chunks], shapes: dict[str, torch.Size]) -> None:
+    """Fill this rank's chunks of a model with these shapes. UserError if the source has other tensors."""
+    stored = source.shapes()
     for name in sorted(stored.keys() | shapes.keys(), key=lambda name: name.partition(".")[::-1]):
         if stored.get(name) != shapes.get(name):
-            there, here = (_shape_text(found.get(name)) for found in (stored, shapes))
-            parameter = name.partition(".")[2]
+            parameter, there, here = name.partition(".")[2], _text(stored.get(name)), _text(shapes.get(name))
             raise UserError(
-                f"{path}: does not hold the tensors of this model: {parameter} {there} there, "
-                f"{here} here; give the model that it was saved from"
+                f"{source}: holds another model: {parameter} {there} there, but {here} in this model; use "
+                "the model configuration that it was saved with"
             )
-    with warnings.catch_warnings():
-        # A rank reads what it needs and no other rank needs to know.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(boxes, storage_reader=reader, planner=ChunkLoadPlanner(), no_dist=True)
+    source.read(chunks)
 
 
-def _shape_text(shape: torch.Size | None) -> str:
+def _text(shape: torch.Size | None) -> str:
     return "is missing" if shape is None else f"has shape {list(shape)}"
 
 
-def load_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one kind (of KINDS) by parameter name, in one process, every file's hash checked.
+def load_full_tensors(
+    path: Path, shapes: dict[str, torch.Size], kind: str, verify: bool = True
+) -> dict[str, Tensor]:
+    """Full tensors of one kind (of KINDS) by parameter name, in one process.
 
-    Raises UserError where the checkpoint is damaged or of another model.
+    verify: check every file's hash; not needed if this run has just written the checkpoint. Raises UserError
+    if the checkpoint is damaged or holds another model.
     """
-    verify_checkpoint(path)
-    return read_whole(path, names_and_shapes, kind)
-
-
-def read_whole(path: Path, names_and_shapes: dict[str, torch.Size], kind: str) -> dict[str, Tensor]:
-    """The same of a checkpoint that this run has just written or verified."""
-    shapes = {f"{kind}.{name}": torch.Size(shape) for name, shape in names_and_shapes.items()}
-    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    boxes = {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}
-    read_chunks(path, boxes, shapes, (kind,))
+    if verify:
+        verify_checkpoint(path)
+    tensors = {f"{kind}.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    chunks = {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}
+    read_chunks(CheckpointReader(path, (kind,)), chunks, {n: t.shape for n, t in tensors.items()})
     return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}

@@ -1,26 +1,41 @@
-"""What `megafusion checkpoint` does: show, verify and export a run's checkpoints."""
+"""`megafusion checkpoint`: show, verify and export a run's checkpoints."""
 
 import json
 import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from megafusion.checkpoint.folder import (
     KINDS,
     MANIFEST,
     DamagedCheckpoint,
-    newest_checkpoint,
+    latest_checkpoint,
     read_manifest,
     verify_checkpoint,
 )
-from megafusion.checkpoint.reader import Reader
-from megafusion.commands.generate import open_checkpoint
 from megafusion.errors import UserError
 
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Show a run's checkpoints, verify them, or export one as a pipeline folder.\n\n"
+    "Example: megafusion checkpoint show runs/quickstart",
+)
 
-def show(path: Path) -> None:
-    """Print a table of a run's checkpoints, or what one checkpoint holds."""
+RunOrCheckpoint = Annotated[
+    Path, typer.Argument(help="Run folder, or one of its checkpoints/step-*.", metavar="RUN_OR_CHECKPOINT")
+]
+
+
+@app.command()
+def show(path: RunOrCheckpoint) -> None:
+    """List a run's checkpoints (step, bytes, complete or not, what saved it), or describe one.
+
+    Example: megafusion checkpoint show runs/quickstart
+    """
     if _is_checkpoint(path):
         print("\n".join(_describe(path)))
         return
@@ -41,8 +56,12 @@ def show(path: Path) -> None:
     print("\n".join(_table(rows)))
 
 
-def verify(path: Path) -> None:
-    """Hash every file of a checkpoint, or of all of a run. UserError naming a file of each bad one."""
+@app.command()
+def verify(path: RunOrCheckpoint) -> None:
+    """Hash every file of a checkpoint, or of all of a run's; each corrupt one is named, with exit status 2.
+
+    Example: megafusion checkpoint verify runs/quickstart/checkpoints/step-00000900
+    """
     bad = []
     for checkpoint in [path] if _is_checkpoint(path) else _checkpoints(path):
         try:
@@ -50,20 +69,29 @@ def verify(path: Path) -> None:
         except UserError as error:
             bad.append(str(error))
         else:
-            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files, as they were written")
+            print(f"{checkpoint}: {len(read_manifest(checkpoint))} files intact")
     if bad:
         raise UserError("\n".join(bad))
 
 
-def export(path: Path, out: Path, raw_weights: bool) -> None:
-    """Write a pipeline folder (safetensors) of a checkpoint's averaged weights, or of its raw ones.
+@app.command()
+def export(
+    path: RunOrCheckpoint,
+    out: Annotated[Path, typer.Argument(help="Pipeline folder to write, for generate and from_pretrained.")],
+    raw_weights: Annotated[
+        bool, typer.Option("--weights", help="Export the raw weights, not the EMA weights.")
+    ] = False,
+) -> None:
+    """Export a checkpoint, or a run's newest complete one, as safetensors that TransfusionPipeline loads.
 
-    path: a checkpoint, or a run, whose newest complete one is taken.
+    Example: megafusion checkpoint export runs/quickstart/checkpoints/step-00000600 exported
     """
+    from megafusion.train.open_model import open_checkpoint
+
     checkpoint = path
     if not _is_checkpoint(path):
-        _checkpoints(path)  # what is no run is said
-        checkpoint = newest_checkpoint(path)
+        _checkpoints(path)  # refuses what is not a run
+        checkpoint = latest_checkpoint(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 
@@ -88,19 +116,19 @@ def _size(file: Path) -> int | None:
 
 
 def _state(checkpoint: Path) -> dict:
-    """What a checkpoint says of itself. UserError where that cannot be read."""
+    """Step and topology from a checkpoint's state.json. UserError if it cannot be read."""
     path = checkpoint / "state.json"
     try:
         state = json.loads(path.read_text())
         return {"step": int(state["step"]), "topology": dict(state.get("topology", {}))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not readable ({error}); megafusion checkpoint verify {checkpoint}"
+            f"{path}: cannot be read ({error}); run megafusion checkpoint verify {checkpoint}"
         ) from error
 
 
 def _topology(state: dict) -> str:
-    """How the run lay over its ranks, without the axes that had one."""
+    """The topology in words, without the degrees that are 1."""
     shown = {
         k: v for k, v in state["topology"].items() if k in ("world_size", "zero_stage") or v not in (1, False)
     }
@@ -108,8 +136,10 @@ def _topology(state: dict) -> str:
 
 
 def _describe(checkpoint: Path) -> list[str]:
+    from megafusion.checkpoint.reader import CheckpointReader  # imports torch
+
     files, state = read_manifest(checkpoint), _state(checkpoint)
-    tensors = Reader(checkpoint / "tensors").read_metadata().state_dict_metadata
+    tensors = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
     for kind in KINDS:
         sizes = [prod(entry.size) for name, entry in tensors.items() if name.partition(".")[0] == kind]
@@ -119,7 +149,7 @@ def _describe(checkpoint: Path) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows in columns as wide as their widest entry; figures stand right."""
+    """Rows as text in aligned columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -1,140 +1,157 @@
-"""What `megafusion generate` does: find the model, draw, describe or continue, write files."""
+"""`megafusion generate`."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from PIL import Image, UnidentifiedImageError
+import typer
 from pydantic import ValidationError
 
-from megafusion.device import default_device
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import Part, TransfusionPipeline
-from megafusion.images.codec import ImageCodec
-from megafusion.images.sheets import png
-from megafusion.objective.sampler import SamplingConfig
-from megafusion.progress import progress_bar
-from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import write_file
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-@dataclass(frozen=True)
-class GenerateRequest:
-    """Prompts to draw, pictures to describe, and the parts of one mixed prompt to continue."""
-
-    prompts: Sequence[str]
-    images: Sequence[Path]
-    parts: Sequence[str]
-    seed: int = 0
-    size: str | None = None
-    """Height x width in pixels of what is drawn, as 256x320."""
+    from megafusion.generate.pipeline import Part
+    from megafusion.objective.config import SamplingConfig
 
 
-def run(checkpoint: Path, request: GenerateRequest, out: Path, overrides: dict[str, object]) -> None:
-    """Answer a request into a folder: PNG files, and captions.txt for what was written."""
-    if not (request.prompts or request.images or request.parts):
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to draw; repeat for several prompts.", metavar="TEXT")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image to describe; repeat for several.", metavar="PATH")
+    ] = None,
+    interleave: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Part of one interleaved prompt, in order: a text, or @PATH for an image. "
+            "The model answers with text, images or both.",
+            metavar="PART",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the images and captions.txt.")] = Path("generated"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0)] = 0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
+    ] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim or dpm++.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Height and width in pixels of drawn images, one of the model's image_sizes; "
+            "by default the model chooses.",
+            metavar="HxW",
+        ),
+    ] = None,
+) -> None:
+    """Draw prompts, describe images, or continue an interleaved prompt of both.
+
+    Examples:
+
+    megafusion generate runs/quickstart --prompt "red apple, 3d style" --out apples
+
+    megafusion generate runs/quickstart --image apples/0-red-apple-3d-style.png
+
+    megafusion generate runs/quickstart --interleave "pizza, 3d style"
+    """
+    prompts, paths, parts = prompt or [], image or [], interleave or []
+    if not (prompts or paths or parts):
         raise UserError("nothing to generate: give --prompt, --image or --interleave")
-    pictures = [open_picture(path) for path in request.images]
-    mixed: list[Part] = [open_picture(Path(p[1:])) if p.startswith("@") else p for p in request.parts]
-    if request.size and not (request.prompts or request.parts):
-        raise UserError("--size is that of drawn pictures, and none is drawn: give --prompt or --interleave")
+    if size and not (prompts or parts):
+        raise UserError("--size is for drawn images, and none is drawn: give --prompt or --interleave")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
+    images = [open_image(path) for path in paths]
+    mixed: list[Part] = [open_image(Path(part[1:])) if part.startswith("@") else part for part in parts]
+
+    from megafusion.device import default_device
+
+    from megafusion.progress import progress_bar
+    from megafusion.train.open_model import open_pipeline
+
     pipeline = open_pipeline(checkpoint).to(default_device())
+    overrides = {
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+        "sampler": sampler,
+    }
     sampling = _sampling(pipeline.config.sampling, overrides)
-    size = parse_size(request.size) if request.size else None
-    if size:
-        pipeline.size_number(size)
+    height_and_width = parse_size(size) if size else None
+    if height_and_width:
+        pipeline.size_index(height_and_width)
     lines = []
     with progress_bar() as progress:
-        task = progress.add_task("denoising", total=sampling.num_steps, losses="", visible=False)
+        task = progress.add_task("denoising", total=sampling.num_inference_steps, losses="", visible=False)
 
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        given = {"seed": request.seed, "size": size, "sampling": sampling, "report": report}
-        drawn = pipeline.draw(request.prompts, **given)
-        for number, (prompt, picture) in enumerate(zip(request.prompts, drawn, strict=True)):
-            path = out / f"{number}-{_slug(prompt)}.png"
-            write_file(path, png(picture))
-            lines.append(f"{path}: drawn from {prompt!r}")
-        for path, caption in zip(request.images, pipeline.describe(pictures, sampling=sampling), strict=True):
+        options: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
+        for number, drawn in enumerate(pipeline.draw(prompts, **options)):
+            path = _save(drawn, out / f"{number}-{_slug(prompts[number])}.png")
+            lines.append(f"{path}: drawn from {prompts[number]!r}")
+        for path, caption in zip(paths, pipeline.describe(images, sampling=sampling), strict=True):
             lines.append(f"{path}: {caption}")
         if mixed:
-            (answer,) = pipeline([mixed], **given)
+            (answer,) = pipeline([mixed], **options)
             lines += _write_answer(answer, out)
     write_file(out / "captions.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """HxW in pixels. UserError for anything else."""
+    """Height and width of HxW in pixels. UserError for anything else."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal()):
         raise UserError(f"--size {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
     return int(height), int(width)
 
 
-def open_pipeline(path: Path) -> TransfusionPipeline:
-    """The model of a pipeline folder, a run folder (published or its newest checkpoint), or a checkpoint."""
-    from megafusion.checkpoint.folder import newest_checkpoint
+def open_image(path: Path) -> "Image.Image":
+    """Decode an image. UserError naming the file if that fails."""
+    from PIL import Image, UnidentifiedImageError
 
-    if (path / "config.json").is_file():
-        return TransfusionPipeline.from_pretrained(path)
-    if (path / "pipeline").is_dir():
-        return TransfusionPipeline.from_pretrained(path / "pipeline")
-    if (path / "config.yaml").is_file():
-        path = newest_checkpoint(path)
-    if not path.name.startswith("step-"):
-        raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
-    return open_checkpoint(path, "ema")
-
-
-def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPipeline:
-    """The model of a run's checkpoint, with the averaged weights or the raw ones."""
-    from megafusion.checkpoint.reader import load_whole
-    from megafusion.train.build import make_pipeline
-    from megafusion.train.run_folder import load_run_config
-
-    config = load_run_config(path.parent.parent)
-    tokenizer, codec = Tokenizer(config.data.tokenizer), ImageCodec.from_pretrained(config.data.vae)
-    pipeline = make_pipeline(config, tokenizer, codec)
-    shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
-    pipeline.model.load_state_dict(load_whole(path, shapes, kind))
-    return pipeline
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Decode a picture. UserError naming the file when that cannot be done."""
     try:
-        picture = Image.open(path)
-        picture.load()
+        image = Image.open(path)
+        image.load()
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such picture") from error
+        raise UserError(f"{path}: no such image") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a picture that can be decoded ({error})") from error
-    return picture
+        raise UserError(f"{path}: not an image that can be decoded ({error})") from error
+    return image
 
 
-def _sampling(defaults: SamplingConfig, overrides: dict[str, object]) -> SamplingConfig:
+def _sampling(defaults: "SamplingConfig", overrides: dict[str, Any]) -> "SamplingConfig":
+    given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        return SamplingConfig.model_validate({**defaults.model_dump(), **overrides})
+        return type(defaults).model_validate({**defaults.model_dump(), **given})
     except ValidationError as error:
         detail = error.errors()[0]
-        raise UserError(f"--{detail['loc'][0]}: {detail['msg']} (got {detail['input']!r})") from error
+        option = str(detail["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option}: {detail['msg']} (got {detail['input']!r})") from error
 
 
-def _write_answer(answer: Sequence[Part], out: Path) -> list[str]:
+def _write_answer(answer: "Sequence[Part]", out: Path) -> list[str]:
     lines = []
     for number, part in enumerate(answer):
-        if isinstance(part, str):
-            lines.append(f"answer {number}: {part}")
-        else:
-            write_file(out / f"answer-{number}.png", png(part))
-            lines.append(f"answer {number}: {out / f'answer-{number}.png'}")
+        text = part if isinstance(part, str) else _save(part, out / f"answer-{number}.png")
+        lines.append(f"answer {number}: {text}")
     return lines or ["answer: nothing (the model ended at once)"]
+
+
+def _save(image: "Image.Image", path: Path) -> Path:
+    from megafusion.images.grid import encode_png
+
+    write_file(path, encode_png(image))
+    return path
 
 
 def _slug(text: str) -> str:

@@ -1,9 +1,9 @@
-"""A folder of bounded size that keeps what was fetched, shared by all processes of a machine.
+"""A folder of bounded size that caches fetched files for all processes of a machine.
 
-A file is named by its hash, is there whole or not at all, and goes when room is needed and it is the one
-opened longest ago. Locks are flock's, which end with the process that holds them: a shared one on a file
-in use, an exclusive one on the `.partial` of a file that is being fetched, and one on `lock` while room is
-made. So the folder must lie on a disk whose flock works: a local one.
+A file is named by its hash and appears complete or not at all. The least recently opened file is evicted when
+room is needed. Locks are flock's, which end with the process that holds them: a shared lock on a file in use,
+an exclusive one on the `.partial` of a file that is being fetched, and one on `lock` while room is made. So
+the folder must be on a disk whose flock works: a local one.
 """
 
 import fcntl
@@ -15,14 +15,15 @@ from io import FileIO, IOBase
 from pathlib import Path
 from typing import BinaryIO
 
+from megafusion.data.index import INDEX
 from megafusion.errors import UserError
 
-PARTIAL, INDEX = ".partial", ".index.npy"
+PARTIAL = ".partial"
 POLL_SECONDS = 0.02
 
 
 class CacheFull(UserError):
-    """All that the cache holds is in use, and no room is left."""
+    """All files in the cache are in use, and no room is left."""
 
 
 class ShardCache:
@@ -36,33 +37,34 @@ class ShardCache:
             raise UserError(f"data.cache_dir: {folder}: cannot be made ({error.strerror})") from error
 
     def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> FileIO:
-        """A file, fetched if it is not there; it stays in the cache until that is closed.
+        """A file, fetched if it is missing; it stays in the cache until it is closed.
 
-        fetch: writes the content into a file, or raises UserError. Raises CacheFull where there is no room.
+        fetch: writes the content into a file, or raises UserError. Raises CacheFull if there is no room.
         """
         while True:
-            if file := self._hold(name):
+            if file := self._open_existing(name):
                 return file
-            self._bring(name, size, fetch)
+            self._fetch_once(name, size, fetch)
 
-    def _hold(self, name: str) -> FileIO | None:
+    def _open_existing(self, name: str) -> FileIO | None:
         path = self.folder / name
         try:
             file = path.open("rb", buffering=0)
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
-        if _is_at(file, path):  # and not removed between the two lines above
+        if _is_at(file, path):  # not evicted between open and flock
             os.utime(path)
             return file
         file.close()
         return None
 
-    def _bring(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> None:
+    def _fetch_once(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> None:
+        """Fetch a file, or wait until another process has."""
         path, partial = self.folder / name, self.folder / (name + PARTIAL)
         try:
             with partial.open("ab+") as file:
-                if not _lock(file, partial):  # another process has brought it meanwhile
+                if not _lock(file, partial):
                     return
                 try:
                     if not path.exists():
@@ -78,25 +80,25 @@ class ShardCache:
 
     def _fill(self, partial: Path, size: int, fetch: Callable[[BinaryIO], None]) -> None:
         with partial.open("rb+") as file:
-            with self._alone():
+            with self._locked():
                 os.ftruncate(file.fileno(), 0)
                 self._make_room(size, partial)
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))  # its share of the room, at once
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))  # reserves its space at once
             fetch(file)
 
-    def _make_room(self, size: int, beside: Path) -> None:
+    def _make_room(self, size: int, keep: Path) -> None:
         files = []
         for path in self.folder.iterdir():
             if path.name != "lock" and not path.name.startswith(".") and not path.name.endswith(INDEX):
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     files.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(held for _, held, _ in files)
-        for _, held, path in sorted(files):
+        total = sum(num_bytes for _, num_bytes, _ in files)
+        for _, num_bytes, path in sorted(files):
             if total + size <= self.max_bytes:
                 return
-            if path != beside and _remove_unused(path):
-                total -= held
+            if path != keep and _remove_unused(path):
+                total -= num_bytes
         if total + size > self.max_bytes:
             raise CacheFull(
                 f"data.cache_bytes {self.max_bytes}: {total} bytes of {self.folder} are in use and the next "
@@ -104,17 +106,17 @@ class ShardCache:
             )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         with (self.folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
 def _lock(file: IOBase, path: Path) -> bool:
-    """Lock a file for this process alone; False once it stands at its path no more.
+    """Lock a file exclusively; False once it is no longer at its path.
 
-    Asked again and again, for who waits in flock would wait on: the file that another process fetched is the
-    one that it then reads, under a lock of its own.
+    Polls, because a blocking flock would keep waiting after the file is fetched: the process that fetched it
+    then reads it under a shared lock.
     """
     while True:
         try:
@@ -135,7 +137,7 @@ def _is_at(file: IOBase, path: Path) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file, with its index, unless a process holds it."""
+    """Remove a file and its index, unless a process has it open."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What the rows are made of."""
+"""Configuration of the training data."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -15,51 +15,52 @@ class SourceConfig(Config):
     path: Annotated[str, BeforeValidator(lambda v: check_location(v) if isinstance(v, str | Path) else v)]
     """Folder of shards, made by `megafusion preprocess`, or its URL: http(s)://, s3://, gs://."""
     weight: float = Field(1.0, gt=0)
-    """Share of the sequence positions that this source gets, beside the other sources' weights."""
+    """Share of the sequence positions that this source gets, relative to the other sources' weights."""
 
 
 class DataConfig(Config):
-    """What the rows are made of."""
+    """The mixture of sources, and how documents are packed, sampled and read."""
 
     renamed_keys: ClassVar[dict[str, str]] = {
         "look_ahead": "packing_buffer_size",
+        "image_first_max_timestep": "image_first_max_t",
     }
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """The mixture, by name."""
     tokenizer: Path
-    """SentencePiece model; must be the one that the shards were made with."""
+    """Tokenizer file; must be the one that the shards were made with."""
     vae: Path
     """diffusers AutoencoderKL folder; must be the one that the shards were made with."""
     sequence_length: int = Field(gt=0)
-    """Positions S of a row."""
+    """Positions S of a packed sequence."""
     images_per_row: int = Field(ge=1)
-    """Image slots N of a row."""
+    """Image slots N of a packed sequence."""
     num_streams: int = Field(gt=0)
-    """Logical streams M: fixes the data order for good; a multiple of the rows of a global batch."""
+    """Logical streams M: they define the data order. A multiple of train.global_batch_size."""
     caption_first: float = Field(0.8, ge=0, le=1)
-    """Share of pairs in which the caption stands before the image."""
-    image_first_max_timestep: int = Field(500, gt=0)
-    """Timesteps stay below this where the image stands before its caption: the paper's noise limit."""
+    """Share of pairs in which the caption comes before the image."""
+    image_first_max_t: float = Field(0.5, gt=0, le=1)
+    """Limit of the noise process's time t for images before their caption (the paper's 500 of 1000 steps)."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of caption-first pairs whose caption is left out, which classifier-free guidance needs."""
+    """Share of caption-first pairs whose caption is dropped, for classifier-free guidance."""
     crop: float = Field(1.0, gt=0, le=1)
-    """Least share of a picture's sides that a random crop keeps; 1: the middle, always. Of sources that keep
-    pictures, as `flip`: latents are fixed when they are made."""
+    """Minimum share of an image's sides that a random crop keeps; 1: always the centre crop. As flip, only
+    for sources that keep pixels: stored latents are fixed."""
     flip: float = Field(0.0, ge=0, le=1)
-    """Share of showings in which a picture is mirrored, left to right."""
+    """Probability that an image is mirrored, left to right, each time it is used."""
     packing_buffer_size: int = Field(16, gt=0)
-    """Documents held to choose from when a row is packed (best fit)."""
+    """Documents to choose from when a sequence is packed (best fit)."""
     num_workers: int = Field(0, ge=0)
-    """Processes a rank that read and pack ahead of the training; 0: in the step. Changes no row."""
+    """Processes of a rank that read and pack ahead; 0: the trainer does. Does not change the data."""
     prefetch: int = Field(2, gt=0)
-    """Global batches that workers make ahead; each takes its memory once."""
+    """Global batches that workers build ahead; each is held in memory."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a document does whose bytes are bad: stop the run, or be left out and counted. What depends on the
-    moment (a missing shard, a server) always stops the run, for it would change the order of the data."""
+    """Whether a document whose bytes are bad stops the run, or is skipped and counted. A missing shard or a
+    failing server always stops the run, because skipping it would change the data order."""
     max_skip_rate: float = Field(0.01, gt=0, le=1)
-    """Share of documents left out beyond which, by more than chance brings, the run stops."""
+    """Share of documents skipped beyond which, by more than chance explains, the run stops."""
     cache_dir: Path = Path("data/cache")
-    """Folder on a local disk that keeps the shards of URLs, shared by all processes of a machine."""
+    """Folder on a local disk that caches the shards of URLs, shared by all processes of a machine."""
     cache_bytes: int = Field(100_000_000_000, gt=0)
-    """Most that the cache holds; what was read longest ago goes first."""
+    """Maximum size of the cache; the least recently opened shards are evicted first."""

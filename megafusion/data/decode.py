@@ -1,45 +1,48 @@
-"""What an image of a shard looks like: decoded from its latents, or the picture that was kept."""
+"""Images of a shard as people see them: decoded from latents, or from the pixels that are kept."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from megafusion.data.augment import open_picture
-from megafusion.data.document_format import StoredDocument, segment_kind
-from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import to_pil
+from megafusion.data.augment import open_image
+from megafusion.data.document_format import StoredDocument
+from megafusion.images.processor import postprocess_images
 from megafusion.images.sizes import Size, nearest_size
+from megafusion.sequence.document import Segment
+
+if TYPE_CHECKING:  # the codec imports diffusers
+    from megafusion.images.codec import ImageCodec
 
 
-def first_images(documents: Sequence[StoredDocument]) -> list[np.ndarray | bytes]:
-    """The first image of each document that has one, as it is stored."""
-    images = ([s for s in document.segments if segment_kind(s) != "tokens"] for document in documents)
+def first_images(documents: Iterable[StoredDocument]) -> list[Segment]:
+    """The first image of each document that has one."""
+    images = ([s for s in document.segments if s.kind != "tokens"] for document in documents)
     return [found[0] for found in images if found]
 
 
-def originals(
-    images: Sequence[np.ndarray | bytes], codec: ImageCodec, sizes: Sequence[Size] = ()
-) -> list[Image.Image]:
-    """Pictures, all of one kind: of the means of latents, each of its own size, or as they are kept.
+def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] = ()) -> list[Image.Image]:
+    """Images, all of one kind, as PIL images: the means of latents decoded, or pixels.
 
-    sizes: heights and widths in pixels; of pictures that are kept, what a run shows of them without chance,
-    the middle at the size that is nearest in aspect.
+    sizes: heights and widths in pixels. Pixels are cropped about the centre to the one nearest in aspect, as
+    training does without augmentation; without sizes they are returned as kept.
     """
-    if isinstance(images[0], bytes):
-        return [_middle(open_picture(image), sizes) for image in images]
-    pictures: dict[int, Image.Image] = {}
-    for shape in dict.fromkeys(moments.shape for moments in images):
-        own = [number for number, moments in enumerate(images) if moments.shape == shape]
-        means = torch.from_numpy(np.stack([images[number][0] for number in own])).float()
-        decoded = to_pil(codec.decode(means.to(next(codec.model.parameters()).device)))
-        pictures |= zip(own, decoded, strict=True)
-    return [pictures[number] for number in range(len(images))]
+    if images[0].kind == "pixels":
+        return [_fit(open_image(image.data), sizes) for image in images]
+    decoded: dict[int, Image.Image] = {}
+    for shape in dict.fromkeys(image.data.shape for image in images):
+        indices = [index for index, image in enumerate(images) if image.data.shape == shape]
+        means = torch.from_numpy(np.stack([images[index].data[0] for index in indices])).float()
+        decoded |= zip(indices, postprocess_images(codec.decode(means.to(codec.model.device))), strict=True)
+    return [decoded[index] for index in range(len(images))]
 
 
-def _middle(picture: Image.Image, sizes: Sequence[Size]) -> Image.Image:
+def _fit(image: Image.Image, sizes: Sequence[Size]) -> Image.Image:
     if not sizes:
-        return picture
-    height, width = sizes[nearest_size(picture.height, picture.width, sizes)]
-    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+        return image
+    height, width = sizes[nearest_size(image.height, image.width, sizes)]
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -1,9 +1,9 @@
-"""How much may be left out."""
+"""How many bad documents a run may skip."""
 
 import math
 
 
-def beyond_chance(num_skipped: int, num_seen: int, max_rate: float) -> bool:
-    """Whether more was left out than `max_rate`, three deviations of chance and three more explain."""
+def exceeds_error_budget(num_skipped: int, num_seen: int, max_rate: float) -> bool:
+    """Whether `num_skipped` exceeds what `max_rate` predicts by three standard deviations plus three."""
     expected = max_rate * num_seen
     return num_skipped > expected + 3 * math.sqrt(expected) + 3

@@ -1,16 +1,14 @@
-"""A rank's rows of each global batch, and the state that goes on from it.
+"""The data loader: a rank's packed rows of each global batch, with a state to resume from.
 
-Row g of global batch k comes from logical stream (k B + g) mod M, so a rank needs the streams of its rows
-and no others, and so does a worker of the rows that are its share.
+Row g of global batch k comes from logical stream (k B + g) mod M. So a rank needs only the streams of its
+rows, and so does each of its worker processes.
 """
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from megafusion.data.config import DataConfig
@@ -18,55 +16,53 @@ from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.source import Source
 from megafusion.data.workers import Workers
 from megafusion.errors import UserError
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.packing import PackedBatch, SequenceShape, collate
 from megafusion.sequence.tokenizer import Tokenizer
 
 FORMAT = 2
+MAX_WARNINGS = 100
 log = logging.getLogger(__name__)
 
 
 class WorkerBatch(NamedTuple):
-    """Some rows of a global batch, and what their streams have become."""
+    """One worker's rows of a global batch, and the states of their streams after them."""
 
-    rows: dict[int, dict[str, np.ndarray]]
-    """By their number g in the global batch."""
+    rows: dict[int, dict]
+    """By index g in the global batch."""
     states: dict[str, dict]
-    """By stream: its state after its row; of the streams that gave one."""
+    """By stream number: its `state_dict`."""
     warnings: list[str]
-    """What was left out."""
+    """Documents skipped."""
 
 
 class RowBuilder:
-    """Makes some rows of each global batch: those of a rank, or of one of its workers."""
+    """Builds a fixed set of rows of each global batch: a rank's, or one worker's share of them."""
 
-    def __init__(self, streams: dict[int, LogicalStream], rows: list[int], num_rows: int, num_streams: int):
-        self._streams, self._rows, self._num_rows, self._num_streams = streams, rows, num_rows, num_streams
+    def __init__(
+        self, streams: dict[int, LogicalStream], rows: list[int], global_batch_size: int, num_streams: int
+    ):
+        self._streams, self._rows = streams, rows
+        self._global_batch_size, self._num_streams = global_batch_size, num_streams
 
-    def make(self, batch_number: int) -> WorkerBatch:
-        """The rows of a global batch, which must follow the one before."""
-        share = WorkerBatch({}, {}, [])
+    def build(self, batch_number: int) -> WorkerBatch:
+        """The rows of one global batch. Must be called for each batch in turn."""
+        built = WorkerBatch({}, {}, [])
         for g in self._rows:
-            stream = self._streams[(batch_number * self._num_rows + g) % self._num_streams]
-            share.rows[g] = stream.next_row()
-            share.states[str(stream.number)] = stream.state.plain()
-            share.warnings.extend(stream.warnings)
+            stream = self._streams[(batch_number * self._global_batch_size + g) % self._num_streams]
+            built.rows[g] = stream.next_row()
+            built.states[str(stream.number)] = stream.state.state_dict()
+            built.warnings.extend(stream.warnings)
             stream.warnings.clear()
-        return share
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """This rank's micro-batches of one global batch, and the state to go on from after it."""
-
-    micro_batches: list[PackedBatch]
-    state: dict
+        return built
 
 
 class DataLoader:
-    """This rank's rows of each global batch, from the logical streams that they need.
+    """This rank's packed rows of each global batch.
 
-    num_rows: rows B of a global batch; rows: those of this rank; micro_batch_size: rows at a time.
-    A context: what workers it has started end with it.
+    global_batch_size: packed sequences B of a global batch. rows: indices of this rank's among them.
+    micro_batch_size: packed sequences of a micro-batch.
+    A context manager: its worker processes end with it.
     """
 
     def __init__(
@@ -75,29 +71,29 @@ class DataLoader:
         sources: dict[str, Source],
         shape: SequenceShape,
         tokenizer: Tokenizer,
-        num_timesteps: int,
-        num_rows: int,
+        noise_process: NoiseProcess,
+        global_batch_size: int,
         rows: range,
         micro_batch_size: int,
     ):
-        if config.num_streams % num_rows:
+        if config.num_streams % global_batch_size:
             raise UserError(
-                f"data.num_streams {config.num_streams} is not a multiple of the "
-                f"{num_rows} rows of a global batch"
+                f"data.num_streams {config.num_streams} is not a multiple of train.global_batch_size "
+                f"{global_batch_size}"
             )
         self._config, self._rows, self._micro_batch_size = config, rows, micro_batch_size
         self._streams = {
-            number: LogicalStream(number, sources, config, shape, tokenizer, num_timesteps)
+            number: LogicalStream(number, sources, config, shape, tokenizer, noise_process)
             for number in range(config.num_streams)
-            if number % num_rows in rows
+            if number % global_batch_size in rows
         }
-        shares = min(config.num_workers, len(rows)) or 1
-        self._makers = [
-            RowBuilder(self._streams, list(rows[i::shares]), num_rows, config.num_streams)
-            for i in range(shares)
+        num_builders = min(config.num_workers, len(rows)) or 1
+        self._builders = [
+            RowBuilder(self._streams, list(rows[i::num_builders]), global_batch_size, config.num_streams)
+            for i in range(num_builders)
         ]
         self._workers: Workers | None = None
-        self._told = 0
+        self._num_warnings = 0
         self._start(0)
 
     def __enter__(self) -> "DataLoader":
@@ -106,82 +102,80 @@ class DataLoader:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def next(self) -> GlobalBatch:
-        """The next global batch's rows. Raises UserError naming the document that is bad."""
-        rows: dict[int, dict[str, np.ndarray]] = {}
-        for share in self._shares():
-            rows |= share.rows
-            self._states |= share.states
-            for line in share.warnings:
-                self._tell(line)
+    def next(self) -> list[PackedBatch]:
+        """This rank's micro-batches of the next global batch. Raises UserError naming a bad document."""
+        rows: dict[int, dict] = {}
+        for built in self._build():
+            rows |= built.rows
+            self._states |= built.states
+            for warning in built.warnings:
+                self._warn(warning)
         self._batch_number += 1
         first, size = self._rows.start, self._micro_batch_size
         micro_batches = [
             collate([rows[g] for g in range(i, i + size)])
             for i in range(first, first + len(self._rows), size)
         ]
-        if torch.cuda.is_available():
-            micro_batches = [batch.pinned() for batch in micro_batches]
-        return GlobalBatch(micro_batches, self.state())
+        return [batch.pinned() for batch in micro_batches] if torch.cuda.is_available() else micro_batches
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """Plain values for a checkpoint: the batch's number and the state of each stream of this rank.
 
-        Of the batches handed out, however many workers have made ahead.
+        It is the state after the last batch that `next` returned, however far ahead the workers are.
         """
         return {"format": FORMAT, "batch_number": self._batch_number, "streams": dict(self._states)}
 
-    def restore(self, state: dict) -> None:
-        """Go on from a state, which may hold more streams than this rank needs.
+    def load_state_dict(self, state: dict) -> None:
+        """Resume from a state, which may hold more streams than this rank needs.
 
-        Raises UserError where it is of another layout, of other sources, or lacks a stream.
+        Raises UserError if it has another format or other sources, or lacks a stream.
         """
         if state.get("format") != FORMAT:
             raise UserError(
-                f"the checkpoint's place in the data is of format {state.get('format', 1)}, and this version "
-                f"reads {FORMAT}; finish that run with the version that began it, or choose another out="
+                f"the checkpoint's data state has format {state.get('format', 1)}, and this version reads "
+                f"{FORMAT}; finish that run with the version that began it, or choose another out="
             )
         self.close()
         for number, stream in self._streams.items():
             found = state["streams"].get(str(number))
             if found is None or set(found["position"]) != set(stream.state.position):
                 raise UserError(
-                    f"the checkpoint's place in the data has no stream {number} of sources "
-                    f"{', '.join(stream.state.position)}: it is of another mixture or data.num_streams"
+                    f"the checkpoint's data state has no stream {number} of sources "
+                    f"{', '.join(stream.state.position)}: it has another mixture or data.num_streams"
                 )
-            stream.resume(found)
+            stream.load_state_dict(found)
         self._start(state["batch_number"])
 
     def close(self) -> None:
-        """End the workers, if there are any; `next` would start them again where they are needed."""
+        """Stop the worker processes; `next` starts them again if it needs them."""
         if self._workers:
             self._workers.close()
             self._workers = None
             for number, stream in self._streams.items():
-                stream.resume(self._states[str(number)])
+                stream.load_state_dict(self._states[str(number)])
 
     def _start(self, batch_number: int) -> None:
         self._batch_number = batch_number
-        self._states = {str(number): stream.state.plain() for number, stream in self._streams.items()}
+        self._states = {str(number): stream.state.state_dict() for number, stream in self._streams.items()}
 
-    def _shares(self) -> list[WorkerBatch]:
+    def _build(self) -> list[WorkerBatch]:
         if not self._config.num_workers:
-            return [self._makers[0].make(self._batch_number)]
+            return [self._builders[0].build(self._batch_number)]
         if self._workers is None:
-            self._workers = Workers(
-                [maker.make for maker in self._makers], self._batch_number, self._config.prefetch
-            )
+            build = [builder.build for builder in self._builders]
+            self._workers = Workers(build, self._batch_number, self._config.prefetch)
         return self._workers.next()
 
-    def _tell(self, line: str) -> None:
-        """Each of the first hundred, then a count is enough: metrics have it."""
-        self._told += 1
-        if self._told <= 100:
-            log.warning("%s%s", line, "; later ones are counted alone" if self._told == 100 else "")
+    def _warn(self, warning: str) -> None:
+        """Log the first warnings; after that metrics have the count."""
+        self._num_warnings += 1
+        if self._num_warnings <= MAX_WARNINGS:
+            is_last = self._num_warnings == MAX_WARNINGS
+            log.warning("%s%s", warning, "; later ones are only counted" if is_last else "")
 
 
 def packed_and_skipped(state: dict) -> tuple[Counter[str], int]:
-    """Of the streams of a state: positions packed by source, and documents left out."""
+    """Positions packed by source, and documents skipped, over the streams of a loader's `state_dict`."""
     packed: Counter[str] = Counter()
     skipped = 0
     for stream in state["streams"].values():

@@ -1,99 +1,97 @@
-"""What is random about a document: the order of its parts, whether its caption stays, latents and noise."""
+"""Samples what is random about a document: order of segments, caption dropout, crops, latents, noise, t."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from megafusion.data.augment import picture_size, show_picture
+from megafusion.data.augment import augment, image_size
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import segment_kind
-from megafusion.data.shards import Manifest
+from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import nearest_size
-from megafusion.sequence.document import FlatDocument, NoisedImage
+from megafusion.objective.noise_process import NoiseProcess
+from megafusion.sequence.document import FlatDocument, ImageSegment, Segment
 from megafusion.sequence.packing import SequenceShape
 
-# exp(x / 2) of every float16 x, by its bits: one rounding of a float64, so alike on every processor.
+# exp(x / 2) of every float16 x, by its bits: float64 rounded once, so the same on every processor.
 with np.errstate(over="ignore", invalid="ignore"):
-    DEVIATION = np.exp(0.5 * np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)).astype(
-        np.float32
-    )
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image before its noise is drawn: moments float16 [2, C, H, W] or a picture uint8 [3, H, W], and the
-    bound of its timestep; and the index of its size among the row's."""
-
-    content: np.ndarray
-    max_timestep: int
-    size: int = 0
+    STANDARD_DEVIATIONS = np.exp(
+        0.5 * np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+    ).astype(np.float32)
 
 
 def sample_layout(
-    segments: tuple[np.ndarray | bytes, ...],
+    segments: Sequence[Segment],
     manifest: Manifest,
     config: DataConfig,
-    num_timesteps: int,
     shape: SequenceShape,
     generator: np.random.Generator,
     is_after_text: bool = False,
-) -> list[np.ndarray | StoredImage]:
-    """The parts of a document in the order that they are shown in, images not yet drawn.
+) -> list[Segment]:
+    """The segments of a document in the order in which the model sees them, noise not yet sampled.
 
-    Of an interleaved document, which keeps its order, an image that opens it stands before all text; not so
-    where it is a part of one (is_after_text). Raises BadBytes where a picture cannot be opened.
+    An image without text before it has max_t data.image_first_max_t, unless its document continues another
+    with text (is_after_text). Raises CorruptBytes for pixels that do not decode.
     """
-    sizes = [_size(segment, shape) for segment in segments]
-    parts = [
-        show_picture(s, shape.image_sizes[size], config, generator) if isinstance(s, bytes) else s
-        for s, size in zip(segments, sizes, strict=True)
-    ]
-    image_first = min(num_timesteps, config.image_first_max_timestep)
-    if manifest.kind != "pair":
-        is_text = [segment_kind(segment) == "tokens" for segment in segments]
-        bounds = (image_first, num_timesteps)
-        return [
-            part if here else StoredImage(part, bounds[is_after_text or any(is_text[:place])], size)
-            for place, (part, size, here) in enumerate(zip(parts, sizes, is_text, strict=True))
-        ]
-    text, content = parts
-    if generator.random() >= config.caption_first:
-        return [StoredImage(content, image_first, sizes[1]), text]
-    image = StoredImage(content, num_timesteps, sizes[1])
-    return [image] if generator.random() < config.caption_dropout else [text, image]
+    segments = [_sized(segment, shape, config, generator) for segment in segments]
+    if manifest.kind == "pair":
+        text, image = segments
+        if generator.random() >= config.caption_first:
+            segments = [image, text]
+        else:
+            is_after_text = True
+            segments = [image] if generator.random() < config.caption_dropout else [text, image]
+    ordered = []
+    for segment in segments:
+        if segment.kind == "tokens":
+            is_after_text = True
+        elif not is_after_text:
+            segment = replace(segment, max_t=config.image_first_max_t)
+        ordered.append(segment)
+    return ordered
 
 
-def _size(segment: np.ndarray | bytes, shape: SequenceShape) -> int:
-    """Index of an image's size: that of its latents, or the nearest to a picture. 0 for a text."""
-    if isinstance(segment, bytes):
-        return nearest_size(*picture_size(segment), shape.sizes) if len(shape.sizes) > 1 else 0
-    return shape.sizes.index(segment.shape[2:]) if segment.ndim > 1 else 0
+def _sized(
+    segment: Segment, shape: SequenceShape, config: DataConfig, generator: np.random.Generator
+) -> Segment:
+    """A text unchanged; an image with the size of its latents, or pixels at the size nearest to theirs."""
+    if segment.kind == "tokens":
+        return segment
+    if segment.kind == "moments":
+        return ImageSegment("moments", segment.data, shape.sizes.index(segment.data.shape[2:]))
+    size = nearest_size(*image_size(segment.data), shape.sizes) if len(shape.sizes) > 1 else 0
+    return ImageSegment("pixels", augment(segment.data, shape.image_sizes[size], config, generator), size)
 
 
 def sample_noise(
-    document: FlatDocument, manifest: Manifest, shape: SequenceShape, generator: np.random.Generator
+    document: FlatDocument,
+    manifest: Manifest,
+    shape: SequenceShape,
+    noise_process: NoiseProcess,
+    generator: np.random.Generator,
 ) -> FlatDocument:
-    """The document with a sample of each image's latents, its noise and its timestep.
+    """The document with latents, noise and t of each image sampled, in order.
 
-    The generator must be the one that tossed the coins, and each image is drawn in its order. A picture's
-    latents are for now what its posterior's deviation is to be multiplied by.
+    generator: the one that `sample_layout` used.
     """
-    images = tuple(_draw(image, manifest, shape, generator) for image in document.images)
+    images = tuple(_sampled(image, manifest, shape, noise_process, generator) for image in document.images)
     return replace(document, images=images) if images else document
 
 
-def _draw(
-    image: StoredImage, manifest: Manifest, shape: SequenceShape, generator: np.random.Generator
-) -> NoisedImage:
+def _sampled(
+    image: ImageSegment,
+    manifest: Manifest,
+    shape: SequenceShape,
+    noise_process: NoiseProcess,
+    generator: np.random.Generator,
+) -> ImageSegment:
     size = (2, shape.latent_channels, *shape.sizes[image.size])
-    sample, noise = generator.standard_normal(size, np.float32)
-    if manifest.images == "pictures":
-        timestep = int(generator.integers(image.max_timestep))
-        return NoisedImage(sample, noise, timestep, image.content, image.size)
-    mean, log_variance = image.content
-    sample *= DEVIATION[log_variance.view(np.uint16)]
-    sample += mean
-    if manifest.latent_shift:
-        sample -= np.float32(manifest.latent_shift)
-    sample *= np.float32(manifest.latent_scale)
-    return NoisedImage(sample, noise, int(generator.integers(image.max_timestep)), size=image.size)
+    latents, noise = generator.standard_normal(size, np.float32)
+    if image.kind == "moments":
+        mean, log_variance = image.data
+        latents *= STANDARD_DEVIATIONS[log_variance.view(np.uint16)]
+        latents += mean
+        if manifest.latent_shift:
+            latents -= np.float32(manifest.latent_shift)
+        latents *= np.float32(manifest.latent_scale)
+    return replace(image, latents=latents, noise=noise, t=noise_process.sample_t(generator, image.max_t))

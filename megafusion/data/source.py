@@ -1,27 +1,30 @@
-"""A folder of shards as M runs of documents, one a logical stream, each shuffled anew every epoch."""
+"""A folder of shards as M ranges of documents, one for each logical stream, reshuffled every epoch."""
 
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from megafusion.data.cache import ShardCache
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import BadDocument, StoredDocument, segment_kind
+from megafusion.data.document_format import BadDocument, StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
 from megafusion.sequence.packing import SequenceShape
 from megafusion.sequence.tokenizer import Tokenizer
 
-# What a generator is for: the last of its counters. Shard number n of a stream has SHARDS + n.
+# Purpose of a generator: the last of its counters. Shard range n of a stream has SHARDS + n.
 DOCUMENT, SHARD_ORDER, PHASE, SHARDS = range(4)
+T = TypeVar("T")
 
 
 class Source:
-    """A folder of shards cut into M runs of documents, one a stream, each shuffled anew every epoch.
+    """A folder of shards split into M ranges of documents, one a stream, reshuffled every epoch.
 
-    A stream's epoch is its shards in a random order, and within each its documents in a random order, which
-    is drawn when the stream comes to that shard: so any place is reached at once, however many there are.
+    A stream's epoch is its shards in random order, and within each its documents in random order. The order
+    within a shard is sampled when the stream comes to it, so resuming costs the same anywhere in the data.
     """
 
     def __init__(self, name: str, number: int, folder: ShardFolder, num_streams: int, seed: int):
@@ -33,98 +36,95 @@ class Source:
             )
         self.name, self.number, self.folder, self.seed = name, number, folder, seed
         self.num_streams = num_streams
-        self._first = np.cumsum([0] + [shard.num_documents for shard in folder.manifest.shards])
-        self._shards: OrderedDict[tuple, tuple] = OrderedDict()
-        self._documents: OrderedDict[tuple, np.ndarray] = OrderedDict()
+        self._shard_starts = np.cumsum([0] + [shard.num_documents for shard in folder.manifest.shards])
+        self._shard_orders: OrderedDict[tuple, tuple] = OrderedDict()
+        self._document_orders: OrderedDict[tuple, np.ndarray] = OrderedDict()
 
     def size(self, stream: int) -> int:
         """Documents of one stream."""
-        first, last = self._bounds(stream)
-        return last - first
+        start, end = self._bounds(stream)
+        return end - start
 
     def document_at(self, stream: int, epoch: int, order: int) -> int:
-        """Number, in the whole source, of the document that stands at a place in a stream's epoch."""
-        firsts, starts, pieces = self._kept(self._shards, (stream, epoch), self._order_shards)
+        """Index in the whole source of the document at an index of a stream's epoch."""
+        ranges, starts, permutation = self._cached(self._shard_orders, (stream, epoch), self._order_shards)
         turn = int(np.searchsorted(starts, order, side="right")) - 1
-        piece, size = int(pieces[turn]), int(starts[turn + 1] - starts[turn])
-        key = (stream, epoch, piece, size)
-        within = self._kept(self._documents, key, self._order_documents)
-        return int(firsts[piece]) + int(within[order - starts[turn]])
+        number, size = int(permutation[turn]), int(starts[turn + 1] - starts[turn])
+        key = (stream, epoch, number, size)
+        documents = self._cached(self._document_orders, key, self._order_documents)
+        return int(ranges[number]) + int(documents[order - starts[turn]])
 
     def read(self, document: int) -> StoredDocument:
-        """A document by its number; errors as ShardFolder's."""
-        shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        return self.folder.read(shard, document - int(self._first[shard]))
+        """A document by its index. Raises as ShardFolder does."""
+        shard = int(np.searchsorted(self._shard_starts, document, side="right")) - 1
+        return self.folder.read(shard, document - int(self._shard_starts[shard]))
 
     def positions_per_document(self, shape: SequenceShape) -> float:
-        """Mean length of a document; of pictures that are kept, as though each had the first size."""
+        """Mean length of a document; images kept as pixels count as if all had the first size."""
         manifest = self.folder.manifest
         counts = manifest.count_by_size or {shape.sizes[0]: manifest.num_images}
         patches = sum(n * shape.patches[shape.sizes.index(size)] for size, n in counts.items() if n)
         return 2 + (manifest.num_tokens + patches + 2 * manifest.num_images) / len(self.folder)
 
     def check(self, stored: StoredDocument, where: str) -> None:
-        """Raises BadDocument where a document's segments are not those of the source's kind."""
-        kinds = [segment_kind(segment) for segment in stored.segments]
+        """Raises BadDocument if a document's segments do not have the source's kinds."""
+        kinds = [segment.kind for segment in stored.segments]
         manifest = self.folder.manifest
-        image = "moments" if manifest.images == "latents" else "picture"
-        known = {
-            "pair": kinds == ["tokens", image],
+        is_valid = {
+            "pair": kinds == ["tokens", manifest.image_kind],
             "text": set(kinds) == {"tokens"},
-            "interleaved": bool(kinds) and set(kinds) <= {"tokens", image},
+            "interleaved": bool(kinds) and set(kinds) <= {"tokens", manifest.image_kind},
         }
-        if not known[manifest.kind]:
-            raise BadDocument(where, f"no document of kind {manifest.kind} with {manifest.images}")
+        if not is_valid[manifest.kind]:
+            raise BadDocument(where, f"not a document of kind {manifest.kind} with {manifest.image_kind}")
 
     def _bounds(self, stream: int) -> tuple[int, int]:
         total = len(self.folder)
         return total * stream // self.num_streams, total * (stream + 1) // self.num_streams
 
     def _order_shards(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where each piece of a shard starts; where each turn starts in the epoch; whose turn it is."""
-        first, last = self._bounds(stream)
-        cuts = np.unique(np.clip(self._first, first, last))
-        pieces = counter_generator(self.seed, self.number, stream, epoch, SHARD_ORDER).permutation(
-            len(cuts) - 1
-        )
-        return cuts[:-1], np.cumsum([0, *np.diff(cuts)[pieces]]), pieces
+        """The stream's range of each shard: first documents, starts in the epoch's order, the permutation."""
+        start, end = self._bounds(stream)
+        bounds = np.unique(np.clip(self._shard_starts, start, end))
+        generator = counter_generator(self.seed, self.number, stream, epoch, SHARD_ORDER)
+        permutation = generator.permutation(len(bounds) - 1)
+        return bounds[:-1], np.cumsum([0, *np.diff(bounds)[permutation]]), permutation
 
-    def _order_documents(self, stream: int, epoch: int, piece: int, size: int) -> np.ndarray:
-        generator = counter_generator(self.seed, self.number, stream, epoch, SHARDS + piece)
+    def _order_documents(self, stream: int, epoch: int, number: int, size: int) -> np.ndarray:
+        generator = counter_generator(self.seed, self.number, stream, epoch, SHARDS + number)
         return generator.permutation(size).astype(np.uint32)
 
-    def _kept(self, kept: OrderedDict, key: tuple, make):
-        """A value made from its key, and remembered among the last ones used: some for each stream."""
-        if key not in kept:
-            kept[key] = make(*key)
-            if len(kept) > 2 * self.num_streams + 8:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+    def _cached(self, cache: OrderedDict[tuple, T], key: tuple, compute: Callable[..., T]) -> T:
+        """A value computed from its key, cached among the last used: some for each stream."""
+        if key not in cache:
+            cache[key] = compute(*key)
+            if len(cache) > 2 * self.num_streams + 8:
+                cache.popitem(last=False)
+        cache.move_to_end(key)
+        return cache[key]
 
 
 def counter_generator(seed: int, *counter: int) -> np.random.Generator:
-    """A generator that depends on nothing but the seed, a source's number, two counters and a purpose."""
+    """A generator that depends only on the seed, a source's number, two counters and a purpose."""
     source, *rest = counter
     return np.random.Generator(np.random.Philox(key=[seed, source], counter=[0, *rest]))
 
 
 def open_sources(config: DataConfig, tokenizer: Tokenizer, vae_sha256: str, seed: int) -> dict[str, Source]:
-    """Open every source, refusing shards that another tokenizer or autoencoder made."""
+    """Open every source. Raises UserError for shards of another tokenizer or autoencoder."""
     sources = {}
     for number, name in enumerate(config.sources):
         folder = open_folder(config, name)
-        _check_origin(
-            f"data.sources.{name}", folder, "tokenizer", folder.manifest.tokenizer_sha256, tokenizer.hash
-        )
-        if folder.manifest.num_images and folder.manifest.images == "latents":
-            _check_origin(f"data.sources.{name}", folder, "vae", folder.manifest.vae_sha256, vae_sha256)
+        manifest, key = folder.manifest, f"data.sources.{name}"
+        _check_origin(key, folder, "tokenizer", manifest.tokenizer_sha256, tokenizer.hash)
+        if manifest.num_images and manifest.image_kind == "moments":
+            _check_origin(key, folder, "vae", manifest.vae_sha256, vae_sha256)
         sources[name] = Source(name, number, folder, config.num_streams, seed)
     return sources
 
 
 def open_folder(config: DataConfig, name: str) -> ShardFolder:
-    """A source's shards, with a cache where they lie on a server."""
+    """A source's shards, with a cache if they are on a server."""
     path = config.sources[name].path
     return ShardFolder(path, ShardCache(config.cache_dir, config.cache_bytes) if is_remote(path) else None)
 

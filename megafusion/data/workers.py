@@ -1,4 +1,4 @@
-"""Processes that make shares of batches ahead: torch's DataLoader, each worker with a maker of its own."""
+"""Worker processes that build batches ahead: torch's DataLoader with a builder of its own for each worker."""
 
 import multiprocessing
 import signal
@@ -12,81 +12,81 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megafusion.errors import UserError
-from megafusion.processes import end_with_parent
-from megafusion.resilience.signals import STOP_SIGNALS
+from megafusion.processes import STOP_SIGNALS, end_with_parent
 
-FOR_THE_TRAINER = STOP_SIGNALS
-# Not forked from this process: a trainer has threads (NCCL's, those that save), and a lock that one of them
-# holds at a fork stays locked in the copy. The server has none, and loads what its workers need once.
+# Not forked from this process: a trainer has threads (NCCL's, the checkpoint writer), and a lock that one of
+# them holds during a fork stays locked in the child. The fork server has no threads, and imports once.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["megafusion.data.loader"])
 
 
-class _Refused(NamedTuple):
-    """What a worker's UserError says: a message travels between processes, any exception may not."""
+class _Refusal(NamedTuple):
+    """The message of a worker's UserError, because not every exception can be pickled."""
 
     message: str
 
 
-class _Ahead(IterableDataset):
-    def __init__(self, makers: Sequence[Callable[[int], Any]], first: int):
-        self._makers, self._first = makers, first
+class _Batches(IterableDataset):
+    """What this worker's builder returns for batch after batch."""
+
+    def __init__(self, builders: Sequence[Callable[[int], Any]], first_batch: int):
+        self._builders, self._first_batch = builders, first_batch
 
     def __iter__(self) -> Iterator[Any]:
-        make = self._makers[get_worker_info().id]
-        for number in count(self._first):
+        build = self._builders[get_worker_info().id]
+        for batch_number in count(self._first_batch):
             try:
-                made = make(number)
+                built = build(batch_number)
             except UserError as error:
-                yield _Refused(str(error))
+                yield _Refusal(str(error))
                 return
-            yield made
+            yield built
 
 
 class Workers:
-    """Processes that call makers for batch after batch, at most `prefetch` batches ahead.
+    """Processes that call a builder each for batch after batch, at most `prefetch` batches ahead.
 
-    makers: picklable. The processes end with `close`, or with this process however it ends.
+    builders: picklable. The processes end with `close`, or when this process ends for any reason.
     """
 
-    def __init__(self, makers: Sequence[Callable[[int], Any]], first: int, prefetch: int):
-        self._num = len(makers)
-        _start_server()
+    def __init__(self, builders: Sequence[Callable[[int], Any]], first_batch: int, prefetch: int):
+        self._num_workers = len(builders)
+        _start_fork_server()
         loader = DataLoader(
-            _Ahead(makers, first),
+            _Batches(builders, first_batch),
             batch_size=None,
-            num_workers=self._num,
+            num_workers=self._num_workers,
             prefetch_factor=prefetch,
-            collate_fn=_as_it_is,
-            worker_init_fn=_begin,
+            collate_fn=_identity,
+            worker_init_fn=_initialize_worker,
             multiprocessing_context=_CONTEXT,
-            generator=torch.Generator(),  # or it would draw from the global one
+            generator=torch.Generator(),  # otherwise it samples from the global one
         )
-        self._parts = iter(loader)
-        # Python ends such processes with SIGTERM, to which these are deaf.
-        self._end = weakref.finalize(self, _kill, list(self._parts._workers))
+        self._iterator = iter(loader)
+        # Python ends such processes by SIGTERM, which these ignore.
+        self._end = weakref.finalize(self, _kill, list(self._iterator._workers))
 
     def next(self) -> list[Any]:
-        """What each worker has made of the next batch. Raises UserError as a worker did."""
+        """What each worker built for the next batch. Raises UserError as a worker did."""
         try:
-            parts = [next(self._parts) for _ in range(self._num)]
+            parts = [next(self._iterator) for _ in range(self._num_workers)]
         except RuntimeError as error:
             self.close()
             if "DataLoader worker" not in str(error) or "exited" not in str(error) + str(error.__cause__):
                 raise
             raise UserError(
-                f"a process that reads data has died ({error}); if memory ran out, lower data.num_workers or "
+                f"a data worker process has died ({error}); if memory ran out, lower data.num_workers or "
                 "data.prefetch"
             ) from error
         for part in parts:
-            if isinstance(part, _Refused):
+            if isinstance(part, _Refusal):
                 self.close()
                 raise UserError(part.message)
         return parts
 
     def close(self) -> None:
         """End the processes and wait for them."""
-        self._parts._shutdown_workers()
+        self._iterator._shutdown_workers()
         self._end()
 
 
@@ -97,22 +97,23 @@ def _kill(processes: list) -> None:
             process.join()
 
 
-def _start_server() -> None:
-    """Begin the server of processes, if there is none, deaf to what a queue or a terminal sends to all: its
-    end would be the workers'. This process is deaf too for those milliseconds.
+def _start_fork_server() -> None:
+    """Start the fork server, unless it runs, ignoring the signals that a queue or terminal sends to all.
+
+    If it ended by one, so would the workers. This process ignores them too for these milliseconds.
     """
-    heard = {number: signal.signal(number, signal.SIG_IGN) for number in FOR_THE_TRAINER}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     forkserver.ensure_running()
-    for number, handler in heard.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _identity(built: Any) -> Any:
+    return built
 
 
-def _begin(number: int) -> None:
-    """A worker ends with the process that reads, whatever ends that, and leaves signals to it."""
-    for signal_number in FOR_THE_TRAINER:
-        signal.signal(signal_number, signal.SIG_IGN)
+def _initialize_worker(index: int) -> None:
+    """Leave stop signals to the trainer, and end with it however it ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()

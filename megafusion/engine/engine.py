@@ -1,157 +1,188 @@
-"""DeepSpeed's engine around this rank's part of the model: one process here, many under its launcher."""
+"""DeepSpeed's engine around this rank's stage of the model, on one process or many."""
 
 import contextlib
 import io
 import math
-import os
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable
 from functools import partial
+
+import megafusion.device  # noqa: F401 - before deepspeed
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
+from megafusion.engine.config import OptimizerConfig, TrainConfig
+from megafusion.engine.grid import make_grid, make_topology
+from megafusion.engine.held_update import HeldUpdate
 from megafusion.engine.optimizer import make_optimizer
-from megafusion.engine.skipped_updates import skip_bad_updates
+from megafusion.engine.optimizer_state import OptimizerState
+from megafusion.engine.process_group import local_device
+from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import Objective
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Losses
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage
+from megafusion.resilience.config import ResilienceConfig
 from megafusion.resilience.consensus import StepConsensus
-from megafusion.resilience.spikes import Spikes
-from megafusion.train.config import RunConfig
+from megafusion.resilience.spikes import SpikeDetector
+from megafusion.sequence.packing import PackedBatch, SequenceShape, with_counts
 
 
-def start_process_group(timeout_seconds: float = 600.0) -> None:
-    """Join the launcher's processes, or be one alone; from then on this rank's device is the default.
-
-    timeout_seconds: longest time that a collective waits for another rank.
-    """
-    if dist.is_initialized():
-        return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if on_gpu else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if "MASTER_ADDR" not in os.environ:
-        # No launcher: a process alone needs no meeting point, and nothing to be reached at from outside.
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    # DeepSpeed's shared-memory collectives for CPUs are compiled at start, for which a user would
-    # need a compiler; gloo's serve.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
-
-
-def this_device() -> torch.device:
-    """Where this rank computes."""
-    return torch.device(get_accelerator().current_device_name())
-
-
-def rows_of_rank(config: RunConfig, mesh: Mesh) -> range:
-    """The rows of a global batch that this rank computes, alike for all that share them."""
-    share = config.train.global_batch_size // mesh.size("data")
+def rows_of_rank(global_batch_size: int, mesh: Mesh) -> range:
+    """Indices of this rank's packed sequences in a global batch: its data rank's share."""
+    share = global_batch_size // mesh.size("data")
     return range(mesh.rank("data") * share, (mesh.rank("data") + 1) * share)
 
 
-@dataclass(frozen=True)
+def num_micro_batches(global_batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
+    """Gradient accumulation: micro-batches of a step on each rank."""
+    return global_batch_size // (micro_batch_size * mesh.size("data"))
+
+
 class Engine:
-    """DeepSpeed's engine around this rank's stage of the model."""
+    """Trains this rank's stage of the model: forward, backward, accumulation, clipping, optimizer, ZeRO.
 
-    deepspeed: deepspeed.DeepSpeedEngine
-    """PipelineEngine with several stages, the plain engine with one."""
-    stage: Stage
-    """The layers on this rank; its parameters' names are the checkpoint's."""
-    mesh: Mesh
-    consensus: StepConsensus
-    """What all ranks decided about the latest step."""
+    stage: the layers on this rank, with the parameter names of a checkpoint. consensus: what all ranks agreed
+    on about the latest step. optimizer_state: this rank's master weights and moments.
+    """
 
-    @property
-    def device(self) -> torch.device:
-        return self.deepspeed.device
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, stage: Stage, mesh: Mesh, consensus: StepConsensus):
+        self._deepspeed = engine  # a PipelineEngine if there are several stages
+        self.stage, self.mesh, self.consensus = stage, mesh, consensus
+        self.device: torch.device = engine.device
+        self.optimizer_state = OptimizerState(engine.optimizer, stage.named_parameters())
+        self._update = HeldUpdate(engine, consensus)
+
+    def forward_backward(self, micro_batches: list[PackedBatch]) -> None:
+        """Accumulate the gradients of a global batch, reduced over data ranks.
+
+        `consensus` then tells whether a rank asked to stop. Raises UserError on every rank before computing
+        anything if a rank deferred one; that rank may pass [].
+        """
+        counts = self.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
+        batches = (with_counts(batch.to(self.device), counts) for batch in micro_batches)
+        if isinstance(self._deepspeed, PipelineEngine):
+            self._deepspeed.train_batch((batch.inputs(), batch.targets()) for batch in batches)
+        else:
+            self._accumulate(batches, len(micro_batches))
+
+    def clip_and_step(self, learning_rate: float) -> Losses:
+        """Clip the gradients and update the weights; returns the losses of the global batch, on the device.
+
+        `consensus` then tells whether the update was skipped on all ranks.
+        """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._update.make_or_skip()
+        return Losses(*self.consensus.losses.unbind())
+
+    def _accumulate(self, batches: Iterable[PackedBatch], num_batches: int) -> None:
+        # DeepSpeed averages over micro-batches and data ranks, but the losses are shares of global means.
+        averaged_over = num_batches * self.mesh.size("data") * self.mesh.size("ulysses")
+        for batch in batches:
+            losses: Losses = self._deepspeed(batch)
+            self.consensus.add_losses(losses)
+            self._deepspeed.backward(losses.total * averaged_over)
+            self._deepspeed.step()  # counts micro-batches; the update after the last one is held back
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the latest step, before clipping. Synchronises with the device."""
+        return float(self._deepspeed.get_global_grad_norm())
 
 
-def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """This rank's part of a model with its random start, wrapped by DeepSpeed. Called by every rank."""
+def make_engine(
+    mesh: Mesh,
+    *,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    resilience: ResilienceConfig,
+    shape: SequenceShape,
+    seed: int,
+) -> Engine:
+    """This rank's part of a randomly initialized model, under DeepSpeed. Called by every rank."""
     with torch.device("meta"):
-        model = Transfusion(config.model, config.objective)
-    device = this_device()
-    stage = parallelize(model, mesh, config, device)
-    objective = shard_objective(config, mesh).to(device)
-    consensus = StepConsensus(mesh, device, Spikes(config.health))
+        whole_model = Transfusion(model, objective)
+    device = local_device()
+    stage = parallelize(
+        whole_model,
+        mesh,
+        shape=shape,
+        micro_batch_size=train.micro_batch_size,
+        precision=train.precision,
+        recompute=train.recompute,
+        compile=train.compile,
+        seed=seed,
+        device=device,
+    )
+    losses = shard_objective(objective, model, mesh).to(device)
+    consensus = StepConsensus(mesh, device, SpikeDetector(resilience))
+    accumulation = num_micro_batches(train.global_batch_size, train.micro_batch_size, mesh)
     pipelined = mesh.size("pipeline") > 1
     if pipelined:
-        module = _pipeline(stage, objective, config, mesh, consensus)
+        module = _pipeline(stage, PipelineLosses(losses, mesh, accumulation, consensus.add_losses), mesh)
     else:
-        module = ModelWithLoss(stage, objective)
+        module = ModelWithLoss(stage, losses)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=make_optimizer(stage, config.optimizer),
-            config=_deepspeed_config(config, mesh),
-            mpu=None if pipelined else mesh.grid,
+            optimizer=make_optimizer(stage, optimizer),
+            config=_deepspeed_config(train, mesh, accumulation, optimizer.gradient_clip, model.hidden_size),
+            mpu=None if pipelined else make_grid(mesh),
         )
-    if config.parallel.zero_stage == 0:
+    if mesh.config.zero_stage == 0:
         engine.clip_fp32_gradients = partial(_clip, engine)
-    skip_bad_updates(engine, consensus)
     return Engine(engine, stage, mesh, consensus)
 
 
-def num_micro_batches(config: RunConfig, mesh: Mesh) -> int:
-    """Micro-batches that this rank computes for a step."""
-    return len(rows_of_rank(config, mesh)) // config.train.micro_batch_size
-
-
 def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
-    """What DeepSpeed's stage 0 does, which forgets the norm that it found."""
+    """Clip as DeepSpeed does at ZeRO 0, which does not store the norm."""
     engine._global_grad_norm = clip_grad_norm_(
         list(engine.module.parameters()), engine.gradient_clipping(), mpu=engine.mpu
     )
 
 
-def _pipeline(
-    stage: Stage, objective: Objective, config: RunConfig, mesh: Mesh, consensus: StepConsensus
-) -> PipelineModule:
-    """DeepSpeed's pipeline of one layer a stage: ours; the others' stand elsewhere."""
+def _pipeline(stage: Stage, losses: PipelineLosses, mesh: Mesh) -> PipelineModule:
+    """A pipeline of one layer a stage, in which the other ranks' stages are placeholders."""
     layers = [LayerSpec(nn.Identity)] * mesh.size("pipeline")
     layers[mesh.rank("pipeline")] = stage
-    losses = PipelineLosses(objective, mesh, num_micro_batches(config, mesh), consensus.add_share)
     with contextlib.redirect_stdout(io.StringIO()):
         return PipelineModule(
-            layers, topology=mesh.grid.topology(), loss_fn=losses, partition_method="uniform"
+            layers, topology=make_topology(mesh), loss_fn=losses, partition_method="uniform"
         )
 
 
-def _deepspeed_config(config: RunConfig, mesh: Mesh) -> dict:
-    parallel = config.parallel
+def _deepspeed_config(
+    train: TrainConfig, mesh: Mesh, accumulation: int, gradient_clip: float, hidden_size: int
+) -> dict:
+    parallel = mesh.config
     zero = {
         "stage": parallel.zero_stage,
         "overlap_comm": mesh.size("pipeline") == 1,
-        # Vectors of the model's width stay whole on every rank: gathering them costs more than they do.
-        "param_persistence_threshold": config.model.hidden_size,
+        # ZeRO 3 keeps vectors whole on every rank: gathering them costs more than their memory.
+        "param_persistence_threshold": hidden_size,
     }
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     values = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": num_micro_batches(config, mesh),
-        # Without clipping, DeepSpeed's stage 0 would not measure the norm.
-        "gradient_clipping": config.optimizer.gradient_clip or math.inf,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        # Without clipping, DeepSpeed would not measure the norm at ZeRO 0.
+        "gradient_clipping": gradient_clip or math.inf,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
-    if config.train.precision != "fp32":
-        # Gradients are summed in float32 over micro-batches, and over ranks, where DeepSpeed would use bf16.
-        sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-        values |= {"bf16": {"enabled": True}, **sums}
+    if train.precision != "fp32":
+        # Accumulate and reduce gradients in float32, where DeepSpeed would use bf16.
+        values |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        values["communication_data_type"] = "fp32"
     return values

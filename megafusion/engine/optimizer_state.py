@@ -1,10 +1,11 @@
-"""The float32 weights and moments that this rank's optimizer owns, where DeepSpeed keeps them."""
+"""This rank's master weights and AdamW moments, viewed in the storage in which DeepSpeed keeps them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import megafusion.device  # noqa: F401 - before deepspeed
+
 import torch
-from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -19,71 +20,75 @@ DeepSpeedOptimizer = (
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """A fragment of a parameter: elements [start, start + len(weight)) of the flattened local parameter.
+    """Elements [start, start + len(weight)) of a flattened local parameter, owned by this rank's optimizer.
 
-    The three tensors are 1-D float32 views of the optimizer's own storage: writing to them takes effect
-    (for the weights that the forward reads, after `refresh`).
+    The tensors are 1-D float32 views of the optimizer's storage. Writing to them takes effect at once, in the
+    weights that the forward reads after `OptimizerState.sync_model_from_master`.
     """
 
     name: str
     """Canonical name of the parameter, the same in every topology."""
-    layout: ShardSpec
-    """Where the local parameter lies in the whole one."""
+    shard_spec: ShardSpec
+    """The local parameter's part of the whole one."""
     start: int
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
 
-def optimizer_shards(
-    engine: DeepSpeedEngine, named_parameters: Iterable[tuple[str, nn.Parameter]]
-) -> list[OptimizerShard]:
-    """What this rank's optimizer owns of parameters (canonical name, parameter), with no communication.
+class OptimizerState:
+    """The optimizer shards of this rank, made without communication.
 
-    ZeRO 0 in float32 and 1, 2 and 3 in any precision, the optimizer on the device or offloaded to the host.
-    An optimizer that has not stepped yet is given its moments: zeros, as its first step would.
+    Supports ZeRO 0 in float32, and ZeRO 1, 2 and 3 in any precision, with the optimizer on the device or
+    offloaded to the host. named_parameters: trained parameters by canonical name.
     """
-    for storage in _storages(engine.optimizer):
-        _ensure_moments(engine.optimizer, storage)
-    owned = []
-    for name, parameter in named_parameters:
-        assert parameter.requires_grad, f"{name}: the optimizer knows trained parameters alone"
-        if (place := _place(engine.optimizer, parameter)) is None:
-            continue
-        state = _adamw(engine.optimizer).state[place.storage]
-        fragments = [
-            tensor.detach().view(-1).narrow(0, place.offset, place.length)
-            for tensor in (place.storage, state["exp_avg"], state["exp_avg_sq"])
+
+    def __init__(self, optimizer: DeepSpeedOptimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]):
+        self._optimizer = optimizer
+        self._adamw = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
+        assert isinstance(self._adamw, torch.optim.AdamW), f"{type(self._adamw).__name__} is not AdamW"
+        for storage in _storages(optimizer, self._adamw):
+            _ensure_moments(self._adamw, storage)
+        self.shards = [
+            shard for name, parameter in named_parameters if (shard := self._shard(name, parameter))
         ]
-        owned.append(OptimizerShard(name, shard_spec_of(parameter), place.start, *fragments))
-    return owned
 
+    def _shard(self, name: str, parameter: nn.Parameter) -> OptimizerShard | None:
+        assert parameter.requires_grad, f"{name}: the optimizer holds trained parameters only"
+        if (spec := _fragment_spec(self._optimizer, parameter)) is None:
+            return None
+        state = self._adamw.state[spec.storage]
+        fragments = [
+            tensor.detach().view(-1).narrow(0, spec.offset, spec.length)
+            for tensor in (spec.storage, state["exp_avg"], state["exp_avg_sq"])
+        ]
+        return OptimizerShard(name, shard_spec_of(parameter), spec.start, *fragments)
 
-@torch.no_grad()
-def sync_model_from_master(engine: DeepSpeedEngine, step: int) -> None:
-    """After masters were written to: AdamW's count of steps, and the weights that the forward reads.
+    @torch.no_grad()
+    def sync_model_from_master(self, step: int) -> None:
+        """Copy the master weights into the model's, and set AdamW's step count.
 
-    Called by every rank, for data-parallel ranks exchange their parts.
-    """
-    optimizer = engine.optimizer
-    for state in _adamw(optimizer).state.values():
-        state["step"].fill_(step)
-    if isinstance(optimizer, torch.optim.AdamW):
-        return  # its masters are the weights
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        optimizer.update_lp_params()
-        return
-    # As its own step ends: release what is gathered, put each part in place, and gather the parameters that
-    # stay whole on every rank.
-    optimizer._partition_all_parameters()
-    for group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    optimizer._post_step(())
+        Called by every rank after the shards were written to: data-parallel ranks exchange their parts.
+        """
+        for state in self._adamw.state.values():
+            state["step"].fill_(step)
+        optimizer = self._optimizer
+        if isinstance(optimizer, torch.optim.AdamW):
+            return  # its master weights are the model's
+        if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer.update_lp_params()
+            return
+        # As its own step ends: release gathered parameters, copy each partition, and gather the parameters
+        # that stay whole on every rank.
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer._post_step(())
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a fragment lies in the optimizer: in which tensor, from where; and what of a parameter it is."""
+class FragmentSpec:
+    """Elements [offset, offset + length) of an optimizer's tensor: a flattened parameter's, from start on."""
 
     storage: Tensor
     offset: int
@@ -91,41 +96,36 @@ class _Place:
     length: int
 
 
-def _place(optimizer: DeepSpeedOptimizer, parameter: nn.Parameter) -> _Place | None:
-    """None where this rank owns nothing of a parameter."""
+def _fragment_spec(optimizer: DeepSpeedOptimizer, parameter: nn.Parameter) -> FragmentSpec | None:
+    """Storage of this rank's fragment of a parameter; None if it owns none."""
     if isinstance(optimizer, torch.optim.AdamW):
-        return _Place(parameter, 0, 0, parameter.numel())
+        return FragmentSpec(parameter, 0, 0, parameter.numel())
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = length * optimizer._get_param_partition_rank(parameter)
-        length = min(length, parameter.ds_numel - start)  # the last ranks' parts are padded
+        length = min(length, parameter.ds_numel - start)  # the last ranks' partitions are padded
         storage = optimizer.fp32_partitioned_groups_flat[group]
-        return _Place(storage, offset, start, length) if length > 0 else None
+        return FragmentSpec(storage, offset, start, length) if length > 0 else None
     if (mapping := parameter._hp_mapping) is None:
         return None
     storage = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
-    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return _Place(storage, here.start, there.start, here.numel)
+    master, model = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return FragmentSpec(storage, master.start, model.start, master.numel)
 
 
-def _storages(optimizer: DeepSpeedOptimizer) -> list[Tensor]:
+def _storages(optimizer: DeepSpeedOptimizer, adamw: torch.optim.AdamW) -> list[Tensor]:
     """The tensors that AdamW updates on this rank."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        # Between steps its groups are empty.
-        assert not optimizer.swap_optimizer, "an optimizer swapped to disk has nothing to view"
+        # Between steps its parameter groups are empty.
+        assert not optimizer.swap_optimizer, "an optimizer swapped to disk has no tensors to view"
         return optimizer.fp32_partitioned_groups_flat
-    return [tensor for group in _adamw(optimizer).param_groups for tensor in group["params"]]
+    return [tensor for group in adamw.param_groups for tensor in group["params"]]
 
 
-def _adamw(optimizer: DeepSpeedOptimizer) -> torch.optim.AdamW:
-    adamw = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
-    assert isinstance(adamw, torch.optim.AdamW), f"{type(adamw).__name__} is not AdamW"
-    return adamw
-
-
-def _ensure_moments(optimizer: DeepSpeedOptimizer, storage: Tensor) -> None:
-    assert storage.dtype == torch.float32, f"masters are float32, these are {storage.dtype}"
-    state = _adamw(optimizer).state[storage]
+def _ensure_moments(adamw: torch.optim.AdamW, storage: Tensor) -> None:
+    """Start from zero moments, as AdamW's first step would."""
+    assert storage.dtype == torch.float32, f"master weights must be float32, these are {storage.dtype}"
+    state = adamw.state[storage]
     if not state:
         state["step"] = torch.zeros((), device=storage.device)
         state["exp_avg"] = torch.zeros_like(storage.detach())

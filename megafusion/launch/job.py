@@ -1,13 +1,16 @@
-"""The job script: launchers/slurm/train.sbatch with a run's options and values in it."""
+"""A SLURM job of a run, and its script: launchers/slurm/train.sbatch with the job's options and values."""
 
+import os
 import re
 import shlex
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from megafusion.errors import UserError
-from megafusion.launch.site import CONTAINERS, Site
+from megafusion.launch.run_folder import plain_path
+from megafusion.launch.site import CONTAINERS, Site, check_launcher
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "launchers" / "slurm" / "train.sbatch"
@@ -18,18 +21,17 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 
 @dataclass(frozen=True)
 class Job:
-    """What a job of a run needs to know, checked."""
+    """A job of a run; its values are validated."""
 
     run: Path
-    """Run folder, absolute and plain."""
+    """Run folder: an absolute path without characters that a shell reads."""
     site: Site
     nodes: int
     launcher: str
     time: str | None
     """Time limit in sbatch's form; None for the site's."""
-
     submission: str
-    """Names this submission among the run's: a job reads its files again at each of its starts."""
+    """Name of this submission's folder, which a job reads again at each of its starts."""
 
     @property
     def config(self) -> Path:
@@ -46,14 +48,22 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The job's name, one for each run: SLURM runs one job of a name at a time."""
+        """The job's name, the same for every job of a run: SLURM runs one job of a name at a time."""
         return "megafusion:" + str(self.run).strip("/").replace("/", ":")
 
 
+def make_job(out: Path, site_name: str, nodes: int, launcher: str | None, time: str | None) -> Job:
+    """Validate the options of `megafusion launch`. Raises UserError naming the one that is invalid."""
+    site = Site.load(site_name)
+    if time is not None and not _TIME.fullmatch(time):
+        raise UserError(f"--time {time!r}: write minutes, H:MM:SS or D-HH:MM:SS")
+    launcher = check_launcher(launcher or site.launcher, "--launcher")
+    submission = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return Job(plain_path(out, "out"), site, nodes, launcher, time, submission)
+
+
 def render(job: Job) -> str:
-    """The script, for sbatch. No value of a configuration is in it: it names the frozen file."""
-    if job.time is not None and not _TIME.fullmatch(job.time):
-        raise UserError(f"--time {job.time!r}: write minutes, H:MM:SS or D-HH:MM:SS")
+    """The script for sbatch. It names the frozen configuration and holds none of its values."""
     options = job.site.options | ({"time": job.time} if job.time else {})
     options |= {
         "job-name": job.name,
@@ -61,7 +71,7 @@ def render(job: Job) -> str:
         "ntasks-per-node": str(job.site.ranks_per_node),
         "output": f"{job.run}/logs/job-%j.log",
     }
-    # In a container ours is not there: python3 is the image's.
+    # A container has its own Python.
     in_container = job.site.environment.get("MEGAFUSION_CONTAINER", CONTAINERS[0]) != CONTAINERS[0]
     values = {"MEGAFUSION_PYTHON": "python3" if in_container else sys.executable} | job.site.environment
     values |= {

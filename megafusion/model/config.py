@@ -1,4 +1,4 @@
-"""The sizes of a model."""
+"""Configuration of the model."""
 
 import math
 from typing import Annotated, ClassVar, Literal
@@ -6,15 +6,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
-from megafusion.images.sizes import Size, say_sizes
-from megafusion.model.adapters import Grid
-from megafusion.model.attention import Backend
+from megafusion.images.sizes import Size, format_sizes
 
+BackendName = Literal["auto", "sdpa", "flex", "interval", "flash"]  # modules in model/attention/
+AdapterName = Literal["linear", "unet"]  # modules in model/adapters/
+Grid = tuple[int, int]  # rows and columns of patches in an image
 Positive = Annotated[int, Field(gt=0)]
 
 
 class ModelConfig(Config):
-    """A size of the model, named as the paper's table names it."""
+    """Architecture of the model."""
 
     renamed_keys: ClassVar[dict[str, str]] = {
         "width": "hidden_size",
@@ -31,7 +32,7 @@ class ModelConfig(Config):
     num_heads: int = Field(gt=0)
     """Query heads."""
     num_kv_heads: int | None = Field(None, gt=0)
-    """Key and value heads, fewer for grouped-query attention; as many as num_heads by default."""
+    """Key and value heads, fewer for grouped-query attention; num_heads by default."""
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of hidden_size, rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
@@ -40,18 +41,18 @@ class ModelConfig(Config):
     latent_channels: int = Field(gt=0)
     """Channels of an image's latents."""
     latent_downsampling: int = Field(gt=0)
-    """Pixels that the autoencoder turns into one latent, along a side."""
+    """Pixels per latent along a side: the downsampling factor of the autoencoder."""
     image_sizes: tuple[tuple[Positive, Positive], ...] = Field(min_length=1)
     """Heights and widths of images in pixels. Each size has a begin-of-image token of its own."""
     patch_size: Literal[1, 2, 4, 8]
     """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
-    adapter: Literal["linear", "unet"] = "linear"
-    """What stands between latents and the transformer."""
+    adapter: AdapterName = "linear"
+    """Adapter between latents and the transformer: linear, or the paper's U-Net blocks."""
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
-    attention: Backend = "sdpa"
+    attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
-    CUDA (or 2, for text alone); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
+    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     norm_eps: float = Field(1e-5, gt=0)
@@ -59,29 +60,37 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a whole, even head_dim"
-            )
+        if self.hidden_size % self.num_heads or self.head_dim % 2:
+            heads = f"hidden_size {self.hidden_size} / num_heads {self.num_heads}"
+            raise ValueError(f"head_dim = {heads} must be an even integer")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         patch = self.latent_downsampling * self.patch_size
         for size in self.image_sizes:
             if any(side % patch for side in size):
                 raise ValueError(
-                    f"image_sizes: {say_sizes([size])} is not a multiple of latent_downsampling "
+                    f"image_sizes: {format_sizes([size])} is not a multiple of latent_downsampling "
                     f"{self.latent_downsampling} x patch_size {self.patch_size} = {patch} pixels"
                 )
         if len(set(self.image_sizes)) < len(self.image_sizes):
-            raise ValueError(f"image_sizes: {say_sizes(self.image_sizes)} has a size twice; name each once")
+            raise ValueError(
+                f"image_sizes: {format_sizes(self.image_sizes)} has a size twice; name each once"
+            )
         return self
 
     @property
+    def head_dim(self) -> int:
+        """Size K of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
     def kv_heads(self) -> int:
+        """Key and value heads G."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def ffn_size(self) -> int:
+        """Size of the feed-forward's hidden layer."""
         return self.ffn_hidden_size or -(-8 * self.hidden_size // 3 // 128) * 128
 
     @property
@@ -92,7 +101,7 @@ class ModelConfig(Config):
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """Patches down and across an image of each size."""
+        """Rows and columns of patches in an image of each size."""
         patch = self.patch_size
         return tuple((height // patch, width // patch) for height, width in self.latent_sizes)
 

@@ -1,13 +1,55 @@
 """Llama's block: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megafusion.model.attention import BACKENDS, Backend
-from megafusion.model.rope import Rope
+from megafusion.model.attention import attention_backend
+from megafusion.model.config import ModelConfig
+from megafusion.model.weights import Replicated, declare
 from megafusion.sequence.intervals import Intervals
+
+
+class Rope(NamedTuple):
+    """Rotary position embedding (Su et al., arXiv 2104.09864): cosines and sines, float32 [B, S, 1, K/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x_BSHK: Tensor) -> Tensor:
+        """Rotate each pair (x_i, x_{i + K/2}), as Llama pairs them, by its position's angle."""
+        first, second = x_BSHK.float().chunk(2, dim=-1)
+        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(rotated, dim=-1).to(x_BSHK.dtype)
+
+
+def rope_at(positions_BS: Tensor, head_dim: int, theta: float) -> Rope:
+    """The rotation of integer positions, with frequencies theta^(-2i/K)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+    angles = positions_BS[..., None].float() * theta**-exponent
+    return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What blocks read besides the residual stream and the cache; made once a batch.
+
+    mask: as the attention backend prepared it. rope: of the positions in the residual stream.
+    """
+
+    mask: Any
+    rope: Rope
+
+
+def block_context(
+    config: ModelConfig, intervals: Intervals, positions_BS: Tensor, dtype: torch.dtype
+) -> BlockContext:
+    """The context of all blocks of a model; dtype: the residual stream's."""
+    mask = attention_backend(config.attention).prepare(intervals, dtype, config.head_dim)
+    return BlockContext(mask, rope_at(positions_BS, config.head_dim, config.rope_theta))
 
 
 class LayerCache(Protocol):
@@ -18,10 +60,10 @@ class LayerCache(Protocol):
 
 
 class FusedLinear(nn.Linear):
-    """Several linear layers of one input, without biases, as one matrix product."""
+    """Several linear layers of one input as one matrix product."""
 
-    def __init__(self, hidden_size: int, sizes: tuple[int, ...]):
-        super().__init__(hidden_size, sum(sizes), bias=False)
+    def __init__(self, hidden_size: int, sizes: tuple[int, ...], bias: bool = False):
+        super().__init__(hidden_size, sum(sizes), bias)
         self.sizes = sizes
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -30,33 +72,32 @@ class FusedLinear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """Queries see the keys of their interval."""
+    """Grouped-query attention in which each query sees the keys of its interval."""
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, backend: Backend):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = hidden_size // num_heads
-        sizes = (num_heads * self.head_dim, num_kv_heads * self.head_dim, num_kv_heads * self.head_dim)
-        self.qkv = FusedLinear(hidden_size, sizes)
-        self.out = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
-        self.attend = BACKENDS[backend]
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+        self.qkv = declare(FusedLinear(config.hidden_size, (q_size, kv_size, kv_size)), "column")
+        self.out = declare(nn.Linear(q_size, config.hidden_size, bias=False), "row", init="residual")
+        self.attend = attention_backend(config.attention).attend
 
-    def forward(
-        self, x_BSD: Tensor, intervals: Intervals, rope: Rope, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BSD))
-        q, k = rope.rotate(q), rope.rotate(k)
+        q, k = context.rope.rotate(q), context.rope.rotate(k)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.out(self.attend(q, k, v, intervals).flatten(-2))
+        return self.out(self.attend(q, k, v, context.mask).flatten(-2))
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = FusedLinear(hidden_size, (ffn_hidden_size, ffn_hidden_size))
-        self.down = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        size, ffn_size = config.hidden_size, config.ffn_size
+        self.gate_up = declare(FusedLinear(size, (ffn_size, ffn_size)), "column")
+        self.down = declare(nn.Linear(ffn_size, size, bias=False), "row", init="residual")
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSD)
@@ -66,23 +107,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        ffn_hidden_size: int,
-        backend: Backend,
-        norm_eps: float,
-    ):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.attention = SelfAttention(hidden_size, num_heads, num_kv_heads, backend)
-        self.feed_forward_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.feed_forward = FeedForward(hidden_size, ffn_hidden_size)
+        size, eps = config.hidden_size, config.norm_eps
+        self.attention_norm = declare(nn.RMSNorm(size, eps=eps), Replicated("positions"))
+        self.attention = SelfAttention(config)
+        self.feed_forward_norm = declare(nn.RMSNorm(size, eps=eps), Replicated("positions"))
+        self.feed_forward = FeedForward(config)
 
-    def forward(
-        self, x_BSD: Tensor, intervals: Intervals, rope: Rope, cache: LayerCache | None = None
-    ) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), intervals, rope, cache)
+    def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
         return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))

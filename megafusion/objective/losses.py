@@ -1,28 +1,18 @@
 """Next-token loss on text, denoising loss on images, each a mean over the whole global batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from megafusion.config import Config
 from megafusion.images.sizes import Size, bounding_size
-from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import IGNORED_LABEL
 from megafusion.sequence.packing import Targets
-
-
-class ObjectiveConfig(Config):
-    """total = text + image_weight x image."""
-
-    image_weight: float = Field(5.0, ge=0)
-    """The paper's lambda: the weight of the mean diffusion loss an image beside the mean loss a token."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """The noise process."""
 
 
 class Losses(NamedTuple):
@@ -31,6 +21,10 @@ class Losses(NamedTuple):
     text: Tensor
     image: Tensor
     total: Tensor
+
+
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+"""Nats summed over the labels that count, of logits [B, S, V] and labels [B, S]."""
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -57,13 +51,18 @@ class Objective(nn.Module):
     """Both losses, added once so that backward runs once. It has no parameters.
 
     sizes: heights and widths of images, where there are several: each image's loss is the mean over its own.
+    cross_entropy: another one for logits that are sharded over devices.
     """
 
-    def __init__(self, config: ObjectiveConfig, sizes: Sequence[Size] = ()):
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        sizes: Sequence[Size] = (),
+        cross_entropy: CrossEntropy = cross_entropy,
+    ):
         super().__init__()
         self.config = config
-        self.schedule = NoiseSchedule(config.schedule)
-        # Where the vocabulary is split over devices, another function takes its place.
+        self.noise_process: NoiseProcess = config.noise_process.build()
         self.cross_entropy = cross_entropy
         # Whole numbers, which no change of the module's precision rounds.
         areas = torch.tensor([math.prod(size) for size in sizes], dtype=torch.int64)
@@ -72,7 +71,7 @@ class Objective(nn.Module):
 
     def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
         """The losses of next-token logits and of predictions for every image slot."""
-        target = self.schedule.target(targets.latents, targets.noise, targets.timesteps)
+        target = self.noise_process.target(targets.latents, targets.noise, targets.t)
         text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
         share = self.areas[targets.image_size] / self.canvas_area if len(self.areas) > 1 else None
         errors = squared_error(images_BNCHW, target, targets.image_start >= 0, share)

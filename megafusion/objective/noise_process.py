@@ -1,60 +1,48 @@
-"""The forward noise process, from diffusers' schedulers."""
+"""The noise process: how latents are noised in training, and which sampler runs the same process backwards.
 
-from typing import Literal
+Another process, such as flow matching, is one file beside ddpm.py, and its config in `NoiseProcessConfig`.
+"""
 
-import torch
-from diffusers import DDPMScheduler
-from pydantic import Field
-from torch import Tensor, nn
+from __future__ import annotations
 
-from megafusion.config import Config
+from typing import TYPE_CHECKING, Protocol
 
+from megafusion.objective.ddpm import DDPMConfig
 
-class ScheduleConfig(Config):
-    """How images are noised, and what the model predicts about them."""
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
-    """diffusers' name of the schedule; squaredcos_cap_v2 is the cosine schedule of the paper."""
-    num_steps: int = Field(1000, gt=0)
-    """Timesteps of the noise process in training."""
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What is predicted: the noise (the paper), or the velocity (Salimans and Ho, arXiv 2202.00512)."""
+    from megafusion.objective.config import SamplingConfig
+    from megafusion.objective.sampler import Sampler
 
-    def scheduler(self) -> DDPMScheduler:
-        """The diffusers scheduler that these values describe; samplers are made from its config."""
-        return DDPMScheduler(
-            num_train_timesteps=self.num_steps,
-            beta_schedule=self.beta_schedule,
-            prediction_type=self.prediction,
-            clip_sample=False,
-        )
+NoiseProcessConfig = DDPMConfig
+"""Configs of every process, each with a `kind` of its own; its `build` makes the `NoiseProcess`.
+
+Several of them are `Annotated[DDPMConfig | OtherConfig, Field(discriminator="kind")]`.
+"""
 
 
-class NoiseSchedule(nn.Module):
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, with a_t diffusers' alphas_cumprod.
+class NoiseProcess(Protocol):
+    """A path from latents at t = 0 to unit normal noise at t = 1; t is a float32 in [0, 1) everywhere.
 
-    A table on the model's device, so that a step does no lookup on the host.
+    Small and picklable: workers that read data sample from it without loading diffusers.
     """
 
-    def __init__(self, config: ScheduleConfig):
-        super().__init__()
-        self.prediction = config.prediction
-        with torch.device("cpu"):  # also where a model is first made without storage
-            alphas = config.scheduler().alphas_cumprod
-        self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
-        self.register_buffer("sigma", (1 - alphas).sqrt().float(), persistent=False)
+    def sample_t(self, generator: np.random.Generator, max_t: float) -> float:
+        """A random t below max_t for one image in training."""
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noised latents [..., C, H, W] at integer timesteps [...]."""
-        signal, sigma = self._at(timesteps)
-        return signal * latents + sigma * noise
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noised latents [..., C, H, W] at times [...]."""
 
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model is to predict: the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0."""
-        if self.prediction == "epsilon":
-            return noise
-        signal, sigma = self._at(timesteps)
-        return signal * noise - sigma * latents
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The prediction [..., C, H, W] that the loss asks of the model."""
 
-    def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        return self.signal[timesteps][..., None, None, None], self.sigma[timesteps][..., None, None, None]
+    def timesteps(self, t: Tensor) -> Tensor:
+        """The timestep embedding's input at times [...], in the unit of `Sampler.timesteps`."""
+
+    def sampler(self, sampling: SamplingConfig) -> Sampler:
+        """A sampler with its timesteps set. Raises UserError where `refusal` gives a reason."""
+
+    def refusal(self, sampling: SamplingConfig) -> str | None:
+        """Why the process has no such sampler; None where it has."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block's backward pass computes again instead of keeping."""
+"""Activation checkpointing: a block's backward pass recomputes activations instead of keeping them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +12,11 @@ from torch.utils.checkpoint import (
 )
 
 from megafusion.parallel.config import Recompute
+from megafusion.parallel.wrapper import Wrapper
 
-# Costly to compute again, or to send again; everything else of a block is cheap or, as attention, large.
-# (Ulysses' exchanges write into buffers, which cannot be kept: they are sent again.)
-_KEPT = {
+# Costly to compute or to communicate again; everything else in a block is cheap or, as attention, large.
+# (Ulysses' all-to-alls write into buffers, which cannot be saved: they are sent again.)
+_SAVED = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops._c10d_functional.all_reduce.default,
@@ -25,21 +26,24 @@ _KEPT = {
 }
 
 
-def recompute(block: nn.Module, what: Recompute) -> None:
-    """Let a block keep everything; matrix products and what was communicated; or its input alone."""
-    if what == "none":
-        return
-    options: dict[str, Callable] = {}
-    if what == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    forward = block.forward
+class CheckpointedBlock(Wrapper):
+    """A block that saves its input alone ("full"), or matrix products and collectives too ("selective")."""
 
-    # A function, for torch.compile sees nothing behind functools.partial here, and would compile nothing.
-    def checkpointed(*arguments: object) -> Tensor:
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+    def __init__(self, block: nn.Module, recompute: Recompute):
+        super().__init__(block)
+        self.options: dict[str, Callable] = {}
+        if recompute == "selective":
+            self.options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
-    block.forward = checkpointed
+    def forward(self, *arguments: object) -> Tensor:
+        return checkpoint(
+            self._wrapped_module,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **self.options,
+        )
 
 
 def _policy(context: object, operation: object, *arguments: object, **options: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE

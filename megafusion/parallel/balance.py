@@ -1,25 +1,27 @@
-"""Which blocks stand on which pipeline stage, so that the slowest stage is as fast as can be."""
+"""Assignment of blocks to pipeline stages so that the slowest stage is as fast as possible."""
 
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import inf
 
 import torch
-from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megafusion.model.config import ModelConfig
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import SequenceShape
 
 
 def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
-    """Forward operations of the stem, of each block and of the tail for one row, counted by PyTorch.
+    """Forward FLOPs of the stem, of each block and of the tail for one row, counted by PyTorch.
 
-    Counted on tensors without storage, with dense attention: every pair of positions counts, seen or not.
-    The U-Net and the vocabulary are in the stem's and the tail's figures. Every image slot counts as one of
-    the first size.
+    Counted on the meta device with dense attention: every pair of positions counts, masked or not.
+    The stem and the tail include the U-Net and the vocabulary. Every image slot counts as one of the first
+    size.
     """
     with torch.device("meta"):
         one_block = config.model_copy(
@@ -30,22 +32,48 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
         bounds = torch.zeros(1, shape.length, dtype=torch.int32)
         latents = torch.zeros(1, shape.num_images, shape.latent_channels, *shape.sizes[0])
         timesteps = torch.zeros(1, shape.num_images, dtype=torch.int64)
-    (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps)
-    intervals, rope = Intervals(bounds, bounds, shape.length), model.rope(bounds)
-    hidden, block = _counted(model.blocks[0], x, intervals, rope)
+    (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps, timesteps)
+    context = block_context(one_block, Intervals(bounds, bounds, shape.length), bounds, x.dtype)
+    hidden, block = _counted(model.blocks[0], x, context)
     _, head = _counted(model.tail.head, hidden)
-    _, images = _counted(model.tail.images, hidden, timesteps, timesteps, skips)
+    _, images = _counted(model.tail.images, hidden, timesteps, timesteps, skips, timesteps)
     return [stem, *[block] * config.num_layers, head + images]
 
 
-def stage_blocks(flops: list[int], num_stages: int) -> list[range]:
-    """Numbers of each stage's blocks, at least one, from the costs of stem, blocks and tail."""
-    stem, *blocks, tail = flops
-    costs = list(blocks)
+def stage_blocks(flops: Sequence[int], num_stages: int) -> list[range]:
+    """Indices of each stage's blocks, at least one, from the costs of stem, blocks and tail."""
+    stem, *costs, tail = flops
     costs[0] += stem
     costs[-1] += tail
-    bounds = partition_balanced(costs, num_stages)
-    return [range(first, last) for first, last in pairwise(bounds)]
+    return partition(costs, num_stages)
+
+
+def partition(costs: Sequence[int], num_parts: int) -> list[range]:
+    """Consecutive non-empty ranges with the smallest possible largest cost, then the largest smallest cost.
+
+    The linear partition problem, solved exactly by dynamic programming.
+    """
+    slowest = max(sum(costs[i] for i in part) for part in _max_min(costs, num_parts, lambda cost: -cost))
+    return _max_min(costs, num_parts, lambda cost: cost if cost <= slowest else -inf)
+
+
+def _max_min(costs: Sequence[int], num_parts: int, score: Callable[[int], float]) -> list[range]:
+    """Ranges that maximize the lowest score of a range's cost; of ties, the latest cuts."""
+    sums = [0, *accumulate(costs)]
+    best = {0: (inf, [])}  # number of items -> lowest score and ranges, with `part` ranges
+    for part in range(1, num_parts + 1):
+        best = {
+            stop: max(
+                (
+                    (min(lowest, score(sums[stop] - sums[start])), [*ranges, range(start, stop)])
+                    for start, (lowest, ranges) in best.items()
+                    if start < stop
+                ),
+                key=lambda candidate: (candidate[0], candidate[1][-1].start),
+            )
+            for stop in range(part, len(costs) + 1)
+        }
+    return best[len(costs)][1]
 
 
 def _counted(function, *arguments) -> tuple[Tensor, int]:

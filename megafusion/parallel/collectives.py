@@ -1,8 +1,15 @@
-"""Communication with a gradient: each function names what it does forward, and its docstring backward.
+"""Collectives with a gradient.
 
-They are the conjugate pairs of Megatron (arXiv 1909.08053, section 3) and of its sequence parallelism
-(arXiv 2205.05198, section 4.2). They are sent by torch's functional operations, which
-torch.compile and selective checkpointing understand.
+| function | forward | backward | Megatron's mappings.py |
+|---|---|---|---|
+| `copy` | nothing | all-reduce | copy_to_tensor_model_parallel_region |
+| `all_reduce` | all-reduce | nothing | reduce_from_tensor_model_parallel_region |
+| `all_gather` | all-gather | reduce-scatter | gather_from_sequence_parallel_region |
+| `reduce_scatter` | reduce-scatter | all-gather | reduce_scatter_to_sequence_parallel_region |
+| `all_gather_replicated` | all-gather | slice | gather_from_tensor_model_parallel_region |
+
+See arXiv 1909.08053, section 3, and for sequence parallelism arXiv 2205.05198, section 4.2. They call torch's
+functional collectives, which torch.compile and selective checkpointing understand.
 """
 
 from collections.abc import Callable
@@ -16,17 +23,17 @@ Group = dist.ProcessGroup
 _FUNCTIONAL = torch.ops._c10d_functional
 
 
-def _all_reduce(x: Tensor, group: Group) -> Tensor:
+def _sum(x: Tensor, group: Group) -> Tensor:
     return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
-def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+def _concatenate(x: Tensor, group: Group, dim: int) -> Tensor:
     size = group.size()
     rows = _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_gather_into_tensor(x.contiguous(), size, group.group_name))
     return rows if dim == 0 else torch.cat(rows.chunk(size), dim)
 
 
-def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+def _sum_slice(x: Tensor, group: Group, dim: int) -> Tensor:
     size = group.size()
     rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(size, dim))
     return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.reduce_scatter_tensor(rows, "sum", size, group.group_name))
@@ -40,78 +47,78 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(gradient, ctx.group), None
+        return _sum(gradient, ctx.group), None
 
 
-class _Reduce(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:
-        return _all_reduce(x, group)
+        return _sum(x, group)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return _all_gather(x, group, dim)
+        return _concatenate(x, group, dim)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(gradient, ctx.group, ctx.dim), None, None
+        return _sum_slice(gradient, ctx.group, ctx.dim), None, None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return _reduce_scatter(x, group, dim)
+        return _sum_slice(x, group, dim)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(gradient, ctx.group, ctx.dim), None, None
+        return _concatenate(gradient, ctx.group, ctx.dim), None, None
 
 
-class _Collect(torch.autograd.Function):
+class _AllGatherReplicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:
         ctx.group, ctx.length = group, x.shape[0]
-        return _all_gather(x, group, 0)
+        return _concatenate(x, group, 0)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        own = dist.get_rank(ctx.group) * ctx.length
-        return gradient[own : own + ctx.length], None
+        start = dist.get_rank(ctx.group) * ctx.length
+        return gradient[start : start + ctx.length], None
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
-    """The same tensor, about to be used by each rank in its own way; the gradients are summed."""
+    """The same tensor, for different work on each rank, whose gradients are summed."""
     return _Copy.apply(x, group)
 
 
-def reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' tensors, about to be used by all in the same way; the gradient is each one's."""
-    return _Reduce.apply(x, group)
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over ranks, for the same work on every rank."""
+    return _AllReduce.apply(x, group)
 
 
-def gather(x: Tensor, group: Group, dim: int) -> Tensor:
-    """The ranks' slices side by side, used by each in its own way; gradients are summed and sliced."""
-    return _Gather.apply(x, group, dim)
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The ranks' slices concatenated, for different work on each rank, whose gradients are summed."""
+    return _AllGather.apply(x, group, dim)
 
 
-def scatter(x: Tensor, group: Group, dim: int) -> Tensor:
-    """This rank's slice of the sum of the ranks' tensors; the slices' gradients are put side by side."""
-    return _Scatter.apply(x, group, dim)
+def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's slice of the sum over ranks."""
+    return _ReduceScatter.apply(x, group, dim)
 
 
-def collect(x: Tensor, group: Group) -> Tensor:
-    """The ranks' slices along dimension 0, used by all in the same way; each keeps its slice's gradient."""
-    return _Collect.apply(x, group)
+def all_gather_replicated(x: Tensor, group: Group) -> Tensor:
+    """The ranks' slices of dimension 0 concatenated, for the same work on every rank."""
+    return _AllGatherReplicated.apply(x, group)
 
 
 def sum_over(group: Group) -> Callable[[Tensor], Tensor]:
-    """A gradient hook for a parameter that the ranks of a group hold alike and use in part each."""
-    return lambda gradient: _all_reduce(gradient, group)
+    """A gradient hook for a replicated parameter of which each rank has a partial gradient."""
+    return lambda gradient: _sum(gradient, group)

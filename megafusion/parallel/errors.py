@@ -1,4 +1,4 @@
-"""Errors of one rank that every rank raises."""
+"""Errors of one rank, raised on every rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,17 @@ from megafusion.errors import UserError
 
 @contextmanager
 def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """What one rank of a group refuses in this block, every rank refuses with its error: none waits."""
-    refused = None
+    """Re-raise on every rank the first UserError that any rank raises in the block: none is left waiting.
+
+    group: all ranks by default. Every rank of the group must enter and leave the block.
+    """
+    raised = None
     try:
         yield
     except UserError as error:
-        refused = error
-    answers: list[UserError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, refused, group)
-    if found := next(filter(None, answers), None):
-        found.on_every_rank = dist.get_world_size(group) == dist.get_world_size()
-        raise found
+        raised = error
+    errors: list[UserError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, raised, group)
+    if first := next(filter(None, errors), None):
+        first.on_every_rank = dist.get_world_size(group) == dist.get_world_size()
+        raise first

@@ -1,7 +1,7 @@
-"""8-bit matrix products in the blocks, by transformer-engine, with the shards that tensor parallelism made.
+"""8-bit matrix products in the blocks, by transformer-engine, with the same tensor-parallel shards.
 
-Scales are found anew for each tensor (current scaling), so a checkpoint has no scaling state to keep.
-Not yet run on a GPU by this project: see docs/parallelism.md.
+Each tensor is scaled by its current maximum (current scaling), so a checkpoint has no scaling state.
+This project has not yet run it on a GPU: see docs/parallelism.md.
 """
 
 from functools import cache
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from megafusion.errors import UserError
 from megafusion.model.transformer import Block, FusedLinear
+from megafusion.model.weights import declare
 from megafusion.parallel.sharding import set_shard_spec, shard_spec_of
-from megafusion.parallel.tensor import RowParallelLinear
+from megafusion.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megafusion.parallel.wrapper import Wrapper
 
 
 def check_fp8() -> None:
-    """UserError where the package or the chip is not there."""
+    """UserError if the package or the chip is missing."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         raise UserError(
             "train.precision: fp8 needs an NVIDIA GPU of compute capability 8.9 or later; use bf16"
@@ -30,49 +32,59 @@ def check_fp8() -> None:
         ) from error
 
 
-def use_fp8(block: Block, group: dist.ProcessGroup) -> None:
-    """Let a block's matrices be multiplied in 8 bits; group: the ranks that share a tensor's scale."""
-    from transformer_engine.common.recipe import Float8CurrentScaling
-    from transformer_engine.pytorch import fp8_autocast
+class Fp8Block(Wrapper):
+    """A block whose matrix products are 8-bit; group: the ranks that share a tensor's scale."""
 
-    for part in (block.attention, block.feed_forward):
-        for name, linear in list(part.named_children()):
-            setattr(part, name, _in_fp8(linear))
-    forward, recipe = block.forward, Float8CurrentScaling()
+    def __init__(self, block: Block, group: dist.ProcessGroup):
+        from transformer_engine.common.recipe import Float8CurrentScaling
 
-    def in_autocast(*arguments: object) -> Tensor:
-        with fp8_autocast(enabled=True, fp8_recipe=recipe, fp8_group=group):
-            return forward(*arguments)
+        super().__init__(block)
+        self.recipe, self.group = Float8CurrentScaling(), group
+        for module in (block.attention, block.feed_forward):
+            for name, linear in list(module.named_children()):
+                setattr(module, name, _in_fp8(linear))
 
-    block.forward = in_autocast
+    def forward(self, *arguments: object) -> Tensor:
+        from transformer_engine.pytorch import fp8_autocast
+
+        with fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=self.group):
+            return self._wrapped_module(*arguments)
 
 
 def _in_fp8(linear: nn.Linear) -> nn.Module:
-    """A transformer-engine layer in the place of one of ours, its weight laid out alike."""
-    kind = _kinds()[type(linear)]
-    layer = kind(
+    """A transformer-engine layer to replace one of ours, with the same weight shape and declaration."""
+    layer = _kinds()[type(linear)](
         linear.in_features,
         linear.out_features,
         bias=False,
         params_dtype=torch.bfloat16,
         device=linear.weight.device,
     )
-    layer.sizes, layer.region = getattr(linear, "sizes", None), getattr(linear, "passage", None)
+    layer.sizes, layer.region = getattr(linear, "sizes", None), getattr(linear, "region", None)
     set_shard_spec(layer.weight, shard_spec_of(linear.weight))
-    return layer
+    return declare(layer, linear.weight_spec.sharding, linear.weight_spec.init)
 
 
 @cache
 def _kinds() -> dict[type, type]:
-    """What stands for what; made when the package is first wanted."""
+    """Our layers and transformer-engine's, whose package is imported at the first call."""
     from transformer_engine.pytorch import Linear
 
     class Fused(Linear):
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             return super().forward(x).split(self.sizes, dim=-1)
 
+    class ColumnParallel(Fused):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(self.region.gather_or_copy(x))
+
     class RowParallel(Linear):
         def forward(self, x: Tensor) -> Tensor:
             return self.region.reduce_or_scatter(super().forward(x))
 
-    return {nn.Linear: Linear, FusedLinear: Fused, RowParallelLinear: RowParallel}
+    return {
+        nn.Linear: Linear,
+        FusedLinear: Fused,
+        ColumnParallelLinear: ColumnParallel,
+        RowParallelLinear: RowParallel,
+    }

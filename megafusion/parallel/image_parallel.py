@@ -1,76 +1,70 @@
-"""Images of a micro-batch divided over the ranks that share its rows, instead of computed by all of them.
+"""Image slots of a micro-batch sharded over the ranks that share its rows.
 
-Rank r runs the adapters for slots [r k, (r + 1) k) of the B x N image slots, with k rounded up: the last
-rank may repeat the last slot, and what it makes of that is dropped.
+Rank r of R runs the adapters on slots [r k, (r + 1) k) of the B x N image slots, with k = ceil(B N / R).
+A slot beyond the last repeats the last, and its result is dropped.
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafusion.model.adapters import Skips
-from megafusion.model.transfusion import Stem, Tail
+from megafusion.model.adapters import DownAdapter, Skips, UpAdapter
 from megafusion.parallel import collectives
+from megafusion.parallel.wrapper import Wrapper
 
 
 class ImageShard:
-    """Which image slots a rank of the group computes."""
+    """The image slots of one rank of a group."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def take(self, x: Tensor) -> Tensor:
-        """This rank's k of N slots."""
-        per_rank = self.num_own(x.shape[0])
-        slots = torch.arange(self.rank * per_rank, (self.rank + 1) * per_rank, device=x.device)
-        return x[slots.clamp(max=x.shape[0] - 1)]
-
-    def put(self, own: Tensor, num_slots: int) -> Tensor:
-        """All N slots: this rank's where they belong, zeros for the others'."""
-        before = min(self.rank * own.shape[0], num_slots)
-        kept = own[: num_slots - before]
-        after = num_slots - before - kept.shape[0]
-        return torch.cat([own.new_zeros(before, *own.shape[1:]), kept, own.new_zeros(after, *own.shape[1:])])
-
-    def num_own(self, num_slots: int) -> int:
-        """Slots that each rank computes."""
+    def num_local(self, num_slots: int) -> int:
+        """Slots k that each rank computes."""
         return -(-num_slots // self.num_ranks)
 
-    def collect(self, own: Tensor, num_slots: int) -> Tensor:
-        """All N slots from all ranks."""
-        return collectives.collect(own, self.group)[:num_slots]
+    def shard(self, x: Tensor) -> Tensor:
+        """This rank's k of N slots."""
+        num_local = self.num_local(x.shape[0])
+        slots = torch.arange(self.rank * num_local, (self.rank + 1) * num_local, device=x.device)
+        return x[slots.clamp(max=x.shape[0] - 1)]
+
+    def pad(self, local: Tensor, num_slots: int) -> Tensor:
+        """[N, ...] with this rank's slots at their indices and zeros for the others'."""
+        before = min(self.rank * local.shape[0], num_slots)
+        kept = local[: num_slots - before]
+        after = num_slots - before - kept.shape[0]
+        zeros = local.new_zeros
+        return torch.cat([zeros(before, *local.shape[1:]), kept, zeros(after, *local.shape[1:])])
+
+    def all_gather(self, local: Tensor, num_slots: int) -> Tensor:
+        """[N, ...] from all ranks; each keeps the gradient of its own slots."""
+        return collectives.all_gather_replicated(local, self.group)[:num_slots]
 
 
-def shard_images(stem: Stem | None, tail: Tail | None, own: ImageShard) -> None:
-    """Let the adapters of a stage run on this rank's images alone.
+class ImageParallelDown(Wrapper):
+    """A stem's adapter on this rank's images."""
 
-    Only what stem and tail do with the adapters is wrapped, so that their parameters keep their names.
-    """
-    if stem is not None:
-        stem.patches = partial(_down, stem.patches, own)
-    if tail is not None:
-        tail.predict = partial(_up, tail.predict, own)
+    def __init__(self, adapter: DownAdapter, image_shard: ImageShard):
+        super().__init__(adapter)
+        self.image_shard = image_shard
 
-
-def _down(
-    patches: Callable, own: ImageShard, latents_NCHW: Tensor, timesteps_N: Tensor, sizes_N: Tensor
-) -> tuple[Tensor, Skips]:
-    """Patches [N, P, D], zeros for the others' images, to be summed; and the skips of this rank's."""
-    made, skips = patches(own.take(latents_NCHW), own.take(timesteps_N), own.take(sizes_N))
-    return own.put(made, latents_NCHW.shape[0]), skips
+    def forward(self, latents_NCHW: Tensor, timesteps_N: Tensor, sizes_N: Tensor) -> tuple[Tensor, Skips]:
+        """Patches [N, P, D], zeros for the others' images, to be summed; skips of this rank's images."""
+        local = (self.image_shard.shard(x) for x in (latents_NCHW, timesteps_N, sizes_N))
+        patches, skips = self._wrapped_module(*local)
+        return self.image_shard.pad(patches, latents_NCHW.shape[0]), skips
 
 
-def _up(
-    predict: Callable,
-    own: ImageShard,
-    hidden_NPD: Tensor,
-    timesteps_N: Tensor,
-    skips: Skips,
-    sizes_N: Tensor,
-) -> Tensor:
-    """Predictions [N, C, H, W] of all images on every rank, from the skips of this rank's."""
-    images = predict(own.take(hidden_NPD), own.take(timesteps_N), skips, own.take(sizes_N))
-    return own.collect(images, hidden_NPD.shape[0])
+class ImageParallelUp(Wrapper):
+    """A tail's adapter on this rank's images."""
+
+    def __init__(self, adapter: UpAdapter, image_shard: ImageShard):
+        super().__init__(adapter)
+        self.image_shard = image_shard
+
+    def forward(self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, sizes_N: Tensor) -> Tensor:
+        """Predictions [N, C, H, W] of all images on every rank, from the skips of this rank's images."""
+        hidden, timesteps, sizes = (self.image_shard.shard(x) for x in (hidden_NPD, timesteps_N, sizes_N))
+        images = self._wrapped_module(hidden, timesteps, skips, sizes)
+        return self.image_shard.all_gather(images, hidden_NPD.shape[0])

@@ -1,11 +1,11 @@
-"""A consecutive run of the model's layers on one rank: all of them, or a pipeline stage's share.
+"""The consecutive layers of the model on one rank: all of them, or those of a pipeline stage.
 
-Between stages travel two tensors: one of floats (the residual stream and the adapter's skips) and one of
-integers (positions and mask, and where the images are). One float tensor means one backward pass a
-stage; both keep their shape, so that DeepSpeed's buffers are made once.
+Stages send two tensors to the next: one of floats (the residual stream and the adapter's skips) and one of
+integers (positions, mask and image slots). One float tensor means one backward pass a stage; the shapes never
+change, so that DeepSpeed allocates its buffers once.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips
-from megafusion.model.attention import prepare_mask
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import TensorParallelRegion
 from megafusion.parallel.ulysses import SequenceShard
+from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import Inputs, PackedBatch, Targets
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """What a micro-batch measures, the same for all."""
+class MicroBatchShape:
+    """The shapes in a micro-batch, the same for all."""
 
     num_rows: int
     """Rows B."""
@@ -34,31 +35,31 @@ class Shapes:
     num_slots: int
     """Image slots N of a row."""
     skips: tuple[torch.Size, ...]
-    """The adapter's skips, of the images that this rank computes."""
+    """The adapter's skips for this rank's images."""
 
 
 class Stage(nn.Module):
-    """Some consecutive layers of a model, named as they are named there.
+    """Consecutive layers of a model, whose parameters have the names that they have there.
 
-    blocks: numbers of the blocks; the stem comes with the first of all, the tail with the last.
+    blocks: indices of the blocks. The first stage has the stem too, Megatron's pre_process; the last has the
+    tail, its post_process.
     """
 
-    def __init__(self, model: Transfusion, blocks: range, mesh: Mesh, shapes: Shapes):
+    def __init__(self, model: Transfusion, blocks: range, mesh: Mesh, shape: MicroBatchShape):
         super().__init__()
-        self.shapes, self.hidden_size, self.rope = shapes, model.config.hidden_size, model.rope
-        self.attention, self.head_dim = model.config.attention, self.hidden_size // model.config.num_heads
+        self.shape, self.config = shape, model.config
         self.stem = model.stem if blocks.start == 0 else None
-        self.blocks = nn.ModuleDict({str(number): model.blocks[number] for number in blocks})
+        self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
-        self.schedule = model.objective.schedule
-        self.slices = SequenceShard(mesh)
+        self.noise_process = model.objective.noise_process
+        self.sequence_shard = SequenceShard(mesh.group("ulysses"))
         self.region = TensorParallelRegion(mesh) if mesh.size("tensor") > 1 else None
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """inputs: the fields of `Inputs` at the stem, else what the stage before gave.
+        """inputs: the fields of `Inputs` in the first stage, else the previous stage's floats and integers.
 
-        Returns floats and integers for the next stage; at the tail logits of this rank's positions and
-        words, and predictions [B, N, C, H, W] for all images of the rows.
+        Returns floats and integers for the next stage; from the last stage logits of this rank's positions
+        and vocabulary range, and predictions [B, N, C, H, W] for all images of the rows.
         """
         if self.stem is not None:
             x_BSD, integers, skips = self._begin(Inputs(*inputs))
@@ -67,53 +68,59 @@ class Stage(nn.Module):
             x_BSD, skips = self._unpack(floats)
         rows_3BS, slots_3BN = self._unpack_integers(integers)
         positions, row_start, row_end = rows_3BS
-        intervals = Intervals(row_start, row_end, self.shapes.length)
-        prepare_mask(self.attention, intervals, x_BSD, self.head_dim)
-        rope = self.rope(self.slices.take(positions))
+        intervals = Intervals(row_start, row_end, self.shape.length)
+        positions = self.sequence_shard.shard(positions)
+        context = block_context(self.config, intervals, positions, x_BSD.dtype)
         for block in self.blocks.values():
-            x_BSD = block(x_BSD, intervals, rope)
+            x_BSD = block(x_BSD, context)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
         return self._end(x_BSD, *slots_3BN, skips)
 
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters with their canonical names, which checkpoints use."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield canonical_name(name), parameter
+
     def _begin(self, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
-        noised = self.schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-        x_BSD, skips = self.stem(
-            inputs.tokens, inputs.patch_index, noised, inputs.timesteps, inputs.image_size
-        )
-        x_BSD = self.slices.reduce_or_scatter(x_BSD)
+        noised = self.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
+        timesteps = self.noise_process.timesteps(inputs.t)
+        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
+        x_BSD = self.sequence_shard.reduce_scatter(x_BSD)
         if self.region is not None:
             x_BSD = self.region.reduce_or_scatter(x_BSD)
         rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end])
-        slots = torch.stack([inputs.image_start, inputs.timesteps.int(), inputs.image_size.int()])
+        # The bits of t: exact, and no second float tensor.
+        slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
     def _end(
-        self, x_BSD: Tensor, image_start: Tensor, timesteps: Tensor, image_size: Tensor, skips: Skips
+        self, x_BSD: Tensor, image_start: Tensor, t_bits: Tensor, image_size: Tensor, skips: Skips
     ) -> tuple[Tensor, Tensor]:
         hidden_BSD = self.tail(x_BSD)
         if self.region is not None:
             hidden_BSD = self.region.gather_or_copy(hidden_BSD)
-        hidden_BSD = self.slices.gather_or_copy(hidden_BSD)
+        hidden_BSD = self.sequence_shard.all_gather(hidden_BSD)
+        timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
         images = self.tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
-        return self.tail.head(self.slices.take(hidden_BSD)), images
+        return self.tail.head(self.sequence_shard.shard(hidden_BSD)), images
 
     def _unpack(self, floats: Tensor) -> tuple[Tensor, Skips]:
-        sizes = [prod(shape) for shape in self.shapes.skips]
+        sizes = [prod(shape) for shape in self.shape.skips]
         x, *skips = floats.split([floats.numel() - sum(sizes), *sizes])
-        shaped = tuple(skip.view(shape) for skip, shape in zip(skips, self.shapes.skips, strict=True))
-        return x.view(self.shapes.num_rows, -1, self.hidden_size), shaped
+        shaped = tuple(skip.view(shape) for skip, shape in zip(skips, self.shape.skips, strict=True))
+        return x.view(self.shape.num_rows, -1, self.config.hidden_size), shaped
 
     def _unpack_integers(self, integers: Tensor) -> tuple[Tensor, Tensor]:
-        rows = 3 * self.shapes.num_rows * self.shapes.length
+        rows = 3 * self.shape.num_rows * self.shape.length
         return (
-            integers[:rows].view(3, self.shapes.num_rows, self.shapes.length),
-            integers[rows:].view(3, self.shapes.num_rows, self.shapes.num_slots),
+            integers[:rows].view(3, self.shape.num_rows, self.shape.length),
+            integers[rows:].view(3, self.shape.num_rows, self.shape.num_slots),
         )
 
 
 class ModelWithLoss(nn.Module):
-    """All layers on one rank, with the losses behind them."""
+    """All layers and the losses on one rank."""
 
     def __init__(self, stage: Stage, objective: Objective):
         super().__init__()
@@ -126,10 +133,11 @@ class ModelWithLoss(nn.Module):
 
 
 class PipelineLosses:
-    """The losses of the last stage as DeepSpeed's pipeline wants them: to be averaged over what it averages.
+    """The total loss of the last stage for DeepSpeed's pipeline, scaled against its averaging.
 
-    Ours are shares of global means already. It divides gradients by the micro-batches and by the ranks that
-    share weights. `report` takes each micro-batch's shares as they are.
+    Our losses are shares of global means. DeepSpeed averages gradients over micro-batches and over the ranks
+    that hold the same weights, so the total is multiplied by both. report: called with each micro-batch's
+    losses.
     """
 
     def __init__(

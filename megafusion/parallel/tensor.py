@@ -1,18 +1,19 @@
-"""Tensor parallelism (Megatron, arXiv 1909.08053): every matrix divided over the ranks of a group.
+"""Tensor parallelism (Megatron, arXiv 1909.08053): weights sharded over the ranks of a group.
 
-Between two of `Passage`'s crossings, each rank works with its own heads, hidden units or words: `enter`
-hands the residual stream to all of them, `leave` adds up what they made of it. With Megatron's sequence
-parallelism (arXiv 2205.05198) the stream itself, and the norms on it, are divided by positions.
+In a tensor-parallel region each rank computes with its own heads, hidden units or vocabulary range.
+Column-parallel layers begin a region and row-parallel layers end it. With Megatron's sequence parallelism
+(arXiv 2205.05198) the residual stream and its norms, outside the regions, are sharded by positions.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megafusion.model.transformer import Block, FusedLinear
-from megafusion.model.transfusion import Stem, Tail
+from megafusion.model.transformer import FusedLinear
+from megafusion.model.weights import Replicated, declare, named_weights
 from megafusion.parallel import collectives
-from megafusion.parallel.mesh import Mesh, vocab_shard_size
+from megafusion.parallel.degrees import vocab_shard_size
+from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.sharding import ShardSpan, ShardSpec, set_shard_spec
 from megafusion.sequence.document import IGNORED_LABEL
 
@@ -20,65 +21,63 @@ POSITIONS = 1  # dimension S of x_BSD
 
 
 class TensorParallelRegion:
-    """The two crossings between the residual stream and the ranks of a tensor group."""
+    """The collectives at both ends of a region."""
 
     def __init__(self, mesh: Mesh):
-        self.group = mesh.group("tensor")
-        self.is_sliced = mesh.config.sequence
+        self.group, self.rank, self.num_ranks = mesh.group("tensor"), mesh.rank("tensor"), mesh.size("tensor")
+        self.is_sequence_parallel = mesh.config.sequence
 
     def gather_or_copy(self, x_BSD: Tensor) -> Tensor:
-        """The whole stream for each rank's part of the work; gradients of the parts are summed."""
-        if self.is_sliced:
-            return collectives.gather(x_BSD, self.group, POSITIONS)
+        """The whole residual stream for each rank's work, whose gradients are summed."""
+        if self.is_sequence_parallel:
+            return collectives.all_gather(x_BSD, self.group, POSITIONS)
         return collectives.copy(x_BSD, self.group)
 
     def reduce_or_scatter(self, x_BSD: Tensor) -> Tensor:
-        """The sum of what the ranks made; under sequence parallelism this rank's positions of it."""
-        if self.is_sliced:
-            return collectives.scatter(x_BSD, self.group, POSITIONS)
-        return collectives.reduce(x_BSD, self.group)
+        """The sum of the ranks' results; with sequence parallelism this rank's positions of it."""
+        if self.is_sequence_parallel:
+            return collectives.reduce_scatter(x_BSD, self.group, POSITIONS)
+        return collectives.all_reduce(x_BSD, self.group)
 
 
-class NormIntoRegion(nn.RMSNorm):
-    """A norm behind which the ranks' parts of the work begin."""
+class ColumnParallelLinear(FusedLinear):
+    """This rank's slice of each fused layer's outputs, from the whole residual stream."""
 
-    def __init__(self, norm: nn.RMSNorm, region: TensorParallelRegion):
-        super().__init__(norm.normalized_shape, eps=norm.eps, device=norm.weight.device)
+    def __init__(self, linear: FusedLinear, region: TensorParallelRegion):
+        sizes = tuple(size // region.num_ranks for size in linear.sizes)
+        super().__init__(linear.in_features, sizes, bias=linear.bias is not None)
+        self.to(linear.weight.device)
         self.region = region
+        spans, local, whole = [], 0, 0
+        for size in sizes:
+            spans.append(ShardSpan(local, whole + region.rank * size, size))
+            local, whole = local + size, whole + region.num_ranks * size
+        for name, parameter in linear.named_parameters():
+            set_shard_spec(getattr(self, name), ShardSpec(parameter.shape, 0, tuple(spans)))
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.region.gather_or_copy(super().forward(x_BSD))
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(self.region.gather_or_copy(x_BSD))
 
 
 class RowParallelLinear(nn.Linear):
-    """The input's features are divided; the ranks' outputs are summed."""
+    """This rank's slice of the inputs; the region's reduction sums the partial outputs."""
 
-    def __init__(self, linear: nn.Linear, region: TensorParallelRegion, rank: int, num_ranks: int):
-        size = linear.in_features // num_ranks
+    def __init__(self, linear: nn.Linear, region: TensorParallelRegion):
+        assert linear.bias is None, "a bias would be added once by every rank"
+        size = linear.in_features // region.num_ranks
         super().__init__(size, linear.out_features, bias=False, device=linear.weight.device)
         self.region = region
-        set_shard_spec(self.weight, ShardSpec(linear.weight.shape, 1, (ShardSpan(0, rank * size, size),)))
+        span = ShardSpan(0, region.rank * size, size)
+        set_shard_spec(self.weight, ShardSpec(linear.weight.shape, 1, (span,)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.region.reduce_or_scatter(super().forward(x))
 
 
-def column_parallel(linear: FusedLinear, rank: int, num_ranks: int) -> FusedLinear:
-    """This rank's outputs of each of the fused layers."""
-    sizes = tuple(size // num_ranks for size in linear.sizes)
-    part = FusedLinear(linear.in_features, sizes).to(linear.weight.device)
-    runs, local, whole = [], 0, 0
-    for size in sizes:
-        runs.append(ShardSpan(local, whole + rank * size, size))
-        local, whole = local + size, whole + num_ranks * size
-    set_shard_spec(part.weight, ShardSpec(linear.weight.shape, 0, tuple(runs)))
-    return part
-
-
 class VocabularyParallelEmbedding(nn.Embedding):
-    """Vectors of this rank's share of the words, zeros for the others: to be summed over the ranks of a row.
+    """This rank's range of the vocabulary; tokens outside embed to zero, so the sum over ranks is whole.
 
-    Ulysses ranks hold the same share and look up a part of it each, so that their sum counts a word once.
+    Ulysses ranks hold the same shard. Each embeds only a part of it, so that their sum has each token once.
     """
 
     def __init__(self, embedding: nn.Embedding, vocab_shard: range, embedded_range: range):
@@ -87,70 +86,92 @@ class VocabularyParallelEmbedding(nn.Embedding):
         set_shard_spec(self.weight, _vocab_spec(embedding.weight, vocab_shard))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        is_here = (tokens_BS >= self.embedded_range.start) & (tokens_BS < self.embedded_range.stop)
-        vectors = super().forward(torch.where(is_here, tokens_BS - self.vocab_shard.start, 0))
-        return torch.where(is_here[..., None], vectors, 0)
+        is_local = (tokens_BS >= self.embedded_range.start) & (tokens_BS < self.embedded_range.stop)
+        vectors = super().forward(torch.where(is_local, tokens_BS - self.vocab_shard.start, 0))
+        return torch.where(is_local[..., None], vectors, 0)
+
+
+class VocabularyParallelLinear(nn.Linear):
+    """A head that gives the logits of this rank's range of the vocabulary."""
+
+    def __init__(self, linear: nn.Linear, vocab_shard: range):
+        super().__init__(linear.in_features, len(vocab_shard), bias=False, device=linear.weight.device)
+        set_shard_spec(self.weight, _vocab_spec(linear.weight, vocab_shard))
 
 
 class VocabularyParallelCrossEntropy:
-    """Cross-entropy of logits that are divided by words: no rank ever holds a whole row of them.
+    """Cross-entropy of logits that are sharded by vocabulary, which no rank ever gathers.
 
-    Each rank contributes the largest logit, the sum of exponentials and the target's logit of its share.
+    The ranks reduce three numbers a position: the largest logit, the sum of exponentials, the target's logit.
     """
 
     def __init__(self, group: dist.ProcessGroup, vocab_shard: range):
         self.group, self.vocab_shard = group, vocab_shard
 
     def __call__(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Nats summed over the labels that count; logits [B, S, words of this rank]."""
+        """Nats summed over the labels that count; logits [B, S, this rank's range of the vocabulary]."""
         logits = logits_BSV.float()
         largest = logits.detach().amax(-1)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         logits = logits - largest[..., None]
-        is_here = (labels_BS >= self.vocab_shard.start) & (labels_BS < self.vocab_shard.stop)
-        index = torch.where(is_here, labels_BS - self.vocab_shard.start, 0)
-        target = torch.where(is_here, logits.gather(-1, index[..., None])[..., 0], 0)
-        sums = collectives.reduce(torch.stack([logits.exp().sum(-1), target]), self.group)
+        is_local = (labels_BS >= self.vocab_shard.start) & (labels_BS < self.vocab_shard.stop)
+        index = torch.where(is_local, labels_BS - self.vocab_shard.start, 0)
+        target = torch.where(is_local, logits.gather(-1, index[..., None])[..., 0], 0)
+        sums = collectives.all_reduce(torch.stack([logits.exp().sum(-1), target]), self.group)
         nats = sums[0].log() - sums[1]
         return torch.where(labels_BS != IGNORED_LABEL, nats, 0).sum()
 
 
 def vocab_range(vocab_size: int, rank: int, num_ranks: int) -> range:
-    """The share of the vocabulary of one tensor rank; the last one's may be smaller."""
-    share = vocab_shard_size(vocab_size, num_ranks)
-    return range(rank * share, min((rank + 1) * share, vocab_size))
+    """The vocabulary of one tensor rank; the last one's may be smaller."""
+    size = vocab_shard_size(vocab_size, num_ranks)
+    return range(rank * size, min((rank + 1) * size, vocab_size))
 
 
-def shard_block(block: Block, mesh: Mesh) -> None:
-    """Put this rank's part in the place of a block's matrices."""
-    rank, num_ranks, region = mesh.rank("tensor"), mesh.size("tensor"), TensorParallelRegion(mesh)
-    attention, feed_forward = block.attention, block.feed_forward
-    block.attention_norm = NormIntoRegion(block.attention_norm, region)
-    attention.qkv = column_parallel(attention.qkv, rank, num_ranks)
-    attention.out = RowParallelLinear(attention.out, region, rank, num_ranks)
-    block.feed_forward_norm = NormIntoRegion(block.feed_forward_norm, region)
-    feed_forward.gate_up = column_parallel(feed_forward.gate_up, rank, num_ranks)
-    feed_forward.down = RowParallelLinear(feed_forward.down, region, rank, num_ranks)
+def shard_weights(model: nn.Module, mesh: Mesh) -> None:
+    """Replace each module that declares a sharded weight by one with this rank's shard."""
+    region = TensorParallelRegion(mesh)
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if spec := getattr(module, "weight_spec", None):
+                sharded = _sharded(module, region, mesh)
+                setattr(parent, name, declare(sharded, spec.sharding, spec.init))
 
 
-def shard_stem(stem: Stem, mesh: Mesh) -> None:
-    """Put this rank's words in the place of the embedding."""
-    vocab_shard = vocab_range(stem.embedding.num_embeddings, mesh.rank("tensor"), mesh.size("tensor"))
-    bounds = [
-        vocab_shard.start + len(vocab_shard) * i // mesh.size("ulysses")
-        for i in range(mesh.size("ulysses") + 1)
-    ]
-    embedded_range = range(bounds[mesh.rank("ulysses")], bounds[mesh.rank("ulysses") + 1])
-    stem.embedding = VocabularyParallelEmbedding(stem.embedding, vocab_shard, embedded_range)
+def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.Module:
+    match module.weight_spec.sharding:
+        case "vocab" if isinstance(module, nn.Embedding):
+            vocab_shard = vocab_range(module.num_embeddings, region.rank, region.num_ranks)
+            return VocabularyParallelEmbedding(module, vocab_shard, _embedded_range(vocab_shard, mesh))
+        case _ if region.num_ranks == 1:
+            return module
+        case "column":
+            return ColumnParallelLinear(module, region)
+        case "row":
+            return RowParallelLinear(module, region)
+        case "vocab":
+            vocab_shard = vocab_range(module.out_features, region.rank, region.num_ranks)
+            return VocabularyParallelLinear(module, vocab_shard)
+        case Replicated():
+            return module
 
 
-def shard_tail(tail: Tail, mesh: Mesh) -> None:
-    """Put this rank's words in the place of the head."""
-    vocab_shard = vocab_range(tail.head.out_features, mesh.rank("tensor"), mesh.size("tensor"))
-    whole = tail.head.weight
-    tail.head = nn.Linear(tail.head.in_features, len(vocab_shard), bias=False, device=whole.device)
-    set_shard_spec(tail.head.weight, _vocab_spec(whole, vocab_shard))
+def _embedded_range(vocab_shard: range, mesh: Mesh) -> range:
+    """The part of a shard that this Ulysses rank embeds."""
+    rank, num_ranks = mesh.rank("ulysses"), mesh.size("ulysses")
+    start, stop = (len(vocab_shard) * i // num_ranks for i in (rank, rank + 1))
+    return vocab_shard[start:stop]
 
 
 def _vocab_spec(whole: Tensor, vocab_shard: range) -> ShardSpec:
     return ShardSpec(whole.shape, 0, (ShardSpan(0, vocab_shard.start, len(vocab_shard)),))
+
+
+def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """All-reduce over the tensor group the gradients of replicated weights that are partial on each rank."""
+    partial = {Replicated("heads"), Replicated("images")}
+    if mesh.config.sequence:
+        partial.add(Replicated("positions"))
+    for weight in named_weights(model):
+        if weight.sharding in partial:
+            getattr(weight.owner, weight.key).register_hook(collectives.sum_over(mesh.group("tensor")))

@@ -1,51 +1,62 @@
 """Ulysses sequence parallelism (arXiv 2309.14509) for long rows, through DeepSpeed's attention.
 
-The ranks of a row hold a slice of its positions each, and all heads. In attention they exchange: each
-holds all positions of its share of the heads, so that the mask of whole rows serves as it is.
+The ranks of a row hold a slice of its positions each, and all heads. Around attention, all-to-alls exchange
+positions for heads: each rank then holds all positions of its heads, so the mask of whole rows applies.
 """
+
+from collections.abc import Callable
+from typing import Any
+
+import megafusion.device  # noqa: F401 - before deepspeed
 
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
 
-from megafusion.model.transformer import Block
+from megafusion.objective.losses import CrossEntropy
 from megafusion.parallel import collectives
-from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import POSITIONS
-from megafusion.sequence.intervals import Intervals
 
 BATCH, HEADS = 0, 2  # dimensions of q_BSHK
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # a backend's `attend`
 
 
-def exchange_heads(block: Block, mesh: Mesh) -> None:
-    """Let a block's attention exchange positions for heads before, and back after."""
-    attend = DistributedAttention(block.attention.attend, mesh.group("ulysses"), HEADS, POSITIONS)
+class UlyssesAttention:
+    """An attention backend between two exchanges: positions for heads, and back."""
 
-    def attention(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, intervals: Intervals) -> Tensor:
-        return attend(q_BSHK, k_BSGK, v_BSGK, BATCH, None, intervals)
+    def __init__(self, attend: Attend, group: dist.ProcessGroup):
+        self.attention = DistributedAttention(attend, group, HEADS, POSITIONS)
 
-    block.attention.attend = attention
+    def __call__(self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
+        return self.attention(q_BSHK, k_BSGK, v_BSGK, BATCH, None, mask)
 
 
 class SequenceShard:
-    """Positions of a row divided over the Ulysses ranks, in the order of their numbers."""
+    """Positions of a row sharded over the Ulysses ranks, in the order of ranks."""
 
-    def __init__(self, mesh: Mesh):
-        self.group = mesh.group("ulysses")
-        self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.rank, self.num_ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def take(self, x_BS: Tensor) -> Tensor:
-        """This rank's positions of what every rank holds alike."""
+    def shard(self, x_BS: Tensor) -> Tensor:
+        """This rank's positions of a tensor that every rank holds."""
         return x_BS.chunk(self.num_ranks, POSITIONS)[self.rank]
 
-    def gather_or_copy(self, x_BSD: Tensor) -> Tensor:
-        """All positions, from each rank's."""
-        return x_BSD if self.num_ranks == 1 else collectives.gather(x_BSD, self.group, POSITIONS)
+    def all_gather(self, x_BSD: Tensor) -> Tensor:
+        """All positions from every rank's."""
+        return x_BSD if self.num_ranks == 1 else collectives.all_gather(x_BSD, self.group, POSITIONS)
 
-    def reduce_or_scatter(self, x_BSD: Tensor) -> Tensor:
-        """This rank's positions of the sum over the ranks."""
-        return x_BSD if self.num_ranks == 1 else collectives.scatter(x_BSD, self.group, POSITIONS)
+    def reduce_scatter(self, x_BSD: Tensor) -> Tensor:
+        """This rank's positions of the sum over ranks."""
+        return x_BSD if self.num_ranks == 1 else collectives.reduce_scatter(x_BSD, self.group, POSITIONS)
 
-    def total(self, nats: Tensor) -> Tensor:
-        """A sum over positions, whole on every rank."""
-        return nats if self.num_ranks == 1 else collectives.reduce(nats, self.group)
+
+class SequenceParallelCrossEntropy:
+    """Cross-entropy of logits of this rank's positions, summed over the ranks of a row."""
+
+    def __init__(self, cross_entropy: CrossEntropy, sequence_shard: SequenceShard):
+        self.cross_entropy, self.sequence_shard = cross_entropy, sequence_shard
+
+    def __call__(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Nats summed over the labels that count; labels of all positions."""
+        nats = self.cross_entropy(logits_BSV, self.sequence_shard.shard(labels_BS))
+        return collectives.all_reduce(nats, self.sequence_shard.group)

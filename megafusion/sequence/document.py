@@ -1,40 +1,58 @@
-"""From a document (texts and pictures in order) to the flat arrays that packing lays side by side."""
+"""From a document (texts and images in order) to flat arrays of positions, which packing concatenates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from megafusion.sequence.tokenizer import Tokenizer, begin_of_image
+from megafusion.sequence.tokenizer import Tokenizer
 
 IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
-class NoisedImage:
-    """An image as the model is trained on it: latents and noise float32 [C, h, w], and its timestep.
+class Segment:
+    """A text or an image of a document, as a shard holds it.
 
-    picture: uint8 [3, H, W] where latents are to be made of one; those are standard normal until then.
-    size: index of its size among the model's.
+    kind     data
+    tokens   a text: token ids without bos and eos, int [L]
+    moments  an image: mean and log-variance of its raw latents, float16 [2, C, h, w]
+    pixels   an image: a WebP file; uint8 [3, H, W] once decoded
+    latents  an image that never was in a shard: none
     """
 
-    latents: np.ndarray
-    noise: np.ndarray
-    timestep: int
-    picture: np.ndarray | None = None
+    kind: Literal["tokens", "moments", "pixels", "latents"]
+    data: np.ndarray | bytes | None
+
+
+@dataclass(frozen=True)
+class ImageSegment(Segment):
+    """An image with the values that training samples for it.
+
+    size: index of its size among the model's. max_t: limit of its t.
+    latents, noise: float32 [C, h, w], None until sampled. t: its time in the noise process, in [0, 1).
+    If kind is pixels, latents are a standard normal sample until the image encoder has encoded the pixels.
+    """
+
+    kind: Literal["moments", "pixels", "latents"] = "latents"
+    data: np.ndarray | bytes | None = None
     size: int = 0
+    max_t: float = 1.0
+    latents: np.ndarray | None = None
+    noise: np.ndarray | None = None
+    t: float = 0.0
 
 
 @dataclass(frozen=True)
 class FlatDocument:
     """One document as a sequence of L positions with n images of at most P patches each.
 
-    tokens int64 [L] (a filler under patches), labels int64 [L] (-100 where no loss),
-    patch int32 [L] (which of the document's n x P patches stands here, also where images of other sizes have
-    fewer; -1 for text),
-    row_end int32 [L] (exclusive end of the visible keys, from the document's start),
-    image_start int32 [n] (each image's first patch).
+    tokens int64 [L], a filler under patches; labels int64 [L], -100 where there is no text loss;
+    patch int32 [L]: index of the position's patch among the document's n x P, -1 for text (an image of fewer
+    than P patches leaves the last of its indices unused);
+    row_end int32 [L]: exclusive end of the visible keys, counted from the document's start;
+    image_start int32 [n]: position of each image's first patch.
     """
 
     tokens: np.ndarray
@@ -42,91 +60,88 @@ class FlatDocument:
     patch: np.ndarray
     row_end: np.ndarray
     image_start: np.ndarray
-    images: tuple[NoisedImage | Any, ...]
+    images: tuple[ImageSegment, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def flatten(
-    segments: Sequence[np.ndarray | Any],
-    tokenizer: Tokenizer,
-    patches: Sequence[int],
-) -> FlatDocument:
+def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence[int]) -> FlatDocument:
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
-    Texts are arrays of ids; anything else is an image, which goes into `images` as it is; its `size` says
-    which of `patches` it has, and with which boi it begins.
-    Next-token targets stand at every position whose input is neither boi nor a patch: boi is predicted
-    by the text before it, while what follows boi is denoised and eoi is put in without being asked for.
+    The only place where the kind of a segment decides on tokens, labels and mask. patches: number of patches
+    of an image of each size, which also decides on its boi.
+    Every position has a next-token target except boi and patches: the position before predicts boi, what
+    follows boi is denoised, and eoi is never predicted.
     """
-    images = tuple(segment for segment in segments if not isinstance(segment, np.ndarray))
-    texts = [segment for segment in segments if isinstance(segment, np.ndarray)]
-    most = max(patches)
-    length = 2 + sum(map(len, texts)) + sum(patches[image.size] + 2 for image in images)
+    max_patches = max(patches)
+    length = 2 + sum(_num_positions(segment, patches) for segment in segments)
     tokens = np.full(length, tokenizer.eoi, np.int64)  # the filler under patches is never read
     patch = np.full(length, -1, np.int32)
-    begins = np.zeros(length, bool)
+    is_boi = np.zeros(length, bool)
     row_end = np.arange(1, length + 1, dtype=np.int32)
-    image_start, first = [], 1
+    images, image_start, start = [], [], 1
     tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
     for segment in segments:
-        if isinstance(segment, np.ndarray):
-            tokens[first : first + len(segment)] = segment
-            first += len(segment)
-            continue
-        tokens[first], begins[first] = begin_of_image(tokenizer, segment.size), True
-        here = slice(first + 1, first + 1 + patches[segment.size])
-        patch[here] = len(image_start) * most + np.arange(patches[segment.size])
-        row_end[here] = here.stop
-        image_start.append(here.start)
-        first = here.stop + 1
+        end = start + _num_positions(segment, patches)
+        if segment.kind == "tokens":
+            tokens[start:end] = segment.data
+        else:
+            tokens[start], is_boi[start] = tokenizer.boi_of_size(segment.size), True
+            patch[start + 1 : end - 1] = len(images) * max_patches + np.arange(patches[segment.size])
+            row_end[start + 1 : end - 1] = end - 1
+            image_start.append(start + 1)
+            images.append(segment)
+        start = end
     labels = np.full(length, IGNORED_LABEL, np.int64)
-    asks = (patch[:-1] < 0) & ~begins[:-1]
-    labels[:-1][asks] = tokens[1:][asks]
-    return FlatDocument(tokens, labels, patch, row_end, np.array(image_start, np.int32), images)
+    has_target = (patch[:-1] < 0) & ~is_boi[:-1]
+    labels[:-1][has_target] = tokens[1:][has_target]
+    return FlatDocument(tokens, labels, patch, row_end, np.array(image_start, np.int32), tuple(images))
 
 
-def cut_document(document: FlatDocument, first: int, last: int) -> FlatDocument:
-    """Positions [first, last) of a document as a document of its own; neither end may part an image.
+def _num_positions(segment: Segment, patches: Sequence[int]) -> int:
+    return len(segment.data) if segment.kind == "tokens" else patches[segment.size] + 2
 
-    It sees nothing of what stood before it and its positions restart; its last position keeps its target,
-    which is the next piece's first token (boi among them), so that pieces end to end lose no target and
-    double none.
+
+def cut_document(document: FlatDocument, start: int, end: int) -> FlatDocument:
+    """Positions [start, end) of a document as a document of its own; neither bound may split an image.
+
+    Its positions restart and it sees nothing before it. Its last position keeps its target, the first token
+    of the next piece (which may be boi), so no target is lost or doubled.
     """
-    here = images_between(document, first, last)
-    image_start, patch = document.image_start[here], document.patch[first:last]
+    here = images_between(document, start, end)
+    image_start, patch = document.image_start[here], document.patch[start:end]
     if here.start and len(image_start):
         patch = np.where(patch < 0, -1, patch - document.patch[image_start[0]])
     return FlatDocument(
-        tokens=document.tokens[first:last],
-        labels=document.labels[first:last],
+        tokens=document.tokens[start:end],
+        labels=document.labels[start:end],
         patch=patch,
-        row_end=document.row_end[first:last] - first,
-        image_start=image_start - first,
+        row_end=document.row_end[start:end] - start,
+        image_start=image_start - start,
         images=document.images[here],
     )
 
 
-def images_between(document: FlatDocument, first: int, last: int) -> slice:
-    """Which images stand in positions [first, last), neither of which parts one."""
-    return slice(*np.searchsorted(document.image_start, (first, last)).tolist())
+def images_between(document: FlatDocument, start: int, end: int) -> slice:
+    """Indices of the images in positions [start, end), neither of which splits one."""
+    return slice(*np.searchsorted(document.image_start, (start, end)).tolist())
 
 
-def find_cut(document: FlatDocument, first: int, last: int, room: int, slots: int, least: int) -> int:
-    """Where to cut [first, last) so that at most `room` positions and `slots` images come first.
+def find_cut(document: FlatDocument, start: int, end: int, room: int, slots: int, min_length: int) -> int:
+    """Where to cut [start, end) so that the first piece has at most `room` positions and `slots` images.
 
-    `last` where no cut is needed; `first` where there is no place for one that parts no image and leaves
-    `least` positions on either side.
+    `end` if no cut is needed; `start` if no cut leaves `min_length` positions on either side and every image
+    complete.
     """
-    end = last if last - first <= room else min(first + room, last - least)
+    cut = end if end - start <= room else min(start + room, end - min_length)
     if document.images:
-        here = images_between(document, first, last)
+        here = images_between(document, start, end)
         if here.stop - here.start > slots:
-            end = min(end, int(document.image_start[here.start + slots]) - 1)
-        image = int(np.searchsorted(document.image_start, end, side="right")) - 1
+            cut = min(cut, int(document.image_start[here.start + slots]) - 1)
+        image = int(np.searchsorted(document.image_start, cut, side="right")) - 1
         if image >= 0:
-            start = int(document.image_start[image])
-            # From boi up to eoi, which stands where the image's patches end.
-            end = start - 1 if end <= document.row_end[start] else end
-    return end if end == last or end - first >= least else first
+            first_patch = int(document.image_start[image])
+            # From boi to eoi, which follows the image's last patch.
+            cut = first_patch - 1 if cut <= document.row_end[first_patch] else cut
+    return cut if cut == end or cut - start >= min_length else start

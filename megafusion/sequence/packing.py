@@ -1,7 +1,7 @@
-"""Documents side by side in rows of one length and one number of image slots."""
+"""Documents packed into rows of one length and one number of image slots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from megafusion.images.sizes import Size, bounding_size
 from megafusion.sequence.document import IGNORED_LABEL, FlatDocument
 from megafusion.sequence.intervals import Intervals
+
+ZERO = torch.zeros((), dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class SequenceShape:
         return tuple((height * factor, width * factor) for height, width in self.sizes)
 
     def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
-        """Whether a document still fits behind what a row holds already."""
+        """Whether a document fits in a row that already holds so many positions and images."""
         return (
             used_length + len(document) <= self.length
             and used_images + len(document.images) <= self.num_images
@@ -44,7 +46,7 @@ class SequenceShape:
 
 
 class Inputs(NamedTuple):
-    """What the model reads of a packed batch; fields as there."""
+    """The fields of a PackedBatch that the model reads."""
 
     tokens: Tensor
     patch_index: Tensor
@@ -53,18 +55,18 @@ class Inputs(NamedTuple):
     row_end: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     image_size: Tensor
 
 
 class Targets(NamedTuple):
-    """What the losses read of a packed batch; fields as there."""
+    """The fields of a PackedBatch that the losses read."""
 
     labels: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     num_text_targets: Tensor
     num_images: Tensor
@@ -73,16 +75,17 @@ class Targets(NamedTuple):
 
 @dataclass
 class PackedBatch:
-    """B packed rows: what a stream yields, what the first and the last stage read.
+    """B packed rows: what the data loader yields, and what the first and last pipeline stages read.
 
-    tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where no LM loss;
-    positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: which of the row's
-    N x P patches stands here, -1 for text; row_start, row_end int32 [B, S]: the mask;
-    latents, noise float32 [B, N, C, H, W], zeros in unused slots; timesteps int64 [B, N];
-    image_start int32 [B, N]: first position of each image, -1 for an unused slot;
-    image_size int64 [B, N]: index of each image's size. Of several, P is the largest's number of patches, H
-    and W are the largest height and width, and an image or picture stands at the top left, before zeros;
-    pictures uint8 [B, N, 3, H, W], or empty; has_picture bool [B, N]: latents are still to be made of it.
+    tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where there is no text loss;
+    positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: index of the position's
+    patch among the row's N x P, -1 for text; row_start, row_end int32 [B, S]: the mask;
+    latents, noise float32 [B, N, C, H, W], zeros in unused slots;
+    t float32 [B, N]: each image's time in the noise process, in [0, 1);
+    image_start int32 [B, N]: position of each image's first patch, -1 for an unused slot;
+    image_size int64 [B, N]: index of each image's size. P is the largest size's number of patches, H and W
+    are the largest height and width, and an image lies at the top left, padded with zeros;
+    pixels uint8 [B, N, 3, H, W] or empty; has_pixels bool [B, N]: latents are still to be encoded from them.
     num_text_targets, num_images int64 []: of the whole global batch, the losses' denominators.
     """
 
@@ -94,13 +97,21 @@ class PackedBatch:
     row_end: Tensor
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    t: Tensor
     image_start: Tensor
     image_size: Tensor
-    pictures: Tensor
-    has_picture: Tensor
-    num_text_targets: Tensor
-    num_images: Tensor
+    pixels: Tensor
+    has_pixels: Tensor
+    num_text_targets: Tensor = ZERO
+    num_images: Tensor = ZERO
+
+    def __getstate__(self) -> dict[str, np.ndarray]:
+        """Arrays, which a worker process sends through a pipe: tensors would go through shared memory, of
+        which containers have little."""
+        return {name: tensor.numpy() for name, tensor in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, np.ndarray]) -> None:
+        vars(self).update({name: torch.from_numpy(array) for name, array in state.items()})
 
     def inputs(self) -> Inputs:
         return Inputs(*(getattr(self, name) for name in Inputs._fields))
@@ -113,24 +124,25 @@ class PackedBatch:
         return Intervals(self.row_start, self.row_end, self.tokens.shape[1])
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        return PackedBatch(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        )
+        return PackedBatch(**{n: tensor.to(device, non_blocking=True) for n, tensor in vars(self).items()})
 
     def pinned(self) -> "PackedBatch":
         """A copy in memory from which a GPU copies without waiting."""
-        return PackedBatch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return PackedBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
     def counts(self) -> Tensor:
         """int64 [2]: text targets and images in these rows alone."""
         return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.image_start >= 0).sum()])
 
 
-def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[str, np.ndarray]:
-    """One row from documents that fit in it together. Positions left over see only themselves."""
+def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
+    """A batch of one row, from documents that fit in it together; `collate` sets its denominators.
+
+    Positions left over see only themselves.
+    """
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)
-    most, latents = max(shape.patches), (shape.latent_channels, *bounding_size(shape.sizes))
+    max_patches, latents = max(shape.patches), (shape.latent_channels, *bounding_size(shape.sizes))
     row = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.full(length, IGNORED_LABEL, np.int64),
@@ -140,44 +152,43 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> dict[st
         "row_end": own + 1,
         "latents": np.zeros((slots, *latents), np.float32),
         "noise": np.zeros((slots, *latents), np.float32),
-        "timesteps": np.zeros(slots, np.int64),
+        "t": np.zeros(slots, np.float32),
         "image_start": np.full(slots, -1, np.int32),
         "image_size": np.zeros(slots, np.int64),
-        "pictures": np.zeros((slots, 3, *bounding_size(shape.image_sizes)), np.uint8),
-        "has_picture": np.zeros(slots, bool),
+        "pixels": np.zeros((slots, 3, *bounding_size(shape.image_sizes)), np.uint8),
+        "has_pixels": np.zeros(slots, bool),
     }
-    first, slot = 0, 0
+    start, slot = 0, 0
     for document in documents:
-        assert shape.fits(document, first, slot)
-        here = slice(first, first + len(document))
+        assert shape.fits(document, start, slot)
+        here = slice(start, start + len(document))
         row["tokens"][here] = document.tokens
         row["labels"][here] = document.labels
         row["positions"][here] = own[: len(document)]
-        patches = document.patch
-        row["patch_index"][here] = np.where(patches < 0, -1, patches + slot * most)
-        row["row_start"][here] = first
-        row["row_end"][here] = document.row_end + first
-        for image, start in zip(document.images, document.image_start, strict=True):
+        patch = document.patch
+        row["patch_index"][here] = np.where(patch < 0, -1, patch + slot * max_patches)
+        row["row_start"][here] = start
+        row["row_end"][here] = document.row_end + start
+        for image, image_start in zip(document.images, document.image_start, strict=True):
             height, width = image.latents.shape[1:]
             row["latents"][slot, :, :height, :width] = image.latents
             row["noise"][slot, :, :height, :width] = image.noise
-            row["timesteps"][slot] = image.timestep
-            row["image_start"][slot] = first + start
+            row["t"][slot] = image.t
+            row["image_start"][slot] = start + image_start
             row["image_size"][slot] = image.size
-            if image.picture is not None:
-                height, width = image.picture.shape[1:]
-                row["pictures"][slot, :, :height, :width] = image.picture
-                row["has_picture"][slot] = True
+            if image.kind == "pixels":
+                height, width = image.data.shape[1:]
+                row["pixels"][slot, :, :height, :width] = image.data
+                row["has_pixels"][slot] = True
             slot += 1
-        first += len(document)
-    return row
+        start += len(document)
+    return PackedBatch(**{name: torch.from_numpy(array[None]) for name, array in row.items()})
 
 
-def collate(rows: Sequence[dict[str, np.ndarray]]) -> PackedBatch:
-    """Stack rows into a batch whose denominators count these rows alone; see `with_counts`."""
-    stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    zero = torch.zeros((), dtype=torch.int64)
-    batch = PackedBatch(**stacked, num_text_targets=zero, num_images=zero)
+def collate(rows: Sequence[PackedBatch]) -> PackedBatch:
+    """Concatenate rows into a batch whose denominators count these rows alone; see `with_counts`."""
+    names = [field.name for field in fields(PackedBatch) if field.default is MISSING]
+    batch = PackedBatch(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
     return with_counts(batch, batch.counts())
 
 

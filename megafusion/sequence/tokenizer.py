@@ -1,50 +1,58 @@
-"""Text to ids and back: a SentencePiece model, with begin- and end-of-image after its pieces."""
+"""The tokenizer interface: text to token ids and back, with special ids that begin and end images."""
 
-import hashlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-
-import sentencepiece
 
 from megafusion.errors import UserError
 
 
 class Tokenizer:
-    """A SentencePiece model with two ids of our own: `boi` and `eoi`, which wrap each image.
+    """Text to token ids and back. `from_pretrained` chooses the subclass that reads a file.
 
-    They follow the model's last piece, so any SentencePiece model (Llama 2's 32,000 pieces, say) can
-    be used unchanged; `vocab_size` counts them. Where a model has images of several sizes, those of further
-    sizes begin with ids of their own behind `eoi`: see `begin_of_image`.
+    The ids from `num_text_ids` on are special: `boi` (begin of image), `eoi` (end of image), then a boi for
+    each further image size. bos and eos are the file's own.
+    vocab_size: text ids, boi and eoi. hash: sha256 of the file, by which shards name their tokenizer.
     """
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such tokenizer; give the path of a SentencePiece .model file")
-        model = self.path.read_bytes()
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"{self.path}: not a SentencePiece model") from error
-        self.hash = hashlib.sha256(model).hexdigest()
-        self.bos, self.eos = self._pieces.bos_id(), self._pieces.eos_id()
-        if min(self.bos, self.eos) < 0:
-            raise UserError(f"{self.path}: the model has no bos or eos piece; train it with both")
-        self.boi = self._pieces.vocab_size()
-        self.eoi = self.boi + 1
-        self.vocab_size = self.boi + 2
+    file_name: str
+    """Name of the file in the folders that `save_pretrained` writes."""
+
+    def __init__(self, path: Path, file_hash: str, num_text_ids: int, bos: int, eos: int):
+        if min(bos, eos) < 0:
+            raise UserError(f"{path}: has no bos or eos token; give a tokenizer that was trained with both")
+        self.path, self.hash, self.bos, self.eos = path, file_hash, bos, eos
+        self.boi, self.eoi, self.vocab_size = num_text_ids, num_text_ids + 1, num_text_ids + 2
+
+    @staticmethod
+    def from_pretrained(path: Path | str) -> "Tokenizer":
+        """Load a tokenizer file, or the one of a folder that `save_pretrained` wrote."""
+        from megafusion.sequence.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        path = Path(path)
+        return SentencePieceTokenizer(path / SentencePieceTokenizer.file_name if path.is_dir() else path)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Copy the tokenizer's file into a folder."""
+        shutil.copyfile(self.path, Path(folder) / self.file_name)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos."""
-        return self._pieces.encode(text)
+        raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bos, eos, boi and eoi leave no trace."""
-        own = {self.bos, self.eos}
-        # begin- and end-of-image, of whatever size, follow the pieces
-        return self._pieces.decode([int(i) for i in ids if int(i) < self.boi and int(i) not in own])
+        """Text of ids; bos, eos and the special ids are dropped."""
+        text_ids = (int(i) for i in ids if int(i) < self.boi)
+        return self.decode_text([i for i in text_ids if i not in (self.bos, self.eos)])
 
+    def decode_text(self, ids: list[int]) -> str:
+        """Text of ids that are all of text."""
+        raise NotImplementedError
 
-def begin_of_image(tokenizer: Tokenizer, size: int) -> int:
-    """The id before an image of a size, by its index: `boi` for the first, those behind `eoi` for others."""
-    return tokenizer.eoi + size if size else tokenizer.boi
+    def boi_of_size(self, size: int) -> int:
+        """The id that begins an image of a size, by index: `boi` for the first, then ids after `eoi`."""
+        return self.eoi + size if size else self.boi
+
+    def num_ids(self, num_image_sizes: int) -> int:
+        """Ids of text and special ids of a model with so many image sizes."""
+        return self.vocab_size + num_image_sizes - 1

@@ -8,17 +8,18 @@ import torch
 import torch.distributed as dist
 
 from megafusion.data.loader import DataLoader
-from megafusion.data.shards import Manifest
+from megafusion.data.manifest import Manifest
 from megafusion.data.source import Source, open_sources
-from megafusion.engine.engine import rows_of_rank
+from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_components
 from megafusion.images.codec import ImageCodec
-from megafusion.images.sizes import say_sizes
+from megafusion.images.sizes import format_sizes
 from megafusion.model.attention import check_backend
 from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.degrees import check_degrees
 from megafusion.parallel.fp8 import check_fp8
-from megafusion.parallel.mesh import Mesh, check_degrees
+from megafusion.parallel.mesh import Mesh
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.telemetry.trackers import check_trackers
 from megafusion.train.config import RunConfig
@@ -31,42 +32,59 @@ class Components:
     tokenizer: Tokenizer
     codec: ImageCodec
     sources: dict[str, Source]
-    stream: DataLoader
+    loader: DataLoader
 
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
     """Open and check everything that a run needs, before anything is written."""
-    check_degrees(config, dist.get_world_size())
-    check_trackers(config.train)
+    check_degrees(
+        config.model,
+        config.parallel,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        world_size=dist.get_world_size(),
+    )
+    check_trackers(config.telemetry)
     if config.train.precision == "fp8":
         check_fp8()
     if config.train.compile:
         _check_compiler()
-    if config.model.attention == "flex" and not torch.cuda.is_available():
-        raise UserError(
-            "model.attention: flex cannot train on a CPU (PyTorch has no backward there); use sdpa"
-        )
-    check_backend(config.model.attention, config.model.hidden_size // config.model.num_heads)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    check_backend(config.model.attention, config.model.head_dim, training=True)
+    tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
-    check_parts(config.model, tokenizer, codec)
+    check_components(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
     shape = config.sequence_shape
     for name, source in sources.items():
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
-        if source.folder.manifest.images == "pictures":
+        if source.folder.manifest.image_kind == "pixels":
             shape = replace(shape, pixels_per_latent=codec.downsampling)
-    stream = DataLoader(
+    loader = DataLoader(
         config.data,
         sources,
         shape,
         tokenizer,
-        config.objective.schedule.num_steps,
+        config.objective.noise_process.build(),
         config.train.global_batch_size,
-        rows_of_rank(config, mesh),
+        rows_of_rank(config.train.global_batch_size, mesh),
         config.train.micro_batch_size,
     )
-    return Components(tokenizer, codec, sources, stream)
+    return Components(tokenizer, codec, sources, loader)
+
+
+def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
+    """The engine of a run. Called by every rank."""
+    return make_engine(
+        mesh,
+        model=config.model,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        train=config.train,
+        resilience=config.resilience,
+        shape=config.sequence_shape,
+        seed=config.seed,
+    )
 
 
 def _check_compiler() -> None:
@@ -90,9 +108,9 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
     sizes = [shape[1:] for shape in manifest.latent_shapes]
     if not set(sizes) <= set(model.latent_sizes):
         raise UserError(
-            f"{key}: latents of {say_sizes(sizes)}, but the model's are {say_sizes(model.latent_sizes)} "
-            "(model.image_sizes / model.latent_downsampling); a model may have more sizes than its shards, "
-            "not fewer"
+            f"{key}: latents of {format_sizes(sizes)}, but the model's are "
+            f"{format_sizes(model.latent_sizes)} (model.image_sizes / model.latent_downsampling); "
+            "a model may have more sizes than its shards, not fewer"
         )
 
 

@@ -1,109 +1,114 @@
-"""When a run saves, from what it resumes, and what it does where a disk refuses."""
+"""When a run saves, what it resumes from, and what it does when the disk fails."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import DAMAGED, DamagedCheckpoint, complete_checkpoints, quarantine
 from megafusion.checkpoint.manager import CheckpointManager, SaveFailed
-from megafusion.engine.engine import Engine
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
-from megafusion.train.config import RunConfig
 
 
 class CheckpointPolicy:
-    """A run's checkpoints under its policy. Called by every rank at the same steps.
+    """Saves and loads by the configuration. Called by every rank at the same steps.
 
-    say: prints a line, on rank 0. `num_errors` counts what could not be written, `num_late` what was left out
-    because the disk was still busy.
+    folder: of the checkpoints. say: prints a line, on rank 0. `num_errors` counts failed saves;
+    `num_skipped`, saves skipped because the previous one was still being written.
     """
 
     def __init__(
-        self, config: RunConfig, checkpointer: CheckpointManager, engine: Engine, say: Callable[[str], None]
+        self,
+        config: CheckpointConfig,
+        folder: Path,
+        manager: CheckpointManager,
+        device: torch.device,
+        say: Callable[[str], None],
     ):
-        self._checkpointer, self._device, self.say = checkpointer, engine.device, say
-        self._folder = config.out / "checkpoints"
-        self._goes_on = config.train.on_save_error == "continue"
-        self.num_errors = self.num_late = 0
+        self._folder, self._manager, self._device, self.say = folder, manager, device, say
+        self._continues = config.on_save_error == "continue"
+        self.num_errors = self.num_skipped = 0
         self._saved: tuple[int, int] | None = None
-        """Step, and batches read, of what was saved last: a step that is left out moves the data alone."""
+        """Step and batches read of the latest save: a skipped step advances the data only."""
 
-    def load_newest(self) -> dict | None:
-        """Put the newest sound checkpoint in place; its plain state, or None where the run has none yet.
+    def load_latest(self) -> dict | None:
+        """Load the latest undamaged checkpoint; returns its state, or None if the run has no checkpoint.
 
-        A damaged one is said and set aside as `step-*.damaged`. UserError where all are, now or before: a run
-        that was trained must not begin anew without a word.
+        Damaged ones are quarantined as `step-*.damaged`. UserError if all are damaged, now or from before: a
+        trained run must not silently start from scratch.
         """
         said = ""
         while True:
             complete = complete_checkpoints(self._folder)
             damaged = sorted(path.name for path in self._folder.glob(f"step-*{DAMAGED}"))
             found = [(complete[-1] if complete else None, len(complete) > 1, damaged)]
-            dist.broadcast_object_list(found)  # as rank 0 sees it: all ranks must load the same
+            dist.broadcast_object_list(found)  # what rank 0 sees, because all ranks must load the same
             path, has_another, damaged = found[0]
             if path is None and damaged:
                 error = UserError(
-                    f"{self._folder}: only damaged checkpoints are left ({', '.join(damaged)}{said}); bring "
-                    "one back from a copy, under its name without the ending, or begin anew in another out="
+                    f"{self._folder}: only damaged checkpoints are left ({', '.join(damaged)}{said}); "
+                    "restore one from a backup, under its name without the suffix, or choose another out= "
+                    "to start from scratch"
                 )
                 error.on_every_rank = True
                 raise error
             if path is None:
                 return None
             try:
-                state = self._checkpointer.load(path)
+                state = self._manager.load(path)
             except DamagedCheckpoint as error:
                 said = "; " + str(error).partition(";")[0]
             else:
                 self._saved = (state["step"], state["data"]["batch_number"])
                 return state
-            aside = None
+            quarantined = None
             with raise_on_all_ranks():
                 if dist.get_rank() == 0:
                     try:
-                        aside = quarantine(path)
+                        quarantined = quarantine(path)
                     except OSError as error:
                         raise UserError(
-                            f"{path}: damaged, and cannot be set aside ({error.strerror or error})"
+                            f"{path}: damaged, and cannot be renamed ({error.strerror or error})"
                         ) from error
-            then = "the run goes on from the checkpoint before" if has_another else "it was the last one"
-            self.say(f"{said[2:]}; kept as {aside}, {then}")
+            then = "resuming from the previous checkpoint" if has_another else "it was the last checkpoint"
+            self.say(f"{said[2:]}; quarantined as {quarantined}; {then}")
 
     def save(self, state: dict, stream_state: dict, is_last: bool = False) -> None:
-        """Begin to save, unless this has been saved. The last is not left out; `settle` waits for it.
+        """Begin to save, unless this state is saved already. The last save is never skipped.
 
-        Raises SaveFailed on every rank where the save before failed, unless the run goes on then.
+        Raises SaveFailed on every rank if the previous save failed, unless the run continues then.
         """
         now = (state["step"], stream_state["batch_number"])
         if self._saved == now:
             return
-        if self._goes_on and not is_last and self._is_any_saving():
-            self.num_late += 1
-            self.say(f"step {state['step']}: no checkpoint, for the one before is still being written")
+        if self._continues and not is_last and self._is_any_saving():
+            self.num_skipped += 1
+            self.say(f"step {state['step']}: save skipped, because the previous one is still being written")
             return
-        self.settle()
-        self._checkpointer.save(state, stream_state)
+        self.wait()
+        self._manager.save(state, stream_state)
         self._saved = now
 
-    def settle(self, must: bool = False) -> None:
-        """Wait for the save under way; SaveFailed if it must be written or the run stops, else it is said."""
+    def wait(self, must_succeed: bool = False) -> None:
+        """Wait for the running save. SaveFailed if it failed, unless the run continues then."""
         try:
-            self._checkpointer.wait()
+            self._manager.wait()
         except SaveFailed as error:
             self._saved = None
             self.num_errors += 1
-            if must or not self._goes_on:
+            if must_succeed or not self._continues:
                 raise
-            self.say(f"warning: {error}; training goes on (train.on_save_error)")
+            self.say(f"warning: {error}; training continues (checkpoint.on_save_error)")
 
-    def figures(self) -> dict[str, int]:
-        """For a line of metrics."""
-        return {"save_errors": self.num_errors, "saves_left_out": self.num_late}
+    def metrics(self) -> dict[str, int]:
+        """Counts for a line of metrics."""
+        return {"save_errors": self.num_errors, "saves_skipped": self.num_skipped}
 
     def _is_any_saving(self) -> bool:
-        """Whether any rank still writes: they end one after another, and all must do the same."""
-        busy = torch.tensor([int(self._checkpointer.is_saving)], device=self._device)
-        dist.all_reduce(busy, dist.ReduceOp.MAX)
-        return bool(busy)
+        """Whether any rank is still writing: ranks finish at different times, and all must decide alike."""
+        saving = torch.tensor([int(self._manager.is_saving)], device=self._device)
+        dist.all_reduce(saving, dist.ReduceOp.MAX)
+        return bool(saving)

@@ -1,77 +1,37 @@
 """One file describes a run."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.config import Config
 from megafusion.data.config import DataConfig
-from megafusion.engine.optimizer import OptimizerConfig
+from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.model.config import ModelConfig
-from megafusion.objective.losses import ObjectiveConfig
-from megafusion.objective.sampler import SamplingConfig
-from megafusion.parallel.config import ParallelConfig, Recompute
-from megafusion.resilience.config import HealthConfig
-from megafusion.sequence.packing import SequenceShape
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
+from megafusion.parallel.config import ParallelConfig
+from megafusion.resilience.config import ResilienceConfig
+from megafusion.telemetry.config import TelemetryConfig
+
+if TYPE_CHECKING:
+    from megafusion.sequence.packing import SequenceShape
 
 
 class SamplesConfig(Config):
     """Pictures drawn and captions written while training, to look at."""
 
     every: int = Field(0, ge=0)
-    """Steps between two sample sheets, a multiple of train.checkpoint_every; 0 for none."""
+    """Steps between two sample sheets, a multiple of checkpoint.every; 0 for none."""
     num_pairs: int = Field(8, gt=0)
     """Pairs of the first pair source whose caption is drawn and whose picture is described."""
 
 
-class TrainConfig(Config):
-    """How long and how often."""
-
-    renamed_keys: ClassVar[dict[str, str]] = {
-        "global_batch_rows": "global_batch_size",
-        "micro_batch_rows": "micro_batch_size",
-    }
-
-    num_steps: int = Field(gt=0)
-    """Optimizer steps."""
-    global_batch_size: int = Field(gt=0)
-    """Packed rows of an optimizer step, over all ranks."""
-    micro_batch_size: int = Field(gt=0)
-    """Packed rows that a rank computes at a time; the rest is gradient accumulation."""
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """fp32; bf16 with float32 masters, moments and gradient sums; fp8, which is bf16 with 8-bit matrix
-    products in the blocks by transformer-engine (Hopper or later)."""
-    recompute: Recompute = "none"
-    """Activation checkpointing: what a block's backward pass computes again - none; selective, attention and
-    cheap operations; full, everything."""
-    compile: bool = False
-    """Whether torch.compile fuses the blocks' operations."""
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the averaged weights, reached as (1 + step) / (10 + step) rises to it."""
-    log_every: int = Field(10, gt=0)
-    """Steps between two lines of metrics."""
-    checkpoint_every: int = Field(1000, gt=0)
-    """Steps between two checkpoints; one is always made at the end."""
-    keep_last: int = Field(2, gt=0)
-    """Checkpoints kept; older ones are deleted once a newer one is complete."""
-    on_save_error: Literal["stop", "continue"] = "stop"
-    """When a checkpoint cannot be written: stop, or continue, which counts it, and leaves a checkpoint out
-    rather than wait for a slow disk. The last checkpoint of a run is waited for in either case."""
-    keep_every: int = Field(0, ge=0)
-    """Steps whose multiples have checkpoints that are never deleted; 0 for none."""
-    timeout_seconds: float = Field(600.0, gt=0)
-    """Longest time without progress in one step, checkpoint or start-up before every rank writes its stacks
-    and ends."""
-    trackers: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ("tensorboard",)
-    """Who receives the metrics beside RUN/metrics.jsonl: RUN/tensorboard; Weights & Biases (extra `wandb`,
-    offline with WANDB_MODE=offline); RUN/metrics.prom, for the textfile collector of node_exporter."""
-    wandb_project: str | None = None
-    """Project in Weights & Biases; null for its default."""
-
-
 class RunConfig(Config):
     """Everything that decides a run's numbers, and where it is kept."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {"health": "resilience"}
 
     out: Path
     """Run folder: frozen configuration, metrics, checkpoints, samples."""
@@ -82,10 +42,12 @@ class RunConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     sampling: SamplingConfig = SamplingConfig()
     samples: SamplesConfig = SamplesConfig()
-    health: HealthConfig = HealthConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -100,31 +62,20 @@ class RunConfig(Config):
                 f"an image takes {positions} positions, more than data.sequence_length "
                 f"{self.data.sequence_length}; raise it or model.patch_size"
             )
-        if self.data.image_first_max_timestep > self.objective.schedule.num_steps:
+        if reason := self.objective.noise_process.build().refusal(self.sampling):
+            raise ValueError(reason)
+        if self.samples.every % self.checkpoint.every:
             raise ValueError(
-                f"data.image_first_max_timestep {self.data.image_first_max_timestep} is beyond "
-                f"objective.schedule.num_steps {self.objective.schedule.num_steps}"
-            )
-        if self.sampling.num_steps > self.objective.schedule.num_steps:
-            raise ValueError(
-                f"sampling.num_steps {self.sampling.num_steps} is beyond objective.schedule.num_steps "
-                f"{self.objective.schedule.num_steps}"
-            )
-        if self.train.wandb_project and "wandb" not in self.train.trackers:
-            raise ValueError(
-                f"train.wandb_project {self.train.wandb_project!r} is set, but train.trackers "
-                f"{list(self.train.trackers)} has no wandb; add it there"
-            )
-        if self.samples.every % self.train.checkpoint_every:
-            raise ValueError(
-                f"samples.every {self.samples.every} is not a multiple of train.checkpoint_every "
-                f"{self.train.checkpoint_every}: sheets are drawn from checkpoints"
+                f"samples.every {self.samples.every} is not a multiple of checkpoint.every "
+                f"{self.checkpoint.every}: sheets are drawn from checkpoints"
             )
         return self
 
     @property
-    def sequence_shape(self) -> SequenceShape:
+    def sequence_shape(self) -> "SequenceShape":
         """The shape of a packed row that data and model agree on."""
+        from megafusion.sequence.packing import SequenceShape
+
         data, model = self.data, self.model
         return SequenceShape(
             data.sequence_length,

@@ -1,19 +1,11 @@
 """The record of a run: its folder, frozen configuration, and what it was started with."""
 
 import json
-import platform
-import resource
-import subprocess
-import time
 from functools import reduce
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from megafusion.config import changed_keys, dump_config, load_config
-from megafusion.data.shards import load_manifest
+from megafusion.data.manifest import load_manifest
 from megafusion.errors import UserError
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
@@ -27,19 +19,14 @@ FREE_KEYS = (
     "data.max_skip_rate",
     "data.cache_dir",
     "data.cache_bytes",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.on_save_error",
-    "train.timeout_seconds",
+    "checkpoint.",
     "train.micro_batch_size",
     "train.recompute",
     "train.compile",
     "parallel.",
-    "train.trackers",
-    "train.wandb_project",
-    "health.max_crashes",
+    "telemetry.",
+    "resilience.max_crashes",
+    "resilience.timeout_seconds",
     "samples.",
 )
 
@@ -75,9 +62,11 @@ def freeze(config: RunConfig) -> dict[str, list]:
     # record: no reason to refuse a start.
     beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
     refuse_foreign(config.out, "config.yaml", beside)
-    environment = json.dumps(_environment(config), indent=1) + "\n"
+    from megafusion.train.environment import environment  # imports torch, which `launch` does without
+
+    record = environment() | {"shards": _shard_hashes(config)}
     try:
-        write_file(config.out / "environment.json", environment)
+        write_file(config.out / "environment.json", json.dumps(record, indent=1) + "\n")
         write_file(config.out / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(
@@ -109,45 +98,9 @@ def _shard_hashes(config: RunConfig) -> dict[str, list[str]]:
     }
 
 
-def _environment(config: RunConfig) -> dict:
-    """What a run depends on beside its configuration: versions, git state, the shards' hashes."""
-    packages = ("megafusion", "torch", "deepspeed", "diffusers", "numpy", "sentencepiece", "webdataset")
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
-        "world_size": dist.get_world_size(),
-        "num_threads": torch.get_num_threads(),
-        "packages": {name: version(name) for name in packages},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": _git("status", "--short"),
-        "shards": _shard_hashes(config),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of the source tree; None outside a repository."""
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
-
-
 def load_run_config(folder: Path) -> RunConfig:
     """The frozen configuration of a run folder."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: no config.yaml, so no run folder; `megafusion train` makes one")
     return load_config(RunConfig, path)
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that this process has held so far: the device's where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

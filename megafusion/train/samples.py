@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
-from megafusion.checkpoint.reader import read_whole
-from megafusion.data.decode import first_images, originals
+from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.data.decode import decode, first_images
 from megafusion.data.source import Source
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.images.sheets import picture_sheet, png
+from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.storage import write_file
 from megafusion.train.build import Components, make_pipeline
 from megafusion.train.config import RunConfig
@@ -36,7 +36,7 @@ def sample_pairs(
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
-        pictures=originals(first_images(chosen), pipeline.codec, pipeline.sizes),
+        pictures=decode(first_images(chosen), pipeline.codec, pipeline.sizes),
     )
 
 
@@ -44,8 +44,8 @@ def show_samples(pipeline: TransfusionPipeline, pairs: SamplePairs, path: Path) 
     """Draw the captions, describe the pictures, write the sheet; returns it and the captions written."""
     drawn = pipeline.draw(pairs.captions)
     described = pipeline.describe(pairs.pictures)
-    sheet = picture_sheet(list(zip(pairs.captions, pairs.pictures, drawn, strict=True)), ("real", "drawn"))
-    write_file(path, png(sheet))
+    sheet = make_image_grid(list(zip(pairs.captions, pairs.pictures, drawn, strict=True)), ("real", "drawn"))
+    write_file(path, encode_png(sheet))
     lines = [f"- {true} -> {said}" for true, said in zip(pairs.captions, described, strict=True)]
     write_file(path.with_suffix(".txt"), "\n".join(lines) + "\n")
     return sheet, "\n".join(lines)
@@ -67,7 +67,7 @@ class Sampler:
         if self._pipeline is None:
             self._pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
         shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
-        self._pipeline.model.load_state_dict(read_whole(checkpoint, shapes, "ema"))
+        self._pipeline.model.load_state_dict(load_full_tensors(checkpoint, shapes, "ema", verify=False))
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:

@@ -1,4 +1,4 @@
-"""A checkpoint from a stranger may name what it likes: nothing of it runs."""
+"""An untrusted checkpoint may name any code; none of it runs."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from megafusion.checkpoint.folder import FORMAT
-from megafusion.checkpoint.reader import _Unpickler, load_whole
+from megafusion.checkpoint.reader import _Unpickler, load_full_tensors
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 
@@ -22,7 +22,7 @@ class Evil:
 
 
 class Attribute:
-    """What reads an attribute when it is unpickled."""
+    """Reads an attribute when it is unpickled."""
 
     def __init__(self, owner, name):
         self.arguments = owner, name
@@ -31,13 +31,13 @@ class Attribute:
         return getattr, self.arguments
 
 
-def test_members_of_torchs_enumeration_are_read_as_older_pythons_wrote_them():
+def test_enumeration_members_pickled_by_older_pythons_are_read():
     for member in _MEM_FORMAT_ENCODING:
         content = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
         assert _Unpickler(io.BytesIO(content)).load() is member
 
 
-# A name that torch has, asked of another module.
+# A name of torch, in another module.
 ELSEWHERE = b"cantigravity\nfloat32\n."
 
 
@@ -54,7 +54,7 @@ ELSEWHERE = b"cantigravity\nfloat32\n."
         pickle.dumps(BytesStorageMetadata()),  # which torch would unpickle with no limit
     ],
 )
-def test_a_list_of_tensors_that_asks_for_more_is_refused(tmp_path, monkeypatch, content):
+def test_metadata_that_names_other_code_is_refused(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "step-00000001"
     (checkpoint / "tensors").mkdir(parents=True)
@@ -63,6 +63,6 @@ def test_a_list_of_tensors_that_asks_for_more_is_refused(tmp_path, monkeypatch, 
     written = {"bytes": len(content), "sha256": file_sha256(metadata)}
     manifest = {"format": FORMAT, "files": {"tensors/.metadata": written}}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    with pytest.raises(UserError, match=r"\.metadata: not read"):
-        load_whole(checkpoint, {"x": torch.Size([1])}, "ema")
+    with pytest.raises(UserError, match=r"\.metadata: damaged"):
+        load_full_tensors(checkpoint, {"x": torch.Size([1])}, "ema")
     assert not Path("evil-was-here").exists()

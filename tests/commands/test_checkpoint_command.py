@@ -1,4 +1,4 @@
-"""`megafusion checkpoint`: what it prints, what it refuses, and what it exports."""
+"""`megafusion checkpoint`: its output, its refusals, and the pipelines that it exports."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from megafusion import TransfusionPipeline
-from megafusion.checkpoint.reader import load_whole
+from megafusion.checkpoint.reader import load_full_tensors
 from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.errors import UserError
@@ -55,21 +55,21 @@ def test_show_lists_a_run_and_describes_a_checkpoint(run):
     assert "world_size 1" in text
 
 
-def test_show_tells_a_checkpoint_with_a_file_cut_short(run):
+def test_show_reports_a_checkpoint_with_a_truncated_file(run):
     with (run / "checkpoints/step-00000003/tensors/__0_0.distcp").open("r+b") as file:
         file.truncate(1000)
     assert [line.split()[2] for line in checkpoint("show", run).splitlines()[1:]] == ["damaged", "yes"]
 
 
 def test_verify_names_the_bad_file(run):
-    assert checkpoint("verify", run).count("as they were written") == 2
+    assert checkpoint("verify", run).count("files intact") == 2
     file = run / "checkpoints/step-00000003/tensors/__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     checkpoint("verify", run / "checkpoints/step-00000006")
     for place in (run, file.parents[1]):
-        with pytest.raises(UserError, match=r"step-00000003/tensors/__0_0\.distcp: not as it was written"):
+        with pytest.raises(UserError, match=r"step-00000003/tensors/__0_0\.distcp: damaged"):
             checkpoint("verify", place)
     (run / "checkpoints/step-00000006/state.json").write_text("{}")
     with pytest.raises(UserError, match=r"(?s)step-00000003/tensors.*step-00000006/state\.json"):
@@ -86,7 +86,7 @@ def test_export_is_the_published_model_or_the_raw_weights(run, tmp_path):
     assert all(torch.equal(published[name], average[name]) for name in published)
     checkpoint("export", last, tmp_path / "raw", "--weights")
     raw = load_file(tmp_path / "raw/model.safetensors")
-    stored = load_whole(last, {name: tensor.shape for name, tensor in raw.items()}, "model")
+    stored = load_full_tensors(last, {name: tensor.shape for name, tensor in raw.items()}, "model")
     assert all(torch.equal(raw[name], stored[name]) for name in raw)
     assert any(not torch.equal(raw[name], average[name]) for name in raw)
     checkpoint("export", run, tmp_path / "newest")
@@ -96,7 +96,7 @@ def test_export_is_the_published_model_or_the_raw_weights(run, tmp_path):
     assert pipeline.draw(["red apple"])[0].size == (32, 32)
 
 
-def test_what_is_no_checkpoint_is_said(tmp_path, run_values):
+def test_a_path_without_checkpoints_is_named(tmp_path, run_values):
     config = parse_config(RunConfig, run_values, "test")
     for command in ("show", "verify"):
         with pytest.raises(UserError, match="neither a run folder nor a checkpoint"):
@@ -109,6 +109,6 @@ def test_what_is_no_checkpoint_is_said(tmp_path, run_values):
         checkpoint("show", config.out)
     half = config.out / "checkpoints/step-00000003"
     half.mkdir()
-    with pytest.raises(UserError, match=r"no manifest\.json, so no complete checkpoint"):
+    with pytest.raises(UserError, match=r"no manifest\.json, so the checkpoint is incomplete"):
         checkpoint("verify", config.out)
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def test_another_autoencoder_is_refused(shards, tmp_path):
 
 
 def test_whole_shards_pass(shards):
-    assert "40 documents, as they were made" in data("verify", shards / "text")
+    assert "40 documents, as they were written" in data("verify", shards / "text")
 
 
 @pytest.mark.parametrize("damaged", ["shard-000001.tar", "shard-000002.index.npy"])

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from megafusion.config import parse_config
 from megafusion.data.config import SourceConfig
 from megafusion.data.document_format import BadDocument
+from megafusion.data.index import npy
 from megafusion.data.loader import packed_and_skipped
+from megafusion.data.manifest import load_manifest
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import load_manifest, npy
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 from tests.support.rows import LATENTS, digest, stream_of, write_pairs, write_texts
@@ -44,28 +45,31 @@ def folder_of(folder: Path, members: list) -> ShardFolder:
 
 
 BAD = {
-    "symbolic link": ([*GOOD[:2], link("k.1.moments.npy", "/etc/passwd")], "no plain file"),
-    "path traversal": ([GOOD[0], ("../../k.0.tokens.npy", TOKENS)], "named as a path"),
-    "absolute path": ([GOOD[0], ("/etc/k.0.tokens.npy", TOKENS)], "named as a path"),
-    "doubled member": ([*GOOD[:2], GOOD[1]], "members doubled or without a number"),
+    "symbolic link": ([*GOOD[:2], link("k.1.moments.npy", "/etc/passwd")], "not a plain file"),
+    "path traversal": ([GOOD[0], ("../../k.0.tokens.npy", TOKENS)], "name is a path"),
+    "absolute path": ([GOOD[0], ("/etc/k.0.tokens.npy", TOKENS)], "name is a path"),
+    "doubled member": ([*GOOD[:2], GOOD[1]], "members duplicated or without a number"),
     "doubled json": ([GOOD[0], GOOD[0]], "two .json members"),
     "two keys": ([*GOOD[:2], ("other.1.moments.npy", MOMENTS)], "several keys"),
     "missing member": ([GOOD[0], GOOD[2]], "members missing"),
     "no json": (GOOD[1:], "no .json member"),
-    "bad json": ([("k.json", b"{"), *GOOD[1:]], "is no JSON"),
-    "json list": ([("k.json", b"[]"), *GOOD[1:]], "no mapping"),
+    "bad json": ([("k.json", b"{"), *GOOD[1:]], "is not valid JSON"),
+    "json list": ([("k.json", b"[]"), *GOOD[1:]], "not a mapping"),
     "unknown member": ([*GOOD, ("k.2.jpg", b"x")], "unknown kind"),
-    "no npy": ([GOOD[0], ("k.0.tokens.npy", b"x" * 90)], "no npy file"),
+    "no npy": ([GOOD[0], ("k.0.tokens.npy", b"x" * 90)], "not an npy file"),
     "pickle": (
         [GOOD[0], ("k.0.tokens.npy", TOKENS.replace(b"'<i4'", b"'|O' "))],
-        "layout that is never written",
+        "unsupported layout",
     ),
     "header that is code": (
         [GOOD[0], ("k.0.tokens.npy", TOKENS.replace(b"{'descr': '<i4'", b"exit() #scr': "))],
-        "no npy file",
+        "not an npy file",
     ),
-    "cut array": ([GOOD[0], ("k.0.tokens.npy", TOKENS[:-4])], "not as many as its shape says"),
-    "long array": ([GOOD[0], ("k.0.tokens.npy", TOKENS + b"1234")], "not as many as its shape says"),
+    "cut array": ([GOOD[0], ("k.0.tokens.npy", TOKENS[:-4])], "bytes does not match its shape"),
+    "long array": (
+        [GOOD[0], ("k.0.tokens.npy", TOKENS + b"1234")],
+        "bytes does not match its shape",
+    ),
     "int64 tokens": ([GOOD[0], ("k.0.tokens.npy", npy(np.arange(5)))], "type int64"),
     "negative token": ([GOOD[0], ("k.0.tokens.npy", npy(np.array([3, -1], np.int32)))], "negative token"),
     "other latents": (
@@ -74,11 +78,11 @@ BAD = {
     ),
     "nan": (
         [*GOOD[:2], ("k.1.moments.npy", npy(np.full((2, *LATENTS), np.nan, np.float16)))],
-        "not finite",
+        "contain NaN or Inf",
     ),
     "infinity": (
         [*GOOD[:2], ("k.1.moments.npy", npy(np.full((2, *LATENTS), -np.inf, np.float16)))],
-        "not finite",
+        "contain NaN or Inf",
     ),
 }
 
@@ -94,12 +98,16 @@ def test_a_bad_document_is_named_with_its_shard_and_the_reason(tmp_path, case):
 
 def test_the_good_document_of_these_cases_is_read(tmp_path):
     found = folder_of(tmp_path / "pairs", GOOD).read(0, 0)
-    assert found.segments[0].tolist() == [3, 4, 5, 6, 7]
+    assert found.segments[0].data.tolist() == [3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
     ("at", "value", "reason"),
-    [(124, b"77777777777", "damaged tar header"), (124, b"zzz", "no tar header"), (0, b"x", "damaged tar")],
+    [
+        (124, b"77777777777", "damaged tar header"),
+        (124, b"zzz", "not a tar header"),
+        (0, b"x", "damaged tar"),
+    ],
 )
 def test_a_wrong_size_or_name_in_a_header(tmp_path, at, value, reason):
     folder_of(tmp_path / "pairs", GOOD)
@@ -119,7 +127,7 @@ def test_a_size_beyond_the_document_with_a_right_checksum(tmp_path):
     info.size = 1 << 20
     content[:512] = info.tobuf(tarfile.USTAR_FORMAT)[:512]
     path.write_bytes(content)
-    with pytest.raises(BadDocument, match="longer than what is there"):
+    with pytest.raises(BadDocument, match="extends beyond the document"):
         ShardFolder(tmp_path / "pairs").read(0, 0)
 
 
@@ -171,27 +179,28 @@ def test_skipping_is_counted_told_and_alike_on_all_ranks_and_after_restarts(sour
     options = {"on_error": "skip", "max_skip_rate": 0.05}
     whole = stream_of(sources, range(4), 4, **options)
     with caplog.at_level(logging.WARNING):
-        batches = [whole.next() for _ in range(60)]
-    expected = [digest(batch) for batch in batches]
-    skipped = packed_and_skipped(batches[-1].state)[1]
+        batches = [(digest(whole.next()), whole.state_dict()) for _ in range(60)]
+    expected = [hashes for hashes, _ in batches]
+    state = whole.state_dict()
+    skipped = packed_and_skipped(state)[1]
     assert skipped >= 2
-    assert sum("left out" in r.message and ".tar, document" in r.message for r in caplog.records) == skipped
-    reasons = [s["skipped"] for s in batches[-1].state["streams"].values() if s["skipped"]]
-    assert set().union(*reasons) == {"no tar header where a member should start"} or reasons
+    assert sum("skipped" in r.message and ".tar, document" in r.message for r in caplog.records) == skipped
+    reasons = [s["skipped"] for s in state["streams"].values() if s["skipped"]]
+    assert set().union(*reasons) == {"not a tar header where a member should start"} or reasons
     for split in (2, 4):
         ranks = [stream_of(sources, range(r, r + 4 // split), 4, **options) for r in range(0, 4, 4 // split)]
         for rank in ranks:
-            rank.restore(json.loads(json.dumps(batches[19].state)))
+            rank.load_state_dict(json.loads(json.dumps(batches[19][1])))
         assert [[d for r in ranks for d in digest(r.next())] for _ in range(40)] == expected[20:]
     with stream_of(sources, range(4), 4, num_workers=2, **options) as ahead:
         assert [digest(ahead.next()) for _ in range(60)] == expected
-        assert packed_and_skipped(ahead.state())[1] == skipped
+        assert packed_and_skipped(ahead.state_dict())[1] == skipped
 
 
 def test_too_many_bad_documents_stop_the_run_with_their_reasons(sources, tmp_path):
     damage(tmp_path / "pairs", list(range(0, 400, 3)))
     stream = stream_of(sources, range(4), 4, on_error="skip")
-    message = r"stream \d left out \d+ documents of \d+ \(\d+ x .*more than data\.max_skip_rate 0\.01"
+    message = r"stream \d skipped \d+ documents of \d+ \(\d+ x .*more than data\.max_skip_rate 0\.01"
     with pytest.raises(UserError, match=message):
         [stream.next() for _ in range(300)]
 
@@ -199,7 +208,7 @@ def test_too_many_bad_documents_stop_the_run_with_their_reasons(sources, tmp_pat
 def test_a_source_of_nothing_but_bad_documents_ends(sources, tmp_path):
     damage(tmp_path / "pairs", list(range(400)))
     stream = stream_of({"pairs": sources["pairs"]}, range(4), 4, on_error="skip", max_skip_rate=0.9)
-    with pytest.raises(UserError, match="left out"):
+    with pytest.raises(UserError, match="skipped"):
         [stream.next() for _ in range(300)]
 
 
@@ -216,7 +225,7 @@ def test_a_shard_lost_or_cut_in_mid_run_stops_it_by_name_whatever_the_policy(sou
     stream.next()
     for path in (tmp_path / "pairs").glob("*.tar"):
         path.open("r+b").truncate(700)
-    with pytest.raises(UserError, match=r"pairs/shard-\d+\.tar: (has become shorter|700 bytes where)"):
+    with pytest.raises(UserError, match=r"pairs/shard-\d+\.tar: (became shorter|700 bytes where)"):
         [stream.next() for _ in range(300)]
 
 
@@ -230,5 +239,5 @@ def test_a_token_beyond_the_vocabulary_is_bad(tmp_path):
 def test_segments_of_another_kind_are_bad(tmp_path):
     folder = tmp_path / "pairs"
     folder_of(folder, GOOD[:2])
-    with pytest.raises(BadDocument, match="no document of kind pair"):
+    with pytest.raises(BadDocument, match="not a document of kind pair"):
         stream_of({"pairs": (folder, 1.0)}, range(1), 1).next()

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from megafusion.config import load_config
 from megafusion.data.loader import DataLoader, packed_and_skipped
 from megafusion.train.config import RunConfig
-from tests.support.rows import Ids, stream_of, write_pairs, write_texts
+from tests.support.rows import IDS, arrays, stream_of, write_pairs, write_texts
 from tests.support.small import GLOSSES, PACK, ROOT
 
 
 @pytest.fixture(scope="module")
 def captions(tokenizer):
     """Lengths of the starter split's captions and of glosses, in the quickstart's tokenizer."""
-    from data_prep.readers.tars import tar_pictures
+    from data_prep.readers.webdataset import tar_pairs
 
     wanted = set((ROOT / "data_prep/emoji/starter.txt").read_text().split())
-    texts = [p.caption.decode().strip() for p in tar_pictures(PACK) if p.key in wanted]
+    texts = [p.caption.decode().strip() for p in tar_pairs(PACK) if p.key in wanted]
     glosses = GLOSSES.read_text().splitlines()[:4000]
     return [len(tokenizer.encode(t)) for t in texts], [len(tokenizer.encode(t)) for t in glosses]
 
@@ -33,7 +33,10 @@ def in_turn(lengths):
 
 def packed(stream: DataLoader, num_steps: int) -> tuple[Counter, list[Counter]]:
     """Positions packed by source: in all, and by batch."""
-    totals = [Counter(packed_and_skipped(stream.next().state)[0]) for _ in range(num_steps)]
+    totals = []
+    for _ in range(num_steps):
+        stream.next()
+        totals.append(Counter(packed_and_skipped(stream.state_dict())[0]))
     return totals[-1], [totals[0]] + [b - a for a, b in itertools.pairwise(totals)]
 
 
@@ -91,11 +94,11 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     source = logical._sources["text"]
     wanted: Counter = Counter()
     for number in range(len(lengths)):
-        ids = [Ids.bos, *source.read(number).segments[0].tolist(), Ids.eos]
+        ids = [IDS.bos, *source.read(number).segments[0].data.tolist(), IDS.eos]
         wanted.update(itertools.pairwise(ids))
     found: Counter = Counter()
-    while logical.state.position["text"][0] < 2 or any(p[1] < 2 for p in logical.state.pending):
-        row = logical.next_row()
+    while logical.state.position["text"][0] < 2 or any(p.epoch < 2 for p in logical.state.pending):
+        row = arrays(logical.next_row())
         asked = row["labels"] >= 0
         found.update(zip(row["tokens"][asked].tolist(), row["labels"][asked].tolist(), strict=True))
         ends = np.flatnonzero(np.diff(row["row_start"], append=-1))
@@ -108,12 +111,13 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     epoch, order, offset = logical.state.position["text"]
     for e in range(2, epoch + 1):
         for o in range(len(lengths) if e < epoch else order + (offset > 0)):
-            ids = [Ids.bos, *source.read(source.document_at(0, e, o)).segments[0].tolist(), Ids.eos]
+            ids = [IDS.bos, *source.read(source.document_at(0, e, o)).segments[0].data.tolist(), IDS.eos]
             end = offset if (e, o) == (epoch, order) else len(ids) - 1
             extra.update(list(itertools.pairwise(ids))[:end])
-    for _, e, o, first, last, _ in logical.state.pending:
-        ids = [Ids.bos, *source.read(source.document_at(0, e, o)).segments[0].tolist(), Ids.eos]
-        extra.subtract(list(itertools.pairwise(ids))[first:last])
+    for pending in logical.state.pending:
+        document = source.document_at(0, pending.epoch, pending.order)
+        ids = [IDS.bos, *source.read(document).segments[0].data.tolist(), IDS.eos]
+        extra.subtract(list(itertools.pairwise(ids))[pending.start : pending.end])
     wanted = Counter({pair: 2 * n for pair, n in wanted.items()})
     wanted.update(extra)
     assert found == wanted
@@ -122,7 +126,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
 def test_a_piece_sees_itself_alone_and_restarts_its_positions(tmp_path):
     folder = write_texts(tmp_path / "text", 1, 1, length=lambda r: 150)
     stream = stream_of({"text": (folder, 1.0)}, range(1), 1, packing_buffer_size=2)
-    rows = [stream.next().micro_batches[0] for _ in range(3)]
+    rows = [stream.next()[0] for _ in range(3)]
     assert rows[1].tokens[0, 0] == rows[0].labels[0, -1]  # a piece's last target opens the next one
     for row in rows:
         first = row.row_start[0].unique()
@@ -155,13 +159,15 @@ def test_each_sample_exactly_once_an_epoch(
     )
     seen: Counter = Counter()
     for logical in stream._streams.values():
-        load = logical._load
+        documents = logical._documents
+        load = documents._load
 
-        def spy(name, epoch, order, load=load, logical=logical):
-            seen[logical._sources[name].document_at(logical.number, epoch, order), epoch] += 1
-            return load(name, epoch, order)
+        def spy(key, load=load, logical=logical):
+            source = logical._sources[key.source]
+            seen[source.document_at(logical.number, key.epoch, key.order), key.epoch] += 1
+            return load(key)
 
-        logical._load = spy
+        documents._load = spy
         while logical.state.position["pairs"][0] < 2:
             logical.next_row()
     for epoch in (0, 1):
@@ -176,7 +182,7 @@ def test_a_long_text_does_not_hold_up_what_came_before(tmp_path):
     waited: Counter = Counter()
     for _ in range(300):
         logical.next_row()
-        waited.update((*place[:3], place[4]) for place in logical.state.pending)
+        waited.update((*pending.key, pending.end) for pending in logical.state.pending)
     assert max(waited.values()) < 8
 
 
@@ -217,13 +223,13 @@ def test_the_shards_open_at_once_are_bounded(tmp_path):
     for _ in range(400):
         stream.next()
     held = [f for f in psutil.Process().open_files() if str(tmp_path) in f.path and f.path.endswith(".tar")]
-    assert len(held) <= reader.MOST_OPEN
+    assert len(held) <= reader.MAX_OPEN
 
 
 def test_images_alone_leave_what_no_image_fits(tmp_path):
     """Nothing to fill with is no error: the rest of a row stays empty."""
     folder = write_pairs(tmp_path / "pairs", 40)
     stream = stream_of({"pairs": (folder, 1.0)}, range(2), 2, slots=2)
-    row = stream.next().micro_batches[0]
+    row = stream.next()[0]
     assert (row.image_start >= 0).sum() == 2
     assert (row.row_start[0] == np.arange(64))[-20:].all()

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megafusion.data.loader import packed_and_skipped
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.errors import UserError
 from megafusion.sequence.document import IGNORED_LABEL
 from tests.support.rows import (
+    IDS,
+    MANY_IDS,
     NUM_PATCHES,
-    Ids,
-    ManyIds,
+    arrays,
     digest,
     stream_of,
     write_documents,
@@ -27,19 +29,21 @@ PATCH = -1
 
 
 def logical_of(folder, **values) -> LogicalStream:
-    (logical,) = stream_of({"web": (folder, 1.0)}, range(1), 1, ids=ManyIds, **values)._streams.values()
+    (logical,) = stream_of({"web": (folder, 1.0)}, range(1), 1, ids=MANY_IDS, **values)._streams.values()
     return logical
 
 
 def laid_out(segments) -> list[tuple[int, int]]:
     """Token and target of each position of a document, by the rules as docs/data.md gives them."""
-    tokens = [Ids.bos]
+    tokens = [IDS.bos]
     for segment in segments:
-        tokens += segment.tolist() if segment.ndim == 1 else [Ids.boi, *[PATCH] * NUM_PATCHES, Ids.eoi]
-    tokens.append(Ids.eos)
+        tokens += (
+            segment.data.tolist() if segment.kind == "tokens" else [IDS.boi, *[PATCH] * NUM_PATCHES, IDS.eoi]
+        )
+    tokens.append(IDS.eos)
     following = [*tokens[1:], IGNORED_LABEL]
     return [
-        (token, IGNORED_LABEL if token in (PATCH, Ids.boi) else label)
+        (token, IGNORED_LABEL if token in (PATCH, IDS.boi) else label)
         for token, label in zip(tokens, following, strict=True)
     ]
 
@@ -53,7 +57,7 @@ def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
         segments = source.read(source.document_at(0, epoch, order)).segments
         whole = laid_out(segments)
         starts = [n for n in range(1, len(whole)) if whole[n][0] == PATCH != whole[n - 1][0]]
-        numbers = [int(s[0, 0, 0, 0]) for s in segments if s.ndim == 4]
+        numbers = [int(s.data[0, 0, 0, 0]) for s in segments if s.kind == "moments"]
         for position in whole[first:last]:
             positions[position] += sign
         for number, start in zip(numbers, starts, strict=True):
@@ -68,10 +72,10 @@ def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
             count(e, o, 0, None, 1)
     if offset:
         count(epoch, order, 0, offset, 1)
-    for _, e, o, first, last, num_images in logical.state.pending:
+    for pending in logical.state.pending:
         before = images.total()
-        count(e, o, first, last, -1)
-        assert before - images.total() == num_images
+        count(pending.epoch, pending.order, pending.start, pending.end, -1)
+        assert before - images.total() == pending.num_images
     return +positions, +images
 
 
@@ -94,7 +98,7 @@ def found_in(row, positions: Counter, images: Counter, slots: int) -> None:
         here = slice(start, start + NUM_PATCHES)
         assert row["patch_index"][here].tolist() == list(range(slot * NUM_PATCHES, (slot + 1) * NUM_PATCHES))
         assert (row["row_end"][here] == here.stop).all()
-        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (Ids.boi, Ids.eoi)
+        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (IDS.boi, IDS.eoi)
         assert len(set(row["row_start"][start - 1 : here.stop + 1])) == 1
         images[round(float(row["latents"][slot].mean()))] += 1
 
@@ -125,10 +129,10 @@ def test_each_patch_and_each_target_once_an_epoch(
     number = 0
     while logical.state.position["web"][0] < 2 or number < 31:
         if number in stops:
-            state = json.loads(json.dumps(logical.state.plain()))
+            state = json.loads(json.dumps(logical.state.state_dict()))
             logical = logical_of(folder, **values)
-            logical.resume(state)
-        found_in(logical.next_row(), positions, images, slots)
+            logical.load_state_dict(state)
+        found_in(arrays(logical.next_row()), positions, images, slots)
         number += 1
         assert number < 2000
     assert (positions, images) == packed_by_state(logical)
@@ -140,10 +144,10 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut
 
     def drawn(num_epochs: int, **values) -> dict[int, set]:
         logical, found = logical_of(folder, **values), defaultdict(set)
-        while min(p[1] for p in logical.state.pending) < num_epochs if logical.state.pending else True:
-            row = logical.next_row()
+        while min(p.epoch for p in logical.state.pending) < num_epochs if logical.state.pending else True:
+            row = arrays(logical.next_row())
             for slot in np.flatnonzero(row["image_start"] >= 0):
-                draw = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["timesteps"][slot]
+                draw = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["t"][slot]
                 found[round(float(row["latents"][slot].mean()))].add(draw)
         return found
 
@@ -156,21 +160,21 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut
             assert draws <= whole[image]
 
 
-def test_an_image_that_opens_a_piece_keeps_all_timesteps(tmp_path):
-    """Rows of one image: what opens a piece keeps the timesteps that it has in the whole."""
+def test_an_image_that_opens_a_piece_keeps_its_range_of_t(tmp_path):
+    """Rows of one image: what opens a piece has the range of t that it has in the whole document."""
     folder = write_documents(tmp_path / "web", [[0, 3, 0, 0]])
-    logical = logical_of(folder, length=NUM_PATCHES + 5, slots=1, image_first_max_timestep=10)
-    timesteps, opens = defaultdict(list), Counter()
+    logical = logical_of(folder, length=NUM_PATCHES + 5, slots=1, image_first_max_t=0.01)
+    times, opens = defaultdict(list), Counter()
     for _ in range(400):
-        row = logical.next_row()
+        row = arrays(logical.next_row())
         if row["image_start"][0] >= 0:
             image = round(float(row["latents"][0].mean()))
-            timesteps[image].append(int(row["timesteps"][0]))
+            times[image].append(row["t"][0])
             opens[image] += row["row_start"][row["image_start"][0]] == row["image_start"][0] - 1
-    assert max(timesteps[0]) < 10
-    assert min(opens[2], len(timesteps[2])) > 50
-    assert max(timesteps[1]) > 800
-    assert max(timesteps[2]) > 800
+    assert max(times[0]) < 0.01
+    assert min(opens[2], len(times[2])) > 50
+    assert max(times[1]) > 0.8
+    assert max(times[2]) > 0.8
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +197,7 @@ NUM_ROWS, NUM_STEPS = 4, 100
 def ranks_of(mixture, num_ranks: int, **changes):
     share = NUM_ROWS // num_ranks
     rows = [range(r * share, (r + 1) * share) for r in range(num_ranks)]
-    return [stream_of(mixture, r, NUM_ROWS, num_streams=8, ids=ManyIds, **changes) for r in rows]
+    return [stream_of(mixture, r, NUM_ROWS, num_streams=8, ids=MANY_IDS, **changes) for r in rows]
 
 
 def rows_of(ranks) -> list[str]:
@@ -206,7 +210,7 @@ def test_the_order_is_the_same_at_any_ranks_workers_and_restart(mixture):
     for _ in range(NUM_STEPS):
         batch = whole.next()
         expected.append(digest(batch))
-        states.append(json.dumps(batch.state))
+        states.append(json.dumps(whole.state_dict()))
     assert min(s["position"]["web"][0] for s in json.loads(states[-1])["streams"].values()) >= 2
     # Some stops are in the middle of a document with images.
     waiting = [p for s in json.loads(states[40])["streams"].values() for p in s["pending"]]
@@ -221,7 +225,7 @@ def test_the_order_is_the_same_at_any_ranks_workers_and_restart(mixture):
     for stop in draw.sample(range(1, NUM_STEPS - 8), 20):
         ranks = ranks_of(mixture, draw.choice((1, 2, 4)))
         for rank in ranks:
-            rank.restore(json.loads(states[stop - 1]))
+            rank.load_state_dict(json.loads(states[stop - 1]))
         assert [rows_of(ranks) for _ in range(8)] == expected[stop : stop + 8], stop
 
 
@@ -235,11 +239,12 @@ def test_interleaved_documents_fill_their_rows(tmp_path):
             parts.insert(int(draw.integers(len(parts) + 1)), 0)
         shapes.append(parts)
     folder = write_documents(tmp_path / "web", shapes, 100, latents=(1, 2, 2))
-    values = {"length": 4096, "num_patches": 256, "latents": (1, 2, 2), "ids": ManyIds}
+    values = {"length": 4096, "num_patches": 256, "latents": (1, 2, 2), "ids": MANY_IDS}
     for slots in (15, 12):
         stream = stream_of({"web": (folder, 1.0)}, range(16), 16, slots=slots, **values)
-        state = [stream.next() for _ in range(17)][-1].state
-        packed = sum(s["positions_packed"]["web"] for s in state["streams"].values())
+        for _ in range(17):
+            stream.next()
+        packed = packed_and_skipped(stream.state_dict())[0].total()
         assert packed / (17 * 16 * 4096) >= 0.97, slots
 
 
@@ -252,11 +257,11 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_whole(tmp_path):
     )._streams.values()
     cut = set()
     for _ in range(60):
-        cut |= {place[2] for place in logical.state.pending if place[3]}
-        row = logical.next_row()
+        cut |= {pending.order for pending in logical.state.pending if pending.start}
+        row = arrays(logical.next_row())
         starts = row["image_start"][row["image_start"] >= 0]
-        assert (row["tokens"][starts - 1] == Ids.boi).all()
-        assert (row["tokens"][starts + NUM_PATCHES] == Ids.eoi).all()
+        assert (row["tokens"][starts - 1] == IDS.boi).all()
+        assert (row["tokens"][starts + NUM_PATCHES] == IDS.eoi).all()
     assert cut
     assert logical.state.position["pairs"][0] > 5
 
@@ -264,6 +269,6 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_whole(tmp_path):
 def test_an_image_that_fits_in_no_row_is_refused(tmp_path):
     folder = write_documents(tmp_path / "web", [[3, 0, 3]])
     assert logical_of(folder, length=NUM_PATCHES + 4).next_row()
-    message = r"web, document 0 .*: an image takes 8 positions .* row of data\.sequence_length 7; raise it"
+    message = r"web, document 0 .*: an image takes 8 positions .* fit in data\.sequence_length 7; raise it"
     with pytest.raises(UserError, match=message):
         logical_of(folder, length=NUM_PATCHES + 3).next_row()

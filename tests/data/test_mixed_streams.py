@@ -9,21 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafusion.config import parse_config
-from megafusion.data.document_format import StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
-from megafusion.engine.engine import start_process_group
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.mesh import make_mesh
-from megafusion.sequence.document import NoisedImage, cut_document, find_cut, flatten
+from megafusion.sequence.document import ImageSegment, Segment, cut_document, find_cut, flatten
 from megafusion.sequence.packing import SequenceShape
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.data.test_pictures import options, webp, write_pictures
 from tests.support.raw import drawing
-from tests.support.rows import Ids, digest, stream_of, write_texts
+from tests.support.rows import IDS, digest, stored, stream_of, write_texts
 from tests.support.workers import run_workers
 
 SIZES, PATCHES = ((4, 4), (2, 6), (8, 2)), (4, 3, 4)
@@ -36,7 +35,7 @@ def write_mixed(folder: Path, num: int = 90) -> Path:
         for i in range(num):
             tokens = random.integers(3, 60, int(random.integers(1, 9))).astype(np.int32)
             moments = random.standard_normal((2, 1, *SIZES[i % 3])).astype(np.float16)
-            yield StoredDocument({"key": f"k{i}", "caption": f"picture {i}"}, (tokens, moments))
+            yield stored({"key": f"k{i}", "caption": f"picture {i}"}, tokens, moments)
 
     fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "provenance": {}}
     write_shards(folder, documents(), 16, latent_shape=(1, *SIZES[0]), more_sizes=SIZES[1:], **fields)
@@ -69,12 +68,12 @@ def test_rows_are_alike_at_any_split_and_after_a_restart(sources):
     ]
     with halves[0], halves[1]:
         for number in range(24):
-            state = whole.state()
+            state = whole.state_dict()
             expected = digest(whole.next())
             assert [row for half in halves for row in digest(half.next())] == expected
             if number in (7, 20):  # past the epoch's end, too
                 resumed = stream_of(sources, range(4), 4, **OPTIONS)
-                resumed.restore(state)
+                resumed.load_state_dict(state)
                 assert digest(resumed.next()) == expected
 
 
@@ -82,22 +81,22 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
     stream = stream_of(sources, range(1), 1, **OPTIONS)
     seen = set()
     for _ in range(60):
-        (batch,) = stream.next().micro_batches
+        (batch,) = stream.next()
         for slot in (batch.image_start[0] >= 0).nonzero()[:, 0].tolist():
             size, start = int(batch.image_size[0, slot]), int(batch.image_start[0, slot])
             here = (batch.patch_index[0] // 4 == slot) & (batch.patch_index[0] >= 0)
             assert here.nonzero()[:, 0].tolist() == list(range(start, start + PATCHES[size]))
-            assert batch.tokens[0, start - 1] == (Ids.eoi + size if size else Ids.boi)
-            assert batch.tokens[0, start + PATCHES[size]] == Ids.eoi
+            assert batch.tokens[0, start - 1] == IDS.boi_of_size(size)
+            assert batch.tokens[0, start + PATCHES[size]] == IDS.eoi
             height, width = SIZES[size]
-            for whole, factor in ((batch.noise[0, slot], 1), (batch.pictures[0, slot], 4)):
+            for whole, factor in ((batch.noise[0, slot], 1), (batch.pixels[0, slot], 4)):
                 beside = whole.clone()
                 beside[..., : factor * height, : factor * width] = 0
                 assert not beside.any()
             assert (batch.noise[0, slot, 0, :height, :width] != 0).all()
-            kept = bool(batch.has_picture[0, slot])
+            kept = bool(batch.has_pixels[0, slot])
             if kept:
-                assert batch.pictures[0, slot, :, 4 * height - 1, 4 * width - 1].any()
+                assert batch.pixels[0, slot, :, 4 * height - 1, 4 * width - 1].any()
             seen.add((kept, size))
     assert seen >= {(False, 0), (False, 1), (False, 2), (True, 0)}
 
@@ -105,9 +104,7 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
 def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_path, sources):
     """Whatever further sizes a model knows, images of the first are drawn as they were."""
     documents = [
-        StoredDocument(
-            {"key": f"k{i}"}, (np.arange(3, 9, dtype=np.int32), np.zeros((2, 1, 4, 4), np.float16))
-        )
+        stored({"key": f"k{i}"}, np.arange(3, 9, dtype=np.int32), np.zeros((2, 1, 4, 4), np.float16))
         for i in range(20)
     ]
     fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "provenance": {}}
@@ -117,8 +114,8 @@ def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_pat
         for more in ((), SIZES[1:])
     )
     for _ in range(5):
-        (first,), (second,) = one.next().micro_batches, several.next().micro_batches
-        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "timesteps", "image_start"):
+        (first,), (second,) = one.next(), several.next()
+        for name in ("tokens", "labels", "positions", "patch_index", "row_end", "t", "image_start"):
             assert torch.equal(getattr(first, name), getattr(second, name)), name
         assert torch.equal(first.noise, second.noise[..., :4, :4])
 
@@ -172,9 +169,10 @@ def test_pieces_of_a_document_hold_images_of_any_size_whole(parts, room, slots):
     """parts: lengths of texts; 0, -1, -2 for images of the three sizes."""
     patches = (16, 6, 20)
     segments = [
-        np.full(part, 7, np.int32) if part > 0 else NoisedImage(None, None, 0, size=-part) for part in parts
+        Segment("tokens", np.full(part, 7, np.int32)) if part > 0 else ImageSegment(size=-part)
+        for part in parts
     ]
-    whole = flatten(segments, Ids, patches)
+    whole = flatten(segments, IDS, patches)
     first, images, tokens, labels = 0, [], [], []
     while first < len(whole):
         last = find_cut(whole, first, len(whole), room, slots, 2)
@@ -186,7 +184,7 @@ def test_pieces_of_a_document_hold_images_of_any_size_whole(parts, room, slots):
             here = slice(start, start + patches[image.size])
             assert piece.patch[here].tolist() == list(range(number * 20, number * 20 + patches[image.size]))
             assert (piece.row_end[here] == here.stop).all()
-            assert piece.tokens[here.stop] == Ids.eoi
+            assert piece.tokens[here.stop] == IDS.eoi
         assert (piece.patch >= 0).sum() == sum(patches[image.size] for image in piece.images)
         images += piece.images
         tokens += piece.tokens.tolist()
@@ -212,25 +210,25 @@ def losses(values: dict) -> list[float]:
 
 def test_pictures_and_their_latents_give_the_same_losses(mixed_values, codec, tokenizer, tmp_path):
     """Kept pictures are shown at the size nearest to each, and encoded as preprocessing would have."""
-    from megafusion.data.augment import show_picture
+    from megafusion.data.augment import augment
 
     shapes = (((32, 32), 0), ((60, 36), 1), ((20, 60), 2), ((30, 33), 0))
-    kept, stored = [], []
+    kept, latents = [], []
     for number in range(24):
         pixels, size = shapes[number % 4]
         tokens = np.arange(5, 9 + number % 3, dtype=np.int32)
         content = webp(drawing(number, pixels))
         height, width = ((32, 32), (24, 40), (48, 16))[size]
-        shown = show_picture(content, (height, width), options(), np.random.default_rng(0))
+        shown = augment(content, (height, width), options(), np.random.default_rng(0))
         moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
         about = {"key": f"k{number}", "caption": ""}
-        kept.append(StoredDocument(about, (tokens, content)))
-        stored.append(StoredDocument(about, (tokens, moments.half().numpy())))
+        kept.append(stored(about, tokens, content))
+        latents.append(stored(about, tokens, moments.half().numpy()))
     fields = {"kind": "pair", "tokenizer_sha256": tokenizer.hash, "provenance": {}}
     write_shards(tmp_path / "kept", kept, 8, images="pictures", **fields)
     fields |= {"latent_scale": codec.scaling_factor, "latent_shift": codec.shift_factor}
     fields |= {"vae_sha256": codec.hash, "latent_shape": (4, 8, 8), "more_sizes": ((6, 10), (12, 4))}
-    write_shards(tmp_path / "stored", stored, 8, **fields)
+    write_shards(tmp_path / "stored", latents, 8, **fields)
     found = []
     for name in ("kept", "stored"):
         mixed_values |= {"out": str(tmp_path / f"run-{name}")}

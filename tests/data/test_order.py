@@ -28,7 +28,7 @@ def expected(sources):
     for _ in range(NUM_STEPS):
         batch = stream.next()
         hashes.append(digest(batch))
-        states.append(json.dumps(batch.state))
+        states.append(json.dumps(stream.state_dict()))
     ends = [s["position"]["pairs"][0] for s in json.loads(states[-1])["streams"].values()]
     assert min(ends) >= 3  # far past an epoch's end
     return hashes, states
@@ -58,7 +58,7 @@ def test_any_number_of_workers(sources, expected, num_workers):
         for step in range(NUM_STEPS):
             batch = stream.next()
             assert digest(batch) == hashes[step]
-            assert json.dumps(batch.state, sort_keys=True) == json.dumps(
+            assert json.dumps(stream.state_dict(), sort_keys=True) == json.dumps(
                 json.loads(states[step]), sort_keys=True
             )
 
@@ -70,7 +70,7 @@ def test_a_restart_at_any_step_with_other_ranks(sources, expected):
     for stop in draw.sample(range(1, NUM_STEPS - 20), 20):
         ranks = ranks_of(sources, draw.choice((1, 2, 4, 8)))
         for rank in ranks:
-            rank.restore(json.loads(states[stop - 1]))
+            rank.load_state_dict(json.loads(states[stop - 1]))
         for step in range(stop, stop + 20):
             assert rows_of(ranks) == hashes[step], (stop, step)
 
@@ -80,14 +80,14 @@ def test_a_checkpoint_is_of_the_batch_however_far_workers_are_ahead(sources, exp
     hashes, _ = expected
     ranks = ranks_of(sources, 2, num_workers=2, prefetch=5)
     for _ in range(7):
-        batches = [rank.next() for rank in ranks]
-    state = batches[0].state
-    state = {**state, "streams": {k: v for b in batches for k, v in b.state["streams"].items()}}
+        [rank.next() for rank in ranks]
+    states = [rank.state_dict() for rank in ranks]
+    state = {**states[0], "streams": {k: v for s in states for k, v in s["streams"].items()}}
     [rank.close() for rank in ranks]
     assert rows_of(ranks) == hashes[7]  # and after a close the workers begin where the last batch ended
     others = ranks_of(sources, 4, num_workers=1)
     for rank in others:
-        rank.restore(json.loads(json.dumps(state)))
+        rank.load_state_dict(json.loads(json.dumps(state)))
     assert rows_of(others) == hashes[7]
     assert rows_of(others) == hashes[8]
     for rank in [*ranks, *others]:
@@ -107,9 +107,9 @@ def test_states_of_another_format_or_mixture_are_refused(sources, expected):
         "batch_number": 3,
         "streams": {"0": {"position": {"pairs": [0, 1]}, "pending": [["pairs", 0, 0, 0]]}},
     }
-    with pytest.raises(UserError, match="place in the data is of format 1, and this version reads 2"):
-        stream.restore(old)
+    with pytest.raises(UserError, match="data state has format 1, and this version reads 2"):
+        stream.load_state_dict(old)
     with pytest.raises(UserError, match="has no stream 8"):
-        stream.restore({**state, "streams": {k: v for k, v in state["streams"].items() if k != "8"}})
+        stream.load_state_dict({**state, "streams": {k: v for k, v in state["streams"].items() if k != "8"}})
     with pytest.raises(UserError, match="another mixture"):
-        stream_of({"pairs": sources["pairs"]}, range(8), 8, num_streams=16).restore(state)
+        stream_of({"pairs": sources["pairs"]}, range(8), 8, num_streams=16).load_state_dict(state)

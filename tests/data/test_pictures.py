@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from megafusion.config import parse_config
-from megafusion.data.augment import show_picture
+from megafusion.data.augment import augment
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import CorruptBytes, StoredDocument
+from megafusion.data.document_format import CorruptBytes
 from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
-from tests.support.rows import digest, stream_of, write_pairs
+from tests.support.rows import digest, stored, stream_of, write_pairs
 from tests.support.workers import run_workers
 
 
@@ -42,7 +42,7 @@ def write_pictures(folder: Path, num: int, tokenizer: str = "t") -> Path:
             shape = (int(random.integers(32, 60)), int(random.integers(32, 60)), 3)
             picture = Image.fromarray(random.integers(0, 256, shape, np.uint8))
             tokens = random.integers(3, 60, 5).astype(np.int32)
-            yield StoredDocument({"key": f"k{i}", "caption": f"picture {i}"}, (tokens, webp(picture)))
+            yield stored({"key": f"k{i}", "caption": f"picture {i}"}, tokens, webp(picture))
 
     fields = {"kind": "pair", "images": "pictures", "tokenizer_sha256": tokenizer, "provenance": {}}
     write_shards(folder, documents(), 16, **fields)
@@ -55,7 +55,7 @@ def options(**values) -> DataConfig:
 
 
 def test_the_middle_is_shown_unless_a_crop_is_asked_for():
-    shown = show_picture(webp(ramp(100, 60)), (60, 60), options(), np.random.default_rng(0))
+    shown = augment(webp(ramp(100, 60)), (60, 60), options(), np.random.default_rng(0))
     assert shown.shape == (3, 60, 60)
     assert shown[0, 0].tolist() == list(range(20, 80))
     assert shown[1, :, 0].tolist() == list(range(60))
@@ -64,7 +64,7 @@ def test_the_middle_is_shown_unless_a_crop_is_asked_for():
 def test_crops_stay_inside_and_keep_at_least_what_is_asked_for():
     generator, sides = np.random.default_rng(0), []
     for _ in range(200):
-        shown = show_picture(webp(ramp(100, 60)), (30, 30), options(crop=0.5), generator).astype(int)
+        shown = augment(webp(ramp(100, 60)), (30, 30), options(crop=0.5), generator).astype(int)
         across, down = np.ptp(shown[0, 0]), np.ptp(shown[1, :, 0])
         assert abs(across - down) <= 2  # square, as asked for
         sides.append(across)
@@ -74,7 +74,7 @@ def test_crops_stay_inside_and_keep_at_least_what_is_asked_for():
 
 def test_a_share_is_mirrored():
     generator, content = np.random.default_rng(0), webp(ramp(40, 40))
-    shown = [show_picture(content, (40, 40), options(flip=0.3), generator) for _ in range(300)]
+    shown = [augment(content, (40, 40), options(flip=0.3), generator) for _ in range(300)]
     mirrored = sum(int(picture[0, 0, 0]) == 39 for picture in shown)
     assert 65 <= mirrored <= 115
 
@@ -86,20 +86,20 @@ def test_a_share_is_mirrored():
 )
 def test_what_is_no_picture_is_bad(content):
     with pytest.raises(CorruptBytes, match="cannot be opened"):
-        show_picture(content, (8, 8), options(), np.random.default_rng(0))
+        augment(content, (8, 8), options(), np.random.default_rng(0))
 
 
 def test_a_picture_of_another_format_is_bad():
     buffer = io.BytesIO()
     ramp(8, 8).save(buffer, "PNG")
     with pytest.raises(CorruptBytes, match="cannot be opened"):
-        show_picture(buffer.getvalue(), (8, 8), options(), np.random.default_rng(0))
+        augment(buffer.getvalue(), (8, 8), options(), np.random.default_rng(0))
 
 
 def test_a_bomb_is_bad_before_it_is_unpacked(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(CorruptBytes, match="too many pixels"):
-        show_picture(webp(ramp(40, 40)), (8, 8), options(), np.random.default_rng(0))
+        augment(webp(ramp(40, 40)), (8, 8), options(), np.random.default_rng(0))
 
 
 def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
@@ -117,11 +117,11 @@ def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
         for _ in range(8):
             batch = whole.next()
             assert digest(batch) == [row for half in halves for row in digest(half.next())]
-    has_picture = torch.cat([micro.has_picture for micro in batch.micro_batches])
-    used = torch.cat([micro.image_start >= 0 for micro in batch.micro_batches])
-    assert has_picture.any()
-    assert (used & ~has_picture).any()
-    assert not (has_picture & ~used).any()
+    has_pixels = torch.cat([micro.has_pixels for micro in batch])
+    used = torch.cat([micro.image_start >= 0 for micro in batch])
+    assert has_pixels.any()
+    assert (used & ~has_pixels).any()
+    assert not (has_pixels & ~used).any()
 
 
 def test_a_broken_picture_is_left_out_and_counted(tmp_path):
@@ -132,11 +132,11 @@ def test_a_broken_picture_is_left_out_and_counted(tmp_path):
         content[at : at + 4] = b"riff"
         path.write_bytes(content)
     sources = {"pictures": (folder, 1.0)}
-    with pytest.raises(UserError, match=r"document \d+: not readable \(a picture that cannot be opened\)"):
+    with pytest.raises(UserError, match=r"document \d+: not readable \(an image that cannot be opened\)"):
         [stream_of(sources, range(1), 1, pixels_per_latent=4).next() for _ in range(40)]
     stream = stream_of(sources, range(1), 1, pixels_per_latent=4, on_error="skip", max_skip_rate=0.1)
     [stream.next() for _ in range(60)]
-    assert sum(stream.state()["streams"]["0"]["skipped"].values()) > 5
+    assert sum(stream.state_dict()["streams"]["0"]["skipped"].values()) > 5
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def picture_run(run_values, tokenizer, tmp_path) -> dict:
     folder = write_pictures(tmp_path / "pictures", 40, tokenizer.hash)
     run_values["data"]["sources"] = {"pictures": {"path": str(folder), "weight": 1.0}}
     run_values["data"] |= {"crop": 0.8, "flip": 0.5}
-    run_values["train"] |= {"num_steps": 4, "log_every": 1}
+    run_values["train"]["num_steps"] = 4
     return run_values
 
 
@@ -173,10 +173,11 @@ def test_pictures_and_their_latents_give_the_same_losses(picture_run, codec, tok
     documents = []
     for shard, entry in enumerate(kept.manifest.shards):
         for position in range(entry.num_documents):
-            stored = kept.read(shard, position)
-            shown = show_picture(stored.segments[1], (32, 32), options(), np.random.default_rng(0))
+            document = kept.read(shard, position)
+            shown = augment(document.segments[1].data, (32, 32), options(), np.random.default_rng(0))
             moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
-            documents.append(StoredDocument(stored.metadata, (stored.segments[0], moments.half().numpy())))
+            text = document.segments[0].data
+            documents.append(stored(document.metadata, text, moments.half().numpy()))
     fields = {"kind": "pair", "tokenizer_sha256": tokenizer.hash, "provenance": {}}
     fields |= {"vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
     fields |= {"latent_scale": codec.scaling_factor, "latent_shift": codec.shift_factor}

@@ -108,9 +108,9 @@ def test_what_passes_is_tried_again(server, tmp_path, monkeypatch, fault):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (500, r"shard-000001\.tar: not to be had in 6 tries, the last: the server answers 500"),
-        ("truncate", r"shard-000001\.tar: not to be had in 6 tries"),
-        ("other bytes", r"not to be had in 6 tries, the last: bytes of hash \w{12} where the manifest says"),
+        (500, r"shard-000001\.tar: not available in 6 tries; the last: the server answers 500"),
+        ("truncate", r"shard-000001\.tar: not available in 6 tries"),
+        ("other bytes", r"not available in 6 tries; the last: hash \w{12} where the manifest says"),
     ],
 )
 def test_what_does_not_pass_stops_the_run_by_name_even_where_bad_documents_are_skipped(
@@ -135,7 +135,7 @@ def test_what_is_refused_is_told_at_once(server, tmp_path, status):
 
 
 def test_nobody_listens(tmp_path):
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/pairs/manifest\.json: not to be had in 6 tries"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/pairs/manifest\.json: not available in 6 tries"):
         ShardFolder("http://127.0.0.1:9/pairs", ShardCache(tmp_path / "cache", 1 << 30))
 
 

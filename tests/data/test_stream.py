@@ -1,6 +1,5 @@
 """The data order: the same at any number of ranks and after any restart; each document once an epoch."""
 
-import hashlib
 import json
 from collections import Counter
 
@@ -11,14 +10,15 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import StoredDocument
-from megafusion.data.loader import DataLoader, GlobalBatch
+from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
 from megafusion.data.source import Source, open_sources
 from megafusion.errors import UserError
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape, collate
+from tests.support.rows import arrays, digest, stored
 
 NUM_ROWS = 4
 
@@ -33,7 +33,7 @@ def make_stream(data, tokenizer, codec):
     def make(rows=range(NUM_ROWS), seed=0, data=data, micro=1) -> DataLoader:
         sources = open_sources(data, tokenizer, codec.hash, seed)
         shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
-        return DataLoader(data, sources, shape, tokenizer, 1000, NUM_ROWS, rows, micro)
+        return DataLoader(data, sources, shape, tokenizer, DDPMConfig().build(), NUM_ROWS, rows, micro)
 
     return make
 
@@ -45,14 +45,14 @@ def make_logical_stream(data, tokenizer, codec, tmp_path):
     def make(made: dict[str, tuple[float, list, dict]], seed: int = 0, **changes) -> LogicalStream:
         values = data.model_dump() | {"num_streams": 1, "sources": {}} | changes
         for name, (weight, segments, fields) in made.items():
-            documents = [StoredDocument({}, s) for s in segments]
+            documents = [stored({}, *s) for s in segments]
             origin = {"tokenizer_sha256": tokenizer.hash, "provenance": {}}
             write_shards(tmp_path / name, documents, 16, **origin | fields)
             values["sources"][name] = {"path": tmp_path / name, "weight": weight}
         config = DataConfig(**values)
         shape = SequenceShape(config.sequence_length, config.images_per_row, (16,), 4, ((8, 8),))
         sources = open_sources(config, tokenizer, codec.hash, seed)
-        return LogicalStream(0, sources, config, shape, tokenizer, 1000)
+        return LogicalStream(0, sources, config, shape, tokenizer, DDPMConfig().build())
 
     return make
 
@@ -68,19 +68,6 @@ def pairs_of(num: int, codec, mean: float, log_variance: float) -> tuple[list, d
     fields = {"kind": "pair", "vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
     scale = {"latent_scale": 2.0, "latent_shift": 0.1}
     return [(np.array([7, 8], np.int32), moments)] * num, fields | scale
-
-
-def digest(batch) -> list[str]:
-    """A hash of every row of a global batch."""
-    rows = []
-    for micro in batch.micro_batches:
-        for row in range(len(micro.tokens)):
-            whole = hashlib.sha256()
-            for name, value in vars(micro).items():
-                if value.ndim:
-                    whole.update(name.encode() + value[row].numpy().tobytes())
-            rows.append(whole.hexdigest())
-    return rows
 
 
 def test_the_same_rows_at_any_number_of_ranks(make_stream):
@@ -102,15 +89,15 @@ def test_a_restart_goes_on_with_the_same_rows_past_the_end_of_an_epoch(make_stre
     """22 pairs in 4 streams: an epoch ends after a few rows."""
     whole = make_stream()
     expected = [digest(whole.next()) for _ in range(20)]
-    assert max(s["position"]["pairs"][0] for s in whole.state()["streams"].values()) >= 2
+    assert max(s["position"]["pairs"][0] for s in whole.state_dict()["streams"].values()) >= 2
     first = make_stream()
     for _ in range(stop):
-        batch = first.next()
-    state = json.loads(json.dumps(batch.state))
+        first.next()
+    state = json.loads(json.dumps(first.state_dict()))
     # Restarted at another number of ranks.
     ranks = [make_stream(range(2)), make_stream(range(2, 4))]
     for rank in ranks:
-        rank.restore(state)
+        rank.load_state_dict(state)
     for step in range(stop, 20):
         assert [row for rank in ranks for row in digest(rank.next())] == expected[step]
 
@@ -120,19 +107,22 @@ def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data
     data = data.model_copy(update={"num_streams": 2 * NUM_ROWS})
     shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    streams = [LogicalStream(m, sources, data, shape, tokenizer, 1000) for m in range(2 * NUM_ROWS)]
+    streams = [
+        LogicalStream(m, sources, data, shape, tokenizer, DDPMConfig().build()) for m in range(2 * NUM_ROWS)
+    ]
     expected = []
     for batch in range(7):
         rows = [streams[(batch * NUM_ROWS + g) % (2 * NUM_ROWS)].next_row() for g in range(NUM_ROWS)]
-        expected.append(digest(GlobalBatch([collate(rows)], {})))
+        expected.append(digest([collate(rows)]))
     whole, first = make_stream(data=data), make_stream(data=data)
     assert [digest(whole.next()) for _ in range(7)] == expected
-    assert all(sum(s["positions_packed"].values()) for s in whole.state()["streams"].values())
+    assert all(sum(s["positions_packed"].values()) for s in whole.state_dict()["streams"].values())
     for _ in range(3):  # odd, so that the second half of the streams is next
-        state = json.loads(json.dumps(first.next().state))
+        first.next()
+    state = json.loads(json.dumps(first.state_dict()))
     ranks = [make_stream(range(2), data=data), make_stream(range(2, 4), data=data)]
     for rank in ranks:
-        rank.restore(state)
+        rank.load_state_dict(state)
     for rows in expected[3:]:
         assert [row for rank in ranks for row in digest(rank.next())] == rows
 
@@ -211,15 +201,15 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
     data = data.model_copy(update={"caption_first": 1.0, "caption_dropout": 0.0, "num_streams": 1})
     sources = open_sources(data, tokenizer, codec.hash, 0)
     shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
-    stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
+    stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     found = Counter()
     for _ in range(60):
-        row = stream.next_row()
+        row = arrays(stream.next_row())
         for start in row["image_start"][row["image_start"] >= 0]:
             document = row["row_start"][start]
             found[tuple(row["tokens"][document:start])] += 1
     epoch, order, _ = stream.state.position["pairs"]
-    waiting = sum(place[0] == "pairs" for place in stream.state.pending)
+    waiting = sum(pending.source == "pairs" for pending in stream.state.pending)
     assert epoch >= 2
     assert sum(found.values()) == epoch * 22 + order - waiting
     assert len(found) == 22
@@ -232,7 +222,7 @@ def test_mixture_follows_the_weights(data, tokenizer, codec):
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
     shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
-    stream = LogicalStream(0, sources, data, shape, tokenizer, 1000)
+    stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     for _ in range(120):
         stream.next_row()
     packed = stream.state.positions_packed
@@ -260,33 +250,33 @@ def test_no_document_waits_for_more_rows_than_the_look_ahead_holds(make_logical_
     rows_waited = Counter()
     for _ in range(60):
         stream.next_row()
-        rows_waited.update(tuple(place) for place in stream.state.pending)
+        rows_waited.update((*p.key, p.start, p.end) for p in stream.state.pending)
     assert max(rows_waited.values()) < 8
 
 
-def test_the_seed_decides_noise_timesteps_and_coins_of_a_document(make_logical_stream, codec):
+def test_the_seed_decides_noise_t_and_coins_of_a_document(make_logical_stream, codec):
     """One document alone, so that no shuffle tells two seeds apart; its epochs come one after another."""
 
     def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         made = {"pair": (1.0, *pairs_of(1, codec, 0.0, 0.0))}
         stream = make_logical_stream(made, seed, packing_buffer_size=1, images_per_row=1, caption_first=0.5)
-        rows = [stream.next_row() for _ in range(20)]
-        names = ("noise", "latents", "timesteps", "tokens")
+        rows = [arrays(stream.next_row()) for _ in range(20)]
+        names = ("noise", "latents", "t", "tokens")
         return tuple(np.stack([row[name] for row in rows]) for name in names)
 
     first, again, other = drawn(0), drawn(0), drawn(1)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    noise, latents, timesteps, tokens = (a == b for a, b in zip(first, other, strict=True))
+    noise, latents, t, tokens = (a == b for a, b in zip(first, other, strict=True))
     assert noise.mean() < 0.01
     assert latents.mean() < 0.01
-    assert timesteps.mean() < 0.2
+    assert t.mean() < 0.2
     assert not tokens.all()  # the order of picture and caption, and whether there is one
 
 
 def test_a_log_variance_of_two_is_a_deviation_of_e(make_logical_stream, codec):
     made = {"pair": (1.0, *pairs_of(8, codec, 3.0, 2.0))}
     stream = make_logical_stream(made)
-    rows = [stream.next_row() for _ in range(10)]
+    rows = [arrays(stream.next_row()) for _ in range(10)]
     latents = np.concatenate([row["latents"][row["image_start"] >= 0] for row in rows])
     sample = latents / 2.0 + 0.1
     assert len(latents) > 20
@@ -294,16 +284,17 @@ def test_a_log_variance_of_two_is_a_deviation_of_e(make_logical_stream, codec):
     assert sample.std() == pytest.approx(np.e, rel=0.05)
 
 
-def test_coins_timesteps_and_the_noise_limit(data, tokenizer, codec):
-    """Caption first in 80%; without a caption in a tenth of those; t < 500 where the image is first."""
+def test_coins_t_and_the_noise_limit(data, tokenizer, codec):
+    """Caption first in 80%; without a caption in a tenth of those; t < 0.5 where the image is first."""
     values = data.model_dump() | {"num_streams": 1}
     del values["sources"]["text"]
     data = DataConfig(**values)
     sources = open_sources(data, tokenizer, codec.hash, 0)
-    stream = LogicalStream(0, sources, data, SequenceShape(96, 4, (16,), 4, ((8, 8),)), tokenizer, 1000)
+    shape = SequenceShape(96, 4, (16,), 4, ((8, 8),))
+    stream = LogicalStream(0, sources, data, shape, tokenizer, DDPMConfig().build())
     kinds, limited, free = Counter(), [], []
     for _ in range(300):
-        row = stream.next_row()
+        row = arrays(stream.next_row())
         for slot, start in enumerate(row["image_start"]):
             if start < 0:
                 continue
@@ -311,30 +302,30 @@ def test_coins_timesteps_and_the_noise_limit(data, tokenizer, codec):
             after = start + 16 + 1
             if start - document > 2:
                 kinds["caption first"] += 1
-                free.append(row["timesteps"][slot])
+                free.append(row["t"][slot])
             elif row["tokens"][after] == tokenizer.eos:
                 kinds["no caption"] += 1
-                free.append(row["timesteps"][slot])
+                free.append(row["t"][slot])
             else:
                 kinds["image first"] += 1
-                limited.append(row["timesteps"][slot])
+                limited.append(row["t"][slot])
     total = kinds.total()
     assert kinds["image first"] / total == pytest.approx(0.2, abs=0.04)
     assert kinds["no caption"] / total == pytest.approx(0.08, abs=0.03)
-    assert max(limited) < 500
-    assert max(free) > 900
-    assert np.mean(free) == pytest.approx(500, abs=40)
+    assert max(limited) < 0.5
+    assert max(free) > 0.9
+    assert np.mean(free) == pytest.approx(0.5, abs=0.04)
 
 
 def test_latents_are_normalised_samples_of_the_posterior(make_stream, shards):
     folder = ShardFolder(shards / "pairs")
     moments = [
-        folder.read(shard, position).segments[1].astype(np.float32)
+        folder.read(shard, position).segments[1].data.astype(np.float32)
         for shard, entry in enumerate(folder.manifest.shards)
         for position in range(entry.num_documents)
     ]
     batch = make_stream().next()
-    latents = [m.latents[0, 0].numpy() for m in batch.micro_batches if m.image_start[0, 0] >= 0]
+    latents = [m.latents[0, 0].numpy() for m in batch if m.image_start[0, 0] >= 0]
     for latent in latents:
         raw = latent / folder.manifest.latent_scale + folder.manifest.latent_shift
         standard = [(raw - mean) * np.exp(-0.5 * log_variance) for mean, log_variance in moments]
@@ -355,7 +346,7 @@ def test_other_tokenizer_or_autoencoder_is_refused(data, tokenizer, codec):
 
 
 def test_stream_counts_that_do_not_fit_are_refused(make_stream, data):
-    with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of the 4 rows"):
+    with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of train.global_batch_size 4"):
         make_stream(data=data.model_copy(update={"num_streams": 6}))
     with pytest.raises(UserError, match=r"holds 22 documents, fewer than data.num_streams 40"):
         make_stream(data=data.model_copy(update={"num_streams": 40}))

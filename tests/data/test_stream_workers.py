@@ -94,7 +94,7 @@ def test_a_worker_that_is_killed_is_told(sources, own_workers):
     with stream_of(sources, range(4), 4, num_workers=2) as stream:
         stream.next()
         own_workers()[0].kill()
-        message = r"a process that reads data has died .*lower data\.num_workers"
+        message = r"a data worker process has died .*lower data\.num_workers"
         with pytest.raises(UserError, match=message):
             [stream.next() for _ in range(2000)]
         assert gone(own_workers())
@@ -102,7 +102,7 @@ def test_a_worker_that_is_killed_is_told(sources, own_workers):
 
 def test_a_defect_of_ours_keeps_its_traceback(sources):
     stream = stream_of(sources, range(4), 4, num_workers=1)
-    stream._makers[0].make = partial(truediv, 0)
+    stream._builders[0].build = partial(truediv, 0)
     with stream, pytest.raises(ZeroDivisionError, match="in DataLoader worker process 0"):
         stream.next()
 
@@ -117,7 +117,7 @@ def test_prefetch_is_bounded(sources, tmp_path):
     """A worker makes no more than it is asked for, however long nobody takes its batches."""
     log = tmp_path / "made"
     stream = stream_of(sources, range(4), 4, num_workers=1, prefetch=3)
-    stream._makers[0].make = partial(logged, log, stream._makers[0].make)
+    stream._builders[0].build = partial(logged, log, stream._builders[0].build)
     with stream:
         stream.next()
         time.sleep(1)

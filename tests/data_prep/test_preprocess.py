@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from megafusion.data.manifest import load_manifest
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import load_manifest
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import to_tensor
+from megafusion.images.processor import preprocess_images
 from tests.support.raw import png, write_tar
 
 GOOD = {
@@ -21,7 +21,7 @@ GOOD = {
 
 
 def test_pairs_hold_the_encoded_picture_and_its_caption(make, tmp_path, vae_folder, tokenizer):
-    make(pictures=(write_tar(tmp_path / "in.tar", GOOD),))
+    make(images=(write_tar(tmp_path / "in.tar", GOOD),))
     folder = ShardFolder(tmp_path / "out/pairs")
     codec = ImageCodec.from_pretrained(vae_folder)
     assert folder.manifest.kind == "pair"
@@ -30,10 +30,10 @@ def test_pairs_hold_the_encoded_picture_and_its_caption(make, tmp_path, vae_fold
     assert folder.manifest.latent_shape == (4, 8, 8)
     assert (folder.manifest.latent_scale, folder.manifest.latent_shift) == (2.0, 0.1)
     document = folder.read(0, 1)
-    tokens, moments = document.segments
+    tokens, moments = (segment.data for segment in document.segments)
     assert document.metadata == {"key": "b", "caption": "café"}
     assert tokenizer.decode(tokens) == "café"
-    mean, log_variance = codec.encode(to_tensor([Image.new("RGB", (40, 40), "blue")], 32))
+    mean, log_variance = codec.encode(preprocess_images([Image.new("RGB", (40, 40), "blue")], 32, 32))
     expected = torch.stack([mean[0], log_variance[0]]).numpy()
     np.testing.assert_allclose(moments, expected, rtol=2e-3, atol=2e-3)
 
@@ -44,7 +44,7 @@ def test_texts_are_a_document_a_line(make, tmp_path, tokenizer):
     make(texts=(path,))
     folder = ShardFolder(tmp_path / "out/text")
     assert len(folder) == 2
-    assert [tokenizer.decode(folder.read(0, i).segments[0]) for i in range(2)] == ["one two", "three"]
+    assert [tokenizer.decode(folder.read(0, i).segments[0].data) for i in range(2)] == ["one two", "three"]
 
 
 def test_a_folder_of_pictures_with_captions_beside_them(make, tmp_path):
@@ -52,30 +52,30 @@ def test_a_folder_of_pictures_with_captions_beside_them(make, tmp_path):
     pictures.mkdir(parents=True)
     (pictures / "x.JPG").write_bytes(png())
     (pictures / "x.txt").write_text("a square")
-    make(pictures=(tmp_path / "pictures",))
+    make(images=(tmp_path / "pictures",))
     assert ShardFolder(tmp_path / "out/pairs").read(0, 0).metadata == {"key": "deep/x", "caption": "a square"}
 
 
 def test_what_is_current_is_kept_and_what_is_not_is_made_anew(make, tmp_path):
     tar = write_tar(tmp_path / "in.tar", GOOD)
     shard = tmp_path / "out/pairs/shard-000000.tar"
-    make(pictures=(tar,))
+    make(images=(tar,))
     first, content = shard.stat().st_ino, shard.read_bytes()
-    make(pictures=(tar,))
+    make(images=(tar,))
     assert shard.stat().st_ino == first
     shard.write_bytes(content[:-512])
-    make(pictures=(tar,))
+    make(images=(tar,))
     assert shard.read_bytes() == content
     write_tar(tar, {**GOOD, "c": {"png": png("green"), "txt": b"green"}})
-    make(pictures=(tar,))
+    make(images=(tar,))
     assert load_manifest(tmp_path / "out/pairs").num_documents == 3
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"png": b"not a picture", "txt": b"x"}, "key 'bad': picture does not decode"),
-        ({"png": png()[:60], "txt": b"x"}, "key 'bad': picture does not decode"),
+        ({"png": b"not a picture", "txt": b"x"}, "key 'bad': image does not decode"),
+        ({"png": png()[:60], "txt": b"x"}, "key 'bad': image does not decode"),
         ({"png": png(), "txt": b"  \n"}, "key 'bad': empty caption"),
         ({"png": png(), "txt": b"\xff\xfe"}, "key 'bad': caption is not UTF-8"),
         ({"png": png()}, "key 'bad': no caption"),
@@ -84,10 +84,10 @@ def test_what_is_current_is_kept_and_what_is_not_is_made_anew(make, tmp_path):
 def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, capsys):
     tar = write_tar(tmp_path / "in.tar", {**GOOD, "bad": bad})
     with pytest.raises(UserError, match=rf"in\.tar, {message}.*on_error=skip"):
-        make(pictures=(tar,))
+        make(images=(tar,))
     assert not (tmp_path / "out/pairs").exists()
     assert not list((tmp_path / "out").glob("*.partial"))
-    make(pictures=(tar,), on_error="skip")
+    make(images=(tar,), on_error="skip")
     assert load_manifest(tmp_path / "out/pairs").num_documents == 2
     assert f"1 x {message.split(': ')[1]}" in " ".join(capsys.readouterr().err.split())
 
@@ -96,7 +96,7 @@ def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, 
 def test_any_mode_of_picture_is_taken(make, tmp_path, mode):
     buffer = io.BytesIO()
     Image.new(mode, (50, 30)).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
-    make(pictures=(write_tar(tmp_path / "in.tar", {"a": {"png": buffer.getvalue(), "txt": b"x"}}),))
+    make(images=(write_tar(tmp_path / "in.tar", {"a": {"png": buffer.getvalue(), "txt": b"x"}}),))
     assert load_manifest(tmp_path / "out/pairs").num_images == 1
 
 
@@ -104,16 +104,16 @@ def test_inputs_that_are_not_there_or_broken_are_named(make, tmp_path):
     with pytest.raises(UserError, match="nothing to preprocess"):
         make()
     with pytest.raises(UserError, match=r"none\.tar: no such file"):
-        make(pictures=(tmp_path / "none.tar",))
+        make(images=(tmp_path / "none.tar",))
     tar = write_tar(tmp_path / "in.tar", GOOD)
     keys = tmp_path / "keys.txt"
     keys.write_text("a\nzz\n")
-    with pytest.raises(UserError, match=r"keys\.txt: 1 keys are in no picture source, the first 'zz'"):
-        make(pictures=(tar,), keys=keys)
+    with pytest.raises(UserError, match=r"keys\.txt: 1 keys are not in any of `images`, the first 'zz'"):
+        make(images=(tar,), keys=keys)
     cut = tmp_path / "cut.tar"
     cut.write_bytes(tar.read_bytes()[:700])
     with pytest.raises(UserError, match=r"cut\.tar: not readable as a tar"):
-        make(pictures=(cut,))
+        make(images=(cut,))
     text = tmp_path / "t.txt"
     text.write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(UserError, match=r"t\.txt, line 2: not UTF-8"):
@@ -125,10 +125,10 @@ def test_inputs_that_are_not_there_or_broken_are_named(make, tmp_path):
 def test_pictures_can_be_kept_as_they_are(make, tmp_path):
     """Smaller, uncropped and compressed; no autoencoder is in the manifest, and the sheet shows them."""
     wide = {"w": {"png": png("red", (96, 48)), "txt": b"wide"}}
-    make(pictures=(write_tar(tmp_path / "in.tar", {**GOOD, **wide}),), images="pictures")
+    make(images=(write_tar(tmp_path / "in.tar", {**GOOD, **wide}),), image_storage="pixels")
     folder = ShardFolder(tmp_path / "out/pairs")
     assert (folder.manifest.images, folder.manifest.vae_sha256) == ("pictures", None)
-    kept = [Image.open(io.BytesIO(folder.read(0, i).segments[1])) for i in range(3)]
+    kept = [Image.open(io.BytesIO(folder.read(0, i).segments[1].data)) for i in range(3)]
     assert [(picture.format, picture.size) for picture in kept] == [
         ("WEBP", (32, 32)),
         ("WEBP", (32, 32)),

@@ -41,25 +41,25 @@ def test_each_filter_drops_what_it_names_and_counts_it(make, tmp_path):
         "max_aspect": 3.0,
         "min_caption": 4,
         "max_caption": 9,
-        "scores": {"beauty": {"least": 5.0}, "risk": {"most": 0.5}},
+        "scores": {"beauty": {"min": 5.0}, "risk": {"max": 0.5}},
     }
-    (made,) = make(pictures=(write_tar(tmp_path / "in.tar", pictures),), filters=filters)
+    (made,) = make(images=(write_tar(tmp_path / "in.tar", pictures),), filters=filters)
     assert kept_keys(tmp_path / "out/pairs") == ["good", "edges"]
     report = json.loads((tmp_path / "out/pairs/report.json").read_text())
     assert report["dropped"] == {
+        "aspect ratio above filters.max_aspect": 1,
         "caption longer than filters.max_caption": 1,
         "caption shorter than filters.min_caption": 1,
+        "image smaller than filters.min_side": 1,
         "no score beauty": 1,
-        "picture longer than filters.max_aspect": 1,
-        "picture smaller than filters.min_side": 1,
-        "score beauty out of its range": 1,
-        "score risk out of its range": 1,
+        "score beauty out of range": 1,
+        "score risk out of range": 1,
     }
     assert report["bad"] == {}
     assert (report["inputs"], report["kept"], report["images"]) == (9, 2, 2)
     assert report["tokens"] == made.num_tokens
-    assert report["pictures_by_shorter_side"] == {"16 to 31": 1, "32 to 63": 1}
-    assert "in.tar, ugly" in report["examples"]["score beauty out of its range"][0]
+    assert report["images_by_shorter_side"] == {"16 to 31": 1, "32 to 63": 1}
+    assert "in.tar, ugly" in report["examples"]["score beauty out of range"][0]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_of_duplicates_the_first_in_input_order_stays(
     make, tmp_path, lookalikes, duplicates, expected, num_workers
 ):
     filters = {"duplicates": duplicates, "max_distance": 2}
-    make(pictures=lookalikes, filters=filters, num_workers=num_workers)
+    make(images=lookalikes, filters=filters, num_workers=num_workers)
     assert "".join(kept_keys(tmp_path / "out/pairs")) == expected
     report = json.loads((tmp_path / "out/pairs/report.json").read_text())
     assert sum(report["dropped"].values()) == 6 - len(expected)
@@ -96,21 +96,21 @@ def test_equal_texts_are_duplicates(make, tmp_path):
 
 
 @given(
-    looks=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8),
+    phashes=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8),
     flips=st.lists(st.tuples(st.integers(0, 7), st.sets(st.integers(0, 63), max_size=6)), max_size=20),
     distance=st.integers(0, 4),
 )
 @settings(max_examples=150, deadline=None)
-def test_looks_are_compared_with_every_one_that_was_kept(looks, flips, distance):
+def test_looks_are_compared_with_every_one_that_was_kept(phashes, flips, distance):
     """As by brute force, though only hashes that share a band of bits are compared."""
-    looks = looks + [looks[i % len(looks)] ^ sum(1 << bit for bit in bits) for i, bits in flips]
+    phashes = phashes + [phashes[i % len(phashes)] ^ sum(1 << bit for bit in bits) for i, bits in flips]
     seen = Deduplicator(FilterConfig(duplicates="perceptual", max_distance=distance))
     kept: list[int] = []
-    for number, look in enumerate(looks):
-        is_new = all((look ^ other).bit_count() > distance for other in kept)
-        assert (seen.duplicate(RecordInfo(b"%d" % number, look, 1, 1)) is None) == is_new
+    for number, phash in enumerate(phashes):
+        is_new = all((phash ^ other).bit_count() > distance for other in kept)
+        assert (seen.duplicate_reason(RecordInfo(b"%d" % number, phash, 1, 1)) is None) == is_new
         if is_new:
-            kept.append(look)
+            kept.append(phash)
 
 
 def test_pictures_that_differ_are_not_alike(make, tmp_path):
@@ -119,5 +119,5 @@ def test_pictures_that_differ_are_not_alike(make, tmp_path):
     noise = [Image.fromarray(random.integers(0, 256, (32, 32), np.uint8)) for _ in range(40)]
     pictures = {f"k{i:02d}": {"png": encoded(image), "txt": b"x"} for i, image in enumerate(noise)}
     tar = write_tar(tmp_path / "in.tar", pictures)
-    (made,) = make(pictures=(tar,), filters={"duplicates": "perceptual", "max_distance": 4})
+    (made,) = make(images=(tar,), filters={"duplicates": "perceptual", "max_distance": 4})
     assert made.num_documents == 40

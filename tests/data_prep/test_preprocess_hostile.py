@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import resource
 import struct
 import tarfile
@@ -13,8 +14,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from data_prep.images import open_rgb
+from data_prep.config import PreprocessConfig
+from data_prep.images import check_image, open_rgb
 from data_prep.readers.records import BadRecord
+from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from tests.support.raw import drawing, encoded, png, write_members, write_tar
@@ -35,8 +38,8 @@ def bomb() -> bytes:
 
 FINE = [("a.png", png()), ("a.txt", b"red"), ("b.png", png("blue")), ("b.txt", b"blue")]
 BAD_MEMBERS = {
-    "corrupt picture": ([("x.png", png()[:70]), ("x.txt", b"x")], "x", "picture does not decode"),
-    "picture bomb": ([("x.png", bomb()), ("x.txt", b"x")], "x", "picture of too many pixels"),
+    "corrupt image": ([("x.png", png()[:70]), ("x.txt", b"x")], "x", "image does not decode"),
+    "decompression bomb": ([("x.png", bomb()), ("x.txt", b"x")], "x", "image has too many pixels"),
     "program": ([("x.png", b"%!PS-Adobe-3.0 EPSF-3.0\n"), ("x.txt", b"x")], "x", "does not decode"),
     "empty caption": ([("x.png", png()), ("x.txt", b" \n")], "x", "empty caption"),
     "100 kB caption": ([("x.png", png()), ("x.txt", b"x" * 100_000)], "x", "more than 65536 bytes"),
@@ -48,10 +51,10 @@ BAD_MEMBERS = {
         "leads out of the tar",
     ),
     "absolute path": ([("/etc/x.png", png())], "/etc/x.png", "leads out of the tar"),
-    "symlink": ([link("x.png", "/etc/passwd"), ("x.txt", b"x")], "x.png", "a link or another thing"),
-    "doubled member": ([("x.png", png()), ("x.png", png()), ("x.txt", b"x")], "x", "there twice"),
-    "key again": ([("a.png", png()), ("a.txt", b"red")], "a", "there twice"),
-    "bad scores": ([("x.png", png()), ("x.txt", b"x"), ("x.json", b"{")], "x", "no JSON"),
+    "symlink": ([link("x.png", "/etc/passwd"), ("x.txt", b"x")], "x.png", "a link or another member"),
+    "doubled member": ([("x.png", png()), ("x.png", png()), ("x.txt", b"x")], "x", "has this key twice"),
+    "key again": ([("a.png", png()), ("a.txt", b"red")], "a", "has this key twice"),
+    "bad scores": ([("x.png", png()), ("x.txt", b"x"), ("x.json", b"{")], "x", "not valid JSON"),
 }
 
 
@@ -60,9 +63,9 @@ def test_bad_members_stop_by_name_or_are_counted(make, tmp_path, case):
     members, where, reason = BAD_MEMBERS[case]
     tar = write_members(tmp_path / "in.tar", [*FINE, *members])
     with pytest.raises(UserError, match=rf"in\.tar, key '{where}': .*{reason}.*set on_error=skip"):
-        make(pictures=(tar,))
+        make(images=(tar,))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["in.tar"]
-    (made,) = make(pictures=(tar,), on_error="skip")
+    (made,) = make(images=(tar,), on_error="skip")
     assert made.num_documents == 2
     report = json.loads((tmp_path / "out/pairs/report.json").read_text())
     assert any(reason in name for name in report["bad"])
@@ -99,8 +102,8 @@ def test_damaged_tars_stop_by_name_or_their_rest_is_left_out(make, tmp_path, dam
     broken = write_members(tmp_path / "broken.tar", FINE)
     broken.write_bytes(damage(broken.read_bytes()))
     with pytest.raises(UserError, match=r"broken\.tar.*on_error=skip"):
-        make(pictures=(broken, whole))
-    (made,) = make(pictures=(broken, whole), on_error="skip")
+        make(images=(broken, whole))
+    (made,) = make(images=(broken, whole), on_error="skip")
     report = json.loads((tmp_path / "out/pairs/report.json").read_text())
     assert any("not readable as a tar to its end" in reason for reason in report["bad"])
     assert 4 <= made.num_documents < 6
@@ -119,9 +122,12 @@ def bad_texts(path):
 BAD_FILES = {
     "a.txt": (lambda p: p.write_bytes(b"fine\n\xff\xfe\n"), r"a\.txt, line 2: not UTF-8"),
     "b.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"text": 1}\n'), r"b\.jsonl, line 2: no string"),
-    "c.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"te'), r"c\.jsonl, line 2: no JSON"),
+    "c.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"te'), r"c\.jsonl, line 2: not valid JSON"),
     "f.jsonl": (lambda p: p.write_text('{"text": "x"}\n{"text": "\\ud800"}\n'), r"f\.jsonl, line 2: not"),
-    "d.jsonl": (lambda p: p.write_text('{"text": "x"}\n' + "[" * 100_000), r"d\.jsonl, line 2: no JSON"),
+    "d.jsonl": (
+        lambda p: p.write_text('{"text": "x"}\n' + "[" * 100_000),
+        r"d\.jsonl, line 2: not valid JSON",
+    ),
     "e.parquet": (bad_parquet, r"e\.parquet: not readable as parquet"),
 }
 
@@ -146,17 +152,17 @@ def mmc4(**changes) -> dict:
 
 
 BAD_DOCUMENTS = {
-    "of unequal lengths": ({"texts": ["a", "b"], "images": [None]}, "not two lists of one length"),
-    "that climbs": ({"texts": [None], "images": ["../secret.png"]}, "leads out of document_pictures"),
-    "that is absolute": ({"texts": [None], "images": ["/etc/passwd"]}, "leads out of document_pictures"),
-    "with a picture that is nowhere": ({"texts": [None], "images": ["no.png"]}, "not in document_pictures"),
-    "with a broken picture": ({"texts": ["x", None], "images": [None, "bad.png"]}, "does not decode"),
-    "of nothing": ({"texts": [None], "images": [None]}, "empty document"),
-    "of numbers": ({"texts": [1], "images": [None]}, "a text is no string"),
-    "of half a layout": ({"texts": ["a"]}, "not two lists of one length"),
+    "of unequal lengths": ({"texts": ["a", "b"], "images": [None]}, "not two lists of equal length"),
+    "with a parent path": ({"texts": [None], "images": ["../secret.png"]}, "leads out of document_images"),
+    "with an absolute path": ({"texts": [None], "images": ["/etc/passwd"]}, "leads out of document_images"),
+    "with a missing image": ({"texts": [None], "images": ["no.png"]}, "not in document_images"),
+    "with a corrupt image": ({"texts": ["x", None], "images": [None, "bad.png"]}, "does not decode"),
+    "without segments": ({"texts": [None], "images": [None]}, "empty document"),
+    "of numbers": ({"texts": [1], "images": [None]}, "a text is not a string"),
+    "of half a layout": ({"texts": ["a"]}, "not two lists of equal length"),
     "of no layout": (
         {"text": "a", "image_list": []},
-        r"neither `texts` and `images` \(as OBELICS has\) nor `text_list` and `image_info` \(as MMC4 has\)"
+        r"has neither `texts` and `images` \(OBELICS\) nor `text_list` and `image_info` \(MMC4\)"
         r"; its keys are \['image_list', 'text'\]",
     ),
     "of half of MMC4's": ({"text_list": ["a"]}, r"its keys are \['text_list'\]"),
@@ -165,9 +171,9 @@ BAD_DOCUMENTS = {
     "of half a character in MMC4": ({"text_list": ["\ud800"], "image_info": []}, "not UTF-8"),
     "with half a character in a key": ({"\ud800": 1}, "not UTF-8"),
     "with a URL": ({"texts": [None], "images": ["http://x.org/a.png"]}, "an image is a URL: fetch"),
-    "whose image is nowhere": (mmc4(image_name="no.png"), "not in document_pictures"),
-    "whose image climbs": (mmc4(image_name="../secret.png"), "leads out of document_pictures"),
-    "whose image is broken": (mmc4(image_name="bad.png"), "does not decode"),
+    "whose image is missing": (mmc4(image_name="no.png"), "not in document_images"),
+    "whose image is a parent path": (mmc4(image_name="../secret.png"), "leads out of document_images"),
+    "whose image is corrupt": (mmc4(image_name="bad.png"), "does not decode"),
     "matched beyond the end": (mmc4(matched_text_index=2), "`matched_text_index` that is in `text_list`"),
     "matched before the start": (mmc4(matched_text_index=-1), "`matched_text_index` that is in"),
     "matched to null": (mmc4(matched_text_index=None), "`matched_text_index` that is in"),
@@ -177,7 +183,7 @@ BAD_DOCUMENTS = {
     "with a null image": ({"text_list": ["a"], "image_info": [None]}, "an image without `image_name`"),
     "with null for images": ({"text_list": ["a"], "image_info": None}, "are not two lists"),
     "with null for sentences": ({"text_list": None, "image_info": []}, "are not two lists"),
-    "with a null sentence": ({"text_list": ["a", None], "image_info": []}, "a sentence is no string"),
+    "with a null sentence": ({"text_list": ["a", None], "image_info": []}, "a sentence is not a string"),
     "of empty sentences": ({"text_list": [" "], "image_info": []}, "empty document"),
 }
 
@@ -191,7 +197,7 @@ def test_bad_documents(make, tmp_path, case):
     (tmp_path / "pictures/fine.png").write_bytes(png())
     good = {"texts": ["fine"], "images": [None]}
     (tmp_path / "d.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(document)}\n")
-    values = {"documents": (tmp_path / "d.jsonl",), "document_pictures": tmp_path / "pictures"}
+    values = {"documents": (tmp_path / "d.jsonl",), "document_images": tmp_path / "pictures"}
     with pytest.raises(UserError, match=rf"d\.jsonl, line 2: .*{reason}"):
         make(**values)
     (made,) = make(**values, on_error="skip")
@@ -201,15 +207,17 @@ def test_bad_documents(make, tmp_path, case):
 
 
 @pytest.mark.parametrize("damage", ["cut", "packed", "doubled"])
-def test_a_bad_tar_of_document_pictures_is_named(make, tmp_path, damage):
+def test_a_bad_tar_of_document_images_is_named(make, tmp_path, damage):
     members = [("a.png", png()), ("a.png" if damage == "doubled" else "b.png", png())]
     write_members(tmp_path / "p.tar", members)
     content = (tmp_path / "p.tar").read_bytes()
     if damage != "doubled":
         (tmp_path / "p.tar").write_bytes(gzip.compress(content) if damage == "packed" else content[:1100])
     (tmp_path / "d.jsonl").write_text(json.dumps({"texts": [None], "images": ["a.png"]}) + "\n")
-    values = {"documents": (tmp_path / "d.jsonl",), "document_pictures": tmp_path / "p.tar"}
-    with pytest.raises(UserError, match=r"p\.tar: (is damaged, or no plain tar|has 'a.png' twice)"):
+    values = {"documents": (tmp_path / "d.jsonl",), "document_images": tmp_path / "p.tar"}
+    with pytest.raises(
+        UserError, match=r"p\.tar: (is corrupt, or not an uncompressed tar|has 'a.png' twice)"
+    ):
         make(**values, on_error="skip")
 
 
@@ -217,7 +225,7 @@ def test_a_packed_tar_in_a_folder_of_pictures_is_named(make, tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/b.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match=r"b\.tar\.gz: is compressed"):
-        make(pictures=(tmp_path / "raw",))
+        make(images=(tmp_path / "raw",))
 
 
 @pytest.mark.parametrize("name", ["docs_no_face_shard_0_v3.jsonl.zip", "d.jsonl.gz"])
@@ -227,13 +235,13 @@ def test_what_is_compressed_is_to_be_unpacked(make, tmp_path, name):
         make(documents=(tmp_path / name,))
 
 
-def test_a_link_in_the_folder_of_document_pictures_leads_nowhere(make, tmp_path):
+def test_a_link_in_the_folder_of_document_images_leads_nowhere(make, tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/x.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "d.jsonl").write_text('{"texts": ["a"], "images": ["x.png"]}\n')
-    with pytest.raises(UserError, match="leads out of document_pictures"):
-        make(documents=(tmp_path / "d.jsonl",), document_pictures=tmp_path / "pictures")
+    with pytest.raises(UserError, match="leads out of document_images"):
+        make(documents=(tmp_path / "d.jsonl",), document_images=tmp_path / "pictures")
 
 
 @pytest.mark.parametrize("num_bad", [3, 40])
@@ -241,15 +249,13 @@ def test_a_rate_of_bad_inputs_above_the_limit_stops_the_run(make, tmp_path, num_
     pictures = {f"k{i:03d}": {"png": png() if i >= num_bad else b"x", "txt": b"x"} for i in range(80)}
     tar = write_tar(tmp_path / "in.tar", pictures)
     if num_bad == 3:  # no more than chance brings
-        assert make(pictures=(tar,), on_error="skip")[0].num_documents == 77
+        assert make(images=(tar,), on_error="skip")[0].num_documents == 77
         return
-    message = (
-        r"40 of 80 inputs are bad \(40 x picture does not decode\), more than max_skip_rate 0\.01; one is"
-    )
+    message = r"40 of 80 inputs are bad \(40 x image does not decode\), more than max_skip_rate 0\.01; one is"
     with pytest.raises(UserError, match=message):
-        make(pictures=(tar,), on_error="skip")
+        make(images=(tar,), on_error="skip")
     assert not (tmp_path / "out/pairs").exists()
-    assert make(pictures=(tar,), on_error="skip", max_skip_rate=0.6)[0].num_documents == 40
+    assert make(images=(tar,), on_error="skip", max_skip_rate=0.6)[0].num_documents == 40
 
 
 def rotated() -> bytes:
@@ -289,8 +295,10 @@ def test_odd_pictures_become_upright_rgb(make, tmp_path, vae_folder, case):
     odd = write_tar(tmp_path / "odd.tar", {"a": {"png": write(), "txt": b"x"}})
     moments = []
     for number, tar in enumerate((odd, reference)):
-        make(pictures=(tar,), out=tmp_path / str(number))
-        moments.append(ShardFolder(tmp_path / f"{number}/pairs").read(0, 0).segments[1].astype(np.float32))
+        make(images=(tar,), out=tmp_path / str(number))
+        moments.append(
+            ShardFolder(tmp_path / f"{number}/pairs").read(0, 0).segments[1].data.astype(np.float32)
+        )
     assert np.abs(moments[0] - moments[1]).max() < 0.2
     assert np.abs(moments[0]).max() > 0.2 or case == "16-bit"
 
@@ -298,12 +306,61 @@ def test_odd_pictures_become_upright_rgb(make, tmp_path, vae_folder, case):
 def test_a_bomb_is_refused_before_it_takes_memory():
     """It would take 30 GB if it were decoded."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(BadRecord, match="picture of too many pixels"):
+    with pytest.raises(BadRecord, match="image has too many pixels"):
         open_rgb(bomb())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # in kB
 
 
 def test_pillow_s_warning_is_an_error():
     """Between its limit and twice that, Pillow only warns."""
-    with pytest.raises(BadRecord, match="picture of too many pixels"):
+    with pytest.raises(BadRecord, match="image has too many pixels"):
         open_rgb(encoded(Image.new("1", (10_000, 9_000))))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [*range(1, 9), 99])
+def test_checked_size_is_that_of_the_upright_image(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(drawing(0, (50, 30)), form, exif=exif)
+    assert check_image(content) == open_rgb(content).size
+
+
+def test_checking_refuses_the_corrupt_images_that_decoding_refuses():
+    """JPEG is checked at an eighth of its size: 600 random corruptions of several encodings."""
+    chance = random.Random(0)
+    images = [drawing(0, (50, 30)), drawing(1, (64, 64)).convert("L"), drawing(2, (33, 57)).convert("CMYK")]
+    encodings = [encoded(image, "JPEG", progressive=mode) for image in images for mode in (False, True)]
+    num_refused = 0
+    for _ in range(600):
+        content = bytearray(chance.choice(encodings))
+        if chance.random() < 0.3:
+            del content[chance.randrange(1, len(content)) :]
+        for _ in range(chance.randrange(6)):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        sizes = []
+        for check in (check_image, lambda content: open_rgb(content).size):
+            try:
+                sizes.append(check(bytes(content)))
+            except BadRecord as error:
+                sizes.append(error.reason)
+        assert sizes[0] == sizes[1]
+        num_refused += isinstance(sizes[0], str)
+    assert 100 < num_refused < 500
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pictures": ["a.tar"]}, "key 'pictures' was renamed: it is 'images' now"),
+        ({"images": "latents"}, r"images: latents has moved: write image_storage: latents \('images' names"),
+        ({"images": "pictures"}, "images: pictures has moved: write image_storage: pixels"),
+        ({"images": "a.tar"}, r"key 'images' is a list: write \[a.tar\]"),
+        ({"document_pictures": "x"}, "key 'document_pictures' was renamed: it is 'document_images' now"),
+        ({"picture_column": "x"}, "key 'picture_column' was renamed: it is 'image_column' now"),
+        ({"filters": {"scores": {"a": {"least": 5.0}}}}, "was renamed: it is 'filters.scores.a.min' now"),
+    ],
+)
+def test_configurations_of_the_version_before_are_refused_with_the_new_keys(values, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(PreprocessConfig, {"out": "x", "tokenizer": "x", "vae": "x"} | values, "test.yaml")

@@ -7,13 +7,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_prep.readers.documents import parts_of
+from data_prep.readers.interleaved import document_segments
 from megafusion.data.config import DataConfig
 from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
+from megafusion.data.stream_state import DocumentKey
 from megafusion.errors import UserError
+from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape
 from tests.support.raw import png, write_members, write_tar
 from tests.support.small import ROOT
@@ -28,13 +30,13 @@ def documents(folder) -> list:
 def texts(folder, tokenizer) -> list[list[str | None]]:
     """Each document's parts: its texts, and None for an image."""
     return [
-        [tokenizer.decode(s) if s.ndim == 1 else None for s in document.segments]
+        [tokenizer.decode(s.data) if s.kind == "tokens" else None for s in document.segments]
         for document in documents(folder)
     ]
 
 
 def streamed(folder, tokenizer, vae, made, num_streams: int) -> tuple[DataConfig, dict]:
-    """The interleaved shards as a run reads them: images before all text keep their timestep below 10."""
+    """The interleaved shards as a run reads them: images before all text keep their t below 0.01."""
     config = DataConfig(
         sources={"web": {"path": str(folder / "out/interleaved")}},
         tokenizer=tokenizer.path,
@@ -42,7 +44,7 @@ def streamed(folder, tokenizer, vae, made, num_streams: int) -> tuple[DataConfig
         sequence_length=96,
         images_per_row=3,
         num_streams=num_streams,
-        image_first_max_timestep=10,
+        image_first_max_t=0.01,
     )
     return config, open_sources(config, tokenizer, made.vae_sha256, 0)
 
@@ -55,7 +57,7 @@ def test_img2dataset_output_is_read_and_its_statistics_are_not(make, tmp_path):
         write_tar(folder / f"{number:05d}.tar", {f"{number:05d}0000{i}": sample for i in range(3)})
         parquet.write_table(pyarrow.table({"url": ["x"]}), folder / f"{number:05d}.parquet")
         (folder / f"{number:05d}_stats.json").write_text("{}")
-    make(pictures=(folder,))
+    make(images=(folder,))
     keys = [document.metadata["key"] for document in documents(tmp_path / "out/pairs")]
     assert keys == [f"{number:05d}0000{i}" for number in range(2) for i in range(3)]
 
@@ -66,13 +68,13 @@ def test_parquet_of_pictures_with_captions(make, tmp_path, form):
     column = pictures if form == "bytes" else [{"bytes": p, "path": None} for p in pictures]
     table = pyarrow.table({"picture": column, "alt": ["red", "blue", "green"]})
     parquet.write_table(table, tmp_path / "in.parquet", row_group_size=2)
-    make(pictures=(tmp_path / "in.parquet",), picture_column="picture", caption_column="alt")
+    make(images=(tmp_path / "in.parquet",), image_column="picture", caption_column="alt")
     found = [document.metadata for document in documents(tmp_path / "out/pairs")]
     assert found == [{"key": str(i), "caption": c} for i, c in enumerate(["red", "blue", "green"])]
     with pytest.raises(
         UserError, match=r"in\.parquet: has no column 'caption'; its columns are picture, alt"
     ):
-        make(pictures=(tmp_path / "in.parquet",), picture_column="picture")
+        make(images=(tmp_path / "in.parquet",), image_column="picture")
 
 
 def test_texts_of_json_lines_and_parquet(make, tmp_path, tokenizer):
@@ -101,7 +103,7 @@ def interleaved(request, tmp_path) -> dict:
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
         return {"documents": (tmp_path / "docs.parquet",)}
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, LISTS)))
-    values = {"documents": (tmp_path / "docs.jsonl",), "document_pictures": tmp_path / "pictures"}
+    values = {"documents": (tmp_path / "docs.jsonl",), "document_images": tmp_path / "pictures"}
     if request.param == "tar":
         write_tar(tmp_path / "pictures", pictures)
         return values
@@ -118,8 +120,8 @@ def test_interleaved_documents_keep_the_order_of_their_parts(make, tmp_path, tok
     assert texts(folder, tokenizer) == expected
     assert (made.kind, made.num_images, made.max_images) == ("interleaved", 3, 2)
     first, second, _ = documents(folder)
-    assert (first.segments[1] == second.segments[0]).all()  # a.png, both times
-    assert (first.segments[1] != first.segments[3]).any()
+    assert (first.segments[1].data == second.segments[0].data).all()  # a.png, both times
+    assert (first.segments[1].data != first.segments[3].data).any()
     assert (folder / "sheet.png").is_file()
 
 
@@ -152,28 +154,30 @@ def test_images_of_mmc4_stand_before_their_sentences(make, tmp_path, tokenizer, 
             (tmp_path / f"pictures/{key}.png").write_bytes(content)
     plain = {"text_list": ["No image."], "image_info": []}
     (tmp_path / "docs_shard_0.jsonl").write_text("".join(f"{json.dumps(d)}\n" for d in (MMC4, plain)))
-    make(documents=(tmp_path / "docs_shard_0.jsonl",), document_pictures=tmp_path / "pictures")
+    make(documents=(tmp_path / "docs_shard_0.jsonl",), document_images=tmp_path / "pictures")
     found = texts(tmp_path / "out/interleaved", tokenizer)
     assert found == [["One. Two.", None, None, "Three.", None, "Five."], ["No image."]]
-    one, two, three = (s for s in documents(tmp_path / "out/interleaved")[0].segments if s.ndim == 4)
+    one, two, three = (
+        s.data for s in documents(tmp_path / "out/interleaved")[0].segments if s.kind == "moments"
+    )
     # blue, red, green: which is which is known from documents of one picture each.
     rows = [{"texts": [None, color], "images": [f"{color}.png", None]} for color in ("b", "a", "late")]
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
     make(
         out=tmp_path / "each",
         documents=(tmp_path / "one.jsonl",),
-        document_pictures=tmp_path / "pictures",
+        document_images=tmp_path / "pictures",
         batch_size=3,
     )
-    expected = [document.segments[0] for document in documents(tmp_path / "each/interleaved")]
+    expected = [document.segments[0].data for document in documents(tmp_path / "each/interleaved")]
     for moments, other in zip((one, two, three), expected, strict=True):
         assert (moments == other).all()
 
 
 def test_the_examples_of_the_page_are_read_as_it_says():
     obelics, mmc4 = re.findall(r"```json\n(.*)\n```", (ROOT / "docs/data.md").read_text())
-    assert parts_of(json.loads(obelics), str.encode) == ["Fold it.", b"fold.png", "Cut it."]
-    assert parts_of(json.loads(mmc4), str.encode) == ["Fold it.", b"cut.png", "Cut it."]
+    assert document_segments(json.loads(obelics), str.encode) == ["Fold it.", b"fold.png", "Cut it."]
+    assert document_segments(json.loads(mmc4), str.encode) == ["Fold it.", b"cut.png", "Cut it."]
 
 
 def test_obelics_as_published_needs_its_pictures_by_their_urls(make, tmp_path, tokenizer):
@@ -186,11 +190,11 @@ def test_obelics_as_published_needs_its_pictures_by_their_urls(make, tmp_path, t
         "texts": ["before", None],
     }
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "obelics.parquet")
-    message = r"obelics\.parquet, row 0: an image is a URL: fetch the pictures and name them"
+    message = r"obelics\.parquet, row 0: an image is a URL: fetch the images and store them"
     with pytest.raises(UserError, match=message):
         make(documents=(tmp_path / "obelics.parquet",))
     write_members(tmp_path / "pictures", [(url, png())])
-    make(documents=(tmp_path / "obelics.parquet",), document_pictures=tmp_path / "pictures")
+    make(documents=(tmp_path / "obelics.parquet",), document_images=tmp_path / "pictures")
     assert texts(tmp_path / "out/interleaved", tokenizer) == [["before", None]]
 
 
@@ -201,16 +205,16 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
     (made,) = make(documents=(tmp_path / "docs.parquet",), documents_per_shard=5)
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=2)
     shape = SequenceShape(96, 3, (16,), 4, ((8, 8),))
-    timesteps = {True: [], False: []}
-    with DataLoader(config, sources, shape, tokenizer, 1000, 2, range(2), 1) as stream:
+    times = {True: [], False: []}
+    with DataLoader(config, sources, shape, tokenizer, DDPMConfig().build(), 2, range(2), 1) as stream:
         for _ in range(30):
-            for batch in stream.next().micro_batches:
-                for start, timestep in zip(batch.image_start[0], batch.timesteps[0], strict=True):
+            for batch in stream.next():
+                for start, t in zip(batch.image_start[0], batch.t[0], strict=True):
                     if start >= 0:
                         opens = batch.tokens[0, start - 2] == tokenizer.bos
-                        timesteps[bool(opens)].append(int(timestep))
-    assert max(timesteps[True]) < 10  # what opens a document stands before all of its text
-    assert max(timesteps[False]) > 500
+                        times[bool(opens)].append(float(t))
+    assert max(times[True]) < 0.01  # what opens a document stands before all of its text
+    assert max(times[False]) > 0.5
 
 
 def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
@@ -225,13 +229,14 @@ def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
     ]
     assert after == [False, True, False, False]
     config, sources = streamed(tmp_path, tokenizer, vae_folder, made, num_streams=1)
-    logical = LogicalStream(0, sources, config, SequenceShape(96, 3, (16,), 4, ((8, 8),)), tokenizer, 1000)
+    shape = SequenceShape(96, 3, (16,), 4, ((8, 8),))
+    logical = LogicalStream(0, sources, config, shape, tokenizer, DDPMConfig().build())
     bounds = {}
     for order in range(4):
-        document, _ = logical._load("web", 0, order)
+        document = logical._documents.get(DocumentKey("web", 0, order))
         number = sources["web"].document_at(0, 0, order)
-        bounds[number] = [image.max_timestep for image in document.images]
-    assert bounds == {0: [1000, 1000], 1: [1000, 1000], 2: [10, 10], 3: [10]}
+        bounds[number] = [image.max_t for image in document.images]
+    assert bounds == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.01, 0.01], 3: [0.01]}
 
 
 def test_a_mark_before_the_first_line_is_no_text(make, tmp_path, tokenizer):
@@ -258,10 +263,10 @@ def test_long_documents_are_split_and_images_stay_whole(make, tmp_path, tokenize
     (made,) = make(documents=(tmp_path / "docs.parquet",), split={"tokens": 12, "images": 2})
     assert (made.max_images, made.max_tokens_beside_images) == (2, 12)
     found = documents(tmp_path / "out/interleaved")
-    images = [sum(s.ndim == 4 for s in document.segments) for document in found]
+    images = [sum(s.kind == "moments" for s in document.segments) for document in found]
     assert images[:2] == [2, 1]
     assert sum(images) == 3
     assert [document.metadata["part"] for document in found] == list(range(len(found)))
-    whole = [int(t) for document in found for s in document.segments if s.ndim == 1 for t in s]
+    whole = [int(t) for document in found for s in document.segments if s.kind == "tokens" for t in s.data]
     assert whole == tokenizer.encode("start") + tokenizer.encode(words)
-    assert max(sum(len(s) for s in d.segments if s.ndim == 1) for d in found) == 12
+    assert max(sum(len(s.data) for s in d.segments if s.kind == "tokens") for d in found) == 12

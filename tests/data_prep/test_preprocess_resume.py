@@ -48,7 +48,7 @@ def inputs(tmp_path_factory) -> dict:
     rows = [{"texts": ["a", None, line], "images": [None, png(), None]} for line in lines[:20]]
     parquet.write_table(Table.from_pylist(rows), folder / "d.parquet")
     return {
-        "pictures": tuple(folder / f"{i}.tar" for i in range(6)),
+        "images": tuple(folder / f"{i}.tar" for i in range(6)),
         "texts": tuple(folder / f"{i}.txt" for i in range(3)),
         "documents": (folder / "d.parquet",),
         "documents_per_shard": 5,
@@ -189,7 +189,7 @@ def test_a_finished_shard_that_is_not_whole_is_made_anew(make, inputs, tmp_path,
 def test_other_inputs_begin_anew_and_clear_what_was_half_made(make, inputs, tmp_path):
     make(ShardRange(0, 2), **inputs)
     (tmp_path / "t.txt").write_text("only this\n")
-    make(pictures=inputs["pictures"], texts=(tmp_path / "t.txt",), on_error="skip")
+    make(images=inputs["images"], texts=(tmp_path / "t.txt",), on_error="skip")
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert {name for name in left if not name.startswith("interleaved")} == {"pairs", "text"}
     assert len(ShardFolder(tmp_path / "out/text")) == 1
@@ -199,7 +199,7 @@ def test_other_inputs_begin_anew_and_clear_what_was_half_made(make, inputs, tmp_
 def test_an_input_that_changes_after_the_scan_is_named(make, inputs, tmp_path, change):
     """Behind our back: its size and time of change are put back, or it is gone when the work goes on."""
     tar = write_tar(tmp_path / "x.tar", {f"k{i}": {"png": png(), "txt": b"x"} for i in range(4)})
-    make(ShardRange(0, 2), pictures=(tar,), documents_per_shard=2)
+    make(ShardRange(0, 2), images=(tar,), documents_per_shard=2)
     status = tar.stat()
     content = tar.read_bytes()
     tar.write_bytes(content.replace(png(), b"?" * len(png())))
@@ -209,7 +209,7 @@ def test_an_input_that_changes_after_the_scan_is_named(make, inputs, tmp_path, c
         tar.unlink()
         message = r"x\.tar: no such file"
     with pytest.raises(UserError, match=message):
-        make(pictures=(tar,), documents_per_shard=2)
+        make(images=(tar,), documents_per_shard=2)
 
 
 def test_an_input_that_changes_before_the_manifest_is_named(make, tmp_path, monkeypatch):
@@ -265,6 +265,6 @@ def test_a_process_that_dies_is_told(make, inputs, monkeypatch, tmp_path):
 
     killer = multiprocessing.get_context("fork").Process(target=kill_one)
     killer.start()
-    with pytest.raises(UserError, match="a process that preprocesses has died"):
+    with pytest.raises(UserError, match="a preprocessing worker died"):
         make(**inputs, num_workers=2)
     killer.join()

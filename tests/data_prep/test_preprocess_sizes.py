@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from data_prep.config import PreprocessConfig
 from data_prep.preprocess import ShardRange, preprocess
-from data_prep.write import compressed
+from data_prep.write import to_webp
 from megafusion.cli import app
 from megafusion.config import load_config, parse_config
-from megafusion.data.augment import open_picture
+from megafusion.data.augment import open_image
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from megafusion.images.processor import to_tensor
+from megafusion.images.processor import preprocess_images
 from megafusion.train.config import RunConfig
 from tests.support.raw import drawing, encoded, kill_in_the_middle, made_files
 from tests.support.sizes import ASPECTS, PIXELS, SIZES, write_raw
@@ -37,7 +37,7 @@ def raw(tmp_path_factory):
 
 @pytest.fixture
 def inputs(raw) -> dict:
-    return {"pictures": (raw,), "image_sizes": PIXELS, "documents_per_shard": 5, "batch_size": 3}
+    return {"images": (raw,), "image_sizes": PIXELS, "documents_per_shard": 5, "batch_size": 3}
 
 
 def all_documents(folder):
@@ -58,9 +58,9 @@ def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_pat
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         size = NEAREST[number % len(ASPECTS)]
         picture = drawing(number, ASPECTS[number % len(ASPECTS)])
-        mean, log_variance = codec.encode(to_tensor([picture], PIXELS[size]))
+        mean, log_variance = codec.encode(preprocess_images([picture], *PIXELS[size]))
         expected = torch.stack([mean[0], log_variance[0]]).half().numpy()
-        np.testing.assert_allclose(document.segments[1], expected, rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(document.segments[1].data, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_manifest_of_one_size_says_nothing_of_several(make, inputs, tmp_path):
@@ -94,9 +94,9 @@ def test_images_of_documents_go_to_sizes_too(make, inputs, tmp_path):
     pictures = [encoded(drawing(n, ASPECTS[n])) for n in range(3)]
     rows = [{"texts": ["a", None, "b", None], "images": [None, *pictures[:1], None, pictures[2]]}]
     parquet.write_table(Table.from_pylist(rows), tmp_path / "d.parquet")
-    (made,) = make(**inputs | {"pictures": (), "documents": (tmp_path / "d.parquet",)})
+    (made,) = make(**inputs | {"images": (), "documents": (tmp_path / "d.parquet",)})
     (document,) = all_documents(tmp_path / "out/interleaved")
-    assert [s.shape for s in document.segments if s.ndim > 1] == [(2, 4, 8, 8), (2, 4, 12, 4)]
+    assert [s.data.shape for s in document.segments if s.kind == "moments"] == [(2, 4, 8, 8), (2, 4, 12, 4)]
     assert made.images_by_size == {"12x4": 1, "8x8": 1}
 
 
@@ -111,17 +111,17 @@ def test_a_second_time_nothing_is_made_and_other_sizes_make_anew(make, inputs, t
 
 
 def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
-    make(**inputs, images="pictures")
+    make(**inputs, image_storage="pixels")
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         height, width = PIXELS[NEAREST[number % len(ASPECTS)]]
-        kept = open_picture(document.segments[1])
+        kept = open_image(document.segments[1].data)
         given = ASPECTS[number % len(ASPECTS)]
         assert kept.width >= min(width, given[0])
         assert kept.height >= min(height, given[1])
         assert kept.width <= width + 1 or kept.height <= height + 1 or kept.size == given
     # Of a square, the shorter side, as ever.
-    assert open_picture(compressed(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
-    assert open_picture(compressed(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
+    assert open_image(to_webp(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
+    assert open_image(to_webp(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
     ],
 )
 def test_sizes_that_cannot_be(settings, inputs, tmp_path, sizes, message):
-    values = settings | {"pictures": inputs["pictures"], "image_sizes": [[32, 32], *sizes]}
+    values = settings | {"images": inputs["images"], "image_sizes": [[32, 32], *sizes]}
     values = {key: value if isinstance(value, int | list) else str(value) for key, value in values.items()}
-    values["pictures"] = [str(path) for path in inputs["pictures"]]
+    values["images"] = [str(path) for path in inputs["images"]]
     with pytest.raises(UserError, match=message):
         preprocess(parse_config(PreprocessConfig, values, "test"))
     assert not (tmp_path / "out/pairs").exists()
@@ -170,7 +170,7 @@ def megafusion(*arguments: object) -> str:
 
 def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mixed_values, tmp_path):
     """The commands of docs/data.md, on a smaller model."""
-    config = {"out": str(tmp_path / "out"), "pictures": [str(inputs["pictures"][0])]}
+    config = {"out": str(tmp_path / "out"), "images": [str(inputs["images"][0])]}
     config |= {"tokenizer": str(settings["tokenizer"]), "vae": str(settings["vae"])}
     config |= {"image_sizes": [list(size) for size in PIXELS]}
     (tmp_path / "preprocess.yaml").write_text(yaml.safe_dump(config))
@@ -196,8 +196,8 @@ def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mi
         out = tmp_path / f"{height}x{width}"
         megafusion("generate", run, "--prompt", "x", "--size", f"{height}x{width}", "--out", out)
         assert Image.open(out / "0-x.png").size == (width, height)
-    with pytest.raises(UserError, match="size 40x24: the model was made for 32x32, 24x40, 48x16"):
+    with pytest.raises(UserError, match="size 40x24: the model has 32x32, 24x40, 48x16"):
         megafusion("generate", run, "--prompt", "x", "--size", "40x24", "--out", tmp_path / "none")
-    with pytest.raises(UserError, match="--size is that of drawn pictures"):
+    with pytest.raises(UserError, match="--size is for drawn images"):
         megafusion("generate", run, "--image", page, "--size", "32x32", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -84,8 +84,8 @@ def test_captions_round_trip_in_few_pieces():
     captions = train.read_captions(PACK)
     texts = list(captions.values())
     assert TOKENIZER.decode(TOKENIZER.encode(texts)) == texts
-    assert train.mean_pieces(TOKENIZER, texts) < 6.5
-    assert train.mean_pieces(TOKENIZER, [captions[key] for key in STARTER.read_text().split()]) < 4.5
+    assert train.mean_tokens(TOKENIZER, texts) < 6.5
+    assert train.mean_tokens(TOKENIZER, [captions[key] for key in STARTER.read_text().split()]) < 4.5
     assert TOKENIZER.encode("red apple, 3d style", out_type=str) == ["▁red", "▁apple", ",", "▁3d", "▁style"]
 
 

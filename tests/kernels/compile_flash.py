@@ -1,4 +1,4 @@
-"""Compile flash-attention 4 with our mask and lists for a GPU that need not be here; prints shapes as JSON.
+"""Compile flash-attention 4 with our mask and lists without a GPU; prints shapes as JSON.
 
 FLASH_ATTENTION_ARCH=sm_90 CUTE_DSL_ARCH=sm_90a FLASH_ATTENTION_NUM_SMS=132 TRITON_INTERPRET=1 \
     python tests/kernels/compile_flash.py HEAD_DIM
@@ -21,7 +21,7 @@ def main(head_dim: int) -> None:
     with FakeTensorMode():
 
         def on_gpu(value):
-            """A tensor of the same shape that claims to be on a GPU; lists of them likewise."""
+            """Fake CUDA tensors with the shapes of real ones."""
             if isinstance(value, BlockLists):
                 return BlockLists(*map(on_gpu, value))
             return (

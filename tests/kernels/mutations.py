@@ -1,9 +1,9 @@
-"""Break the kernels in many ways, one at a time, and show that a few tests catch each.
+"""Mutation test of the kernels: break them in many ways, one at a time, and show that a test catches each.
 
 python tests/kernels/mutations.py [name ...]
 
 Each mutation is a substitution in a temporary copy of the package; the tests below then run against the
-copy. Status 1 when one survives, or when the unbroken copy does not pass.
+copy. Exit status 1 if a mutation survives, or if the unbroken copy fails.
 """
 
 import os
@@ -23,20 +23,20 @@ TESTS = {
         "test_grouped_queries",
         "test_one_document_over_everything",
         "test_rows_longer_than_a_run_of_the_schedule[100-131]",
-        "test_rows_that_see_nothing_give_zeros_and_no_gradient",
+        "test_fully_masked_rows_give_zeros_and_no_gradient",
         "test_fewer_queries_than_keys[7]",
-        "test_the_forward_pass_takes_intervals_in_any_order",
+        "test_the_forward_pass_allows_intervals_in_any_order",
         "test_inputs_and_gradients_of_any_strides[every_second]",
-        "test_intervals_beyond_the_keys_are_cut_to_them",
+        "test_intervals_beyond_the_keys_are_clamped",
         "TestTma::test_random_layouts[0]",
-        "test_which_tensors_take_a_descriptor",
+        "test_which_tensors_support_a_descriptor",
     ),
     "test_flash.py": (
         "test_one_long_document_has_full_blocks",
-        "test_blocks_that_are_cut_off_are_not_full",
+        "test_blocks_past_the_end_are_not_full",
         "test_lists_by_rows_and_by_keys_agree[1000]",
-        "test_block_lists_are_what_looking_at_every_pair_gives",
-        "test_rows_that_are_not_text_alone_are_refused",
+        "test_block_lists_equal_brute_force_over_all_pairs",
+        "test_rows_that_are_not_text_only_are_refused",
     ),
 }
 
@@ -45,7 +45,7 @@ TESTED_IN = {"blocks.py": "test_flash.py", "flash.py": "test_flash.py"}
 
 
 class Mutation(NamedTuple):
-    """Replace `old`, which stands once or more in `file`, by `new` everywhere."""
+    """Replace every occurrence of `old` in `file` by `new`."""
 
     file: str
     old: str
@@ -98,11 +98,11 @@ MUTATIONS = {
         "last_row = torch.searchsorted(row_start, key, right=True",
         "last_row = torch.searchsorted(row_start, key, right=False",
     ),
-    "a run worked on twice, another never": Mutation(
+    "one run processed twice, another never": Mutation(
         "intervals.py", "argsort(descending=True, stable=True).int()", "argsort().int() // 2 * 2"
     ),
     "empty rows not zeroed": Mutation("forward.py", "some = start < end", "some = start <= end"),
-    "interval not cut to the keys": Mutation("tiles.py", "tl.minimum(end, num_keys)", "end"),
+    "interval not clamped to the keys": Mutation("tiles.py", "tl.minimum(end, num_keys)", "end"),
     "TMA reads the first head": Mutation("tiles.py", "head.to(tl.int32), 0]", "0, 0]"),
     "TMA where the last stride is not 1": Mutation("api.py", "last == 1 and aligned", "aligned"),
     "a block listed as full that is not": Mutation(
@@ -115,32 +115,32 @@ MUTATIONS = {
         "tl.cdiv(tl.max(tl.where(inside, e, 0)), OTHER)",
         "tl.max(tl.where(inside, e, 0)) // OTHER",
     ),
-    "a block that is cut off listed as full": Mutation(
+    "a block past the end listed as full": Mutation(
         "blocks.py", "(block + 1) * BLOCK <= num_positions", "block * BLOCK <= num_positions"
     ),
     "full blocks listed among the others": Mutation("blocks.py", "tl.where(i < num_left, 0, num_full)", "0"),
     "padding sees keys in flash-attention": Mutation(
-        "blocks.py", "held_start + held, tl.where(inside, s, num_others)", "held_start + held, s"
+        "blocks.py",
+        "clamped_start + at_clamped, tl.where(inside, s, num_others)",
+        "clamped_start + at_clamped, s",
     ),
     "lists by keys one row off": Mutation(
         "flash.py", "torch.searchsorted(end, key, right=True", "torch.searchsorted(end, key, right=False"
     ),
-    "images taken for text": Mutation("flash.py", "row_end != position + 1", "row_end < position + 1"),
-    "last stride taken for 1": Mutation("tiles.py", "[None, :] * stride_d", "[None, :]"),
+    "images accepted as text": Mutation("flash.py", "row_end != position + 1", "row_end < position + 1"),
+    "last stride assumed to be 1": Mutation("tiles.py", "[None, :] * stride_d", "[None, :]"),
 }
 
 
 def run_tests(mutation: Mutation | None) -> subprocess.CompletedProcess:
-    """The tests against a copy of the package with one mutation, or with none."""
+    """Run the tests against a copy of the package with one mutation, or with none."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "interval_attention"
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutation is not None:
             source = (copy / mutation.file).read_text()
             if mutation.old not in source:
-                raise SystemExit(
-                    f"{mutation.file} does not hold {mutation.old!r}: bring mutations.py up to date"
-                )
+                raise SystemExit(f"{mutation.file} does not contain {mutation.old!r}: update mutations.py")
             (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--noconftest"]
         files = TESTS if mutation is None else [TESTED_IN.get(mutation.file, "test_interval_attention.py")]
@@ -150,7 +150,7 @@ def run_tests(mutation: Mutation | None) -> subprocess.CompletedProcess:
 
 
 def main(names: list[str]) -> int:
-    """Print a line a mutation, after the tests have passed on the unbroken package."""
+    """Print one line per mutation, after the tests have passed on the unbroken package."""
     if (whole := run_tests(None)).returncode:
         print(whole.stdout[-3000:])
         return 1

@@ -1,4 +1,4 @@
-"""The harness of benchmarks/attention.py: its counts against brute force, its files; not its times."""
+"""benchmarks/attention.py: its counts against brute force, and its files; not its times."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ ROW = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("seq", [64, 90])
-def test_counts_are_those_of_the_dense_mask(name, seq):
+def test_counts_equal_the_dense_mask(name, seq):
     start, end = layout(name, seq, shrink=16)
     seen = dense_mask(start, end, seq)[:, 0]
     assert visible_pairs(start, end) == seen.sum()
@@ -44,7 +44,7 @@ def test_counts_are_those_of_the_dense_mask(name, seq):
         assert tile_pairs(start, end, rows, keys, grid=False) == steps * rows * keys
 
 
-def test_layouts_are_what_they_are_called():
+def test_layouts_match_their_names():
     start, end = (x[0] for x in layout("interleaved-1024", 8192))
     position = torch.arange(8192)
     patches = end > position + 1
@@ -58,13 +58,13 @@ def test_layouts_are_what_they_are_called():
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    # Two layouts of four: the harness is the same for all.
+    # Two of the four layouts suffice.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "LAYOUTS", ("causal", "interleaved-256"))
         return benchmark.measure(benchmark.TINY)
 
 
-def test_the_report_has_the_keys_and_says_what_it_is(report):
+def test_the_report_has_its_keys_and_names_its_device(report):
     assert {"rows", "summary", "prepare", "accuracy", "skipped", "device", "versions", "date"} <= set(report)
     assert report["gpu_measurement"] is False
     assert "not a GPU" in report["device"]
@@ -84,13 +84,13 @@ def test_the_report_has_the_keys_and_says_what_it_is(report):
     json.dumps(report)
 
 
-def test_the_accuracy_is_that_of_float32_here(report):
+def test_the_errors_on_a_cpu_are_those_of_float32(report):
     errors = {(r["backend"], r["tensor"]): r["error"] for r in report["accuracy"]}
     assert {("interval", name) for name in ("o", "dq", "dk", "dv")} <= set(errors)
     assert all(0 < error < 1e-5 for error in errors.values())
 
 
-def test_the_picture_is_drawn(report, tmp_path):
+def test_the_chart_is_drawn(report, tmp_path):
     draw(report, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -100,7 +100,7 @@ def both(name: str, seq: int, backend: str, ms: float, tiles: float = 1.0) -> di
     return row | {"milliseconds": ms, "tflops_visible": 100 / ms, "tflops_tiles": tiles}
 
 
-def test_the_summary_takes_the_least_ratio():
+def test_the_summary_reports_the_minimum_ratio():
     spent = {"interval": 1.0, "create_block_mask": 20.0, "create_block_mask compiled": 5.0}
     rows = [
         both("causal", 8192, "interval", 2.0, tiles=10.0),
@@ -139,12 +139,12 @@ def test_choices_order_backends_by_the_sum_over_mixed_layouts():
         both("pairs", 65536, "flash", 1),
     ]
     assert chosen(rows, 90) == [
-        {"architecture": 90, "head_dim": 128, "least_rows": 0, "backends": ["interval", "flash"]},
-        {"architecture": 90, "head_dim": 128, "least_rows": 8192, "backends": ["flash", "interval"]},
+        {"architecture": 90, "head_dim": 128, "min_rows": 0, "backends": ["interval", "flash"]},
+        {"architecture": 90, "head_dim": 128, "min_rows": 8192, "backends": ["flash", "interval"]},
     ]
 
 
-def test_candidates_stand_once_each_and_fit_the_schedule():
+def test_candidates_are_unique_and_fit_the_schedule():
     for kernel, present in zip(configs.Tiles._fields, configs.lookup(90, 128, 0), strict=True):
         if kernel not in SIZES:
             continue
@@ -156,8 +156,8 @@ def test_candidates_stand_once_each_and_fit_the_schedule():
         assert all(RUN % tile.rows == RUN % tile.keys == 0 for tile in tiles)
 
 
-def test_no_choice_comes_from_a_cpu(report, tmp_path):
-    with pytest.raises(ValueError, match="choices come from a GPU alone"):
+def test_choices_from_a_cpu_are_refused(report, tmp_path):
+    with pytest.raises(ValueError, match="choices must be measured on a GPU"):
         write_choices(report, tmp_path / "choices.json")
     assert not list(tmp_path.iterdir())
 
@@ -180,17 +180,17 @@ def test_tiles_are_measured_and_stored(tmp_path, monkeypatch):
         assert tile._replace(tma=False) == getattr(configs.INTERPRETED, kernel)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no CUDA device is here"),
+        ([], "no CUDA device"),
         (["--tiny", "--write-choices"], "not a measurement"),
         (["--tiny", "--json", str(BENCHMARKS / "results/tiny.json")], "nothing to benchmarks/results"),
         (["--tiny", "--tiles"], "name a --tiles-file"),
     ],
 )
-def test_what_would_mislead_is_refused(arguments, message, monkeypatch, capsys):
+def test_misleading_runs_are_refused(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["attention.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()

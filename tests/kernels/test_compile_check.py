@@ -1,4 +1,4 @@
-"""Every stored variant of the usual head sizes compiles for sm_80 and sm_90 and stays in registers."""
+"""Every stored variant with head_dim 64 and 128 compiles for sm_80 and sm_90 without spills."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import pytest
 from interval_attention.compile_check import CUOBJDUMP, SHARED_LIMIT
 
 pytestmark = pytest.mark.skipif(
-    not CUOBJDUMP.exists(), reason=f"this Triton brings no {CUOBJDUMP.name} to read spills with"
+    not CUOBJDUMP.exists(), reason=f"this Triton has no {CUOBJDUMP.name} to read spills with"
 )
 
 
 def compiled(*arguments: str) -> list[dict]:
-    """The rows of compile_check, in a process of its own: tests run under the interpreter."""
+    """The rows of compile_check, in a separate process because tests run under the interpreter."""
     command = [sys.executable, "-m", "interval_attention.compile_check", "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:] or done.stdout
@@ -33,7 +33,7 @@ def test_stored_variants_do_not_spill():
         assert usage["shared_bytes"] <= SHARED_LIMIT[usage["architecture"]], usage
 
 
-def test_with_tma_descriptors_the_loops_take_fewer_registers():
+def test_loops_with_tma_descriptors_use_fewer_registers():
     tma, pointers = (
         {u["kernel"]: u for u in compiled("--architectures", "90", "--head-dims", "128", *more)}
         for more in (["--tma"], [])

@@ -1,4 +1,4 @@
-"""The intervals as flash-attention takes them: block lists, documents, calls that fit the real package."""
+"""The intervals in flash-attention's formats: block lists, document starts, calls of the real package."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def int32(rows) -> torch.Tensor:
 
 
 def blocks_of(seen: torch.Tensor, block: int, other_block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [B, N, M]: blocks of a mask [B, S, T] with a visible pair, and whole blocks with no other."""
+    """bool [B, N, M]: blocks of a mask [B, S, T] with a visible pair, and blocks of visible pairs only."""
     num_rows, num_keys = seen.shape[1:]
     padded = F.pad(seen, (0, -num_keys % other_block, 0, -num_rows % block))
     tiles = padded.unflatten(2, (-1, other_block)).unflatten(1, (-1, block)).movedim(3, 2)
@@ -34,7 +34,7 @@ def blocks_of(seen: torch.Tensor, block: int, other_block: int) -> tuple[torch.T
 
 
 def listed(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """bool [B, N, M] from a list; its entries must ascend."""
+    """bool [B, N, M] from a list, whose entries must ascend."""
     chosen = torch.zeros(index.shape[0], *index.shape[2:], dtype=torch.bool, device=index.device)
     for b, n in [(b, n) for b in range(chosen.shape[0]) for n in range(chosen.shape[1])]:
         entries = index[b, 0, n, : count[b, 0, n]].tolist()
@@ -69,14 +69,14 @@ def layouts(draw) -> tuple[torch.Tensor, torch.Tensor]:
 
 @settings(max_examples=40, deadline=None)
 @given(layouts(), st.sampled_from([(16, 16), (32, 16), (16, 32)]))
-def test_block_lists_are_what_looking_at_every_pair_gives(layout, sizes):
+def test_block_lists_equal_brute_force_over_all_pairs(layout, sizes):
     (start, end), (block, other_block) = layout, sizes
     length = start.shape[1]
     seen = dense_mask(start, end, length)[:, 0]
-    lists, held_start, held_end = block_lists(start, end, length, block, other_block)
+    lists, clamped_start, clamped_end = block_lists(start, end, length, block, other_block)
     check_lists(lists, seen, block, other_block)
-    assert torch.equal(dense_mask(held_start, held_end, length)[:, 0, :length], seen)
-    assert not dense_mask(held_start, held_end, length)[:, 0, length:].any()
+    assert torch.equal(dense_mask(clamped_start, clamped_end, length)[:, 0, :length], seen)
+    assert not dense_mask(clamped_start, clamped_end, length)[:, 0, length:].any()
 
 
 @pytest.mark.parametrize("length", [100, 128, 384, 1000])
@@ -84,7 +84,7 @@ def test_lists_by_rows_and_by_keys_agree(length):
     start, end = packed_rows(length, 3, length)
     some = end > start
     prepared = flash_prepare(start, end, length, "flash-attn-4")
-    # A row that sees nothing is given the key at its own place.
+    # A fully masked row is given the key at its own position.
     seen = dense_mask(torch.where(some, start, start.clamp(max=length - 1)), end.maximum(start + 1), length)[
         :, 0
     ]
@@ -101,7 +101,7 @@ def test_one_long_document_has_full_blocks():
     assert prepared.by_rows.mask_count[:, 0].tolist() == [[1] * 5, [0] * 5]
 
 
-def test_blocks_that_are_cut_off_are_not_full():
+def test_blocks_past_the_end_are_not_full():
     end = int32([[300] * 300])
     prepared = flash_prepare(torch.zeros_like(end), end, 300, "flash-attn-4")
     assert torch.equal(prepared.row_start[:, 300:], prepared.row_end[:, 300:])
@@ -155,16 +155,16 @@ def test_documents_of_text_are_causal_attention_of_each():
         ([[0]], [[5]], 5, "as many queries as keys, not 1 and 5"),
     ],
 )
-def test_rows_that_are_not_text_alone_are_refused(start, end, num_keys, message):
+def test_rows_that_are_not_text_only_are_refused(start, end, num_keys, message):
     with pytest.raises(ValueError, match=message):
         flash_prepare(int32(start), int32(end), num_keys, "flash-attn")
 
 
-# What is refused, and what the real package says
+# Refusals, and the real package
 
 
 def on_chip(monkeypatch, capability: tuple[int, int], versions: dict[str, str]) -> None:
-    """As if this machine had that chip and those packages."""
+    """Pretend that this machine has that chip and those packages."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A chip")
     monkeypatch.setattr("interval_attention.flash._version", versions.get)
@@ -201,9 +201,7 @@ def on_chip(monkeypatch, capability: tuple[int, int], versions: dict[str, str]) 
         ),
     ],
 )
-def test_what_cannot_serve_is_named_with_package_version_and_chip(
-    monkeypatch, capability, versions, head_dim, message
-):
+def test_refusals_name_package_version_and_chip(monkeypatch, capability, versions, head_dim, message):
     on_chip(monkeypatch, capability, versions)
     with pytest.raises(ValueError, match=message):
         check_flash(torch.device("cuda"), torch.bfloat16, head_dim)
@@ -217,7 +215,7 @@ def test_cpus_and_float32_are_refused(monkeypatch):
         check_flash(torch.device("cuda"), torch.float32, 64)
 
 
-@pytest.mark.skipif(has_flash_4, reason="about machines without the package")
+@pytest.mark.skipif(has_flash_4, reason="for machines without the package")
 def test_a_package_that_cannot_be_imported_is_named(monkeypatch):
     on_chip(monkeypatch, (9, 0), {"flash-attn-4": "4.0.0b36"})
     with pytest.raises(ValueError, match=r"flash-attn-4 4\.0\.0b36 cannot be imported \(No module named"):
@@ -225,7 +223,7 @@ def test_a_package_that_cannot_be_imported_is_named(monkeypatch):
 
 
 @needs_flash_4
-def test_the_installed_flash_attention_4_is_one_that_serves(monkeypatch):
+def test_the_installed_flash_attention_4_serves(monkeypatch):
     on_chip(monkeypatch, (9, 0), {"flash-attn-4": "installed"})
     assert check_flash(torch.device("cuda"), torch.bfloat16, 128) == "flash-attn-4"
 
@@ -233,7 +231,7 @@ def test_the_installed_flash_attention_4_is_one_that_serves(monkeypatch):
 @needs_flash_4
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_the_real_kernels_compile_with_our_mask_for_hopper(head_dim):
-    """Forward and backward, with no GPU: the package compiles for a chip that it is told, on fake tensors."""
+    """Forward and backward, without a GPU: the package compiles for a named chip, on fake tensors."""
     environment = os.environ | {
         "FLASH_ATTENTION_ARCH": "sm_90",
         "CUTE_DSL_ARCH": "sm_90a",

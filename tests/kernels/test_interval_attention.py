@@ -81,8 +81,8 @@ def test_fewer_queries_than_keys(num_rows):
     Case.random(start.gather(1, chosen), end.gather(1, chosen), num_keys=70).check()
 
 
-def test_the_forward_pass_takes_intervals_in_any_order():
-    """As generation makes them, whose padding behind a row's last position sees nothing."""
+def test_the_forward_pass_allows_intervals_in_any_order():
+    """Generation needs this: its padding after a row's last position is fully masked."""
     rng = random.Random(0)
     bounds = [[sorted(rng.choices(range(51), k=2)) for _ in range(40)] for _ in range(8)]
     start, end = (int32([[pair[i] for pair in row] for row in bounds]) for i in (0, 1))
@@ -90,15 +90,15 @@ def test_the_forward_pass_takes_intervals_in_any_order():
     Case.random(start, end, num_keys=50).check(backward=False)
 
 
-def test_rows_that_see_nothing_give_zeros_and_no_gradient():
-    nothing = int32([[0] * 20, [20] * 20])
-    found = Case.random(nothing, nothing).results(with_lse, torch.float32)
+def test_fully_masked_rows_give_zeros_and_no_gradient():
+    empty = int32([[0] * 20, [20] * 20])
+    found = Case.random(empty, empty).results(with_lse, torch.float32)
     assert (found["lse"] == -torch.inf).all()
     for name in ("o", "dq", "dk", "dv"):
         assert (found[name] == 0).all(), name
 
 
-def test_intervals_beyond_the_keys_are_cut_to_them():
+def test_intervals_beyond_the_keys_are_clamped():
     start, end = packed_rows(3, 2, 40)
     case = Case.random(start, end)
     found = case.results(
@@ -144,7 +144,7 @@ def test_a_broadcast_gradient_and_views_of_one_projection():
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
-def test_other_head_sizes(head_dim):
+def test_other_head_dims(head_dim):
     Case.random(*packed_rows(head_dim, 2, 35), 1, 1, head_dim).check()
 
 
@@ -153,7 +153,7 @@ def test_half_precision():
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="bfloat16 products are wrong under Triton's interpreter")
-def test_bfloat16_is_as_exact_as_pytorchs():
+def test_bfloat16_is_as_accurate_as_pytorch():
     case = Case.random(*packed_rows(22, 8, 300), 4, 2, 128)
     case = Case(*(x.bfloat16() for x in list(vars(case).values())[:3]), *list(vars(case).values())[3:])
 
@@ -175,7 +175,7 @@ def test_bfloat16_is_as_exact_as_pytorchs():
     assert error <= 1.5 * their_error
 
 
-def test_scale_and_what_is_returned():
+def test_scale_and_the_shape_of_the_result():
     case = Case.random(*packed_rows(5, 2, 24))
     inputs = (case.q, case.k, case.v, case.row_start, case.row_end)
     o, _ = reference_attention(*inputs, scale=0.3)
@@ -192,7 +192,7 @@ def test_the_backward_pass_repeats_bit_for_bit():
         assert torch.equal(second[name], value), name
 
 
-def test_the_reference_has_right_gradients():
+def test_the_reference_has_correct_gradients():
     start, end = int32([[0, 0, 2, 2, 4]]), int32([[1, 2, 4, 4, 4]])
     q, k, v = (
         torch.randn(1, 5, heads, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -201,7 +201,7 @@ def test_the_reference_has_right_gradients():
     assert torch.autograd.gradcheck(lambda *x: reference_attention(*x, start, end)[0], (q, k, v))
 
 
-# What PyTorch sees of it
+# Integration with PyTorch
 
 
 def gradients(attention, case: Case) -> list[torch.Tensor]:
@@ -222,7 +222,7 @@ def test_torch_compile_keeps_it_in_one_graph(backend):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_operators_are_registered_as_pytorch_wants():
+def test_operators_are_registered_correctly():
     case = Case.random(*packed_rows(42, 2, 20))
     prepared = prepare(case.row_start, case.row_end)
     inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
@@ -234,7 +234,7 @@ def test_operators_are_registered_as_pytorch_wants():
     )
 
 
-def test_fake_tensors_have_the_real_ones_shapes_and_strides():
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones():
     case = Case.random(*packed_rows(43, 2, 20), 2, 1)
     q = heads_first(case.q)
     real = with_lse(q, case.k, case.v, case.row_start, case.row_end)
@@ -269,7 +269,7 @@ def test_an_empty_batch():
         assert value.numel() == 0
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_devices_and_dtypes_are_refused_by_name(monkeypatch):
         package.check_served(torch.device("cpu"), torch.float32, 64)
 
 
-def test_the_layouts_hold_what_they_should():
+def test_the_random_layouts_cover_all_cases():
     """Non-decreasing bounds, with empty rows, text and images among them."""
     kinds = set()
     for seed in range(20):
@@ -316,12 +316,12 @@ def test_the_layouts_hold_what_they_should():
     assert kinds == {"empty", "text", "image"}
 
 
-# TMA descriptors: as the pointers, wherever the hardware takes a tensor
+# TMA descriptors: same results as pointers
 
 
 @pytest.fixture
 def with_tma(monkeypatch):
-    """Every loop loads through descriptors; a list of what was described."""
+    """Every loop loads through descriptors; yields the list of shapes that were described."""
     described = []
 
     def describing(x, block):
@@ -363,7 +363,7 @@ class TestTma:
         assert len(with_tma) == 6
 
     @pytest.mark.parametrize("view", [reverse_strides, every_second])
-    def test_what_the_hardware_does_not_take_is_read_through_pointers(self, with_tma, view):
+    def test_unsupported_tensors_are_read_through_pointers(self, with_tma, view):
         def attention(q, k, v, row_start, row_end):
             o, lse = interval_attention(view(q), view(k), view(v), row_start, row_end, return_lse=True)
             return view(o), lse
@@ -373,7 +373,7 @@ class TestTma:
 
 
 @pytest.mark.parametrize(
-    ("x", "taken"),
+    ("x", "supported"),
     [
         (torch.zeros(2, 8, 2, 16), True),
         (torch.zeros(2, 8, 2, 16).transpose(1, 2), True),
@@ -385,8 +385,8 @@ class TestTma:
         (torch.zeros(1).expand(2, 8, 2, 16), False),
     ],
 )
-def test_which_tensors_take_a_descriptor(x, taken):
-    assert api.describable(x) == taken
+def test_which_tensors_support_a_descriptor(x, supported):
+    assert api.describable(x) == supported
 
 
 # Stored tiles
@@ -395,7 +395,7 @@ def test_which_tensors_take_a_descriptor(x, taken):
 def test_stored_tiles_are_chosen_by_the_number_of_rows(monkeypatch, tmp_path):
     stored = json.loads(configs.STORED.read_text())
     first = next(e for e in stored["tiles"] if (e["architecture"], e["head_dim"]) == (90, 128))
-    longer = first | {"least_rows": 8192, "dq": [64, 64, 4, 2, True]}
+    longer = first | {"min_rows": 8192, "dq": [64, 64, 4, 2, True]}
     (tmp_path / "tiles.json").write_text(json.dumps(stored | {"tiles": [*stored["tiles"], longer]}))
     monkeypatch.setattr(configs, "STORED", tmp_path / "tiles.json")
     configs.read_stored.cache_clear()
@@ -407,7 +407,7 @@ def test_stored_tiles_are_chosen_by_the_number_of_rows(monkeypatch, tmp_path):
         configs.read_stored.cache_clear()
 
 
-def test_the_stored_tiles_serve_every_head_size_and_fit_the_schedule():
+def test_the_stored_tiles_serve_every_head_dim_and_fit_the_schedule():
     stored = configs.read_stored()
     assert set(stored) == {(a, d) for a in configs.ARCHITECTURES for d in configs.HEAD_DIMS}
     for (architecture, _), entries in stored.items():

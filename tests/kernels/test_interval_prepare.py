@@ -1,4 +1,4 @@
-"""The transpose of the mask, the order of work, and the checks of the intervals' contents."""
+"""`prepare`: the transpose of the mask, the order of work, and the validation of intervals."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_runs_come_longest_first_and_each_once():
         assert work == sorted(work, reverse=True)
 
 
-def test_memory_grows_with_the_length_alone():
+def test_memory_is_linear_in_the_length():
     """At S = 131,072 a dense mask would take 17 GB."""
     size = 131_072
     end = torch.arange(1, size + 1, dtype=torch.int32, device=DEVICE)[None]
@@ -55,13 +55,13 @@ def test_memory_grows_with_the_length_alone():
         ([0, 1, 0], [1, 2, 3], r"row_start\[0, 2\] is 0, less than 1 before it"),
     ],
 )
-def test_the_debug_flag_names_the_first_bad_value(start, end, message):
+def test_check_names_the_first_bad_value(start, end, message):
     start, end = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (start, end))
     with pytest.raises(ValueError, match=message):
         prepare(start, end, check=True)
     prepare(start, end)
 
 
-def test_the_package_stands_alone():
+def test_the_package_does_not_import_megafusion():
     for file in Path(interval_attention.__file__).parent.glob("*.py"):
         assert not re.search(r"^\s*(from|import) megafusion", file.read_text(), re.MULTILINE), file

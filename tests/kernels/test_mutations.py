@@ -1,4 +1,4 @@
-"""The script of mutations fits the kernels as they are; running it takes minutes and stays a script."""
+"""mutations.py matches the current kernels. It takes minutes to run, so it is a script and not a test."""
 
 from mutations import MUTATIONS, PACKAGE
 

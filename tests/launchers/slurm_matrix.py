@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from tests.faults.job import newest, same_bits
 from tests.support.cluster import Cluster, local_cluster, missing_programs
 from tests.support.small import ROOT, make_shards, make_vae, small_run
@@ -69,7 +69,7 @@ def _config(folder: Path) -> Path:
     values["data"] |= {"sequence_length": 128, "num_streams": 16}
     values["model"] |= {"num_layers": 6, "hidden_size": 96, "ffn_hidden_size": 256}
     values["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": 16, "micro_batch_size": 1}
-    values["train"] |= {"checkpoint_every": 25}
+    values["checkpoint"] = {"every": 25}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

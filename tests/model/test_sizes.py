@@ -1,5 +1,8 @@
 """Images of several sizes: which size a picture goes to, how rows hold it, and that losses are its own."""
 
+from copy import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +11,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megafusion.images.sizes import nearest_size
-from megafusion.model.by_size import Groups
+from megafusion.model.adapters import SizeGroups, adapter_module
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.unet import UNetDown, UNetUp
-from megafusion.objective.losses import ObjectiveConfig
-from megafusion.sequence.document import FlatDocument, NoisedImage, flatten
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.sequence.document import FlatDocument, ImageSegment
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
+from megafusion.sequence.tokenizer import Tokenizer
+from tests.support.rows import arrays
+from tests.support.segments import flat_document, image_of
 
 SIZES, CHANNELS, PATCH = ((4, 8), (8, 8), (10, 2)), 2, 2
 PATCHES = (8, 16, 5)
@@ -33,14 +38,13 @@ MODEL = {
 }
 
 
-class Ids:
-    bos, eos, boi, eoi = 1, 2, 30, 31
+IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
-def image(size: int, seed: int, as_only_one: bool = False) -> NoisedImage:
+def image(size: int, seed: int, as_only_one: bool = False) -> ImageSegment:
     random = np.random.default_rng(seed)
     latents, noise = random.standard_normal((2, CHANNELS, *SIZES[size]), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)), size=0 if as_only_one else size)
+    return image_of(latents, noise, int(random.integers(1000)) / 1000, size=0 if as_only_one else size)
 
 
 def document(parts: list[int], seed: int) -> FlatDocument:
@@ -50,7 +54,7 @@ def document(parts: list[int], seed: int) -> FlatDocument:
         random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + place)
         for place, part in enumerate(parts)
     ]
-    return flatten(segments, Ids, PATCHES)
+    return flat_document(segments, IDS, PATCHES)
 
 
 def shape(length: int, slots: int) -> SequenceShape:
@@ -124,7 +128,7 @@ def test_the_token_before_an_image_says_its_size():
 
 def test_a_row_holds_each_image_at_the_top_left():
     flat = document([2, -1, -3, -2], 0)
-    row = pack_row([document([3], 1), flat], shape(50, 4))
+    row = arrays(pack_row([document([3], 1), flat], shape(50, 4)))
     assert row["image_size"].tolist() == [0, 2, 1, 0]
     assert row["latents"].shape == row["noise"].shape == (4, CHANNELS, 10, 8)
     for slot, made in enumerate(flat.images):
@@ -159,11 +163,11 @@ def test_packed_equals_documents_one_by_one(adapter, layout):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
 def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, prediction):
-    objective = ObjectiveConfig(schedule={"prediction": prediction})
+    objective = ObjectiveConfig(noise_process={"prediction_type": prediction})
     torch.manual_seed(0)
     net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
     order = [1, 0, 2, 2, 1, 0, 0]
-    documents = [flatten([image(s, i)], Ids, PATCHES) for i, s in enumerate(order)]
+    documents = [flat_document([image(s, i)], IDS, PATCHES) for i, s in enumerate(order)]
     rows = [pack_row(documents[:4], shape(60, 5)), pack_row(documents[4:], shape(60, 5))]
     mixed = collate(rows)
     results = []
@@ -171,11 +175,9 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
         only = {"image_sizes": (SIZES[size],)}
         single = Transfusion(ModelConfig(**MODEL | only, adapter=adapter), objective)
         single.load_state_dict(net.state_dict())
-
-        class OnlyIds(Ids):
-            boi = 31 + size if size else 30
-
-        flat = flatten([image(size, number, as_only_one=True)], OnlyIds, (PATCHES[size],))
+        only_ids = copy(IDS)
+        only_ids.boi = IDS.boi_of_size(size)
+        flat = flat_document([image(size, number, as_only_one=True)], only_ids, (PATCHES[size],))
         row = pack_row([flat], SequenceShape(len(flat), 1, (PATCHES[size],), CHANNELS, (SIZES[size],)))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
     assert_equal(losses_and_gradients(net, mixed), summed(results))
@@ -191,44 +193,51 @@ def test_a_batch_without_some_size_gives_every_parameter_a_gradient():
 
 
 @given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=9))
-def test_what_is_taken_by_size_is_put_back(sizes):
-    own = torch.arange(len(sizes))
-    groups = Groups(torch.tensor(sizes), 4)
-    taken = groups.take(own)
-    assert all(len(part) for part in taken)
-    for size, part in enumerate(taken):
+def test_merge_inverts_split(sizes):
+    index = torch.arange(len(sizes))[:, None]
+    groups = SizeGroups(torch.tensor(sizes), 4)
+    split = groups.split(index)
+    assert all(len(group) for group in split)
+    for size, group in enumerate(split):
         if size in sizes:
-            assert part.tolist() == [slot for slot, s in enumerate(sizes) if s == size]
-    assert torch.equal(groups.put(taken), own)
+            assert group[:, 0].tolist() == [slot for slot, s in enumerate(sizes) if s == size]
+    assert torch.equal(groups.merge(split), index)
+
+
+def test_merge_pads_to_the_longest():
+    groups = SizeGroups(torch.tensor([1, 0]), 2)
+    merged = groups.merge([torch.ones(1, 3, 2), torch.ones(1, 1, 2)])
+    assert merged[..., 0].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_the_features_that_the_unet_keeps_are_those_that_are_foretold(patch_size):
-    down, up = UNetDown(2, patch_size, 32, 4), UNetUp(2, patch_size, 32, 4, (2, 2))
+def test_the_skips_of_the_unet_have_the_predicted_shapes(patch_size):
+    config = ModelConfig(**MODEL | {"adapter": "unet", "patch_size": patch_size, "image_sizes": ((16, 8),)})
+    unet = adapter_module("unet")
+    down, up = unet.Down(config), unet.Up(config)
     latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
-    patches, skips = down(latents, timesteps)
-    grid = (16 // patch_size, 8 // patch_size)
-    assert [tuple(skip.shape[1:]) for skip in skips] == up.skip_shapes(grid)
-    assert up(patches, timesteps, skips, grid).shape == latents.shape
+    patches, skips = down.encode(latents, timesteps)
+    assert tuple(skip.shape for skip in skips) == up.skip_shapes(3)
+    assert up.decode(patches, timesteps, skips, config.grids[0]).shape == latents.shape
 
 
-def test_what_the_stem_keeps_has_the_shapes_that_the_tail_foretells():
-    """Whatever sizes a batch holds: pipeline stages exchange it in buffers of one shape."""
+def test_the_skips_of_the_stem_have_the_shapes_that_the_tail_predicts():
+    """Pipeline stages exchange them in buffers of one shape, whatever the sizes in a batch."""
     net = model("unet")
     for sizes in ([0, 0, 0], [2, 1, 0], [2, 2, 1]):
         latents, timesteps = torch.randn(3, CHANNELS, 10, 8), torch.tensor([7, 90, 900])
-        _, skips = net.stem.patches(latents, timesteps, torch.tensor(sizes))
-        assert tuple(skip.shape for skip in skips) == net.tail.skip_shapes(3)
+        _, skips = net.stem.adapter(latents, timesteps, torch.tensor(sizes))
+        assert tuple(skip.shape for skip in skips) == net.tail.adapter.skip_shapes(3)
 
 
 def test_one_size_among_several_is_computed_as_alone_to_the_bit():
     """Nothing of other sizes is near an image: not even zeros beside it."""
     net = model("unet")
     latents, timesteps = torch.randn(2, CHANNELS, 10, 8), torch.tensor([7, 900])
-    patches, _ = net.stem.patches(latents, timesteps, torch.tensor([0, 2]))
+    patches, _ = net.stem.adapter(latents, timesteps, torch.tensor([0, 2]))
     other = latents.clone()
     other[0, :, 4:], other[1, :, :, 2:] = 100.0, 100.0
-    again, _ = net.stem.patches(other, timesteps, torch.tensor([0, 2]))
+    again, _ = net.stem.adapter(other, timesteps, torch.tensor([0, 2]))
     assert torch.equal(patches, again)
 
 

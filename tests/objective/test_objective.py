@@ -1,38 +1,80 @@
 """Noise and losses against diffusers' schedulers and against the formulas written out."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 
-from megafusion.objective.losses import Objective, ObjectiveConfig
-from megafusion.objective.noise_process import NoiseSchedule, ScheduleConfig
+from megafusion.errors import UserError
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
+from megafusion.objective.ddpm import DDPMConfig, scheduler
+from megafusion.objective.losses import Objective
 from megafusion.sequence.packing import Targets
 
 
 @pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear"])
 def test_noise_and_velocity_equal_diffusers(beta_schedule):
-    config = ScheduleConfig(beta_schedule=beta_schedule, prediction="v_prediction")
-    schedule, scheduler = NoiseSchedule(config), config.scheduler()
+    config = DDPMConfig(beta_schedule=beta_schedule, prediction_type="v_prediction")
+    process, expected = config.build(), scheduler(config)
     latents, noise = torch.randn(2, 6, 4, 8, 8)
     timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
+    t = timesteps / 1000
     torch.testing.assert_close(
-        schedule.add_noise(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps)
+        process.add_noise(latents, noise, t), expected.add_noise(latents, noise, timesteps)
     )
     torch.testing.assert_close(
-        schedule.target(latents, noise, timesteps), scheduler.get_velocity(latents, noise, timesteps)
+        process.target(latents, noise, t), expected.get_velocity(latents, noise, timesteps)
     )
 
 
 def test_cosine_schedule_of_the_paper():
-    """a_t = cos^2((t/T + s) / (1 + s) pi/2) over its value at 0 (Nichol and Dhariwal, arXiv 2102.09672)."""
-    schedule = NoiseSchedule(ScheduleConfig())
-    t = torch.arange(1, 901) / 1000
-    alphas = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2
+    """a_t = cos^2((t + s) / (1 + s) pi/2) over its value at 0 (Nichol and Dhariwal, arXiv 2102.09672)."""
+    process = DDPMConfig().build()
+    t, one, zero = torch.arange(900) / 1000, torch.ones(1), torch.zeros(1)
+    alphas = torch.cos((t + 0.001 + 0.008) / 1.008 * torch.pi / 2) ** 2
     start = torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2)) ** 2
-    torch.testing.assert_close(schedule.signal[:900] ** 2, alphas / start, rtol=1e-3, atol=1e-4)
-    assert torch.equal(
-        schedule.target(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([5])),
-        torch.ones(1, 1, 1, 1),
+    signal = process.add_noise(one, zero, t).flatten()
+    torch.testing.assert_close(signal**2, alphas / start, rtol=1e-3, atol=1e-4)
+    assert torch.equal(process.target(zero, one, torch.tensor([0.005])), one)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 7, 49, 1000, 4096, 1_000_000])
+def test_float32_t_names_each_timestep_exactly(num_timesteps):
+    process = DDPMConfig(num_train_timesteps=num_timesteps).build()
+    index = np.arange(num_timesteps)
+    t = torch.from_numpy((index / num_timesteps).astype(np.float32))
+    assert np.array_equal(process.timesteps(t).numpy(), index)
+    assert t.min() >= 0
+    assert t.max() < 1
+
+
+@pytest.mark.parametrize(("max_t", "bound"), [(1.0, 1000), (0.5, 500), (0.01, 10), (0.0001, 1)])
+def test_sampled_t_is_below_its_limit_and_takes_one_integer_of_the_generator(max_t, bound):
+    process, generator, same = DDPMConfig().build(), np.random.default_rng(0), np.random.default_rng(0)
+    sampled = [process.sample_t(generator, max_t) for _ in range(2000)]
+    assert sampled == [int(same.integers(bound)) / 1000 for _ in range(2000)]
+    assert max(sampled) < max(max_t, 0.001)
+
+
+def test_a_process_samples_t_without_loading_diffusers():
+    """Workers that read data start in the time of torch alone."""
+    code = (
+        "import pickle, sys, numpy\n"
+        "from megafusion.objective.losses import ObjectiveConfig\n"
+        "process = pickle.loads(pickle.dumps(ObjectiveConfig().noise_process.build()))\n"
+        "process.sample_t(numpy.random.default_rng(0), 0.5)\n"
+        "print('diffusers' in sys.modules)"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_more_steps_than_in_training_are_refused():
+    process = DDPMConfig(num_train_timesteps=10).build()
+    with pytest.raises(UserError, match=r"num_inference_steps 11 exceeds the 10 timesteps of training"):
+        process.sampler(SamplingConfig(num_inference_steps=11))
 
 
 def test_losses_are_means_over_the_global_counts():
@@ -42,9 +84,9 @@ def test_losses_are_means_over_the_global_counts():
     prediction, latents, noise = torch.randn(3, 2, 2, 3, 4, 4)
     errors = ((prediction - noise) ** 2).mean((2, 3, 4))
     image = (errors[0, 0] + errors[1, 0] + errors[1, 1]) / 6
-    timesteps, start = torch.zeros(2, 2, dtype=torch.int64), torch.tensor([[3, -1], [0, 7]])
+    t, start = torch.zeros(2, 2), torch.tensor([[3, -1], [0, 7]])
     counts = torch.tensor(10), torch.tensor(6)
-    targets = Targets(labels, latents, noise, timesteps, start, *counts, torch.zeros_like(start))
+    targets = Targets(labels, latents, noise, t, start, *counts, torch.zeros_like(start))
     losses = Objective(ObjectiveConfig())(logits, prediction, targets)
     torch.testing.assert_close(losses.text, text)
     torch.testing.assert_close(losses.image, image)
@@ -65,7 +107,7 @@ def test_an_image_of_any_size_weighs_as_another():
         errors.append((error**2).mean())
     start = torch.tensor([[3, 9]])
     labels, counts = torch.full((1, 3), -100), (torch.tensor(1), torch.tensor(4))
-    targets = Targets(labels, latents, noise, start * 0, start, *counts, torch.tensor([[0, 1]]))
+    targets = Targets(labels, latents, noise, torch.zeros(1, 2), start, *counts, torch.tensor([[0, 1]]))
     losses = Objective(ObjectiveConfig(), sizes)(torch.randn(1, 3, 7), prediction, targets)
     torch.testing.assert_close(losses.image, sum(errors) / 4)
 
@@ -74,7 +116,7 @@ def test_a_batch_without_targets_has_no_loss():
     targets = Targets(
         torch.full((1, 3), -100),
         *torch.randn(2, 1, 1, 2, 2, 2),
-        torch.zeros(1, 1, dtype=torch.int64),
+        torch.zeros(1, 1),
         torch.tensor([[-1]]),
         torch.tensor(0),
         torch.tensor(0),

@@ -1,38 +1,41 @@
-"""What a worker process computes: some steps of a run at a topology, and what comes of them."""
+"""The work of a test process: some steps of a run at a topology, and their outcome."""
 
 from dataclasses import dataclass
+
+import megafusion.device  # noqa: F401 - before deepspeed
 
 import deepspeed
 import torch
 from torch import Tensor
 
 from megafusion.config import parse_config
-from megafusion.engine.engine import Engine, make_engine, rows_of_rank, start_process_group
+from megafusion.engine.engine import Engine, rows_of_rank
 from megafusion.engine.optimizer import make_optimizer
-from megafusion.engine.step import train_step
-from megafusion.model.initialize import initialize
+from megafusion.engine.process_group import start_process_group
 from megafusion.model.transfusion import Transfusion
+from megafusion.model.weights import initialize
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 
 LEARNING_RATE = 2e-3
-"""Another than the configuration's, so that it is seen whether the step sets it."""
+"""Not the configuration's, so that a step which does not set it fails."""
 
 
 @dataclass
 class Outcome:
-    """A rank's losses (text, image, total, gradient norm) by step, and its parts of the weights."""
+    """A rank's losses (text, image, total, gradient norm) by step, and its shards of the weights."""
 
     losses: list[list[float]]
     weights: list[tuple[str, ShardSpec, Tensor]]
 
 
 class Batches:
-    """The emoji stream. Of five batches one has text alone, one images without captions, and one has each in
-    half of its rows, so that some ranks have no image and some nothing else, and an empty last row.
+    """The emoji stream. Of five batches one has only text, one only images, and one has text in half of its
+    rows, images in the others and an empty last row, so that ranks differ in what they have.
     """
 
     def __init__(self, values: dict, mesh: Mesh):
@@ -41,7 +44,7 @@ class Batches:
         images = {**data, "sources": {"pairs": data["sources"]["pairs"]}}
         images |= {"caption_first": 1.0, "caption_dropout": 1.0}
         configs = [parse_config(RunConfig, {**values, "data": d}, "test") for d in (data, text, images)]
-        self.streams = [build_components(config, mesh).stream for config in configs]
+        self.streams = [build_components(config, mesh).loader for config in configs]
         self.config, self.mesh, self.number = configs[0], mesh, 0
 
     def next(self) -> list[PackedBatch]:
@@ -50,17 +53,17 @@ class Batches:
         mixed, text, images = self.streams
         match self.number % 5:
             case 3:
-                return text.next().micro_batches
+                return text.next()
             case 4:
-                return images.next().micro_batches
+                return images.next()
             case 0:
-                halves = zip(text.next().micro_batches, images.next().micro_batches, strict=True)
+                halves = zip(text.next(), images.next(), strict=True)
                 return [self._lopsided(number, *pair) for number, pair in enumerate(halves)]
-        return mixed.next().micro_batches
+        return mixed.next()
 
     def _lopsided(self, number: int, text: PackedBatch, images: PackedBatch) -> PackedBatch:
         train = self.config.train
-        first = rows_of_rank(self.config, self.mesh).start + number * train.micro_batch_size
+        first = rows_of_rank(train.global_batch_size, self.mesh).start + number * train.micro_batch_size
         rows = torch.arange(first, first + train.micro_batch_size)
         empty = collate([pack_row([], self.config.sequence_shape)] * train.micro_batch_size)
         return _by_row(
@@ -71,7 +74,7 @@ class Batches:
 
 
 def _by_row(chosen: Tensor, first: PackedBatch, second: PackedBatch) -> PackedBatch:
-    """The first batch's rows where they are chosen, else the second's."""
+    """Rows of the first batch where chosen is true, else of the second."""
     fields = {}
     for name, value in vars(first).items():
         mask = chosen.view(-1, *[1] * (value.ndim - 1)) if value.ndim else torch.tensor(True)
@@ -80,16 +83,16 @@ def _by_row(chosen: Tensor, first: PackedBatch, second: PackedBatch) -> PackedBa
 
 
 def parallel_steps(values: dict, num_steps: int) -> Outcome:
-    """The steps at the topology that the values ask for. Called by each rank."""
+    """Train at the topology of the configuration. Called by every rank."""
     start_process_group()
     torch.set_num_threads(1)
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    batches, engine = Batches(values, mesh), make_engine(config, mesh)
+    batches, engine = Batches(values, mesh), build_engine(config, mesh)
     losses = []
     for _ in range(num_steps):
         found = train_step(engine, batches.next(), LEARNING_RATE)
-        norm = float(engine.deepspeed.get_global_grad_norm())
+        norm = engine.grad_norm()
         losses.append([*(float(loss) for loss in found), norm])
     return Outcome(losses, weights_of(engine))
 
@@ -103,7 +106,7 @@ def weights_of(engine: Engine) -> list[tuple[str, ShardSpec, Tensor]]:
 
 
 def plain_steps(values: dict, num_steps: int) -> Outcome:
-    """The same steps by the plain model and a plain optimizer on one device, without DeepSpeed."""
+    """The same steps on one device with the plain model and torch's AdamW, without DeepSpeed."""
     start_process_group()
     values = {**values, "parallel": {}}
     config = parse_config(RunConfig, values, "test")
@@ -131,27 +134,27 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
 
 
 def loss_error(outcome: Outcome, plain: Outcome) -> float:
-    """Largest relative error of any loss at any step; of a loss that is 0, the absolute."""
+    """Largest relative error of any loss at any step; the absolute error of a loss that is 0."""
     found, true = torch.tensor(outcome.losses)[:, :3], torch.tensor(plain.losses)[:, :3]
     return ((found - true).abs() / torch.where(true == 0, 1, true.abs())).max().item()
 
 
 def norm_error(outcome: Outcome, plain: Outcome) -> float:
-    """Largest relative error of the gradient's norm at any step: AdamW hides a wrong one from the weights."""
+    """Largest relative error of the gradient norm at any step; AdamW hides a wrong scale from the weights."""
     found, true = torch.tensor(outcome.losses)[:, 3], torch.tensor(plain.losses)[:, 3]
     return ((found - true).abs() / true).max().item()
 
 
 def parameter_error(outcomes: list[Outcome], plain: Outcome) -> float:
-    """Largest absolute error of any weight on any rank; every weight must be somewhere."""
+    """Largest absolute error of any weight on any rank. Asserts that the shards cover every weight."""
     true = {name: value for name, _, value in plain.weights}
     covered = {name: torch.zeros_like(value) for name, value in true.items()}
     worst = 0.0
     for outcome in outcomes:
-        for name, layout, value in outcome.weights:
-            assert layout.shape == true[name].shape, name
-            worst = max(worst, (value - layout.take(true[name])).abs().max().item())
-            for run in layout.runs:
-                covered[name].narrow(layout.dim, run.whole_start, run.length).fill_(1)
+        for name, spec, value in outcome.weights:
+            assert spec.shape == true[name].shape, name
+            worst = max(worst, (value - spec.shard(true[name])).abs().max().item())
+            for span in spec.spans:
+                covered[name].narrow(spec.dim, span.whole_start, span.length).fill_(1)
     assert all(value.all() for value in covered.values())
     return worst

@@ -1,4 +1,4 @@
-"""Every way to lay the same run over devices, against one device: `make test-parallel` runs them all.
+"""The same run at every topology, against one device; `make test-parallel` runs all cases.
 
     python -m tests.parallel.matrix [NAME ...]
 
@@ -35,7 +35,7 @@ MAX_BF16_LOSS_ERROR = 1e-2
 
 @dataclass(frozen=True)
 class Case:
-    """A topology and what else may differ from one device without changing a run."""
+    """A topology, with options that must not change a run's numbers."""
 
     name: str
     world: int
@@ -45,18 +45,18 @@ class Case:
 
     @property
     def is_exact(self) -> bool:
-        """Whether float32 is asked of it."""
+        """Whether the case is in float32."""
         return self.train.get("precision", "fp32") == "fp32"
 
     def values(self, shards: Path, vae: Path, out: Path) -> dict:
         """Plain values of the run."""
         values = small_run(shards, vae, out)
         values["data"]["num_streams"] = 8
-        # Fewer key-value heads than heads, and image slots that four ranks cannot share evenly.
+        # Fewer key-value heads than heads, and image slots that four ranks do not divide.
         values["data"]["images_per_row"] = 3
         values["model"] |= {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4}
         values["model"] |= {"adapter": self.adapter, "unet_channels": 8}
-        # Half the micro-batches with a U-Net: each sums the gradients of some hundred small tensors.
+        # Half the micro-batches with a U-Net: each all-reduces about a hundred small gradients.
         rows = 4 if self.adapter == "unet" else 8
         values["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": rows, "micro_batch_size": 2}
         values["train"] |= self.train
@@ -74,7 +74,7 @@ TOPOLOGIES = {
     "pp2-dp2": (4, {"pipeline": 2}),
     "tp2-pp2-dp2": (8, {"tensor": 2, "pipeline": 2}),
 }
-"""World size and degrees, by name; with one ZeRO stage and adapter each they are in `make test`."""
+"""World size and degrees by name. `make test` runs each with one ZeRO stage and one adapter."""
 
 MIXED = {
     "ulysses2-tp2": (4, {"ulysses": 2, "tensor": 2}),
@@ -87,7 +87,7 @@ MIXED = {
 
 
 def make_cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     cases = [Case("one", 1, {}), Case("one-unet", 1, {}, "unet")]
     for name, (world, degrees) in TOPOLOGIES.items():
         for adapter in ("linear", "unet"):
@@ -148,22 +148,22 @@ class Result:
 
 
 class OneDevice:
-    """The plain model's steps, once for each adapter."""
+    """The plain model's steps, computed once for each adapter."""
 
     def __init__(self, shards: Path, vae: Path, out: Path):
-        self.places, self.outcomes = (shards, vae, out), {}
+        self.paths, self.outcomes = (shards, vae, out), {}
 
     def of(self, adapter: str) -> Outcome:
-        """The outcome that every topology must have."""
+        """The outcome that every topology must reproduce."""
         if adapter not in self.outcomes:
-            values = Case("plain", 1, {}, adapter).values(*self.places)
+            values = Case("plain", 1, {}, adapter).values(*self.paths)
             (self.outcomes[adapter],) = run_workers(plain_steps, 1, values, NUM_STEPS)
         return self.outcomes[adapter]
 
     def compare(self, case: Case) -> Result:
-        """Run a case and measure how far it is from one device."""
+        """Run a case and measure its errors against one device."""
         plain, begin = self.of(case.adapter), time.monotonic()
-        outcomes = run_workers(parallel_steps, case.world, case.values(*self.places), NUM_STEPS, timeout=240)
+        outcomes = run_workers(parallel_steps, case.world, case.values(*self.paths), NUM_STEPS, timeout=240)
         seconds = time.monotonic() - begin
         loss = max(loss_error(outcome, plain) for outcome in outcomes)
         norm = max(norm_error(outcome, plain) for outcome in outcomes)
@@ -171,7 +171,7 @@ class OneDevice:
 
 
 def main(names: list[str]) -> int:
-    """Run the named cases, or all; the number of those that do not hold."""
+    """Run the named cases, or all; returns the number of failures."""
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         vae = make_vae(Path(folder) / "vae")

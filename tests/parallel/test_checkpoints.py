@@ -1,4 +1,4 @@
-"""A checkpoint of any topology loads in any other: weights, moments and averages to the bit."""
+"""A checkpoint of any topology loads in any other: weights, moments and averages are bitwise equal."""
 
 from pathlib import Path
 
@@ -10,12 +10,10 @@ from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.config import parse_config
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import make_engine
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
 from megafusion.parallel.mesh import make_mesh
-from megafusion.train.build import build_components
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.parallel.cases import LEARNING_RATE
 from tests.parallel.matrix import Case
 from tests.support.workers import run_workers
@@ -37,36 +35,36 @@ class Training:
     def __init__(self, values: dict, folder: Path):
         config = parse_config(RunConfig, values, "test")
         mesh = make_mesh(config.parallel)
-        self.stream = build_components(config, mesh).stream
-        self.state = self.stream.state()
-        self.engine = make_engine(config, mesh)
-        owned = optimizer_shards(self.engine.deepspeed, self.engine.stage.named_parameters())
-        self.ema = Ema(owned, 0.9)
-        self.checkpointer = CheckpointManager(folder, self.engine.deepspeed, owned, self.ema, keep_last=100)
+        self.loader = build_components(config, mesh).loader
+        self.state = self.loader.state_dict()
+        self.engine = build_engine(config, mesh)
+        state = self.engine.optimizer_state
+        self.ema = Ema(state.shards, 0.9)
+        self.manager = CheckpointManager(folder, state, self.ema, keep_last=100)
         self.step = 0
 
     def run(self, num_steps: int) -> list[list[float]]:
-        """Losses of the steps after the one that the run stands at."""
+        """Losses of the next steps."""
         losses = []
         for _ in range(num_steps):
-            batch = self.stream.next()
-            losses.append([float(x) for x in train_step(self.engine, batch.micro_batches, LEARNING_RATE)])
-            self.step, self.state = self.step + 1, batch.state
+            batch = self.loader.next()
+            losses.append([float(x) for x in train_step(self.engine, batch, LEARNING_RATE)])
+            self.step, self.state = self.step + 1, self.loader.state_dict()
             self.ema.update(self.step)
         return losses
 
     def save(self) -> None:
-        self.checkpointer.save({"step": self.step}, self.state)
-        self.checkpointer.wait()
+        self.manager.save({"step": self.step}, self.state)
+        self.manager.wait()
 
     def load(self, checkpoint: Path) -> None:
-        state = self.checkpointer.load(checkpoint)
+        state = self.manager.load(checkpoint)
         self.step, self.state = state["step"], state["data"]
-        self.stream.restore(self.state)
+        self.loader.load_state_dict(self.state)
 
 
-def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:
-    """Some steps, a checkpoint, and the losses of the steps after it."""
+def save_and_continue(values: dict, folder: Path) -> list[list[float]]:
+    """Train, save a checkpoint, and return the losses of the next steps."""
     training = Training(values, folder)
     training.run(NUM_BEFORE)
     training.save()
@@ -74,12 +72,12 @@ def save_and_go_on(values: dict, folder: Path) -> list[list[float]]:
 
 
 def load_each(values: dict, checkpoints: dict[str, Path], folder: Path) -> dict[str, list[list[float]]]:
-    """For each checkpoint: load it, save it again as this topology would, and the losses that follow."""
+    """Load each checkpoint, save it again from this topology, and return the losses of the next steps."""
     losses = {}
     training = Training(values, folder)
     for name, checkpoint in checkpoints.items():
         training.load(checkpoint)
-        training.checkpointer._folder = folder / name
+        training.manager._folder = folder / name
         training.save()
         losses[name] = training.run(NUM_AFTER)
     return losses
@@ -95,16 +93,16 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def saved(shards, vae_folder, tmp_path_factory) -> tuple[Path, dict[str, list]]:
-    """A checkpoint of each topology, and the losses with which each goes on."""
+    """A checkpoint of each topology, and the losses of its next steps."""
     folder, losses = tmp_path_factory.mktemp("checkpoints"), {}
     for name, (world, degrees) in TOPOLOGIES.items():
         values = Case(name, world, degrees).values(shards, vae_folder, folder / "run")
-        losses[name] = run_workers(save_and_go_on, world, values, folder / "saved" / name)[0]
+        losses[name] = run_workers(save_and_continue, world, values, folder / "saved" / name)[0]
     return folder, losses
 
 
 @pytest.mark.parametrize("target", TOPOLOGIES)
-def test_each_topology_goes_on_from_every_other(saved, shards, vae_folder, target):
+def test_each_topology_resumes_from_every_other(saved, shards, vae_folder, target):
     folder, losses = saved
     world, degrees = TOPOLOGIES[target]
     values = Case(target, world, degrees).values(shards, vae_folder, folder / "run")

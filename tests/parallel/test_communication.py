@@ -1,4 +1,4 @@
-"""What the ranks send in a block, forward and backward: as docs/parallelism.md says, and nothing else."""
+"""The collectives of a block, forward and backward, are those in docs/parallelism.md and no others."""
 
 from collections import Counter
 
@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megafusion.config import parse_config
+from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.parallelize import parallelize
@@ -21,7 +22,7 @@ STREAM = ROWS * LENGTH * WIDTH * 4
 
 
 class Sent(TorchDispatchMode):
-    """Counts collectives and the bytes of the whole tensors that they work on."""
+    """Counts collectives and the bytes of their whole tensors."""
 
     def __init__(self):
         super().__init__()
@@ -39,19 +40,30 @@ class Sent(TorchDispatchMode):
 
 
 def one_block(values: dict) -> list[tuple[dict, dict]]:
-    """Counts and bytes of a block's forward, and of its backward."""
+    """Counts and bytes of collectives in a block's forward, and in its backward."""
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
     with torch.device("meta"):
         model = Transfusion(config.model, config.objective)
-    stage = parallelize(model, mesh, config, torch.device("cpu"))
+    stage = parallelize(
+        model,
+        mesh,
+        shape=config.sequence_shape,
+        micro_batch_size=config.train.micro_batch_size,
+        precision=config.train.precision,
+        recompute=config.train.recompute,
+        compile=False,
+        seed=0,
+        device=torch.device("cpu"),
+    )
     slices = mesh.size("ulysses") * (mesh.size("tensor") if config.parallel.sequence else 1)
     x = torch.randn(ROWS, LENGTH // slices, WIDTH, requires_grad=True)
     positions = torch.arange(LENGTH).expand(ROWS, -1).int()
     intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)
-    rope = stage.rope(stage.slices.take(positions))
+    positions_shard = stage.sequence_shard.shard(positions)
+    context = block_context(config.model, intervals, positions_shard, x.dtype)
     with Sent() as forward:
-        out = stage.blocks["0"](x, intervals, rope)
+        out = stage.blocks["0"](x, context)
     with Sent() as backward:
         out.sum().backward()
     return [(dict(sent.number), dict(sent.num_bytes)) for sent in (forward, backward)]
@@ -94,7 +106,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_block_sends_what_the_formula_says(shards, vae_folder, tmp_path, name):
+def test_a_block_sends_the_documented_bytes(shards, vae_folder, tmp_path, name):
     degrees, recompute, forward, backward = CASES[name]
     values = Case(name, RANKS, degrees, train={"recompute": recompute}).values(shards, vae_folder, tmp_path)
     for rank in run_workers(one_block, RANKS, values):

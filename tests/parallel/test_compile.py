@@ -1,4 +1,4 @@
-"""torch.compile takes each block whole, whatever stands around and in it."""
+"""torch.compile makes one graph of each block, with parallel layers and checkpointing."""
 
 from functools import partialmethod
 
@@ -7,10 +7,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from megafusion.config import parse_config
-from megafusion.engine.engine import make_engine
-from megafusion.engine.step import train_step
 from megafusion.parallel.mesh import make_mesh
+from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
 from tests.support.workers import run_workers
@@ -23,11 +23,11 @@ CASES = {
 
 
 def graphs(values: dict) -> tuple[int, dict]:
-    """Graphs that a step was compiled to, and why any ended early; without the compiler behind them."""
+    """Number of graphs of a step, and the reasons of graph breaks; captured without code generation."""
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    train_step(make_engine(config, mesh), Batches(values, mesh).next(), 1e-3)
+    train_step(build_engine(config, mesh), Batches(values, mesh).next(), 1e-3)
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 

@@ -1,16 +1,15 @@
-"""A rank's weights and optimizer state fall with each degree as the formula says."""
+"""A rank's weights and optimizer state have the sizes that the formula gives, at each degree."""
 
 import pytest
 import torch
 
 from megafusion.config import parse_config
 from megafusion.engine.ema import Ema
-from megafusion.engine.engine import make_engine
-from megafusion.engine.optimizer_state import optimizer_shards
-from megafusion.engine.step import train_step
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import make_mesh
+from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
 from tests.support.workers import run_workers
@@ -31,12 +30,12 @@ CASES = {
 }
 
 
-def held(values: dict) -> tuple[list[int], list[int]]:
-    """Bytes measured, and bytes by the formula: weights, optimizer, average."""
+def state_sizes(values: dict) -> tuple[list[int], list[int]]:
+    """Bytes of weights, optimizer and average: measured, and by the formula."""
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    engine = make_engine(config, mesh)
-    owned = optimizer_shards(engine.deepspeed, engine.stage.named_parameters())
+    engine = build_engine(config, mesh)
+    owned = engine.optimizer_state.shards
     ema = Ema(owned, 0.9)
     train_step(engine, Batches(values, mesh).next(), 1e-3)
     parameters = list(engine.stage.parameters())
@@ -45,35 +44,35 @@ def held(values: dict) -> tuple[list[int], list[int]]:
         weights = [p.ds_tensor for p in parameters if not p.ds_persist] + kept
     else:
         weights = parameters
-    optimizer = engine.deepspeed.optimizer
+    optimizer = engine._deepspeed.optimizer
     adamw = getattr(optimizer, "optimizer", optimizer)
     states = [t for s in adamw.state.values() for t in s.values() if t.numel() > 1]
     if config.parallel.zero_stage:
         states += list(adamw.state)
     kinds = (weights, states, ema.fragments)
     measured = [sum(t.numel() * t.element_size() for t in tensors) for tensors in kinds]
-    return measured, list(state_bytes(engine.stage, mesh, config))
+    return measured, list(state_bytes(engine.stage, mesh, 4 if config.train.precision == "fp32" else 2))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bytes_are_as_the_formula_says(shards, vae_folder, tmp_path, name):
+def test_sizes_are_those_of_the_formula(shards, vae_folder, tmp_path, name):
     world, degrees, precision = CASES[name]
     values = Case(name, world, degrees, "unet", {"precision": precision}).values(shards, vae_folder, tmp_path)
     values["model"] |= {"hidden_size": 64, "ffn_hidden_size": 256}
-    for measured, formula in run_workers(held, world, values):
+    for measured, formula in run_workers(state_sizes, world, values):
         assert measured == pytest.approx(formula, rel=0.02)
         assert sum(measured) > 1_000_000
 
 
-def test_each_degree_divides(shards, vae_folder, tmp_path):
-    """The sums over ranks of one copy's weights are the whole, whatever the degrees: nothing is twice."""
+def test_tensor_and_pipeline_ranks_replicate_no_sharded_weight(shards, vae_folder, tmp_path):
+    """Over the ranks of one replica, the bytes of weights add up to those of the whole model."""
     totals = {}
     for name in ("one", "tp2", "pp2", "tp2-pp2"):
         world, degrees, _ = CASES[name]
         values = Case(name, world, degrees).values(shards, vae_folder, tmp_path)
-        totals[name] = sum(measured[0] for measured, _ in run_workers(held, world, values))
+        totals[name] = sum(measured[0] for measured, _ in run_workers(state_sizes, world, values))
     assert totals["pp2"] == totals["one"]
-    # Norms and the linear adapters are held by every tensor rank.
+    # Every tensor rank has the norms and the linear adapters.
     assert totals["one"] < totals["tp2"] < 1.1 * totals["one"]
     assert totals["tp2-pp2"] == totals["tp2"]
     assert torch.tensor(list(totals.values())).min() == totals["one"]

@@ -1,34 +1,35 @@
-"""Who is who; and what cannot be laid out is refused at start, with the arithmetic."""
+"""Coordinates of ranks; degrees that do not fit are refused at start, with the arithmetic."""
 
 import pytest
 import torch.distributed as dist
 
 from megafusion.config import parse_config
+from megafusion.engine.grid import make_grid
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig
-from megafusion.parallel.mesh import AXES, check_degrees, make_mesh
+from megafusion.parallel.degrees import check_degrees
+from megafusion.parallel.mesh import AXES, make_mesh
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from tests.support.workers import run_workers
 
 
-def places() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
-    """This rank's place, its tensor group, its rows group, and DeepSpeed's view of stage and replica."""
+def coordinates() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
+    """This rank's coordinates, its tensor and tensor-context groups, and DeepSpeed's stage and data rank."""
     mesh = make_mesh(ParallelConfig(pipeline=2, ulysses=2, tensor=2))
-    tensor, rows = (
-        dist.get_process_group_ranks(g) for g in (mesh.group("tensor"), mesh.tensor_context_group)
-    )
-    grid = mesh.grid
-    place = tuple(mesh.rank(axis) for axis in AXES)
-    return place, tensor, rows, grid.get_stage_id(), grid.get_data_parallel_id()
+    groups = (mesh.group("tensor"), mesh.tensor_context_group)
+    tensor, tensor_context = (dist.get_process_group_ranks(group) for group in groups)
+    grid = make_grid(mesh)
+    own = tuple(mesh.rank(axis) for axis in AXES)
+    return own, tensor, tensor_context, grid.get_stage_id(), grid.get_data_parallel_id()
 
 
-def test_ranks_are_named_and_deepspeed_names_them_alike():
-    for rank, (place, tensor, rows, stage, replica) in enumerate(run_workers(places, 8)):
-        pipeline, data, ulysses, own = place
+def test_coordinates_are_those_of_deepspeed():
+    ranks = run_workers(coordinates, 8)
+    for rank, ((pipeline, data, ulysses, own), tensor, tensor_context, stage, replica) in enumerate(ranks):
         assert rank == ((pipeline * 1 + data) * 2 + ulysses) * 2 + own
         assert tensor == [rank - own, rank - own + 1]
-        assert rows == list(range(pipeline * 4, pipeline * 4 + 4))
+        assert tensor_context == list(range(pipeline * 4, pipeline * 4 + 4))
         assert (stage, replica) == (pipeline, ulysses)
 
 
@@ -45,7 +46,7 @@ def test_ranks_are_named_and_deepspeed_names_them_alike():
         (
             {"parallel": {"tensor": 2, "ulysses": 2}},
             4,
-            r"num_kv_heads 2 is not a multiple of .* = 4; .* not copied",
+            r"num_kv_heads 2 is not a multiple of .* = 4; .* not replicated",
         ),
         (
             {"parallel": {"tensor": 2}, "model": {"ffn_hidden_size": 63}},
@@ -69,7 +70,7 @@ def test_ranks_are_named_and_deepspeed_names_them_alike():
         ),
         ({"parallel": {"tensor": 2}, "model": {"vocab_size": 60}}, 2, r"vocab_size 60 is too small"),
         ({"parallel": {"sequence": True}}, 2, r"sequence is a form of tensor parallelism"),
-        ({"parallel": {"pipeline": 2, "zero_stage": 3}}, 2, r"zero_stage 3 cannot be had with pipeline 2"),
+        ({"parallel": {"pipeline": 2, "zero_stage": 3}}, 2, r"zero_stage 3 does not work with pipeline 2"),
         ({"parallel": {"zero_stage": 0}, "train": {"precision": "bf16"}}, 1, r"bf16 needs float32 masters"),
         (
             {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
@@ -83,7 +84,19 @@ def test_what_cannot_be_is_refused(run_values, changes, world, message):
     for room, values in changes.items():
         run_values[room] = {**run_values.get(room, {}), **values}
     with pytest.raises(UserError, match=message):
-        check_degrees(parse_config(RunConfig, run_values, "test"), world)
+        check(run_values, world)
+
+
+def check(values: dict, world: int) -> None:
+    config = parse_config(RunConfig, values, "test")
+    check_degrees(
+        config.model,
+        config.parallel,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        world_size=world,
+    )
 
 
 def refuse(values: dict) -> str:

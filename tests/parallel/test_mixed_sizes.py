@@ -1,4 +1,4 @@
-"""Images of several sizes: every form of parallelism gives what one device gives."""
+"""With images of several sizes, every form of parallelism gives the numbers of one device."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from tests.support.sizes import mixed_run
 from tests.support.workers import run_workers
 
 NUM_STEPS = 6
-"""Of which one has text alone, one images alone, and one ranks with either."""
+"""One has only text, one only images, and in one the ranks differ."""
 CASES = [
     Case("dp2-zero3-unet", 2, {"zero_stage": 3}, "unet"),
     Case("dp2-zero2-linear", 2, {"zero_stage": 2}),
@@ -27,30 +27,30 @@ CASES = [
 ]
 
 
-def values_of(case: Case, places: tuple) -> dict:
-    values, mixed = case.values(*places), mixed_run(*places)
+def values_of(case: Case, paths: tuple) -> dict:
+    values, mixed = case.values(*paths), mixed_run(*paths)
     for key in ("image_sizes", "vocab_size"):
         values["model"][key] = mixed["model"][key]
     return values
 
 
 @pytest.fixture(scope="module")
-def places(mixed_shards, vae_folder, tmp_path_factory) -> tuple:
+def paths(mixed_shards, vae_folder, tmp_path_factory) -> tuple:
     return mixed_shards, vae_folder, tmp_path_factory.mktemp("mixed") / "run"
 
 
 @pytest.fixture(scope="module")
-def plain(places) -> dict[str, Outcome]:
-    """The plain model's steps by adapter."""
+def plain(paths) -> dict[str, Outcome]:
+    """Outcome of the plain model by adapter."""
     return {
-        adapter: run_workers(plain_steps, 1, values_of(Case("plain", 1, {}, adapter), places), NUM_STEPS)[0]
+        adapter: run_workers(plain_steps, 1, values_of(Case("plain", 1, {}, adapter), paths), NUM_STEPS)[0]
         for adapter in ("linear", "unet")
     }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_one_device(plain, places, case):
-    outcomes = run_workers(parallel_steps, case.world, values_of(case, places), NUM_STEPS)
+def test_equals_one_device(plain, paths, case):
+    outcomes = run_workers(parallel_steps, case.world, values_of(case, paths), NUM_STEPS)
     true = plain[case.adapter]
     assert true.losses[2][1] == 0 < true.losses[3][1]
     assert max(loss_error(outcome, true) for outcome in outcomes) < MAX_LOSS_ERROR

@@ -1,53 +1,62 @@
-"""A rank's parts: of what they are parts, and that they are all of it."""
+"""Shards, stages and random starts: every element is on some rank, with its value of the whole model."""
+
+from itertools import combinations, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.utils import partition_balanced
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megafusion.config import load_config
-from megafusion.model.initialize import initialize
 from megafusion.model.transformer import FusedLinear
 from megafusion.model.transfusion import Transfusion
-from megafusion.parallel.balance import layer_flops, stage_blocks
+from megafusion.model.weights import initialize
+from megafusion.parallel.balance import layer_flops, partition, stage_blocks
 from megafusion.parallel.image_parallel import ImageShard
 from megafusion.parallel.sharding import shard_spec_of
-from megafusion.parallel.tensor import column_parallel, vocab_range
+from megafusion.parallel.tensor import ColumnParallelLinear, vocab_range
 from megafusion.train.config import RunConfig
 from tests.support.small import ROOT
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.sampled_from([1, 2, 4]))
-def test_fused_columns_are_each_layers_share(units, num_ranks):
-    linear = FusedLinear(3, tuple(unit * 4 for unit in units))
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.booleans())
+def test_column_parallel_shards_each_fused_layer(units, num_ranks, bias):
+    linear = FusedLinear(3, tuple(unit * 4 for unit in units), bias)
     x = torch.randn(2, 3)
-    parts = [column_parallel(linear, rank, num_ranks) for rank in range(num_ranks)]
-    for part in parts:
-        part.weight.data = shard_spec_of(part.weight).take(linear.weight.data)
-    for whole, *divided in zip(linear(x), *(part(x) for part in parts), strict=True):
-        torch.testing.assert_close(torch.cat(divided, -1), whole)
+    outputs = []
+    for rank in range(num_ranks):
+        region = SimpleNamespace(rank=rank, num_ranks=num_ranks, gather_or_copy=lambda x: x)
+        sharded = ColumnParallelLinear(linear, region)
+        for name, parameter in sharded.named_parameters():
+            parameter.data = shard_spec_of(parameter).shard(getattr(linear, name).data)
+        outputs.append(sharded(x))
+    for whole, *shards in zip(linear(x), *outputs, strict=True):
+        torch.testing.assert_close(torch.cat(shards, -1), whole)
 
 
 @given(st.integers(200, 40_000), st.sampled_from([1, 2, 4, 8]))
-def test_every_word_has_one_rank(vocab_size, num_ranks):
-    words = [vocab_range(vocab_size, rank, num_ranks) for rank in range(num_ranks)]
-    assert [word for part in words for word in part] == list(range(vocab_size)) or vocab_size < 64 * num_ranks
+def test_every_token_has_one_rank(vocab_size, num_ranks):
+    shards = [vocab_range(vocab_size, rank, num_ranks) for rank in range(num_ranks)]
+    assert [t for shard in shards for t in shard] == list(range(vocab_size)) or vocab_size < 64 * num_ranks
 
 
-def own_images(rank: int, num_ranks: int) -> ImageShard:
-    own = object.__new__(ImageShard)
-    own.rank, own.num_ranks = rank, num_ranks
-    return own
+def image_shard(rank: int, num_ranks: int) -> ImageShard:
+    shard = object.__new__(ImageShard)
+    shard.rank, shard.num_ranks = rank, num_ranks
+    return shard
 
 
 @given(st.integers(1, 20), st.integers(1, 8))
 def test_every_image_is_computed_once(num_slots, num_ranks):
     slots = torch.arange(1, num_slots + 1)
-    ranks = [own_images(rank, num_ranks) for rank in range(num_ranks)]
-    taken = [own.take(slots) for own in ranks]
-    assert len({len(part) for part in taken}) == 1
-    assert torch.equal(sum(own.put(part, num_slots) for own, part in zip(ranks, taken, strict=True)), slots)
-    assert torch.equal(torch.cat(taken)[:num_slots], slots)
+    shards = [image_shard(rank, num_ranks) for rank in range(num_ranks)]
+    local = [shard.shard(slots) for shard in shards]
+    assert len({len(part) for part in local}) == 1
+    padded = [shard.pad(part, num_slots) for shard, part in zip(shards, local, strict=True)]
+    assert torch.equal(sum(padded), slots)
+    assert torch.equal(torch.cat(local)[:num_slots], slots)
 
 
 def test_a_start_depends_on_seed_and_name_alone():
@@ -75,6 +84,42 @@ def test_a_start_depends_on_seed_and_name_alone():
     convolution = values["stem.adapter.blocks.0.conv1.weight"]
     bound = convolution[0].numel() ** -0.5
     assert bound * 0.95 < convolution.abs().max() <= bound
+
+
+def slowest(costs: list[int], stages: list[range]) -> int:
+    return max(sum(costs[i] for i in stage) for stage in stages)
+
+
+def deepspeed_partition(costs: list[int], num_parts: int) -> list[range]:
+    bounds = [int(bound) for bound in partition_balanced(costs, num_parts)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(1, 5))
+def test_no_partition_has_a_faster_slowest_part(costs, num_parts):
+    num_parts = min(num_parts, len(costs))
+    parts = partition(costs, num_parts)
+    assert [i for part in parts for i in part] == list(range(len(costs)))
+    assert len(parts) == num_parts
+    assert all(parts)
+    cuts = combinations(range(1, len(costs)), num_parts - 1)
+    every = [[range(*bounds) for bounds in pairwise((0, *cut, len(costs)))] for cut in cuts]
+    assert slowest(costs, parts) == min(slowest(costs, other) for other in every)
+    # DeepSpeed's minimizes the largest cost less the smallest, so its slowest part may be slower.
+    assert slowest(costs, parts) <= slowest(costs, deepspeed_partition(costs, num_parts))
+
+
+def test_stages_of_the_configurations_are_those_of_deepspeed():
+    paths = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/baselines").glob("*.yaml")]
+    assert len(paths) > 9
+    for path in paths:
+        config = load_config(RunConfig, path)
+        stem, *blocks, tail = costs = layer_flops(config.model, config.sequence_shape)
+        blocks[0] += stem
+        blocks[-1] += tail
+        for num_stages in (2, 3, 4, 8, 16):
+            if num_stages <= len(blocks):
+                assert stage_blocks(costs, num_stages) == deepspeed_partition(blocks, num_stages), path
 
 
 def test_stages_count_the_unet_and_the_vocabulary():

@@ -1,30 +1,30 @@
-"""The mask: two integers a row against the definition in words."""
+"""The mask: two integers per position against its definition."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megafusion.sequence.document import NoisedImage, flatten
+from interval_attention import prepare
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
+from megafusion.sequence.tokenizer import Tokenizer
+from tests.support.segments import flat_document, image_of
 
 LATENTS = (1, 1, 1)
 
 
-class Ids:
-    """The four ids that flattening needs."""
-
-    bos, eos, boi, eoi = 1, 2, 3, 4
+IDS = Tokenizer(Path(), "", 3, bos=1, eos=2)
 
 
 def lay_out(documents: list[list[int]], num_patches: int, padding: int):
     """A packed row from documents given as segment lengths: 0 for an image, n > 0 for n text tokens."""
-    image = NoisedImage(np.zeros(LATENTS, np.float32), np.zeros(LATENTS, np.float32), 0)
+    image = image_of(np.zeros(LATENTS, np.float32))
     flat = [
-        flatten([np.full(n, 9) if n else image for n in document], Ids, (num_patches,))
+        flat_document([np.full(n, 9) if n else image for n in document], IDS, (num_patches,))
         for document in documents
     ]
     num_images = max(1, sum(len(document.images) for document in flat))
@@ -35,23 +35,23 @@ def lay_out(documents: list[list[int]], num_patches: int, padding: int):
 
 
 def mask_by_definition(documents: list[list[int]], num_patches: int, padding: int) -> torch.Tensor:
-    """For each pair of positions: same document, and not later or in the same image."""
-    place = []  # document and image of each position
+    """Visible if in the same document, and not later or in the same image."""
+    members = []  # document and image of each position
     image_number = 0
     for number, document in enumerate(documents):
-        place.append((number, None))
+        members.append((number, None))
         for n in document:
             if n:
-                place += [(number, None)] * n
+                members += [(number, None)] * n
             else:
-                place += [(number, None), *[(number, image_number)] * num_patches, (number, None)]
+                members += [(number, None), *[(number, image_number)] * num_patches, (number, None)]
                 image_number += 1
-        place.append((number, None))
-    place += [(f"padding {i}", None) for i in range(padding)]
-    size = len(place)
+        members.append((number, None))
+    members += [(f"padding {i}", None) for i in range(padding)]
+    size = len(members)
     visible = torch.zeros(size, size, dtype=torch.bool)
-    for i, (document, image) in enumerate(place):
-        for j, (other, other_image) in enumerate(place):
+    for i, (document, image) in enumerate(members):
+        for j, (other, other_image) in enumerate(members):
             visible[i, j] = document == other and (j <= i or (image is not None and image == other_image))
     return visible
 
@@ -61,7 +61,8 @@ def check(documents, num_patches, padding):
     intervals = batch.intervals()
     expected = mask_by_definition(documents, num_patches, padding)
     assert torch.equal(intervals.dense_mask[0, 0], expected)
-    first, last = intervals.column_bounds
+    prepared = prepare(intervals.row_start, intervals.row_end)
+    first, last = prepared.first_row, prepared.last_row
     row = torch.arange(length)[:, None]
     assert torch.equal((row >= first) & (row < last), expected)
     for bound in (batch.row_start[0], batch.row_end[0]):
@@ -89,8 +90,8 @@ def test_dense_mask_equals_the_definition(documents, num_patches, padding):
     check(documents, num_patches, padding)
 
 
-def test_rows_that_see_nothing_are_marked():
+def test_fully_masked_queries_are_marked():
     start = torch.tensor([[0, 1, 2]], dtype=torch.int32)
     intervals = Intervals(start, torch.tensor([[1, 1, 3]], dtype=torch.int32), 3)
-    assert intervals.some_visible.tolist() == [[True, False, True]]
-    assert intervals.additive_mask[0, 0, 1].tolist() == [0, 0, 0]
+    assert intervals.not_empty.tolist() == [[True, False, True]]
+    assert not intervals.dense_mask[0, 0, 1].any()

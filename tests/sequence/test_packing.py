@@ -1,5 +1,7 @@
 """Packing: what has a target, and that a packed row's losses and gradients are its documents' own."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,27 +10,29 @@ from hypothesis import strategies as st
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.losses import ObjectiveConfig
-from megafusion.sequence.document import NoisedImage, cut_document, flatten
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.sequence.document import ImageSegment, cut_document
 from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
+from megafusion.sequence.tokenizer import Tokenizer
+from tests.support.rows import arrays
+from tests.support.segments import flat_document, image_of
 
 VOCABULARY, LATENTS, NUM_PATCHES = 32, (2, 4, 4), 4
 
 
-class Ids:
-    bos, eos, boi, eoi = 1, 2, 30, 31
+IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
-def image(random: np.random.Generator) -> NoisedImage:
+def image(random: np.random.Generator) -> ImageSegment:
     latents, noise = random.standard_normal((2, *LATENTS), dtype=np.float32)
-    return NoisedImage(latents, noise, int(random.integers(1000)))
+    return image_of(latents, noise, int(random.integers(1000)) / 1000)
 
 
 def document(lengths: list[int], seed: int):
     """A document of texts of these lengths, an image for each 0."""
     random = np.random.default_rng(seed)
     segments = [random.integers(3, 30, n) if n else image(random) for n in lengths]
-    return flatten(segments, Ids, (NUM_PATCHES,))
+    return flat_document(segments, IDS, (NUM_PATCHES,))
 
 
 def test_targets_of_a_caption_and_its_image():
@@ -53,7 +57,7 @@ def test_targets_of_two_adjacent_images_and_a_caption():
 def test_a_row_holds_its_documents_side_by_side():
     first, second = document([3, 0], 0), document([0, 2], 1)
     shape = SequenceShape(26, 3, (NUM_PATCHES,), 2, ((4, 4),))
-    row = pack_row([first, second], shape)
+    row = arrays(pack_row([first, second], shape))
     n, m = len(first), len(second)
     assert row["positions"].tolist() == [*range(n), *range(m), *[0] * (26 - n - m)]
     assert row["row_start"].tolist() == [*[0] * n, *[n] * m, *range(n + m, 26)]
@@ -61,7 +65,7 @@ def test_a_row_holds_its_documents_side_by_side():
     assert (row["patch_index"] >= 0).sum() == 2 * NUM_PATCHES
     assert row["patch_index"].max() == 2 * NUM_PATCHES - 1
     assert np.array_equal(row["latents"][1], second.images[0].latents)
-    assert row["timesteps"].tolist() == [first.images[0].timestep, second.images[0].timestep, 0]
+    assert row["t"].tolist() == pytest.approx([first.images[0].t, second.images[0].t, 0])
 
 
 def test_a_text_is_cut_into_documents_that_keep_its_targets():
@@ -70,7 +74,7 @@ def test_a_text_is_cut_into_documents_that_keep_its_targets():
     assert np.array_equal(np.concatenate([p.labels for p in pieces]), flat.labels)
     assert pieces[0].labels[-1] == pieces[1].tokens[0]
     assert [p.row_end.tolist() for p in pieces] == [[*range(1, n + 1)] for n in (8, 3, 11)]
-    row = pack_row(pieces, SequenceShape(22, 1, (NUM_PATCHES,), 2, ((4, 4),)))
+    row = arrays(pack_row(pieces, SequenceShape(22, 1, (NUM_PATCHES,), 2, ((4, 4),))))
     assert row["row_start"].tolist() == [0] * 8 + [8] * 3 + [11] * 11
     assert row["positions"].tolist() == [*range(8), *range(3), *range(11)]
 

@@ -1,6 +1,8 @@
-"""Small engines of every topology, and what they hold, told by other means than checkpoints use."""
+"""Small engines of every topology, and their state gathered by DeepSpeed's own means."""
 
 from dataclasses import dataclass, field
+
+import megafusion.device  # noqa: F401 - before deepspeed
 
 import deepspeed
 import torch
@@ -8,17 +10,17 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from megafusion.engine.config import OptimizerConfig
 from megafusion.engine.ema import Ema
-from megafusion.engine.optimizer import OptimizerConfig, make_optimizer
-from megafusion.engine.optimizer_state import OptimizerShard, optimizer_shards
+from megafusion.engine.optimizer import make_optimizer
+from megafusion.engine.optimizer_state import OptimizerState
 
-ROWS = 4
-"""Rows of a global batch, which the data ranks share."""
+GLOBAL_BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """How a run is cut: data ranks, ZeRO stage, and more of DeepSpeed's settings."""
+class Topology:
+    """Data ranks, ZeRO stage, and further DeepSpeed settings."""
 
     data: int
     stage: int
@@ -32,7 +34,7 @@ BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 class Model(nn.Module):
-    """Parameters of 1 to 4 dimensions, of sizes that no number of ranks divides."""
+    """Parameters of 1 to 4 dimensions, with sizes that no number of ranks divides."""
 
     def __init__(self, width: int = 13):
         super().__init__()
@@ -50,16 +52,16 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels_BS.flatten())
 
 
-def make_engine(model: nn.Module, mesh: Mesh, mpu: object = None) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed's engine; every rank calls this."""
-    settings = {**mesh.settings}
-    zero = {"stage": mesh.stage, **settings.pop("zero_optimization", {})}
+def make_engine(model: nn.Module, topology: Topology, mpu: object = None) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed's engine. Called by every rank."""
+    settings = {**topology.settings}
+    zero = {"stage": topology.stage, **settings.pop("zero_optimization", {})}
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(model, OptimizerConfig()),
         mpu=mpu,
         config={
-            "train_micro_batch_size_per_gpu": ROWS // mesh.data,
+            "train_micro_batch_size_per_gpu": GLOBAL_BATCH_SIZE // topology.data,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 1.0,
             "zero_optimization": zero,
@@ -71,21 +73,20 @@ def make_engine(model: nn.Module, mesh: Mesh, mpu: object = None) -> deepspeed.D
     return engine
 
 
-@dataclass
 class Run:
-    """An engine with all that a checkpoint keeps of it."""
+    """DeepSpeed's engine with the state that a checkpoint saves."""
 
-    engine: deepspeed.DeepSpeedEngine
-    mesh: Mesh
-    owned: list[OptimizerShard]
-    ema: Ema
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, topology: Topology):
+        self.engine, self.topology = engine, topology
+        self.state = OptimizerState(engine.optimizer, engine.module.named_parameters())
+        self.ema = Ema(self.state.shards, 0.9)
 
     def step(self, number: int) -> float:
-        """Update `number` of the run, on this rank's rows of its batch; the loss of the global batch."""
+        """Make update `number` with this rank's part of its batch; returns the loss of the global batch."""
         generator = torch.Generator().manual_seed(number)
-        tokens_BS = torch.randint(11, (ROWS, 6), generator=generator)
-        share = ROWS // self.mesh.data
-        rows = tokens_BS.narrow(0, dist.get_rank() % self.mesh.data * share, share)
+        tokens_BS = torch.randint(11, (GLOBAL_BATCH_SIZE, 6), generator=generator)
+        share = GLOBAL_BATCH_SIZE // self.topology.data
+        rows = tokens_BS.narrow(0, dist.get_rank() % self.topology.data * share, share)
         loss = self.engine(rows, (rows * 3 + 1) % 11)
         self.engine.backward(loss)
         self.engine.step()
@@ -95,33 +96,31 @@ class Run:
         return total.item() / dist.get_world_size()
 
 
-def make_run(mesh: Mesh, seed: int = 0, width: int = 13) -> Run:
-    """A run of Model that has not begun."""
+def make_run(topology: Topology, seed: int = 0, width: int = 13) -> Run:
+    """A run of Model before its first step."""
     torch.manual_seed(seed)
-    engine = make_engine(Model(width), mesh)
-    owned = optimizer_shards(engine, engine.module.named_parameters())
-    return Run(engine, mesh, owned, Ema(owned, 0.9))
+    return Run(make_engine(Model(width), topology), topology)
 
 
 def contents(run: Run) -> dict[str, Tensor]:
-    """Everything of a run, whole: weights and moments as DeepSpeed gathers them, averages put together."""
+    """The whole state of a run: weights and moments as DeepSpeed gathers them, averages from all ranks."""
     found = {}
-    optimizer = run.engine.optimizer
-    if run.mesh.stage in (1, 2):  # it links parameters to their moments once, before there are any
+    optimizer, stage = run.engine.optimizer, run.topology.stage
+    if stage in (1, 2):  # it links parameters to their moments once, before there are any
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in run.engine.module.named_parameters():
         for kind in ("exp_avg", "exp_avg_sq"):
-            if run.mesh.stage == 0:
+            if stage == 0:
                 whole = optimizer.state[parameter][kind]
             else:
                 whole = safe_get_full_optimizer_state(parameter, kind)
             found[f"{kind}.{name}"] = whole.detach().clone().cpu()
-        whole = parameter if run.mesh.stage == 0 else safe_get_full_fp32_param(parameter)
+        whole = parameter if stage == 0 else safe_get_full_fp32_param(parameter)
         found[f"model.{name}"] = whole.detach().clone().cpu()
         found[f"ema.{name}"] = torch.full(whole.shape, float("nan"))
     parts = [None] * dist.get_world_size()
-    own = [(m.name, m.start, f) for m, f in zip(run.owned, run.ema.fragments, strict=True)]
+    own = [(shard.name, shard.start, f) for shard, f in zip(run.state.shards, run.ema.fragments, strict=True)]
     dist.all_gather_object(parts, own)
     for name, start, fragment in (entry for part in parts for entry in part):
         found[f"ema.{name}"].view(-1)[start : start + len(fragment)] = fragment
@@ -129,15 +128,15 @@ def contents(run: Run) -> dict[str, Tensor]:
     return found
 
 
-def forward_weights(run: Run) -> dict[str, Tensor]:
-    """The weights that the forward reads, whole, as this rank has them."""
+def model_weights(run: Run) -> dict[str, Tensor]:
+    """The full weights that the forward reads on this rank."""
     parameters = dict(run.engine.module.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=run.mesh.stage == 3):
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=run.topology.stage == 3):
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def steps_taken(run: Run) -> set[float]:
-    """AdamW's counts."""
+def step_counts(run: Run) -> set[float]:
+    """The step counts in AdamW's state."""
     optimizer = run.engine.optimizer
-    adamw = optimizer if run.mesh.stage == 0 else optimizer.optimizer
+    adamw = optimizer if run.topology.stage == 0 else optimizer.optimizer
     return {state["step"].item() for state in adamw.state.values()}

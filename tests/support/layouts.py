@@ -17,7 +17,7 @@ def packed_row(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
     start, end = [], []
     while len(start) < length:
         first = len(start)
-        if rng.random() < 0.1:  # padding: positions that see nothing, and that nobody sees
+        if rng.random() < 0.1:  # padding: positions that are fully masked, and that no query sees
             for position in range(first, first + rng.randint(1, 6)):
                 start.append(position)
                 end.append(position)
@@ -25,7 +25,7 @@ def packed_row(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
         for _ in range(rng.randint(1, 5)):
             here = len(start)
             size = rng.choice([1, 1, 2, 5, 9, 20])
-            if rng.random() < 0.5:  # an image, perhaps right behind another
+            if rng.random() < 0.5:  # an image, possibly adjacent to another
                 end += [here + size] * size
             else:
                 end += range(here + 1, here + size + 1)
@@ -34,7 +34,7 @@ def packed_row(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
 
 
 def packed_rows(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """int32 [num_rows, length] starts and ends of as many random layouts."""
+    """int32 [num_rows, length] starts and ends of random layouts."""
     rng = random.Random(seed)
     rows = [packed_row(rng, length) for _ in range(num_rows)]
     start, end = (torch.tensor(bound, dtype=torch.int32, device=DEVICE) for bound in zip(*rows, strict=True))
@@ -43,7 +43,7 @@ def packed_rows(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Case:
-    """Inputs of one call, and what the output and the log-sum-exp are weighted with for gradients."""
+    """Inputs of one call, and the gradients of its output and log-sum-exp."""
 
     q: Tensor
     k: Tensor
@@ -64,7 +64,7 @@ class Case:
         num_keys: int | None = None,
         seed: int = 0,
     ) -> "Case":
-        """Normal values; num_keys is the queries' number by default."""
+        """Normal values; num_keys is the number of queries by default."""
         generator = torch.Generator().manual_seed(seed)
         num_batch, num_rows = row_start.shape
         num_keys = num_rows if num_keys is None else num_keys
@@ -101,7 +101,7 @@ class Case:
         gradient_error: float = 1e-4,
         backward: bool = True,
     ) -> None:
-        """The kernels against dense attention in float64 on the same values."""
+        """Compare the kernels with dense attention in float64 on the same values."""
         found = self.results(attention, dtype, backward)
         rounded = Case(*(x.to(dtype) for x in (self.q, self.k, self.v)), *list(vars(self).values())[3:])
         expected = rounded.results(reference_attention, torch.float64, backward)

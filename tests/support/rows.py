@@ -11,16 +11,25 @@ from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader
 from megafusion.data.shards import write_shards
 from megafusion.data.source import open_sources
-from megafusion.sequence.packing import SequenceShape
+from megafusion.objective.ddpm import DDPMConfig
+from megafusion.sequence.document import Segment
+from megafusion.sequence.packing import PackedBatch, SequenceShape
+from megafusion.sequence.tokenizer import Tokenizer
 
-
-class Ids:
-    """What packing asks of a tokenizer."""
-
-    bos, eos, boi, eoi, vocab_size, hash = 1, 2, 62, 63, 64, "t"
-
-
+IDS, MANY_IDS = (Tokenizer(Path("t"), "t", 62, bos=1, eos=2) for _ in range(2))
+MANY_IDS.vocab_size = 1 << 30  # as many tokens as a test likes, so that each may occur only once
 LATENTS, NUM_PATCHES = (1, 4, 4), 4
+
+
+def stored(metadata: dict, *segments: np.ndarray | bytes) -> StoredDocument:
+    """A document of texts (token ids), images' moments and images' WebP files."""
+    return StoredDocument(metadata, tuple(map(_segment, segments)))
+
+
+def _segment(data: np.ndarray | bytes) -> Segment:
+    if isinstance(data, bytes):
+        return Segment("pixels", data)
+    return Segment("tokens" if data.ndim == 1 else "moments", data)
 
 
 def write_pairs(folder: Path, num: int, per_shard: int = 16, latents=LATENTS, caption=lambda r: 5) -> Path:
@@ -31,7 +40,7 @@ def write_pairs(folder: Path, num: int, per_shard: int = 16, latents=LATENTS, ca
         for i in range(num):
             tokens = random.integers(3, 60, caption(random)).astype(np.int32)
             moments = random.standard_normal((2, *latents)).astype(np.float16)
-            yield StoredDocument({"key": f"k{i}", "caption": f"picture {i}"}, (tokens, moments))
+            yield stored({"key": f"k{i}", "caption": f"picture {i}"}, tokens, moments)
 
     fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "latent_shape": latents}
     write_shards(folder, documents(), per_shard, provenance={}, **fields)
@@ -44,16 +53,10 @@ def write_texts(folder: Path, num: int, per_shard: int = 16, length=lambda r: in
 
     def documents():
         for i in range(num):
-            yield StoredDocument({"line": i}, (random.integers(3, 60, length(random)).astype(np.int32),))
+            yield stored({"line": i}, random.integers(3, 60, length(random)).astype(np.int32))
 
     write_shards(folder, documents(), per_shard, kind="text", tokenizer_sha256="t", provenance={})
     return folder
-
-
-class ManyIds(Ids):
-    """As many tokens as a test likes, so that each may stand once alone."""
-
-    vocab_size = 1 << 30
 
 
 def write_documents(folder: Path, documents: list[list[int]], per_shard: int = 5, latents=LATENTS) -> Path:
@@ -66,11 +69,9 @@ def write_documents(folder: Path, documents: list[list[int]], per_shard: int = 5
             return np.array(list(itertools.islice(token, length)), np.int32)
         return np.stack([np.full(latents, value, np.float16) for value in (next(image), -30)])
 
-    stored = [
-        StoredDocument({"key": str(n)}, tuple(map(segment, parts))) for n, parts in enumerate(documents)
-    ]
+    made = [stored({"key": str(n)}, *map(segment, parts)) for n, parts in enumerate(documents)]
     fields = {"kind": "interleaved", "tokenizer_sha256": "t", "vae_sha256": "v", "latent_shape": latents}
-    write_shards(folder, stored, per_shard, provenance={}, **fields)
+    write_shards(folder, made, per_shard, provenance={}, **fields)
     return folder
 
 
@@ -87,7 +88,7 @@ def stream_of(
     pixels_per_latent: int = 0,
     seed: int = 0,
     micro: int = 1,
-    ids: type[Ids] = Ids,
+    ids: Tokenizer = IDS,
     **changes,
 ) -> DataLoader:
     """A rank's stream over folders (or URLs) and weights; `changes` are of DataConfig."""
@@ -105,13 +106,18 @@ def stream_of(
     patches = tuple(height * width * num_patches // (first[0] * first[1]) for height, width in sizes)
     shape = SequenceShape(length, slots, patches, channels, sizes, pixels_per_latent)
     opened = open_sources(config, ids, "v", seed)
-    return DataLoader(config, opened, shape, ids, 1000, num_rows, rows, micro)
+    return DataLoader(config, opened, shape, ids, DDPMConfig().build(), num_rows, rows, micro)
 
 
-def digest(batch) -> list[str]:
+def arrays(row: PackedBatch) -> dict[str, np.ndarray]:
+    """The fields of a batch of one row as that row's arrays."""
+    return {name: tensor[0].numpy() for name, tensor in vars(row).items() if tensor.ndim}
+
+
+def digest(micro_batches) -> list[str]:
     """A hash of every row of a global batch."""
     rows = []
-    for micro in batch.micro_batches:
+    for micro in micro_batches:
         for row in range(len(micro.tokens)):
             whole = hashlib.sha256()
             for name, value in vars(micro).items():

@@ -34,7 +34,7 @@ def make_mixed_shards(folder: Path, vae: Path) -> Path:
             out=folder,
             tokenizer=TOKENIZER,
             vae=vae,
-            pictures=(raw,),
+            images=(raw,),
             image_sizes=PIXELS,
             texts=(texts,),
             documents_per_shard=8,

@@ -95,7 +95,7 @@ def _work(answer: Connection, place: tuple[int, int, int], function: Callable, a
     try:
         import torch
 
-        from megafusion.engine.engine import start_process_group
+        from megafusion.engine.process_group import start_process_group
 
         torch.set_num_threads(1)
         start_process_group()

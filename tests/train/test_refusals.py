@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
-from megafusion.checkpoint.reader import load_whole
+from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 
@@ -53,6 +55,24 @@ def test_a_moved_run_goes_on(run_values, tmp_path):
     assert len(read_metrics(start(run_values | {"out": str(tmp_path / "elsewhere")}))) == 6
 
 
+def test_a_run_of_an_earlier_version_is_refused_with_the_new_keys_until_its_file_has_them(run_values):
+    run = start(run_values, stop_after=2)
+    current = (run / "config.yaml").read_text()
+    frozen = yaml.safe_load(current)
+    frozen["train"]["checkpoint_every"] = frozen.pop("checkpoint")["every"]
+    frozen["model"]["width"] = frozen["model"].pop("hidden_size")
+    (run / "config.yaml").write_text(yaml.safe_dump(frozen))
+    generate = CliRunner().invoke(app, ["generate", str(run), "--prompt", "red apple"])
+    with pytest.raises(UserError) as refused:
+        start(run_values)
+    renamed = {"train.checkpoint_every": "checkpoint.every", "model.width": "model.hidden_size"}
+    for error in (refused.value, generate.exception):
+        for old, new in renamed.items():
+            assert f"{run}/config.yaml: key '{old}' was renamed: it is '{new}' now" in str(error)
+    (run / "config.yaml").write_text(current)
+    assert len(read_metrics(start(run_values))) == 6
+
+
 def test_a_folder_that_is_no_run_is_left_alone(run_values):
     other = Path(run_values["out"])
     other.mkdir()
@@ -70,9 +90,10 @@ def test_a_folder_that_cannot_be_made_is_named(run_values, tmp_path):
 
 
 def test_diverged_weights_never_push_out_a_good_checkpoint(run_values):
-    run_values["train"] |= {"log_every": 5, "checkpoint_every": 1, "keep_last": 1}
+    run_values["checkpoint"] = {"every": 1, "keep_last": 1}
+    run_values["telemetry"] = {"log_every": 5}
     run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
-    with pytest.raises(UserError, match=r"5 steps in a row .* back to step 1, which is kept, before"):
+    with pytest.raises(UserError, match=r"5 consecutive .* rolled back to step 1, which is kept, before"):
         start(run_values)
     (kept,) = complete_checkpoints(Path(run_values["out"]) / "checkpoints")
     assert kept.name == "step-00000001"
@@ -91,15 +112,15 @@ def test_a_damaged_manifest_of_a_checkpoint_is_named(run_values, content):
     run = start(run_values, stop_after=1)
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
     (checkpoint / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json: not readable .*take the checkpoint before"):
+    with pytest.raises(UserError, match=r"manifest\.json: damaged: .*use the previous checkpoint"):
         verify_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_of_another_model_is_named(run_values):
     run = start(run_values, stop_after=1)
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
-    with pytest.raises(UserError, match="does not hold the tensors of this model"):
-        load_whole(checkpoint, {"no.such.weight": (1,)}, "ema")
+    with pytest.raises(UserError, match=r"holds another model: .* is missing in this model"):
+        load_full_tensors(checkpoint, {"no.such.weight": (1,)}, "ema")
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "type", "order"])
@@ -133,8 +154,8 @@ def test_a_flipped_byte_in_a_shard_is_seen_by_its_hash(own_shards):
         ("model", {"image_sizes": [[0, 8]]}, r"key 'model\.image_sizes\.0\.0'"),
         ("optimizer", {"betas": [2.0, 0.5]}, r"key 'optimizer\.betas\.0'"),
         ("optimizer", {"learning_rate": float("inf")}, r"key 'optimizer\.learning_rate'"),
-        ("sampling", {"num_steps": 5000}, r"sampling\.num_steps 5000 is beyond"),
-        ("samples", {"every": 4}, r"samples\.every 4 is not a multiple of train\.checkpoint_every 3"),
+        ("sampling", {"num_inference_steps": 5000}, r"sampling\.num_inference_steps 5000 exceeds"),
+        ("samples", {"every": 4}, r"samples\.every 4 is not a multiple of checkpoint\.every 3"),
     ],
 )
 def test_values_out_of_bounds_are_named(run_values, room, values, message):
@@ -144,9 +165,10 @@ def test_values_out_of_bounds_are_named(run_values, room, values, message):
     assert len(str(refused.value)) < 300
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("backend", ["flex", "interval", "flash"])
-def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend):
+def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend, monkeypatch):
+    monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
     run_values["model"]["attention"] = backend
     with pytest.raises(UserError, match=rf"model\.attention: {backend} cannot .*use"):
         start(run_values)
@@ -176,7 +198,7 @@ def test_a_source_without_documents_is_refused(tmp_path):
     assert not (tmp_path / "text").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_compiling_without_a_compiler_is_refused_at_start(run_values, monkeypatch, tmp_path):
     run_values["train"]["compile"] = True
     monkeypatch.setenv("PATH", str(tmp_path))

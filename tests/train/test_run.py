@@ -22,16 +22,15 @@ from safetensors.torch import load_file
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
-from megafusion.engine.engine import make_engine, start_process_group
-from megafusion.engine.step import train_step
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.parallel.mesh import make_mesh
-from megafusion.resilience import attempts as starts
-from megafusion.telemetry.metrics import read_metrics
-from megafusion.train.build import build_components
+from megafusion.resilience import attempts
+from megafusion.telemetry.metrics_file import read_metrics
+from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
+from megafusion.train.loop import train, train_step
 from tests.support.workers import run_workers
 
 
@@ -72,7 +71,8 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.fixture
 def long_values(run_values):
     """Twelve steps, over the end of an epoch of every stream."""
-    run_values["train"] |= {"num_steps": 12, "checkpoint_every": 4}
+    run_values["train"]["num_steps"] = 12
+    run_values["checkpoint"] = {"every": 4}
     return run_values
 
 
@@ -124,8 +124,8 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_
 def test_a_run_that_another_process_trains_is_refused_and_untouched(run_values, monkeypatch):
     run = start(run_values)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    monkeypatch.setattr(starts, "ENDING_SECONDS", 0)
-    with (run / starts.STEP).open("rb") as file:
+    monkeypatch.setattr(attempts, "WAIT_SECONDS", 0)
+    with (run / attempts.STEP).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="trains in this folder"):
             start(run_values)
@@ -141,17 +141,17 @@ def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
     start_process_group()
     mesh = make_mesh(run_config.parallel)
     parts = build_components(run_config, mesh)
-    engine = make_engine(run_config, mesh)
+    engine = build_engine(run_config, mesh)
     before = states()
     for _ in range(2):
-        train_step(engine, parts.stream.next().micro_batches, 1e-3)
+        train_step(engine, parts.loader.next(), 1e-3)
     assert states() == before
     torch.rand(1)
     assert states() != before
 
 
 def test_old_checkpoints_go_and_samples_come(run_values):
-    run_values["train"] |= {"checkpoint_every": 1, "keep_last": 2}
+    run_values["checkpoint"] = {"every": 1, "keep_last": 2}
     run_values["samples"] = {"every": 3, "num_pairs": 2}
     run = start(run_values)
     assert [c.name for c in complete_checkpoints(run / "checkpoints")] == ["step-00000005", "step-00000006"]
@@ -169,7 +169,7 @@ def test_old_checkpoints_go_and_samples_come(run_values):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts something that cannot be deleted")
 def test_an_old_checkpoint_that_cannot_be_deleted_is_said_and_harms_nothing(run_values, capsys):
-    run_values["train"] |= {"keep_last": 1}
+    run_values["checkpoint"]["keep_last"] = 1
     run = start(run_values, stop_after=3)
     (old,) = complete_checkpoints(run / "checkpoints")
     stuck = old / "stuck"
@@ -194,7 +194,8 @@ def test_a_changed_configuration_is_refused_for_an_old_run(run_values):
         start(run_values)
     assert losses(run) == before
     del run_values["optimizer"]["weight_decay"]
-    run_values["train"] |= {"log_every": 2, "checkpoint_every": 5}
+    run_values["checkpoint"]["every"] = 5
+    run_values["telemetry"] = {"log_every": 2}
     start(run_values)
 
 
@@ -202,10 +203,10 @@ def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
     run = start(run_values, stop_after=3)
     run_values["optimizer"]["learning_rate"] = 1e-3
     start(run_values)
-    assert "goes on with optimizer.learning_rate 0.001, which was 0.003" in capsys.readouterr().err
+    assert "resumes with optimizer.learning_rate 0.001 instead of 0.003" in capsys.readouterr().err
     rates = [line["learning_rate"] for line in read_metrics(run)]
     assert rates[3] < 1e-3 < rates[2]
-    assert [begun["changed"] for begun in starts.read_starts(run)] == [
+    assert [begun["changed"] for begun in attempts.read_attempts(run)] == [
         {},
         {"optimizer.learning_rate": [3e-3, 1e-3]},
     ]
@@ -222,8 +223,8 @@ def test_what_a_kill_leaves_of_the_record_is_no_reason_to_refuse(run_values, lef
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("state.json", "cut", r"state\.json: not as it was written"),
-        ("tensors/__0_0.distcp", "flip", r"\.distcp: not as it was written"),
+        ("state.json", "cut", r"state\.json: damaged"),
+        ("tensors/__0_0.distcp", "flip", r"\.distcp: damaged"),
         ("tensors/.metadata", "remove", r"\.metadata: missing from the checkpoint"),
         ("manifest.json", "remove", None),
     ],
@@ -242,7 +243,7 @@ def test_a_damaged_checkpoint_is_named(run_values, name, damage, message):
         file.unlink()
     if message is None:  # without its manifest it is no checkpoint
         assert complete_checkpoints(run / "checkpoints") == []
-        with pytest.raises(UserError, match="no complete checkpoint"):
+        with pytest.raises(UserError, match="the checkpoint is incomplete"):
             verify_checkpoint(checkpoint)
         return
     before = losses(run)
@@ -301,7 +302,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run_values, tmp
 
 def test_non_finite_losses_stop_the_run(run_values):
     run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
-    message = r"no checkpoint to go back to; start again with a lower optimizer\.learning_rate"
+    message = r"no checkpoint to roll back to; start again with a lower optimizer\.learning_rate"
     with pytest.raises(UserError, match=message) as found:
         start(run_values)
     assert found.value.exit_status == 1

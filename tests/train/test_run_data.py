@@ -7,7 +7,7 @@ import pytest
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 
@@ -46,11 +46,11 @@ def test_metrics_say_what_rows_hold(run_values):
         assert line["documents_skipped"] == 0
 
 
-def test_a_place_of_an_older_format_is_refused_when_resuming(run_values, monkeypatch):
-    from megafusion.data import loader as stream
+def test_a_data_state_of_an_older_format_is_refused_when_resuming(run_values, monkeypatch):
+    from megafusion.data import loader
 
-    monkeypatch.setattr(stream, "FORMAT", 1)
+    monkeypatch.setattr(loader, "FORMAT", 1)
     start(run_values, stop_after=3)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="place in the data is of format 1, and this version reads 2"):
+    with pytest.raises(UserError, match="data state has format 1, and this version reads 2"):
         start(run_values)

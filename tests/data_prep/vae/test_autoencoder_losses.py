@@ -3,8 +3,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
 
+from data_prep.vae.config import LossConfig
 from data_prep.vae.features import ResNet50Features, VGG16Features, load_weights
-from data_prep.vae.losses import AutoencoderLoss, LossConfig, PatchDiscriminator, feature_distance
+from data_prep.vae.losses import AutoencoderLoss, PatchDiscriminator, feature_distance
 from megafusion.errors import UserError
 
 
@@ -16,7 +17,7 @@ def weights(tmp_path_factory):
     for name, network in (("vgg", VGG16Features()), ("resnet", ResNet50Features())):
         state = network.state_dict() | {"classifier.0.weight": torch.zeros(1)}
         save_file({k: v for k, v in state.items() if "num_batches" not in k}, folder / f"{name}.safetensors")
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(VGG16Features.widths)}
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(VGG16Features.channels)}
     save_file(heads, folder / "heads.safetensors")
     return folder
 
@@ -128,7 +129,7 @@ def test_feature_networks_are_frozen_and_reach_the_known_shapes(weights):
         (1024, 4, 4),
         (2048, 2, 2),
     ]
-    assert [tuple(x.shape[1:2]) for x in VGG16Features()(images)] == [(c,) for c in VGG16Features.widths]
+    assert [tuple(x.shape[1:2]) for x in VGG16Features()(images)] == [(c,) for c in VGG16Features.channels]
     # torchvision's counts without the classifiers.
     assert sum(p.numel() for p in network.parameters()) == 23_508_032
     assert sum(p.numel() for p in VGG16Features().parameters()) == 14_714_688

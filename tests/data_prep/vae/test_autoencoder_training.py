@@ -9,16 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from data_prep.vae import train
-from data_prep.vae.data import (
-    PictureConfig,
-    find_shards,
-    held_out_pictures,
-    is_held_out,
-    training_batches,
-)
-from data_prep.vae.measure import measure
-from data_prep.vae.train import AutoencoderConfig, learning_rate, train_autoencoder
+from data_prep.vae import output, train
+from data_prep.vae.config import AutoencoderConfig, ImageDataConfig
+from data_prep.vae.dataset import find_shards, held_out_images, is_held_out, training_batches
+from data_prep.vae.evaluation import measure
+from data_prep.vae.model import build_model
+from data_prep.vae.train import learning_rate, train_autoencoder
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
@@ -91,7 +87,7 @@ def config(tmp_path: Path, shard: Path):
 def test_a_short_training_learns_and_writes_its_folder(config):
     report = train_autoencoder(config())
     out = config().out
-    assert sorted(p.name for p in out.iterdir()) == sorted(train.WRITTEN)
+    assert sorted(p.name for p in out.iterdir()) == sorted(output.FILES)
     assert [p.name for p in out.parent.iterdir() if "vae" in p.name] == ["vae"]  # nothing unfinished left
     assert json.loads((out / "report.json").read_text()) == report
     first, last = report["history"]
@@ -103,8 +99,8 @@ def test_a_short_training_learns_and_writes_its_folder(config):
 
     codec = ImageCodec.from_pretrained(out)
     assert codec.hash == report["codec_sha256"]
-    keys, held_out = held_out_pictures(config().data, find_shards(config().data))
-    assert len(keys) == report["num_held_out_pictures"]
+    keys, held_out = held_out_images(config().data, find_shards(config().data))
+    assert len(keys) == report["num_held_out_images"]
     measured, reconstructions = measure(codec, held_out)
     assert measured == {key: report[key] for key in measured}
     squared = ((reconstructions - held_out) / 2).square().mean((1, 2, 3))
@@ -172,8 +168,10 @@ def test_both_styles_of_a_concept_fall_on_one_side():
 
 
 def test_an_epoch_holds_every_training_picture_once(shard):
-    config = PictureConfig(shards=[str(shard)], image_size=32, held_out_fraction=0.15, horizontal_flip=False)
-    _, held_out = held_out_pictures(config, [shard])
+    config = ImageDataConfig(
+        shards=[str(shard)], image_size=32, held_out_fraction=0.15, horizontal_flip=False
+    )
+    _, held_out = held_out_images(config, [shard])
     num_training = 48 - len(held_out)
     stream = training_batches(config, [shard], num_training, seed=0)
     first, second = next(stream), next(stream)
@@ -189,9 +187,9 @@ def test_an_epoch_holds_every_training_picture_once(shard):
 
 def test_flips_mirror_about_half(shard):
     options = {"shards": [str(shard)], "image_size": 32, "held_out_fraction": 0.15}
-    flipped = next(training_batches(PictureConfig(**options), [shard], 40, 0))
+    flipped = next(training_batches(ImageDataConfig(**options), [shard], 40, 0))
     pictures = [disc(i) for i in range(48)]
-    plain = train.held_out_pictures(PictureConfig(**options | {"held_out_fraction": 0.999999}), [shard])[1]
+    plain = held_out_images(ImageDataConfig(**options | {"held_out_fraction": 0.999999}), [shard])[1]
     assert len(plain) == len(pictures)
     upright = sum(any(torch.equal(x, p) for p in plain) for x in flipped)
     mirrored = sum(any(torch.equal(x.flip(-1), p) for p in plain) for x in flipped)
@@ -213,15 +211,15 @@ def test_bad_shards_are_named(config, tmp_path, shard):
         train_autoencoder(config(data={"shards": [str(tmp_path / "nowhere-*.tar")]}))
     cut = tmp_path / "cut.tar"
     cut.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 + 700])
-    with pytest.raises(UserError, match=r"cut\.tar: not readable as a tar shard"):
+    with pytest.raises(UserError, match=r"cut\.tar: not readable as a tar"):
         train_autoencoder(config(data={"shards": [str(cut)]}))
     junk = write_shard(tmp_path / "junk.tar", {f"{i:04X}-flat": b"no picture" for i in range(40)})
-    with pytest.raises(UserError, match=r"junk\.tar: .*-flat\.png: not a readable picture"):
+    with pytest.raises(UserError, match=r"junk\.tar, key '.*-flat': image does not decode"):
         train_autoencoder(config(data={"shards": [str(junk)]}))
     lone = write_shard(tmp_path / "lone.tar", {"0001-flat": png(disc(1))})
-    with pytest.raises(UserError, match=r"held_out_fraction.*keeps no picture of .*lone\.tar"):
+    with pytest.raises(UserError, match=r"held_out_fraction.*holds out no image of .*lone\.tar"):
         train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 1e-9}))
-    with pytest.raises(UserError, match="no picture left to train on"):
+    with pytest.raises(UserError, match="no image left to train on"):
         train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 0.999999}))
 
 
@@ -236,7 +234,7 @@ def test_other_bad_input_is_refused(config):
         train_autoencoder(config(loss={"kl_weight": 1e308}))
     config().out.mkdir()
     (config().out / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds something else \['thesis\.tex'\]"):
+    with pytest.raises(UserError, match=r"holds other files \['thesis\.tex'\]"):
         train_autoencoder(config())
 
 
@@ -244,7 +242,7 @@ def test_other_bad_input_is_refused(config):
 def test_shipped_configurations_are_valid(name):
     config = load_config(AutoencoderConfig, ROOT / f"configs/vae/{name}.yaml")
     with torch.device("meta"):
-        model = train.build_model(config.network)
+        model = build_model(config.network)
     channels, height, width = ImageCodec(model).latent_shape(*[config.data.image_size] * 2)
     assert (channels, height, width) == {"emoji": (3, 16, 16), "paper": (8, 32, 32)}[name]
 
@@ -257,8 +255,8 @@ def test_the_committed_autoencoder_is_as_good_as_it_says():
     codec = ImageCodec.from_pretrained(folder)
     assert codec.hash == report["codec_sha256"]
     shards = [ROOT / "data_prep/emoji/emoji-000000.tar"]
-    _, held_out = held_out_pictures(recipe.data, shards)
-    assert len(held_out) == report["num_held_out_pictures"]
+    _, held_out = held_out_images(recipe.data, shards)
+    assert len(held_out) == report["num_held_out_images"]
     measured, _ = measure(codec, held_out)
     assert measured["psnr"] == pytest.approx(report["psnr"], abs=0.02)
     assert measured["psnr"] >= 29.0

@@ -1,0 +1,155 @@
+"""Interleaved documents in the layout of OBELICS (JSON Lines or parquet) or of MMC4 (JSON Lines).
+
+OBELICS: two lists of equal length, `texts` and `images`. MMC4: sentences in `text_list`, and in `image_info`
+images that are each matched to one of them.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.readers.jsonl import LineReader, parse_json_line
+from data_prep.readers.parquet import ParquetReader, image_bytes
+from data_prep.readers.records import BadRecord, Record
+from data_prep.readers.webdataset import tar_files
+from megafusion.errors import UserError
+
+TEXTS, IMAGES = "texts", "images"
+SENTENCES, MATCHES = "text_list", "image_info"
+MATCH = ("image_name", "matched_text_index")
+MISSING = "an image is not in document_images"
+URL = "an image is a URL: fetch the images and store them in document_images under the names used here"
+NO_DOCUMENT_IMAGES = "an image is a name, but document_images is not set"
+
+
+class JsonlDocuments(LineReader):
+    """Reads documents of JSON Lines, whose images are names in a tar or folder."""
+
+    def __init__(self, path: Path, named_images: "NamedImages"):
+        super().__init__(path)
+        self._named_images = named_images
+
+    def read(self, record: Record) -> list[str | bytes]:
+        """Texts and encoded images in order. Raises BadRecord."""
+        return document_segments(parse_json_line(super().read(record)), self._named_images)
+
+
+class ParquetDocuments(ParquetReader):
+    """Reads documents of parquet, whose images are bytes, or names in a tar or folder."""
+
+    def __init__(self, path: Path, named_images: "NamedImages"):
+        super().__init__(path, [TEXTS, IMAGES])
+        self._named_images = named_images
+
+    def read(self, record: Record) -> list[str | bytes]:
+        """Texts and encoded images in order. Raises BadRecord."""
+        return document_segments(self.row(record), self._named_images)
+
+
+class NamedImages:
+    """Reads images by name from one tar or folder, and nothing outside it."""
+
+    def __init__(self, source: Path | None):
+        self._source = source
+        self._members: dict[str, Any] | None = None
+
+    def __call__(self, name: str) -> bytes:
+        """An encoded image. Raises BadRecord."""
+        missing = URL if "://" in name else MISSING
+        if self._source is None:
+            raise BadRecord(URL if missing == URL else NO_DOCUMENT_IMAGES)
+        return self._from_folder(name, missing) if self._source.is_dir() else self._from_tar(name, missing)
+
+    def _from_folder(self, name: str, missing: str) -> bytes:
+        try:
+            path = (self._source / name).resolve()
+            if path.is_relative_to(self._source.resolve()):
+                return path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise BadRecord(missing) from error
+        raise BadRecord("an image's name is a path that leads out of document_images")
+
+    def _from_tar(self, name: str, missing: str) -> bytes:
+        if self._members is None:
+            self._file = self._source.open("rb", buffering=0)
+            self._members = {n: member for n, member in self._tar_members() if isinstance(member, tuple)}
+        if name not in self._members:
+            raise BadRecord(missing)
+        offset, size = self._members[name]
+        return os.pread(self._file.fileno(), size, offset)
+
+    def _tar_members(self) -> Iterator[tuple[str, Any]]:
+        names = set()
+        for name, member in tar_files(self._source):
+            if member is None:
+                raise UserError(
+                    f"{self._source}: is corrupt, or not an uncompressed tar; fetch or pack it again"
+                )
+            if name in names:
+                raise UserError(f"{self._source}: has {name!r} twice; pack it again")
+            names.add(name)
+            yield name, member
+
+
+def document_segments(values: dict, named_images: Callable[[str], bytes]) -> list[str | bytes]:
+    """Texts and images of a document, in order; its keys tell the layout. Raises BadRecord."""
+    if TEXTS in values or IMAGES in values:
+        segments = _obelics_segments(values.get(TEXTS), values.get(IMAGES), named_images)
+    elif SENTENCES in values and MATCHES in values:
+        segments = _mmc4_segments(values[SENTENCES], values[MATCHES], named_images)
+    else:
+        found = ascii(sorted(values)[:8])[:100]
+        raise BadRecord(
+            "has neither `texts` and `images` (OBELICS) nor `text_list` and `image_info` (MMC4)",
+            f"its keys are {found}",
+        )
+    if not segments:
+        raise BadRecord("empty document")
+    return segments
+
+
+def _obelics_segments(texts: Any, images: Any, named_images: Callable[[str], bytes]) -> list[str | bytes]:
+    """Each index holds a text, an image, or both in this order."""
+    if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+        raise BadRecord("`texts` and `images` are not two lists of equal length")
+    segments: list[str | bytes] = []
+    for text, image in zip(texts, images, strict=True):
+        if not isinstance(text, str | None):
+            raise BadRecord("a text is not a string")
+        if text and text.strip():
+            segments.append(text.strip())
+        if isinstance(image, dict) and image.get("bytes") is None:
+            image = image.get("path")
+        if image is not None:
+            segments.append(named_images(image) if isinstance(image, str) else image_bytes(image))
+    return segments
+
+
+def _mmc4_segments(sentences: Any, matches: Any, named_images: Callable[[str], bytes]) -> list[str | bytes]:
+    """Each image before the sentence that it is matched to; several of one sentence in the order listed.
+
+    Images come before their sentence and sentences are joined by a space, as in OpenFlamingo, by authors of
+    MMC4 (open_flamingo/train/data.py). MMC4 matches one image to a sentence where it can; the order of
+    several is ours.
+    """
+    if not isinstance(sentences, list) or not isinstance(matches, list):
+        raise BadRecord("`text_list` and `image_info` are not two lists")
+    before: dict[int, list[str]] = {}
+    for image in matches:
+        name, index = (image.get(key) if isinstance(image, dict) else None for key in MATCH)
+        if not isinstance(name, str) or type(index) is not int or not 0 <= index < len(sentences):
+            raise BadRecord("an image without `image_name` or a `matched_text_index` that is in `text_list`")
+        before.setdefault(index, []).append(name)
+    segments: list[str | bytes] = []
+    for index, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise BadRecord("a sentence is not a string")
+        segments += map(named_images, before.get(index, []))
+        if not (sentence := sentence.strip()):
+            continue
+        if segments and isinstance(segments[-1], str):
+            segments[-1] += f" {sentence}"
+        else:
+            segments.append(sentence)
+    return segments

@@ -1,0 +1,133 @@
+"""webdataset tars: images with captions by key. Members are read in place, never extracted."""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.readers.records import BadRecord, RawPair, Record
+
+IMAGE_SUFFIXES = {"webp", "png", "jpg", "jpeg", "gif", "bmp", "tif", "tiff"}
+CORRUPT_TAR = "not readable as a tar to its end (truncated, compressed or corrupt); fetch it again"
+DUPLICATE_KEY = "the tar has this key twice"
+NO_IMAGE = "no image"
+# webdataset's own rule: the key ends at the first dot of the file's name.
+NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+
+
+class TarReader:
+    """Reads the pairs of one tar. A record's location: offset and size of its image, caption and .json."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+
+    def records(self) -> Iterator[Record]:
+        """A record for each run of adjacent members with the same key, as in webdataset."""
+        seen: set[str] = set()
+        for record in self._groups():
+            if record.key in seen:
+                record = Record(record.key, None, DUPLICATE_KEY)
+            elif record.key:
+                seen.add(record.key)
+            yield record
+
+    def read(self, record: Record) -> RawPair:
+        """An image with its caption and scores. Raises BadRecord for an invalid .json."""
+        members = {
+            name: os.pread(self._file.fileno(), size, offset)
+            for name, (offset, size) in record.location.items()
+        }
+        return RawPair(record.key, members["image"], members.get("txt"), parse_scores(members.get("json")))
+
+    def where(self, record: Record) -> str:
+        """The tar and the key."""
+        return f"{self.path}, key {record.key!r}" if record.key else str(self.path)
+
+    def _groups(self) -> Iterator[Record]:
+        key, members, problem = None, {}, None
+        for name, member in tar_files(self.path):
+            if member is None:
+                yield Record("", None, name)  # the unfinished group may lack members: it is dropped too
+                return
+            if isinstance(member, str):
+                yield Record(name, None, member)
+                continue
+            match = NAME.match(name)
+            if not match:
+                continue
+            if match[1] != key:
+                if key is not None:
+                    yield _record(key, members, problem)
+                key, members, problem = match[1], {}, None
+            suffix = match[2].lower()
+            role = "image" if suffix in IMAGE_SUFFIXES else suffix
+            if role in ("image", "txt", "json"):
+                if role in members:
+                    problem = DUPLICATE_KEY
+                members[role] = member
+        if key is not None:
+            yield _record(key, members, problem)
+
+
+def _record(key: str, members: dict, problem: str | None) -> Record:
+    if "image" not in members:
+        problem = problem or NO_IMAGE
+    return Record(key, members, problem)
+
+
+def tar_files(path: Path) -> Iterator[tuple[str, tuple[int, int] | str | None]]:
+    """Name, and offset and size, of each regular file of a tar; or name and problem of an invalid member.
+
+    A corrupt tar ends with (problem, None).
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # else tarfile keeps all of them in memory
+                if member.isdir():
+                    continue
+                yield plain_name(member.name), _problem(member) or (member.offset_data, member.size)
+            end = tar.offset
+        with path.open("rb") as file:
+            file.seek(end)
+            # tarfile takes an invalid or missing header for the end.
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                yield CORRUPT_TAR, None
+    except (EOFError, ValueError, tarfile.TarError):
+        yield CORRUPT_TAR, None
+
+
+def _problem(member: tarfile.TarInfo) -> str | None:
+    if not member.isreg() or member.issparse():
+        return "a link or another member that is not a regular file"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its name is a path that leads out of the tar"
+    return None if member.name == plain_name(member.name) else "its name is not UTF-8"
+
+
+def plain_name(name: str) -> str:
+    """A file name as valid UTF-8; invalid bytes are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def parse_scores(content: bytes | None) -> dict:
+    """The values of an image's .json; empty without one. Raises BadRecord."""
+    if content is None:
+        return {}
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise BadRecord("its .json is not valid JSON") from error
+    return values if isinstance(values, dict) else {}
+
+
+def tar_pairs(path: Path) -> Iterator[RawPair]:
+    """Every pair of a tar. Raises BadRecord naming the first invalid record."""
+    reader = TarReader(path)
+    for record in reader.records():
+        if record.problem:
+            raise BadRecord(f"{reader.where(record)}: {record.problem}")
+        yield reader.read(record)

@@ -1,0 +1,1 @@
+"""The small committed autoencoder, and the training of diffusers AutoencoderKLs."""

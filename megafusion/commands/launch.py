@@ -1,0 +1,78 @@
+"""`megafusion launch`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megafusion.commands.arguments import ConfigFile, Overrides
+from megafusion.config import dump_config, load_config
+
+if TYPE_CHECKING:
+    from megafusion.data.config import DataConfig
+
+
+def launch(
+    config: ConfigFile,
+    site: Annotated[
+        str, typer.Option(help="Cluster: a name in launchers/sites/, or the path of such a file.")
+    ],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="Nodes of the job.", min=1)] = 1,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Time limit in sbatch's form; default: the site's.")
+    ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="Starts the ranks: srun or deepspeed; default: the site's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the job script, submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a run to SLURM: its job script and frozen configuration go into the run folder.
+
+    The job requeues itself until the run is finished. Submitting a run again, with other --nodes, resumes it
+    in the new job once the old one has ended.
+
+    Example: megafusion launch configs/7b.yaml parallel.tensor=8 --site example --nodes 16 --dry-run
+    """
+    from megafusion.launch.job import make_job, render
+    from megafusion.launch.submit import submit
+    from megafusion.parallel.degrees import check_degrees
+    from megafusion.train.config import RunConfig
+    from megafusion.train.run_folder import changed_recipe
+
+    values = load_config(RunConfig, config, overrides or [])
+    job = make_job(values.out, site, nodes, launcher, time_limit)
+    check_degrees(
+        values.model,
+        values.parallel,
+        sequence_length=values.data.sequence_length,
+        global_batch_size=values.train.global_batch_size,
+        micro_batch_size=values.train.micro_batch_size,
+        world_size=job.world_size,
+    )
+    changed_recipe(values)
+    for missing in _missing_inputs(values.data):
+        print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)
+    script = render(job)
+    if dry_run:
+        typer.echo(script)
+    else:
+        frozen = dump_config(values.model_copy(update={"out": job.run}))
+        typer.echo(submit(job, script, frozen))
+
+
+def _missing_inputs(data: "DataConfig") -> Iterator[str]:
+    """Inputs that this machine does not see. A login node need not see all that the nodes do."""
+    from megafusion.data.manifest import MANIFEST
+
+    for name, source in data.sources.items():
+        if "://" not in source.path and not (Path(source.path) / MANIFEST).is_file():
+            yield f"data.sources.{name}.path {source.path}"
+    if not data.tokenizer.is_file():
+        yield f"data.tokenizer {data.tokenizer}"
+    if not data.vae.is_dir():
+        yield f"data.vae {data.vae}"

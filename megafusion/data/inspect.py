@@ -1,0 +1,125 @@
+"""Inspects and verifies folders of shards, for `megafusion data`."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from megafusion.data.decode import decode, first_images
+from megafusion.data.document_format import StoredDocument
+from megafusion.data.index import INDEX, document_offsets
+from megafusion.data.reader import ShardFolder
+from megafusion.errors import UserError
+from megafusion.images.grid import encode_png, make_image_grid
+from megafusion.progress import progress_bar
+from megafusion.storage import file_sha256, write_file
+
+
+def inspect_shards(folder: Path, vae: Path, out: Path, num_documents: int) -> None:
+    """Print what a folder of shards holds, and write a sheet of its images with captions to `out`.
+
+    Documents are taken at equal distances. Raises UserError if the autoencoder at `vae` did not make the
+    latents.
+    """
+    shards = ShardFolder(folder)
+    chosen = [shards.read(*location) for location in _equally_spaced(shards, num_documents)]
+    Console().print(_table(shards, chosen))
+    if shards.manifest.num_images:
+        with_images = filter(_has_image, chosen if any(map(_has_image, chosen)) else _all(shards))
+        _write_sheet(shards, list(islice(with_images, num_documents)), vae, out)
+        return
+    for document in chosen[:3]:
+        print(f"tokens: {document.segments[0].data[:24].tolist()} ...")
+
+
+def verify_shards(folder: Path) -> None:
+    """Hash every shard and recompute its index. Raises UserError naming the first file that differs."""
+    shards = ShardFolder(folder)
+    with progress_bar() as progress:
+        task = progress.add_task(f"verifying {folder}", total=len(shards.manifest.shards), losses="")
+        for entry in shards.manifest.shards:
+            path = shards.folder / entry.name
+            if file_sha256(path) != entry.sha256:
+                raise UserError(f"{path}: altered (its hash differs); copy it again or preprocess again")
+            _check_index(path)
+            progress.advance(task)
+    print(f"{folder}: {len(shards.manifest.shards)} shards, {len(shards):,} documents, as they were written")
+
+
+def _has_image(document: StoredDocument) -> bool:
+    return bool(first_images([document]))
+
+
+def _all(shards: ShardFolder) -> Iterator[StoredDocument]:
+    for number, entry in enumerate(shards.manifest.shards):
+        yield from (shards.read(number, position) for position in range(entry.num_documents))
+
+
+def _check_index(path: Path) -> None:
+    """Raises UserError if a shard's index is not the one that its bytes give."""
+    index = path.with_suffix(INDEX)
+    try:
+        is_same = np.array_equal(np.load(index, allow_pickle=False), document_offsets(path))
+    except (OSError, ValueError, EOFError):
+        is_same = False
+    if not is_same:
+        raise UserError(f"{index}: is not the index of {path.name}; copy it again or preprocess again")
+
+
+def _equally_spaced(shards: ShardFolder, number: int) -> list[tuple[int, int]]:
+    """Shard and position of documents at equal distances."""
+    sizes = [entry.num_documents for entry in shards.manifest.shards]
+    ends = np.cumsum(sizes)
+    wanted = [len(shards) * i // min(number, len(shards)) for i in range(min(number, len(shards)))]
+    found = np.searchsorted(ends, wanted, side="right")
+    return [(int(s), int(w - ends[s] + sizes[s])) for s, w in zip(found, wanted, strict=True)]
+
+
+def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
+    manifest = shards.manifest
+    lengths = sorted(sum(len(s.data) for s in d.segments if s.kind == "tokens") for d in chosen)
+    table = Table("", "", title=str(shards.folder), show_header=False)
+    table.add_row("kind", manifest.kind)
+    table.add_row("documents", f"{manifest.num_documents:,} in {len(manifest.shards)} shards")
+    table.add_row("bytes", decimal(sum(entry.num_bytes for entry in manifest.shards)))
+    table.add_row("tokens, images", f"{manifest.num_tokens:,}, {manifest.num_images:,}")
+    median = lengths[len(lengths) // 2]
+    table.add_row(f"tokens of {len(chosen)} documents", f"{lengths[0]} to {lengths[-1]}, median {median}")
+    images = first_images(chosen)
+    if images and manifest.image_kind == "pixels":
+        mean_bytes = sum(len(image.data) for image in images) // len(images)
+        table.add_row("images", f"pixels, WebP of {decimal(mean_bytes)} each")
+    elif images:
+        numbers = np.concatenate([image.data[0].ravel() for image in images])
+        latents = (torch.from_numpy(numbers).float() - manifest.latent_shift) * manifest.latent_scale
+        shapes = [" x ".join(map(str, shape)) for shape in manifest.latent_shapes]
+        for shape, count in zip(shapes, manifest.count_by_size.values(), strict=True):
+            table.add_row("latents" if shape == shapes[0] else "", f"{shape}: {count:,} images")
+        deviation = f"mean {latents.mean():.3f}, standard deviation {latents.std():.3f}"
+        table.add_row("", f"normalized as in training: {deviation}")
+    for name, value in manifest.provenance.items():
+        if name != "config":
+            table.add_row("made with" if name == "megafusion" else "from", f"{name} {value[:12]}")
+    return table
+
+
+def _write_sheet(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, out: Path) -> None:
+    from megafusion.images.codec import ImageCodec  # imports diffusers
+
+    codec = ImageCodec.from_pretrained(vae)
+    has_latents = shards.manifest.image_kind == "moments"
+    if has_latents and codec.hash != shards.manifest.vae_sha256:
+        raise UserError(
+            f"{vae}: is not the autoencoder that made the latents of {shards.folder} (hash "
+            f"{codec.hash[:12]}, there {str(shards.manifest.vae_sha256)[:12]}); name that one with --vae"
+        )
+    captions = [str(document.metadata.get("caption", "")) for document in chosen]
+    images = decode(first_images(chosen), codec)
+    write_file(out, encode_png(make_image_grid(list(zip(captions, images, strict=True)))))
+    how = "decoded from their latents" if has_latents else "as kept"
+    print(f"{out}: {len(chosen)} images {how}, with captions")

@@ -1,0 +1,63 @@
+"""How a training step is computed, and the optimizer. Imports no torch."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from megafusion.config import Config
+from megafusion.parallel.config import Recompute
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Config):
+    """AdamW (arXiv 1711.05101) with warm-up and cosine decay."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    """Peak learning rate, reached after the warm-up."""
+    final_learning_rate: float = Field(1.5e-5, ge=0)
+    """Learning rate at the last step, where the cosine ends."""
+    num_warmup_steps: int = Field(4000, ge=0)
+    """Steps of linear warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay rates of the first and the second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the square root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Weight decay of matrices and convolutions; vectors (biases, norms) have none."""
+    gradient_clip: float = Field(1.0, ge=0)
+    """Maximum global gradient norm; 0 disables clipping."""
+
+
+class TrainConfig(Config):
+    """Number of steps, batch sizes, precision and memory of a step."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "global_batch_rows": "global_batch_size",
+        "micro_batch_rows": "micro_batch_size",
+        "checkpoint_every": ".checkpoint.every",
+        "keep_last": ".checkpoint.keep_last",
+        "keep_every": ".checkpoint.keep_every",
+        "on_save_error": ".checkpoint.on_save_error",
+        "log_every": ".telemetry.log_every",
+        "trackers": ".telemetry.trackers",
+        "wandb_project": ".telemetry.wandb_project",
+        "timeout_seconds": ".resilience.timeout_seconds",
+    }
+
+    num_steps: int = Field(gt=0)
+    """Optimizer steps."""
+    global_batch_size: int = Field(gt=0)
+    """Packed sequences of an optimizer step, over all ranks."""
+    micro_batch_size: int = Field(gt=0)
+    """Packed sequences that a rank computes at a time; the rest is gradient accumulation."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """fp32; bf16, with float32 master weights, moments and gradient accumulation; fp8, which is bf16 with
+    8-bit matrix products in the blocks, by transformer-engine (Hopper or later)."""
+    recompute: Recompute = "none"
+    """Activation checkpointing, what a block's backward pass recomputes: none; selective, attention and cheap
+    operations; full, everything."""
+    compile: bool = False
+    """Whether torch.compile fuses the blocks' operations."""
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the averaged weights; (1 + step) / (10 + step) where that is smaller."""

@@ -1,0 +1,39 @@
+"""The process group of a run, and this rank's device."""
+
+import os
+from datetime import timedelta
+
+import megafusion.device  # noqa: F401 - before deepspeed
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+
+def start_process_group(timeout_seconds: float = 600.0) -> None:
+    """Join the launcher's process group, or form one of this process alone; select this rank's GPU.
+
+    timeout_seconds: how long a collective waits for another rank.
+    """
+    if dist.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if on_gpu else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "MASTER_ADDR" not in os.environ:
+        # Single-process runs use an in-process HashStore and open no port.
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    # DeepSpeed would compile its shared-memory collectives for CPUs, which needs a compiler; gloo suffices.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+def local_device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,20 @@
+"""The Triton kernels of `kernels/interval_attention`: CUDA, or Triton's interpreter on a CPU."""
+
+import torch
+from torch import Tensor
+
+import interval_attention
+from megafusion.sequence.intervals import Intervals
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
+    interval_attention.check_served(device, dtype, head_dim)
+    return ""
+
+
+def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> interval_attention.Prepared:
+    return interval_attention.prepare(intervals.row_start, intervals.row_end, intervals.num_keys)
+
+
+def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: interval_attention.Prepared) -> Tensor:
+    return interval_attention.prepared_attention(q_BSHK, k_BTGK, v_BTGK, mask)

@@ -1,0 +1,123 @@
+"""Denoising diffusion in discrete timesteps (Ho et al., arXiv 2006.11239), by diffusers' schedulers.
+
+Imports neither torch nor diffusers: configurations, and processes that only sample t, start without them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from megafusion.config import Config
+from megafusion.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import DDPMScheduler
+    from torch import Tensor
+
+    from megafusion.objective.config import SamplingConfig
+    from megafusion.objective.sampler import Sampler
+
+
+class DDPMConfig(Config):
+    """Noise schedule and prediction type; the keys are those of diffusers' DDPMScheduler."""
+
+    renamed_keys: ClassVar[dict[str, str]] = {
+        "num_steps": "num_train_timesteps",
+        "prediction": "prediction_type",
+    }
+
+    kind: Literal["ddpm"] = "ddpm"
+    """Denoising diffusion in discrete timesteps."""
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
+    """diffusers' name of the noise schedule; squaredcos_cap_v2 is the paper's cosine schedule."""
+    num_train_timesteps: int = Field(1000, gt=0, le=1_000_000)
+    """Timesteps T of the noise process in training."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """The model's target: epsilon, the noise (the paper); v_prediction, the velocity (arXiv 2202.00512)."""
+
+    def build(self) -> DDPM:
+        """The process that these values describe."""
+        return DDPM(self)
+
+
+class DDPM:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, with a_t diffusers' alphas_cumprod at index t T."""
+
+    def __init__(self, config: DDPMConfig):
+        self.config = config
+
+    def sample_t(self, generator: np.random.Generator, max_t: float) -> float:
+        """index / T, with the index uniform over the timesteps below max_t, at least the first."""
+        num_steps = self.config.num_train_timesteps
+        return int(generator.integers(max(1, round(max_t * num_steps)))) / num_steps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noised latents [..., C, H, W] at times [...]."""
+        signal, sigma = self._at(t)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noise, or the velocity v = sqrt(a_t) noise - sqrt(1 - a_t) x_0."""
+        if self.config.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self._at(t)
+        return signal * noise - sigma * latents
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        """The indices t T, int64: exact, because float32 keeps each index / T apart from the next."""
+        return (t * self.config.num_train_timesteps).round().long()
+
+    def sampler(self, sampling: SamplingConfig) -> Sampler:
+        """diffusers' DDIM or DPM-Solver++ over the timesteps of training."""
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+        if reason := self.refusal(sampling):
+            raise UserError(reason)
+        config = scheduler(self.config).config
+        if sampling.sampler == "ddim":
+            sampler = DDIMScheduler.from_config(config, set_alpha_to_one=True, timestep_spacing="trailing")
+        else:
+            sampler = DPMSolverMultistepScheduler.from_config(
+                config, timestep_spacing="trailing", lower_order_final=True, final_sigmas_type="zero"
+            )
+        sampler.set_timesteps(sampling.num_inference_steps)
+        return sampler
+
+    def refusal(self, sampling: SamplingConfig) -> str | None:
+        """A sampler cannot take more steps than there are timesteps in training."""
+        steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
+        if steps <= most:
+            return None
+        return (
+            f"sampling.num_inference_steps {steps} exceeds the {most} timesteps of training "
+            "(objective.noise_process.num_train_timesteps); lower it"
+        )
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        signal, sigma = _coefficients(self.config, t.device)
+        index = self.timesteps(t)
+        return signal[index][..., None, None, None], sigma[index][..., None, None, None]
+
+
+def scheduler(config: DDPMConfig) -> DDPMScheduler:
+    """The diffusers scheduler of a config; samplers are made from its config."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+    )
+
+
+@cache
+def _coefficients(config: DDPMConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """sqrt(a_t) and sqrt(1 - a_t), float32 [T], on the device that a step indexes them on."""
+    alphas = scheduler(config).alphas_cumprod
+    return alphas.sqrt().float().to(device), (1 - alphas).sqrt().float().to(device)

@@ -1,0 +1,76 @@
+"""Degrees of parallelism against the sizes that they divide."""
+
+from megafusion.errors import UserError
+from megafusion.model.config import ModelConfig
+from megafusion.parallel.config import ParallelConfig
+
+
+def data_degree(parallel: ParallelConfig, world_size: int) -> int:
+    """Data-parallel ranks: the world over the other degrees. UserError, with the arithmetic, if not whole."""
+    others = parallel.pipeline * parallel.ulysses * parallel.tensor
+    if world_size % others:
+        raise UserError(
+            f"parallel: pipeline {parallel.pipeline} x ulysses {parallel.ulysses} x tensor {parallel.tensor} "
+            f"= {others} ranks a copy of the model, but the world has {world_size} ranks, which is not a "
+            f"multiple of {others}"
+        )
+    return world_size // others
+
+
+def check_degrees(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    sequence_length: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    world_size: int,
+) -> None:
+    """UserError, with the arithmetic, for degrees that do not divide what they shard; batch sizes in rows."""
+    data = data_degree(parallel, world_size)
+    heads = parallel.tensor * parallel.ulysses
+    slices = parallel.ulysses * (parallel.tensor if parallel.sequence else 1)
+    named_heads = f"parallel.tensor {parallel.tensor} x parallel.ulysses {parallel.ulysses} = {heads}"
+    rules = [
+        (
+            model.num_heads % heads == 0,
+            f"model.num_heads {model.num_heads} is not a multiple of {named_heads}",
+        ),
+        (
+            model.kv_heads % heads == 0,
+            f"model.num_kv_heads {model.kv_heads} is not a multiple of {named_heads}; key and value heads "
+            "are sharded, not replicated",
+        ),
+        (
+            model.ffn_size % parallel.tensor == 0,
+            f"model.ffn_hidden_size {model.ffn_size} is not a multiple of parallel.tensor {parallel.tensor}",
+        ),
+        (
+            model.vocab_size > vocab_shard_size(model.vocab_size, parallel.tensor) * (parallel.tensor - 1),
+            f"model.vocab_size {model.vocab_size} is too small for parallel.tensor {parallel.tensor}",
+        ),
+        (
+            sequence_length % slices == 0,
+            f"data.sequence_length {sequence_length} is not a multiple of the {slices} slices of positions "
+            "(parallel.ulysses, times parallel.tensor with parallel.sequence)",
+        ),
+        (
+            model.num_layers >= parallel.pipeline,
+            f"model.num_layers {model.num_layers} is less than the stages of parallel.pipeline "
+            f"{parallel.pipeline}",
+        ),
+        (
+            global_batch_size % (micro_batch_size * data) == 0,
+            f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x {data} data-parallel ranks (a world of {world_size} / "
+            f"{world_size // data})",
+        ),
+    ]
+    if broken := [message for holds, message in rules if not holds]:
+        raise UserError("\n".join(broken))
+
+
+def vocab_shard_size(vocab_size: int, tensor: int) -> int:
+    """Tokens of each tensor rank but the last: a multiple of 64, which matrix units are fast at."""
+    share = -(-vocab_size // tensor)
+    return -(-share // 64) * 64 if tensor > 1 else share

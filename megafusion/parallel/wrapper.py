@@ -1,0 +1,18 @@
+"""Modules around modules, whose parameters keep the names that they have in the whole model."""
+
+from torch import nn
+
+_LEVEL = "_wrapped_module."
+
+
+class Wrapper(nn.Module):
+    """A module around another, as torch's FSDP and CheckpointWrapper."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._wrapped_module = module
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the levels of wrappers: its name in checkpoints."""
+    return name.replace(_LEVEL, "")

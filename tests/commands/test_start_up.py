@@ -1,0 +1,76 @@
+"""Commands that only read files start without importing torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.small import ROOT
+
+HEAVY = {"torch", "deepspeed", "diffusers", "scipy", "pyarrow", "webdataset"}
+RUN_COMMAND = """
+import sys
+from megafusion.cli import main
+try:
+    main()
+except SystemExit as end:
+    status = end.code or 0
+print("imported:", *sorted(set(sys.modules) & set(sys.argv[0].split(","))))
+sys.exit(status)
+"""
+
+
+def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
+    """The heavy packages that a command imports in a process of its own."""
+    script = f"import sys; sys.argv = {[','.join(HEAVY), *arguments]!r}\n{RUN_COMMAND}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return set(done.stdout.splitlines()[-1].removeprefix("imported:").split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["keys", "train"],
+        ["keys", "preprocess"],
+        ["keys", "train-vae"],
+        *[[command, "--help"] for command in ("train", "preprocess", "train-vae", "generate", "launch")],
+    ],
+    ids=" ".join,
+)
+def test_help_and_keys_import_nothing_heavy(arguments):
+    assert heavy_imports(*arguments) == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        ("train", "quickstart.yaml"),
+        ("preprocess", "preprocess/quickstart.yaml"),
+        ("train-vae", "vae/emoji.yaml"),
+        ("launch", "quickstart.yaml"),
+    ],
+)
+def test_an_invalid_configuration_is_refused_before_anything_heavy_is_imported(command, config):
+    site = ["--site", "local-test"] if command == "launch" else []
+    assert heavy_imports(command, f"configs/{config}", "zzz=1", *site, status=2) == set()
+
+
+def test_status_and_a_dry_run_of_launch_import_nothing_heavy(run_values, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run_values))
+    run = Path(run_values["out"])
+    assert heavy_imports("launch", str(config), "--site", "local-test", "--dry-run") == set()
+    run.mkdir()
+    (run / "config.yaml").write_text(config.read_text())
+    assert heavy_imports("status", str(run)) == set()
+
+
+def test_a_list_of_checkpoints_imports_nothing_heavy(run_values, tmp_path):
+    run = Path(run_values["out"])
+    (run / "checkpoints/step-00000001").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(run_values))
+    assert heavy_imports("checkpoint", "show", str(run)) == set()
