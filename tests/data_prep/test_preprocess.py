@@ -11,7 +11,7 @@ from megafusion.data.manifest import load_manifest
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import to_tensor
+from megafusion.images.processor import preprocess_images
 from tests.support.raw import png, write_tar
 
 GOOD = {
@@ -33,7 +33,7 @@ def test_pairs_hold_the_encoded_picture_and_its_caption(make, tmp_path, vae_fold
     tokens, moments = (segment.data for segment in document.segments)
     assert document.metadata == {"key": "b", "caption": "café"}
     assert tokenizer.decode(tokens) == "café"
-    mean, log_variance = codec.encode(to_tensor([Image.new("RGB", (40, 40), "blue")], 32))
+    mean, log_variance = codec.encode(preprocess_images([Image.new("RGB", (40, 40), "blue")], 32, 32))
     expected = torch.stack([mean[0], log_variance[0]]).numpy()
     np.testing.assert_allclose(moments, expected, rtol=2e-3, atol=2e-3)
 

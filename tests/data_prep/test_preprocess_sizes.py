@@ -21,7 +21,7 @@ from megafusion.config import load_config, parse_config
 from megafusion.data.augment import open_image
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from megafusion.images.processor import to_tensor
+from megafusion.images.processor import preprocess_images
 from megafusion.train.config import RunConfig
 from tests.support.raw import drawing, encoded, kill_in_the_middle, made_files
 from tests.support.sizes import ASPECTS, PIXELS, SIZES, write_raw
@@ -58,7 +58,7 @@ def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_pat
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         size = NEAREST[number % len(ASPECTS)]
         picture = drawing(number, ASPECTS[number % len(ASPECTS)])
-        mean, log_variance = codec.encode(to_tensor([picture], PIXELS[size]))
+        mean, log_variance = codec.encode(preprocess_images([picture], *PIXELS[size]))
         expected = torch.stack([mean[0], log_variance[0]]).half().numpy()
         np.testing.assert_allclose(document.segments[1].data, expected, rtol=1e-2, atol=1e-2)
 
@@ -196,8 +196,8 @@ def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mi
         out = tmp_path / f"{height}x{width}"
         megafusion("generate", run, "--prompt", "x", "--size", f"{height}x{width}", "--out", out)
         assert Image.open(out / "0-x.png").size == (width, height)
-    with pytest.raises(UserError, match="size 40x24: the model was made for 32x32, 24x40, 48x16"):
+    with pytest.raises(UserError, match="size 40x24: the model has 32x32, 24x40, 48x16"):
         megafusion("generate", run, "--prompt", "x", "--size", "40x24", "--out", tmp_path / "none")
-    with pytest.raises(UserError, match="--size is that of drawn pictures"):
+    with pytest.raises(UserError, match="--size is for drawn images"):
         megafusion("generate", run, "--image", page, "--size", "32x32", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -17,7 +17,7 @@ LINES = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlin
 
 
 def arguments_of(line: str) -> list[str] | None:
-    """Arguments of a line that runs megafusion, also through evaluate.sbatch or preprocess.sbatch; else None."""
+    """Arguments of megafusion in a line, also behind evaluate.sbatch or preprocess.sbatch; else None."""
     words = shlex.split(line)
     if words[0] == "megafusion":
         return words[1:]
