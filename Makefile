@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help quickstart test test-parallel test-faults slurm-test audit lint format preprocess benchmark clean
+.PHONY: help quickstart test test-all coverage test-parallel test-faults slurm-test audit lint format preprocess \
+  benchmark clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -15,8 +16,14 @@ quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, 
 	$(BIN)/megafusion train configs/quickstart.yaml; \
 	$(BIN)/megafusion report runs/quickstart --seconds-before $$(( $$(date +%s) - begin ))
 
-test: $(INSTALLED)  ## Run every test, on two processes, with coverage.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term
+test: $(INSTALLED)  ## Run the quick tests, on two processes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-all: $(INSTALLED)  ## Run the tests marked full, too.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+coverage: $(INSTALLED)  ## Run what test-all runs, with a table of the lines not covered.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term
 
 test-parallel: $(INSTALLED)  ## Every form of parallelism against one device: a table, and runs/parallel.json.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.matrix
@@ -36,11 +43,13 @@ audit:  ## Look every pinned package up among known vulnerabilities (needs the i
 	  test -f build/audit.json || tail -n 1 build/audit.log
 	@$(PYTHON) -m tests.audit build/audit.json
 
-lint: $(INSTALLED)  ## Check format and style.
+lint: $(INSTALLED)  ## Check format, style, types, and which package may import which.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
-format: $(INSTALLED)  ## Put the code into format.
+format: $(INSTALLED)  ## Format the code.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 
 
 def run_command(app: typer.Typer) -> None:
@@ -13,4 +14,4 @@ def run_command(app: typer.Typer) -> None:
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(ExitStatus.REFUSED)

@@ -1,28 +1,35 @@
 # shellcheck shell=bash
-# Sourced by the launchers: what an exit status means, where a run stands, what a site has. Needs bash.
+# Sourced by the launchers: exit statuses, the state of a run, the site. Needs bash.
 # shellcheck disable=SC1090 # site files are the user's
 
-umask o-w  # nothing that a run writes is writable by the world
+umask o-w  # no file of a run is world-writable
 
-# refuse WORD...: ends with the status of what the user must mend.
+# Exit statuses, as in megafusion/resilience/exit_status.py.
+# shellcheck disable=SC2034 # for the scripts that source this file
+EXIT_FAILED=1 EXIT_REFUSED=2 EXIT_RETRY=75
+
+# refuse WORD...: exits with the status for bad input.
 refuse() {
     echo "error: $*" >&2
-    exit 2
+    exit "$EXIT_REFUSED"
 }
 
-# True for the statuses after which the same command goes on: 75 (the trainer: "start me again"), 128 + n (a
-# shell or srun: ended by signal n) and 256 - n (DeepSpeed's launcher: the same).
-may_go_on() {
-    [ "$1" -eq 75 ] || [ "$1" -gt 128 ]
+# may_restart STATUS RUN: whether the same command may be run again: after EXIT_RETRY, 128 + n (a shell or srun: ended
+# by signal n) or 256 - n (DeepSpeed's launcher: the same). 255 is also ssh's and apptainer's status for a command that
+# they could not start, so it counts only if the trainer has recorded this start. Crash loops are the trainer's
+# decision (megafusion/resilience/attempts.py): it counts the starts by MEGAFUSION_START, and exits with EXIT_FAILED.
+may_restart() {
+    [ "$1" -ne 255 ] || grep -q "\"start\": \"${MEGAFUSION_START:?}\"" "$2/starts.json" 2> /dev/null || return 1
+    [ "$1" -eq "$EXIT_RETRY" ] || [ "$1" -gt 128 ]
 }
 
-# is_done RUN: whether the run's record says that its last start came to its end. Beside an exit status of 0, which
-# DeepSpeed's runner also gives where the launcher below it was killed.
+# is_done RUN: whether the run's record says that its last attempt finished. An exit status of 0 is not enough, because
+# DeepSpeed's runner returns it as well if the launcher below it was killed.
 is_done() {
     grep '^ *"ended":' "$1/starts.json" 2> /dev/null | tail -n 1 | grep -Eq '"(finished|stopped)"'
 }
 
-# status_of PID: sets `status`. A trapped signal, whose trap sets `interrupted`, does not end the waiting.
+# status_of PID: waits and sets `status`. A trapped signal, whose trap sets `interrupted`, does not end the wait.
 status_of() {
     local known=0
     while :; do
@@ -30,7 +37,7 @@ status_of() {
         wait "$1" && status=0 || status=$?
         [ "$status" -ne 127 ] || status=$known
         [ -n "$interrupted" ] || return 0
-        known=$status  # of the process, unless the signal ended the wait; then the next one has it
+        known=$status  # the process's, unless the signal ended the wait; then the next wait returns it
     done
 }
 
@@ -43,24 +50,8 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-# note_start RUN ID: adds a line (time, ID, newest checkpoint) to RUN/launch/starts.tsv. Fails where the last
-# MEGAFUSION_MAX_STARTS (5) starts under this ID, this one included, found the same checkpoint: a crash loop.
-note_start() {
-    local most=${MEGAFUSION_MAX_STARTS:-5} newest same
-    newest=$(newest_checkpoint "$1")
-    mkdir -p "$1/launch" "$1/logs"
-    printf '%s\t%s\t%s\n' "$(date +%Y-%m-%dT%H:%M:%S%z)" "$2" "$newest" >> "$1/launch/starts.tsv"
-    same=$(awk -F'\t' -v id="$2" '$2 == id { n = ($3 == last) ? n + 1 : 1; last = $3 } END { print n }' \
-        "$1/launch/starts.tsv")
-    if [ "$same" -gt "$most" ]; then
-        echo "megafusion: the last $most starts of $1 made no checkpoint after $newest. This is a crash loop, so it" \
-            "ends here: look at $1/logs/, then start it anew." >&2
-        return 1
-    fi
-}
-
-# Read the site that MEGAFUSION_SITE names as --site does (a name in launchers/sites/, or a file) and its
-# MEGAFUSION_SETUP, such as `module load`; find Python. MEGAFUSION_ROOT is the folder of megafusion.
+# read_site: sources the site of MEGAFUSION_SITE (as of --site: a name in launchers/sites/, or a file) and its
+# MEGAFUSION_SETUP, and finds Python. MEGAFUSION_ROOT is the folder of megafusion.
 read_site() {
     local site=${MEGAFUSION_SITE:-}
     if [ -n "$site" ]; then
@@ -73,7 +64,7 @@ read_site() {
     fi
     if [ -n "${MEGAFUSION_SETUP:-}" ]; then
         [ -f "$MEGAFUSION_SETUP" ] || refuse "MEGAFUSION_SETUP: $MEGAFUSION_SETUP: no such file"
-        set +u  # module systems use what is not set
+        set +u  # module systems use unset variables
         . "$(realpath "$MEGAFUSION_SETUP")" || refuse "MEGAFUSION_SETUP: $MEGAFUSION_SETUP: ended with status $?"
         set -u
     fi
@@ -81,36 +72,36 @@ read_site() {
     export PYTHONPATH="$MEGAFUSION_ROOT:$MEGAFUSION_ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-# Python of this machine itself: MEGAFUSION_PYTHON is the image's where there is a container.
+# Python of this machine: with a container, MEGAFUSION_PYTHON is the image's.
 host_python() {
     if [ "${MEGAFUSION_CONTAINER:-none}" = none ]; then echo "$MEGAFUSION_PYTHON"; else echo python3; fi
 }
 
-# A port that nothing uses on this machine now, where rank 0 will listen.
+# A free port of this machine, for rank 0 to listen on.
 free_port() {
     "$(host_python)" -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])'
 }
 
-# run_of CONFIG [KEY=VALUE]...: the run's folder. Called in a subshell, which it becomes.
+# run_of CONFIG [KEY=VALUE]...: prints the run's folder. Replaces the (sub)shell.
 run_of() {
     [ "${MEGAFUSION_CONTAINER:-none}" != enroot ] ||
-        refuse "Enroot's containers come with srun: use megafusion launch, or name the run's folder in MEGAFUSION_RUN"
+        refuse "enroot's containers need srun: use megafusion launch, or set MEGAFUSION_RUN to the run's folder"
     in_container "$MEGAFUSION_PYTHON" -m megafusion.launch.run_folder "$@"
 }
 
-# in_container COMMAND...: become the command, inside the site's container if that is Apptainer's. Enroot's come with
-# srun, through SLURM's pyxis plugin (container_options).
+# in_container COMMAND...: replaces the shell by the command, inside the site's container if that is Apptainer's. For
+# Enroot, srun starts the container through SLURM's pyxis plugin (container_options).
 in_container() {
     if [ "${MEGAFUSION_CONTAINER:-none}" = apptainer ]; then
         local options=(--pwd "$PWD" --bind "$PWD${MEGAFUSION_CONTAINER_MOUNTS:+,$MEGAFUSION_CONTAINER_MOUNTS}")
         [ ! -e /dev/nvidiactl ] || options+=(--nv)
-        # What is inside goes into no container again.
+        # A command inside must not start a container again.
         set -- apptainer exec "${options[@]}" "${MEGAFUSION_CONTAINER_IMAGE:?}" env MEGAFUSION_CONTAINER=none "$@"
     fi
     exec "$@"
 }
 
-# srun's options for a container of Enroot, into the array `options`.
+# container_options: adds srun's options for Enroot to the array `options`.
 container_options() {
     [ "${MEGAFUSION_CONTAINER:-none}" = enroot ] || return 0
     options+=("--container-image=${MEGAFUSION_CONTAINER_IMAGE:?}" "--container-workdir=$PWD")

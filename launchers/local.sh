@@ -3,9 +3,9 @@
 #
 # Example: launchers/local.sh 2 configs/quickstart.yaml out=runs/two train.micro_batch_size=8 parallel.tensor=2
 #
-# Logs are RUN/logs/rank-*.log; rank 0's is shown. Where a process is lost, or all were told to stop, training
-# starts again from the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 are handed on to every rank; then it ends with
-# 75, which means that the same command goes on, or with the trainer's other status. MEGAFUSION_SITE may name a site.
+# Logs are RUN/logs/rank-*.log; rank 0's is shown. After a lost process or a preemption of all, training restarts from
+# the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 are forwarded to every rank; then it exits with 75, after which the
+# same command resumes, or with the trainer's other status. MEGAFUSION_SITE may name a site.
 set -eu
 unset MEGAFUSION_STOPPED
 stopped='' interrupted='' ranks=() follower=''
@@ -13,7 +13,7 @@ trap 'stop TERM' INT TERM
 trap 'stop USR1' USR1
 trap 'rm -f "${MEGAFUSION_STOPPED:-}"; [ -z "$follower" ] || kill "$follower" 2> /dev/null' EXIT
 
-# stop SIGNAL: tell the ranks that run. One that is being started does not hear, and finds the word in a file.
+# stop SIGNAL: signals the ranks. One that is starting does not handle signals yet, and finds a file instead.
 stop() {
     stopped=$1 interrupted=yes
     local pid
@@ -26,14 +26,14 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/common.sh"
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
     sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" >&2
-    exit 2
+    exit "$EXIT_REFUSED"
 fi
 world=$1
 shift
 MEGAFUSION_ROOT=${here%/*}
 read_site
 run=$(run_of "$@")
-id=$(date +%s)-$$
+launch=$(date +%s)-$$ start=0
 
 start_ranks() {
     local rank port
@@ -47,13 +47,13 @@ start_ranks() {
 }
 
 mkdir -p "$run/logs" "$run/launch"
-export MEGAFUSION_STOPPED="$run/launch/stopped-$id"
+export MEGAFUSION_STOPPED="$run/launch/stopped-$launch"
 touch "$run/logs/rank-00000.log"
 tail -n 0 -F "$run/logs/rank-00000.log" 2> /dev/null &
 follower=$!
 while :; do
-    note_start "$run" "$id" || exit 1
-    [ -z "$stopped" ] || exit 75
+    export MEGAFUSION_START=$launch:$((++start))
+    [ -z "$stopped" ] || exit "$EXIT_RETRY"
     start_ranks "$@"
     [ -z "$stopped" ] || stop "$stopped"
     worst=0
@@ -62,10 +62,10 @@ while :; do
         [ "$status" -le "$worst" ] || worst=$status
     done
     ranks=()
-    if [ -n "$stopped" ] || ! may_go_on "$worst"; then
+    if [ -n "$stopped" ] || ! may_restart "$worst" "$run"; then
         sleep 0.2  # for the last lines of the log
-        ! may_go_on "$worst" || exit 75  # also where a rank was told before it could hear
+        ! may_restart "$worst" "$run" || exit "$EXIT_RETRY"  # also if the signal itself ended a rank that was starting
         exit "$worst"
     fi
-    echo "megafusion: ended with status $worst; starting again from $(newest_checkpoint "$run")" >&2
+    echo "megafusion: exit status $worst; restarting from $(newest_checkpoint "$run")" >&2
 done

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# rank.sh RUN COMMAND...: what every process of a run is started through, by any launcher.
+# rank.sh RUN COMMAND...: starts one rank of a run, under any launcher.
 #
-# Sets RANK, LOCAL_RANK and WORLD_SIZE from SLURM's variables where no launcher has set them, appends the output to
-# RUN/logs/rank-00000.log and so on, puts the command into the site's container, and becomes the command: signals
-# and the exit status are the trainer's own.
+# Sets RANK, LOCAL_RANK and WORLD_SIZE from SLURM's variables if no launcher has set them, appends the output to
+# RUN/logs/rank-00000.log and so on, and replaces itself by the command in the site's container, so that signals and
+# the exit status are the trainer's own.
 set -eu
 run=$1
 shift

@@ -19,6 +19,7 @@ from megafusion.commands.status import status
 from megafusion.commands.train import listen_for_signals, train
 from megafusion.commands.train_vae import train_vae
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 
 # Busy-waiting CPU threads slow a step down sevenfold when anything else runs on a core. torch reads this when
 # it is imported, which no command has done yet.
@@ -54,13 +55,13 @@ def main() -> None:
             time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
         else:
             typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_status)
+        sys.exit(error.exit_status or ExitStatus.REFUSED)
     except OSError as error:
         if error.errno not in DISK_REFUSALS:
             raise
         where = error.filename or "the disk"
         typer.echo(f"error: {where}: {error.strerror}; make room, or choose another folder", err=True)
-        sys.exit(2)
+        sys.exit(ExitStatus.REFUSED)
 
 
 def process() -> None:

@@ -37,6 +37,11 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
 
     Raises UserError naming the file and the key's path, with the nearest valid name for a typing slip.
     """
+    return parse_config(cls, load_values(path, overrides), str(path))
+
+
+def load_values(path: Path | str, overrides: Sequence[str] = ()) -> Any:
+    """Plain values of a YAML file with dotted overrides. Raises UserError if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; see the ones in configs/")
@@ -46,10 +51,9 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
             raise UserError(f"override {override!r} is not of the form key.path=value")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{path}: not readable as YAML keys and values: {error}") from error
-    return parse_config(cls, values, str(path))
 
 
 def parse_config(cls: type[C], values: Any, origin: str) -> C:
@@ -150,7 +154,7 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
-    """The dotted paths that a key of an earlier version has now; none for a key that was never there."""
+    """The new dotted paths of a key of an earlier version; none for a key that never existed."""
     *parents, name = location
     names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
     return [name[1:] if name.startswith(".") else _path([*parents, name]) for name in names]

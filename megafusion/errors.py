@@ -4,12 +4,12 @@
 class UserError(ValueError):
     """Bad input from outside (a file, a key, a value).
 
-    The message names what is wrong and the way out. The command line prints it without a traceback
-    and exits with status 2; anything else that escapes is a defect of ours and keeps its traceback.
+    The message names the fault and the way out. The command line prints it without a traceback and exits with
+    `exit_status`; any other exception that escapes is a bug and keeps its traceback.
     """
 
     on_every_rank = False
-    """Every rank of a run raises this one with the same message, which rank 0 shows."""
+    """Whether every rank of a run raises this error with the same message, which rank 0 prints."""
 
-    exit_status = 2
-    """1 where the configuration is right and yet starting again would not help."""
+    exit_status: int | None = None
+    """An ExitStatus; None for REFUSED."""

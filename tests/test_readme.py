@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         megafusion("megafusion preprocess configs/preprocess/quickstart.yaml")
-        megafusion("megafusion train configs/quickstart.yaml train.num_steps=3 train.log_every=1")
+        megafusion("megafusion train configs/quickstart.yaml train.num_steps=3 telemetry.log_every=1")
     return folder
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# alone.sh COMMAND...: becomes the command, in the site's container; started by srun for what needs one process.
-# SLURM's variables of a task are no world of ranks to it.
+# alone.sh COMMAND...: runs a single-process command in the site's container; started by srun, whose task variables do
+# not make it a rank.
 set -eu
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR
 # shellcheck source=launchers/common.sh

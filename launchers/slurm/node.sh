@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# node.sh RUN COMMAND...: DeepSpeed's launcher for the ranks of one node; started by srun, once a node.
+# node.sh RUN COMMAND...: runs DeepSpeed's launcher for the ranks of one node; started by srun, once a node.
 #
-# No ssh: SLURM starts the nodes. SIGUSR1 and SIGTERM, which SLURM sends to every process, must not end DeepSpeed's
-# two before the ranks have saved: what is ignored in them is ignored in what they start, until the trainer takes both.
-# For the seconds until then a file keeps the word: the trainer that finds it ends at once (MEGAFUSION_STOPPED).
+# SLURM starts the nodes, without ssh. SLURM sends SIGUSR1 and SIGTERM to every process, but they must not end
+# DeepSpeed's runner and launcher before the ranks have saved. So both ignore them; the ranks inherit that until the
+# trainer installs its handlers. For the seconds until then the signal is kept as a file: a trainer that finds it exits
+# at once (MEGAFUSION_STOPPED).
 set -eu
 run=$1
 shift
@@ -19,7 +20,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
         --no_python --no_local_rank "$here/../rank.sh" "$run" "$@"
 ) &
 status_of $!
-# A launcher that was killed leaves its ranks behind: they save and end, so that the next start finds the run free.
+# A launcher that was killed leaves its ranks behind: let them save and exit, so that the next start can lock the run.
 trap '' TERM
 kill -TERM 0
 rm -f "$MEGAFUSION_STOPPED"

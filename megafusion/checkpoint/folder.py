@@ -38,6 +38,11 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
+def newest_step(run: Path) -> int:
+    """Step of the newest complete checkpoint of a run folder; 0 without one."""
+    return max(map(step_of, complete_checkpoints(run / "checkpoints")), default=0)
+
+
 def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
     """Check the size and SHA-256 of every file. Raises DamagedCheckpoint naming the first bad one.
 

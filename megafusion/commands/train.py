@@ -9,6 +9,7 @@ import typer
 
 from megafusion.commands.arguments import ConfigFile, Overrides
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.signals import StopSignals
 
 stop_signals = StopSignals()
@@ -18,7 +19,7 @@ def listen_for_signals() -> None:
     """Handle stop signals from now on: to be called before torch is imported, which takes seconds."""
     stop_signals.listen()
     if (stopped := os.environ.get("MEGAFUSION_STOPPED")) and Path(stopped).is_file():
-        sys.exit(os.EX_TEMPFAIL)  # local.sh or node.sh was signalled before this process listened
+        sys.exit(ExitStatus.RETRY)  # local.sh or node.sh was signalled before this process listened
 
 
 def train(
@@ -39,21 +40,25 @@ def train(
 
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
+    from megafusion.checkpoint.folder import newest_step
     from megafusion.config import load_config
-    from megafusion.resilience.lenient_streams import drop_what_cannot_be_written
+    from megafusion.resilience.attempts import refuse_crash_loop
+    from megafusion.resilience.lenient_streams import ignore_write_errors
     from megafusion.train.config import RunConfig
 
-    drop_what_cannot_be_written()
+    ignore_write_errors()
     try:
         values = load_config(RunConfig, config, overrides or [])
     except UserError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         _raise_with_the_other_ranks(error)
+    # Before torch is imported, because a process that dies during the import is a crashed attempt too.
+    refuse_crash_loop(values.out, newest_step(values.out), values.resilience.max_crashes)
     from megafusion.train.loop import train as run
 
     if run(values, stop_after, stop_signals) == "preempted":
-        raise typer.Exit(os.EX_TEMPFAIL)
+        raise typer.Exit(ExitStatus.RETRY)
 
 
 def _raise_with_the_other_ranks(error: UserError) -> NoReturn:

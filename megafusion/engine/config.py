@@ -39,6 +39,10 @@ class TrainConfig(Config):
         "keep_last": ".checkpoint.keep_last",
         "keep_every": ".checkpoint.keep_every",
         "on_save_error": ".checkpoint.on_save_error",
+        "log_every": ".telemetry.log_every",
+        "trackers": ".telemetry.trackers",
+        "wandb_project": ".telemetry.wandb_project",
+        "timeout_seconds": ".resilience.timeout_seconds",
     }
 
     num_steps: int = Field(gt=0)
@@ -57,13 +61,3 @@ class TrainConfig(Config):
     """Whether torch.compile fuses the blocks' operations."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the averaged weights; (1 + step) / (10 + step) where that is smaller."""
-    log_every: int = Field(10, gt=0)
-    """Steps between two lines of metrics."""
-    timeout_seconds: float = Field(600.0, gt=0)
-    """Longest time without progress in one step, checkpoint or start-up before every rank writes its stacks
-    and ends."""
-    trackers: tuple[Literal["tensorboard", "wandb", "prometheus"], ...] = ("tensorboard",)
-    """Who receives the metrics beside RUN/metrics.jsonl: RUN/tensorboard; Weights & Biases (extra `wandb`,
-    offline with WANDB_MODE=offline); RUN/metrics.prom, for the textfile collector of node_exporter."""
-    wandb_project: str | None = None
-    """Project in Weights & Biases; null for its default."""

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from megafusion.config import load_values
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 
 # What SLURM and shells take literally: sbatch reads % in the names of its logs in its own way.
 _PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
@@ -20,13 +18,8 @@ _PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
 
 def run_folder(config: Path, overrides: Sequence[str]) -> Path:
     """The absolute path of a run's `out`. UserError where there is none, or none that scripts hand on."""
-    if not config.is_file():
-        raise UserError(f"{config}: no such configuration file; see the ones in configs/")
-    try:
-        values = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(overrides)))
-        out = OmegaConf.to_container(values, resolve=True).get("out")
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{config}: not readable as YAML keys and values: {error}") from error
+    values = load_values(config, overrides)
+    out = values.get("out") if isinstance(values, dict) else None
     if not isinstance(out, str) or not out:
         raise UserError(f"{config}: key 'out' is required: the run's folder")
     return plain_path(Path(out), "out")
@@ -45,4 +38,4 @@ if __name__ == "__main__":
         print(run_folder(Path(sys.argv[1]), sys.argv[2:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitStatus.REFUSED)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"
 
@@ -46,6 +47,7 @@ _OURS = (
     "MASTER_PORT",
     "MEGAFUSION_RUN",
     "MEGAFUSION_ROOT",
+    "MEGAFUSION_START",
 )
 
 
@@ -103,6 +105,8 @@ def _pair(line: str, where: str) -> tuple[str, str] | None:
     # A shell that reads the file, as `sbatch launchers/slurm/train.sbatch` does, would expand them.
     if bad := next((c for c in "$`\\\n" if c in value), None):
         raise UserError(f"{where}: {bad!r} in the value of {key}; nothing is expanded here: write it out")
+    if key == "MEGAFUSION_MAX_STARTS":
+        raise UserError(f"{where}: {key} was replaced by the run's key resilience.max_crashes; remove it")
     if key in _OURS:
         raise UserError(f"{where}: {key} is set by the launcher" + _hint(key))
     if _SECRET.search(key):
@@ -155,4 +159,4 @@ if __name__ == "__main__":
             print(f"{name}={value}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitStatus.REFUSED)

@@ -1,7 +1,7 @@
 """Llama's block: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,28 @@ from torch import Tensor, nn
 
 from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig
-from megafusion.model.rope import Rope, rope_at
-from megafusion.model.weights import Column, Replicated, Row, declare
+from megafusion.model.weights import Replicated, declare
 from megafusion.sequence.intervals import Intervals
+
+
+class Rope(NamedTuple):
+    """Rotary position embedding (Su et al., arXiv 2104.09864): cosines and sines, float32 [B, S, 1, K/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x_BSHK: Tensor) -> Tensor:
+        """Rotate each pair (x_i, x_{i + K/2}), as Llama pairs them, by its position's angle."""
+        first, second = x_BSHK.float().chunk(2, dim=-1)
+        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(rotated, dim=-1).to(x_BSHK.dtype)
+
+
+def rope_at(positions_BS: Tensor, head_dim: int, theta: float) -> Rope:
+    """The rotation of integer positions, with frequencies theta^(-2i/K)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+    angles = positions_BS[..., None].float() * theta**-exponent
+    return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])
 
 
 @dataclass(frozen=True)
@@ -59,8 +78,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv = declare(FusedLinear(config.hidden_size, (q_size, kv_size, kv_size)), Column())
-        self.out = declare(nn.Linear(q_size, config.hidden_size, bias=False), Row(), init="residual")
+        self.qkv = declare(FusedLinear(config.hidden_size, (q_size, kv_size, kv_size)), "column")
+        self.out = declare(nn.Linear(q_size, config.hidden_size, bias=False), "row", init="residual")
         self.attend = attention_backend(config.attention).attend
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
@@ -77,8 +96,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         size, ffn_size = config.hidden_size, config.ffn_size
-        self.gate_up = declare(FusedLinear(size, (ffn_size, ffn_size)), Column())
-        self.down = declare(nn.Linear(ffn_size, size, bias=False), Row(), init="residual")
+        self.gate_up = declare(FusedLinear(size, (ffn_size, ffn_size)), "column")
+        self.down = declare(nn.Linear(ffn_size, size, bias=False), "row", init="residual")
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSD)

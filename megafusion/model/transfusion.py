@@ -7,7 +7,7 @@ from megafusion.model.adapters import Skips, adapter_module
 from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
 from megafusion.model.transformer import Block, block_context
-from megafusion.model.weights import Replicated, Vocab, declare
+from megafusion.model.weights import Replicated, declare
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
@@ -18,7 +18,7 @@ class Stem(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embedding = declare(nn.Embedding(config.vocab_size, config.hidden_size), Vocab())
+        self.embedding = declare(nn.Embedding(config.vocab_size, config.hidden_size), "vocab")
         self.adapter = declare(adapter_module(config.adapter).Down(config), Replicated("images"))
 
     def forward(
@@ -29,10 +29,7 @@ class Stem(nn.Module):
         timesteps_BN: Tensor,
         image_size_BN: Tensor,
     ) -> tuple[Tensor, Skips]:
-        """x [B, S, D] with each patch gathered to its position, and the adapter's skips.
-
-        image_size_BN: index of each image's size.
-        """
+        """x [B, S, D] with patches at their positions, and skips; image_size_BN: index of each size."""
         latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
         patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten(), image_size_BN.flatten())
         patches_BPD = patches_NPD.unflatten(0, (len(tokens_BS), -1)).flatten(1, 2)
@@ -48,7 +45,7 @@ class Tail(nn.Module):
         super().__init__()
         self.max_patches = max(config.patches)
         self.norm = declare(nn.RMSNorm(config.hidden_size, eps=config.norm_eps), Replicated("positions"))
-        self.head = declare(nn.Linear(config.hidden_size, config.vocab_size, bias=False), Vocab())
+        self.head = declare(nn.Linear(config.hidden_size, config.vocab_size, bias=False), "vocab")
         self.adapter = declare(adapter_module(config.adapter).Up(config), Replicated("images"))
 
     def forward(self, x_BSD: Tensor) -> Tensor:

@@ -1,64 +1,47 @@
-"""Declarations of how a module's weights start and how tensor-parallel ranks share them.
+"""Declarations of how a module's weights start and how tensor-parallel ranks hold them.
 
-A constructor declares them beside the module that it makes. `initialize.py` and `parallel/` read them, so
-that a new kind of module needs no change there.
+A constructor declares them beside the module that it makes, so that a new kind of module needs no change here
+or in parallel/.
 """
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-Init = Literal["normal", "residual", "ones", "zeros", "conv"]
 Module = TypeVar("Module", bound=nn.Module)
+Init = Literal["normal", "residual", "ones", "zeros", "conv"]
 
 
-@dataclass(frozen=True)
-class Column:
-    """Megatron's column-parallel linear layer: each rank holds a slice of every fused layer's outputs."""
+class Replicated(NamedTuple):
+    """Every tensor rank holds the whole weight of a module whose input the ranks may share along a dimension.
 
-
-@dataclass(frozen=True)
-class Row:
-    """Megatron's row-parallel linear layer: each rank holds a slice of the inputs; outputs are summed."""
-
-
-@dataclass(frozen=True)
-class Vocab:
-    """Megatron's vocabulary-parallel embedding or head: each rank holds a range of the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Replicated:
-    """Every tensor rank holds the whole weight."""
+    Each rank then has a partial gradient: for positions under sequence parallelism, else always.
+    """
 
     input: Literal["positions", "heads", "images"]
-    """The dimension of the module's input that the tensor ranks may share. Where they do, each has a partial
-    gradient: positions under sequence parallelism, heads and images always."""
 
 
-Sharding = Column | Row | Vocab | Replicated
+Sharding = Literal["column", "row", "vocab"] | Replicated
+"""Megatron's column-parallel linear layer (a rank holds a slice of every fused layer's outputs), row-parallel
+linear layer (of the inputs), vocabulary-parallel embedding or head (a range of the vocabulary)."""
 
 
-@dataclass(frozen=True)
-class WeightSpec:
-    """The declaration of a module."""
+class WeightSpec(NamedTuple):
+    """The declaration of a module; init is None for the usual start of its class."""
 
     sharding: Sharding
     init: Init | None
-    """None for what PyTorch's layers have in common: see `default_init`."""
 
 
 class Weight(NamedTuple):
-    """A parameter of a model with its declaration."""
+    """A parameter of a model: its full name, its owner and its name there, and its declaration."""
 
     name: str
-    """Full name."""
     owner: nn.Module
-    """The module that holds it."""
     key: str
-    """Its name there."""
     sharding: Sharding
     init: Init
 
@@ -73,18 +56,43 @@ def named_weights(model: nn.Module) -> Iterator[Weight]:
     """Every parameter with the declaration of its module, or of the nearest module around that."""
     specs: dict[str, WeightSpec | None] = {}
     for prefix, module in model.named_modules():
-        spec = getattr(module, "weight_spec", None) or specs.get(prefix.rpartition(".")[0])
-        specs[prefix] = spec
+        spec = specs[prefix] = getattr(module, "weight_spec", None) or specs.get(prefix.rpartition(".")[0])
         for key, _ in module.named_parameters(recurse=False):
             name = f"{prefix}.{key}" if prefix else key
             assert spec is not None, f"{name}: the module that makes it must declare it (model/weights.py)"
-            yield Weight(name, module, key, spec.sharding, spec.init or default_init(module, key))
+            yield Weight(name, module, key, spec.sharding, spec.init or _default_init(module, key))
 
 
-def default_init(owner: nn.Module, key: str) -> Init:
-    """Convolutions as PyTorch, other biases zero, norms one, matrices normal."""
+def _default_init(owner: nn.Module, key: str) -> Init:
     if isinstance(owner, nn.Conv2d):
         return "conv"
-    if key == "bias":
-        return "zeros"
-    return "ones" if isinstance(owner, nn.RMSNorm | nn.LayerNorm | nn.GroupNorm) else "normal"
+    is_norm = isinstance(owner, nn.RMSNorm | nn.LayerNorm | nn.GroupNorm)
+    return "zeros" if key == "bias" else "ones" if is_norm else "normal"
+
+
+def initial_value(weight: Weight, shape: torch.Size, num_layers: int, seed: int) -> Tensor:
+    """The start of a parameter, from a generator seeded by `seed` and its name: the same on any topology.
+
+    normal: std 0.02; residual: that over sqrt(2 num_layers), for outputs added to the residual stream; conv:
+    PyTorch's (He et al., arXiv 1502.01852). shape: of the whole parameter; the owner may hold a shard.
+    """
+    value = torch.zeros(shape, device="cpu")
+    digest = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if weight.init == "conv" and value.ndim > 1:
+        return nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+    if weight.init == "conv":
+        bound = weight.owner.weight[0].numel() ** -0.5
+        return value.uniform_(-bound, bound, generator=generator)
+    if weight.init in ("ones", "zeros"):
+        return value.fill_(weight.init == "ones")
+    std = 0.02 / (2 * num_layers) ** 0.5 if weight.init == "residual" else 0.02
+    return value.normal_(std=std, generator=generator)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, num_layers: int, seed: int) -> None:
+    """Initialize every parameter of a whole model in place."""
+    for weight in named_weights(model):
+        parameter = getattr(weight.owner, weight.key)
+        parameter.copy_(initial_value(weight, parameter.shape, num_layers, seed))

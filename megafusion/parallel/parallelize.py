@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 from megafusion.model.config import ModelConfig
-from megafusion.model.initialize import initial_value
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import named_weights
+from megafusion.model.weights import initial_value, named_weights
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective, cross_entropy
 from megafusion.parallel.activation_checkpointing import CheckpointedBlock

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megafusion.model.transformer import FusedLinear
-from megafusion.model.weights import Column, Replicated, Row, Vocab, declare, named_weights
+from megafusion.model.weights import Replicated, declare, named_weights
 from megafusion.parallel import collectives
 from megafusion.parallel.degrees import vocab_shard_size
 from megafusion.parallel.mesh import Mesh
@@ -60,7 +60,7 @@ class ColumnParallelLinear(FusedLinear):
 
 
 class RowParallelLinear(nn.Linear):
-    """This rank's slice of the inputs; the ranks' outputs are summed."""
+    """This rank's slice of the inputs; the region's reduction sums the partial outputs."""
 
     def __init__(self, linear: nn.Linear, region: TensorParallelRegion):
         assert linear.bias is None, "a bias would be added once by every rank"
@@ -140,16 +140,16 @@ def shard_weights(model: nn.Module, mesh: Mesh) -> None:
 
 def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.Module:
     match module.weight_spec.sharding:
-        case Vocab() if isinstance(module, nn.Embedding):
+        case "vocab" if isinstance(module, nn.Embedding):
             vocab_shard = vocab_range(module.num_embeddings, region.rank, region.num_ranks)
             return VocabularyParallelEmbedding(module, vocab_shard, _embedded_range(vocab_shard, mesh))
         case _ if region.num_ranks == 1:
             return module
-        case Column():
+        case "column":
             return ColumnParallelLinear(module, region)
-        case Row():
+        case "row":
             return RowParallelLinear(module, region)
-        case Vocab():
+        case "vocab":
             vocab_shard = vocab_range(module.out_features, region.rank, region.num_ranks)
             return VocabularyParallelLinear(module, vocab_shard)
         case Replicated():
@@ -168,11 +168,10 @@ def _vocab_spec(whole: Tensor, vocab_shard: range) -> ShardSpec:
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum over the tensor ranks the gradients of replicated weights that each rank has in part."""
-    hook = collectives.sum_over(mesh.group("tensor"))
+    """All-reduce over the tensor group the gradients of replicated weights that are partial on each rank."""
+    partial = {Replicated("heads"), Replicated("images")}
+    if mesh.config.sequence:
+        partial.add(Replicated("positions"))
     for weight in named_weights(model):
-        match weight.sharding:
-            case Replicated("positions") if not mesh.config.sequence:
-                pass
-            case Replicated():
-                getattr(weight.owner, weight.key).register_hook(hook)
+        if weight.sharding in partial:
+            getattr(weight.owner, weight.key).register_hook(collectives.sum_over(mesh.group("tensor")))

@@ -1,6 +1,7 @@
-"""A run's starts and how each ended: `starts.json` in the run folder, and the step it is at in `step`.
+"""Attempts of a run: one for each time it is started. RUN/starts.json has how each ended, RUN/step its step.
 
-A start that says nothing of its end was killed, or its process died; it ended at the step that `step` names.
+An attempt without a recorded end was killed or its process died, in the step that RUN/step names. This file
+also holds the one rule for crash loops. It loads no torch, so the rule applies before anything can crash.
 """
 
 import errno
@@ -14,117 +15,128 @@ from contextlib import suppress
 from pathlib import Path
 
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.storage import write_file
 
-STARTS, STEP = "starts.json", "step"
+ATTEMPTS, STEP = "starts.json", "step"
+START = "MEGAFUSION_START"
+"""Variable of our launchers: LAUNCH:NUMBER, the launch's name and the number of this start in it, from 1."""
 CRASHED = "crashed"
-ENDING_SECONDS, LOST_SECONDS = 20.0, 150.0
-"""How long a start waits for the one before: that is ending; whose machine is lost, so that a file server
-holds its lock for a while."""
+WAIT_SECONDS, WAIT_SECONDS_REMOTE = 20.0, 150.0
+"""Longest wait for the attempt before to exit; on another machine, whose lock a file server may hold for a
+while after the machine is lost."""
+
+
+def refuse_crash_loop(folder: Path, newest_step: int, max_crashes: int) -> None:
+    """Raise UserError (FAILED) if the last `max_crashes` attempts crashed without a new checkpoint.
+
+    newest_step: of the newest checkpoint; 0 without one. max_crashes: 0 for no limit. Launchers number their
+    starts (MEGAFUSION_START), so a start that died before it was recorded counts as well, and a new launch
+    counts anew. Every rank calls this before the ranks connect and decides alike, because the record does not
+    change until all have connected.
+    """
+    attempts = read_attempts(folder)
+    launch, number = _launch(os.environ.get(START, ""))
+    ours = [attempt for attempt in attempts if _launch(attempt.get("start", ""))[0] == launch]
+    num_crashes = max(0, number - 1 - (_launch(ours[-1]["start"])[1] if launch and ours else 0))
+    for attempt in reversed(attempts):
+        if attempt not in ours or attempt["ended"] != CRASHED or attempt["resumed_at"] != newest_step:
+            break
+        num_crashes += 1
+    if not max_crashes or num_crashes < max_crashes or _is_running(folder):
+        return
+    cause = f" ({ours[-1]['error']})" if ours and "error" in ours[-1] else ""
+    error = UserError(
+        f"{folder}: crash loop: the last {num_crashes} attempts crashed without a checkpoint after step "
+        f"{newest_step}{cause}; find the cause (RUN/logs/, RUN/stacks/), then launch the run again, or "
+        "start it once with resilience.max_crashes=0"
+    )
+    error.on_every_rank, error.exit_status = True, ExitStatus.FAILED
+    raise error
 
 
 class Attempts:
-    """The record, kept by rank 0 alone: `claim` the run, `begin` adds a start, `end` says how it ended."""
+    """Record of the attempts, written by rank 0: `claim` locks the run, `begin` adds one, `end` closes it."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._starts: list[dict] = []
+        self._attempts: list[dict] = []
         self._step_file: int | None = None
         self._has_begun = False
 
     def claim(self) -> None:
-        """Hold the run folder until `end`, or this process's: two at once would write over each other.
+        """Lock the run folder until `end` or the end of this process: two attempts would overwrite each
+        other.
 
-        UserError where another start holds it and does not end (status 1; 75 if it is on another machine), or
-        the folder cannot be written.
+        Raises UserError if another process keeps the lock (FAILED; RETRY if it is on another machine), or the
+        folder cannot be written.
         """
         try:
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
-            is_free = _lock(self._step_file)
-            if not is_free:
-                latest = next(iter(read_starts(self._folder)[::-1]), {})
-                here = latest.get("host", socket.gethostname()) == socket.gethostname()
-                # Between its lock and its record a start has no name yet.
-                known = f"process {latest['pid']} on {latest['host']}" if latest.get("is_open") else None
-                holder, patience = known or "another process", ENDING_SECONDS if here else LOST_SECONDS
+            is_locked = _lock(self._step_file)
+            if not is_locked:
+                latest = next(iter(read_attempts(self._folder)[::-1]), {})
+                is_local = latest.get("host", socket.gethostname()) == socket.gethostname()
+                # Between its lock and its record an attempt has no name yet.
+                name = f"process {latest['pid']} on {latest['host']}" if latest.get("is_open") else None
+                holder, seconds = name or "another process", WAIT_SECONDS if is_local else WAIT_SECONDS_REMOTE
                 print(
-                    f"{self._folder}: held by {holder}; waiting up to {patience:.0f} s for its end",
+                    f"{self._folder}: locked by {holder}; waiting up to {seconds:.0f} s for it to exit",
                     file=sys.stderr,
                     flush=True,
                 )
-                is_free = _lock(self._step_file, patience)
+                is_locked = _lock(self._step_file, seconds)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
-        if not is_free:
+        if not is_locked:
             self._release()
             error = UserError(
-                f"{self._folder}: {holder} trains in this folder; let it end, end it, or choose another out="
+                f"{self._folder}: {holder} trains in this folder; wait, stop it, or choose another out="
             )
-            # On another machine it may be one that is cut off, which will end: then the same command goes on.
-            error.exit_status = 1 if here else os.EX_TEMPFAIL
+            # One on another machine may be cut off and about to exit; then the same command resumes the run.
+            error.exit_status = ExitStatus.FAILED if is_local else ExitStatus.RETRY
             raise error
-        self._starts = read_starts(self._folder)
-        for start in self._starts:
-            start.pop("is_open", None)  # this process is the run now
+        self._attempts = read_attempts(self._folder)
+        for attempt in self._attempts:
+            attempt.pop("is_open", None)  # this process is the run now
 
-    def refuse_crash_loop(self, most: int) -> None:
-        """UserError (status 1) where the latest `most` starts (0: any number) crashed at one step."""
-        steps = [start["step"] if start["ended"] == CRASHED else None for start in self._starts]
-        crashes = 0
-        while crashes < len(steps) and steps[-1 - crashes] is not None and steps[-1 - crashes] == steps[-1]:
-            crashes += 1
-        if not most or crashes < most:
-            return
-        said = self._starts[-1].get("error")
-        error = UserError(
-            f"{self._folder}: not started again, for its last {crashes} starts crashed at step {steps[-1]}"
-            f"{f' ({said})' if said else ''}; find the cause (RUN/stacks/, the log), then start once with "
-            "health.max_crashes=0"
-        )
-        error.exit_status = 1
-        raise error
-
-    def begin(self, world_size: int, changed: dict[str, list] | None = None) -> None:
-        """Add a start. changed: by key, the value that the run began with and that of this start.
-
-        UserError where the folder cannot be written.
+    def begin(self, world_size: int, newest_step: int, changed: dict[str, list] | None = None) -> None:
+        """Add an attempt. newest_step: of the checkpoint that it will load. changed: by key, the run's first
+        value and the present one.
         """
-        start = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        step = _step(self._folder)  # of the start before, until a checkpoint is in place
-        start |= {"world_size": world_size, "changed": changed or {}, "resumed_at": step, "step": step}
-        self._starts.append(start | {"ended": None})
-        try:
-            self._write()
-        except OSError as error:
-            raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
+        attempt = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        attempt |= {"start": os.environ.get(START, ""), "world_size": world_size, "changed": changed or {}}
+        self._attempts.append(attempt | {"resumed_at": newest_step, "step": newest_step, "ended": None})
         self._has_begun = True
+        self._write()
+        self.at(newest_step)
 
     def resumed(self, step: int) -> None:
-        """The start goes on after this step, and is in it."""
-        if self._has_begun:
-            self._starts[-1] |= {"resumed_at": step, "step": step}
-            with suppress(OSError):
-                self._write()
+        """Record the step of the checkpoint that was loaded: an older one if the newest is damaged."""
+        if self._has_begun and self._attempts[-1]["resumed_at"] != step:
+            self._attempts[-1] |= {"resumed_at": step, "step": step}
+            self._write()
             self.at(step)
 
     def at(self, step: int) -> None:
-        """The step that the run is in: a few microseconds, for it is written over in memory of the system."""
+        """Record the current step, in a few microseconds: the page cache is overwritten in place."""
         if self._step_file is not None:
-            with suppress(OSError):  # a disk that refuses must not end a step
+            with suppress(OSError):  # a full disk must not end a step
                 os.pwrite(self._step_file, f"{step:>12}\n".encode(), 0)
 
     def end(self, ended: str, error: str | None = None) -> None:
-        """How this start ended: "finished", "preempted", "stopped", "refused", "interrupted" or "crashed"."""
+        """Record how this attempt ended: "finished", "preempted", "stopped", "refused", "interrupted" or
+        "crashed"."""
         if self._has_begun:
-            self._starts[-1] |= {"step": _step(self._folder), "ended": ended, "until": time.time()}
+            self._attempts[-1] |= {"step": _step(self._folder), "ended": ended, "until": time.time()}
             if error:
-                self._starts[-1]["error"] = error
-            with suppress(OSError):
-                self._write()
+                self._attempts[-1]["error"] = error
+            self._write()
         self._release()
 
     def _write(self) -> None:
-        write_file(self._folder / STARTS, json.dumps(self._starts, indent=1))
+        with suppress(OSError):  # the self-test names a disk that cannot be written
+            write_file(self._folder / ATTEMPTS, json.dumps(self._attempts, indent=1))
 
     def _release(self) -> None:
         if self._step_file is not None:
@@ -132,12 +144,41 @@ class Attempts:
             self._step_file = None
 
 
-def _lock(file: int, seconds: float = 0) -> bool:
-    """Whether an exclusive lock was had in time; a disk that keeps none refuses nobody and says so."""
+def read_attempts(folder: Path) -> list[dict]:
+    """A run's attempts, oldest first; one without a recorded end has "crashed" (or is running: "is_open")."""
+    try:
+        attempts = json.loads((folder / ATTEMPTS).read_text())
+    except (OSError, ValueError):
+        return []
+    for number, attempt in enumerate(attempts):
+        if attempt["ended"] is None:
+            attempt["ended"] = CRASHED
+            if number == len(attempts) - 1:
+                attempt |= {"step": _step(folder), "is_open": True}
+    return attempts
+
+
+def _launch(start: str) -> tuple[str, int]:
+    """Name of the launch and number of the start; "" and 0 without one of our launchers."""
+    launch, _, number = start.rpartition(":")
+    return launch, int(number or 0)
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a process trains in the folder: it holds the lock."""
+    try:
+        with (folder / STEP).open() as file:
+            return not _lock(file.fileno(), kind=fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _lock(file: int, seconds: float = 0, kind: int = fcntl.LOCK_EX) -> bool:
+    """Acquire a lock within a time; True as well on a disk without locks, with a warning."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -146,22 +187,8 @@ def _lock(file: int, seconds: float = 0) -> bool:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print("warning: no locks on this disk: start a run once only", file=sys.stderr, flush=True)
+            print("warning: this disk has no file locks: start a run only once", file=sys.stderr, flush=True)
             return True
-
-
-def read_starts(folder: Path) -> list[dict]:
-    """A run's starts, oldest first; one that did not say how it ended has "crashed" (or still runs)."""
-    try:
-        starts = json.loads((folder / STARTS).read_text())
-    except (OSError, ValueError):
-        return []
-    for number, start in enumerate(starts):
-        if start["ended"] is None:
-            start["ended"] = CRASHED
-            if number == len(starts) - 1:
-                start |= {"step": _step(folder), "is_open": True}
-    return starts
 
 
 def _step(folder: Path) -> int:

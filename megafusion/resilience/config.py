@@ -1,4 +1,4 @@
-"""What a run does about bad steps and crashes."""
+"""Configuration of failure handling: skipped steps, rollbacks, crash loops, the watchdog."""
 
 from typing import Literal
 
@@ -7,14 +7,20 @@ from pydantic import Field
 from megafusion.config import Config
 
 
-class HealthConfig(Config):
-    """When a step is left out, when a run goes back, and when it is not started again."""
+class ResilienceConfig(Config):
+    """When a step is skipped, when a run rolls back, and when it is not restarted."""
 
     roll_back_after: int = Field(5, gt=0)
-    """Steps left out in a row before the run goes back to its last checkpoint, past the data since then."""
+    """Consecutive skipped steps after which the run rolls back to its last checkpoint and skips the data
+    since then."""
     spikes: Literal["off", "warn", "skip"] = "off"
-    """What happens to a step whose loss jumps: nothing; it is counted and said; it is left out."""
+    """What to do with a step whose loss spikes: nothing; count and report it; skip it."""
     spike_sigmas: float = Field(6.0, gt=0)
-    """A jump is more than so many standard deviations over the mean of the last 128 losses (32 at least)."""
+    """A spike is more than this many standard deviations above the mean of the last 128 losses (at least
+    32)."""
     max_crashes: int = Field(3, ge=0)
-    """Crashes in a row at the same step after which the run is not started again; 0 for no limit."""
+    """Consecutive attempts that crashed without a new checkpoint, after which the run is not restarted; 0
+    for no limit."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Longest time without progress in one step, checkpoint or start-up before every rank dumps its stacks
+    and exits."""

@@ -1,9 +1,10 @@
-"""What all ranks decide together: to refuse, to make a step's update or leave it out, to stop after it.
+"""Decisions of a step that all ranks make together: raise a UserError, skip the update, stop after the step.
 
-A step has two small sums over all ranks. Text targets and images, which the losses need, carry the wish to
-stop and what one rank alone cannot go on with: a bad shard, a full disk. They are summed on the host, which
-must not begin a step that a rank refuses. The losses carry whether every rank's gradients are numbers. Each
-rank decides from the same sums, so all decide alike.
+A step has two small all-reduces over all ranks. The first has the counts of text targets and images, which
+the losses need, and with them each rank's stop request and whether it has an error of its own, such as a bad
+shard or a full disk. It runs on the host over gloo, because no rank may begin a step that another rank
+refuses. The second has the losses and the gradients' squared norm, which show whether every rank's gradients
+are finite. Every rank decides from the same sums, so all decide alike.
 """
 
 import math
@@ -17,76 +18,78 @@ from torch import Tensor
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.mesh import Mesh
-from megafusion.resilience.spikes import Spikes
+from megafusion.resilience.spikes import SpikeDetector
 
 
 class StepConsensus:
-    """One rank's side. `wants_stop` is its wish; the rest says what was agreed about the latest step."""
+    """One rank's requests (`wants_stop`, deferred errors), and the decisions about the latest step."""
 
-    def __init__(self, mesh: Mesh, device: torch.device, spikes: Spikes):
+    def __init__(self, mesh: Mesh, device: torch.device, spikes: SpikeDetector):
         self.wants_stop = self.stops = False
-        """Whether this rank wishes to stop; whether any did as the latest step began."""
+        """Whether this rank requests a stop; whether any rank did when the latest step began."""
         self.spikes = spikes
         self.losses = torch.zeros(3, device=device)
-        """float32 [3], on the device: text, image and total of the global batch."""
+        """float32 [3], on the device: text, image and total loss of the global batch."""
         self.is_finite, self.is_spike = True, False
-        speaks_for_rows = mesh.rank("tensor") == mesh.rank("ulysses") == 0
-        self._counts_rows = speaks_for_rows and mesh.is_first
-        self._counts_losses = speaks_for_rows and mesh.is_last
+        # Tensor and Ulysses ranks compute the same rows; one of them adds these to the sums.
+        is_leader = mesh.rank("tensor") == mesh.rank("ulysses") == 0
+        self._adds_counts = is_leader and mesh.is_first
+        self._adds_losses = is_leader and mesh.is_last
         self._device = device
-        self._shares: list[Tensor] = []
-        self._refused: UserError | None = None
-        self._hosts = dist.new_group(backend="gloo")
+        self._micro_batch_losses: list[Tensor] = []
+        self._error: UserError | None = None
+        self._host_group = dist.new_group(backend="gloo")
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the update was left out, on every rank."""
+        """Whether the update was skipped, on every rank."""
         return not self.is_finite or (self.is_spike and self.spikes.action == "skip")
 
     @contextmanager
     def defer_errors(self) -> Iterator[None]:
-        """What this rank alone refuses in this block, all refuse as the next step begins, or in `settle`."""
+        """Keep a UserError of the block until the next step or `raise_deferred`, where all ranks raise it."""
         try:
             yield
         except UserError as error:
-            self._refused = self._refused or error
+            self._error = self._error or error
 
-    def settle(self) -> None:
-        """Raise on every rank what any has refused."""
-        with raise_on_all_ranks(self._hosts):
-            if self._refused:
-                raise self._refused
+    def raise_deferred(self) -> None:
+        """Raise on every rank the first deferred error of any rank."""
+        with raise_on_all_ranks(self._host_group):
+            if self._error:
+                raise self._error
 
-    def share_counts(self, counts: Tensor | int) -> Tensor:
-        """int64 [2]: text targets and images of this rank's rows, or 0; those of the global batch.
+    def reduce_counts(self, counts: Tensor | int) -> Tensor:
+        """Sum the counts of text targets and images over the global batch.
 
-        Raises UserError on every rank where one has refused.
+        counts: int64 [2], of this rank's rows; 0 without any. Returns int64 [2] on the device. Raises
+        UserError on every rank if any rank has deferred one.
         """
-        self._shares = []
+        self._micro_batch_losses = []
         sums = torch.zeros(4, dtype=torch.int64)
-        if self._counts_rows:
+        if self._adds_counts:
             sums[:2] = counts
-        sums[2], sums[3] = self.wants_stop, self._refused is not None
-        dist.all_reduce(sums, group=self._hosts)
+        sums[2], sums[3] = self.wants_stop, self._error is not None
+        dist.all_reduce(sums, group=self._host_group)
         self.stops = bool(sums[2])
         if sums[3]:
-            self.settle()
+            self.raise_deferred()
         return sums[:2].to(self._device, non_blocking=True)
 
-    def add_share(self, losses: Iterable[Tensor]) -> None:
-        """A micro-batch's share of the step's losses: text, image, total."""
-        self._shares.append(torch.stack([loss.detach().float() for loss in losses]))
+    def add_losses(self, losses: Iterable[Tensor]) -> None:
+        """Add a micro-batch's text, image and total loss to those of the step."""
+        self._micro_batch_losses.append(torch.stack([loss.detach().float() for loss in losses]))
 
     def decide(self, gradients: list[Tensor]) -> None:
-        """Agree on the update that these gradients, all that this rank holds, would make.
+        """Decide on the update. gradients: all that this rank holds.
 
-        A square that is too large for float32 counts as no number: neither could be clipped.
+        A squared norm beyond float32 counts as not finite: such gradients cannot be clipped.
         """
         sums = torch.zeros(4, device=self._device)
-        if self._shares:
-            losses = torch.stack(self._shares).sum(0)
-            # Ranks that compute the same rows say only whether theirs are numbers.
-            sums[:3] = losses if self._counts_losses else losses - losses
+        if self._micro_batch_losses:
+            losses = torch.stack(self._micro_batch_losses).sum(0)
+            # A rank that does not add its losses still adds NaN if they are not finite.
+            sums[:3] = losses if self._adds_losses else losses - losses
         if gradients:
             norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
             sums[3] = norms.square().sum()

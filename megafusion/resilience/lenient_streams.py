@@ -1,12 +1,12 @@
-"""What a run prints when nothing can be printed: a log on a full disk must not end it."""
+"""Standard streams that ignore write errors: a log on a full disk must not end a run."""
 
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
 
-class _Lenient:
-    """A stream that drops what cannot be written."""
+class _LenientStream:
+    """A stream that drops text it cannot write."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -24,6 +24,6 @@ class _Lenient:
         return getattr(self._stream, name)
 
 
-def drop_what_cannot_be_written() -> None:
-    """From now on this process' standard output and error refuse nothing."""
-    sys.stdout, sys.stderr = _Lenient(sys.stdout), _Lenient(sys.stderr)
+def ignore_write_errors() -> None:
+    """Make standard output and error of this process drop text they cannot write."""
+    sys.stdout, sys.stderr = _LenientStream(sys.stdout), _LenientStream(sys.stderr)

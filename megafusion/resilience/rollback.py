@@ -1,85 +1,89 @@
-"""What follows from steps that were left out: counts, and when to go back to a checkpoint."""
+"""Counts of skipped steps, and the decision to roll back to a checkpoint."""
 
 from megafusion.errors import UserError
-from megafusion.resilience.config import HealthConfig
+from megafusion.resilience.config import ResilienceConfig
 from megafusion.resilience.consensus import StepConsensus
+from megafusion.resilience.exit_status import ExitStatus
 
 
 class Rollback:
-    """Counts of a run, kept in its checkpoints with the losses that jumps are measured by.
+    """Counts skipped steps, spikes and rollbacks; checkpoints hold them, with the losses of the spike
+    detector.
 
-    The same on every rank, for it sees nothing but what was agreed.
+    Every rank has the same counts, because they depend on the consensus alone.
     """
 
-    def __init__(self, config: HealthConfig, consensus: StepConsensus):
-        self._config, self._agreement = config, consensus
+    def __init__(self, config: ResilienceConfig, consensus: StepConsensus):
+        self._max_in_a_row, self._consensus = config.roll_back_after, consensus
         self.num_skipped = self.num_spikes = self.num_rollbacks = 0
         self._in_a_row = 0
-        self._went_back_to: int | None = None
+        self._last_rollback: int | None = None
+        """Step of the checkpoint that the run last rolled back to."""
 
     def record_step(self, step: int) -> str | None:
-        """Count the latest step; what is to be said of it, if anything. step: updates made before it."""
-        consensus = self._agreement
+        """Count the latest step; returns a message about a bad one. step: updates before it."""
+        consensus = self._consensus
         self.num_spikes += consensus.is_spike
         self._in_a_row = self._in_a_row + 1 if consensus.is_skipped else 0
         self.num_skipped += consensus.is_skipped
         if not consensus.is_finite:
-            found = "the loss or a gradient is not finite"
+            found = "the loss or a gradient contains NaN or Inf"
         elif consensus.is_spike:
-            found = "the loss jumps"
+            found = "loss spike"
         else:
             return None
         text, image, _ = consensus.losses.tolist()
-        action = "left out on all ranks, its batch with it" if consensus.is_skipped else "kept"
+        action = "skipped on all ranks, with its batch" if consensus.is_skipped else "kept"
         return f"step {step + 1}: {found} (text {text:.4g}, image {image:.4g}); {action}"
 
     @property
-    def must_go_back(self) -> bool:
-        """Whether so many steps in a row were left out that the weights are to blame."""
-        return self._in_a_row >= self._config.roll_back_after
+    def is_due(self) -> bool:
+        """Whether so many consecutive steps were skipped that the weights must be bad."""
+        return self._in_a_row >= self._max_in_a_row
 
-    def go_back(self, state: dict | None) -> int:
-        """The run went back to a checkpoint with this state; None where there is none. Returns its step.
+    def roll_back(self, state: dict | None) -> int:
+        """Record a rollback to a checkpoint and return its step. state: the checkpoint's; None without one.
 
-        The data is where it was: past what the checkpoint's next steps would read. UserError (status 1)
-        without a checkpoint, and where the run went back to the same one before.
+        The data is not rolled back, so the run skips the data since the checkpoint. Raises UserError (FAILED)
+        without a checkpoint, or if the last rollback was to the same one.
         """
         step = state and state["step"]
-        if step is not None and step != self._went_back_to:
-            self._went_back_to, self._in_a_row = step, 0
+        if step is not None and step != self._last_rollback:
+            self._last_rollback, self._in_a_row = step, 0
             self.num_rollbacks += 1
             self._restore_losses(state.get("health", {}))
             return step
-        before = (
-            "no checkpoint to go back to" if step is None else f"back to step {step}, which is kept, before"
+        reason = (
+            "there is no checkpoint to roll back to"
+            if step is None
+            else f"the run rolled back to step {step}, which is kept, before"
         )
         error = UserError(
-            f"{self._in_a_row} steps in a row had losses or gradients that are not finite, or jumped; "
-            f"{before}; start again with a lower optimizer.learning_rate"
+            f"{self._in_a_row} consecutive steps had NaN, Inf or a loss spike, and {reason}; start again "
+            "with a lower optimizer.learning_rate"
         )
-        error.on_every_rank, error.exit_status = True, 1
+        error.on_every_rank, error.exit_status = True, ExitStatus.FAILED
         raise error
 
     def figures(self) -> dict[str, int]:
-        """For a line of metrics."""
+        """Counts for a line of metrics."""
         return {
             "skipped_steps": self.num_skipped,
             "loss_spikes": self.num_spikes,
             "rollbacks": self.num_rollbacks,
         }
 
-    def state(self) -> dict:
-        """For a checkpoint."""
-        return {**self.figures(), "losses": list(self._agreement.spikes.losses)}
+    def state_dict(self) -> dict:
+        """State of a checkpoint, where its key is "health"."""
+        return {**self.figures(), "losses": list(self._consensus.spikes.losses)}
 
-    def restore(self, state: dict) -> None:
-        """As a run resumes from a checkpoint with this state."""
-        health = state.get("health", {})  # none in those of older versions
-        self.num_skipped, self.num_spikes = health.get("skipped_steps", 0), health.get("loss_spikes", 0)
-        self.num_rollbacks = health.get("rollbacks", 0)
-        self._restore_losses(health)
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the counts and losses of `state_dict`, or of {} for a checkpoint that has none."""
+        self.num_skipped, self.num_spikes = state.get("skipped_steps", 0), state.get("loss_spikes", 0)
+        self.num_rollbacks = state.get("rollbacks", 0)
+        self._restore_losses(state)
 
-    def _restore_losses(self, health: dict) -> None:
-        losses = self._agreement.spikes.losses
+    def _restore_losses(self, state: dict) -> None:
+        losses = self._consensus.spikes.losses
         losses.clear()
-        losses.extend(health.get("losses", ()))
+        losses.extend(state.get("losses", ()))

@@ -1,4 +1,4 @@
-"""What every rank tries before a run begins, so that a bad node is named and not found out by its losses."""
+"""Start-up self-test of every rank, so that a bad node is named before its results are used."""
 
 import os
 import socket
@@ -11,66 +11,68 @@ import torch
 import torch.distributed as dist
 
 from megafusion.errors import UserError
-from megafusion.resilience.watchdog.report import ranks_in_words
+from megafusion.resilience.exit_status import ExitStatus
+from megafusion.resilience.watchdog.report import format_ranks
 
 DISK_BYTES = 1 << 16
 
 
-class _Answer(NamedTuple):
+class _Result(NamedTuple):
     host: str
     failures: list[str]
     wants_stop: bool
 
 
 def self_test(folder: Path, device: torch.device, wants_stop: bool) -> tuple[list[str], bool]:
-    """Collectives, a matrix product and a write into the run folder, by every rank at once.
+    """Test collectives, a matrix product and a write into the run folder, on all ranks at once.
 
-    Returns the ranks' hosts, and whether any rank was asked to stop meanwhile. Raises UserError (status 1) on
-    every rank, naming the ranks, their hosts and what failed. A collective that hangs is the watchdog's.
+    Returns the ranks' hosts, and whether any rank was asked to stop meanwhile. Raises UserError (FAILED) on
+    every rank, naming the ranks that failed, their hosts and the failures. The watchdog handles a collective
+    that hangs.
     """
-    failures = [*_collectives(device), *_matrix_product(device), *_disk(folder)]
-    answers: list = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, _Answer(socket.gethostname(), failures, wants_stop))
+    failures = [*_test_collectives(device), *_test_matrix_product(device), *_test_disk(folder)]
+    results: list = [None] * dist.get_world_size()
+    dist.all_gather_object(results, _Result(socket.gethostname(), failures, wants_stop))
     bad: dict[tuple[str, str], list[int]] = {}
-    for rank, answer in enumerate(answers):
-        for failure in answer.failures:
-            bad.setdefault((answer.host, failure), []).append(rank)
+    for rank, result in enumerate(results):
+        for failure in result.failures:
+            bad.setdefault((result.host, failure), []).append(rank)
     if bad:
-        lines = [f"{ranks_in_words(ranks)} on {host}: {failure}" for (host, failure), ranks in bad.items()]
-        error = UserError("\n  ".join(["start-up self-test failed; leave the node out or mend it:", *lines]))
-        error.on_every_rank, error.exit_status = True, 1
+        lines = [f"{format_ranks(ranks)} on {host}: {failure}" for (host, failure), ranks in bad.items()]
+        error = UserError("\n  ".join(["start-up self-test failed; repair or exclude the node:", *lines]))
+        error.on_every_rank, error.exit_status = True, ExitStatus.FAILED
         raise error
-    return [answer.host for answer in answers], any(answer.wants_stop for answer in answers)
+    return [result.host for result in results], any(result.wants_stop for result in results)
 
 
-def _collectives(device: torch.device) -> Iterator[str]:
+def _test_collectives(device: torch.device) -> Iterator[str]:
     rank, world = dist.get_rank(), dist.get_world_size()
     numbers = torch.arange(4096, device=device) + rank
     dist.all_reduce(numbers)
     if not torch.equal(numbers.cpu(), torch.arange(4096) * world + world * (world - 1) // 2):
-        yield "an all-reduce gave a wrong sum"
+        yield "an all-reduce returned a wrong sum"
     gathered = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     dist.all_gather(gathered, torch.tensor([rank], device=device))
     if torch.cat(gathered).tolist() != list(range(world)):
-        yield "an all-gather gave wrong values"
+        yield "an all-gather returned wrong values"
 
 
-def _matrix_product(device: torch.device) -> Iterator[str]:
-    """The product of a(i, k) = (i + k) mod 5 and b(k, j) = (k x j) mod 7: whole numbers, so exact."""
+def _test_matrix_product(device: torch.device) -> Iterator[str]:
+    """Multiply a(i, k) = (i + k) mod 5 by b(k, j) = (k x j) mod 7: integers, so the result is exact."""
     size = 2048 if device.type == "cuda" else 256
     i = torch.arange(size)
     a, b = (i[:, None] + i) % 5, (i[:, None] * i) % 7
-    known = a[:5] @ b  # in whole numbers; rows repeat after 5, as those of a do
+    expected = a[:5] @ b  # in integers; the rows repeat after 5, as those of a do
     try:
         product = (a.to(device).float() @ b.to(device).float()).cpu()
-    except RuntimeError as error:  # what CUDA says of a broken device
+    except RuntimeError as error:  # CUDA's error for a broken device
         yield f"a matrix product on {device} failed ({error})"
         return
-    if not torch.equal(product.long(), known[i % 5]):
+    if not torch.equal(product.long(), expected[i % 5]):
         yield f"a matrix product on {device} is wrong"
 
 
-def _disk(folder: Path) -> Iterator[str]:
+def _test_disk(folder: Path) -> Iterator[str]:
     path = folder / f".self-test-{dist.get_rank()}"
     content = os.urandom(DISK_BYTES)
     try:
@@ -79,9 +81,9 @@ def _disk(folder: Path) -> Iterator[str]:
             file.flush()
             os.fsync(file.fileno())
         if path.read_bytes() != content:
-            yield f"{folder} gives back other bytes than were written"
+            yield f"{folder} returns other bytes than were written"
     except OSError as error:
         yield f"{folder} cannot be written ({error.strerror or error})"
     finally:
-        with suppress(OSError):  # a disk that refuses has been named
+        with suppress(OSError):  # the failure has been reported
             path.unlink(missing_ok=True)

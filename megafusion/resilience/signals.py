@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, which a queue sends ahead of a time limit or to make room; SIGINT, of Ctrl-C."""
+"""Stop signals: SIGTERM and SIGUSR1, which a queue sends before a time limit or a preemption, and SIGINT."""
 
 import os
 import signal
@@ -6,15 +6,17 @@ import threading
 from types import FrameType
 
 from megafusion.processes import STOP_SIGNALS
+from megafusion.resilience.exit_status import ExitStatus
 
-SAID = b"\nmegafusion: ends after this step, with a checkpoint; Ctrl-C again ends it at once, without one\n"
+MESSAGE = b"\nmegafusion: saves a checkpoint after this step and exits; Ctrl-C again exits now, without one\n"
 
 
 class StopSignals:
-    """Notes that this process was asked to stop; the step goes on, and all ranks agree at its end.
+    """Records that this process was asked to stop. The step continues; all ranks agree on the stop at its
+    end.
 
-    Further signals change nothing: a queue repeats them, and what they ask for is under way; only a second
-    SIGINT is a KeyboardInterrupt. Until `begin` nothing is lost, so the process ends at once with status 75.
+    Further signals have no effect, because queues repeat them; but a second SIGINT raises KeyboardInterrupt.
+    Until `begin` there is nothing to save, so the process exits at once with RETRY.
     """
 
     def __init__(self):
@@ -22,31 +24,34 @@ class StopSignals:
         self._has_begun = self._is_interrupted = False
 
     def listen(self) -> "StopSignals":
-        """Take the signals from now on, until the process ends. Called in the main thread."""
+        """Install the handlers, for the rest of the process. Called in the main thread."""
         for number in STOP_SIGNALS:
-            # A shell keeps Ctrl-C from its background; the others are for us, whoever ignores them.
+            # A shell lets its background jobs ignore Ctrl-C; the other signals are handled even if ignored.
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
-        # A thread hears of a signal while the main one waits in C for the other ranks to appear.
-        heard, told = os.pipe()
-        os.set_blocking(told, False)
-        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-        threading.Thread(target=self._hear, args=(heard,), name="signals", daemon=True).start()
+                signal.signal(number, self._handle)
+        # Python runs no handler while the main thread waits in C for the other ranks, but a thread can read
+        # the signal from a pipe.
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(
+            target=self._exit_before_begin, args=(read_end,), name="signals", daemon=True
+        ).start()
         return self
 
     def begin(self) -> None:
-        """From now on other ranks wait for this one."""
+        """Let signals wait for the end of a step from now on: the other ranks depend on this one."""
         self._has_begun = True
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._is_interrupted:
                 raise KeyboardInterrupt
             self._is_interrupted = True
-            os.write(2, SAID)  # not by print, which the signal may have come into
+            os.write(2, MESSAGE)  # not print, which the signal may have interrupted
         self.requested = True
 
-    def _hear(self, heard: int) -> None:
-        while numbers := os.read(heard, 64):
+    def _exit_before_begin(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 64):
             if not self._has_begun and any(number in STOP_SIGNALS for number in numbers):
-                os._exit(os.EX_TEMPFAIL)
+                os._exit(ExitStatus.RETRY)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, RUN/metrics.jsonl, and the trackers."""
+"""Output of a run while it trains: progress bar, RUN/metrics.jsonl, trackers."""
 
 import json
 from collections.abc import Iterator
@@ -10,55 +10,59 @@ from PIL import Image
 
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
-from megafusion.storage import write_file
-from megafusion.telemetry.metrics_file import METRICS, read_metrics
+from megafusion.telemetry.config import TelemetryConfig
+from megafusion.telemetry.metrics_file import METRICS, truncate_metrics
 from megafusion.telemetry.trackers import Tracker, open_trackers
-from megafusion.train.config import RunConfig
-
-__all__ = ["METRICS", "Metrics", "read_metrics"]
 
 
 class Metrics:
-    """A context that has opened every sink on rank 0, and is silent on the others.
+    """Context manager that opens every output on rank 0 and does nothing on the other ranks.
 
-    Raises UserError where the run folder cannot be written.
+    num_steps: of the whole run. first_step: steps that are done. stops_on_write_error: whether a failed write
+    ends the run. Raises UserError if the run folder cannot be written.
     """
 
-    def __init__(self, config: RunConfig, first_step: int, silent: bool):
-        self._silent, self._config = silent, config
-        self._folder = config.out
-        self._first_step, self._num_steps = first_step, config.train.num_steps
+    def __init__(
+        self,
+        config: TelemetryConfig,
+        folder: Path,
+        num_steps: int,
+        first_step: int,
+        stops_on_write_error: bool,
+        silent: bool,
+    ):
+        self._config, self._folder, self._silent = config, folder, silent
+        self._num_steps, self._first_step = num_steps, first_step
+        self._stops_on_write_error = stops_on_write_error
         self.progress = progress_bar(disable=silent)
-        self._task = self.progress.add_task(
-            "training", total=self._num_steps, completed=first_step, losses=""
-        )
+        self._task = self.progress.add_task("training", total=num_steps, completed=first_step, losses="")
         self._trackers: list[Tracker] = []
         if not silent:
             try:
-                _forget_after(self._folder, first_step)
+                truncate_metrics(folder, first_step)
                 self._open(first_step)
             except OSError as error:
-                raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
+                raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
     def _open(self, step: int) -> None:
         self._lines = (self._folder / METRICS).open("a")
-        self._trackers = open_trackers(self._config, step)
+        self._trackers = open_trackers(self._config, self._folder, step)
 
     def _close(self) -> None:
-        with self.as_the_disk_allows():
+        with self.handle_write_errors():
             self._lines.close()
         for tracker in self._trackers:
-            with self.as_the_disk_allows():
+            with self.handle_write_errors():
                 tracker.close()
 
     @contextmanager
-    def as_the_disk_allows(self, what: str = "metrics") -> Iterator[None]:
-        """Where training goes on without a checkpoint, it does so without this; else UserError."""
+    def handle_write_errors(self, what: str = "metrics") -> Iterator[None]:
+        """Turn an OSError into a UserError or a warning, as for a checkpoint that cannot be written."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or error
-            if self._config.checkpoint.on_save_error == "stop":
+            if self._stops_on_write_error:
                 raise UserError(
                     f"{self._folder}: cannot write {what} ({reason}); free space and start again"
                 ) from error
@@ -67,7 +71,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         self.progress.start()
         if self._first_step:
-            state = "is finished" if self._first_step >= self._num_steps else "goes on"
+            state = "is finished" if self._first_step >= self._num_steps else "resumes"
             self.say(f"{self._folder}: {state} after step {self._first_step}")
         return self
 
@@ -77,7 +81,7 @@ class Metrics:
             self._close()
 
     def say(self, text: str) -> None:
-        """Print a line beside the progress bar."""
+        """Print a line above the progress bar."""
         if not self._silent:
             self.progress.console.print(text, markup=False)
 
@@ -86,25 +90,25 @@ class Metrics:
         self.progress.update(self._task, completed=step)
 
     def rewind(self, step: int) -> None:
-        """The run has gone back to a step: what was recorded of those after it is dropped."""
+        """Remove the records of the steps that a rollback has undone."""
         self.advance(step)
-        self.say(f"{self._folder}: goes back to step {step}, past the data since then")
+        self.say(f"{self._folder}: rolled back to step {step}; the data since then is skipped")
         if not self._silent:
             self._close()
-            with self.as_the_disk_allows():
-                _forget_after(self._folder, step)
-            with self.as_the_disk_allows():
+            with self.handle_write_errors():
+                truncate_metrics(self._folder, step)
+            with self.handle_write_errors():
                 self._open(step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record numbers as they are after `step` updates."""
+        """Record figures after `step` updates."""
         if self._silent:
             return
-        with self.as_the_disk_allows():
+        with self.handle_write_errors():
             self._lines.write(json.dumps({"step": step, **values}) + "\n")
-            self._lines.flush()  # what a full disk does not take stays in the buffer, for the next time
+            self._lines.flush()  # on a full disk the rest stays in the buffer until the next flush
         for tracker in self._trackers:
-            with self.as_the_disk_allows():
+            with self.handle_write_errors():
                 tracker.log(step, values)
         shown = (
             f"text {values['text_loss']:.3f}  image {values['image_loss']:.4f}  "
@@ -114,14 +118,7 @@ class Metrics:
         if not self.progress.console.is_terminal:  # a log file shows no bar
             self.say(f"step {step}  {shown}")
 
-    def show(self, step: int, sheet: Image.Image, captions: str) -> None:
-        """Record a sheet of sample pictures and the captions written."""
+    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None:
+        """Record a sheet of sample images and the generated captions."""
         for tracker in self._trackers:
-            tracker.show(step, sheet, captions)
-
-
-def _forget_after(folder: Path, step: int) -> None:
-    """Drop lines of steps that are about to be run again after a resume."""
-    if (folder / METRICS).is_file():
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        write_file(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+            tracker.log_samples(step, sheet, captions)

@@ -1,8 +1,8 @@
-"""What a chip could do at best, for the share of it that training uses (MFU)."""
+"""Peak FLOP/s of a device, the denominator of MFU."""
 
 import torch
 
-# Dense bf16 operations a second with tensor cores, from NVIDIA's data sheets; longer names first.
+# Dense bf16 FLOP/s with tensor cores, from NVIDIA's data sheets; longer names first.
 _BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -16,7 +16,7 @@ _BF16_PEAKS = {
 
 
 def peak_flops(precision: str) -> float | None:
-    """Operations a second of this device at most; None for a chip or a precision that is not in the table."""
+    """Peak FLOP/s of this device; None for a chip or a precision that the table does not contain."""
     if not torch.cuda.is_available() or precision == "fp32":
         return None
     name = torch.cuda.get_device_name()

@@ -1,56 +1,60 @@
-"""Who receives a run's metrics beside its own file: TensorBoard, W&B, a file for Prometheus."""
+"""Receivers of a run's metrics beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus."""
 
 import importlib.util
 import re
 import secrets
 import time
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from megafusion.engine.config import TrainConfig
 from megafusion.errors import UserError
 from megafusion.storage import write_file
-from megafusion.train.config import RunConfig
+from megafusion.telemetry.config import TelemetryConfig
 
 
 class Tracker(Protocol):
-    """Opened on rank 0 alone."""
+    """One receiver, open on rank 0 alone."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
-    def show(self, step: int, sheet: Image.Image, captions: str) -> None: ...
+    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None: ...
 
     def close(self) -> None: ...
 
 
-def check_trackers(config: TrainConfig) -> None:
-    """UserError where a tracker needs a package that is not there."""
+def check_trackers(config: TelemetryConfig) -> None:
+    """Raise UserError if a tracker needs a package that is not installed."""
     if "wandb" in config.trackers and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            "train.trackers: wandb is not installed; pip install 'megafusion[wandb]' or leave it out"
+            "telemetry.trackers: wandb is not installed; pip install 'megafusion[wandb]' or remove it"
         )
 
 
-def open_trackers(config: RunConfig, first_step: int) -> list[Tracker]:
-    """Those that the configuration names, for a run that goes on after a step."""
-    openers = {"tensorboard": TensorBoard, "wandb": Wandb, "prometheus": Prometheus}
-    return [openers[name](config, first_step) for name in dict.fromkeys(config.train.trackers)]
+def open_trackers(config: TelemetryConfig, folder: Path, first_step: int) -> list[Tracker]:
+    """The configured trackers of a run that has done `first_step` steps."""
+    openers = {
+        "tensorboard": lambda: TensorBoard(folder, first_step),
+        "wandb": lambda: Wandb(folder, config.wandb_project),
+        "prometheus": lambda: Prometheus(folder),
+    }
+    return [openers[name]() for name in dict.fromkeys(config.trackers)]
 
 
 class TensorBoard:
     """Event files in RUN/tensorboard."""
 
-    def __init__(self, config: RunConfig, first_step: int):
-        self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=first_step)
+    def __init__(self, folder: Path, first_step: int):
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def show(self, step: int, sheet: Image.Image, captions: str) -> None:
+    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None:
         self._board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         self._board.add_text("captions", captions, step)
 
@@ -59,29 +63,24 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, which goes on with this one; files in RUN/wandb."""
+    """A Weights & Biases run, resumed with the training run; files in RUN/wandb."""
 
-    def __init__(self, config: RunConfig, first_step: int):
+    def __init__(self, folder: Path, project: str | None):
         import wandb
 
-        name = config.out.resolve().name
-        identity = config.out / "wandb-id"
-        if not identity.is_file():
-            write_file(identity, secrets.token_hex(8))
+        id_file = folder / "wandb-id"
+        if not id_file.is_file():
+            write_file(id_file, secrets.token_hex(8))
         self._run = wandb.init(
-            project=config.train.wandb_project,
-            dir=config.out,
-            id=identity.read_text(),
-            name=name,
-            resume="allow",
+            project=project, dir=folder, id=id_file.read_text(), name=folder.resolve().name, resume="allow"
         )
-        # W&B drops what comes under a step of its own that it has seen; a run may go back to a checkpoint.
+        # W&B drops values of a step of its own that it has seen; a run may roll back to a checkpoint.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def show(self, step: int, sheet: Image.Image, captions: str) -> None:
+    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None:
         import wandb
 
         self._run.log({"step": step, "samples": wandb.Image(sheet, caption=captions)})
@@ -91,29 +90,29 @@ class Wandb:
 
 
 class Prometheus:
-    """RUN/metrics.prom in Prometheus' text format, replaced whole at each line; nothing listens.
+    """RUN/metrics.prom in Prometheus' text format, replaced whole at each line. Opens no port.
 
-    A link to it in the folder of node_exporter's textfile collector (--collector.textfile.directory) has it
-    scraped.
+    To scrape it, link it into the folder of node_exporter's textfile collector
+    (--collector.textfile.directory).
     """
 
-    def __init__(self, config: RunConfig, first_step: int):
-        self._path, self._run = config.out / "metrics.prom", config.out.resolve().name
+    def __init__(self, folder: Path):
+        self._path, self._run = folder / "metrics.prom", folder.resolve().name
 
     def log(self, step: int, values: dict[str, float]) -> None:
         write_file(
             self._path, prometheus_text(self._run, {"step": step, "time_seconds": time.time(), **values})
         )
 
-    def show(self, step: int, sheet: Image.Image, captions: str) -> None:
-        pass  # it takes numbers alone
+    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None:
+        pass  # the format holds numbers alone
 
     def close(self) -> None:
         pass
 
 
 def prometheus_text(run: str, values: dict[str, float]) -> str:
-    """Gauges `megafusion_NAME{run="..."}`; what a name may not hold becomes an underscore."""
+    """Gauges `megafusion_NAME{run="..."}`; an invalid character of a name becomes an underscore."""
     label = run.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     lines = []
     for name, value in values.items():

@@ -1,7 +1,7 @@
 """One file describes a run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,8 @@ from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.model.config import ModelConfig
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.parallel.config import ParallelConfig
-from megafusion.resilience.config import HealthConfig
+from megafusion.resilience.config import ResilienceConfig
+from megafusion.telemetry.config import TelemetryConfig
 
 if TYPE_CHECKING:
     from megafusion.sequence.packing import SequenceShape
@@ -30,6 +31,8 @@ class SamplesConfig(Config):
 class RunConfig(Config):
     """Everything that decides a run's numbers, and where it is kept."""
 
+    renamed_keys: ClassVar[dict[str, str]] = {"health": "resilience"}
+
     out: Path
     """Run folder: frozen configuration, metrics, checkpoints, samples."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -43,7 +46,8 @@ class RunConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
     sampling: SamplingConfig = SamplingConfig()
     samples: SamplesConfig = SamplesConfig()
-    health: HealthConfig = HealthConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -60,11 +64,6 @@ class RunConfig(Config):
             )
         if reason := self.objective.noise_process.build().refusal(self.sampling):
             raise ValueError(reason)
-        if self.train.wandb_project and "wandb" not in self.train.trackers:
-            raise ValueError(
-                f"train.wandb_project {self.train.wandb_project!r} is set, but train.trackers "
-                f"{list(self.train.trackers)} has no wandb; add it there"
-            )
         if self.samples.every % self.checkpoint.every:
             raise ValueError(
                 f"samples.every {self.samples.every} is not a multiple of checkpoint.every "

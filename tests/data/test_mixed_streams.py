@@ -16,7 +16,7 @@ from megafusion.errors import UserError
 from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.document import ImageSegment, Segment, cut_document, find_cut, flatten
 from megafusion.sequence.packing import SequenceShape
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train

@@ -14,7 +14,7 @@ from megafusion.data.config import DataConfig
 from megafusion.data.document_format import CorruptBytes
 from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.rows import digest, stored, stream_of, write_pairs
@@ -144,7 +144,7 @@ def picture_run(run_values, tokenizer, tmp_path) -> dict:
     folder = write_pictures(tmp_path / "pictures", 40, tokenizer.hash)
     run_values["data"]["sources"] = {"pictures": {"path": str(folder), "weight": 1.0}}
     run_values["data"] |= {"crop": 0.8, "flip": 0.5}
-    run_values["train"] |= {"num_steps": 4, "log_every": 1}
+    run_values["train"]["num_steps"] = 4
     return run_values
 
 

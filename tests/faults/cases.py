@@ -16,7 +16,7 @@ import psutil
 
 from megafusion.checkpoint.folder import PARTIAL, complete_checkpoints, step_of, verify_checkpoint
 from megafusion.errors import UserError
-from megafusion.resilience.attempts import read_starts
+from megafusion.resilience.attempts import read_attempts
 from megafusion.telemetry.metrics_file import read_metrics
 from tests.faults.hurts import nan_gradients, slow_disk, with_reference, without_batches
 from tests.faults.job import Job, newest, same_bits, step_of_run
@@ -60,11 +60,12 @@ class Bench:
         """A run in a folder of its own: 16 steps, a checkpoint every 2."""
         self._number += 1
         values = small_run(self._shards, self._vae, self.folder / f"run-{self._number}")
-        values["train"] |= {"num_steps": NUM_STEPS, "micro_batch_size": 1, "trackers": []}
+        values["train"] |= {"num_steps": NUM_STEPS, "micro_batch_size": 1}
         values["checkpoint"] = {"every": 2, **checkpoint}
+        values["telemetry"]["trackers"] = []
         values["parallel"] = LAID_OUT if world == 4 else {}
         # Kills fall on the same step as often as chance has it.
-        values["health"] = {"max_crashes": 0}
+        values["resilience"] = {"max_crashes": 0}
         return values
 
     def whole(self, world: int) -> Path:
@@ -110,7 +111,7 @@ def kills(bench: Bench, number: int, seed: int = 0) -> Case:
     in_checkpoints = 0
     for kill in range(number):
         run = Path(values["out"])
-        begun_starts = len(read_starts(run))
+        num_attempts = len(read_attempts(run))
         before = [step_of(path) for path in complete_checkpoints(run / "checkpoints")][-1:] or [0]
         with Job(values, world) as job:
             if kill % 3 == 2:
@@ -128,7 +129,8 @@ def kills(bench: Bench, number: int, seed: int = 0) -> Case:
         broken = verified(run)
         others = {status for rank, status in enumerate(statuses) if rank != victim}
         # A rank that has not come to its command yet ends with the launcher's signal.
-        if not others <= {75, 0} and (begun_starts < len(read_starts(run)) or not others <= {75, 0, -15, -9}):
+        has_begun = len(read_attempts(run)) > num_attempts
+        if not others <= ({75, 0} if has_begun else {75, 0, -15, -9}):
             broken.append(f"kill {kill} of rank {victim}: the others ended with {others}")
         after = complete_checkpoints(run / "checkpoints")
         if (after and step_of(after[-1]) < before[0]) or (before[0] and not after):
@@ -358,7 +360,7 @@ def flipped_bits(bench: Bench, each: int, names: Sequence[str] = (), seed: int =
             statuses = resumed.end()
             said = resumed.said()
         broken = [] if statuses == [0] * world else [f"{name}: ended with {statuses}: {said[-300:]}"]
-        if "resuming from the previous checkpoint" not in said or "goes on after step 4" not in said:
+        if "resuming from the previous checkpoint" not in said or "resumes after step 4" not in said:
             broken.append(f"{name}: not said: {said[:300]}")
         case.count(broken or bench.differences(resumed.run, world))
     case.figures["files"] = len(names)
@@ -407,8 +409,8 @@ def endurance(bench: Bench, num_steps: int) -> Case:
     case = Case(f"{num_steps:,} tiny steps")
     every = num_steps // 200
     values = bench.values(1, every=num_steps // 10)
-    values["train"] |= {"num_steps": num_steps, "log_every": every}
-    values["train"] |= {"global_batch_size": 1, "trackers": ["tensorboard", "prometheus"]}
+    values["train"] |= {"num_steps": num_steps, "global_batch_size": 1}
+    values["telemetry"] = {"log_every": every, "trackers": ["tensorboard", "prometheus"]}
     values["data"] |= {"num_streams": 1, "sequence_length": 32, "images_per_row": 1}
     values["model"] |= {
         "num_layers": 1,

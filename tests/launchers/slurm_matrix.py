@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from tests.faults.job import newest, same_bits
 from tests.support.cluster import Cluster, local_cluster, missing_programs
 from tests.support.small import ROOT, make_shards, make_vae, small_run

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from megafusion.cli import app, main
 from megafusion.errors import UserError
 from megafusion.launch.site import Site
+from megafusion.resilience.attempts import START, Attempts, read_attempts
+from megafusion.resilience.exit_status import ExitStatus
 from tests.support.small import ROOT
 
 LAUNCHERS = ROOT / "launchers"
@@ -67,8 +69,8 @@ def test_shellcheck_finds_nothing():
 
 
 def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_file, tmp_path):
-    evil = "train.wandb_project=$(touch evil);touch evil"
-    changes = [evil, "train.trackers=[wandb]", "train.global_batch_size=48", "data.num_streams=48"]
+    evil = "telemetry.wandb_project=$(touch evil);touch evil"
+    changes = [evil, "telemetry.trackers=[wandb]", "train.global_batch_size=48", "data.num_streams=48"]
     script = launch(
         str(config_file), *changes, "--site", "example", "--nodes", "3", "--time", "90", "--dry-run"
     )
@@ -155,7 +157,7 @@ def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
         launch(str(config_file), "train.num_steps=7", "--site", "local-test")
     assert files() == before
     with pytest.raises(UserError, match=r"sbatch refused the job, .*: [^$]*configuration file"):
-        launch(str(config_file), "train.log_every=2", "--site", "local-test")
+        launch(str(config_file), "telemetry.log_every=2", "--site", "local-test")
     assert files() == before
 
 
@@ -175,6 +177,7 @@ def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
             for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "MY_APIKEY")
         ],
         ("MEGAFUSION_RANKS_PER_NODE=0", "MEGAFUSION_RANKS_PER_NODE is required, a number .*got '0'"),
+        ("MEGAFUSION_MAX_STARTS=5", "MEGAFUSION_MAX_STARTS was replaced by .* resilience.max_crashes"),
         ("MEGAFUSION_LAUNCHER=ssh", "MEGAFUSION_LAUNCHER is srun or deepspeed, not 'ssh'"),
         ("MEGAFUSION_CONTAINER=docker", "MEGAFUSION_CONTAINER is none, apptainer, enroot; not 'docker'"),
         ("MEGAFUSION_CONTAINER=enroot", "MEGAFUSION_CONTAINER=enroot needs MEGAFUSION_CONTAINER_IMAGE"),
@@ -208,27 +211,59 @@ def test_a_shell_reads_a_site_file_as_we_do(site):
 
 
 @pytest.mark.parametrize(
-    ("status", "goes_on"),
+    ("status", "restarts"),
     [(0, False), (1, False), (2, False), (75, True), (137, True), (138, True), (143, True), (247, True)],
 )
-def test_what_an_exit_status_means(status, goes_on):
-    assert (common('may_go_on "$1"', str(status)).returncode == 0) == goes_on
+def test_what_an_exit_status_means(tmp_path, status, restarts):
+    assert may_restart(tmp_path, status) == restarts
 
 
-def test_starts_without_a_new_checkpoint_are_a_crash_loop(tmp_path):
-    def start(job: str) -> subprocess.CompletedProcess:
-        return common('MEGAFUSION_MAX_STARTS=3 note_start "$1" "$2"', str(tmp_path), job)
-
-    assert [start("7").returncode for _ in range(4)] == [0, 0, 0, 1]
-    assert "the last 3 starts of" in start("7").stderr
-    assert start("8").returncode == 0  # a new job: the user has looked
-    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
-    (tmp_path / "checkpoints/step-00000009.partial").mkdir()
-    assert start("7").returncode == 0
-    assert (tmp_path / "launch/starts.tsv").read_text().splitlines()[-1].endswith("\t7\tstep-00000005")
+def may_restart(run: Path, status: int) -> bool:
+    script = 'MEGAFUSION_START=7:2; may_restart "$1" "$2"'
+    return common(script, str(status), str(run)).returncode == 0
 
 
-def test_a_rank_takes_its_place_from_slurm_and_becomes_the_command(tmp_path):
+def test_exit_statuses_are_the_same_in_the_shell_and_in_python():
+    said = common('echo "$EXIT_FAILED $EXIT_REFUSED $EXIT_RETRY"').stdout
+    assert said.split() == [str(int(s)) for s in (ExitStatus.FAILED, ExitStatus.REFUSED, ExitStatus.RETRY)]
+    numbers = re.compile(r"(exit|-eq|-ne|status=)\s*(1|2|75)\b")
+    for script in SCRIPTS:
+        code = [line for line in script.read_text().splitlines() if not line.startswith("#")]
+        assert not numbers.search("\n".join(code)), script
+
+
+def test_a_command_that_could_not_be_started_is_not_restarted(tmp_path, monkeypatch):
+    """ssh and apptainer exit with 255 then; a trainer that ssh has lost has recorded its start."""
+    assert not may_restart(tmp_path, 255)
+    for start, is_this in (("7:1", False), ("7:2", True)):
+        monkeypatch.setenv(START, start)
+        attempts = Attempts(tmp_path)
+        attempts.claim()
+        attempts.begin(1, 0)
+        assert may_restart(tmp_path, 255) == is_this
+        attempts.end("crashed")
+
+
+def test_a_crash_loop_before_the_trainer_records_anything_ends(config_file, tmp_path):
+    """The process dies as torch is loaded, at each of three starts; the fourth is refused."""
+    fake = tmp_path / "fake/torch"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    done = subprocess.run(
+        [LAUNCHERS / "local.sh", "1", config_file],
+        env=ENVIRONMENT | {"PYTHONPATH": str(fake.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == ExitStatus.FAILED, said
+    assert said.count("exit status 137; restarting from none") == 3
+    assert "crash loop: the last 3 attempts crashed without a checkpoint after step 0;" in said
+
+
+def test_a_rank_takes_its_number_from_slurm_and_becomes_the_command(tmp_path):
     slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
     command = [
         str(LAUNCHERS / "rank.sh"),
@@ -242,7 +277,7 @@ def test_a_rank_takes_its_place_from_slurm_and_becomes_the_command(tmp_path):
         assert process.wait(10) == 75
     log = (tmp_path / "logs/rank-00003.log").read_text().splitlines()
     assert log[-1] == f"3 1 4 {process.pid}"
-    # a launcher's own place comes first
+    # a launcher's own numbers have precedence
     other = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}
     subprocess.run([*command[:-1], "echo $RANK"], env=environment | slurm | other, check=True)
     assert (tmp_path / "logs/rank-00002.log").read_text().splitlines()[-1] == "2"
@@ -285,12 +320,12 @@ def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_th
     finally:
         process.kill()
     assert process.returncode == 0, said
-    assert "starting again from step-000000" in said
+    assert "restarting from step-000000" in said
     assert "step 30" in said  # rank 0's log is shown
-    starts = [line.split("\t")[2] for line in (run / "launch/starts.tsv").read_text().splitlines()]
-    assert starts[0] == "none"
-    assert len(starts) == 2
-    assert "step-00000003" <= starts[1] < "step-00000030"
+    first, second = read_attempts(run)
+    assert [attempt["start"].partition(":")[2] for attempt in (first, second)] == ["1", "2"]
+    assert (first["resumed_at"], first["ended"], second["ended"]) == (0, "crashed", "finished")
+    assert 3 <= second["resumed_at"] < 30
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 30
     assert "rank 1 of 2" in (run / "logs/rank-00001.log").read_text()
     assert world_writable(run) == []
@@ -327,10 +362,10 @@ def test_a_wrong_call_shows_the_right_one(script, tmp_path):
 def test_deepspeed_sh_hands_no_white_space_to_a_remote_shell(config_file, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n")
-    command = [str(LAUNCHERS / "deepspeed.sh"), str(hosts), str(config_file), "train.wandb_project=a b"]
+    command = [str(LAUNCHERS / "deepspeed.sh"), str(hosts), str(config_file), "telemetry.wandb_project=a b"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "train.wandb_project=a b: pdsh cannot hand on white space" in done.stderr
+    assert "telemetry.wandb_project=a b: pdsh cannot pass white space" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -366,10 +401,10 @@ def test_a_site_that_cannot_be_read_ends_every_launcher(config_file, tmp_path, s
 @pytest.mark.parametrize("site", ["local-test", "mine.env", "./mine.env"])
 def test_a_launcher_s_shell_finds_a_site_as_megafusion_launch_does(tmp_path, monkeypatch, site):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.env").write_text("MEGAFUSION_RANKS_PER_NODE=2\nMEGAFUSION_MAX_STARTS=9\n")
+    (tmp_path / "mine.env").write_text("MEGAFUSION_RANKS_PER_NODE=2\n")
     monkeypatch.setenv("MEGAFUSION_SITE", site)
-    said = common(f"MEGAFUSION_ROOT={ROOT}; read_site; echo $MEGAFUSION_MAX_STARTS").stdout
-    assert said.strip() == Site.load(site).environment["MEGAFUSION_MAX_STARTS"]
+    said = common(f"MEGAFUSION_ROOT={ROOT}; read_site; echo $MEGAFUSION_RANKS_PER_NODE").stdout
+    assert said.strip() == Site.load(site).environment["MEGAFUSION_RANKS_PER_NODE"]
 
 
 def test_a_job_in_a_container_runs_the_image_s_python(config_file, tmp_path):

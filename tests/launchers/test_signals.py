@@ -1,4 +1,4 @@
-"""Signals at any moment of a start, containers, and what DeepSpeed's launcher says: with real trainers."""
+"""Signals at any moment of a start, containers, exit status of DeepSpeed's launcher: with real trainers."""
 
 import json
 import os
@@ -16,6 +16,8 @@ import psutil
 import pytest
 import yaml
 
+from megafusion.resilience.attempts import Attempts
+from megafusion.resilience.exit_status import ExitStatus
 from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS, common
 from tests.support.container import make_image, program
 from tests.support.small import ROOT
@@ -23,7 +25,7 @@ from tests.support.small import ROOT
 
 @pytest.fixture
 def endless(run_values, tmp_path) -> Path:
-    """The configuration of a run that does not end by itself."""
+    """Configuration of a run that does not end by itself."""
     run_values["train"]["num_steps"] = 10**6
     run_values["checkpoint"] = {"every": 10**6}
     path = tmp_path / "config.yaml"
@@ -32,7 +34,7 @@ def endless(run_values, tmp_path) -> Path:
 
 
 def ended(command: list, environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """Status and output of a command; None, and all that it started killed, where it is late."""
+    """Exit status and output of a command; None after a timeout. Kills everything that it started."""
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -55,11 +57,12 @@ def kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def meanwhile(folder: Path, name: str, number: int, signal_name: str) -> str:
-    """A PATH on which a program that local.sh uses sends it a signal, the number-th time it is called."""
+def signal_during(folder: Path, name: str, number: int, signal_name: str) -> str:
+    """A PATH on which the number-th call of a program signals the launcher; python3 fails to train once."""
     lines = f"""\
 echo >> {folder}/calls
 [ $(wc -l < {folder}/calls) -ne {number} ] || kill -{signal_name} $(cat {folder}/pid)
+case "$*" in *megafusion.cli*) mkdir {folder}/lost 2> /dev/null && exit {ExitStatus.RETRY};; esac
 exec {sys.executable if name == "python3" else shutil.which(name)} "$@"
 """
     return f"{program(folder / 'bin' / name, lines).parent}:{os.environ['PATH']}"
@@ -68,20 +71,14 @@ exec {sys.executable if name == "python3" else shutil.which(name)} "$@"
 @pytest.mark.parametrize(
     ("program_name", "number", "signal_name"),
     [
-        pytest.param("awk", 1, "TERM", id="as a start is noted"),
-        pytest.param("awk", 2, "USR1", id="as a start after a lost rank is noted"),
+        pytest.param("touch", 1, "TERM", id="before the first start"),
         pytest.param("python3", 2, "USR1", id="before the ranks are started"),
+        pytest.param("python3", 4, "USR1", id="before the ranks are restarted"),
     ],
 )
 def test_local_sh_loses_no_signal_of_a_start(endless, tmp_path, program_name, number, signal_name):
-    dying = program(
-        tmp_path / "python",  # its first rank of all is lost
-        f'case "$*" in *megafusion.cli*) mkdir {tmp_path}/lost 2> /dev/null && exit 75;; esac\n'
-        f'exec {sys.executable} "$@"\n',
-    )
-    environment = ENVIRONMENT | {"PATH": meanwhile(tmp_path, program_name, number, signal_name)}
-    if number == 2:
-        environment["MEGAFUSION_PYTHON"] = str(dying) if program_name == "awk" else "python3"
+    environment = ENVIRONMENT | {"PATH": signal_during(tmp_path, program_name, number, signal_name)}
+    environment["MEGAFUSION_PYTHON"] = "python3" if program_name == "python3" else sys.executable
     command = [
         "bash",
         "-c",
@@ -92,7 +89,7 @@ def test_local_sh_loses_no_signal_of_a_start(endless, tmp_path, program_name, nu
         endless,
     ]
     status, said = ended(command, environment, 60)
-    assert status == 75, said
+    assert status == ExitStatus.RETRY, said
     assert len((tmp_path / "calls").read_text().splitlines()) >= number
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -100,17 +97,17 @@ def test_local_sh_loses_no_signal_of_a_start(endless, tmp_path, program_name, nu
 @pytest.mark.parametrize("signal_name", ["TERM", "USR1"])
 def test_deepspeed_sh_starts_nothing_after_a_signal(endless, tmp_path, signal_name):
     (tmp_path / "hosts").write_text("localhost slots=1\n")
-    environment = ENVIRONMENT | {"PATH": meanwhile(tmp_path, "awk", 1, signal_name)}
+    environment = ENVIRONMENT | {"PATH": signal_during(tmp_path, "mktemp", 1, signal_name)}
     with_pid = ["bash", "-c", 'echo $$ > "$0"; exec "$@"', tmp_path / "pid"]
     status, said = ended(
         [*with_pid, LAUNCHERS / "deepspeed.sh", tmp_path / "hosts", endless], environment, 60
     )
-    assert status == 75, said
-    assert "cmd = " not in said  # DeepSpeed's runner says what it starts
+    assert status == ExitStatus.RETRY, said
+    assert "cmd = " not in said  # DeepSpeed's runner prints the command
 
 
 def node_environment(folder: Path) -> dict[str, str]:
-    """What train.sbatch and SLURM give to node.sh on the one node of a job."""
+    """Environment of node.sh from train.sbatch and SLURM, on the single node of a job."""
     (folder / "run/launch").mkdir(parents=True, exist_ok=True)
     (folder / "hosts").write_text("localhost slots=1\n")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -120,7 +117,7 @@ def node_environment(folder: Path) -> dict[str, str]:
 
 
 def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
-    """SLURM signals every process of a node; DeepSpeed's ignore it, and the trainer is not there yet."""
+    """SLURM signals every process of a node; DeepSpeed's ignore it, and the trainer has not started yet."""
     environment = node_environment(tmp_path)
     train = [sys.executable, "-m", "megafusion.cli", "train", str(endless)]
     with subprocess.Popen(
@@ -134,7 +131,7 @@ def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
             while not any("deepspeed" in command for command in commands_of(process.pid)):
                 assert time.monotonic() < deadline
             os.killpg(process.pid, signal.SIGUSR1)
-            assert process.wait(90) == 75
+            assert process.wait(90) == ExitStatus.RETRY
         finally:
             kill_group(process.pid)
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -142,7 +139,7 @@ def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
 
 
 def commands_of(pid: int) -> Iterator[str]:
-    """Command lines of what a process has started, but for what has ended meanwhile."""
+    """Command lines of the running descendants of a process."""
     for child in children_of(pid):
         with suppress(psutil.Error):
             yield " ".join(child.cmdline())
@@ -173,19 +170,18 @@ def test_node_sh_trains_in_a_container(run_values, tmp_path):
     assert common('is_done "$1"', str(tmp_path / "run")).returncode == 0
 
 
-def test_a_launcher_that_ends_well_is_not_believed_without_the_run_s_record(tmp_path):
-    """As the record is written: what DeepSpeed's runner says where its launcher was killed is 0."""
-    from megafusion.resilience.attempts import Attempts
+def test_an_exit_status_of_0_needs_the_run_s_record(tmp_path):
+    """DeepSpeed's runner returns 0 even if its launcher was killed."""
 
     def is_done() -> bool:
         return common('is_done "$1"', str(tmp_path)).returncode == 0
 
     assert not is_done()
     for ending, done in (("finished", True), ("preempted", False), ("crashed", False), ("stopped", True)):
-        starts = Attempts(tmp_path)
-        starts.claim()
-        starts.begin(3, 1)
+        attempts = Attempts(tmp_path)
+        attempts.claim()
+        attempts.begin(3, 1)
         assert not is_done()
-        starts.end(ending, 'it said "ended": "finished"')
+        attempts.end(ending, 'it said "ended": "finished"')
         assert is_done() == done
     assert len(json.loads((tmp_path / "starts.json").read_text())) == 4

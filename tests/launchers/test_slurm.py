@@ -1,4 +1,4 @@
-"""On a real SLURM of two nodes: a run grows, is cancelled, and shrinks. `make slurm-test` does the rest."""
+"""A real SLURM of two nodes: a run grows, is cancelled, shrinks, crashes. `make slurm-test` does the rest."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 
+from megafusion.resilience.exit_status import ExitStatus
 from tests.support.cluster import Cluster, local_cluster, missing_programs
 from tests.support.container import make_image, program
 from tests.support.small import ROOT
@@ -27,7 +28,7 @@ pytestmark = [
 
 
 def launch(cluster: Cluster, config: Path, nodes: int, *more: str) -> tuple[str, str]:
-    """Number of the job, and all that the command said."""
+    """Job ID, and the output of the command."""
     command = [sys.executable, "-m", "megafusion.cli", "launch", str(config), "--site", "local-test"]
     environment = os.environ | cluster.environment | {"OMP_NUM_THREADS": "1"}
     said = subprocess.run(
@@ -44,8 +45,8 @@ def launch(cluster: Cluster, config: Path, nodes: int, *more: str) -> tuple[str,
 def wait_for_step(run: Path, start: int, step: int) -> None:
     deadline = time.monotonic() + 120
     while True:
-        starts = json.loads((run / "starts.json").read_text()) if (run / "starts.json").exists() else []
-        if len(starts) > start and int((run / "step").read_text()) >= starts[-1]["resumed_at"] + step:
+        attempts = json.loads((run / "starts.json").read_text()) if (run / "starts.json").exists() else []
+        if len(attempts) > start and int((run / "step").read_text()) >= attempts[-1]["resumed_at"] + step:
             return
         assert time.monotonic() < deadline, (run / "logs/rank-00000.log").read_text()
         time.sleep(0.2)
@@ -67,30 +68,28 @@ def test_a_run_grows_stops_when_cancelled_and_shrinks(run_values, tmp_path):
         wait_for_step(run, 1, 5)
         cluster.ask("scancel", large)
         cluster.wait_for(large, {"CANCELLED"}, 60)
-        time.sleep(12)  # longer than a job that goes back into the queue waits
+        time.sleep(12)  # longer than a requeued job waits
         assert cluster.job(large)["JobState"] == "CANCELLED"
         last, _ = launch(cluster, config, nodes=1)
         cluster.wait_for(last, {"COMPLETED"}, 180)
-    starts = json.loads((run / "starts.json").read_text())
-    assert [start["world_size"] for start in starts] == [1, 2, 1]
-    assert [start["ended"] for start in starts] == ["preempted", "preempted", "finished"]
-    assert 0 < starts[1]["resumed_at"] < starts[2]["resumed_at"] < 400
+    attempts = json.loads((run / "starts.json").read_text())
+    assert [attempt["world_size"] for attempt in attempts] == [1, 2, 1]
+    assert [attempt["ended"] for attempt in attempts] == ["preempted", "preempted", "finished"]
+    assert 0 < attempts[1]["resumed_at"] < attempts[2]["resumed_at"] < 400
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 401))
 
 
-def test_by_hand_a_crash_loop_and_a_refusal_end_the_job(run_values, tmp_path):
-    """Also what sbatch alone does, without `megafusion launch`."""
+def test_a_crash_loop_and_a_refusal_end_the_job(run_values, tmp_path):
+    """The first is submitted by sbatch, without `megafusion launch`."""
     config, run = tmp_path / "config.yaml", Path(run_values["out"])
     config.write_text(yaml.safe_dump(run_values))
-    dying = tmp_path / "python"  # its trainer says "start me again", and never comes to a checkpoint
-    dying.write_text(
-        f'#!/bin/sh\ncase "$*" in *megafusion.cli*) exit 75;; esac\nexec {sys.executable} "$@"\n'
-    )
-    dying.chmod(0o755)
+    fake = tmp_path / "fake/torch"  # the trainer dies as it loads torch
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     site = tmp_path / "site.env"
-    values = (ROOT / "launchers/sites/local-test.env").read_text().replace("MAX_STARTS=5", "MAX_STARTS=2")
-    site.write_text(f"{values}MEGAFUSION_PYTHON={dying}\n")
+    values = (ROOT / "launchers/sites/local-test.env").read_text()
+    site.write_text(f"{values}MEGAFUSION_PYTHON={sys.executable}\nPYTHONPATH={fake.parent}\n")
     with local_cluster() as cluster:
         script = "launchers/slurm/train.sbatch"
         log = tmp_path / "job.log"
@@ -103,6 +102,7 @@ def test_by_hand_a_crash_loop_and_a_refusal_end_the_job(run_values, tmp_path):
                 f"--output={log}",
                 script,
                 str(config),
+                "resilience.max_crashes=2",
             ],
             cwd=ROOT,
             env=os.environ | cluster.environment | {"MEGAFUSION_SITE": str(site)},
@@ -112,8 +112,8 @@ def test_by_hand_a_crash_loop_and_a_refusal_end_the_job(run_values, tmp_path):
         ).stdout.strip()
         cluster.wait_for(job, {"FAILED"}, 120)
         assert cluster.job(job)["Restarts"] == "2", log.read_text()
-        assert "the last 2 starts of" in log.read_text()
-        assert len((run / "launch/starts.tsv").read_text().splitlines()) == 3
+        assert cluster.job(job)["ExitCode"] == f"{ExitStatus.FAILED:d}:0"
+        assert "crash loop: the last 2 attempts crashed" in (run / "logs/rank-00000.log").read_text()
         run_values["data"]["tokenizer"] = str(tmp_path / "nowhere.model")
         config.write_text(yaml.safe_dump(run_values))
         refused, _ = launch(cluster, config, nodes=1)
@@ -124,7 +124,7 @@ def test_by_hand_a_crash_loop_and_a_refusal_end_the_job(run_values, tmp_path):
 
 
 def ranks(config: Path) -> list[psutil.Process]:
-    """The trainers of this configuration: no children of ours, for SLURM has started them."""
+    """The trainers of this configuration, which SLURM has started."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -133,8 +133,8 @@ def ranks(config: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_signal_before_the_ranks_and_an_end_without_the_controller_lose_no_job(run_values, tmp_path):
-    """In a container, too: everything of the job that needs megafusion runs by the image's Python."""
+def test_a_signal_before_the_ranks_and_an_absent_controller_lose_no_job(run_values, tmp_path):
+    """In a container: everything of the job that needs megafusion runs with the image's Python."""
     run_values["train"]["num_steps"] = 600
     run_values["checkpoint"] = {"every": 100}
     config, run, log = tmp_path / "config.yaml", Path(run_values["out"]), tmp_path / "job.log"
@@ -171,17 +171,17 @@ def test_a_signal_before_the_ranks_and_an_end_without_the_controller_lose_no_job
             for process in ranks(config):
                 process.send_signal(signal.SIGUSR1)
             psutil.wait_procs(ranks(config), 60)
-            time.sleep(30)  # all that the script asks meanwhile fails
+            time.sleep(30)  # the script's questions fail meanwhile
         wait_for_step(run, 1, 5)
         cluster.wait_for(job, {"COMPLETED"}, 180)
         assert cluster.job(job)["Restarts"] == "2"
-    assert "asked to stop before the ranks were started: back into the queue" in log.read_text()
-    starts = json.loads((run / "starts.json").read_text())
-    assert [start["ended"] for start in starts] == ["preempted", "finished"]
+    assert "asked to stop before the ranks were started: requeued" in log.read_text()
+    attempts = json.loads((run / "starts.json").read_text())
+    assert [attempt["ended"] for attempt in attempts] == ["preempted", "finished"]
 
 
-def test_a_killed_deepspeed_launcher_is_no_finished_run(run_values, tmp_path):
-    """DeepSpeed's runner above it ends with 0, and the ranks below it are left."""
+def test_a_killed_deepspeed_launcher_is_not_a_finished_run(run_values, tmp_path):
+    """DeepSpeed's runner above it exits with 0, and its ranks remain."""
     run_values["train"]["num_steps"] = 800
     run_values["checkpoint"] = {"every": 100}
     config, run = tmp_path / "config.yaml", Path(run_values["out"])
@@ -196,8 +196,8 @@ def test_a_killed_deepspeed_launcher_is_no_finished_run(run_values, tmp_path):
         cluster.wait_for(job, {"COMPLETED"}, 180)
         assert cluster.job(job)["Restarts"] == "1"
     assert re.search(
-        r"start 1: ended with status 0 at checkpoint \S+, unfinished: back into the queue",
+        r"start 1: exit status 0 at checkpoint \S+, unfinished: requeued",
         (run / f"logs/job-{job}.log").read_text(),
     )
-    starts = json.loads((run / "starts.json").read_text())
-    assert [start["ended"] for start in starts] == ["preempted", "finished"]
+    attempts = json.loads((run / "starts.json").read_text())
+    assert [attempt["ended"] for attempt in attempts] == ["preempted", "finished"]

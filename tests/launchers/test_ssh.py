@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from megafusion.resilience.attempts import read_attempts
 from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS
 from tests.support.small import ROOT
 
@@ -94,10 +95,10 @@ def test_a_lost_rank_on_another_machine_starts_all_again(run_values, tmp_path):
             os.kill(rank_of_run(run, 1), signal.SIGKILL)
             said = process.communicate(timeout=180)[0]
     assert process.returncode == 0, said
-    assert "starting again from step-000000" in said
+    assert "restarting from step-000000" in said
     lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 61))
-    assert len((run / "launch/starts.tsv").read_text().splitlines()) == 2
+    assert [attempt["start"][-2:] for attempt in read_attempts(run)] == [":1", ":2"]
 
 
 def rank_of_run(run: Path, rank: int) -> int:

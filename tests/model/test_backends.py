@@ -66,9 +66,10 @@ def test_flex_with_fewer_queries_than_keys():
 
 
 def test_sdpa_reads_a_mask_of_the_model_dtype_without_nan():
-    mask = attention_backend("sdpa").prepare(mixed_rows(90), torch.bfloat16, 16)
-    assert mask.additive.dtype == torch.bfloat16
-    assert (mask.additive[0, 0, -1] == 0).all()
+    additive, not_empty = attention_backend("sdpa").prepare(mixed_rows(90), torch.bfloat16, 16)
+    assert additive.dtype == torch.bfloat16
+    assert (additive[0, 0, -1] == 0).all()
+    assert not_empty.flatten().tolist() == [True] * 89 + [False]
 
 
 @without_gpu

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megafusion.images.sizes import nearest_size
-from megafusion.model.adapters import adapter_module
-from megafusion.model.adapters.by_size import SizeGroups
+from megafusion.model.adapters import SizeGroups, adapter_module
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from megafusion.config import parse_config
 from megafusion.model.transformer import FusedLinear, block_context
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import Column, Replicated, declare, named_weights
+from megafusion.model.weights import Replicated, declare, named_weights
 from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.parallelize import parallelize
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
@@ -27,7 +27,7 @@ class AdaptedQKV(nn.Module):
         super().__init__()
         self.base = base
         self.lora_a = declare(nn.Linear(WIDTH, 3, bias=False), Replicated("positions"))
-        self.lora_b = declare(FusedLinear(3, base.sizes, bias=True), Column(), init="residual")
+        self.lora_b = declare(FusedLinear(3, base.sizes, bias=True), "column", init="residual")
         self.qk_norm = declare(nn.RMSNorm(HEAD_DIM), Replicated("heads"))
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafusion.config import load_config
-from megafusion.model.initialize import initialize
 from megafusion.model.transformer import FusedLinear
 from megafusion.model.transfusion import Transfusion
+from megafusion.model.weights import initialize
 from megafusion.parallel.balance import layer_flops, partition, stage_blocks
 from megafusion.parallel.image_parallel import ImageShard
 from megafusion.parallel.sharding import shard_spec_of

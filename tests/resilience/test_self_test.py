@@ -1,4 +1,4 @@
-"""The start-up self-test passes on a sound machine in well under a second, and names the rank that is not."""
+"""Start-up self-test and stop signals."""
 
 import os
 import signal
@@ -13,26 +13,27 @@ import torch
 import torch.distributed as dist
 
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.self_test import self_test
 from megafusion.resilience.signals import StopSignals
 from tests.support.workers import WorkersFailed, run_workers
 
 
-def sound(folder: Path) -> tuple[int, bool, float]:
+def passes(folder: Path) -> tuple[int, bool, float]:
     began = time.perf_counter()
     hosts, stops = self_test(folder, torch.device("cpu"), wants_stop=dist.get_rank() == 1)
     return len(hosts), stops, time.perf_counter() - began
 
 
-def test_a_sound_machine_passes_and_one_wish_to_stop_reaches_all(tmp_path):
-    answers = run_workers(sound, 2, tmp_path)
+def test_a_good_machine_passes_and_all_ranks_learn_of_a_stop_request(tmp_path):
+    answers = run_workers(passes, 2, tmp_path)
     assert [answer[:2] for answer in answers] == [(2, True)] * 2
     assert max(answer[2] for answer in answers) < 1
     assert list(tmp_path.iterdir()) == []
 
 
-def wrong_on(what: str, victim: int, folder: Path) -> str:
-    """The refusal that this rank gets."""
+def fails_on(what: str, victim: int, folder: Path) -> str:
+    """The message that this rank raises."""
     if dist.get_rank() == victim:
         if what == "product":
             product = torch.Tensor.__matmul__
@@ -58,7 +59,7 @@ def wrong_on(what: str, victim: int, folder: Path) -> str:
             folder = folder / "read-only"
     with pytest.raises(UserError) as refused:
         self_test(folder, torch.device("cpu"), wants_stop=False)
-    assert refused.value.exit_status == 1
+    assert refused.value.exit_status == ExitStatus.FAILED
     return str(refused.value)
 
 
@@ -66,12 +67,12 @@ def wrong_on(what: str, victim: int, folder: Path) -> str:
     ("what", "said"),
     [
         ("product", "a matrix product on cpu is wrong"),
-        ("sum", "an all-reduce gave a wrong sum"),
+        ("sum", "an all-reduce returned a wrong sum"),
         ("disk", "cannot be written (No such file or directory)"),
     ],
 )
-def test_the_rank_that_fails_is_named_on_all(tmp_path, what, said):
-    first, second = run_workers(wrong_on, 2, what, 1, tmp_path)
+def test_every_rank_names_the_one_that_fails(tmp_path, what, said):
+    first, second = run_workers(fails_on, 2, what, 1, tmp_path)
     assert first == second
     assert "rank 1 on " in first
     assert said in first
@@ -84,7 +85,7 @@ def test_a_read_only_disk_is_named(tmp_path):
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], check=True)
     try:
-        first, second = run_workers(wrong_on, 2, "read-only", 1, tmp_path)
+        first, second = run_workers(fails_on, 2, "read-only", 1, tmp_path)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     assert first == second
@@ -92,25 +93,25 @@ def test_a_read_only_disk_is_named(tmp_path):
     assert "read-only cannot be written (Read-only file system)" in first
 
 
-def test_signals_are_noted_and_further_ones_change_nothing():
+def test_signals_are_recorded_and_further_ones_have_no_effect():
     (requested,) = run_workers(signalled, 1)
     assert requested == [False, True, True]
 
 
-def signalled_though_ignored() -> list[bool]:
+def signalled_while_ignored() -> list[bool]:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signals = StopSignals().listen()
     signals.begin()
-    heard = []
+    requested = []
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.raise_signal(number)
-        heard.append(signals.requested)
-    return heard
+        requested.append(signals.requested)
+    return requested
 
 
-def test_what_a_launcher_ignores_is_heard_all_the_same_but_for_ctrl_c():
-    assert run_workers(signalled_though_ignored, 1) == [[False, True]]
+def test_signals_that_a_launcher_ignores_are_handled_except_sigint():
+    assert run_workers(signalled_while_ignored, 1) == [[False, True]]
 
 
 def interrupted_twice() -> list[bool]:
@@ -123,19 +124,19 @@ def interrupted_twice() -> list[bool]:
     return [signals.requested]
 
 
-def test_a_second_interrupt_ends_at_once():
+def test_a_second_sigint_interrupts():
     assert run_workers(interrupted_twice, 1) == [[True]]
 
 
 def signalled_early() -> None:
     signals = StopSignals().listen()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    # The main thread waits in C, where no handler of Python's runs.
+    # The main thread waits in C, where no Python handler runs.
     dist.TCPStore("127.0.0.1", 0, world_size=2, is_master=True, timeout=timedelta(seconds=30))
     assert signals
 
 
-def test_a_signal_ends_a_process_that_waits_for_others_to_appear():
+def test_a_signal_ends_a_process_that_waits_for_other_ranks():
     with pytest.raises(WorkersFailed, match="rank 0: ended with status 75"):
         run_workers(signalled_early, 1, timeout=20)
 

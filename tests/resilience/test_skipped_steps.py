@@ -1,4 +1,4 @@
-"""A step whose gradients are no numbers on one rank is left out on all, as if its batch had not been."""
+"""A step with NaN gradients on one rank is skipped on all, as if its batch did not exist."""
 
 from functools import partial
 
@@ -9,22 +9,23 @@ from megafusion.config import parse_config
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.support.workers import run_workers
 
 BAD = 2
-"""Number of the batch, from 0, whose gradient is no number."""
+"""Index of the batch whose gradient is NaN."""
 
 
 def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[list, list]:
-    """Five batches: weights and moments that this rank owns then, and which batches were left out.
+    """Train on five batches; returns this rank's weights and moments, and the batches that were skipped.
 
-    rank: whose gradient is bad for one batch; None for a run that has that batch not at all.
+    rank: the one with a bad gradient; None for a run without the bad batch.
     """
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
     engine, loader = build_engine(config, mesh), build_components(config, mesh).loader
     skipped = []
-    # A vector, of which tensor ranks hold equal copies.
+    # A norm's weight, which is replicated over the tensor ranks.
     parameter = next(p for name, p in engine.stage.named_parameters() if "norm" in name)
     for number in range(5):
         batch = loader.next()
@@ -32,7 +33,7 @@ def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[li
             continue
         hurt = number == BAD and torch.distributed.get_rank() == rank
         hook = parameter.register_hook(lambda gradient: gradient * bad) if hurt else None
-        engine.step(batch, 1e-3)
+        train_step(engine, batch, 1e-3)
         if hook:
             hook.remove()
         if engine.consensus.is_skipped:
@@ -42,7 +43,7 @@ def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[li
 
 
 def compare(runs: list[dict], rank: int) -> list[bool]:
-    """For each run: whether it is, on this rank, as if the batch had not been."""
+    """For each run, whether this rank's part equals that of a run without the bad batch."""
     answers = []
     for values in runs:
         (without, none), (with_bad, skipped) = owned(values, None), owned(values, rank)

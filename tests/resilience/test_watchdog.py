@@ -1,4 +1,4 @@
-"""A run that hangs or loses a rank ends, on every rank, with a message that names both."""
+"""A run that hangs or loses a rank shuts down on every rank, with a message that names rank and line."""
 
 import ctypes
 import multiprocessing
@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.watchdog.heartbeat import LocalState
-from megafusion.resilience.watchdog.report import EXIT_STATUS, ranks_in_words
-from megafusion.resilience.watchdog.shutdown import _publish, _write_stacks
+from megafusion.resilience.watchdog.report import format_ranks
+from megafusion.resilience.watchdog.shutdown import _dump_stacks, _publish
 from megafusion.resilience.watchdog.thread import Watchdog
 
 SILENCE_SECONDS = 3.0
@@ -44,35 +45,35 @@ def signal_itself(
 ) -> None:
     join_collective(rank, watchdog)
     if rank == culprit:
-        time.sleep(1)  # the others are where they stay
+        time.sleep(1)  # until the others wait in a collective
         mark.touch()
         os.kill(os.getpid(), number)
     others(rank, watchdog)
 
 
-def reads_for_ever() -> None:
+def read_forever() -> None:
     time.sleep(300)
 
 
 def never_join(rank: int, watchdog: Watchdog, culprit: int) -> None:
     join_collective(rank, watchdog)
     if rank == culprit:
-        reads_for_ever()
+        read_forever()
     join_collective(rank, watchdog)
 
 
 def wait_for_a_handle(rank: int, watchdog: Watchdog) -> None:
     join_collective(rank, watchdog)
-    group = dist.new_group(timeout=timedelta(seconds=60))  # it does not give up before the watchdog
+    group = dist.new_group(timeout=timedelta(seconds=60))  # longer than the watchdog's
     if rank == 1:
-        reads_for_ever()
+        read_forever()
     handle = dist.all_reduce(torch.ones(1), group=group, async_op=True)
     handle.wait()
 
 
-def keep_the_interpreter(rank: int, watchdog: Watchdog, culprit: int) -> None:
+def hold_the_gil(rank: int, watchdog: Watchdog, culprit: int) -> None:
     if rank == culprit:
-        ctypes.PyDLL(None).sleep(300)  # with Python's lock held: no other thread runs
+        ctypes.PyDLL(None).sleep(300)  # holds the GIL, so no other thread runs
     join_collective(rank, watchdog)
 
 
@@ -90,7 +91,7 @@ def fail_alone(rank: int, watchdog: Watchdog, culprit: int, error: BaseException
     join_collective(rank, watchdog)
 
 
-def refuse_together(rank: int, watchdog: Watchdog) -> None:
+def raise_together(rank: int, watchdog: Watchdog) -> None:
     with raise_on_all_ranks():
         if rank == 1:
             raise UserError("no such shards")
@@ -121,7 +122,7 @@ def run_rank(
 
 
 class Ranks:
-    """Some ranks, run to their end: exit statuses, messages, stacks, and when each had ended `but` some."""
+    """Ranks that run to their end: exit statuses, messages, stacks, and when each had ended except `but`."""
 
     def __init__(
         self,
@@ -163,21 +164,23 @@ class Ranks:
         self.stacks = sorted(path.name for path in (folder / "stacks").glob("rank-*"))
 
 
-WAITS = r"step \d, train, in all_gather called from megafusion/health/agreement\.py:\d+ together"
+WAITS = r"step \d, train, in all_gather called from megafusion/parallel/errors\.py:\d+ raise_on_all_ranks"
 
 
 @pytest.mark.parametrize(("culprit", "others"), [(0, "ranks 1-2"), (1, "ranks 0, 2")])
 @pytest.mark.parametrize(
     ("number", "state", "statuses"),
-    [(signal.SIGSTOP, "stopped", (EXIT_STATUS, 1)), (signal.SIGKILL, "gone", (-signal.SIGKILL,))],
+    [(signal.SIGSTOP, "stopped", (ExitStatus.RETRY, 1)), (signal.SIGKILL, "gone", (-signal.SIGKILL,))],
 )
 def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, culprit, others, number, state, statuses):
-    # A process that is gone is looked for where a collective fails: its silence is not waited for.
+    # After a failed collective processes are checked, so that no silence needs to pass.
     silence_seconds = 15.0 if number == signal.SIGKILL else SILENCE_SECONDS
     behaviour = (signal_itself, culprit, number, tmp_path / "mark")
     ranks = Ranks(tmp_path, 3, *behaviour, silence_seconds=silence_seconds, but=(culprit,))
-    assert [s for rank, s in enumerate(ranks.statuses) if rank != culprit] == [EXIT_STATUS] * 2, ranks.errors
-    assert ranks.statuses[culprit] in statuses  # a stopped one goes on in the end
+    assert [s for rank, s in enumerate(ranks.statuses) if rank != culprit] == [ExitStatus.RETRY] * 2, (
+        ranks.errors
+    )
+    assert ranks.statuses[culprit] in statuses  # a stopped one continues at the end
     assert re.search(rf"^megafusion: rank {culprit}\b.* does not answer", ranks.report), ranks.errors
     assert re.search(rf"^  rank {culprit}: its process is {state}; last seen at step 2", ranks.report, re.M)
     assert re.search(rf"^  {others}: {WAITS}", ranks.report, re.M), ranks.report
@@ -186,30 +189,30 @@ def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, culprit, others, nu
     assert ranks.ended[-1] - (tmp_path / "mark").stat().st_mtime < 4 * SILENCE_SECONDS
 
 
-def test_a_rank_that_never_joins_the_collective_is_named_with_its_function(tmp_path):
+def test_a_rank_that_never_joins_a_collective_is_named_with_its_function(tmp_path):
     ranks = Ranks(tmp_path, 3, never_join, 1, timeout_seconds=4.0)
-    assert ranks.statuses == [EXIT_STATUS] * 3, ranks.errors
+    assert ranks.statuses == [ExitStatus.RETRY] * 3, ranks.errors
     assert re.search(
-        r"^megafusion: rank \d made no progress for 4 s \(train\.timeout_seconds\)", ranks.report
+        r"^megafusion: rank \d made no progress for 4 s \(resilience\.timeout_seconds\)", ranks.report
     )
     assert re.search(rf"^  ranks 0, 2: {WAITS}", ranks.report, re.M), ranks.report
-    assert re.search(r"^  rank 1: in no collective while others wait.* reads_for_ever$", ranks.report, re.M)
-    assert "reads_for_ever" in (tmp_path / "stacks/rank-00001.txt").read_text()
+    assert re.search(r"^  rank 1: in no collective while others wait.* read_forever$", ranks.report, re.M)
+    assert "read_forever" in (tmp_path / "stacks/rank-00001.txt").read_text()
 
 
 def test_a_rank_killed_while_the_others_compute_is_named(tmp_path):
     ranks = Ranks(tmp_path, 2, signal_itself, 1, signal.SIGKILL, tmp_path / "mark", compute)
-    assert ranks.statuses == [EXIT_STATUS, -signal.SIGKILL], ranks.errors
+    assert ranks.statuses == [ExitStatus.RETRY, -signal.SIGKILL], ranks.errors
     assert ranks.report.startswith("megafusion: rank 1 does not answer"), ranks.errors
     assert re.search(r"^  rank 0: step 2, train, at .*test_watchdog\.py:\d+ compute$", ranks.report, re.M)
     assert re.search(r"^  rank 1: its process is gone; last seen at step 2", ranks.report, re.M)
-    # So less than 60 s with the silence of 15 s that runs have.
+    # That is less than 60 s with the default silence of 15 s.
     assert ranks.ended[-1] - (tmp_path / "mark").stat().st_mtime < 4 * SILENCE_SECONDS
 
 
-def test_a_collective_that_was_started_before_is_found_where_it_is_waited_for(tmp_path):
+def test_the_wait_for_an_asynchronous_collective_is_located(tmp_path):
     ranks = Ranks(tmp_path, 2, wait_for_a_handle, timeout_seconds=2.0)
-    assert ranks.statuses == [EXIT_STATUS] * 2, ranks.errors
+    assert ranks.statuses == [ExitStatus.RETRY] * 2, ranks.errors
     assert re.search(
         r"^  rank 0: step 2, train, in wait called from .*test_watchdog\.py:\d+ wait_for_a_handle$",
         ranks.report,
@@ -218,27 +221,27 @@ def test_a_collective_that_was_started_before_is_found_where_it_is_waited_for(tm
     assert re.search(r"^  rank 1: in no collective while others wait", ranks.report, re.M), ranks.report
 
 
-def test_a_rank_that_keeps_the_interpreter_ends_too(tmp_path):
-    ranks = Ranks(tmp_path, 2, keep_the_interpreter, 1, silence_seconds=2.0)
-    assert ranks.statuses == [EXIT_STATUS, 1], ranks.errors
+def test_a_rank_that_holds_the_gil_exits(tmp_path):
+    ranks = Ranks(tmp_path, 2, hold_the_gil, 1, silence_seconds=2.0)
+    assert ranks.statuses == [ExitStatus.RETRY, 1], ranks.errors
     assert "megafusion: rank 1 does not answer" in ranks.errors[0]
-    assert "keep_the_interpreter" in ranks.errors[1]
+    assert "hold_the_gil" in ranks.errors[1]
 
 
 @pytest.mark.parametrize(
     ("culprit", "error", "status"), [(0, KeyError("shape"), 1), (1, UserError("the disk is full"), 2)]
 )
-def test_a_rank_that_fails_alone_keeps_its_error_and_ends_the_others(tmp_path, culprit, error, status):
+def test_a_rank_that_fails_alone_keeps_its_error_and_shuts_down_the_others(tmp_path, culprit, error, status):
     ranks = Ranks(tmp_path, 2, fail_alone, culprit, error)
-    assert (ranks.statuses[culprit], ranks.statuses[1 - culprit]) == (status, EXIT_STATUS), ranks.errors
+    assert (ranks.statuses[culprit], ranks.statuses[1 - culprit]) == (status, ExitStatus.RETRY), ranks.errors
     name = type(error).__name__
     assert f"megafusion: rank {culprit} has ended with {name}: {error}" in ranks.errors[1 - culprit]
     assert f"{error}" in ranks.errors[culprit]
     assert "megafusion:" not in ranks.errors[culprit]
 
 
-def test_what_all_refuse_passes(tmp_path):
-    ranks = Ranks(tmp_path, 2, refuse_together)
+def test_an_error_of_all_ranks_propagates(tmp_path):
+    ranks = Ranks(tmp_path, 2, raise_together)
     assert ranks.statuses == [2, 2]
     assert [error.splitlines()[-1] for error in ranks.errors] == ["error: no such shards"] * 2
 
@@ -251,26 +254,26 @@ def test_a_normal_end_leaves_nothing_behind(tmp_path):
     assert not any("TCPStore" in error or "megafusion" in error for error in ranks.errors), ranks.errors
 
 
-def test_a_lone_process_that_stalls_writes_its_stacks_and_ends(tmp_path):
+def test_a_single_process_that_hangs_dumps_its_stacks_and_exits(tmp_path):
     ranks = Ranks(tmp_path, 1, never_join, 0, timeout_seconds=1.0)
-    assert ranks.statuses == [EXIT_STATUS]
-    assert re.search(r"^  rank 0: step 2, train, at .*reads_for_ever$", ranks.report, re.M), ranks.report
+    assert ranks.statuses == [ExitStatus.RETRY]
+    assert re.search(r"^  rank 0: step 2, train, at .*read_forever$", ranks.report, re.M), ranks.report
     assert ranks.stacks == ["rank-00000.txt"]
 
 
-def test_stacks_that_cannot_be_written_do_not_keep_the_message_back(tmp_path, capfd):
+def test_a_failed_dump_does_not_hold_the_message_back(tmp_path, capfd):
     start_process_group()
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "stacks"
-    here = LocalState()
+    local = LocalState()
     Path(tmp_path / "in-place").mkdir()
-    _write_stacks("lost", here, tmp_path / "in-place")
+    _dump_stacks("lost", local, tmp_path / "in-place")
     assert (tmp_path / "in-place" / "rank-00000.txt").is_file()
-    _write_stacks("lost", here, folder)
-    _publish("megafusion: lost", folder, here, 1.0)
+    _dump_stacks("lost", local, folder)
+    _publish("megafusion: lost", folder, local, 1.0)
     assert capfd.readouterr().err.count("megafusion: lost") == 1
 
 
-def test_ranks_in_words():
-    words = [ranks_in_words(ranks) for ranks in ([3], [5, 0, 1, 2], [0, 1])]
+def test_format_ranks():
+    words = [format_ranks(ranks) for ranks in ([3], [5, 0, 1, 2], [0, 1])]
     assert words == ["rank 3", "ranks 0-2, 5", "ranks 0-1"]

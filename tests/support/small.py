@@ -15,7 +15,7 @@ GLOSSES = ROOT / "data_prep/text/glosses.txt"
 
 
 def make_vae(folder: Path) -> Path:
-    """A random autoencoder with 4 x 8 x 8 latents for pictures of 32 pixels."""
+    """A random autoencoder with 4 x 8 x 8 latents for images of 32 pixels."""
     torch.manual_seed(0)
     model = AutoencoderKL(
         in_channels=48,
@@ -89,8 +89,8 @@ def small_run(shards: Path, vae: Path, out: Path) -> dict:
             "num_steps": 6,
             "global_batch_size": 4,
             "micro_batch_size": 2,
-            "log_every": 1,
         },
         "checkpoint": {"every": 3},
         "sampling": {"num_inference_steps": 4, "max_new_tokens": 6},
+        "telemetry": {"log_every": 1},
     }

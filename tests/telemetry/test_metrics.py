@@ -1,4 +1,4 @@
-"""What a run tells, and which rank tells it."""
+"""Output of a run while it trains, on rank 0 alone."""
 
 import pytest
 
@@ -6,9 +6,10 @@ from megafusion.telemetry.metrics import Metrics
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_one_rank_says_where_a_run_goes_on(run_config, capfd, silent):
+def test_only_rank_0_reports_where_a_run_resumes(run_config, capfd, silent):
     run_config.out.mkdir()
-    with Metrics(run_config, 2, silent=silent):
+    config = run_config
+    with Metrics(config.telemetry, config.out, 6, 2, stops_on_write_error=True, silent=silent):
         pass
     said = " ".join(capfd.readouterr().err.split())
-    assert said.count("goes on after step 2") == (not silent)
+    assert said.count("resumes after step 2") == (not silent)

@@ -1,4 +1,4 @@
-"""Who receives a run's metrics."""
+"""Trackers of a run's metrics."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.telemetry.trackers import prometheus_text
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
@@ -20,11 +20,11 @@ def start(values: dict) -> Path:
     return config.out
 
 
-def test_prometheus_reads_the_last_line_and_tensorboard_is_not_made_unasked(run_values):
-    run_values["train"]["trackers"] = ["prometheus"]
+def test_prometheus_has_the_last_line_and_tensorboard_is_off_unless_configured(run_values):
+    run_values["telemetry"]["trackers"] = ["prometheus"]
     run = start(run_values)
     text = (run / "metrics.prom").read_text()
-    # One comment and one sample a metric, as the text format has it.
+    # One comment and one sample per metric, as in the text format.
     pattern = r'(# TYPE (megafusion_[a-zA-Z0-9_]+) gauge\n\2\{run="run"\} [0-9.e+-]+\n)+'
     assert re.fullmatch(pattern, text), text
     values = dict(re.findall(r"^megafusion_(\w+)\{.*\} (\S+)$", text, re.MULTILINE))
@@ -42,10 +42,10 @@ def test_a_name_in_a_label_is_escaped():
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="it is installed")
-def test_wandb_is_refused_at_start_where_it_is_not_installed(run_values):
-    run_values["train"]["trackers"] = ["wandb"]
-    with pytest.raises(UserError, match=r"train\.trackers: wandb is not installed"):
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_is_refused_at_start_if_not_installed(run_values):
+    run_values["telemetry"]["trackers"] = ["wandb"]
+    with pytest.raises(UserError, match=r"telemetry\.trackers: wandb is not installed"):
         start(run_values)
     assert not Path(run_values["out"]).exists()
 
@@ -53,12 +53,12 @@ def test_wandb_is_refused_at_start_where_it_is_not_installed(run_values):
 def test_wandb_offline(run_values, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run_values["train"] |= {"trackers": ["wandb"], "wandb_project": "test"}
+    run_values["telemetry"] |= {"trackers": ["wandb"], "wandb_project": "test"}
     run = start(run_values)
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_a_project_without_its_tracker_is_refused(run_values):
-    run_values["train"]["wandb_project"] = "mine"
-    with pytest.raises(UserError, match=r"train\.trackers \['tensorboard'\] has no wandb"):
+def test_a_wandb_project_without_wandb_is_refused(run_values):
+    run_values["telemetry"]["wandb_project"] = "mine"
+    with pytest.raises(UserError, match=r"telemetry\.trackers \['tensorboard'\] does not contain wandb"):
         start(run_values)

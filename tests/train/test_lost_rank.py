@@ -17,7 +17,7 @@ import yaml
 from megafusion.checkpoint import manager as checkpointer
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.workers import WorkersFailed, run_workers
@@ -96,4 +96,4 @@ def test_a_rank_lost_before_all_have_met_is_a_reason_to_start_again(run_values, 
     )
     keeper.join()
     assert done.returncode == 75, done.stderr
-    assert "a process was lost before all had met" in done.stderr
+    assert "a process was lost before all ranks had connected" in done.stderr

@@ -15,9 +15,9 @@ import yaml
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.config import parse_config
 from megafusion.engine.engine import Engine
-from megafusion.resilience.attempts import read_starts
+from megafusion.resilience.attempts import read_attempts
 from megafusion.resilience.signals import StopSignals
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train import loop as run_module
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
@@ -50,7 +50,7 @@ def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_va
     assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000005"]
     assert run_workers(ask, 4, run_values, 0, None) == ["finished"] * 4
     assert losses(run) == losses(tmp_path / "whole")
-    assert [start["ended"] for start in read_starts(run)] == ["preempted", "finished"]
+    assert [attempt["ended"] for attempt in read_attempts(run)] == ["preempted", "finished"]
 
 
 def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypatch):
@@ -63,7 +63,7 @@ def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypa
         signals.requested |= number[0] == bad[0]
         return rate(done, *arguments)
 
-    step, number, rate = Engine.step, [0], run_module.learning_rate
+    step, number, rate = Engine.forward_backward, [0], run_module.learning_rate
 
     def hurt_step(engine: Engine, *arguments) -> object:
         parameter = next(engine.stage.parameters())
@@ -74,7 +74,7 @@ def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypa
             hook.remove()
         return losses
 
-    monkeypatch.setattr(Engine, "step", hurt_step)
+    monkeypatch.setattr(Engine, "forward_backward", hurt_step)
     monkeypatch.setattr(run_module, "learning_rate", asked)
     assert train(parse_config(RunConfig, run_values, "test"), None, signals) == "preempted"
     newest = complete_checkpoints(Path(run_values["out"]) / "checkpoints")[-1]
@@ -94,7 +94,7 @@ def test_the_command_ends_with_75_however_often_it_is_asked(run_values, tmp_path
     as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
     deadline = time.monotonic() + 120
-    while not read_starts(run) and time.monotonic() < deadline:
+    while not read_attempts(run) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
@@ -102,8 +102,8 @@ def test_the_command_ends_with_75_however_often_it_is_asked(run_values, tmp_path
         os.kill(process.pid, number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said
-    assert "Ctrl-C again ends it at once" in said
+    assert "Ctrl-C again exits now" in said
     assert "asked to stop: a checkpoint of step" in " ".join(said.split())
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
-    (start,) = read_starts(run)
-    assert (start["ended"], f"step-{start['step']:08d}") == ("preempted", checkpoint.name)
+    (attempt,) = read_attempts(run)
+    assert (attempt["ended"], f"step-{attempt['step']:08d}") == ("preempted", checkpoint.name)

@@ -17,7 +17,7 @@ from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 
@@ -90,10 +90,10 @@ def test_a_folder_that_cannot_be_made_is_named(run_values, tmp_path):
 
 
 def test_diverged_weights_never_push_out_a_good_checkpoint(run_values):
-    run_values["train"]["log_every"] = 5
     run_values["checkpoint"] = {"every": 1, "keep_last": 1}
+    run_values["telemetry"] = {"log_every": 5}
     run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
-    with pytest.raises(UserError, match=r"5 steps in a row .* back to step 1, which is kept, before"):
+    with pytest.raises(UserError, match=r"5 consecutive .* rolled back to step 1, which is kept, before"):
         start(run_values)
     (kept,) = complete_checkpoints(Path(run_values["out"]) / "checkpoints")
     assert kept.name == "step-00000001"

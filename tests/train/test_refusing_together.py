@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megafusion.config import parse_config
 from megafusion.data.loader import DataLoader
 from megafusion.errors import UserError
-from megafusion.resilience.attempts import read_starts
+from megafusion.resilience.attempts import read_attempts
 from megafusion.telemetry import metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
@@ -64,4 +64,4 @@ def test_all_ranks_refuse_what_one_does(run_values, hurt, rank, at_batch, messag
     run_values["parallel"] = {"tensor": 1}
     answers = run_workers(refused, 2, run_values, hurt, rank, at_batch)
     assert all(message in answer for answer in answers), answers
-    assert read_starts(Path(run_values["out"]))[-1]["ended"] == "refused"
+    assert read_attempts(Path(run_values["out"]))[-1]["ended"] == "refused"

@@ -26,11 +26,11 @@ from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.parallel.mesh import make_mesh
-from megafusion.resilience import attempts as starts
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.resilience import attempts
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
+from megafusion.train.loop import train, train_step
 from tests.support.workers import run_workers
 
 
@@ -124,8 +124,8 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_
 def test_a_run_that_another_process_trains_is_refused_and_untouched(run_values, monkeypatch):
     run = start(run_values)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    monkeypatch.setattr(starts, "ENDING_SECONDS", 0)
-    with (run / starts.STEP).open("rb") as file:
+    monkeypatch.setattr(attempts, "WAIT_SECONDS", 0)
+    with (run / attempts.STEP).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="trains in this folder"):
             start(run_values)
@@ -144,7 +144,7 @@ def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
     engine = build_engine(run_config, mesh)
     before = states()
     for _ in range(2):
-        engine.step(parts.loader.next(), 1e-3)
+        train_step(engine, parts.loader.next(), 1e-3)
     assert states() == before
     torch.rand(1)
     assert states() != before
@@ -194,8 +194,8 @@ def test_a_changed_configuration_is_refused_for_an_old_run(run_values):
         start(run_values)
     assert losses(run) == before
     del run_values["optimizer"]["weight_decay"]
-    run_values["train"]["log_every"] = 2
     run_values["checkpoint"]["every"] = 5
+    run_values["telemetry"] = {"log_every": 2}
     start(run_values)
 
 
@@ -203,10 +203,10 @@ def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
     run = start(run_values, stop_after=3)
     run_values["optimizer"]["learning_rate"] = 1e-3
     start(run_values)
-    assert "goes on with optimizer.learning_rate 0.001, which was 0.003" in capsys.readouterr().err
+    assert "resumes with optimizer.learning_rate 0.001 instead of 0.003" in capsys.readouterr().err
     rates = [line["learning_rate"] for line in read_metrics(run)]
     assert rates[3] < 1e-3 < rates[2]
-    assert [begun["changed"] for begun in starts.read_starts(run)] == [
+    assert [begun["changed"] for begun in attempts.read_attempts(run)] == [
         {},
         {"optimizer.learning_rate": [3e-3, 1e-3]},
     ]
@@ -302,7 +302,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(run_values, tmp
 
 def test_non_finite_losses_stop_the_run(run_values):
     run_values["optimizer"] = {"learning_rate": 1e30, "num_warmup_steps": 0, "gradient_clip": 0.0}
-    message = r"no checkpoint to go back to; start again with a lower optimizer\.learning_rate"
+    message = r"no checkpoint to roll back to; start again with a lower optimizer\.learning_rate"
     with pytest.raises(UserError, match=message) as found:
         start(run_values)
     assert found.value.exit_status == 1

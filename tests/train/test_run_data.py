@@ -7,7 +7,7 @@ import pytest
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
-from megafusion.telemetry.metrics import read_metrics
+from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 

@@ -5,6 +5,7 @@ to `AdapterName` in model/config.py. Skips are features that `Down` hands to `Up
 """
 
 import math
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megafusion.images.sizes import bounding_size
-from megafusion.model.adapters.by_size import SizeGroups
 from megafusion.model.config import AdapterName, Grid, ModelConfig
 
 Skips = tuple[Tensor, ...]
@@ -24,12 +24,36 @@ def adapter_module(name: AdapterName) -> ModuleType:
     return import_module(f"{__name__}.{name}")
 
 
+class SizeGroups:
+    """Image slots grouped by size, because adapters take images of one size at a time.
+
+    Every size has at least one slot, so that all ranks run the same modules and every parameter has a
+    gradient, whatever the batch: if no image has a size, another slot is computed, and `merge` drops it.
+    """
+
+    def __init__(self, sizes_N: Tensor, num_sizes: int):
+        self._order = sizes_N.argsort(stable=True)
+        sizes = torch.arange(num_sizes, device=sizes_N.device)
+        self._counts = (sizes_N == sizes[:, None]).sum(1).tolist()  # one synchronization with the device
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """For each size, its slots of [N, ...]."""
+        return [x[slots if len(slots) else self._order[:1]] for slots in self._order.split(self._counts)]
+
+    def merge(self, groups: Sequence[Tensor]) -> Tensor:
+        """[N, L, ...] from a tensor [n, l, ...] for each size, zero-padded to the largest l."""
+        longest = max(group.shape[1] for group in groups)
+        kept = (x[:count] for x, count in zip(groups, self._counts, strict=True))
+        padded = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in kept]
+        return torch.cat(padded)[self._order.argsort()]
+
+
 class DownAdapter(nn.Module):
     """Latents to patch vectors. A subclass implements `encode` for images of one size."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.sizes = config.latent_sizes
+        self.sizes, self.patch_size = config.latent_sizes, config.patch_size
 
     def encode(self, latents_NCHW: Tensor, timesteps_N: Tensor) -> tuple[Tensor, Skips]:
         """[N, C, H, W] noised latents -> [N, P, D] patches in raster order, and skips [N, ...]."""
@@ -58,7 +82,8 @@ class UpAdapter(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.grids, self.bounding_size = config.grids, bounding_size(config.latent_sizes)
+        self.grids, self.patch_size = config.grids, config.patch_size
+        self.bounding_size = bounding_size(config.latent_sizes)
 
     def decode(self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, grid: Grid) -> Tensor:
         """[N, P, D] hidden states at patches -> [N, C, H, W] predictions for images of one size."""
@@ -80,8 +105,7 @@ class UpAdapter(nn.Module):
             shapes = zip(flat, self.image_skip_shapes(grid), strict=True)
             group_skips = tuple(skip[:, : math.prod(shape)].unflatten(1, shape) for skip, shape in shapes)
             images = self.decode(hidden[:, : math.prod(grid)], timesteps, group_skips, grid)
-            padding = (0, width - images.shape[-1], 0, height - images.shape[-2])
-            predictions.append(F.pad(images, padding))
+            predictions.append(F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2])))
         return groups.merge(predictions)
 
     def skip_shapes(self, num_images: int) -> tuple[torch.Size, ...]:
@@ -96,12 +120,10 @@ class UpAdapter(nn.Module):
 class TimestepEmbedding(nn.Module):
     """Sines and cosines of the timestep through a two-layer perceptron, as in DDPM (arXiv 2006.11239)."""
 
-    num_frequencies = 128
-
-    def __init__(self, size: int):
+    def __init__(self, size: int, num_frequencies: int = 128):
         super().__init__()
-        layers = (nn.Linear(2 * self.num_frequencies, size), nn.SiLU(), nn.Linear(size, size))
-        self.layers = nn.Sequential(*layers)
+        self.num_frequencies = num_frequencies
+        self.layers = nn.Sequential(nn.Linear(2 * num_frequencies, size), nn.SiLU(), nn.Linear(size, size))
 
     def forward(self, timesteps_N: Tensor) -> Tensor:
         """[N] timesteps -> [N, size]."""

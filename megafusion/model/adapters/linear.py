@@ -12,7 +12,6 @@ class Down(DownAdapter):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.patch_size = config.patch_size
         patch_dim = config.latent_channels * config.patch_size**2
         self.timestep = TimestepEmbedding(patch_dim)
         self.linear = nn.Linear(patch_dim, config.hidden_size)
@@ -27,7 +26,6 @@ class Up(UpAdapter):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.patch_size = config.patch_size
         self.linear = nn.Linear(config.hidden_size, config.latent_channels * config.patch_size**2)
 
     def decode(self, hidden_NPD: Tensor, timesteps_N: Tensor, skips: Skips, grid: Grid) -> Tensor:

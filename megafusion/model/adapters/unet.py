@@ -22,10 +22,8 @@ def _level_channels(config: ModelConfig) -> list[int]:
 
 def _residual(config: ModelConfig, in_channels: int, out_channels: int) -> ResnetBlock2D:
     # One group: the norm is a layer norm over channels and positions.
-    temb_channels = 4 * config.unet_channels
-    return ResnetBlock2D(
-        in_channels=in_channels, out_channels=out_channels, temb_channels=temb_channels, groups=1
-    )
+    size = 4 * config.unet_channels
+    return ResnetBlock2D(in_channels=in_channels, out_channels=out_channels, temb_channels=size, groups=1)
 
 
 class Down(DownAdapter):
@@ -48,9 +46,9 @@ class Down(DownAdapter):
         embedding = self.timestep(timesteps_N)
         x = self.conv_in(latents_NCHW)
         skips = []
-        for level, halve in enumerate(self.halvings):
+        for halve, *blocks in zip(self.halvings, self.blocks[::2], self.blocks[1::2], strict=True):
             x = halve(x)
-            for block in self.blocks[2 * level : 2 * level + 2]:
+            for block in blocks:
                 x = block(x, embedding)
                 skips.append(x)
         return self.linear(x.flatten(2).transpose(1, 2)), tuple(skips)
@@ -77,9 +75,9 @@ class Up(UpAdapter):
         embedding = self.timestep(timesteps_N)
         remaining = list(skips)
         x = self.linear(hidden_NPD).transpose(1, 2).unflatten(2, grid)
-        for level, double in enumerate(self.doublings):
+        for double, *blocks in zip(self.doublings, self.blocks[::2], self.blocks[1::2], strict=True):
             x = double(x)
-            for block in self.blocks[2 * level : 2 * level + 2]:
+            for block in blocks:
                 x = block(torch.cat([x, remaining.pop()], dim=1), embedding)
         return self.conv_out(nn.functional.silu(self.norm_out(x)))
 

@@ -21,7 +21,7 @@ class AttentionBackend(Protocol):
     """The functions of a backend's module. All backends agree within rounding."""
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
-        """Why the backend does not serve a case; empty if it does."""
+        """Why the backend does not serve a case; empty if it does. May raise ImportError or ValueError."""
 
     def prepare(self, intervals: Intervals, dtype: torch.dtype, head_dim: int) -> Any:
         """The mask in the backend's own form: made once a batch, outside of compiled blocks."""
@@ -41,10 +41,10 @@ def attention_backend(name: BackendName) -> AttentionBackend:
 def refusal(
     name: BackendName, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool
 ) -> str:
-    """Why a backend does not serve a case, missing packages included; empty if it does."""
+    """Why a backend does not serve a case, for example a missing package; empty if it does."""
     try:
         return attention_backend(name).refusal(device, dtype, head_dim, training)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         return str(error)
 
 

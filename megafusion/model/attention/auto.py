@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,31 +15,24 @@ from megafusion.sequence.intervals import Intervals
 CHOICES = Path(__file__).with_name("choices.json")
 
 
-class ChosenMask(NamedTuple):
-    """The mask of a batch as the chosen backend prepared it, and that backend's attention."""
-
-    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    mask: Any
-
-
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
     return ""
 
 
-def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> ChosenMask:
+def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> tuple[Callable, Any]:
+    """The `attend` of the chosen backend, and the mask that it prepared."""
     backend = attention.attention_backend(choose(intervals, dtype, head_dim))
-    return ChosenMask(backend.attend, backend.prepare(intervals, dtype, head_dim))
+    return backend.attend, backend.prepare(intervals, dtype, head_dim)
 
 
-def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: ChosenMask) -> Tensor:
-    return mask.attend(q_BSHK, k_BTGK, v_BTGK, mask.mask)
+def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: tuple[Callable, Any]) -> Tensor:
+    chosen, prepared = mask
+    return chosen(q_BSHK, k_BTGK, v_BTGK, prepared)
 
 
 def choose(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> attention.BackendName:
-    """The fastest by `stored_choices`; without a measurement, and for decoding, `interval`, else `sdpa`.
-
-    Always `sdpa` on CPUs and in float32.
-    """
+    """The fastest by `stored_choices`, if measured; else, and for decoding, `interval` in half precision on
+    CUDA if it serves, or `sdpa`."""
     device, num_rows = intervals.row_start.device, intervals.row_start.shape[1]
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"

@@ -1,7 +1,5 @@
 """flash-attention 4 with block lists, or flash-attention 2 for rows of text only: CUDA."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -9,33 +7,29 @@ from interval_attention.flash import FlashPrepared, check_flash, flash_attention
 from megafusion.errors import UserError
 from megafusion.sequence.intervals import Intervals
 
-
-class FlashMask(NamedTuple):
-    """prepared: block lists, or document starts. not_empty: as in sdpa's DenseMask."""
-
-    prepared: FlashPrepared
-    not_empty: Tensor | None
+Mask = tuple[FlashPrepared, Tensor | None]
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
-    try:
-        check_flash(device, dtype, head_dim)
-    except ValueError as error:
-        return str(error)
+    check_flash(device, dtype, head_dim)
     return ""
 
 
-def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> FlashMask:
-    """Raises UserError for rows with images if only flash-attention 2 is installed."""
+def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> Mask:
+    """Block lists or document starts; and bool [B, S, 1, 1], False for a fully masked query, or None.
+
+    Raises UserError for rows with images if only flash-attention 2 is installed.
+    """
     row_start, not_empty = intervals.row_start, intervals.not_empty[..., None, None]
     try:
         package = flash_package(row_start.device)
         prepared = flash_prepare(row_start, intervals.row_end, intervals.num_keys, package)
     except ValueError as error:
         raise UserError(f"model.attention: flash cannot serve ({error})") from error
-    return FlashMask(prepared, not_empty if intervals.may_be_empty else None)
+    return prepared, not_empty if intervals.may_be_empty else None
 
 
-def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: FlashMask) -> Tensor:
-    o_BSHK = flash_attention(q_BSHK, k_BTGK, v_BTGK, mask.prepared)
-    return o_BSHK if mask.not_empty is None else o_BSHK.where(mask.not_empty, 0)
+def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> Tensor:
+    prepared, not_empty = mask
+    o_BSHK = flash_attention(q_BSHK, k_BTGK, v_BTGK, prepared)
+    return o_BSHK if not_empty is None else o_BSHK.where(not_empty, 0)

@@ -1,13 +1,12 @@
 """PyTorch's FlexAttention with the intervals as a BlockMask; compiled on CUDA."""
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megafusion.sequence.intervals import Intervals
+
+compiled_flex_attention = torch.compile(flex_attention)  # compiles at its first call
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
@@ -26,11 +25,6 @@ def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> BlockMas
 
 
 def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: BlockMask) -> Tensor:
-    attention = _compiled() if q_BSHK.is_cuda else flex_attention
+    attention = compiled_flex_attention if q_BSHK.is_cuda else flex_attention
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
     return attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-@cache
-def _compiled() -> Callable:
-    return torch.compile(flex_attention)

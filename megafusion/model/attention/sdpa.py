@@ -1,38 +1,33 @@
 """PyTorch's scaled_dot_product_attention with a dense mask: the reference, and the default on CPUs."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megafusion.sequence.intervals import Intervals
 
-
-class DenseMask(NamedTuple):
-    """additive: [B, 1, S, T], 0 where visible, -inf elsewhere; all 0 for a fully masked query, because the
-    softmax would be NaN. not_empty: bool [B, S, 1, 1], False for such a query; None if there is none.
-    """
-
-    additive: Tensor
-    not_empty: Tensor | None
+Mask = tuple[Tensor, Tensor | None]
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
     return ""
 
 
-def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> DenseMask:
+def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> Mask:
+    """Additive mask [B, 1, S, T], 0 where visible, else -inf; and bool [B, S, 1, 1], False for a fully masked
+    query, or None if there is none. The additive mask of such a query is 0: of -inf, softmax would make NaN.
+    """
     not_empty = intervals.not_empty[..., None, None]
     hidden = ~intervals.dense_mask & not_empty.transpose(1, 2)
     additive = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     additive.masked_fill_(hidden, float("-inf"))
-    return DenseMask(additive, not_empty if intervals.may_be_empty else None)
+    return additive, not_empty if intervals.may_be_empty else None
 
 
-def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: DenseMask) -> Tensor:
+def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> Tensor:
+    additive, not_empty = mask
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
     is_grouped = q.shape[1] != k.shape[1]
-    o_BHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.additive, enable_gqa=is_grouped)
+    o_BHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=additive, enable_gqa=is_grouped)
     o_BSHK = o_BHSK.transpose(1, 2)
-    return o_BSHK if mask.not_empty is None else o_BSHK * mask.not_empty
+    return o_BSHK if not_empty is None else o_BSHK * not_empty

@@ -1,7 +1,7 @@
-"""Ends a run that hangs or has lost a rank: every process, in bounded time, with a message that names both.
+"""Watchdog: shuts down a run that hangs or has lost a rank, on every rank, in bounded time, with one message.
 
-Each rank's thread (watchdog.py) writes a heartbeat (heartbeat.py) into the job's store every few seconds and
-reads rank 0's; rank 0 reads all (others.py). Whoever finds a reason to end writes it there as the verdict;
-every rank writes its stacks and ends with status 75, and one prints who is where (ending.py, report.py).
-Where rank 0, which keeps the store, is lost, the written stacks tell that.
+A thread on each rank (thread.py) writes a heartbeat (heartbeat.py) into the job's store every few seconds and
+reads rank 0's; rank 0 reads them all (peers.py). The first rank with a reason to shut down writes it to the
+store; every rank dumps its stacks and exits with RETRY, and one prints which rank is where (shutdown.py,
+report.py). If rank 0, which hosts the store, is lost, the ranks find one another by the dumped stacks.
 """

@@ -1,31 +1,31 @@
-"""A call that must not keep its caller."""
+"""Calls with a timeout."""
 
 import queue
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-def call_with_timeout(seconds: float, function: Callable[[], Answer]) -> Answer:
-    """What the function returns or raises, from a thread of its own; TimeoutError where that takes longer.
+def call_with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
+    """Call a function in a thread of its own; TimeoutError if it takes longer.
 
-    A store whose keeper is stopped, or a disk that hangs, answers nothing and raises nothing.
+    A store whose host is stopped, or a disk that hangs, neither returns nor raises.
     """
-    answers: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue = queue.SimpleQueue()
 
     def call() -> None:
         try:
-            answers.put((function(), None))
+            results.put((function(), None))
         except Exception as error:
-            answers.put((None, error))
+            results.put((None, error))
 
     threading.Thread(target=call, name="watchdog-call", daemon=True).start()
     try:
-        answer, error = answers.get(timeout=seconds)
+        result, error = results.get(timeout=seconds)
     except queue.Empty:
         raise TimeoutError(f"no answer in {seconds:g} s") from None
     if error is not None:
         raise error
-    return answer
+    return result

@@ -1,4 +1,4 @@
-"""What an exception says: whether a peer is gone, and that in one line."""
+"""Classification of exceptions: whether a peer is lost."""
 
 import re
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megafusion.errors import UserError
 
-# What gloo, NCCL and the store say when a peer is gone, as opposed to wrong arguments of a collective.
+# Messages of gloo, NCCL and the store about a lost peer, unlike those about wrong arguments of a collective.
 _LOST = re.compile(
     r"gloo/transport|connection (was |likely )*(closed|reset|refused)|broken pipe", re.IGNORECASE
 )
@@ -14,7 +14,7 @@ _BACKEND_ERRORS = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreE
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an exception, or what it came from, says that a peer of a collective does not answer."""
+    """Whether an exception, or one of its causes, means that a peer of a collective does not answer."""
     if isinstance(error, UserError):
         return False
     if isinstance(error, _BACKEND_ERRORS) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
@@ -23,7 +23,7 @@ def is_lost(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Class and first line of an exception, without what gloo says of itself: ranks are to say the same."""
+    """Class and first line of an exception, without gloo's addresses, so that ranks report the same text."""
     lines = str(error).strip().splitlines() or [""]
     text = re.sub(r"^\[\S*gloo/\S*\] ", "", lines[0])
     text = re.sub(r" \[[\w.:]+\]:\d+\b.*| for (send|recv) operation to complete", "", text)

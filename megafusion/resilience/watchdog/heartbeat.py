@@ -1,4 +1,4 @@
-"""What a rank says of itself."""
+"""Heartbeat of a rank: its step, its position in the code, whether it has ended."""
 
 import json
 import os
@@ -11,33 +11,33 @@ import psutil
 import torch.distributed as dist
 
 from megafusion.resilience.watchdog.failures import describe
-from megafusion.resilience.watchdog.stacks import place_of_error, place_of_process
+from megafusion.resilience.watchdog.stacks import locate_error, locate_process
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank is, and whether it goes on."""
+    """State of a rank as it is written to the store and into the dumped stacks."""
 
     started: str
-    """When its watchdog was made; rank 0's, once a rank has heard of it, names the incident for all."""
+    """When the watchdog was made; every rank takes over rank 0's, which names the incident's files."""
     time: float
-    """Of this heartbeat, in seconds since 1970: no two of a rank are equal."""
+    """Seconds since 1970; no two heartbeats of a rank are equal."""
     host: str
     pid: int
     step: int
     phase: str
     collective: str | None
-    """The collective that it waits in, or that failed."""
+    """The collective that the rank waits in, or that failed."""
     where: str
-    """Line of our code that called it, or that runs."""
+    """Line of this package that called the collective, or that runs."""
     inside: str | None
-    """The innermost frame, where that is not ours and no collective."""
+    """The innermost frame, unless that is this package's or a collective's."""
     raised: str | None
-    """What the collective raised whose peer is gone."""
+    """Error of the collective whose peer is lost."""
     end: str | None
-    """How the watched block ended, once it has: "finished" or an exception."""
+    """How the watched block ended: "finished" or an exception; None while it runs."""
     left: bool
-    """Whether it knows that rank 0 has ended, and needs no store any more."""
+    """Whether the rank knows that rank 0 has ended, and needs the store no longer."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -47,7 +47,7 @@ class Heartbeat:
         return cls(**json.loads(text))
 
     def process_state(self) -> str | None:
-        """ "gone" or "stopped" where the rank's process is that; None where it runs or on another machine."""
+        """ "gone" or "stopped" if the rank's process is; None if it runs or is on another machine."""
         if self.host != socket.gethostname():
             return None
         try:
@@ -58,22 +58,22 @@ class Heartbeat:
 
 
 class LocalState:
-    """This rank, as its threads know it; times are seconds that this process ran while it was watched."""
+    """State of this rank, shared by its threads. Times are seconds of watched running time."""
 
     def __init__(self):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.started = time.strftime("%Y%m%d-%H%M%S")
-        self.thread = threading.get_ident()  # the one that trains
+        self.training_thread = threading.get_ident()
         self.now = 0.0
         self.beat, self.beat_at = (0, "start"), 0.0
-        self.error: BaseException | None = None  # of a collective whose peer is gone
+        self.error: BaseException | None = None  # of a collective whose peer is lost
         self.error_at = 0.0
         self.end: str | None = None
         self.left = False
 
     def heartbeat(self) -> Heartbeat:
         step, phase = self.beat
-        place = place_of_error(self.error) if self.error else place_of_process(self.thread)
+        location = locate_error(self.error) if self.error else locate_process(self.training_thread)
         return Heartbeat(
             started=self.started,
             time=time.time(),
@@ -81,7 +81,7 @@ class LocalState:
             pid=os.getpid(),
             step=step,
             phase=phase,
-            **place._asdict(),
+            **location._asdict(),
             raised=describe(self.error) if self.error else None,
             end=self.end,
             left=self.left,

@@ -1,54 +1,53 @@
-"""The message in words."""
+"""Text of the watchdog's message."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.watchdog.heartbeat import Heartbeat
 
-# "Try again later" in sysexits.h: what a launcher or a queue may start anew.
-EXIT_STATUS = os.EX_TEMPFAIL
 
+def format_report(
+    reason: str, last_heartbeats: dict[int, Heartbeat | None], silent: list[int], folder: Path
+) -> str:
+    """The reason, then for each rank where it is: silent, ended, waiting in a collective, or outside of one.
 
-def report(reason: str, last_heartbeats: dict[int, Heartbeat | None], silent: list[int], folder: Path) -> str:
-    """The message: the reason, then who does not answer, who waits where, and who does not wait.
-
-    heard: each rank's last heartbeat. silent: ranks that do not answer. folder: where the stacks are.
+    silent: ranks that do not answer. folder: of the stacks.
     """
     answering = [heartbeat for rank, heartbeat in last_heartbeats.items() if heartbeat and rank not in silent]
-    all_there = len(answering) == len(last_heartbeats) and not any(heartbeat.end for heartbeat in answering)
-    is_waited_for = all_there and any(heartbeat.collective for heartbeat in answering)
-    places: dict[str, list[int]] = {}
+    all_run = len(answering) == len(last_heartbeats) and not any(heartbeat.end for heartbeat in answering)
+    any_waits = all_run and any(heartbeat.collective for heartbeat in answering)
+    states: dict[str, list[int]] = {}
     for rank, heartbeat in last_heartbeats.items():
         if heartbeat is None:
-            text = "no heartbeat: killed, stopped or cut off"
+            text = "no heartbeat: killed, stopped or disconnected"
         elif rank in silent:
             state = heartbeat.process_state()
-            text = f"its process is {state}" if state else "no heartbeat: killed, stopped or cut off"
-            text += f"; last seen at {place_in_words(heartbeat)}"
+            text = f"its process is {state}" if state else "no heartbeat: killed, stopped or disconnected"
+            text += f"; last seen at {format_location(heartbeat)}"
         elif heartbeat.end:
             text = f"has ended: {heartbeat.end}"
         else:
-            text = place_in_words(heartbeat)
-            if is_waited_for and not heartbeat.collective:
+            text = format_location(heartbeat)
+            if any_waits and not heartbeat.collective:
                 text = f"in no collective while others wait, so look there first: {text}"
-        places.setdefault(text, []).append(rank)
-    lines = [f"megafusion: {reason}. Every process ends with exit status {EXIT_STATUS}."]
-    lines += [f"  {ranks_in_words(ranks)}: {text}" for text, ranks in places.items()]
+        states.setdefault(text, []).append(rank)
+    lines = [f"megafusion: {reason}. Every process exits with status {ExitStatus.RETRY}."]
+    lines += [f"  {format_ranks(ranks)}: {text}" for text, ranks in states.items()]
     return "\n".join([*lines, f"  stacks: {folder}/rank-*.txt", ""])
 
 
-def place_in_words(heartbeat: Heartbeat) -> str:
-    """Where a rank is."""
-    at = f"step {heartbeat.step}, {heartbeat.phase}, "
+def format_location(heartbeat: Heartbeat) -> str:
+    """Step, phase and position in the code of a rank."""
+    text = f"step {heartbeat.step}, {heartbeat.phase}, "
     if heartbeat.collective:
-        at += f"in {heartbeat.collective} called from {heartbeat.where}"
+        text += f"in {heartbeat.collective} called from {heartbeat.where}"
     else:
-        at += f"at {heartbeat.where}" + (f" (in {heartbeat.inside})" if heartbeat.inside else "")
-    return at + (f", which raised {heartbeat.raised}" if heartbeat.raised else "")
+        text += f"at {heartbeat.where}" + (f" (in {heartbeat.inside})" if heartbeat.inside else "")
+    return text + (f", which raised {heartbeat.raised}" if heartbeat.raised else "")
 
 
-def ranks_in_words(ranks: Iterable[int]) -> str:
+def format_ranks(ranks: Iterable[int]) -> str:
     """ "rank 3" or "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):

@@ -1,4 +1,4 @@
-"""Where a process is: the collective it waits in, the line of ours that called it, every thread's stack."""
+"""Position of a process in the code: its collective, the line of this package that called it, all stacks."""
 
 import linecache
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-# Files whose functions are collectives where their name begins like one.
+# A function is a collective if its file and the beginning of its name match.
 _COLLECTIVE_FILES = re.compile(
     r"torch/distributed/(distributed_c10d|_functional_collectives)\.py$"
     r"|deepspeed/comm/\w+\.py$|deepspeed/runtime/pipe/p2p\.py$|megafusion/parallel/collectives\.py$"
@@ -22,39 +22,40 @@ _COLLECTIVE_NAMES = re.compile(
 _PACKAGE = Path(__file__).parents[2]
 
 
-class Place(NamedTuple):
-    """A place in running code; a frame is written as `megafusion/train/loop.py:70 _train`."""
+class CodeLocation(NamedTuple):
+    """A position in running code; a frame is written as `megafusion/train/loop.py:70 _train`."""
 
     collective: str | None
-    """Function of the collective that is waited in; "wait" for one that was started before."""
+    """The collective's function; "wait" for the wait for an asynchronous one."""
     where: str
-    """Nearest frame of ours, or the innermost if none is ours."""
+    """Innermost frame of this package; the innermost frame at all if none is."""
     inside: str | None
-    """The innermost frame outside the collective, if that is another."""
+    """The innermost frame outside the collective, if it is another."""
 
 
-def place_of_process(main: int) -> Place:
-    """Where the thread `main` is, or another that waits in a collective while it does not.
+def locate_process(main: int) -> CodeLocation:
+    """Location of the thread `main`, or of another that waits in a collective if `main` does not.
 
     Backward passes on a device run in autograd's threads.
     """
     stacks = [list(traceback.walk_stack(frame)) for frame in _frames(main).values()]  # innermost first
-    place, *rest = [_find(stack) for stack in stacks]
+    location, *rest = [_locate(stack) for stack in stacks]
     for other in rest:
-        if other.collective and not place.collective:
-            return Place(other.collective, other.where if _is_ours(other.where) else place.where, None)
-    return place
+        if other.collective and not location.collective:
+            where = other.where if _is_ours(other.where) else location.where
+            return CodeLocation(other.collective, where, None)
+    return location
 
 
-def place_of_error(error: BaseException) -> Place:
-    """Where the exception that this one came from was raised."""
+def locate_error(error: BaseException) -> CodeLocation:
+    """Location where an exception's first cause was raised."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return _find([*traceback.walk_tb(error.__traceback__)][::-1])
+    return _locate([*traceback.walk_tb(error.__traceback__)][::-1])
 
 
 def format_stacks(main: int) -> list[str]:
-    """The stack of every thread, the main one's first."""
+    """Stacks of all threads, the main one's first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
     for thread, frame in _frames(main).items():
@@ -63,14 +64,14 @@ def format_stacks(main: int) -> list[str]:
 
 
 def _frames(main: int) -> dict[int, FrameType]:
-    """The innermost frame of every thread but the watchdog's own, the main one first."""
+    """Innermost frames of all threads but the watchdog's, the main one's first."""
     own = {thread.ident for thread in threading.enumerate() if thread.name.startswith("watchdog")}
     frames = {thread: frame for thread, frame in sys._current_frames().items() if thread not in own}
     return {main: frames.pop(main), **frames}
 
 
-def _find(stack: list[tuple[FrameType, int]]) -> Place:
-    """The place of a stack of frames with their lines, innermost first."""
+def _locate(stack: list[tuple[FrameType, int]]) -> CodeLocation:
+    """Location of a stack: frames with their lines, innermost first."""
     collective, after = None, 0
     for index, (frame, line) in enumerate(stack):
         code = frame.f_code
@@ -78,17 +79,17 @@ def _find(stack: list[tuple[FrameType, int]]) -> Place:
         if _COLLECTIVE_FILES.search(path) and _COLLECTIVE_NAMES.match(code.co_name):
             collective, after = code.co_name, index + 1
             break
-        # Waiting for a collective that was started before happens in C, below the frame that asks for it.
+        # The wait for an asynchronous collective runs in C, below the frame that calls it.
         if index == 0 and ".wait(" in linecache.getline(code.co_filename, line):
             collective = "wait"
             break
     callers = [_name(*entry) for entry in stack[after:] or stack]
     where = next(filter(_is_ours, callers), callers[0])
-    return Place(collective, where, None if where == callers[0] else callers[0])
+    return CodeLocation(collective, where, None if where == callers[0] else callers[0])
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a frame is of this package, and not of its collectives, which many call."""
+    """Whether a frame is of this package, except its collectives, which many functions call."""
     return name.startswith(f"{_PACKAGE.name}{os.sep}") and "parallel/collectives" not in name
 
 

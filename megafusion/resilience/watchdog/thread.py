@@ -1,4 +1,4 @@
-"""The thread on every rank that notices a run that stands still, a lost rank, and a verdict of others."""
+"""The watchdog thread of a rank: detects a hang, a lost rank, and a shutdown by another rank."""
 
 import faulthandler
 import signal
@@ -11,18 +11,20 @@ from types import TracebackType
 from megafusion.resilience.watchdog.failures import describe, is_lost
 from megafusion.resilience.watchdog.heartbeat import LocalState
 from megafusion.resilience.watchdog.peers import Peers
-from megafusion.resilience.watchdog.shutdown import end_run
+from megafusion.resilience.watchdog.shutdown import shut_down
 
 
 class Watchdog:
-    """Watches the process while its block runs; made on every rank once the process group exists.
+    """Context manager that watches the process while its block runs. Made on every rank, after the process
+    group.
 
-    folder: the run folder; stacks go to its `stacks/rank-00000.txt` and so on, the message to `stacks/report-
-    <time>.txt`. timeout_seconds: longest time between two beats, to within an interval. interval_seconds:
-    between two heartbeats. silence_seconds: a rank without a heartbeat for so long is dead or stopped.
+    folder: the run folder; stacks go to stacks/rank-00000.txt and so on, the message to
+    stacks/report-TIME.txt. timeout_seconds: longest time between two beats, to within an interval.
+    interval_seconds: between two heartbeats. silence_seconds: a rank without a heartbeat for so long counts
+    as lost.
 
-    Exceptions of the block pass, and the other ranks are told; but one that says that a peer is gone ends
-    the process with EXIT_STATUS. A lone process only looks at its own beats.
+    An exception of the block propagates and the other ranks are told; but one that means that a peer is lost
+    exits the process with RETRY. A single process watches its own beats alone.
     """
 
     def __init__(
@@ -34,15 +36,15 @@ class Watchdog:
     ):
         self._folder = folder / "stacks"
         self._timeout, self._interval, self._silence = timeout_seconds, interval_seconds, silence_seconds
-        self._here = LocalState()
-        self._others = Peers(self._here, interval_seconds, silence_seconds)
-        self._looked = time.monotonic()
+        self._local = LocalState()
+        self._peers = Peers(self._local, interval_seconds, silence_seconds)
+        self._checked_at = time.monotonic()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that the run has come to a phase of a step (a string such as "train" or "checkpoint")."""
-        self._here.beat, self._here.beat_at = (step, phase), self._here.now
+        """Report progress: the run has reached a phase of a step, such as "train" or "checkpoint"."""
+        self._local.beat, self._local.beat_at = (step, phase), self._local.now
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -51,45 +53,45 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_alone = self._here.world == 1
+        is_alone = self._local.world_size == 1
         if error is not None and not is_alone and is_lost(error):
-            # The launcher ends all others as soon as it sees the lost rank, within a second; the message
-            # comes first, and this process ends by itself.
+            # The launcher terminates all ranks within a second of the loss; the message must come first, and
+            # then this process exits by itself.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._here.error, self._here.error_at = error, self._here.now
+            self._local.error, self._local.error_at = error, self._local.now
             self._wake.set()
-            self._thread.join()  # it ends the process
-        self._here.end = "finished" if error is None else describe(error)
+            self._thread.join()  # the thread exits the process
+        self._local.end = "finished" if error is None else describe(error)
         self._wake.set()
         self._thread.join(self._silence)
         if not is_alone:
             faulthandler.cancel_dump_traceback_later()
-            self._others.part()
+            self._peers.leave()
 
     def _watch(self) -> None:
-        while self._here.end is None:
-            reason = self._look()
-            if reason and self._here.end is None:
-                end_run(reason, self._here, self._others, self._folder, self._interval)
+        while self._local.end is None:
+            reason = self._check()
+            if reason and self._local.end is None:
+                shut_down(reason, self._local, self._peers, self._folder, self._interval)
             self._wake.wait(self._interval)
             self._wake.clear()
 
-    def _look(self) -> str | None:
-        """Exchange heartbeats; the reason to end the run, if there is one."""
-        here, looked = self._here, time.monotonic()
-        # A process that was stopped and goes on has not stalled meanwhile.
-        here.now += min(looked - self._looked, 2 * self._interval)
-        self._looked = looked
-        if here.world > 1:
-            # Should some call keep Python's lock, this thread cannot run: a timer in C ends the process then.
+    def _check(self) -> str | None:
+        """Exchange heartbeats; returns the reason to shut down, if there is one."""
+        local, now = self._local, time.monotonic()
+        # The time for which a process was stopped by SIGSTOP does not count.
+        local.now += min(now - self._checked_at, 2 * self._interval)
+        self._checked_at = now
+        if local.world_size > 1:
+            # If a call keeps the GIL, this thread cannot run; a timer in C exits the process then.
             faulthandler.dump_traceback_later(3 * self._silence, exit=True, file=sys.__stderr__)
-            if reason := self._others.reason():
+            if reason := self._peers.check():
                 return reason
-        if here.now - here.beat_at > self._timeout:
-            step, phase = here.beat
+        if local.now - local.beat_at > self._timeout:
+            step, phase = local.beat
             return (
-                f"rank {here.rank} made no progress for {self._timeout:g} s (train.timeout_seconds) "
+                f"rank {local.rank} made no progress for {self._timeout:g} s (resilience.timeout_seconds) "
                 f"at step {step}, {phase}"
             )
         return None
