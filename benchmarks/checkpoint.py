@@ -27,6 +27,7 @@ from megafusion.parallel.mesh import make_mesh
 from megafusion.storage import write_file
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 
 
 def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
@@ -42,7 +43,7 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
     def step() -> float:
         batch = loader.next()
         watch.lap()
-        engine.step(batch, 1e-3)
+        train_step(engine, batch, 1e-3)
         return watch.lap()
 
     for _ in range(3):

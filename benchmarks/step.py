@@ -33,7 +33,7 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
     mesh = make_mesh(config.parallel)
     parts = build_components(config, mesh)
     engine = build_engine(config, mesh)
-    deepspeed = engine._deepspeed  # its phases, which Engine.step does not separate
+    deepspeed = engine._deepspeed  # its phases, which forward_backward does not separate
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for step in range(num_warmup_steps + num_steps):
         spent = dict.fromkeys(PHASES, 0.0)
@@ -49,7 +49,8 @@ def measure(config: RunConfig, num_steps: int, num_warmup_steps: int = 3) -> dic
             deepspeed.backward(losses.total * len(micro_batches))
             spent["backward"] += watch.lap()
             deepspeed.step()
-            spent["optimizer"] += watch.lap()
+        engine.clip_and_step(1e-3)
+        spent["optimizer"] += watch.lap()
         if step >= num_warmup_steps:
             for phase in PHASES:
                 seconds[phase].append(spent[phase])

@@ -17,10 +17,10 @@ from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.engine.grid import make_grid, make_topology
+from megafusion.engine.held_update import HeldUpdate
 from megafusion.engine.optimizer import make_optimizer
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.engine.process_group import local_device
-from megafusion.engine.skipped_updates import skip_bad_updates
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
@@ -57,21 +57,29 @@ class Engine:
         self.stage, self.mesh, self.consensus = stage, mesh, consensus
         self.device: torch.device = engine.device
         self.optimizer_state = OptimizerState(engine.optimizer, stage.named_parameters())
+        self._update = HeldUpdate(engine, consensus)
 
-    def step(self, micro_batches: list[PackedBatch], learning_rate: float) -> Losses:
-        """Update the weights once; returns the losses of the global batch, on the device.
+    def forward_backward(self, micro_batches: list[PackedBatch]) -> None:
+        """Accumulate the gradients of a global batch, reduced over data ranks.
 
-        `consensus` then tells whether the update was skipped, and whether a rank asked to stop. Raises
-        UserError on every rank before computing anything if a rank deferred one; that rank may pass [].
+        `consensus` then tells whether a rank asked to stop. Raises UserError on every rank before computing
+        anything if a rank deferred one; that rank may pass [].
         """
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
         counts = self.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
         batches = (with_counts(batch.to(self.device), counts) for batch in micro_batches)
         if isinstance(self._deepspeed, PipelineEngine):
             self._deepspeed.train_batch((batch.inputs(), batch.targets()) for batch in batches)
         else:
             self._accumulate(batches, len(micro_batches))
+
+    def clip_and_step(self, learning_rate: float) -> Losses:
+        """Clip the gradients and update the weights; returns the losses of the global batch, on the device.
+
+        `consensus` then tells whether the update was skipped on all ranks.
+        """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._update.make_or_skip()
         return Losses(*self.consensus.losses.unbind())
 
     def _accumulate(self, batches: Iterable[PackedBatch], num_batches: int) -> None:
@@ -81,7 +89,7 @@ class Engine:
             losses: Losses = self._deepspeed(batch)
             self.consensus.add_losses(losses)
             self._deepspeed.backward(losses.total * averaged_over)
-            self._deepspeed.step()  # an update after the last micro-batch
+            self._deepspeed.step()  # counts micro-batches; the update after the last one is held back
 
     def grad_norm(self) -> float:
         """Global gradient norm of the latest step, before clipping. Synchronises with the device."""
@@ -131,7 +139,6 @@ def make_engine(
         )
     if mesh.config.zero_stage == 0:
         engine.clip_fp32_gradients = partial(_clip, engine)
-    skip_bad_updates(engine, consensus)
     return Engine(engine, stage, mesh, consensus)
 
 

@@ -17,9 +17,9 @@ from megafusion.sequence.packing import SequenceShape
 
 
 def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
-    """Forward operations of the stem, of each block and of the tail for one row, counted by PyTorch.
+    """Forward FLOPs of the stem, of each block and of the tail for one row, counted by PyTorch.
 
-    Counted on tensors without storage, with dense attention: every pair of positions counts, masked or not.
+    Counted on the meta device with dense attention: every pair of positions counts, masked or not.
     The stem and the tail include the U-Net and the vocabulary. Every image slot counts as one of the first
     size.
     """
@@ -58,9 +58,9 @@ def partition(costs: Sequence[int], num_parts: int) -> list[range]:
 
 
 def _max_min(costs: Sequence[int], num_parts: int, score: Callable[[int], float]) -> list[range]:
-    """Ranges whose lowest score of a range's cost is highest; of equals, those that end with the shortest."""
+    """Ranges that maximize the lowest score of a range's cost; of ties, the latest cuts."""
     sums = [0, *accumulate(costs)]
-    best = {0: (inf, [])}  # by number of items: the lowest score and the ranges, of as many ranges as yet
+    best = {0: (inf, [])}  # number of items -> lowest score and ranges, with `part` ranges
     for part in range(1, num_parts + 1):
         best = {
             stop: max(

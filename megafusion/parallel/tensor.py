@@ -60,7 +60,7 @@ class ColumnParallelLinear(FusedLinear):
 
 
 class RowParallelLinear(nn.Linear):
-    """This rank's slice of the inputs; the ranks' outputs are summed."""
+    """This rank's slice of the inputs; the region's reduction sums the partial outputs."""
 
     def __init__(self, linear: nn.Linear, region: TensorParallelRegion):
         assert linear.bias is None, "a bias would be added once by every rank"
@@ -168,11 +168,10 @@ def _vocab_spec(whole: Tensor, vocab_shard: range) -> ShardSpec:
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Sum over the tensor ranks the gradients of replicated weights that each rank has in part."""
-    hook = collectives.sum_over(mesh.group("tensor"))
+    """All-reduce over the tensor group the gradients of replicated weights that are partial on each rank."""
+    partial = {Replicated("heads"), Replicated("images")}
+    if mesh.config.sequence:
+        partial.add(Replicated("positions"))
     for weight in named_weights(model):
-        match weight.sharding:
-            case Replicated("positions") if not mesh.config.sequence:
-                pass
-            case Replicated():
-                getattr(weight.owner, weight.key).register_hook(hook)
+        if weight.sharding in partial:
+            getattr(weight.owner, weight.key).register_hook(collectives.sum_over(mesh.group("tensor")))

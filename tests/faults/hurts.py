@@ -13,7 +13,7 @@ from megafusion.engine.engine import Engine
 
 def nan_gradients(rank: int, victim: int, batches: range) -> None:
     """One rank's gradient of one parameter is no number for these batches of the run (from 0)."""
-    step, number = Engine.step, [0]
+    step, number = Engine.forward_backward, [0]
 
     def hurt_step(engine: Engine, *arguments: object) -> object:
         parameter = next(p for name, p in engine.stage.named_parameters() if "norm" in name)
@@ -26,7 +26,7 @@ def nan_gradients(rank: int, victim: int, batches: range) -> None:
             hook.remove()
         return losses
 
-    Engine.step = hurt_step
+    Engine.forward_backward = hurt_step
 
 
 def without_batches(rank: int, batches: range) -> None:
@@ -62,7 +62,7 @@ def with_reference(rank: int, every: int, path: Path) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(16, 16, generator=generator).requires_grad_() for _ in range(8)]
-    step, number = Engine.step, [0]
+    step, number = Engine.forward_backward, [0]
 
     def work() -> None:
         x = weights[0].detach()
@@ -83,4 +83,4 @@ def with_reference(rank: int, every: int, path: Path) -> None:
                 file.write(f"{time.perf_counter() - began}\n")
         return losses
 
-    Engine.step = step_and_work
+    Engine.forward_backward = step_and_work

@@ -19,6 +19,7 @@ from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 
 LEARNING_RATE = 2e-3
 """Not the configuration's, so that a step which does not set it fails."""
@@ -90,7 +91,7 @@ def parallel_steps(values: dict, num_steps: int) -> Outcome:
     batches, engine = Batches(values, mesh), build_engine(config, mesh)
     losses = []
     for _ in range(num_steps):
-        found = engine.step(batches.next(), LEARNING_RATE)
+        found = train_step(engine, batches.next(), LEARNING_RATE)
         norm = engine.grad_norm()
         losses.append([*(float(loss) for loss in found), norm])
     return Outcome(losses, weights_of(engine))

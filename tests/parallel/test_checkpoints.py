@@ -13,6 +13,7 @@ from megafusion.engine.ema import Ema
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.parallel.cases import LEARNING_RATE
 from tests.parallel.matrix import Case
 from tests.support.workers import run_workers
@@ -47,7 +48,7 @@ class Training:
         losses = []
         for _ in range(num_steps):
             batch = self.loader.next()
-            losses.append([float(x) for x in self.engine.step(batch, LEARNING_RATE)])
+            losses.append([float(x) for x in train_step(self.engine, batch, LEARNING_RATE)])
             self.step, self.state = self.step + 1, self.loader.state_dict()
             self.ema.update(self.step)
         return losses

@@ -10,6 +10,7 @@ from megafusion.config import parse_config
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
 from tests.support.workers import run_workers
@@ -26,7 +27,7 @@ def graphs(values: dict) -> tuple[int, dict]:
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
-    build_engine(config, mesh).step(Batches(values, mesh).next(), 1e-3)
+    train_step(build_engine(config, mesh), Batches(values, mesh).next(), 1e-3)
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 

@@ -9,6 +9,7 @@ from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
 from tests.support.workers import run_workers
@@ -36,7 +37,7 @@ def state_sizes(values: dict) -> tuple[list[int], list[int]]:
     engine = build_engine(config, mesh)
     owned = engine.optimizer_state.shards
     ema = Ema(owned, 0.9)
-    engine.step(Batches(values, mesh).next(), 1e-3)
+    train_step(engine, Batches(values, mesh).next(), 1e-3)
     parameters = list(engine.stage.parameters())
     if config.parallel.zero_stage == 3:
         kept = [p for p in parameters if p.ds_persist]

@@ -9,6 +9,7 @@ from megafusion.config import parse_config
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.loop import train_step
 from tests.support.workers import run_workers
 
 BAD = 2
@@ -32,7 +33,7 @@ def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[li
             continue
         hurt = number == BAD and torch.distributed.get_rank() == rank
         hook = parameter.register_hook(lambda gradient: gradient * bad) if hurt else None
-        engine.step(batch, 1e-3)
+        train_step(engine, batch, 1e-3)
         if hook:
             hook.remove()
         if engine.consensus.is_skipped:

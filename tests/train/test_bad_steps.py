@@ -28,7 +28,7 @@ def start(values: dict) -> Path:
 
 def raise_losses(monkeypatch, batch: int, by: float) -> None:
     """Report a larger total loss for one batch, with its gradients unchanged."""
-    step, number = Engine.step, [0]
+    step, number = Engine.forward_backward, [0]
 
     def hurt(engine: Engine, *arguments) -> Losses:
         add, is_it = type(engine.consensus).add_losses, number[0] == batch
@@ -42,7 +42,7 @@ def raise_losses(monkeypatch, batch: int, by: float) -> None:
         finally:
             vars(engine.consensus).pop("add_losses", None)
 
-    monkeypatch.setattr(Engine, "step", hurt)
+    monkeypatch.setattr(Engine, "forward_backward", hurt)
 
 
 @pytest.mark.parametrize(("action", "skipped"), [("warn", 0), ("skip", 1), ("off", None)])

@@ -63,7 +63,7 @@ def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypa
         signals.requested |= number[0] == bad[0]
         return rate(done, *arguments)
 
-    step, number, rate = Engine.step, [0], run_module.learning_rate
+    step, number, rate = Engine.forward_backward, [0], run_module.learning_rate
 
     def hurt_step(engine: Engine, *arguments) -> object:
         parameter = next(engine.stage.parameters())
@@ -74,7 +74,7 @@ def test_batches_left_out_before_the_end_are_not_read_again(run_values, monkeypa
             hook.remove()
         return losses
 
-    monkeypatch.setattr(Engine, "step", hurt_step)
+    monkeypatch.setattr(Engine, "forward_backward", hurt_step)
     monkeypatch.setattr(run_module, "learning_rate", asked)
     assert train(parse_config(RunConfig, run_values, "test"), None, signals) == "preempted"
     newest = complete_checkpoints(Path(run_values["out"]) / "checkpoints")[-1]

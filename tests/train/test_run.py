@@ -30,7 +30,7 @@ from megafusion.resilience import attempts
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
+from megafusion.train.loop import train, train_step
 from tests.support.workers import run_workers
 
 
@@ -144,7 +144,7 @@ def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
     engine = build_engine(run_config, mesh)
     before = states()
     for _ in range(2):
-        engine.step(parts.loader.next(), 1e-3)
+        train_step(engine, parts.loader.next(), 1e-3)
     assert states() == before
     torch.rand(1)
     assert states() != before

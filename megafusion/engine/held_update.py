@@ -1,4 +1,4 @@
-"""Skipping an update: DeepSpeed's optimizer step waits until all ranks agree to make it."""
+"""The optimizer step apart from the backward pass, and how an update is skipped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,19 +16,22 @@ from torch import Tensor
 from megafusion.resilience.consensus import StepConsensus
 
 
-def skip_bad_updates(engine: DeepSpeedEngine, consensus: StepConsensus) -> None:
-    """Let the consensus decide on every update of an engine. DeepSpeed has no hook for it.
+class HeldUpdate:
+    """DeepSpeed's optimizer step, held back until all ranks agree to make it. DeepSpeed has no hook for it.
 
     A skipped update leaves weights, moments and AdamW's step count as they were, and drops the gradients.
     """
-    update = engine._take_model_step
 
-    def update_or_skip(lr_kwargs: dict | None = None) -> None:
-        consensus.decide(_gradients(engine))
-        with _infinite_norm(engine) if consensus.is_skipped else nullcontext():
-            update(lr_kwargs)
+    def __init__(self, engine: DeepSpeedEngine, consensus: StepConsensus):
+        self._engine, self._consensus = engine, consensus
+        self._take_model_step = engine._take_model_step
+        engine._take_model_step = lambda lr_kwargs=None: None
 
-    engine._take_model_step = update_or_skip
+    def make_or_skip(self) -> None:
+        """Clip and update, or skip, as the consensus decides. Called by every rank after backward."""
+        self._consensus.decide(_gradients(self._engine))
+        with _infinite_norm(self._engine) if self._consensus.is_skipped else nullcontext():
+            self._take_model_step({})
 
 
 def _gradients(engine: DeepSpeedEngine) -> list[Tensor]:

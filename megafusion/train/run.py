@@ -1,0 +1,312 @@
+"""A run around its training loop: joining the ranks, resuming, logging, saving, stopping, publishing."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Literal
+
+import torch.distributed as dist
+from rich.filesize import decimal
+
+from megafusion.checkpoint.folder import complete_checkpoints, newest_step
+from megafusion.checkpoint.manager import CheckpointManager
+from megafusion.engine.ema import Ema
+from megafusion.engine.process_group import local_device, start_process_group
+from megafusion.errors import UserError
+from megafusion.objective.losses import Losses
+from megafusion.parallel.errors import raise_on_all_ranks
+from megafusion.parallel.memory import state_bytes
+from megafusion.parallel.mesh import AXES, make_mesh
+from megafusion.resilience.attempts import CRASHED, Attempts
+from megafusion.resilience.exit_status import ExitStatus
+from megafusion.resilience.rollback import Rollback
+from megafusion.resilience.self_test import self_test
+from megafusion.resilience.signals import StopSignals
+from megafusion.resilience.watchdog.failures import describe, is_lost
+from megafusion.resilience.watchdog.thread import Watchdog
+from megafusion.sequence.packing import PackedBatch
+from megafusion.telemetry.metrics import Metrics
+from megafusion.telemetry.stragglers import StragglerMonitor
+from megafusion.telemetry.throughput import PackingMonitor, StepTimer, step_figures
+from megafusion.train.build import build_components, build_engine
+from megafusion.train.checkpoint_policy import CheckpointPolicy
+from megafusion.train.config import RunConfig
+from megafusion.train.image_encoder import ImageEncoder
+from megafusion.train.run_folder import freeze
+from megafusion.train.samples import Sampler
+
+Outcome = Literal["finished", "stopped", "preempted"]
+
+
+class Run:
+    """One attempt at a run, on every rank. A context manager around the loop over `steps()`.
+
+    Entering joins the ranks, checks everything, builds the engine and loads the latest checkpoint. Leaving
+    saves if steps are left, waits for the last checkpoint and publishes a finished model; `outcome` then
+    tells which. Every way out is recorded in the run folder.
+    """
+
+    outcome: Outcome = "preempted"
+
+    def __init__(self, config: RunConfig, stop_after: int | None, signals: StopSignals):
+        self._config, self._signals = config, signals
+        self._last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
+        self._attempts = Attempts(config.out)
+        self.step = 0
+        """Updates made so far, over all attempts."""
+        self._is_open = self._stops = False
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:
+            self._watchdog = stack.enter_context(self._join())
+            stack.enter_context(self._recorded())
+            self._is_rank0 = dist.get_rank() == 0
+            hosts, is_asked_to_stop = self._check()
+            self._outputs = stack.enter_context(ExitStack())
+            if not is_asked_to_stop:
+                self._start(hosts)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if kind is not None or not self._is_open:
+            return self._stack.__exit__(kind, error, trace)
+        with self._stack:
+            with self._outputs:
+                self._finish()
+            if self.outcome == "finished" and self._sampler:
+                self._publish()
+        return None
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of updates made, until the last step or a stop request."""
+        while self._is_open and self.step < self._last_step and not self._stops:
+            self._watchdog.beat(self.step + 1, "train")
+            self._attempts.at(self.step + 1)
+            yield self.step
+
+    def next_batch(self) -> list[PackedBatch]:
+        """This rank's micro-batches of the next global batch, images as latents.
+
+        A UserError of one rank's data is raised on all ranks by the engine's step.
+        """
+        consensus, micro_batches = self.engine.consensus, []
+        consensus.wants_stop = self._signals.requested
+        with consensus.defer_errors():
+            with self._stragglers.waiting_for_data():
+                batch = self._loader.next()
+            micro_batches = self._encoder.encode(batch)
+        return micro_batches
+
+    def rejects_step(self) -> bool:
+        """Whether the latest step made no update on any rank; rolls back to a checkpoint if one is due."""
+        self._stops = self.engine.consensus.stops
+        if message := self._rollback.record_step(self.step):
+            self._metrics.say(message)
+        if self._rollback.is_due:
+            self._watchdog.beat(self.step, "roll back")
+            self._checkpoints.wait()
+            self.step = self._rollback.roll_back(self._checkpoints.load_latest())
+            self._timer.rewind(self.step)
+            with self.engine.consensus.defer_errors():
+                self._metrics.rewind(self.step)
+        return self.engine.consensus.is_skipped
+
+    def complete_step(self, losses: Losses, learning_rate: float) -> None:
+        """Count the step and update the average; log, save and sample if due."""
+        config = self._config
+        self.step += 1
+        self._ema.update(self.step)
+        self._metrics.advance(self.step)
+        if self._is_due(config.telemetry.log_every) or self.step == 1:
+            self._log(losses, learning_rate)
+        if self._is_due(config.checkpoint.every):
+            self._save()
+        if config.samples.every and self._is_due(config.samples.every) and not self._stops:
+            self._sample()
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self._last_step or (every > 0 and self.step % every == 0)
+
+    def _join(self) -> Watchdog:
+        """Start the process group; the watchdog."""
+        timeout = self._config.resilience.timeout_seconds
+        try:
+            # A minute more than the watchdog's timeout, so that its message comes before torch's.
+            start_process_group(timeout + 60)
+            self._signals.begin()
+            return Watchdog(self._config.out, timeout)
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            reason = describe(error)
+            _say(f"megafusion: a process was lost before all ranks had connected ({reason}); start again")
+            raise SystemExit(ExitStatus.RETRY) from error
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Record how this attempt ended."""
+        try:
+            yield
+        except UserError as error:
+            self._attempts.end("refused", str(error))
+            raise
+        except KeyboardInterrupt:
+            self._attempts.end("interrupted")
+            raise
+        except Exception as error:
+            lost = "a process was lost or hung: " if is_lost(error) else ""
+            self._attempts.end(CRASHED, lost + describe(error))
+            raise
+        self._attempts.end(self.outcome)
+
+    def _check(self) -> tuple[list[str], bool]:
+        """Refuse what does not fit together, claim the run folder, test the devices.
+
+        Returns the ranks' hosts, and whether a rank was asked to stop meanwhile.
+        """
+        config = self._config
+        with raise_on_all_ranks():
+            self._mesh = make_mesh(config.parallel)
+        with raise_on_all_ranks():
+            self._components = build_components(config, self._mesh)
+            self._loader = self._components.loader
+            if self._is_rank0:
+                changed = freeze(config)
+                self._attempts.claim()
+                self._attempts.begin(dist.get_world_size(), newest_step(config.out), changed)
+                for key, (before, now) in changed.items():
+                    _say(f"{config.out}: resumes with {key} {now} instead of {before}")
+        self._watchdog.beat(0, "self-test")
+        return self_test(config.out, local_device(), self._signals.requested)
+
+    def _start(self, hosts: list[str]) -> None:
+        """Build the engine, load the latest checkpoint, open the outputs."""
+        config, mesh = self._config, self._mesh
+        self._watchdog.beat(0, "engine")
+        self.engine = build_engine(config, mesh)
+        self._ema = Ema(self.engine.optimizer_state.shards, config.train.ema_decay)
+        self._rollback = Rollback(config.resilience, self.engine.consensus)
+        self._stragglers = StragglerMonitor(
+            self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
+        )
+        self._folder = config.out / "checkpoints"
+        self._manager = CheckpointManager(
+            self._folder,
+            self.engine.optimizer_state,
+            self._ema,
+            config.checkpoint.keep_last,
+            config.checkpoint.keep_every,
+        )
+        say = _say if self._is_rank0 else _say_nothing
+        self._checkpoints = CheckpointPolicy(
+            config.checkpoint, self._folder, self._manager, self.engine.device, say
+        )
+        self._watchdog.beat(0, "load checkpoint")
+        spent_seconds = self._resume()
+        self._attempts.resumed(self.step)
+        self._sampler = Sampler(config, self._components, self.engine.device) if self._is_rank0 else None
+        self._encoder = ImageEncoder(self._components.codec, config.model.latent_sizes, self.engine.device)
+        self._open_outputs(spent_seconds)
+        self._is_open = True
+
+    def _resume(self) -> float:
+        """Load the latest checkpoint, if any; returns the seconds trained before it."""
+        state = self._checkpoints.load_latest()
+        if state is None:
+            return 0.0
+        self.step = state["step"]
+        self._loader.load_state_dict(state["data"])
+        self._rollback.load_state_dict(state.get("health", {}))
+        return state["seconds"]
+
+    def _open_outputs(self, spent_seconds: float) -> None:
+        config = self._config
+        num_rows, shape = config.train.global_batch_size, config.sequence_shape
+        self._timer = StepTimer(
+            num_rows, shape, config.model, config.train.precision, self.step, spent_seconds
+        )
+        self._packing = PackingMonitor(
+            config.data.sources, num_rows * shape.length, self.engine, self._loader.state_dict()
+        )
+        with raise_on_all_ranks():
+            self._metrics = Metrics(
+                config.telemetry,
+                config.out,
+                config.train.num_steps,
+                self.step,
+                stops_on_write_error=config.checkpoint.on_save_error == "stop",
+                silent=not self._is_rank0,
+            )
+        for output in (self._manager, self._loader, self._metrics):
+            self._outputs.enter_context(output)
+        self._checkpoints.say = self._metrics.say
+        if dist.get_world_size() > 1:
+            self._metrics.say(self._layout())
+
+    def _log(self, losses: Losses, learning_rate: float) -> None:
+        speed, warning = self._stragglers.read()
+        figures = step_figures(losses, self.engine, learning_rate)
+        figures |= self._packing.read(self._loader.state_dict()) | self._timer.read(self.step) | speed
+        with self.engine.consensus.defer_errors():
+            self._metrics.log(self.step, figures | self._rollback.figures() | self._checkpoints.metrics())
+        if warning:
+            self._metrics.say(warning)
+
+    def _save(self, is_last: bool = False) -> None:
+        self._watchdog.beat(self.step, "checkpoint")
+        state = {
+            "step": self.step,
+            "seconds": self._timer.seconds(),
+            "topology": {"world_size": dist.get_world_size(), **self._config.parallel.model_dump()},
+            "health": self._rollback.state_dict(),
+        }
+        is_last |= self.step == self._last_step
+        self._checkpoints.save(state, self._loader.state_dict(), is_last=is_last)
+
+    def _sample(self) -> None:
+        """Write a sample sheet on rank 0, from this step's checkpoint: no rank holds the whole average."""
+        if not self._sampler:
+            return
+        self._watchdog.beat(self.step, "samples")
+        if checkpoint := self._manager.latest_complete():
+            with self.engine.consensus.defer_errors(), self._metrics.handle_write_errors("samples"):
+                self._metrics.log_samples(*self._sampler.show(checkpoint))
+
+    def _finish(self) -> None:
+        """Save if steps are left, and wait for the last checkpoint."""
+        is_unfinished = self.step < self._last_step
+        if is_unfinished:
+            self._metrics.say(
+                f"asked to stop: a checkpoint of step {self.step}, then exit status {ExitStatus.RETRY}"
+            )
+            self._save(is_last=True)
+        self._checkpoints.wait(must_succeed=self.step == self._last_step)
+        self.engine.consensus.raise_deferred()
+        self._watchdog.beat(self.step, "end")
+        if not is_unfinished:
+            self.outcome = "finished" if self.step == self._config.train.num_steps else "stopped"
+
+    def _publish(self) -> None:
+        """Write the averaged model of the last checkpoint as a pipeline folder."""
+        folder = self._config.out / "pipeline"
+        self._sampler.pipeline(complete_checkpoints(self._folder)[-1]).save_pretrained(folder)
+        self._metrics.say(f"{folder}: the model; megafusion generate {self._config.out}")
+
+    def _layout(self) -> str:
+        """The ranks along each axis, and the bytes of state on rank 0."""
+        axes = " x ".join(f"{axis} {self._mesh.size(axis)}" for axis in AXES)
+        held = state_bytes(self.engine.stage, self._mesh, 4 if self._config.train.precision == "fp32" else 2)
+        parts = ", ".join(f"{name} {decimal(size)}" for name, size in held._asdict().items())
+        return f"{dist.get_world_size()} ranks: {axes}; rank 0 holds {parts}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
