@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
-from megafusion.images.sizes import Size, say_sizes
+from megafusion.images.sizes import Size, format_sizes
 
 Pixels = Annotated[int, Field(gt=0)]
 KEYS_WITHOUT_EFFECT = {"out", "num_workers", "max_skip_rate"}
@@ -124,7 +124,7 @@ class PreprocessConfig(Config):
             other = seen.setdefault(Fraction(*size), size)
             if other is not size:
                 raise ValueError(
-                    f"image_sizes: {say_sizes([size])} has the aspect ratio of {say_sizes([other])}, so no "
-                    "image would go there; remove it"
+                    f"image_sizes: {format_sizes([size])} has the aspect ratio of {format_sizes([other])}, "
+                    "so no image would go there; remove it"
                 )
         return self

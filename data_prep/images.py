@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 from data_prep.readers.records import BadRecord, RawPair
 from megafusion.data.augment import TooManyPixels, open_untrusted
 from megafusion.data.document_format import CorruptBytes
-from megafusion.images.processor import to_rgb
+from megafusion.images.processor import convert_to_rgb
 
 # Pillow would open many more, some of which run other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -45,7 +45,7 @@ def open_rgb(content: bytes) -> Image.Image:
 
     Raises BadRecord; before decoding, where the header gives more pixels than Pillow's limit.
     """
-    return _open(content, to_rgb)
+    return _open(content, convert_to_rgb)
 
 
 def check_image(content: bytes) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def check_image(content: bytes) -> tuple[int, int]:
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     is_reduced = image.draft(None, (1, 1)) is not None
-    size = to_rgb(image).size
+    size = convert_to_rgb(image).size
     if not is_reduced:
         return size
     is_transposed = image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED

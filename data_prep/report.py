@@ -6,7 +6,7 @@ from pathlib import Path
 from data_prep.plan import Plan
 from megafusion.data.inspect import inspect_shards
 from megafusion.data.manifest import Manifest
-from megafusion.images.sizes import say_sizes
+from megafusion.images.sizes import format_sizes
 from megafusion.storage import write_file
 
 REPORT, SHEET = "report.json", "sheet.png"
@@ -24,7 +24,7 @@ def write_report(folder: Path, plan: Plan, manifest: Manifest) -> None:
         "documents": manifest.num_documents,
         "tokens": manifest.num_tokens,
         "images": manifest.num_images,
-        "images_by_size_of_latents": {say_sizes([size]): n for size, n in manifest.count_by_size.items()},
+        "images_by_size_of_latents": {format_sizes([size]): n for size, n in manifest.count_by_size.items()},
         "images_by_shorter_side": plan.shorter_sides,
     }
     write_file(folder / REPORT, json.dumps(values, indent=1) + "\n")

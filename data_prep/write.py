@@ -18,7 +18,7 @@ from megafusion.data.manifest import ShardSummary
 from megafusion.data.shards import write_shard
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import fit_rgb, to_tensor
+from megafusion.images.processor import preprocess_images, resize_and_crop
 from megafusion.images.sizes import nearest_size
 from megafusion.sequence.document import Segment
 from megafusion.sequence.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ class DocumentBuilder:
     def _image(self, content: bytes) -> Image.Image | bytes:
         image, sizes = open_rgb(content), self._config.image_sizes
         height, width = sizes[nearest_size(image.height, image.width, sizes)]
-        return fit_rgb(image, height, width) if self._codec else to_webp(image, height, width)
+        return resize_and_crop(image, height, width) if self._codec else to_webp(image, height, width)
 
     def _encode(self, batch: list[tuple[dict, list[RawSegment]]]) -> Iterator[StoredDocument]:
         images = [s for _, segments in batch for s in segments if isinstance(s, Image.Image)]
@@ -130,7 +130,7 @@ class DocumentBuilder:
 
     def _moments(self, images: list[Image.Image]) -> np.ndarray:
         """Mean and log-variance, float16 [n, 2, C, h, w], of at most batch_size images of one size."""
-        pixels = to_tensor(images, images[0].size[::-1]).to(self._codec.model.device)
+        pixels = preprocess_images(images, images[0].height, images[0].width).to(self._codec.model.device)
         return torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
 
 

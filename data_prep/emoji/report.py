@@ -20,8 +20,8 @@ from megafusion.data.config import DataConfig
 from megafusion.data.source import open_folder
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.images.processor import to_tensor
-from megafusion.images.sheets import picture_sheet, png
+from megafusion.images.grid import encode_png, make_image_grid
+from megafusion.images.processor import preprocess_images
 from megafusion.progress import progress_bar
 from megafusion.storage import write_file
 from megafusion.telemetry.metrics_file import read_metrics
@@ -111,15 +111,15 @@ def _draw(
     task = progress.add_task("drawing", total=None, losses="")
     drawn = pipeline.draw(
         [pair.caption for pair in chosen],
-        report=lambda done, total: progress.update(task, completed=done, total=total),
+        progress=lambda done, total: progress.update(task, completed=done, total=total),
     )
-    found = classifier.classify(to_tensor(drawn, IMAGE_SIZE) / 2 + 0.5)
+    found = classifier.classify(preprocess_images(drawn, IMAGE_SIZE, IMAGE_SIZE) / 2 + 0.5)
     correct = [key == pair.key for key, pair in zip(found, chosen, strict=True)]
     cells = [
         (f"{pair.caption}{'' if is_correct else f' (classified as {key})'}", pair.image, image)
         for pair, image, key, is_correct in zip(chosen, drawn, found, correct, strict=True)
     ]
-    write_file(path, png(picture_sheet(cells, ("real", "drawn"))))
+    write_file(path, encode_png(make_image_grid(cells, ("real", "drawn"))))
     return sum(correct) / len(correct)
 
 

@@ -17,7 +17,7 @@ from data_prep.readers.records import BadRecord
 from data_prep.readers.webdataset import NO_IMAGE, TarReader
 from data_prep.vae.config import ImageDataConfig
 from megafusion.errors import UserError
-from megafusion.images.processor import to_tensor
+from megafusion.images.processor import preprocess_images
 
 Sample = tuple[str, str, bytes]
 """Key, where it is for error messages, and encoded image."""
@@ -49,7 +49,8 @@ def held_out_images(config: ImageDataConfig, shards: list[Path]) -> tuple[list[s
             f"data.held_out_fraction {config.held_out_fraction}: holds out no image of "
             f"{', '.join(map(str, shards))}; raise it or add images"
         )
-    return [key for key, _, _ in chosen], to_tensor([_decode(s) for s in chosen], config.image_size)
+    images = [_decode(sample) for sample in chosen]
+    return [key for key, _, _ in chosen], preprocess_images(images, config.image_size, config.image_size)
 
 
 def training_batches(
@@ -69,7 +70,7 @@ def training_batches(
             if num_images_to_skip:
                 num_images_to_skip -= 1
                 continue
-            pixels = to_tensor([_decode(sample)], config.image_size)[0]
+            pixels = preprocess_images([_decode(sample)], config.image_size, config.image_size)[0]
             batch.append(pixels.flip(-1) if flip else pixels)
             if len(batch) == batch_size:
                 yield torch.stack(batch)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from megafusion.images.codec import ImageCodec, encode
-from megafusion.images.processor import to_pil
+from megafusion.images.processor import postprocess_images
 
 BATCH_SIZE = 64
 
@@ -56,7 +56,9 @@ def contact_sheet(
     sheet = Image.new(
         "RGB", (num_columns * (size + gap) + gap, num_rows * (pair + 3 * gap) + gap), (236, 236, 236)
     )
-    pairs = zip(to_pil(originals[chosen]), to_pil(reconstructions[chosen]), strict=True)
+    pairs = zip(
+        postprocess_images(originals[chosen]), postprocess_images(reconstructions[chosen]), strict=True
+    )
     for i, (original, reconstruction) in enumerate(pairs):
         x = gap + (i % num_columns) * (size + gap)
         y = gap + (i // num_columns) * (pair + 3 * gap)

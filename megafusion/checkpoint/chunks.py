@@ -110,7 +110,7 @@ class Chunks:
         return [ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.values.shape) for chunk in self.chunks]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(chunk.values for chunk in self.chunks if chunk.offsets == tuple(index.offset))
+        return next(chunk.values for chunk in self.chunks if chunk.offsets == index.offset)
 
 
 def _to_whole(offsets: tuple[int, ...], values: Tensor, shard_spec: ShardSpec) -> list[Chunk]:

@@ -127,7 +127,7 @@ class CheckpointManager:
         with raise_on_all_ranks(self._group):
             verify_checkpoint(path, dist.get_rank(), dist.get_world_size())
         chunks = self._chunks([fragment for _, fragment in self._fragments.values()])
-        parts: list[dict | None] = [None] * dist.get_world_size()
+        parts: list[dict] = [{}] * dist.get_world_size()
         dist.all_gather_object(parts, {name: entry.shape for name, entry in chunks.items()}, self._group)
         shapes = {name: shape for part in parts for name, shape in part.items()}
         state = json.loads((path / "state.json").read_text())
@@ -158,8 +158,8 @@ class CheckpointManager:
         is_first = rank == 0
         path = self._folder / f"step-{state['step']:08d}"
         partial = path.with_name(path.name + PARTIAL)
-        parts = [None] * dist.get_world_size() if is_first else None
-        dist.gather_object(stream_state["streams"], parts, group=group)
+        parts: list[dict] = [{}] * dist.get_world_size()
+        dist.gather_object(stream_state["streams"], parts if is_first else None, group=group)
         try:
             with raise_on_all_ranks(group):
                 self._check_finite(path)
@@ -178,7 +178,7 @@ class CheckpointManager:
                 dcp.save(chunks, storage_writer=writer, planner=ChunkSavePlanner(), process_group=group)
             with raise_on_all_ranks(group), _disk_errors(path):
                 own = hash_files(partial, f"tensors/__{rank}_*.distcp")
-            dist.gather_object(own, parts, group=group)
+            dist.gather_object(own, parts if is_first else None, group=group)
             with raise_on_all_ranks(group), _disk_errors(path):
                 if is_first:
                     own = hash_files(partial, "state.json") | hash_files(partial, "tensors/.metadata")
@@ -225,8 +225,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         failures = {dist.get_rank(): error}
     except dcp.api.CheckpointException as error:
-        failures = {rank: failure[0] for rank, failure in error.failures.items()}
-        if not all(isinstance(failure, OSError) for failure in failures.values()):
+        failures = {rank: cause for rank, (cause, _) in error.failures.items() if isinstance(cause, OSError)}
+        if len(failures) < len(error.failures):
             raise  # a bug
     else:
         return

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 
 from megafusion.checkpoint.chunks import Chunks, is_covered
@@ -34,6 +34,7 @@ class ChunkSavePlanner(DefaultSavePlanner):
         plans = self._dedup_save_plans(all_plans)
         plans, metadata = create_default_global_save_plan(plans)
         for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata), name
             chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
             assert is_covered(tuple(entry.size), chunks), f"{name}: the chunks of all ranks do not cover it"
         return plans, metadata

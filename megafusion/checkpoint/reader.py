@@ -10,7 +10,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from megafusion.checkpoint.chunks import Chunks
 from megafusion.checkpoint.folder import KINDS, DamagedCheckpoint, verify_checkpoint, way_out
@@ -90,8 +95,11 @@ class CheckpointReader(FileSystemReader):
         return metadata
 
     def shapes(self) -> dict[str, torch.Size]:
-        entries = self.read_metadata().state_dict_metadata
-        return {name: entry.size for name, entry in entries.items() if name.partition(".")[0] in self._kinds}
+        return {
+            name: entry.size
+            for name, entry in self.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and name.partition(".")[0] in self._kinds
+        }
 
     def read(self, chunks: dict[str, Chunks]) -> None:
         with warnings.catch_warnings():

@@ -139,10 +139,10 @@ def _describe(checkpoint: Path) -> list[str]:
     from megafusion.checkpoint.reader import CheckpointReader  # imports torch
 
     files, state = read_manifest(checkpoint), _state(checkpoint)
-    tensors = CheckpointReader(checkpoint).read_metadata().state_dict_metadata
+    shapes = CheckpointReader(checkpoint).shapes()
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
     for kind in KINDS:
-        sizes = [prod(entry.size) for name, entry in tensors.items() if name.partition(".")[0] == kind]
+        sizes = [prod(shape) for name, shape in shapes.items() if name.partition(".")[0] == kind]
         rows.append((kind, f"{sum(sizes):,} parameters", f"{4 * sum(sizes):,} bytes"))
     rows.append(("files", f"{len(files):,} files", f"{sum(e['bytes'] for e in files.values()):,} bytes"))
     return _table(rows)

@@ -86,7 +86,7 @@ def generate(
     sampling = _sampling(pipeline.config.sampling, overrides)
     height_and_width = parse_size(size) if size else None
     if height_and_width:
-        pipeline.size_number(height_and_width)
+        pipeline.size_index(height_and_width)
     lines = []
     with progress_bar() as progress:
         task = progress.add_task("denoising", total=sampling.num_inference_steps, losses="", visible=False)
@@ -94,7 +94,7 @@ def generate(
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        options: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "report": report}
+        options: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
         for number, drawn in enumerate(pipeline.draw(prompts, **options)):
             path = _save(drawn, out / f"{number}-{_slug(prompts[number])}.png")
             lines.append(f"{path}: drawn from {prompts[number]!r}")
@@ -148,9 +148,9 @@ def _write_answer(answer: "Sequence[Part]", out: Path) -> list[str]:
 
 
 def _save(image: "Image.Image", path: Path) -> Path:
-    from megafusion.images.sheets import png
+    from megafusion.images.grid import encode_png
 
-    write_file(path, png(image))
+    write_file(path, encode_png(image))
     return path
 
 

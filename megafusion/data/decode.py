@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from megafusion.data.augment import open_image
 from megafusion.data.document_format import StoredDocument
-from megafusion.images.processor import to_pil
+from megafusion.images.processor import postprocess_images
 from megafusion.images.sizes import Size, nearest_size
 from megafusion.sequence.document import Segment
 
@@ -37,7 +37,7 @@ def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] =
     for shape in dict.fromkeys(image.data.shape for image in images):
         indices = [index for index, image in enumerate(images) if image.data.shape == shape]
         means = torch.from_numpy(np.stack([images[index].data[0] for index in indices])).float()
-        decoded |= zip(indices, to_pil(codec.decode(means.to(codec.model.device))), strict=True)
+        decoded |= zip(indices, postprocess_images(codec.decode(means.to(codec.model.device))), strict=True)
     return [decoded[index] for index in range(len(images))]
 
 

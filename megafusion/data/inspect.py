@@ -15,7 +15,7 @@ from megafusion.data.document_format import StoredDocument
 from megafusion.data.index import INDEX, document_offsets
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from megafusion.images.sheets import picture_sheet, png
+from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.progress import progress_bar
 from megafusion.storage import file_sha256, write_file
 
@@ -120,6 +120,6 @@ def _write_sheet(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, o
         )
     captions = [str(document.metadata.get("caption", "")) for document in chosen]
     images = decode(first_images(chosen), codec)
-    write_file(out, png(picture_sheet(list(zip(captions, images, strict=True)))))
+    write_file(out, encode_png(make_image_grid(list(zip(captions, images, strict=True)))))
     how = "decoded from their latents" if has_latents else "as kept"
     print(f"{out}: {len(chosen)} images {how}, with captions")

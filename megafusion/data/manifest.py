@@ -11,7 +11,7 @@ from pydantic import Field
 from megafusion.config import Config, parse_config
 from megafusion.data.remote import is_remote, read_remote
 from megafusion.errors import UserError
-from megafusion.images.sizes import Size, say_sizes
+from megafusion.images.sizes import Size, format_sizes
 from megafusion.storage import write_file
 
 MANIFEST = "manifest.json"
@@ -103,7 +103,7 @@ class Manifest(Config):
         sizes = [shape[1:] for shape in self.latent_shapes]
         if len(sizes) == 1:
             return {sizes[0]: self.num_images}
-        return {size: self.images_by_size.get(say_sizes([size]), 0) for size in sizes}
+        return {size: self.images_by_size.get(format_sizes([size]), 0) for size in sizes}
 
 
 def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict) -> Manifest:

@@ -19,7 +19,7 @@ from megafusion.data.document_format import MEMBER_ENDINGS, StoredDocument
 from megafusion.data.index import INDEX, document_offsets, npy
 from megafusion.data.manifest import MANIFEST, Manifest, ShardEntry, ShardSummary, write_manifest
 from megafusion.errors import UserError
-from megafusion.images.sizes import say_sizes
+from megafusion.images.sizes import format_sizes
 from megafusion.sequence.document import Segment
 from megafusion.storage import file_sha256, new_folder
 
@@ -66,7 +66,7 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
     tokens = [sum(map(_num_tokens, document.segments)) for document in documents]
     images = [sum(segment.kind != "tokens" for segment in document.segments) for document in documents]
     by_size = Counter(
-        say_sizes([segment.data.shape[2:]])
+        format_sizes([segment.data.shape[2:]])
         for document in documents
         for segment in document.segments
         if segment.kind == "moments"

@@ -163,7 +163,7 @@ def _deepspeed_config(
     train: TrainConfig, mesh: Mesh, accumulation: int, gradient_clip: float, hidden_size: int
 ) -> dict:
     parallel = mesh.config
-    zero = {
+    zero: dict[str, object] = {
         "stage": parallel.zero_stage,
         "overlap_comm": mesh.size("pipeline") == 1,
         # ZeRO 3 keeps vectors whole on every rank: gathering them costs more than their memory.
@@ -171,7 +171,7 @@ def _deepspeed_config(
     }
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    values = {
+    values: dict[str, object] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         # Without clipping, DeepSpeed would not measure the norm at ZeRO 0.

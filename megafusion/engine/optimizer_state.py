@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import megafusion.device  # noqa: F401 - before deepspeed
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 
-DeepSpeedOptimizer = (
+DeepSpeedOptimizer: TypeAlias = (
     torch.optim.AdamW | DeepSpeedZeroOptimizer | BF16_Optimizer | DeepSpeedZeroOptimizer_Stage3
 )
 
@@ -96,8 +97,8 @@ class FragmentSpec:
     length: int
 
 
-def _fragment_spec(optimizer: DeepSpeedOptimizer, parameter: nn.Parameter) -> FragmentSpec | None:
-    """Storage of this rank's fragment of a parameter; None if it owns none."""
+def _fragment_spec(optimizer: DeepSpeedOptimizer, parameter: Any) -> FragmentSpec | None:
+    """Storage of this rank's fragment of a parameter (with DeepSpeed's attributes); None if it owns none."""
     if isinstance(optimizer, torch.optim.AdamW):
         return FragmentSpec(parameter, 0, 0, parameter.numel())
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def start_process_group(timeout_seconds: float = 600.0) -> None:
-    """Join the launcher's process group, or form one of this process alone; select this rank's GPU.
+    """Join the launcher's process group, or form one of this single process; select this rank's GPU.
 
     timeout_seconds: how long a collective waits for another rank.
     """

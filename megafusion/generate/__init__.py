@@ -1,1 +1,1 @@
-"""Text and pictures from a trained model: caches, samplers, the pipeline that a user calls."""
+"""Text and images from a trained model: key-value cache, decoder, TransfusionPipeline."""

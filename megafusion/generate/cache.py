@@ -1,8 +1,8 @@
-"""Keys and values of what has been read, for rows of unequal length.
+"""Key-value cache for rows of unequal length.
 
-Each row's keys stand in the slots from 0 to its length; a pass writes behind them, and only `advance`
-makes what it wrote part of the row. So an image can be denoised in place, pass after pass, and what a
-padded position wrote is never seen and overwritten by the next pass.
+A row's keys fill the slots from 0 to its length. A forward pass writes to the slots behind them, and only
+`advance` adds those to the row. So an image can be denoised in place, pass after pass; keys of padded
+positions are never attended to, and the next pass overwrites them.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from megafusion.sequence.intervals import Intervals
 
 @dataclass
 class _Layer:
-    """One layer's keys and values [B, T, G, K], and where the running pass writes: int64 [B, S]."""
+    """One layer's keys and values [B, T, G, K], and the slots that the current pass writes, int64 [B, S]."""
 
     keys: Tensor
     values: Tensor
@@ -31,7 +31,7 @@ class _Layer:
 
 @dataclass
 class KVCache:
-    """Keys and values of B rows for all layers; lengths int64 [B] count what each row holds."""
+    """Keys and values of B rows for all layers; lengths int64 [B] counts each row's cached positions."""
 
     capacity: int
     lengths: Tensor
@@ -39,50 +39,51 @@ class KVCache:
 
     @classmethod
     def empty(cls, num_rows: int, capacity: int, config: ModelConfig, like: Tensor) -> "KVCache":
-        """Nothing read yet, room for `capacity` positions a row, on the device and in the dtype of `like`."""
+        """An empty cache of `capacity` slots per row, on the device and in the dtype of `like`."""
         size = (num_rows, capacity, config.kv_heads, config.head_dim)
-        nowhere = torch.zeros((num_rows, 0), dtype=torch.int64, device=like.device)
+        no_slots = torch.zeros((num_rows, 0), dtype=torch.int64, device=like.device)
         layers = [
-            _Layer(like.new_zeros(size), like.new_zeros(size), nowhere) for _ in range(config.num_layers)
+            _Layer(like.new_zeros(size), like.new_zeros(size), no_slots) for _ in range(config.num_layers)
         ]
         return cls(capacity, torch.zeros(num_rows, dtype=torch.int64, device=like.device), layers)
 
-    def place(self, row_end_BS: Tensor) -> tuple[Tensor, Intervals]:
-        """Make room for S positions a row, behind its length.
+    def allocate(self, row_end_BS: Tensor) -> tuple[Tensor, Intervals]:
+        """Allocate S slots per row behind its length, for the next pass.
 
-        row_end_BS: end of each new position's keys, counted from the row's length (i + 1 for the i-th
-        text position; P for an image's patches; 0 for padding). Returns positions [B, S] and intervals.
+        row_end_BS: exclusive end of each new position's visible keys, counted from the row's length (i + 1
+        for the i-th text position; P for an image's patches; 0 for padding). Returns positions [B, S] and
+        intervals.
         """
         own = torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
         positions = self.lengths[:, None] + own
         last = (self.lengths[:, None] + row_end_BS).max()
-        assert last < self.capacity, f"{last} positions, and room for {self.capacity - 1}"
+        assert last < self.capacity, f"{last} positions exceed the capacity of {self.capacity - 1}"
         end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
-        # Padding may reach past the capacity; it is written to the last slot, which is always spare.
+        # Padding may reach past the capacity; it is written to the last slot, which no row uses.
         slots = positions.clamp(max=self.capacity - 1)
         for layer in self.layers:
             layer.slots = slots
         return positions, Intervals(torch.zeros_like(end), end, self.capacity, may_be_empty=True)
 
     def advance(self, counts_B: Tensor) -> None:
-        """Keep the first `counts` positions of the last pass in each row."""
+        """Add the first `counts` positions of the last pass to each row."""
         self.lengths = self.lengths + counts_B
 
     def select(self, rows: Tensor) -> "KVCache":
-        """A copy of some rows, or of some rows repeatedly."""
+        """A copy of some rows, which may repeat."""
         layers = [_Layer(each.keys[rows], each.values[rows], each.slots[rows]) for each in self.layers]
         return KVCache(self.capacity, self.lengths[rows], layers)
 
     def assign(self, rows: Tensor, other: "KVCache") -> None:
-        """Put rows of another cache in the place of some of these."""
+        """Overwrite some rows with those of another cache."""
         self.lengths[rows] = other.lengths
         for layer, source in zip(self.layers, other.layers, strict=True):
             layer.keys[rows], layer.values[rows] = source.keys, source.values
 
-    def joined(self, other: "KVCache") -> "KVCache":
-        """The rows of both, one behind the other; their capacities must be equal."""
+    def concatenate(self, other: "KVCache") -> "KVCache":
+        """The rows of both, this cache's first; their capacities must be equal."""
         assert self.capacity == other.capacity
-        # Each pass is placed anew, so where the last ones wrote, in unequal widths, is left behind.
+        # The slots of the last passes, of unequal lengths, are dropped: the next pass allocates its own.
         layers = [
             _Layer(torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values]), self.lengths.new_zeros(0, 0))
             for a, b in zip(self.layers, other.layers, strict=True)

@@ -1,4 +1,4 @@
-"""The model read with a cache: one text position or one image at a time, for a batch of rows."""
+"""Forward passes over a key-value cache, for a batch of rows: prompts, one token each, or one image each."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from megafusion.objective.config import SamplingConfig
 from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.packing import PackedBatch
 
-Report = Callable[[int, int], None]
-"""Called with the steps done and the steps in all."""
+ProgressCallback = Callable[[int, int], None]
+"""Called after each denoising step with the number of steps done and their total."""
 
 
 class Decoder:
-    """Stem, blocks and tail of a model over a cache. All methods are without gradients."""
+    """Stem, blocks and tail of a model over a cache. No method computes gradients."""
 
     def __init__(self, model: Transfusion):
         self.model = model
@@ -29,10 +29,10 @@ class Decoder:
 
     @torch.no_grad()
     def read_prompts(self, cache: KVCache, batch: PackedBatch, lengths_B: Tensor) -> Tensor:
-        """Read whole prompts, texts and clean images, one a row; next-token logits [B, V] after each.
+        """Prefill with prompts of texts and clean images; next-token logits [B, V].
 
-        The batch holds one document a row from position 0; lengths_B int64 [B] are their lengths. Images
-        are read without noise, at t = 0.
+        The batch holds one document per row from position 0; lengths_B int64 [B] are their lengths. Images
+        have t = 0.
         """
         own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
         row_end = torch.where(own < lengths_B[:, None], batch.row_end, 0)
@@ -40,16 +40,16 @@ class Decoder:
         x_BSD, _ = self.model.stem(
             batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
         )
-        hidden_BSD = self._run(cache, x_BSD, row_end)
+        hidden_BSD = self._forward(cache, x_BSD, row_end)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
         return self.model.tail.head(hidden_BSD.gather(1, last))[:, 0]
 
     @torch.no_grad()
     def read_tokens(self, cache: KVCache, tokens_B: Tensor) -> Tensor:
-        """Append one token to each row; the next token's logits [B, V]."""
+        """Append one token to each row; next-token logits [B, V]."""
         x_BSD = self.model.stem.embedding(tokens_B[:, None])
-        hidden_BSD = self._run(cache, x_BSD, torch.ones_like(tokens_B)[:, None])
+        hidden_BSD = self._forward(cache, x_BSD, torch.ones_like(tokens_B)[:, None])
         cache.advance(torch.ones_like(tokens_B))
         return self.model.tail.head(hidden_BSD)[:, 0]
 
@@ -60,16 +60,16 @@ class Decoder:
         unconditional: KVCache,
         noise_BCHW: Tensor,
         sampling: SamplingConfig,
-        report: Report | None = None,
+        progress: ProgressCallback | None = None,
     ) -> Tensor:
-        """Denoise an image behind each row's boi and append it, clean; latents [B, C, H, W].
+        """Denoise one image after each row's boi and append it, clean; returns latents [B, C, H, W].
 
-        noise_BCHW: of the size that the bois announce, the same for all rows;
-        unconditional: the rows that guidance steers away from, read up to their boi too.
+        noise_BCHW: unit normal, of the size that the boi tokens stand for, equal for all rows.
+        unconditional: rows of the unconditional prediction in classifier-free guidance, up to their boi.
         """
         sampler = self.model.objective.noise_process.sampler(sampling)
         is_guided = sampling.guidance_scale != 1
-        both = cache.joined(unconditional) if is_guided else cache
+        both = cache.concatenate(unconditional) if is_guided else cache
         latents = noise_BCHW
         for step, timestep in enumerate(sampler.timesteps):
             prediction = self._predict(
@@ -78,28 +78,28 @@ class Decoder:
             if is_guided:
                 prediction = apply_guidance(*prediction.chunk(2), sampling.guidance_scale)
             latents = sampler.step(prediction, timestep, latents).prev_sample
-            if report:
-                report(step + 1, len(sampler.timesteps))
-        # What follows must see the clean image: its keys and values take the place of the noised ones.
+            if progress:
+                progress(step + 1, len(sampler.timesteps))
+        # Later tokens must attend to the clean image: its keys and values replace those of the noised one.
         self._predict(cache, latents, self.model.objective.noise_process.timesteps(torch.zeros(())))
         cache.advance(torch.full_like(cache.lengths, math.prod(self._grid(latents))))
         return latents
 
     def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
-        """The model's prediction for noised latents behind each row, [B, C, H, W]."""
+        """The model's prediction [B, C, H, W] for noised latents after each row."""
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
         patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW, timesteps_B)
         end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
-        hidden_BPD = self._run(cache, patches_BPD, end)
+        hidden_BPD = self._forward(cache, patches_BPD, end)
         return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, self._grid(latents_BCHW))
 
     def _grid(self, latents_BCHW: Tensor) -> tuple[int, int]:
-        """Patches down and across images."""
+        """Rows and columns of patches."""
         height, width = latents_BCHW.shape[2:]
         return height // self.model.config.patch_size, width // self.model.config.patch_size
 
-    def _run(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor) -> Tensor:
-        positions, intervals = cache.place(row_end_BS)
+    def _forward(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor) -> Tensor:
+        positions, intervals = cache.allocate(row_end_BS)
         context = block_context(self.model.config, intervals, positions, x_BSD.dtype)
         for block, layer in zip(self.model.blocks, cache.layers, strict=True):
             x_BSD = block(x_BSD, context, layer)

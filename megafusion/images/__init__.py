@@ -1,1 +1,1 @@
-"""Images outside the model: sizes, pixels, and the autoencoder that turns them into latents."""
+"""Image sizes, pixels and latents, and grids of images to look at."""

@@ -1,22 +1,34 @@
-"""Pictures to latents and back, through any diffusers AutoencoderKL folder."""
+"""Images to latents and back, by any diffusers AutoencoderKL folder.
+
+diffusers' models are imported when an autoencoder is loaded: they take longer than torch.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from megafusion.errors import UserError
+from megafusion.images.processor import postprocess_images, preprocess_images
+from megafusion.images.sizes import Size
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-# What the names and shapes of the weights do not already say. Named, because later versions of diffusers
-# add keys with defaults, which must not change the hash of the same autoencoder.
+# Configuration that the names and shapes of the weights do not imply. Listed, because later versions of
+# diffusers add keys with defaults, which must not change the hash of the same autoencoder.
 HASHED_KEYS = (
     "act_fn",
     "down_block_types",
@@ -28,10 +40,10 @@ HASHED_KEYS = (
 
 
 class ImageCodec:
-    """An AutoencoderKL seen from outside: RGB pictures in, latents out, and back.
+    """An AutoencoderKL as a map between images and latents.
 
-    N pictures, H x W pixels, latents C x h x w. A model with 3 f^2 input channels, f > 1, gets each f x f
-    block of pixels as channels, so all its convolutions run at low resolution.
+    N images, H x W pixels, latents C x h x w. A model with 3 f^2 input channels, f > 1, reads each f x f
+    block of pixels as channels, so that all its convolutions run at low resolution.
     """
 
     def __init__(self, model: AutoencoderKL) -> None:
@@ -44,21 +56,23 @@ class ImageCodec:
         self.shift_factor: float = model.config.shift_factor or 0.0
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> "ImageCodec":
-        """Load `path`/config.json and its safetensors weights; UserError if it is not an AutoencoderKL."""
+    def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> ImageCodec:
+        """Load `path`/config.json and its safetensors weights. Raises UserError if not an AutoencoderKL."""
+        from diffusers import AutoencoderKL
+
         path = Path(path)
         _check_folder(path)
         try:
             model = AutoencoderKL.from_pretrained(
                 path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
             )
-        except Exception as error:  # diffusers raises what it likes; the user's way out is the same
+        except Exception as error:  # of many types; the user's way out is the same
             raise UserError(f"{path}: not loadable as an AutoencoderKL: {error}") from error
         return cls(model.to(device).requires_grad_(False))
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over configuration and weights: equal on every machine, changed by any retraining."""
+        """sha256 of configuration and weights: equal on every machine, changed by any retraining."""
         config = {key: self.model.config[key] for key in HASHED_KEYS}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, weight in sorted(self.model.state_dict().items()):
@@ -68,26 +82,35 @@ class ImageCodec:
         return digest.hexdigest()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) for pictures of `height` x `width` pixels; UserError if the codec cannot divide them."""
+        """(C, h, w) of images of `height` x `width` pixels. Raises UserError if f does not divide them."""
         f = self.downsampling
         if height % f or width % f or min(height, width) < f:
             raise UserError(f"image size {height} x {width}: this autoencoder needs multiples of {f} pixels")
         return self.latent_channels, height // f, width // f
 
+    def encode_images(self, images: Sequence[Image.Image], size: Size) -> Tensor:
+        """Normalised latents [N, C, h, w] of PIL images at a height and width, the mean of each posterior."""
+        mean, _ = self.encode(preprocess_images(images, *size).to(self.model.device))
+        return self.normalize(mean)
+
+    def decode_images(self, latents_NCHW: Tensor) -> list[Image.Image]:
+        """PIL images of normalised latents."""
+        return postprocess_images(self.decode(self.denormalize(latents_NCHW.to(self.model.device))))
+
     @torch.no_grad()
-    def encode(self, images_N3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures in [-1, 1] to the raw, unscaled posterior: (mean, log variance), each [N, C, h, w]."""
-        self.latent_shape(*images_N3HW.shape[-2:])
-        posterior = encode(self.model, images_N3HW)
+    def encode(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] to the raw, unscaled posterior: (mean, log variance), each [N, C, h, w]."""
+        self.latent_shape(*pixels_N3HW.shape[-2:])
+        posterior = encode(self.model, pixels_N3HW)
         return posterior.mean, posterior.logvar
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
-        """Raw latents [N, C, h, w] to pictures [N, 3, H, W], clamped to [-1, 1]."""
+        """Raw latents [N, C, h, w] to pixels [N, 3, H, W], clamped to [-1, 1]."""
         return decode(self.model, latents_NCHW).clamp(-1, 1)
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Raw latents to about zero mean and unit standard deviation: what the transformer learns."""
+        """Raw latents to about zero mean and unit standard deviation, which the transformer is trained on."""
         return (latents - self.shift_factor) * self.scaling_factor
 
     def denormalize(self, latents: Tensor) -> Tensor:
@@ -96,7 +119,7 @@ class ImageCodec:
 
 
 def unshuffle_factor(model: AutoencoderKL) -> int:
-    """f where the model's input has 3 f^2 channels; UserError for any other count."""
+    """f of a model with 3 f^2 input channels. Raises UserError for any other count."""
     channels = model.config.in_channels
     factor = round((channels / 3) ** 0.5)
     if 3 * factor**2 != channels or model.config.out_channels != channels:
@@ -107,18 +130,18 @@ def unshuffle_factor(model: AutoencoderKL) -> int:
     return factor
 
 
-def encode(model: AutoencoderKL, images_N3HW: Tensor) -> DiagonalGaussianDistribution:
-    """The posterior of pictures in [-1, 1], raw and with gradients."""
-    return model.encode(F.pixel_unshuffle(images_N3HW, unshuffle_factor(model))).latent_dist
+def encode(model: AutoencoderKL, pixels_N3HW: Tensor) -> DiagonalGaussianDistribution:
+    """The posterior of pixels in [-1, 1], raw and with gradients."""
+    return model.encode(F.pixel_unshuffle(pixels_N3HW, unshuffle_factor(model))).latent_dist
 
 
 def decode(model: AutoencoderKL, latents_NCHW: Tensor) -> Tensor:
-    """Raw latents to pictures about [-1, 1], not clamped, with gradients."""
+    """Raw latents to pixels in about [-1, 1], not clamped, with gradients."""
     return F.pixel_shuffle(model.decode(latents_NCHW).sample, unshuffle_factor(model))
 
 
 def _check_folder(path: Path) -> None:
-    """UserError unless the folder names itself an AutoencoderKL and has safetensors weights."""
+    """Raise UserError unless config.json names an AutoencoderKL and there are safetensors weights."""
     advice = "name a diffusers AutoencoderKL folder (config.json and safetensors), or train one: train-vae"
     config_path = path / CONFIG_NAME
     if not config_path.is_file():

@@ -1,4 +1,4 @@
-"""Sizes of images, each a height and a width: the one that a picture goes to, the canvas that holds all."""
+"""Image sizes, each a height and a width."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,8 +7,9 @@ Size = tuple[int, int]
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[Size]) -> int:
-    """Index of the size whose aspect ratio is nearest to a picture's, on a logarithmic scale; of several, the
-    first. Exact: no rounding decides between two.
+    """Index of the size nearest in aspect ratio, on a logarithmic scale; the first of equally near ones.
+
+    Exact: ratios are compared as fractions, so that no rounding decides.
     """
 
     def stretch(size: Size) -> Fraction:
@@ -19,10 +20,10 @@ def nearest_size(height: int, width: int, sizes: Sequence[Size]) -> int:
 
 
 def bounding_size(sizes: Sequence[Size]) -> Size:
-    """The smallest height and width that any of the sizes fits in."""
+    """The smallest height and width that every size fits in."""
     return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
-def say_sizes(sizes: Sequence[Size]) -> str:
-    """Sizes in words: 32x32, 24x40."""
+def format_sizes(sizes: Sequence[Size]) -> str:
+    """Sizes as HEIGHTxWIDTH, comma-separated: 32x32, 24x40."""
     return ", ".join(f"{height}x{width}" for height, width in sizes)

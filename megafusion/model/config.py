@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
-from megafusion.images.sizes import Size, say_sizes
+from megafusion.images.sizes import Size, format_sizes
 
 BackendName = Literal["auto", "sdpa", "flex", "interval", "flash"]  # modules in model/attention/
 AdapterName = Literal["linear", "unet"]  # modules in model/adapters/
@@ -69,11 +69,13 @@ class ModelConfig(Config):
         for size in self.image_sizes:
             if any(side % patch for side in size):
                 raise ValueError(
-                    f"image_sizes: {say_sizes([size])} is not a multiple of latent_downsampling "
+                    f"image_sizes: {format_sizes([size])} is not a multiple of latent_downsampling "
                     f"{self.latent_downsampling} x patch_size {self.patch_size} = {patch} pixels"
                 )
         if len(set(self.image_sizes)) < len(self.image_sizes):
-            raise ValueError(f"image_sizes: {say_sizes(self.image_sizes)} has a size twice; name each once")
+            raise ValueError(
+                f"image_sizes: {format_sizes(self.image_sizes)} has a size twice; name each once"
+            )
         return self
 
     @property

@@ -41,7 +41,7 @@ def set_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> None:
     parameter.shard_spec = spec
 
 
-def shard_spec_of(parameter: nn.Parameter) -> ShardSpec:
+def shard_spec_of(parameter: Tensor) -> ShardSpec:
     """The shard that a parameter is; of a parameter that is not sharded, one span of everything."""
     if (spec := getattr(parameter, "shard_spec", None)) is not None:
         return spec

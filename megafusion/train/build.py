@@ -12,9 +12,9 @@ from megafusion.data.manifest import Manifest
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_parts
+from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_components
 from megafusion.images.codec import ImageCodec
-from megafusion.images.sizes import say_sizes
+from megafusion.images.sizes import format_sizes
 from megafusion.model.attention import check_backend
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.degrees import check_degrees
@@ -53,7 +53,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     check_backend(config.model.attention, config.model.head_dim, training=True)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
-    check_parts(config.model, tokenizer, codec)
+    check_components(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
     shape = config.sequence_shape
     for name, source in sources.items():
@@ -108,9 +108,9 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
     sizes = [shape[1:] for shape in manifest.latent_shapes]
     if not set(sizes) <= set(model.latent_sizes):
         raise UserError(
-            f"{key}: latents of {say_sizes(sizes)}, but the model's are {say_sizes(model.latent_sizes)} "
-            "(model.image_sizes / model.latent_downsampling); a model may have more sizes than its shards, "
-            "not fewer"
+            f"{key}: latents of {format_sizes(sizes)}, but the model's are "
+            f"{format_sizes(model.latent_sizes)} (model.image_sizes / model.latent_downsampling); "
+            "a model may have more sizes than its shards, not fewer"
         )
 
 

@@ -11,7 +11,7 @@ from megafusion.checkpoint.reader import load_full_tensors
 from megafusion.data.decode import decode, first_images
 from megafusion.data.source import Source
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.images.sheets import picture_sheet, png
+from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.storage import write_file
 from megafusion.train.build import Components, make_pipeline
 from megafusion.train.config import RunConfig
@@ -44,8 +44,8 @@ def show_samples(pipeline: TransfusionPipeline, pairs: SamplePairs, path: Path) 
     """Draw the captions, describe the pictures, write the sheet; returns it and the captions written."""
     drawn = pipeline.draw(pairs.captions)
     described = pipeline.describe(pairs.pictures)
-    sheet = picture_sheet(list(zip(pairs.captions, pairs.pictures, drawn, strict=True)), ("real", "drawn"))
-    write_file(path, png(sheet))
+    sheet = make_image_grid(list(zip(pairs.captions, pairs.pictures, drawn, strict=True)), ("real", "drawn"))
+    write_file(path, encode_png(sheet))
     lines = [f"- {true} -> {said}" for true, said in zip(pairs.captions, described, strict=True)]
     write_file(path.with_suffix(".txt"), "\n".join(lines) + "\n")
     return sheet, "\n".join(lines)

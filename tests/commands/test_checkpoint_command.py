@@ -68,9 +68,9 @@ def test_verify_names_the_bad_file(run):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     checkpoint("verify", run / "checkpoints/step-00000006")
-    for place in (run, file.parents[1]):
+    for path in (run, file.parents[1]):
         with pytest.raises(UserError, match=r"step-00000003/tensors/__0_0\.distcp: damaged"):
-            checkpoint("verify", place)
+            checkpoint("verify", path)
     (run / "checkpoints/step-00000006/state.json").write_text("{}")
     with pytest.raises(UserError, match=r"(?s)step-00000003/tensors.*step-00000006/state\.json"):
         checkpoint("verify", run)

@@ -1,4 +1,4 @@
-"""Generation: cached equals uncached, rows of a batch do not touch, the same seed gives the same picture."""
+"""Generation: cached equals uncached, rows are independent of their batch, a seed fixes the image."""
 
 from pathlib import Path
 
@@ -9,23 +9,22 @@ from PIL import Image
 
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
-from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.images.processor import to_pil, to_tensor
+from megafusion.images.processor import postprocess_images, preprocess_images
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from megafusion.sequence.tokenizer import Tokenizer
-from tests.support.segments import image_of
-from tests.support.whole import (
+from tests.support.generation import (
     CAPTIONS,
-    assert_as_if_alone,
-    free_answers,
+    assert_batch_invariant,
     full_hidden,
     make_pipeline,
     prompt_batch,
+    run_generation,
 )
+from tests.support.segments import image_of
 
 
 @pytest.fixture(params=["linear", "unet"])
@@ -33,11 +32,11 @@ def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
     return make_pipeline(run_config, tokenizer, codec, num_steps=5, adapter=request.param, unet_channels=4)
 
 
-def picture(seed: int) -> Image.Image:
+def pil_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
 
-def image(seed: int, t: float = 0.0) -> ImageSegment:
+def noised_image(seed: int, t: float = 0.0) -> ImageSegment:
     latents = np.random.default_rng(seed).standard_normal((4, 8, 8), dtype=np.float32)
     return image_of(latents, t=t)
 
@@ -46,7 +45,7 @@ def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
     """Rows of unequal length with texts and images in them, then token after token."""
     model, decoder = pipeline.model, Decoder(pipeline.model)
     text, more = np.array([5, 6, 7, 8]), np.array([9, 10, 11])
-    rows = [[text, image(0), more], [text[:2], more], [image(1), image(2), text[:1]]]
+    rows = [[text, noised_image(0), more], [text[:2], more], [noised_image(1), noised_image(2), text[:1]]]
     extra = torch.tensor([[20, 21, 22], [23, 24, 25], [26, 27, 28]])
     whole = [[*row, extra[i].numpy()] for i, row in enumerate(rows)]
     batch, lengths = prompt_batch(pipeline, rows)
@@ -64,7 +63,7 @@ def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
 def test_a_cached_denoising_pass_equals_the_training_layout(pipeline):
     model, decoder = pipeline.model, Decoder(pipeline.model)
     text = np.array([5, 6, 7])
-    noised = image(3, t=0.4)
+    noised = noised_image(3, t=0.4)
     batch, _ = prompt_batch(pipeline, [[text, noised]])
     hidden, skips = full_hidden(model, batch)
     timesteps = model.objective.noise_process.timesteps(batch.t)
@@ -74,14 +73,14 @@ def test_a_cached_denoising_pass_equals_the_training_layout(pipeline):
     cache = decoder.new_cache(1, 40)
     decoder.read_prompts(cache, prefix, lengths)
     decoder.read_tokens(cache, torch.tensor([pipeline.tokenizer.boi]))
-    for _ in range(2):  # a second pass in place sees nothing of the first
+    for _ in range(2):  # a second pass does not attend to the first
         with torch.no_grad():
             found = decoder._predict(cache, torch.from_numpy(noised.latents)[None], torch.tensor(400))[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_follows_a_drawn_image_sees_it_clean(pipeline):
-    """After drawing, the cache is as if the finished latents had been read from a prompt."""
+def test_tokens_after_a_drawn_image_attend_to_the_clean_image(pipeline):
+    """After drawing, the cache equals one that read the final latents from a prompt."""
     decoder, tokenizer = Decoder(pipeline.model), pipeline.tokenizer
     text = np.array([5, 6])
     prefix, lengths = prompt_batch(pipeline, [[text]])
@@ -99,19 +98,19 @@ def test_what_follows_a_drawn_image_sees_it_clean(pipeline):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_of_a_batch_do_not_touch(pipeline):
+def test_rows_are_independent_of_their_batch(pipeline):
     captions = ["red apple, 3d style", "x", "a much longer caption than the others, flat style"]
     together = pipeline.draw(captions, seed=3)
     for row, caption in enumerate(captions):
         (alone,) = pipeline.draw([caption], seed=3 + row)
         difference = np.abs(np.asarray(alone, int) - np.asarray(together[row], int))
         assert difference.max() <= 2
-    pictures = [picture(0), picture(1)]
-    assert pipeline.describe(pictures) == [pipeline.describe([p])[0] for p in pictures]
+    images = [pil_image(0), pil_image(1)]
+    assert pipeline.describe(images) == [pipeline.describe([p])[0] for p in images]
 
 
 def prefer_by_state(pipeline) -> None:
-    """Make the model end or draw where its hidden state says so: rows do it at different times."""
+    """Make logits of boi and eos depend on the hidden state, so that rows draw and end at different steps."""
 
     def hook(_head, inputs, logits):
         hidden = inputs[0]
@@ -122,49 +121,48 @@ def prefer_by_state(pipeline) -> None:
     pipeline.model.tail.head.register_forward_hook(hook)
 
 
-def test_rows_that_end_and_draw_at_different_times_are_as_if_alone(pipeline, monkeypatch):
+def test_rows_that_end_and_draw_at_different_steps_equal_a_batch_of_one(pipeline, monkeypatch):
     prefer_by_state(pipeline)
-    monkeypatch.setattr(pipeline, "pictures", list)  # latents stand for the pictures made of them
+    monkeypatch.setattr(pipeline.codec, "decode_images", list)  # outputs hold latents
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": 12})
 
-    together = free_answers(pipeline, CAPTIONS, sampling, 5, 1)
-    assert len({len(answer) for answer in together}) >= 3  # they end at different times
-    drawn = [next((i for i, p in enumerate(answer) if not isinstance(p, int)), None) for answer in together]
-    assert len({*drawn} - {None}) >= 2  # and draw at different times
-    assert_as_if_alone(pipeline, together, sampling, 5, 1)
+    together = run_generation(pipeline, CAPTIONS, sampling, 5, 1)
+    assert len({len(output) for output in together}) >= 3  # they end at different steps
+    drawn = [next((i for i, p in enumerate(output) if not isinstance(p, int)), None) for output in together]
+    assert len({*drawn} - {None}) >= 2  # and draw at different steps
+    assert_batch_invariant(pipeline, together, sampling, 5, 1)
 
 
-def test_what_a_batch_of_rows_writes_is_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):
-    """Through text, pictures drawn in between, rows that end early, and what follows."""
+def test_tokens_are_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):
+    """Also for text after an image, and in rows that end early."""
     prefer_by_state(pipeline)
-    monkeypatch.setattr(pipeline, "pictures", list)
+    monkeypatch.setattr(pipeline.codec, "decode_images", list)
     tokenizer, budget = pipeline.tokenizer, 12
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": budget})
-    generation = Generation(pipeline, [[c] for c in CAPTIONS], sampling, 5, 1, None)
-    generation.run("free")
-    after_a_picture = 0
-    for caption, answer in zip(CAPTIONS, generation.answers, strict=True):
+    after_an_image = 0
+    outputs = run_generation(pipeline, CAPTIONS, sampling, 5, 1)
+    for caption, output in zip(CAPTIONS, outputs, strict=True):
         prompt = np.array(tokenizer.encode(caption))
-        segments = [np.array([part]) if isinstance(part, int) else image_of(part.numpy()) for part in answer]
+        segments = [np.array([part]) if isinstance(part, int) else image_of(part.numpy()) for part in output]
         batch, lengths = prompt_batch(pipeline, [[prompt, *segments]])
         with torch.no_grad():
             logits = pipeline.model.tail.head(full_hidden(pipeline.model, batch)[0])[0]
         logits[:, tokenizer.eoi] = -torch.inf
-        logits[batch.tokens[0].eq(tokenizer.boi).cumsum(0) > 0, tokenizer.boi] = -torch.inf  # one at most
+        logits[batch.tokens[0].eq(tokenizer.boi).cumsum(0) > 0, tokenizer.boi] = -torch.inf  # max_images is 1
         asked = batch.labels[0] != IGNORED_LABEL
         asked[: len(prompt)] = False
-        if len(answer) == budget:  # the end was not chosen
+        if len(output) == budget:  # the end was not chosen
             asked[lengths[0] - 1] = False
         assert logits.argmax(-1)[asked].tolist() == batch.labels[0][asked].tolist()
-        assert asked.sum() == min(len(answer) + 1, budget)
-        after_a_picture += any(not isinstance(part, int) for part in answer[:-1])
-    assert after_a_picture >= 2
+        assert asked.sum() == min(len(output) + 1, budget)
+        after_an_image += any(not isinstance(part, int) for part in output[:-1])
+    assert after_an_image >= 2
 
 
-def test_a_guided_picture_steers_away_from_a_document_of_the_picture_alone(pipeline, monkeypatch):
-    """The same denoising written out, without a cache: bos, caption, boi beside bos, boi."""
+def test_guidance_uses_the_prediction_of_a_document_without_text(pipeline, monkeypatch):
+    """The same denoising written out without a cache: (bos, caption, boi) and (bos, boi)."""
     model, sampling = pipeline.model, pipeline.config.sampling
-    monkeypatch.setattr(pipeline, "pictures", list)
+    monkeypatch.setattr(pipeline.codec, "decode_images", list)
     (found,) = pipeline.draw(["red apple"], seed=3)
     caption = np.array(pipeline.tokenizer.encode("red apple"))
     process = model.objective.noise_process
@@ -182,13 +180,13 @@ def test_a_guided_picture_steers_away_from_a_document_of_the_picture_alone(pipel
     torch.testing.assert_close(found, latents, rtol=1e-3, atol=1e-3)
 
 
-def test_pictures_are_normalised_on_the_way_in_and_denormalised_on_the_way_out(pipeline, codec, monkeypatch):
+def test_images_are_normalised_when_encoded_and_denormalised_when_decoded(pipeline, codec, monkeypatch):
     """The fixture's autoencoder has scaling_factor 2.0 and shift_factor 0.1."""
-    shown = picture(0)
-    mean, _ = codec.encode(to_tensor([shown], 32))
-    latents = pipeline.latents([shown])
+    shown = pil_image(0)
+    mean, _ = codec.encode(preprocess_images([shown], 32, 32))
+    latents = codec.encode_images([shown], (32, 32))
     torch.testing.assert_close(latents, (mean - 0.1) * 2.0)
-    (restored,), (expected,) = pipeline.pictures(latents), to_pil(codec.decode(mean))
+    (restored,), (expected,) = codec.decode_images(latents), postprocess_images(codec.decode(mean))
     assert np.abs(np.asarray(restored, int) - np.asarray(expected, int)).max() <= 1
 
     read, decoded = [], []
@@ -203,7 +201,7 @@ def test_pictures_are_normalised_on_the_way_in_and_denormalised_on_the_way_out(p
     torch.testing.assert_close(decoded[0], drawn[0] / 2.0 + 0.1)
 
 
-def test_the_seed_and_the_caption_decide_the_picture(pipeline):
+def test_the_seed_and_the_caption_fix_the_image(pipeline):
     def draw(caption, seed):
         return np.asarray(pipeline.draw([caption], seed=seed)[0])
 
@@ -224,7 +222,7 @@ def test_guidance_of_one_is_the_conditional_prediction_alone(pipeline):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("sampler", "num_steps"), [("ddim", 50), ("dpm++", 20)])
 def test_samplers_reach_the_clean_image_of_a_perfect_model(sampler, num_steps, prediction):
-    """A model that knows x_0 exactly: any consistent sampler ends there."""
+    """With a model that predicts x_0 exactly, a consistent sampler ends at x_0."""
     config = DDPMConfig(prediction_type=prediction)
     made = config.build().sampler(SamplingConfig(sampler=sampler, num_inference_steps=num_steps))
     clean, alphas = torch.randn(1, 2, 4, 4), scheduler(config).alphas_cumprod
@@ -237,7 +235,7 @@ def test_samplers_reach_the_clean_image_of_a_perfect_model(sampler, num_steps, p
 
 
 def always_prefer(pipeline, token: int) -> None:
-    """Make the model choose one token wherever it may."""
+    """Make the model choose one token wherever it is allowed."""
     with torch.no_grad():
         pipeline.model.tail.head.weight.zero_()
         pipeline.model.tail.head.weight[token] = 1.0
@@ -245,38 +243,36 @@ def always_prefer(pipeline, token: int) -> None:
         pipeline.model.tail.norm.register_forward_hook(lambda *_: torch.ones_like(_[2]))
 
 
-def kinds(answer):
-    return ["text" if isinstance(part, str) else "image" for part in answer]
+def kinds(output):
+    return ["text" if isinstance(part, str) else "image" for part in output]
 
 
-def test_free_prompts_are_drawn_where_the_model_says_boi(pipeline):
-    """Never more images than allowed; what the prompt holds does not count."""
+def test_a_free_prompt_draws_at_boi_up_to_max_images(pipeline):
+    """Images of the prompt do not count."""
     always_prefer(pipeline, pipeline.tokenizer.boi)
     for max_images in (0, 1, 2):
-        answers = pipeline([["apple", picture(0), "and"], ["pizza"]], max_images=max_images)
-        for answer in answers:
-            assert kinds(answer)[:max_images] == ["image"] * max_images
-            assert kinds(answer)[max_images:] in ([], ["text"])
+        outputs = pipeline([["apple", pil_image(0), "and"], ["pizza"]], max_images=max_images)
+        for output in outputs:
+            assert kinds(output)[:max_images] == ["image"] * max_images
+            assert kinds(output)[max_images:] in ([], ["text"])
 
 
 @pytest.mark.parametrize("begin", ["free", "text", "image"])
-def test_the_end_of_an_image_is_never_chosen_as_text(pipeline, begin):
+def test_eoi_is_never_chosen_as_text(pipeline, begin):
     always_prefer(pipeline, pipeline.tokenizer.eoi)
-    generation = Generation(pipeline, [["apple"], ["x"]], pipeline.config.sampling, 0, 1, None)
-    generation.run(begin)
-    for answer in generation.answers:
-        assert answer
-        assert pipeline.tokenizer.eoi not in answer
+    for output in run_generation(pipeline, ["apple", "x"], pipeline.config.sampling, 0, 1, begin):
+        assert output
+        assert pipeline.tokenizer.eoi not in output
 
 
-def test_an_end_is_kept_or_put_off_as_asked(pipeline):
+def test_begin_allows_or_defers_eos(pipeline):
     always_prefer(pipeline, pipeline.tokenizer.eos)
     assert pipeline([["apple"]]) == [[]]
     assert kinds(pipeline([["apple"]], begin="text")[0]) in ([], ["text"])
     assert kinds(pipeline([["apple"]], begin="image")[0]) == ["image"]
     always_prefer(pipeline, 100)
-    (answer,) = pipeline([["apple"]])
-    assert answer == [pipeline.tokenizer.decode([100] * 5)]
+    (output,) = pipeline([["apple"]])
+    assert output == [pipeline.tokenizer.decode([100] * 5)]
 
 
 def test_saved_and_loaded_draws_the_same(pipeline, tmp_path):
@@ -287,7 +283,7 @@ def test_saved_and_loaded_draws_the_same(pipeline, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_folders_that_are_no_pipeline_are_named(pipeline, tmp_path):
+def test_an_invalid_pipeline_folder_is_named(pipeline, tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no config\.json"):
         TransfusionPipeline.from_pretrained(tmp_path / "nowhere")
     folder = tmp_path / "pipeline"
@@ -298,6 +294,6 @@ def test_folders_that_are_no_pipeline_are_named(pipeline, tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
-    other = Tokenizer(Path("other.model"), "", 98, bos=1, eos=2)
+    other = Tokenizer(Path("other.model"), "hash", num_text_ids=98, bos=1, eos=2)
     with pytest.raises(UserError, match=r"vocab_size 2048, but other\.model has 100 ids"):
         TransfusionPipeline(pipeline.model, other, codec, pipeline.config)

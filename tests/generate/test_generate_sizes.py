@@ -1,4 +1,4 @@
-"""Generation of several sizes: cached equals uncached for each, and who chooses a size."""
+"""Generation of several sizes: cached equals uncached at each, and how a size is chosen."""
 
 import numpy as np
 import pytest
@@ -9,18 +9,19 @@ from megafusion.commands.generate import parse_size
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.images.processor import nearest_size_of
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
-from tests.support.raw import drawing
-from tests.support.segments import image_of
-from tests.support.sizes import PIXELS, SIZES
-from tests.support.whole import (
+from tests.support.generation import (
     CAPTIONS,
-    assert_as_if_alone,
-    free_answers,
+    assert_batch_invariant,
     full_hidden,
     make_pipeline,
     prompt_batch,
+    run_generation,
 )
+from tests.support.raw import drawing
+from tests.support.segments import image_of
+from tests.support.sizes import PIXELS, SIZES
 
 PATCHES = (16, 15, 12)
 
@@ -31,7 +32,7 @@ def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
     return make_pipeline(run_config, tokenizer, codec, num_steps=4, **changes)
 
 
-def image(size: int, seed: int, t: float = 0.0) -> ImageSegment:
+def noised_image(size: int, seed: int, t: float = 0.0) -> ImageSegment:
     latents = np.random.default_rng(seed).standard_normal((4, *SIZES[size]), dtype=np.float32)
     return image_of(latents, t=t, size=size)
 
@@ -41,9 +42,9 @@ def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
     model, decoder = pipeline.model, Decoder(pipeline.model)
     text, more = np.array([5, 6, 7, 8]), np.array([9, 10])
     rows = [
-        [text, image(1, 0), more],
-        [image(2, 1), image(0, 2)],
-        [image(0, 3), text, image(1, 4), image(2, 5)],
+        [text, noised_image(1, 0), more],
+        [noised_image(2, 1), noised_image(0, 2)],
+        [noised_image(0, 3), text, noised_image(1, 4), noised_image(2, 5)],
     ]
     extra = torch.tensor([[20, 21], [23, 24], [26, 27]])
     batch, lengths = prompt_batch(pipeline, rows)
@@ -61,7 +62,7 @@ def test_cached_reading_equals_one_pass_without_a_cache(pipeline):
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(pipeline, size):
     model, decoder, text = pipeline.model, Decoder(pipeline.model), np.array([5, 6, 7])
-    noised = image(size, 3, t=0.4)
+    noised = noised_image(size, 3, t=0.4)
     batch, _ = prompt_batch(pipeline, [[text, noised]])
     hidden, skips = full_hidden(model, batch)
     timesteps = model.objective.noise_process.timesteps(batch.t)
@@ -87,7 +88,7 @@ def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(p
 
 
 def prefer_by_state(pipeline) -> None:
-    """Make the model end, or draw at one size or another, where its hidden state says so."""
+    """Make logits of eos and of each size's boi depend on the hidden state."""
 
     def hook(_head, inputs, logits):
         hidden = inputs[0]
@@ -100,19 +101,19 @@ def prefer_by_state(pipeline) -> None:
     pipeline.model.tail.head.register_forward_hook(hook)
 
 
-def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):
-    """Through text, pictures of several sizes, rows that end early; and each row is as if alone."""
+def test_tokens_and_sizes_are_the_argmax_of_one_pass_without_a_cache(pipeline, monkeypatch):
+    """With images of several sizes and rows that end early; and rows are independent of their batch."""
     prefer_by_state(pipeline)
-    monkeypatch.setattr(pipeline, "pictures", list)  # latents stand for the pictures made of them
+    monkeypatch.setattr(pipeline.codec, "decode_images", list)  # outputs hold latents
     tokenizer, budget = pipeline.tokenizer, 10
     begins = [tokenizer.boi_of_size(size) for size in range(3)]
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": budget})
 
-    together, drawn = free_answers(pipeline, CAPTIONS, sampling, 5, 2), set()
-    assert_as_if_alone(pipeline, together, sampling, 5, 2)
-    for caption, answer in zip(CAPTIONS, together, strict=True):
+    together, drawn = run_generation(pipeline, CAPTIONS, sampling, 5, 2), set()
+    assert_batch_invariant(pipeline, together, sampling, 5, 2)
+    for caption, output in zip(CAPTIONS, together, strict=True):
         segments = [np.array(tokenizer.encode(caption))]
-        for part in answer:
+        for part in output:
             if isinstance(part, int):
                 segments.append(np.array([part]))
                 continue
@@ -127,40 +128,40 @@ def test_rows_that_draw_at_unlike_sizes_are_the_argmax_of_one_pass_without_a_cac
         logits[spent[:, None] & torch.isin(torch.arange(2050), torch.tensor(begins))] = -torch.inf
         asked = batch.labels[0] != IGNORED_LABEL
         asked[: len(segments[0])] = False
-        if len(answer) == budget:  # the end was not chosen
+        if len(output) == budget:  # the end was not chosen
             asked[lengths[0] - 1] = False
         assert logits.argmax(-1)[asked].tolist() == batch.labels[0][asked].tolist()
     assert len(drawn) >= 2
 
 
-def test_a_size_can_be_asked_for(pipeline):
+def test_a_size_can_be_requested(pipeline):
     for height, width in PIXELS:
-        pictures = pipeline.draw(["red apple", "x"], size=(height, width))
-        assert [picture.size for picture in pictures] == [(width, height)] * 2
-    # Also where the model would draw at another, or not begin with a picture.
+        images = pipeline.draw(["red apple", "x"], size=(height, width))
+        assert [image.size for image in images] == [(width, height)] * 2
+    # Also where the model prefers another size, or text first.
     prefer_by_state(pipeline)
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": 12})
     free = pipeline([[c] for c in CAPTIONS], max_images=2, sampling=sampling)
-    sizes = {part.size for answer in free for part in answer if not isinstance(part, str)}
+    sizes = {part.size for output in free for part in output if not isinstance(part, str)}
     assert sizes - {(16, 48)}
     forced = pipeline([[c] for c in CAPTIONS], max_images=2, size=(48, 16), sampling=sampling)
-    sizes = {part.size for answer in forced for part in answer if not isinstance(part, str)}
+    sizes = {part.size for output in forced for part in output if not isinstance(part, str)}
     assert sizes == {(16, 48)}
 
 
-def test_a_wish_for_a_picture_of_another_size_is_one_for_the_size_asked_for(pipeline):
+def test_a_boi_of_another_size_draws_at_the_requested_size(pipeline):
     def hook(_head, _inputs, logits):
         logits[..., pipeline.tokenizer.boi_of_size(0)] += 1e4
         return logits
 
     pipeline.model.tail.head.register_forward_hook(hook)
-    ((picture, *_),) = pipeline([["x"]], max_images=1, size=(48, 16))
-    assert picture.size == (16, 48)
+    ((image, *_),) = pipeline([["x"]], max_images=1, size=(48, 16))
+    assert image.size == (16, 48)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2])
-def test_guidance_steers_away_from_a_document_of_a_picture_of_that_size_alone(pipeline, monkeypatch, size):
-    monkeypatch.setattr(pipeline, "pictures", list)
+def test_guidance_uses_a_document_without_text_of_the_same_size(pipeline, monkeypatch, size):
+    monkeypatch.setattr(pipeline.codec, "decode_images", list)
     (drawn,) = pipeline.draw(["x"], seed=4, size=PIXELS[size])
     decoder, caches = Decoder(pipeline.model), []
     begin = torch.tensor([pipeline.tokenizer.boi_of_size(size)])
@@ -173,7 +174,7 @@ def test_guidance_steers_away_from_a_document_of_a_picture_of_that_size_alone(pi
     torch.testing.assert_close(drawn, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_the_model_chooses_a_size_by_the_token_that_begins_an_image(pipeline):
+def test_the_model_chooses_a_size_by_its_boi(pipeline):
     captions = ["red apple", "x", "cat"]
 
     def hook(_head, inputs, logits):
@@ -182,19 +183,19 @@ def test_the_model_chooses_a_size_by_the_token_that_begins_an_image(pipeline):
 
     pipeline.model.tail.head.register_forward_hook(hook)
     chosen = pipeline.draw(captions, seed=3)
-    assert {picture.size for picture in chosen} == {(16, 48)}
+    assert {image.size for image in chosen} == {(16, 48)}
     asked = pipeline.draw(captions, seed=3, size=(48, 16))
     assert [np.asarray(p).tolist() for p in asked] == [np.asarray(p).tolist() for p in chosen]
 
 
-def test_pictures_are_read_at_the_size_nearest_to_them(pipeline):
-    pictures = [drawing(0, (40, 40)), drawing(1, (100, 60)), drawing(2, (10, 33)), drawing(3, (60, 100))]
-    assert [pipeline.size_of(picture) for picture in pictures] == [0, 1, 2, 0]
+def test_images_are_read_at_the_nearest_size(pipeline):
+    images = [drawing(0, (40, 40)), drawing(1, (100, 60)), drawing(2, (10, 33)), drawing(3, (60, 100))]
+    assert [nearest_size_of(image, PIXELS) for image in images] == [0, 1, 2, 0]
     turned = Image.new("RGB", (60, 20))
     turned.getexif()[0x0112] = 6  # a quarter turn: shown, it is upright
-    assert pipeline.size_of(turned) == 2
-    assert pipeline.latents(pictures[1:2], 1).shape == (1, 4, 6, 10)
-    assert pipeline.describe(pictures) == [pipeline.describe([picture])[0] for picture in pictures]
+    assert nearest_size_of(turned, PIXELS) == 2
+    assert pipeline.codec.encode_images(images[1:2], PIXELS[1]).shape == (1, 4, 6, 10)
+    assert pipeline.describe(images) == [pipeline.describe([image])[0] for image in images]
 
 
 def test_a_pipeline_folder_keeps_its_sizes(pipeline, tmp_path):
@@ -205,12 +206,12 @@ def test_a_pipeline_folder_keeps_its_sizes(pipeline, tmp_path):
     assert np.array_equal(np.asarray(first), np.asarray(second))
 
 
-def test_a_size_that_the_model_lacks_is_refused_with_those_it_has(pipeline):
-    with pytest.raises(UserError, match=r"size 40x24: the model was made for 32x32, 24x40, 48x16 \(height"):
+def test_an_unknown_size_is_refused_with_the_sizes_of_the_model(pipeline):
+    with pytest.raises(UserError, match=r"size 40x24: the model has 32x32, 24x40, 48x16 \(height"):
         pipeline.draw(["x"], size=(40, 24))
 
 
 @pytest.mark.parametrize("text", ["32", "32x", "x32", "32*32", "32x32x32", "-32x32", "a"])
-def test_what_is_no_size(text):
+def test_an_invalid_size_is_refused(text):
     with pytest.raises(UserError, match="is not HEIGHTxWIDTH in pixels"):
         parse_size(text)

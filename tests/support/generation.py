@@ -1,4 +1,4 @@
-"""What tests of generation hold the cache against: the model over whole rows, and each row alone."""
+"""References for tests of generation: one pass over whole rows without a cache, and each row alone."""
 
 import torch
 
@@ -20,7 +20,7 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
     model_config = run_config.model.model_copy(update=changes)
     model = Transfusion(model_config, run_config.objective)
     initialize(model, model_config.num_layers, seed=1)
-    with torch.no_grad():  # larger weights, so that what is seen matters
+    with torch.no_grad():  # larger weights, so that each visible key matters
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.ndim > 1 else 1)
     config = PipelineConfig(
@@ -32,7 +32,7 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
 
 
 def prompt_batch(pipeline, segments_of_rows):
-    """A batch of a document a row, and their lengths without eos."""
+    """A batch of one document per row, and their lengths without eos."""
     model = pipeline.config.model
     documents = [flat_document(s, pipeline.tokenizer, model.patches) for s in segments_of_rows]
     length = max(map(len, documents))
@@ -51,17 +51,18 @@ def full_hidden(model, batch):
     return model.tail(x), skips
 
 
-def free_answers(pipeline, captions, sampling, seed: int, max_images: int) -> list[list]:
-    """What is said to each caption, as tokens and as what `pipeline.pictures` makes of latents."""
-    generation = Generation(pipeline, [[c] for c in captions], sampling, seed, max_images, None)
-    generation.run("free")
-    return generation.answers
+def run_generation(pipeline, captions, sampling, seed: int, max_images: int, begin="free") -> list[list]:
+    """Outputs of `Generation` for captions, with token ids that are not decoded to text."""
+    parts = pipeline.model, pipeline.tokenizer, pipeline.codec
+    generation = Generation(*parts, [[c] for c in captions], sampling, seed, max_images)
+    generation.run(begin)
+    return generation.outputs
 
 
-def assert_as_if_alone(pipeline, answers, sampling, seed: int, max_images: int) -> None:
-    """Each caption's answer among the others is the one that it gets alone."""
-    for row, (caption, answer) in enumerate(zip(CAPTIONS, answers, strict=True)):
-        (alone,) = free_answers(pipeline, [caption], sampling, seed + row, max_images)
-        assert len(alone) == len(answer)
-        for a, b in zip(alone, answer, strict=True):
+def assert_batch_invariant(pipeline, outputs, sampling, seed: int, max_images: int) -> None:
+    """Each caption's output in a batch equals its output in a batch of one."""
+    for row, (caption, output) in enumerate(zip(CAPTIONS, outputs, strict=True)):
+        (alone,) = run_generation(pipeline, [caption], sampling, seed + row, max_images)
+        assert len(alone) == len(output)
+        for a, b in zip(alone, output, strict=True):
             torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-3)
