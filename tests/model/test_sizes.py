@@ -246,7 +246,7 @@ def test_latents_outside_an_image_do_not_change_it():
     [
         (
             {"image_sizes": ((8, 8), (7, 4))},
-            "7x4 is not a multiple of .* x patch_size 2 = 2 pixels",
+            "7x4 is not a multiple of .* x patch_size = 2 pixels",
         ),
         ({"image_sizes": ((4, 8), (8, 8), (8, 8))}, "image_sizes: 4x8, 8x8, 8x8 has a size twice"),
         ({"image_sizes": ()}, "at least 1 item"),
