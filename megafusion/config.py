@@ -68,7 +68,7 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
         new_names = {name for location in unknown for name in _new_names(cls, location)}
         # The new name of a renamed key is missing too, which is the same mistake.
-        details = [d for d in details if d["type"] != "missing" or _path(d["loc"]) not in new_names]
+        details = [d for d in details if d["type"] != "missing" or _walk(cls, d["loc"])[1] not in new_names]
         lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
         raise UserError("\n".join(lines)) from error
     except TypeError as error:
@@ -134,21 +134,21 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 
 def _describe(cls: type[Config], detail: dict) -> str:
     location = detail["loc"]
-    path = _path(location)
+    owner, parent = _walk(cls, location[:-1])
+    _, path = _walk(cls, location)
     value = detail["input"]
     if isinstance(value, str) and location:
-        moved_to = _class_at(cls, location[:-1]).moved_values.get((str(location[-1]), value))
+        moved_to = owner.moved_values.get((str(location[-1]), value))
         if moved_to:
             return f"{path}: {value} has moved: write {moved_to}"
     match detail["type"]:
         case "extra_forbidden":
             if new_names := _new_names(cls, location):
                 return f"key {path!r} was renamed: it is {' and '.join(map(repr, new_names))} now"
-            fields = list(_class_at(cls, location[:-1]).model_fields)
+            fields = list(owner.model_fields)
             nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
-            parent = "".join(f"{part}." for part in location[:-1])
             hint = (
-                f"did you mean {parent + nearest[0]!r}?"
+                f"did you mean {f'{parent}.{nearest[0]}'.lstrip('.')!r}?"
                 if nearest
                 else f"valid keys: {', '.join(sorted(fields))}"
             )
@@ -164,25 +164,27 @@ def _describe(cls: type[Config], detail: dict) -> str:
             return f"{where}{detail['msg']} (got {detail['input']!r})"
 
 
-def _path(location: Sequence[str | int]) -> str:
-    return ".".join(str(part) for part in location)
+def _walk(cls: type[Config], location: Sequence[str | int]) -> tuple[type[Config], str]:
+    """The configuration class at a location, and its dotted path without pydantic's tags of union members."""
+    path, tags = [], {}
+    for part in location:
+        if part in tags:
+            cls, tags = tags[part], {}
+            continue
+        path.append(str(part))
+        if part in cls.model_fields:  # else an index of a list or a key of a mapping
+            inner = _configs_in(cls.model_fields[part].annotation)
+            tags = {c.model_fields["kind"].default: c for c in inner} if len(inner) > 1 else {}
+            cls = next(iter(inner), cls)
+    return cls, ".".join(path)
 
 
 def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
     """The new dotted paths of a key of an earlier version; none for a key that never existed."""
     *parents, name = location
-    names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
-    return [name[1:] if name.startswith(".") else _path([*parents, name]) for name in names]
-
-
-def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:
-    """The configuration class that stands at a location."""
-    for part in location:
-        if part not in cls.model_fields:  # an index of a list or a key of a mapping
-            continue
-        annotation = cls.model_fields[part].annotation
-        cls = next(iter(_configs_in(annotation)), cls)
-    return cls
+    owner, path = _walk(cls, parents)
+    names = owner.renamed_keys.get(str(name), "").split()
+    return [name[1:] if name.startswith(".") else f"{path}.{name}".lstrip(".") for name in names]
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:

@@ -32,8 +32,8 @@ def reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key of the three configuration files, with its default. A dotted path after the file overrides",
-        "a value: `megafusion train configs/quickstart.yaml train.num_steps=50`. NAME is a name of your choice.",
+        "Every key of the three configuration files. NAME is a name of your choice.",
+        "Values after the file override it: `megafusion train configs/quickstart.yaml train.num_steps=50`.",
         "An unknown key is refused with the nearest valid name. `megafusion keys train data.` prints a part.",
         "",
         f"Generated from the configuration classes: `{REGENERATE}`.",
