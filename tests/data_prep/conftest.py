@@ -1,4 +1,4 @@
-"""Preprocessing with a small autoencoder, into a folder of the test's own."""
+"""Fixtures: preprocessing with a small autoencoder, into the test's folder."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from data_prep.preprocess import preprocess
 
 @pytest.fixture
 def settings(tmp_path, tokenizer, vae_folder) -> dict:
-    """Values of a PreprocessConfig that needs inputs alone."""
+    """Values of a PreprocessConfig; only inputs are missing."""
     return {
         "out": tmp_path / "out",
         "tokenizer": tokenizer.path,
@@ -19,9 +19,9 @@ def settings(tmp_path, tokenizer, vae_folder) -> dict:
 
 @pytest.fixture
 def make(settings):
-    """Preprocess with some values changed; `part` is a ShardRange."""
+    """Preprocess with some values changed."""
 
-    def run(part=None, **changes):
-        return preprocess(PreprocessConfig(**settings | changes), part)
+    def run(shard_range=None, **changes):
+        return preprocess(PreprocessConfig(**settings | changes), shard_range)
 
     return run

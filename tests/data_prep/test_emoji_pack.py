@@ -1,4 +1,4 @@
-"""The committed emoji pack is what its README says, and its builder does what the pack needs."""
+"""The committed emoji pack matches its README, and its builder reproduces its format."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ def starter() -> list[str]:
 
 
 def write_tarball(folder: Path, name: str, files: dict[str, bytes]) -> NpmPackage:
-    """A made-up npm tarball, and the package that describes it."""
+    """An npm tarball, and the package that describes it."""
     package = NpmPackage(name, "1.0.0", "")
     path = folder / package.filename
     with tarfile.open(path, "w:gz") as archive:
@@ -45,15 +45,15 @@ def write_tarball(folder: Path, name: str, files: dict[str, bytes]) -> NpmPackag
     return NpmPackage(name, "1.0.0", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def picture(size: tuple[int, int], colour: str, file_format: str) -> bytes:
+def image(size: tuple[int, int], color: str, file_format: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGBA", size, colour).save(buffer, file_format, lossless=True)
+    Image.new("RGBA", size, color).save(buffer, file_format, lossless=True)
     return buffer.getvalue()
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Path:
-    """A folder with a tiny set of the three tarballs, which the builder takes for the real ones."""
+    """A folder with small versions of the three tarballs, which the builder is patched to expect."""
     emojis = [
         {"label": "red apple", "hexcode": "1F34E", "group": 4},
         {"label": "red heart", "hexcode": "2764-FE0F", "group": 8},
@@ -64,8 +64,8 @@ def tiny(tmp_path, monkeypatch) -> Path:
         {"label": "grinning cat", "hexcode": "1F63A", "group": 3},
     ]
     names = ("1f34e", "2764-fe0f", "00a9", "1f1f2-1f1f9", "1f1f2", "1f44b-1f3ff", "1f63a", "1f999")
-    fluent = {f"assets/{name}.webp": picture((16, 20), "#ff0000", "WEBP") for name in names}
-    noto = {f"img/google/64/{name}.png": picture((64, 64), "#ff000080", "PNG") for name in names}
+    fluent = {f"assets/{name}.webp": image((16, 20), "#ff0000", "WEBP") for name in names}
+    noto = {f"img/google/64/{name}.png": image((64, 64), "#ff000080", "PNG") for name in names}
     data = {"en/data.json": json.dumps(emojis).encode(), "LICENSE": b"MIT"}
     monkeypatch.setattr(build, "FLUENT", write_tarball(tmp_path, "@made-up/fluent", fluent))
     monkeypatch.setattr(build, "NOTO", write_tarball(tmp_path, "noto", noto))
@@ -74,14 +74,14 @@ def tiny(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_pack_holds_every_emoji_of_both_styles(pairs):
+def test_pack_has_every_emoji_in_both_styles(pairs):
     styles = [key.rsplit("-", 1)[1] for key in pairs]
     assert (len(pairs), styles.count("3d"), styles.count("flat")) == (3234, 1598, 1636)
     assert list(pairs) == sorted(pairs)
     assert not any("." in key for key in pairs)
 
 
-def test_every_picture_is_64_pixels_rgb_and_shows_something(pairs):
+def test_every_image_is_64_pixels_rgb_and_not_blank(pairs):
     for key, (pixels, _) in pairs.items():
         assert pixels.shape == (64, 64, 3), key
         assert pixels.dtype == np.uint8, key
@@ -96,13 +96,13 @@ def test_captions_name_a_label_and_the_style_of_their_key(pairs):
     assert len({caption for _, caption in pairs.values()}) == len(pairs)
 
 
-def test_left_out_are_flags_skin_tones_and_the_fluent_duplicate(pairs):
+def test_flags_skin_tones_and_the_fluent_duplicate_are_excluded(pairs):
     assert "1F63A-3d" not in pairs
     assert "1F63A-flat" in pairs
     assert not any(caption.startswith("flag: ") or "skin tone" in caption for _, caption in pairs.values())
 
 
-def test_starter_pairs_each_concept_in_both_styles(pairs, starter):
+def test_starter_has_each_concept_in_both_styles(pairs, starter):
     assert 128 <= len(starter) <= 136
     assert len(set(starter)) == len(starter)
     concepts = [pairs[key][1].rsplit(", ", 1) for key in starter]
@@ -111,14 +111,14 @@ def test_starter_pairs_each_concept_in_both_styles(pairs, starter):
     assert starter[:2] == ["1F34E-3d", "1F34E-flat"]
 
 
-def test_starter_pictures_differ_from_one_another(pairs, starter):
+def test_starter_images_differ_from_one_another(pairs, starter):
     pixels = np.stack([pairs[key][0] for key in starter]).reshape(len(starter), -1) / 255
     for index in range(len(pixels) - 1):
         distances = np.sqrt(((pixels[index + 1 :] - pixels[index]) ** 2).mean(1))
         assert distances.min() > 0.1, starter[index]
 
 
-def test_building_joins_renders_and_repeats(tiny):
+def test_building_joins_renders_and_is_reproducible(tiny):
     build.build(packages=tiny, out=tiny / "a")
     build.build(packages=tiny, out=tiny / "b")
     content = (tiny / "a/emoji-000000.tar").read_bytes()
@@ -138,7 +138,7 @@ def test_building_joins_renders_and_repeats(tiny):
     assert tall[1, 32, 0] > 240 > tall[1, 32, 1]
 
 
-def test_tar_holds_nothing_of_the_machine(tiny):
+def test_tar_does_not_depend_on_the_machine(tiny):
     build.build(packages=tiny, out=tiny)
     with tarfile.open(tiny / "emoji-000000.tar") as archive:
         assert {(m.mtime, m.uid, m.uname, m.mode) for m in archive} == {(0, 0, "", 0o644)}

@@ -1,4 +1,4 @@
-"""Pictures, captions and text to shards; what cannot be used is named, and nothing half-made stays."""
+"""Images, captions and text to shards; bad input is named, and no partial output is left."""
 
 import io
 
@@ -20,7 +20,7 @@ GOOD = {
 }
 
 
-def test_pairs_hold_the_encoded_picture_and_its_caption(make, tmp_path, vae_folder, tokenizer):
+def test_pairs_hold_the_encoded_image_and_its_caption(make, tmp_path, vae_folder, tokenizer):
     make(images=(write_tar(tmp_path / "in.tar", GOOD),))
     folder = ShardFolder(tmp_path / "out/pairs")
     codec = ImageCodec.from_pretrained(vae_folder)
@@ -38,7 +38,7 @@ def test_pairs_hold_the_encoded_picture_and_its_caption(make, tmp_path, vae_fold
     np.testing.assert_allclose(moments, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_texts_are_a_document_a_line(make, tmp_path, tokenizer):
+def test_texts_are_a_document_per_line(make, tmp_path, tokenizer):
     path = tmp_path / "t.txt"
     path.write_text("one two\n\n  three \n")
     make(texts=(path,))
@@ -47,16 +47,16 @@ def test_texts_are_a_document_a_line(make, tmp_path, tokenizer):
     assert [tokenizer.decode(folder.read(0, i).segments[0].data) for i in range(2)] == ["one two", "three"]
 
 
-def test_a_folder_of_pictures_with_captions_beside_them(make, tmp_path):
-    pictures = tmp_path / "pictures/deep"
-    pictures.mkdir(parents=True)
-    (pictures / "x.JPG").write_bytes(png())
-    (pictures / "x.txt").write_text("a square")
-    make(images=(tmp_path / "pictures",))
+def test_a_folder_of_images_with_caption_files(make, tmp_path):
+    images = tmp_path / "images/deep"
+    images.mkdir(parents=True)
+    (images / "x.JPG").write_bytes(png())
+    (images / "x.txt").write_text("a square")
+    make(images=(tmp_path / "images",))
     assert ShardFolder(tmp_path / "out/pairs").read(0, 0).metadata == {"key": "deep/x", "caption": "a square"}
 
 
-def test_what_is_current_is_kept_and_what_is_not_is_made_anew(make, tmp_path):
+def test_shards_that_are_up_to_date_are_kept_and_others_rewritten(make, tmp_path):
     tar = write_tar(tmp_path / "in.tar", GOOD)
     shard = tmp_path / "out/pairs/shard-000000.tar"
     make(images=(tar,))
@@ -74,14 +74,14 @@ def test_what_is_current_is_kept_and_what_is_not_is_made_anew(make, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"png": b"not a picture", "txt": b"x"}, "key 'bad': image does not decode"),
+        ({"png": b"not an image", "txt": b"x"}, "key 'bad': image does not decode"),
         ({"png": png()[:60], "txt": b"x"}, "key 'bad': image does not decode"),
         ({"png": png(), "txt": b"  \n"}, "key 'bad': empty caption"),
         ({"png": png(), "txt": b"\xff\xfe"}, "key 'bad': caption is not UTF-8"),
         ({"png": png()}, "key 'bad': no caption"),
     ],
 )
-def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, capsys):
+def test_a_bad_pair_fails_or_is_skipped_by_on_error(make, tmp_path, bad, message, capsys):
     tar = write_tar(tmp_path / "in.tar", {**GOOD, "bad": bad})
     with pytest.raises(UserError, match=rf"in\.tar, {message}.*on_error=skip"):
         make(images=(tar,))
@@ -93,14 +93,14 @@ def test_a_bad_pair_stops_or_is_skipped_by_policy(make, tmp_path, bad, message, 
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "I;16"])
-def test_any_mode_of_picture_is_taken(make, tmp_path, mode):
+def test_any_image_mode_is_read(make, tmp_path, mode):
     buffer = io.BytesIO()
     Image.new(mode, (50, 30)).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
     make(images=(write_tar(tmp_path / "in.tar", {"a": {"png": buffer.getvalue(), "txt": b"x"}}),))
     assert load_manifest(tmp_path / "out/pairs").num_images == 1
 
 
-def test_inputs_that_are_not_there_or_broken_are_named(make, tmp_path):
+def test_missing_and_corrupt_inputs_are_named(make, tmp_path):
     with pytest.raises(UserError, match="nothing to preprocess"):
         make()
     with pytest.raises(UserError, match=r"none\.tar: no such file"):
@@ -122,14 +122,14 @@ def test_inputs_that_are_not_there_or_broken_are_named(make, tmp_path):
     assert not (tmp_path / "out/text").exists()
 
 
-def test_pictures_can_be_kept_as_they_are(make, tmp_path):
-    """Smaller, uncropped and compressed; no autoencoder is in the manifest, and the sheet shows them."""
+def test_images_can_be_stored_as_pixels(make, tmp_path):
+    """Downscaled, uncropped WebP; the manifest has no autoencoder, and the sheet shows the images."""
     wide = {"w": {"png": png("red", (96, 48)), "txt": b"wide"}}
     make(images=(write_tar(tmp_path / "in.tar", {**GOOD, **wide}),), image_storage="pixels")
     folder = ShardFolder(tmp_path / "out/pairs")
     assert (folder.manifest.images, folder.manifest.vae_sha256) == ("pictures", None)
     kept = [Image.open(io.BytesIO(folder.read(0, i).segments[1].data)) for i in range(3)]
-    assert [(picture.format, picture.size) for picture in kept] == [
+    assert [(image.format, image.size) for image in kept] == [
         ("WEBP", (32, 32)),
         ("WEBP", (32, 32)),
         ("WEBP", (64, 32)),

@@ -1,4 +1,4 @@
-"""What filters drop, counted by reason; duplicates are the same however the work is shared out."""
+"""Records that filters drop, counted by reason; duplicates do not depend on the number of workers."""
 
 import json
 
@@ -16,16 +16,16 @@ from tests.support.raw import drawing, encoded, png, write_tar
 
 def kept_keys(folder) -> list[str]:
     shards = ShardFolder(folder)
-    places = [(s, i) for s, entry in enumerate(shards.manifest.shards) for i in range(entry.num_documents)]
-    return [shards.read(*place).metadata["key"] for place in places]
+    positions = [(s, i) for s, entry in enumerate(shards.manifest.shards) for i in range(entry.num_documents)]
+    return [shards.read(*position).metadata["key"] for position in positions]
 
 
 def scores(**values) -> bytes:
     return json.dumps(values).encode()
 
 
-def test_each_filter_drops_what_it_names_and_counts_it(make, tmp_path):
-    pictures = {
+def test_each_filter_drops_and_counts_its_records(make, tmp_path):
+    images = {
         "good": {"png": png(size=(40, 40)), "txt": b"four", "json": scores(beauty=6, risk=0.1)},
         "edges": {"png": png(size=(20, 60)), "txt": b"ninechars", "json": scores(beauty=5.0, risk=0.5)},
         "small": {"png": png(size=(19, 40)), "txt": b"four", "json": scores(beauty=6, risk=0.1)},
@@ -43,7 +43,7 @@ def test_each_filter_drops_what_it_names_and_counts_it(make, tmp_path):
         "max_caption": 9,
         "scores": {"beauty": {"min": 5.0}, "risk": {"max": 0.5}},
     }
-    (made,) = make(images=(write_tar(tmp_path / "in.tar", pictures),), filters=filters)
+    (made,) = make(images=(write_tar(tmp_path / "in.tar", images),), filters=filters)
     assert kept_keys(tmp_path / "out/pairs") == ["good", "edges"]
     report = json.loads((tmp_path / "out/pairs/report.json").read_text())
     assert report["dropped"] == {
@@ -64,7 +64,7 @@ def test_each_filter_drops_what_it_names_and_counts_it(make, tmp_path):
 
 @pytest.fixture
 def lookalikes(tmp_path):
-    """Three tars: a picture, its bytes again, the same scaled and compressed, and others."""
+    """Three tars: an image, its bytes again, the same image resized and compressed, and others."""
     again = encoded(drawing(1, (80, 80)), "JPEG", quality=60)
     one, two, three = ({"png": encoded(drawing(n)), "txt": b"x"} for n in (1, 2, 3))
     tars = [
@@ -79,7 +79,7 @@ def lookalikes(tmp_path):
     ("duplicates", "expected"), [("keep", "abcdef"), ("exact", "abde"), ("perceptual", "abe")]
 )
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_of_duplicates_the_first_in_input_order_stays(
+def test_the_first_of_duplicates_in_input_order_is_kept(
     make, tmp_path, lookalikes, duplicates, expected, num_workers
 ):
     filters = {"duplicates": duplicates, "max_distance": 2}
@@ -101,23 +101,23 @@ def test_equal_texts_are_duplicates(make, tmp_path):
     distance=st.integers(0, 4),
 )
 @settings(max_examples=150, deadline=None)
-def test_looks_are_compared_with_every_one_that_was_kept(phashes, flips, distance):
-    """As by brute force, though only hashes that share a band of bits are compared."""
+def test_phashes_are_compared_with_every_kept_one(phashes, flips, distance):
+    """Equals brute force, although only hashes that share a band of bits are compared."""
     phashes = phashes + [phashes[i % len(phashes)] ^ sum(1 << bit for bit in bits) for i, bits in flips]
-    seen = Deduplicator(FilterConfig(duplicates="perceptual", max_distance=distance))
+    deduplicator = Deduplicator(FilterConfig(duplicates="perceptual", max_distance=distance))
     kept: list[int] = []
     for number, phash in enumerate(phashes):
         is_new = all((phash ^ other).bit_count() > distance for other in kept)
-        assert (seen.duplicate_reason(RecordInfo(b"%d" % number, phash, 1, 1)) is None) == is_new
+        assert (deduplicator.duplicate_reason(RecordInfo(b"%d" % number, phash, 1, 1)) is None) == is_new
         if is_new:
             kept.append(phash)
 
 
-def test_pictures_that_differ_are_not_alike(make, tmp_path):
-    """Noise of 40 kinds: pHash tells all of them apart at the largest distance."""
+def test_different_images_are_not_perceptual_duplicates(make, tmp_path):
+    """40 noise images: pHash tells all of them apart at the largest distance."""
     random = np.random.default_rng(0)
     noise = [Image.fromarray(random.integers(0, 256, (32, 32), np.uint8)) for _ in range(40)]
-    pictures = {f"k{i:02d}": {"png": encoded(image), "txt": b"x"} for i, image in enumerate(noise)}
-    tar = write_tar(tmp_path / "in.tar", pictures)
+    images = {f"k{i:02d}": {"png": encoded(image), "txt": b"x"} for i, image in enumerate(noise)}
+    tar = write_tar(tmp_path / "in.tar", images)
     (made,) = make(images=(tar,), filters={"duplicates": "perceptual", "max_distance": 4})
     assert made.num_documents == 40

@@ -1,4 +1,4 @@
-"""Bad inputs: each stops the command by name, or is counted and left out; nothing leads out of the inputs."""
+"""Bad inputs: each fails by name, or is skipped and counted; no name or link leads out of the inputs."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ from tests.support.tars import link
 
 
 def bomb() -> bytes:
-    """A PNG whose header says 100,000 x 100,000 pixels, and which holds hardly any."""
+    """A PNG whose header says 100,000 x 100,000 pixels, with hardly any data."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         body = name + content
@@ -59,7 +59,7 @@ BAD_MEMBERS = {
 
 
 @pytest.mark.parametrize("case", BAD_MEMBERS)
-def test_bad_members_stop_by_name_or_are_counted(make, tmp_path, case):
+def test_bad_members_fail_by_name_or_are_counted(make, tmp_path, case):
     members, where, reason = BAD_MEMBERS[case]
     tar = write_members(tmp_path / "in.tar", [*FINE, *members])
     with pytest.raises(UserError, match=rf"in\.tar, key '{where}': .*{reason}.*set on_error=skip"):
@@ -84,7 +84,7 @@ def without_end(content: bytes) -> bytes:
 
 
 def with_wrong_size(content: bytes) -> bytes:
-    """The first member's size is 600 bytes more than what is there, and its checksum is right."""
+    """The first member's size is 600 bytes too large, with a valid checksum."""
     info = tarfile.TarInfo.frombuf(content[:512], "utf-8", "strict")
     info.size += 600
     return info.tobuf(tarfile.USTAR_FORMAT)[:512] + content[512:]
@@ -96,14 +96,14 @@ def with_bad_header(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, without_end, with_wrong_size, with_bad_header])
-def test_damaged_tars_stop_by_name_or_their_rest_is_left_out(make, tmp_path, damage):
+def test_corrupt_tars_fail_by_name_or_are_skipped_from_the_corruption_on(make, tmp_path, damage):
     good = {f"k{i}": {"png": encoded(drawing(i)), "txt": b"x"} for i in range(4)}
-    whole = write_tar(tmp_path / "good.tar", good)
+    intact = write_tar(tmp_path / "good.tar", good)
     broken = write_members(tmp_path / "broken.tar", FINE)
     broken.write_bytes(damage(broken.read_bytes()))
     with pytest.raises(UserError, match=r"broken\.tar.*on_error=skip"):
-        make(images=(broken, whole))
-    (made,) = make(images=(broken, whole), on_error="skip")
+        make(images=(broken, intact))
+    (made,) = make(images=(broken, intact), on_error="skip")
     report = json.loads((tmp_path / "out/pairs/report.json").read_text())
     assert any("not readable as a tar to its end" in reason for reason in report["bad"])
     assert 4 <= made.num_documents < 6
@@ -144,7 +144,7 @@ def test_bad_lines_and_tables(make, tmp_path, name):
 
 
 def mmc4(**changes) -> dict:
-    """A document of MMC4 whose only image is changed."""
+    """A document of MMC4 with one image, some of whose values are changed."""
     return {
         "text_list": ["a", "b"],
         "image_info": [{"image_name": "fine.png", "matched_text_index": 0} | changes],
@@ -192,18 +192,18 @@ BAD_DOCUMENTS = {
 def test_bad_documents(make, tmp_path, case):
     document, reason = BAD_DOCUMENTS[case]
     (tmp_path / "secret.png").write_bytes(png())
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/bad.png").write_bytes(png()[:70])
-    (tmp_path / "pictures/fine.png").write_bytes(png())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/bad.png").write_bytes(png()[:70])
+    (tmp_path / "images/fine.png").write_bytes(png())
     good = {"texts": ["fine"], "images": [None]}
     (tmp_path / "d.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(document)}\n")
-    values = {"documents": (tmp_path / "d.jsonl",), "document_images": tmp_path / "pictures"}
+    values = {"documents": (tmp_path / "d.jsonl",), "document_images": tmp_path / "images"}
     with pytest.raises(UserError, match=rf"d\.jsonl, line 2: .*{reason}"):
         make(**values)
     (made,) = make(**values, on_error="skip")
     assert made.num_documents == 1
     reasons = json.loads((tmp_path / "out/interleaved/report.json").read_text())["bad"]
-    assert "its keys" not in str(reasons)  # of few kinds, however many documents are odd
+    assert "its keys" not in str(reasons)  # reasons are few, however many documents are bad
 
 
 @pytest.mark.parametrize("damage", ["cut", "packed", "doubled"])
@@ -221,7 +221,7 @@ def test_a_bad_tar_of_document_images_is_named(make, tmp_path, damage):
         make(**values, on_error="skip")
 
 
-def test_a_packed_tar_in_a_folder_of_pictures_is_named(make, tmp_path):
+def test_a_compressed_tar_in_a_folder_of_images_is_named(make, tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/b.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match=r"b\.tar\.gz: is compressed"):
@@ -229,26 +229,26 @@ def test_a_packed_tar_in_a_folder_of_pictures_is_named(make, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["docs_no_face_shard_0_v3.jsonl.zip", "d.jsonl.gz"])
-def test_what_is_compressed_is_to_be_unpacked(make, tmp_path, name):
+def test_compressed_files_are_refused(make, tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
     with pytest.raises(UserError, match=rf"{name}: is compressed.*unpack it first"):
         make(documents=(tmp_path / name,))
 
 
-def test_a_link_in_the_folder_of_document_images_leads_nowhere(make, tmp_path):
+def test_a_link_out_of_document_images_is_refused(make, tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/x.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/x.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "d.jsonl").write_text('{"texts": ["a"], "images": ["x.png"]}\n')
     with pytest.raises(UserError, match="leads out of document_images"):
-        make(documents=(tmp_path / "d.jsonl",), document_images=tmp_path / "pictures")
+        make(documents=(tmp_path / "d.jsonl",), document_images=tmp_path / "images")
 
 
 @pytest.mark.parametrize("num_bad", [3, 40])
-def test_a_rate_of_bad_inputs_above_the_limit_stops_the_run(make, tmp_path, num_bad):
-    pictures = {f"k{i:03d}": {"png": png() if i >= num_bad else b"x", "txt": b"x"} for i in range(80)}
-    tar = write_tar(tmp_path / "in.tar", pictures)
-    if num_bad == 3:  # no more than chance brings
+def test_a_rate_of_bad_inputs_above_the_limit_stops_the_command(make, tmp_path, num_bad):
+    images = {f"k{i:03d}": {"png": png() if i >= num_bad else b"x", "txt": b"x"} for i in range(80)}
+    tar = write_tar(tmp_path / "in.tar", images)
+    if num_bad == 3:  # within what chance explains
         assert make(images=(tar,), on_error="skip")[0].num_documents == 77
         return
     message = r"40 of 80 inputs are bad \(40 x image does not decode\), more than max_skip_rate 0\.01; one is"
@@ -259,7 +259,7 @@ def test_a_rate_of_bad_inputs_above_the_limit_stops_the_run(make, tmp_path, num_
 
 
 def rotated() -> bytes:
-    """Green over blue, stored on its side with the EXIF tag that says so."""
+    """Green above blue, stored rotated, with the EXIF tag for it."""
     upright = Image.new("RGB", (40, 40), "blue")
     upright.paste("lime", (0, 0, 40, 20))
     exif = Image.Exif()
@@ -272,7 +272,7 @@ def animated(form: str) -> bytes:
     return encoded(frames[0], form, save_all=True, append_images=frames[1:])
 
 
-ODD_PICTURES = {
+UNUSUAL_IMAGES = {
     "cmyk": (lambda: encoded(Image.new("CMYK", (40, 40), (255, 0, 255, 0)), "JPEG"), (0, 255, 0)),
     "16-bit": (lambda: encoded(Image.fromarray(np.full((40, 40), 32768, np.uint16))), (128, 128, 128)),
     "animated gif": (lambda: animated("GIF"), (0, 255, 0)),
@@ -284,10 +284,10 @@ ODD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("case", ODD_PICTURES)
-def test_odd_pictures_become_upright_rgb(make, tmp_path, vae_folder, case):
-    """The latents are those of a picture painted as it should come out, but for JPEG's own errors."""
-    write, colors = ODD_PICTURES[case]
+@pytest.mark.parametrize("case", UNUSUAL_IMAGES)
+def test_unusual_images_become_upright_rgb(make, tmp_path, vae_folder, case):
+    """Latents equal those of the expected image, up to JPEG compression."""
+    write, colors = UNUSUAL_IMAGES[case]
     expected = Image.new("RGB", (32, 32), colors if isinstance(colors[0], int) else colors[1])
     if not isinstance(colors[0], int):
         expected.paste(colors[0], (0, 0, 32, 16))
@@ -303,15 +303,15 @@ def test_odd_pictures_become_upright_rgb(make, tmp_path, vae_folder, case):
     assert np.abs(moments[0]).max() > 0.2 or case == "16-bit"
 
 
-def test_a_bomb_is_refused_before_it_takes_memory():
-    """It would take 30 GB if it were decoded."""
+def test_a_decompression_bomb_is_refused_before_it_takes_memory():
+    """Decoded it would take 30 GB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BadRecord, match="image has too many pixels"):
         open_rgb(bomb())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # in kB
 
 
-def test_pillow_s_warning_is_an_error():
+def test_pillows_warning_is_an_error():
     """Between its limit and twice that, Pillow only warns."""
     with pytest.raises(BadRecord, match="image has too many pixels"):
         open_rgb(encoded(Image.new("1", (10_000, 9_000))))

@@ -1,4 +1,4 @@
-"""What can be preprocessed: img2dataset's folders, parquet, JSON lines, interleaved documents."""
+"""Input formats: img2dataset's folders, parquet, JSON Lines, interleaved documents."""
 
 import json
 import re
@@ -23,12 +23,12 @@ from tests.support.small import ROOT
 
 def documents(folder) -> list:
     shards = ShardFolder(folder)
-    places = [(s, i) for s, entry in enumerate(shards.manifest.shards) for i in range(entry.num_documents)]
-    return [shards.read(*place) for place in places]
+    positions = [(s, i) for s, entry in enumerate(shards.manifest.shards) for i in range(entry.num_documents)]
+    return [shards.read(*position) for position in positions]
 
 
 def texts(folder, tokenizer) -> list[list[str | None]]:
-    """Each document's parts: its texts, and None for an image."""
+    """Each document's segments: its texts, and None for an image."""
     return [
         [tokenizer.decode(s.data) if s.kind == "tokens" else None for s in document.segments]
         for document in documents(folder)
@@ -49,7 +49,7 @@ def streamed(folder, tokenizer, vae, made, num_streams: int) -> tuple[DataConfig
     return config, open_sources(config, tokenizer, made.vae_sha256, 0)
 
 
-def test_img2dataset_output_is_read_and_its_statistics_are_not(make, tmp_path):
+def test_img2dataset_output_is_read_without_its_statistics(make, tmp_path):
     folder = tmp_path / "laion"
     folder.mkdir()
     for number in range(2):
@@ -63,18 +63,16 @@ def test_img2dataset_output_is_read_and_its_statistics_are_not(make, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["bytes", "hugging face"])
-def test_parquet_of_pictures_with_captions(make, tmp_path, form):
-    pictures = [png("red"), png("blue"), png("green")]
-    column = pictures if form == "bytes" else [{"bytes": p, "path": None} for p in pictures]
-    table = pyarrow.table({"picture": column, "alt": ["red", "blue", "green"]})
+def test_parquet_of_images_with_captions(make, tmp_path, form):
+    images = [png("red"), png("blue"), png("green")]
+    column = images if form == "bytes" else [{"bytes": p, "path": None} for p in images]
+    table = pyarrow.table({"jpg": column, "alt": ["red", "blue", "green"]})
     parquet.write_table(table, tmp_path / "in.parquet", row_group_size=2)
-    make(images=(tmp_path / "in.parquet",), image_column="picture", caption_column="alt")
+    make(images=(tmp_path / "in.parquet",), image_column="jpg", caption_column="alt")
     found = [document.metadata for document in documents(tmp_path / "out/pairs")]
     assert found == [{"key": str(i), "caption": c} for i, c in enumerate(["red", "blue", "green"])]
-    with pytest.raises(
-        UserError, match=r"in\.parquet: has no column 'caption'; its columns are picture, alt"
-    ):
-        make(images=(tmp_path / "in.parquet",), image_column="picture")
+    with pytest.raises(UserError, match=r"in\.parquet: has no column 'caption'; its columns are jpg, alt"):
+        make(images=(tmp_path / "in.parquet",), image_column="jpg")
 
 
 def test_texts_of_json_lines_and_parquet(make, tmp_path, tokenizer):
@@ -95,25 +93,25 @@ LISTS = [
 
 @pytest.fixture(params=["folder", "tar", "parquet"])
 def interleaved(request, tmp_path) -> dict:
-    """Three documents, whose images lie in a folder, in a tar, or are bytes of parquet."""
-    pictures = {"a": {"png": png("red")}, "deep/b": {"png": png("blue")}}
+    """Three documents, whose images are in a folder, in a tar, or bytes of parquet."""
+    images = {"a": {"png": png("red")}, "deep/b": {"png": png("blue")}}
     if request.param == "parquet":
         bytes_of = {"a.png": png("red"), "deep/b.png": png("blue"), None: None}
         rows = [row | {"images": [bytes_of[name] for name in row["images"]]} for row in LISTS]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "docs.parquet")
         return {"documents": (tmp_path / "docs.parquet",)}
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, LISTS)))
-    values = {"documents": (tmp_path / "docs.jsonl",), "document_images": tmp_path / "pictures"}
+    values = {"documents": (tmp_path / "docs.jsonl",), "document_images": tmp_path / "images"}
     if request.param == "tar":
-        write_tar(tmp_path / "pictures", pictures)
+        write_tar(tmp_path / "images", images)
         return values
-    (tmp_path / "pictures/deep").mkdir(parents=True)
-    for key, members in pictures.items():
-        (tmp_path / f"pictures/{key}.png").write_bytes(members["png"])
+    (tmp_path / "images/deep").mkdir(parents=True)
+    for key, members in images.items():
+        (tmp_path / f"images/{key}.png").write_bytes(members["png"])
     return values
 
 
-def test_interleaved_documents_keep_the_order_of_their_parts(make, tmp_path, tokenizer, interleaved):
+def test_interleaved_documents_keep_the_order_of_their_segments(make, tmp_path, tokenizer, interleaved):
     (made,) = make(**interleaved)
     folder = tmp_path / "out/interleaved"
     expected = [["first", None, "then", None], [None, "only"], ["no image at all"]]
@@ -143,30 +141,30 @@ MMC4 = {
 }
 
 
-@pytest.mark.parametrize("place", ["folder", "tar"])
-def test_images_of_mmc4_stand_before_their_sentences(make, tmp_path, tokenizer, place):
-    pictures = {"a": png("red"), "b": png("blue"), "late": png("green")}
-    if place == "tar":
-        write_tar(tmp_path / "pictures", {key: {"png": content} for key, content in pictures.items()})
+@pytest.mark.parametrize("source", ["folder", "tar"])
+def test_images_of_mmc4_are_placed_before_their_sentences(make, tmp_path, tokenizer, source):
+    images = {"a": png("red"), "b": png("blue"), "late": png("green")}
+    if source == "tar":
+        write_tar(tmp_path / "images", {key: {"png": content} for key, content in images.items()})
     else:
-        (tmp_path / "pictures").mkdir()
-        for key, content in pictures.items():
-            (tmp_path / f"pictures/{key}.png").write_bytes(content)
+        (tmp_path / "images").mkdir()
+        for key, content in images.items():
+            (tmp_path / f"images/{key}.png").write_bytes(content)
     plain = {"text_list": ["No image."], "image_info": []}
     (tmp_path / "docs_shard_0.jsonl").write_text("".join(f"{json.dumps(d)}\n" for d in (MMC4, plain)))
-    make(documents=(tmp_path / "docs_shard_0.jsonl",), document_images=tmp_path / "pictures")
+    make(documents=(tmp_path / "docs_shard_0.jsonl",), document_images=tmp_path / "images")
     found = texts(tmp_path / "out/interleaved", tokenizer)
     assert found == [["One. Two.", None, None, "Three.", None, "Five."], ["No image."]]
     one, two, three = (
         s.data for s in documents(tmp_path / "out/interleaved")[0].segments if s.kind == "moments"
     )
-    # blue, red, green: which is which is known from documents of one picture each.
+    # blue, red, green, identified by documents of one image each.
     rows = [{"texts": [None, color], "images": [f"{color}.png", None]} for color in ("b", "a", "late")]
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
     make(
         out=tmp_path / "each",
         documents=(tmp_path / "one.jsonl",),
-        document_images=tmp_path / "pictures",
+        document_images=tmp_path / "images",
         batch_size=3,
     )
     expected = [document.segments[0].data for document in documents(tmp_path / "each/interleaved")]
@@ -174,14 +172,14 @@ def test_images_of_mmc4_stand_before_their_sentences(make, tmp_path, tokenizer, 
         assert (moments == other).all()
 
 
-def test_the_examples_of_the_page_are_read_as_it_says():
+def test_the_examples_of_the_docs_are_read_as_described():
     obelics, mmc4 = re.findall(r"```json\n(.*)\n```", (ROOT / "docs/data.md").read_text())
     assert document_segments(json.loads(obelics), str.encode) == ["Fold it.", b"fold.png", "Cut it."]
     assert document_segments(json.loads(mmc4), str.encode) == ["Fold it.", b"cut.png", "Cut it."]
 
 
-def test_obelics_as_published_needs_its_pictures_by_their_urls(make, tmp_path, tokenizer):
-    """URLs, and metadata as a string of JSON: read where a tar has members named so, else told what to do."""
+def test_published_obelics_needs_images_named_by_their_urls(make, tmp_path, tokenizer):
+    """URLs, and metadata as a JSON string: read if a tar has members of these names, else refused."""
     url = "http://x.org/a.png?size=1"
     row = {
         "images": [None, url],
@@ -193,8 +191,8 @@ def test_obelics_as_published_needs_its_pictures_by_their_urls(make, tmp_path, t
     message = r"obelics\.parquet, row 0: an image is a URL: fetch the images and store them"
     with pytest.raises(UserError, match=message):
         make(documents=(tmp_path / "obelics.parquet",))
-    write_members(tmp_path / "pictures", [(url, png())])
-    make(documents=(tmp_path / "obelics.parquet",), document_images=tmp_path / "pictures")
+    write_members(tmp_path / "images", [(url, png())])
+    make(documents=(tmp_path / "obelics.parquet",), document_images=tmp_path / "images")
     assert texts(tmp_path / "out/interleaved", tokenizer) == [["before", None]]
 
 
@@ -213,11 +211,11 @@ def test_interleaved_shards_go_through_a_stream(make, tmp_path, tokenizer, vae_f
                     if start >= 0:
                         opens = batch.tokens[0, start - 2] == tokenizer.bos
                         times[bool(opens)].append(float(t))
-    assert max(times[True]) < 0.01  # what opens a document stands before all of its text
+    assert max(times[True]) < 0.01  # an image that starts a document is before all of its text
     assert max(times[False]) > 0.5
 
 
-def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
+def test_images_that_start_a_later_part_of_a_document_are_after_its_text(
     make, tmp_path, tokenizer, vae_folder
 ):
     row = {"texts": ["start", *[None] * 4], "images": [None, png(), png("blue"), png("green"), png("black")]}
@@ -239,7 +237,7 @@ def test_images_that_open_a_later_part_of_a_document_stand_after_its_text(
     assert bounds == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.01, 0.01], 3: [0.01]}
 
 
-def test_a_mark_before_the_first_line_is_no_text(make, tmp_path, tokenizer):
+def test_a_byte_order_mark_is_not_text(make, tmp_path, tokenizer):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\n')
     make(texts=(tmp_path / "a.txt", tmp_path / "b.jsonl"))
@@ -253,7 +251,7 @@ def test_a_sheet_finds_the_one_document_with_an_image(make, tmp_path):
     assert (tmp_path / "out/interleaved/sheet.png").is_file()
 
 
-def test_long_documents_are_split_and_images_stay_whole(make, tmp_path, tokenizer):
+def test_long_documents_are_split_and_images_stay_complete(make, tmp_path, tokenizer):
     words = " ".join(["word"] * 30)
     row = {
         "texts": ["start", None, None, None, words],
@@ -267,6 +265,6 @@ def test_long_documents_are_split_and_images_stay_whole(make, tmp_path, tokenize
     assert images[:2] == [2, 1]
     assert sum(images) == 3
     assert [document.metadata["part"] for document in found] == list(range(len(found)))
-    whole = [int(t) for document in found for s in document.segments if s.kind == "tokens" for t in s.data]
-    assert whole == tokenizer.encode("start") + tokenizer.encode(words)
+    tokens = [int(t) for document in found for s in document.segments if s.kind == "tokens" for t in s.data]
+    assert tokens == tokenizer.encode("start") + tokenizer.encode(words)
     assert max(sum(len(s.data) for s in d.segments if s.kind == "tokens") for d in found) == 12

@@ -1,4 +1,4 @@
-"""Shards are the same bytes whoever makes them: any number of processes or tasks, and after any kill."""
+"""Shards are bitwise identical at any number of workers or tasks, and after any kill."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ KINDS = ("pairs", "text", "interleaved")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
-    """Pairs in 6 tars, some of them twice and one broken, 300 texts in 3 files, 20 documents."""
+    """Pairs in 6 tars, some of them duplicates and one corrupt, 300 texts in 3 files, 20 documents."""
     folder = tmp_path_factory.mktemp("inputs")
     for number in range(6):
         samples = {f"{number}{i}": {"png": encoded(drawing(7 * number + i)), "txt": b"x"} for i in range(9)}
@@ -59,41 +59,41 @@ def inputs(tmp_path_factory) -> dict:
 
 
 def all_files(out: Path) -> dict[str, dict[str, bytes]]:
-    """What is made, by kind; nothing else may be left."""
+    """Output files by kind; nothing else may be left."""
     assert sorted(path.name for path in out.iterdir()) == sorted(KINDS)
     return {kind: made_files(out / kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(inputs, tokenizer, vae_folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
+def uninterrupted(inputs, tokenizer, vae_folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
     preprocess(
         PreprocessConfig(out=out, tokenizer=tokenizer.path, vae=vae_folder, image_sizes=((32, 32),), **inputs)
     )
     return all_files(out)
 
 
-def test_any_number_of_processes_makes_the_same_bytes(make, inputs, tmp_path, undisturbed):
+def test_any_number_of_workers_gives_the_same_bytes(make, inputs, tmp_path, uninterrupted):
     make(**inputs, num_workers=3)
-    assert all_files(tmp_path / "out") == undisturbed
-    assert len(undisturbed["pairs"]) > 20
+    assert all_files(tmp_path / "out") == uninterrupted
+    assert len(uninterrupted["pairs"]) > 20
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_tasks_of_an_array_make_the_same_bytes_in_any_order(make, inputs, tmp_path, undisturbed, order):
+def test_array_tasks_give_the_same_bytes_in_any_order(make, inputs, tmp_path, uninterrupted, order):
     made = [make(ShardRange(index, 3), **inputs) for index in order]
     assert [len(manifests) for manifests in made] == [0, 0, 3]
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
-def test_a_task_that_never_ran_is_made_up_for_by_a_plain_run(make, inputs, tmp_path, undisturbed):
+def test_a_run_without_shard_range_finishes_for_a_lost_task(make, inputs, tmp_path, uninterrupted):
     make(ShardRange(0, 2), **inputs)
     assert not (tmp_path / "out/pairs").exists()
     assert len(make(**inputs)) == 3
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
-def test_tasks_at_the_same_time_make_the_same_bytes(settings, inputs, tmp_path, undisturbed):
+def test_concurrent_tasks_give_the_same_bytes(settings, inputs, tmp_path, uninterrupted):
     config = PreprocessConfig(**settings | inputs)
     fork = multiprocessing.get_context("fork")
     tasks = [fork.Process(target=preprocess, args=(config, ShardRange(index, 3))) for index in range(3)]
@@ -102,25 +102,25 @@ def test_tasks_at_the_same_time_make_the_same_bytes(settings, inputs, tmp_path, 
     for task in tasks:
         task.join()
     assert [task.exitcode for task in tasks] == [0, 0, 0]
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/2", "1/0", ""])
-def test_ranges_that_are_none(text):
+def test_invalid_shard_ranges_are_refused(text):
     with pytest.raises(UserError, match=r"--shard-range .*: is not I/N"):
         parse_range(text)
 
 
-def test_ten_kills_at_random_moments_change_no_byte(settings, inputs, tmp_path, undisturbed):
-    """Real SIGKILLs of runs that go on, at moments drawn from the scan to the last shard."""
+def test_ten_kills_at_random_moments_change_no_byte(settings, inputs, tmp_path, uninterrupted):
+    """SIGKILL of a command that resumes, at random moments from the scan to the last shard."""
     config = PreprocessConfig(**settings | inputs)
     chance = random.Random(0)
-    num_shards = sum(name.endswith(".tar") for files in undisturbed.values() for name in files)
+    num_shards = sum(name.endswith(".tar") for files in uninterrupted.values() for name in files)
     for moment in [0, 0, *sorted(chance.sample(range(1, num_shards - 4), 8))]:
         kill_in_the_middle(config, moment, chance.uniform(0, 0.02))
     assert not (tmp_path / "out/interleaved").exists()
     preprocess(config)
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
 def run_command(config: Path) -> subprocess.Popen:
@@ -128,8 +128,8 @@ def run_command(config: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
-def test_a_killed_command_takes_its_processes_along(settings, inputs, tmp_path, undisturbed):
-    """Two processes; killed after some shards; what was whole is kept and the rest made."""
+def test_workers_end_with_a_killed_command(settings, inputs, tmp_path, uninterrupted):
+    """Two workers, killed after some shards; complete shards are kept, and the others written."""
     config = PreprocessConfig(**settings | inputs, num_workers=2)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -141,20 +141,20 @@ def test_a_killed_command_takes_its_processes_along(settings, inputs, tmp_path, 
     run.wait()
     time.sleep(1.0)
     (partial,) = (tmp_path / "out").glob("*.partial")
-    settled = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
+    times = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
     time.sleep(0.5)
-    assert {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")} == settled
+    assert {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")} == times
     kept = {f"shard-{path.stem}.tar" for path in (partial / "work/shards").iterdir()}
     assert kept
     preprocess(config.model_copy(update={"num_workers": 0}))
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
     folder = tmp_path / "out" / partial.name.split(".")[0]
-    assert all((folder / name).stat().st_mtime_ns == settled[name] for name in kept)
+    assert all((folder / name).stat().st_mtime_ns == times[name] for name in kept)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_kills_of_the_command_at_random_moments(settings, inputs, tmp_path, undisturbed):
+def test_ten_kills_of_the_command_at_random_moments(settings, inputs, tmp_path, uninterrupted):
     config = PreprocessConfig(**settings | inputs, num_workers=2)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json") | {"out": str(tmp_path / "timed")}))
@@ -170,11 +170,11 @@ def test_ten_kills_of_the_command_at_random_moments(settings, inputs, tmp_path, 
             os.kill(run.pid, signal.SIGKILL)
             run.wait()
     assert run_command(path).wait() == 0
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "index gone"])
-def test_a_finished_shard_that_is_not_whole_is_made_anew(make, inputs, tmp_path, undisturbed, damage):
+def test_an_incomplete_shard_is_written_again(make, inputs, tmp_path, uninterrupted, damage):
     make(ShardRange(0, 2), **inputs)
     (partial,) = (tmp_path / "out").glob("pairs.*.partial")
     shard = partial / "shard-000002.tar"
@@ -183,10 +183,10 @@ def test_a_finished_shard_that_is_not_whole_is_made_anew(make, inputs, tmp_path,
     else:
         (shard if damage == "gone" else shard.with_suffix(".index.npy")).unlink()
     make(**inputs)
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
-def test_other_inputs_begin_anew_and_clear_what_was_half_made(make, inputs, tmp_path):
+def test_other_inputs_start_over_and_remove_partial_work(make, inputs, tmp_path):
     make(ShardRange(0, 2), **inputs)
     (tmp_path / "t.txt").write_text("only this\n")
     make(images=inputs["images"], texts=(tmp_path / "t.txt",), on_error="skip")
@@ -195,9 +195,9 @@ def test_other_inputs_begin_anew_and_clear_what_was_half_made(make, inputs, tmp_
     assert len(ShardFolder(tmp_path / "out/text")) == 1
 
 
-@pytest.mark.parametrize("change", ["picture", "gone"])
+@pytest.mark.parametrize("change", ["image", "gone"])
 def test_an_input_that_changes_after_the_scan_is_named(make, inputs, tmp_path, change):
-    """Behind our back: its size and time of change are put back, or it is gone when the work goes on."""
+    """Its size and modification time are restored, or it is missing on resume."""
     tar = write_tar(tmp_path / "x.tar", {f"k{i}": {"png": png(), "txt": b"x"} for i in range(4)})
     make(ShardRange(0, 2), images=(tar,), documents_per_shard=2)
     status = tar.stat()
@@ -213,7 +213,7 @@ def test_an_input_that_changes_after_the_scan_is_named(make, inputs, tmp_path, c
 
 
 def test_an_input_that_changes_before_the_manifest_is_named(make, tmp_path, monkeypatch):
-    """Lines of the same lengths make whole shards all the same: whose would their hashes be?"""
+    """Lines of equal lengths would still give complete shards, with the hash of another file."""
     lines, finish = tmp_path / "x.txt", command._Job._finish
     lines.write_text("one\ntwo\n" * 4)
 
@@ -227,8 +227,8 @@ def test_an_input_that_changes_before_the_manifest_is_named(make, tmp_path, monk
     assert not (tmp_path / "out/text").exists()
 
 
-def test_a_full_disk_is_told_and_what_is_made_is_kept(settings, inputs, tmp_path, undisturbed):
-    """A limit on a file's size, which refuses as a full disk does, in a process of its own."""
+def test_a_full_disk_is_reported_and_finished_work_kept(settings, inputs, tmp_path, uninterrupted):
+    """A limit on file sizes, which fails as a full disk does, in a process of its own."""
     config = PreprocessConfig(**settings | inputs)
     message = tmp_path / "message"
 
@@ -248,11 +248,11 @@ def test_a_full_disk_is_told_and_what_is_made_is_kept(settings, inputs, tmp_path
     assert not (tmp_path / "out/pairs").exists()
     assert list((tmp_path / "out").glob("pairs.*.partial/work/scan/*"))
     preprocess(config)
-    assert all_files(tmp_path / "out") == undisturbed
+    assert all_files(tmp_path / "out") == uninterrupted
 
 
-def test_a_process_that_dies_is_told(make, inputs, monkeypatch, tmp_path):
-    """Killed from outside, as by a machine without memory."""
+def test_a_killed_worker_is_reported(make, inputs, monkeypatch, tmp_path):
+    """Killed from outside, as when memory runs out."""
     import psutil
 
     def kill_one() -> None:

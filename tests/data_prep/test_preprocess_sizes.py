@@ -1,4 +1,4 @@
-"""Pictures of several aspects: each to the nearest size, whoever makes it, and on to what a run draws."""
+"""Images of several aspect ratios: each goes to the nearest size, up to the images that a run draws."""
 
 import json
 import random
@@ -49,7 +49,7 @@ def all_documents(folder):
     ]
 
 
-def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_path, codec):
+def test_each_image_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_path, codec):
     (made,) = make(**inputs)
     assert made.latent_shapes == tuple((4, *size) for size in SIZES)
     assert made.images_by_size == {"12x4": 8, "6x10": 8, "8x8": 8}
@@ -57,14 +57,14 @@ def test_each_picture_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_pat
     assert report["images_by_size_of_latents"] == made.images_by_size
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         size = NEAREST[number % len(ASPECTS)]
-        picture = drawing(number, ASPECTS[number % len(ASPECTS)])
-        mean, log_variance = codec.encode(preprocess_images([picture], *PIXELS[size]))
+        image = drawing(number, ASPECTS[number % len(ASPECTS)])
+        mean, log_variance = codec.encode(preprocess_images([image], *PIXELS[size]))
         expected = torch.stack([mean[0], log_variance[0]]).half().numpy()
         np.testing.assert_allclose(document.segments[1].data, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_the_manifest_of_one_size_says_nothing_of_several(make, inputs, tmp_path):
-    """Versions from before there were several read it."""
+def test_the_manifest_of_one_size_has_no_fields_for_several(make, inputs, tmp_path):
+    """Earlier versions, without several sizes, read it."""
     make(**inputs | {"image_sizes": PIXELS[:1]})
     values = json.loads((tmp_path / "out/pairs/manifest.json").read_text())
     assert not {"more_sizes", "images_by_size"} & set(values)
@@ -73,7 +73,7 @@ def test_the_manifest_of_one_size_says_nothing_of_several(make, inputs, tmp_path
     assert report["images_by_size_of_latents"] == {"8x8": 24}
 
 
-def test_tasks_in_any_order_and_any_kill_make_the_same_bytes(settings, inputs, tmp_path):
+def test_tasks_in_any_order_and_after_any_kill_give_the_same_bytes(settings, inputs, tmp_path):
     def config(name: str) -> PreprocessConfig:
         return PreprocessConfig(**settings | inputs | {"out": tmp_path / name})
 
@@ -90,9 +90,9 @@ def test_tasks_in_any_order_and_any_kill_make_the_same_bytes(settings, inputs, t
     assert made_files(tmp_path / "killed/pairs") == expected
 
 
-def test_images_of_documents_go_to_sizes_too(make, inputs, tmp_path):
-    pictures = [encoded(drawing(n, ASPECTS[n])) for n in range(3)]
-    rows = [{"texts": ["a", None, "b", None], "images": [None, *pictures[:1], None, pictures[2]]}]
+def test_images_of_documents_go_to_the_nearest_size_too(make, inputs, tmp_path):
+    images = [encoded(drawing(n, ASPECTS[n])) for n in range(3)]
+    rows = [{"texts": ["a", None, "b", None], "images": [None, *images[:1], None, images[2]]}]
     parquet.write_table(Table.from_pylist(rows), tmp_path / "d.parquet")
     (made,) = make(**inputs | {"images": (), "documents": (tmp_path / "d.parquet",)})
     (document,) = all_documents(tmp_path / "out/interleaved")
@@ -100,7 +100,7 @@ def test_images_of_documents_go_to_sizes_too(make, inputs, tmp_path):
     assert made.images_by_size == {"12x4": 1, "8x8": 1}
 
 
-def test_a_second_time_nothing_is_made_and_other_sizes_make_anew(make, inputs, tmp_path, capsys):
+def test_the_same_sizes_are_up_to_date_and_others_rewrite_the_shards(make, inputs, tmp_path, capsys):
     make(**inputs)
     first = made_files(tmp_path / "out/pairs")
     capsys.readouterr()
@@ -110,16 +110,16 @@ def test_a_second_time_nothing_is_made_and_other_sizes_make_anew(make, inputs, t
     assert made_files(tmp_path / "out/pairs") != first
 
 
-def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
+def test_images_stored_as_pixels_cover_the_nearest_size(make, inputs, tmp_path):
     make(**inputs, image_storage="pixels")
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         height, width = PIXELS[NEAREST[number % len(ASPECTS)]]
-        kept = open_image(document.segments[1].data)
+        stored = open_image(document.segments[1].data)
         given = ASPECTS[number % len(ASPECTS)]
-        assert kept.width >= min(width, given[0])
-        assert kept.height >= min(height, given[1])
-        assert kept.width <= width + 1 or kept.height <= height + 1 or kept.size == given
-    # Of a square, the shorter side, as ever.
+        assert stored.width >= min(width, given[0])
+        assert stored.height >= min(height, given[1])
+        assert stored.width <= width + 1 or stored.height <= height + 1 or stored.size == given
+    # A square size is covered by the shorter side.
     assert open_image(to_webp(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
     assert open_image(to_webp(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
 
@@ -135,7 +135,7 @@ def test_kept_pictures_cover_the_size_nearest_to_them(make, inputs, tmp_path):
         ([[24, 41]], r"image size 24 x 41: this autoencoder needs multiples of 4 pixels"),
     ],
 )
-def test_sizes_that_cannot_be(settings, inputs, tmp_path, sizes, message):
+def test_invalid_sizes_are_refused(settings, inputs, tmp_path, sizes, message):
     values = settings | {"images": inputs["images"], "image_sizes": [[32, 32], *sizes]}
     values = {key: value if isinstance(value, int | list) else str(value) for key, value in values.items()}
     values["images"] = [str(path) for path in inputs["images"]]
@@ -144,8 +144,8 @@ def test_sizes_that_cannot_be(settings, inputs, tmp_path, sizes, message):
     assert not (tmp_path / "out/pairs").exists()
 
 
-def test_the_example_of_the_docs_is_whole(tmp_path):
-    """Both files parse, and the command says what the second does."""
+def test_the_example_of_the_docs_is_complete(tmp_path):
+    """Both files parse, and the command sets what the second file does."""
     section = (ROOT / "docs/data.md").read_text().split("\n## Several sizes\n")[1].split("\n## ")[0]
     first, second = re.findall(r"^```yaml\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     (tmp_path / "sizes.yaml").write_text(first)
@@ -168,8 +168,8 @@ def megafusion(*arguments: object) -> str:
     return done.stdout
 
 
-def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mixed_values, tmp_path):
-    """The commands of docs/data.md, on a smaller model."""
+def test_from_a_folder_of_images_to_images_of_each_size(settings, inputs, mixed_values, tmp_path):
+    """The commands of docs/data.md, with a smaller model."""
     config = {"out": str(tmp_path / "out"), "images": [str(inputs["images"][0])]}
     config |= {"tokenizer": str(settings["tokenizer"]), "vae": str(settings["vae"])}
     config |= {"image_sizes": [list(size) for size in PIXELS]}
@@ -180,7 +180,7 @@ def test_from_a_folder_of_pictures_to_pictures_of_each_size(settings, inputs, mi
     assert all(f"{shape}: 8 images" in text for shape in ("4 x 8 x 8", "4 x 6 x 10", "4 x 12 x 4"))
     shown = np.asarray(Image.open(page).convert("L"))
     assert shown.std() > 10
-    # The second picture shown is 48 high and 16 wide: white beside it, in its cell of 96 pixels.
+    # The second image shown is 48 high and 16 wide: white beside it, in its cell of 96 pixels.
     cell = shown[8:104, 12 + 112 : 12 + 112 + 96]
     assert (cell[:, :24] == 255).all()
     assert (cell[:, -24:] == 255).all()

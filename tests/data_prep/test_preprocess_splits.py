@@ -1,4 +1,4 @@
-"""Large files are scanned in parts: records, shards and reports of any cut are those of the whole file."""
+"""Large files are scanned in parts: records, shards and reports do not depend on the cut."""
 
 import json
 
@@ -21,7 +21,7 @@ KINDS = ("pairs", "text", "interleaved")
 
 @pytest.fixture
 def large(tmp_path) -> dict:
-    """A file of each kind that can be cut, with duplicates and bad records far apart."""
+    """A file of each format that is cut, with duplicates and bad records far apart."""
     lines = [f"line number {n % 37}" for n in range(60)]
     lines[5], lines[40], lines[41], lines[50] = "", "x" * 700, "  ", "windows\r"
     content = "\n".join(lines).encode().replace(b"number 33", b"number \xff")
@@ -52,10 +52,10 @@ def large(tmp_path) -> dict:
     }
 
 
-def test_any_cut_of_the_files_makes_the_same_bytes(make, settings, large, tmp_path, monkeypatch):
-    make(**large, out=tmp_path / "whole")
-    whole = {kind: made_files(tmp_path / "whole" / kind) for kind in KINDS}
-    report = json.loads(whole["text"]["report.json"])
+def test_any_cut_of_the_files_gives_the_same_bytes(make, settings, large, tmp_path, monkeypatch):
+    make(**large, out=tmp_path / "uncut")
+    uncut = {kind: made_files(tmp_path / "uncut" / kind) for kind in KINDS}
+    report = json.loads(uncut["text"]["report.json"])
     assert set(report["bad"]) == {"not UTF-8", "no string under 'text'"}
     assert report["dropped"]["exact duplicate"] > 20
     for num_bytes, num_workers in ((97, 0), (400, 2)):
@@ -65,36 +65,36 @@ def test_any_cut_of_the_files_makes_the_same_bytes(make, settings, large, tmp_pa
             assert len(found) >= 3 * len({split.files for split in found})
         out = tmp_path / f"parts of {num_bytes}"
         make(**large, out=out, num_workers=num_workers)
-        assert {kind: made_files(out / kind) for kind in KINDS} == whole
+        assert {kind: made_files(out / kind) for kind in KINDS} == uncut
     out = tmp_path / "tasks"
     for index in (1, 2, 0):
         make(ShardRange(index, 3), **large, out=out)
-    assert {kind: made_files(out / kind) for kind in KINDS} == whole
+    assert {kind: made_files(out / kind) for kind in KINDS} == uncut
 
 
-def test_half_made_work_of_other_parts_is_not_taken_for_its_own(make, large, tmp_path, monkeypatch):
-    """As when a later version cuts otherwise: a task's tables lie there, numbered by other pieces."""
-    make(**large, out=tmp_path / "whole")
+def test_partial_work_of_other_splits_is_not_reused(make, large, tmp_path, monkeypatch):
+    """As if a later version cut differently: a task left tables that are numbered by other splits."""
+    make(**large, out=tmp_path / "uncut")
     values = large | {"out": tmp_path / "out"}
     make(ShardRange(0, 2), **values)
     assert list((tmp_path / "out").glob("text.*.partial/work/scan/*.parquet"))
     monkeypatch.setattr(splits, "BYTES_PER_SPLIT", 200)
     make(**values)
     for kind in KINDS:
-        assert made_files(tmp_path / "out" / kind) == made_files(tmp_path / "whole" / kind)
+        assert made_files(tmp_path / "out" / kind) == made_files(tmp_path / "uncut" / kind)
 
 
-@pytest.mark.parametrize(("name", "place"), [("a.txt", "line 34"), ("b.jsonl", "line 1")])
+@pytest.mark.parametrize(("name", "where"), [("a.txt", "line 34"), ("b.jsonl", "line 1")])
 def test_a_bad_line_of_a_part_is_named_by_its_number_in_the_file(
-    make, large, tmp_path, monkeypatch, name, place
+    make, large, tmp_path, monkeypatch, name, where
 ):
     monkeypatch.setattr(splits, "BYTES_PER_SPLIT", 100)
-    with pytest.raises(UserError, match=rf"{name}, {place}: "):
+    with pytest.raises(UserError, match=rf"{name}, {where}: "):
         make(texts=(tmp_path / name,))
 
 
-def test_what_is_cut(make, large, tmp_path, monkeypatch):
-    """Parquet by its row groups, however many bytes are asked for; what is no parquet is not cut."""
+def test_which_files_are_cut(make, large, tmp_path, monkeypatch):
+    """Parquet is cut between row groups, whatever the bytes per split; an unreadable file is not cut."""
     assert row_group_ranges(tmp_path / "c.parquet", 1) == [(n, n + 1) for n in range(14)]
     assert row_group_ranges(tmp_path / "c.parquet", 1 << 30) == [(0, 14)]
     some = row_group_ranges(tmp_path / "c.parquet", 300)
@@ -113,7 +113,7 @@ def test_what_is_cut(make, large, tmp_path, monkeypatch):
 )
 @example(content=b"a\n", num_bytes=1)
 @example(content=b"\n\nab", num_bytes=2)
-def test_the_lines_of_all_parts_are_those_of_the_file(tmp_path_factory, content, num_bytes):
+def test_the_lines_of_all_byte_ranges_are_those_of_the_file(tmp_path_factory, content, num_bytes):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_bytes(content)
     reader, before = LineReader(path), 0

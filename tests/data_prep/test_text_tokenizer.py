@@ -1,4 +1,4 @@
-"""The committed glosses and tokenizer, and the code that makes them."""
+"""The committed glosses and tokenizer, and their builders."""
 
 import runpy
 import sys
@@ -20,8 +20,8 @@ GLOSSES = DATA_PREP / "text/glosses.txt"
 MODEL = DATA_PREP / "tokenizer/tokenizer.model"
 TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
 
-LICENCE_LINE = "  1 This software and database is being provided to you  \n"
-NOUNS = LICENCE_LINE + (
+LICENSE_LINE = "  1 This software and database is being provided to you  \n"
+NOUNS = LICENSE_LINE + (
     "00000001 03 n 02 canine 0 dog 0 001 @ 00000009 n 0000 | a barking animal; likes bones; "
     '"the dog barked"; "a dog\'s life" - A. Writer  \n'
     "00000002 03 n 01 ice_cream 0 000 | frozen cream  \n"
@@ -46,7 +46,7 @@ def test_glosses_are_short_readable_and_unique():
         assert '"' not in line
 
 
-def test_documents_take_the_commonest_word_and_drop_examples():
+def test_documents_use_the_most_frequent_word_and_drop_examples():
     counts = build.sense_counts(SENSES)
     assert list(build.documents(NOUNS, "1", counts)) == [
         (9, "dog: a barking animal; likes bones"),
@@ -60,7 +60,7 @@ def test_adjective_satellites_count_as_adjectives():
     assert list(build.documents(data, "3", counts)) == [(4, "galore: existing in abundance")]
 
 
-def test_selection_prefers_common_words_and_ignores_input_order():
+def test_selection_prefers_frequent_words_and_ignores_input_order():
     candidates = [(count, f"word: {count}") for count in range(20)]
     chosen = build.select(candidates, 5)
     assert sorted(chosen) == sorted(f"word: {count}" for count in range(15, 20))
@@ -74,13 +74,13 @@ def test_missing_wordnet_is_refused_with_the_way_to_get_it(tmp_path):
         build.build(packages=tmp_path, out=tmp_path / "glosses.txt", num_lines=10)
 
 
-def test_tokenizer_has_llamas_ids_and_leaves_room_for_boi_and_eoi():
+def test_tokenizer_has_llamas_ids_and_2046_of_them():
     assert TOKENIZER.vocab_size() == 2046
     assert (TOKENIZER.unk_id(), TOKENIZER.bos_id(), TOKENIZER.eos_id(), TOKENIZER.pad_id()) == (0, 1, 2, -1)
     assert TOKENIZER.id_to_piece(3) == "<0x00>"
 
 
-def test_captions_round_trip_in_few_pieces():
+def test_captions_round_trip_in_few_tokens():
     captions = train.read_captions(PACK)
     texts = list(captions.values())
     assert TOKENIZER.decode(TOKENIZER.encode(texts)) == texts
@@ -96,13 +96,13 @@ def test_glosses_round_trip():
 
 # U+2581 is SentencePiece's own mark of a space, and decodes to one in every such model.
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
-def test_any_unicode_round_trips_with_no_unknown_piece(text):
+def test_any_unicode_round_trips_without_unk(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
     assert TOKENIZER.unk_id() not in ids
 
 
-def test_training_again_gives_the_committed_bytes(tmp_path):
+def test_training_reproduces_the_committed_bytes(tmp_path):
     out = tmp_path / "tokenizer.model"
     train.train(pack=PACK, keys=STARTER, text=GLOSSES, out=out)
     assert out.read_bytes() == MODEL.read_bytes()

@@ -1,4 +1,4 @@
-"""Raw inputs, made in the test: pictures, tars, and the bytes of what preprocessing made of them."""
+"""Raw inputs for preprocessing: images and tars; killing it, and reading its output."""
 
 import io
 import multiprocessing
@@ -19,18 +19,18 @@ NOT_SHARDS = {"inputs.json"}
 
 
 def png(color: str = "red", size: tuple[int, int] = (40, 40), mode: str = "RGB") -> bytes:
-    """A picture of one colour."""
+    """An encoded image of one color."""
     return encoded(Image.new(mode, size, color))
 
 
 def drawing(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
-    """A picture with shapes, unlike those of other seeds."""
+    """An image of random shapes, different for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    """A picture's bytes."""
+    """An encoded image."""
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
@@ -49,13 +49,13 @@ def write_members(path: Path, members: list[tuple[str, bytes] | tarfile.TarInfo]
 
 
 def shards_made(out: Path) -> int:
-    """Shards anywhere below a folder."""
+    """Number of shards anywhere below a folder."""
     found = [name for _, _, names in os.walk(out) for name in names]
     return sum(name.startswith("shard-") and name.endswith(".tar") for name in found)
 
 
 def kill_in_the_middle(config: PreprocessConfig, moment: int, seconds: float) -> None:
-    """Preprocess in another process; SIGKILL it so long after it has made so many shards."""
+    """Preprocess in another process; SIGKILL it some seconds after it has written `moment` shards."""
     run = multiprocessing.get_context("fork").Process(target=preprocess, args=(config,))
     run.start()
     while run.is_alive() and shards_made(config.out) < moment:
@@ -67,5 +67,5 @@ def kill_in_the_middle(config: PreprocessConfig, moment: int, seconds: float) ->
 
 
 def made_files(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder of shards but the one that has times in it."""
+    """Every file of a folder of shards except the one with modification times."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in NOT_SHARDS}

@@ -1,4 +1,4 @@
-"""Pictures of three sizes: raw, as shards, and a small run of them."""
+"""Images of three sizes: raw, as shards, and a small run of them."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ PIXELS = ((32, 32), (24, 40), (48, 16))
 SIZES = ((8, 8), (6, 10), (12, 4))
 """Of their latents; of 16, 15 and 12 patches of 2 x 2."""
 ASPECTS = ((40, 40), (70, 40), (20, 60), (30, 33), (20, 90), (90, 52))
-"""Widths and heights of raw pictures, of which PIXELS 0, 1, 2, 0, 2, 1 are nearest."""
+"""Widths and heights of raw images, of which PIXELS 0, 1, 2, 0, 2, 1 are nearest."""
 
 
 def write_raw(folder: Path, num: int = 24) -> Path:
-    """A folder of pictures with their captions beside them."""
+    """A folder of images with caption files."""
     folder.mkdir()
     for number in range(num):
-        picture = drawing(number, ASPECTS[number % len(ASPECTS)])
-        (folder / f"{number:03d}.png").write_bytes(encoded(picture))
+        image = drawing(number, ASPECTS[number % len(ASPECTS)])
+        (folder / f"{number:03d}.png").write_bytes(encoded(image))
         (folder / f"{number:03d}.txt").write_text(f"drawing {number}, {'wide ' * (number % 3)}")
     return folder
 

@@ -15,7 +15,7 @@ GLOSSES = ROOT / "data_prep/text/glosses.txt"
 
 
 def make_vae(folder: Path) -> Path:
-    """A random autoencoder with 4 x 8 x 8 latents for pictures of 32 pixels."""
+    """A random autoencoder with 4 x 8 x 8 latents for images of 32 pixels."""
     torch.manual_seed(0)
     model = AutoencoderKL(
         in_channels=48,

@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Trainings set torch's threads for the whole process; put them back."""
+    """Restore the process's number of torch threads, which trainings set."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -62,7 +62,7 @@ def test_divergence_is_summed_over_latents(scene):
 
 
 @pytest.mark.parametrize("term", ["perceptual", "identity", "adversarial"])
-def test_each_term_has_a_switch_and_pulls(term, weights, scene):
+def test_each_term_has_a_weight_and_a_gradient(term, weights, scene):
     options = {
         "perceptual": {"perceptual_weights": weights / "vgg.safetensors"},
         "identity": {"identity_weights": weights / "resnet.safetensors"},
@@ -70,14 +70,14 @@ def test_each_term_has_a_switch_and_pulls(term, weights, scene):
     }[term]
     plain, (before, _) = gradients(LossConfig(**options), scene)
     assert term not in plain
-    half, (pulled, _) = gradients(LossConfig(**options, **{f"{term}_weight": 0.5}), scene)
-    assert not torch.allclose(before, pulled)
-    assert pulled.isfinite().all()
-    whole, _ = gradients(LossConfig(**options, **{f"{term}_weight": 1.0}), scene)
-    torch.testing.assert_close(2 * half[term], whole[term])
+    half, (after, _) = gradients(LossConfig(**options, **{f"{term}_weight": 0.5}), scene)
+    assert not torch.allclose(before, after)
+    assert after.isfinite().all()
+    full, _ = gradients(LossConfig(**options, **{f"{term}_weight": 1.0}), scene)
+    torch.testing.assert_close(2 * half[term], full[term])
 
 
-def test_equal_pictures_are_at_no_distance_and_have_finite_gradients(weights, scene):
+def test_equal_images_have_zero_distance_and_finite_gradients(weights, scene):
     network = VGG16Features()
     load_weights(network, weights / "vgg.safetensors", "key")
     same = scene[0].clone().requires_grad_()
@@ -85,7 +85,7 @@ def test_equal_pictures_are_at_no_distance_and_have_finite_gradients(weights, sc
     assert distance == 0
     assert torch.autograd.grad(distance, same)[0].isfinite().all()
     assert feature_distance(network, scene[0], scene[1]) > 0
-    # Positions where no feature fires have no direction: neither distance nor gradient may be spoilt.
+    # All-zero features have no direction; distance and gradient must stay finite.
     for parameter in network.parameters():
         parameter.data.zero_()
     distance = feature_distance(network, scene[0], same)
@@ -135,13 +135,13 @@ def test_feature_networks_are_frozen_and_reach_the_known_shapes(weights):
     assert sum(p.numel() for p in VGG16Features().parameters()) == 14_714_688
 
 
-def test_the_adversary_waits_for_its_step(scene):
+def test_the_adversarial_term_starts_at_its_step(scene):
     config = LossConfig(adversarial_weight=0.5, adversarial_start_step=5, discriminator_layers=1)
     assert "adversarial" not in gradients(config, scene, step=4)[0]
     assert "adversarial" in gradients(config, scene, step=5)[0]
 
 
-def test_discriminator_learns_to_tell_and_leaves_the_autoencoder_alone(scene):
+def test_the_discriminator_learns_without_gradients_to_the_autoencoder(scene):
     images, reconstructions, _ = scene
     config = LossConfig(adversarial_weight=0.5, discriminator_channels=8, discriminator_layers=2)
     torch.manual_seed(0)
@@ -156,11 +156,11 @@ def test_discriminator_learns_to_tell_and_leaves_the_autoencoder_alone(scene):
         optimizer.step()
         values.append(float(value.detach()))
     assert reconstructions.grad is None
-    assert values[0] == pytest.approx(1, abs=0.2)  # hinge of an undecided judge
+    assert values[0] == pytest.approx(1, abs=0.2)  # hinge loss of an undecided discriminator
     assert values[-1] < 0.7 * values[0]
 
 
-def test_weights_that_are_missing_or_wrong_are_named(tmp_path, weights):
+def test_missing_and_invalid_weights_are_named(tmp_path, weights):
     with pytest.raises(UserError, match=r"loss\.perceptual_weights must name"):
         AutoencoderLoss(LossConfig(perceptual_weight=1.0))
     with pytest.raises(UserError, match=r"identity_weights: .*nowhere\.safetensors: not readable"):

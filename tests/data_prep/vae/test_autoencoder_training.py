@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def disc(seed: int, size: int = 32) -> Image.Image:
-    """A coloured disc on white: something that a few steps can begin to learn."""
+    """A colored disc on white, which a few steps begin to learn."""
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", (size, size), "white")
     x, y = rng.integers(0, size // 2, 2)
@@ -32,9 +32,9 @@ def disc(seed: int, size: int = 32) -> Image.Image:
     return image
 
 
-def write_shard(path: Path, pictures: dict[str, bytes], extension: str = "png") -> Path:
+def write_shard(path: Path, images: dict[str, bytes], extension: str = "png") -> Path:
     with tarfile.open(path, "w") as tar:
-        for key, content in pictures.items():
+        for key, content in images.items():
             add_members(tar, [(f"{key}.{extension}", content), (f"{key}.txt", key.encode())])
     return path
 
@@ -113,7 +113,7 @@ def test_a_short_training_learns_and_writes_its_folder(config):
     assert Image.open(out / "reconstructions.png").width > 32
 
 
-def test_same_seed_same_bits_and_another_seed_others(config, tmp_path):
+def test_the_seed_determines_the_weights_bitwise(config, tmp_path):
     hashes = [
         train_autoencoder(config(out=str(tmp_path / name), seed=seed, optimization={"num_steps": 8}))[
             "codec_sha256"
@@ -123,7 +123,7 @@ def test_same_seed_same_bits_and_another_seed_others(config, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_stopped_training_continues_to_the_same_bits(config, tmp_path, monkeypatch):
+def test_a_resumed_training_is_bitwise_identical(config, tmp_path, monkeypatch):
     short = {
         "loss": {
             "adversarial_weight": 0.5,
@@ -133,7 +133,7 @@ def test_a_stopped_training_continues_to_the_same_bits(config, tmp_path, monkeyp
         },
         "optimization": {"num_steps": 12, "evaluate_every": 4, "checkpoint_every": 5},
     }
-    whole = train_autoencoder(config(out=str(tmp_path / "whole"), **short))
+    uninterrupted = train_autoencoder(config(out=str(tmp_path / "uninterrupted"), **short))
 
     def stop_at_8(options, step):
         if step == 8:
@@ -149,8 +149,8 @@ def test_a_stopped_training_continues_to_the_same_bits(config, tmp_path, monkeyp
         train_autoencoder(config(**short, seed=1))
     torch.manual_seed(99)
     resumed = train_autoencoder(config(**short))
-    assert resumed["codec_sha256"] == whole["codec_sha256"]
-    assert resumed["history"] == whole["history"]
+    assert resumed["codec_sha256"] == uninterrupted["codec_sha256"]
+    assert resumed["history"] == uninterrupted["history"]
 
 
 def test_bf16_learns_too(config):
@@ -159,7 +159,7 @@ def test_bf16_learns_too(config):
     assert last["reconstruction"] < first["reconstruction"]
 
 
-def test_both_styles_of_a_concept_fall_on_one_side():
+def test_both_styles_of_a_concept_are_held_out_together():
     for number in range(200):
         sides = {is_held_out(f"{number:04X}-{style}", 0.3) for style in ("3d", "flat", "200D-2642-3d")}
         assert len(sides) == 1
@@ -167,7 +167,7 @@ def test_both_styles_of_a_concept_fall_on_one_side():
     assert share == pytest.approx(0.1, abs=0.02)
 
 
-def test_an_epoch_holds_every_training_picture_once(shard):
+def test_an_epoch_has_every_training_image_once(shard):
     config = ImageDataConfig(
         shards=[str(shard)], image_size=32, held_out_fraction=0.15, horizontal_flip=False
     )
@@ -176,21 +176,21 @@ def test_an_epoch_holds_every_training_picture_once(shard):
     stream = training_batches(config, [shard], num_training, seed=0)
     first, second = next(stream), next(stream)
     assert not torch.equal(first, second)
-    seen = [sorted(picture.numpy().tobytes() for picture in batch) for batch in (first, second)]
+    seen = [sorted(image.numpy().tobytes() for image in batch) for batch in (first, second)]
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == num_training
-    assert not set(seen[0]) & {picture.numpy().tobytes() for picture in held_out}
+    assert not set(seen[0]) & {image.numpy().tobytes() for image in held_out}
     torch.testing.assert_close(
         next(training_batches(config, [shard], num_training, 0, num_skipped=1)), second
     )
 
 
-def test_flips_mirror_about_half(shard):
+def test_about_half_of_the_images_are_flipped(shard):
     options = {"shards": [str(shard)], "image_size": 32, "held_out_fraction": 0.15}
     flipped = next(training_batches(ImageDataConfig(**options), [shard], 40, 0))
-    pictures = [disc(i) for i in range(48)]
+    images = [disc(i) for i in range(48)]
     plain = held_out_images(ImageDataConfig(**options | {"held_out_fraction": 0.999999}), [shard])[1]
-    assert len(plain) == len(pictures)
+    assert len(plain) == len(images)
     upright = sum(any(torch.equal(x, p) for p in plain) for x in flipped)
     mirrored = sum(any(torch.equal(x.flip(-1), p) for p in plain) for x in flipped)
     assert 8 < mirrored < 32
@@ -213,7 +213,7 @@ def test_bad_shards_are_named(config, tmp_path, shard):
     cut.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 + 700])
     with pytest.raises(UserError, match=r"cut\.tar: not readable as a tar"):
         train_autoencoder(config(data={"shards": [str(cut)]}))
-    junk = write_shard(tmp_path / "junk.tar", {f"{i:04X}-flat": b"no picture" for i in range(40)})
+    junk = write_shard(tmp_path / "junk.tar", {f"{i:04X}-flat": b"no image" for i in range(40)})
     with pytest.raises(UserError, match=r"junk\.tar, key '.*-flat': image does not decode"):
         train_autoencoder(config(data={"shards": [str(junk)]}))
     lone = write_shard(tmp_path / "lone.tar", {"0001-flat": png(disc(1))})
@@ -247,7 +247,7 @@ def test_shipped_configurations_are_valid(name):
     assert (channels, height, width) == {"emoji": (3, 16, 16), "paper": (8, 32, 32)}[name]
 
 
-def test_the_committed_autoencoder_is_as_good_as_it_says():
+def test_the_committed_autoencoder_matches_its_report():
     folder = ROOT / "data_prep/vae"
     report = json.loads((folder / "report.json").read_text())
     recipe = load_config(AutoencoderConfig, folder / "recipe.yaml")
