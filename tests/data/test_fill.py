@@ -41,7 +41,7 @@ def packed(stream: DataLoader, num_steps: int) -> tuple[Counter, list[Counter]]:
 
 
 def test_the_quickstart_is_full_and_keeps_its_weights(captions, tmp_path):
-    """Its rows, weights, captions and glosses over half a million positions; latents are cut to one channel."""
+    """Its rows, weights, captions and glosses over 512 000 positions; latents are cut to one channel."""
     config = load_config(RunConfig, ROOT / "configs/quickstart.yaml").data
     lengths, glosses = captions
     write_pairs(tmp_path / "pairs", len(lengths), latents=(1, 4, 4), caption=in_turn(lengths))
