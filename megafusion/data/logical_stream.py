@@ -75,7 +75,7 @@ class LogicalStream:
             chosen.append(piece)
             room -= len(piece)
             slots -= len(piece.images)
-            self.state.positions_packed[pending.source] += len(piece)
+            self.state.positions_packed[pending.key.source] += len(piece)
         self._documents.keep_only(self._needed())
         return pack_row(chosen, self._shape)
 
@@ -83,15 +83,16 @@ class LogicalStream:
         """The document to pack next: of the source that is due, the longest that fits or can be cut."""
         best: dict[str, tuple[bool, int, Pending]] = {}
         for pending in self.state.pending:
-            length = len(pending)
+            source = pending.key.source
+            length = pending.end - pending.start
             fits = length <= room and pending.num_images <= slots
             if not fits:
                 end = self._find_cut(pending, room, slots) if self._may_cut(pending) else pending.start
                 if end == pending.start:
                     continue
                 length = end - pending.start if pending.num_images else length
-            if pending.source not in best or (fits, length) > best[pending.source][:2]:
-                best[pending.source] = fits, length, pending
+            if source not in best or (fits, length) > best[source][:2]:
+                best[source] = fits, length, pending
         if not best:
             return None
         lengths = {name: min(length, room) for name, (_, length, _) in best.items()}
@@ -110,7 +111,7 @@ class LogicalStream:
 
     def _may_cut(self, pending: Pending) -> bool:
         """Whether a document may be cut to fill a row: texts and interleaved documents may."""
-        kind = self._sources[pending.source].folder.manifest.kind
+        kind = self._sources[pending.key.source].folder.manifest.kind
         return not pending.num_images or kind == "interleaved"
 
     def _find_cut(self, pending: Pending, room: int, slots: int) -> int:
@@ -129,18 +130,19 @@ class LogicalStream:
         """Add a document, or a piece of one, to the packing buffer: of the source that lags most."""
         served = self._tokens_served()
         for pending in self.state.pending:
-            served[pending.source] += len(pending)
+            served[pending.key.source] += pending.end - pending.start
         name = self._next_source({name: self._next_length(name) for name in self._sources}, served)
         epoch, order, start = self.state.position[name]
+        key = DocumentKey(name, epoch, order)
         self.state.num_read += start == 0
         try:
-            document = self._documents.get(DocumentKey(name, epoch, order))
+            document = self._documents.get(key)
         except BadDocument as error:
             self._skip(error)
         else:
             end = self._piece_end(document, start)
             images = images_between(document, start, end)
-            self.state.pending.append(Pending(name, epoch, order, start, end, images.stop - images.start))
+            self.state.pending.append(Pending(key, start, end, images.stop - images.start))
             if end < len(document):
                 self.state.position[name] = Cursor(epoch, order, end)
                 return

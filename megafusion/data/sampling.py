@@ -94,4 +94,5 @@ def _sampled(
         if manifest.latent_shift:
             latents -= np.float32(manifest.latent_shift)
         latents *= np.float32(manifest.latent_scale)
-    return replace(image, latents=latents, noise=noise, t=noise_process.sample_t(generator, image.max_t))
+    t = noise_process.sample_t(generator, image.max_t)
+    return ImageSegment(image.kind, image.data, image.size, image.max_t, latents, noise, t)

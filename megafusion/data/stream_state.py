@@ -21,24 +21,15 @@ class Cursor(NamedTuple):
     start: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Pending:
     """A document that has been read and not packed, or what is left of it: its positions [start, end)."""
 
-    source: str
-    epoch: int
-    order: int
+    key: DocumentKey
     start: int
     end: int
     num_images: int
     """Images in these positions."""
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-    @property
-    def key(self) -> DocumentKey:
-        return DocumentKey(self.source, self.epoch, self.order)
 
 
 @dataclass
@@ -67,7 +58,7 @@ class StreamState:
         return cls(
             {name: Cursor(*cursor) for name, cursor in state["position"].items()},
             dict(state["positions_packed"]),
-            [Pending(*values) for values in state["pending"]],
+            [Pending(DocumentKey(*values[:3]), *values[3:]) for values in state["pending"]],
             state["num_read"],
             dict(state["skipped"]),
         )
@@ -77,7 +68,7 @@ class StreamState:
         return {
             "position": {name: list(cursor) for name, cursor in self.position.items()},
             "positions_packed": dict(self.positions_packed),
-            "pending": [list(vars(pending).values()) for pending in self.pending],
+            "pending": [[*p.key, p.start, p.end, p.num_images] for p in self.pending],
             "num_read": self.num_read,
             "skipped": dict(self.skipped),
         }

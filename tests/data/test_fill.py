@@ -97,7 +97,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
         ids = [IDS.bos, *source.read(number).segments[0].data.tolist(), IDS.eos]
         wanted.update(itertools.pairwise(ids))
     found: Counter = Counter()
-    while logical.state.position["text"][0] < 2 or any(p.epoch < 2 for p in logical.state.pending):
+    while logical.state.position["text"][0] < 2 or any(p.key.epoch < 2 for p in logical.state.pending):
         row = arrays(logical.next_row())
         asked = row["labels"] >= 0
         found.update(zip(row["tokens"][asked].tolist(), row["labels"][asked].tolist(), strict=True))
@@ -115,7 +115,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
             end = offset if (e, o) == (epoch, order) else len(ids) - 1
             extra.update(list(itertools.pairwise(ids))[:end])
     for pending in logical.state.pending:
-        document = source.document_at(0, pending.epoch, pending.order)
+        document = source.document_at(0, *pending.key[1:])
         ids = [IDS.bos, *source.read(document).segments[0].data.tolist(), IDS.eos]
         extra.subtract(list(itertools.pairwise(ids))[pending.start : pending.end])
     wanted = Counter({pair: 2 * n for pair, n in wanted.items()})

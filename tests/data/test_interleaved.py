@@ -74,7 +74,7 @@ def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
         count(epoch, order, 0, offset, 1)
     for pending in logical.state.pending:
         before = images.total()
-        count(pending.epoch, pending.order, pending.start, pending.end, -1)
+        count(*pending.key[1:], pending.start, pending.end, -1)
         assert before - images.total() == pending.num_images
     return +positions, +images
 
@@ -144,7 +144,7 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut
 
     def drawn(num_epochs: int, **values) -> dict[int, set]:
         logical, found = logical_of(folder, **values), defaultdict(set)
-        while min(p.epoch for p in logical.state.pending) < num_epochs if logical.state.pending else True:
+        while min(p.key.epoch for p in logical.state.pending) < num_epochs if logical.state.pending else True:
             row = arrays(logical.next_row())
             for slot in np.flatnonzero(row["image_start"] >= 0):
                 draw = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["t"][slot]
@@ -257,7 +257,7 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_whole(tmp_path):
     )._streams.values()
     cut = set()
     for _ in range(60):
-        cut |= {pending.order for pending in logical.state.pending if pending.start}
+        cut |= {pending.key.order for pending in logical.state.pending if pending.start}
         row = arrays(logical.next_row())
         starts = row["image_start"][row["image_start"] >= 0]
         assert (row["tokens"][starts - 1] == IDS.boi).all()

@@ -209,7 +209,7 @@ def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
             document = row["row_start"][start]
             found[tuple(row["tokens"][document:start])] += 1
     epoch, order, _ = stream.state.position["pairs"]
-    waiting = sum(pending.source == "pairs" for pending in stream.state.pending)
+    waiting = sum(pending.key.source == "pairs" for pending in stream.state.pending)
     assert epoch >= 2
     assert sum(found.values()) == epoch * 22 + order - waiting
     assert len(found) == 22

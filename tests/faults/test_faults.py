@@ -1,4 +1,4 @@
-"""The short form of `make test-faults`: each fault once or twice, on real processes.
+"""Short form of `make test-faults`: each fault once or twice, on real processes.
 
 Quick tests stand for those marked full: of kills, tests/train/test_lost_rank.py; of preemption,
 tests/train/test_preemption.py; of NaN gradients, tests/resilience/test_skipped_steps.py; of a slow disk and
@@ -35,11 +35,11 @@ def test_preemptions(bench):
 
 
 @pytest.mark.full
-def test_nan_in_one_ranks_gradient(bench):
+def test_nan_in_the_gradient_of_one_rank(bench):
     assert_survived(cases.nans(bench, victims=(1,)), 1)
 
 
-def test_back_to_a_checkpoint(bench):
+def test_rollback(bench):
     assert_survived(cases.rollback(bench), 1)
 
 
@@ -51,13 +51,13 @@ def test_full_disk(bench, policy):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
 @pytest.mark.parametrize("policy", ["continue", *full("stop")])
-def test_full_disk_under_the_whole_run(bench, policy):
+def test_full_disk_of_the_whole_run(bench, policy):
     assert_survived(cases.full_run_folder(bench, policy), 1)
 
 
 @pytest.mark.full
 def test_slow_disk(bench):
-    assert_survived(cases.crawling_disk(bench, "continue"), 1)
+    assert_survived(cases.slow_saves(bench, "continue"), 1)
 
 
 @pytest.mark.full
