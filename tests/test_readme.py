@@ -1,4 +1,4 @@
-"""What README promises: its commands run, in order, and the quickstart's report has its figures."""
+"""README: its commands run, in order, and the quickstart's report has its figures."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What bad shards do: named with their place and the way out, or left out and counted, alike everywhere."""
+"""Bad shards are named with their location and the way out, or skipped and counted, on every rank alike."""
 
 import io
 import json

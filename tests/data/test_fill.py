@@ -1,4 +1,4 @@
-"""What rows hold: nearly every position is real, weights are kept, nothing is lost or doubled."""
+"""Packed rows: nearly every position is real, source weights are kept, nothing is lost or repeated."""
 
 import itertools
 from collections import Counter

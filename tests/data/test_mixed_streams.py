@@ -102,7 +102,7 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
 
 
 def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_path, sources):
-    """Whatever further sizes a model knows, images of the first are drawn as they were."""
+    """Images of the first size are sampled alike, with or without further sizes."""
     documents = [
         stored({"key": f"k{i}"}, np.arange(3, 9, dtype=np.int32), np.zeros((2, 1, 4, 4), np.float16))
         for i in range(20)

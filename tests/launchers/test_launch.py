@@ -165,7 +165,7 @@ def test_a_refused_launch_changes_no_file_of_earlier_jobs(config_file, run_value
         ("HOME2=$HOME", r"2: '\$' in the value of HOME2; nothing is expanded here"),
         ("A='`touch evil`'", "2: '`' in the value of A"),
         ("SBATCH_WRAP=evil", "2: SBATCH_WRAP: a site sets account, .*, and not wrap"),
-        ("SBATCH_PARTITION='a b'", "2: 'a b' is no value of sbatch's --partition"),
+        ("SBATCH_PARTITION='a b'", "2: 'a b' is not a valid value of sbatch's --partition"),
         ("WORLD_SIZE=8", "2: WORLD_SIZE is set by the launcher"),
         ("MASTER_ADDR=a", "name the first node's address in MEGAFUSION_MASTER_ADDR"),
         *[
