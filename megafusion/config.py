@@ -68,7 +68,7 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
         new_names = {name for location in unknown for name in _new_names(cls, location)}
         # The new name of a renamed key is missing too, which is the same mistake.
-        details = [d for d in details if d["type"] != "missing" or _walk(cls, d["loc"])[1] not in new_names]
+        details = [d for d in details if d["type"] != "missing" or _path(cls, d["loc"]) not in new_names]
         lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
         raise UserError("\n".join(lines)) from error
     except TypeError as error:
@@ -94,31 +94,29 @@ class Key(NamedTuple):
     about: str
 
 
-def keys_of(cls: type[Config]) -> Iterator[Key]:
+def keys_of(cls: type[Config], parent: str = "") -> Iterator[Key]:
     """Every key of a configuration and of those within it; NAME stands for any name."""
-    for parent, inner in _classes_with_paths(cls):
-        for name, field in inner.model_fields.items():
-            if any(_configs_in(field.annotation)):
-                continue
-            default = "required" if field.is_required() else json.dumps(field.default, default=str)
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            yield Key(parent + name, default, choices, " ".join((field.description or "").split()))
+    for name, field in cls.model_fields.items():
+        path = parent + name
+        if inner := _configs_in(field.annotation):
+            for config in inner:
+                yield from keys_of(
+                    config, f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}."
+                )
+            continue
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        yield Key(path, default, choices, " ".join((field.description or "").split()))
 
 
-def renamed_keys_of(cls: type[Config]) -> Iterator[tuple[str, list[str]]]:
+def renamed_keys_of(cls: type[Config], parent: str = "") -> Iterator[tuple[str, list[str]]]:
     """Dotted paths of the keys of earlier versions, and of the keys that replace each."""
-    for parent, inner in _classes_with_paths(cls):
-        for old, names in inner.renamed_keys.items():
-            yield parent + old, [n[1:] if n.startswith(".") else parent + n for n in names.split()]
-
-
-def _classes_with_paths(cls: type[Config], parent: str = "") -> Iterator[tuple[str, type[Config]]]:
-    """A configuration class and those within it, each with the prefix of its keys."""
-    yield parent, cls
+    for old, names in cls.renamed_keys.items():
+        yield parent + old, [n[1:] if n.startswith(".") else parent + n for n in names.split()]
     for name, field in cls.model_fields.items():
         infix = ".NAME." if get_origin(field.annotation) is dict else "."
         for inner in _configs_in(field.annotation):
-            yield from _classes_with_paths(inner, f"{parent}{name}{infix}")
+            yield from renamed_keys_of(inner, f"{parent}{name}{infix}")
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:
@@ -134,21 +132,22 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 
 def _describe(cls: type[Config], detail: dict) -> str:
     location = detail["loc"]
-    owner, parent = _walk(cls, location[:-1])
-    _, path = _walk(cls, location)
+    path = _path(cls, location)
     value = detail["input"]
     if isinstance(value, str) and location:
-        moved_to = owner.moved_values.get((str(location[-1]), value))
+        moved_to = _resolve(cls, location[:-1])[0].moved_values.get((str(location[-1]), value))
         if moved_to:
             return f"{path}: {value} has moved: write {moved_to}"
     match detail["type"]:
         case "extra_forbidden":
             if new_names := _new_names(cls, location):
                 return f"key {path!r} was renamed: it is {' and '.join(map(repr, new_names))} now"
+            owner, parents = _resolve(cls, location[:-1])
             fields = list(owner.model_fields)
             nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
+            parent = "".join(f"{part}." for part in parents)
             hint = (
-                f"did you mean {f'{parent}.{nearest[0]}'.lstrip('.')!r}?"
+                f"did you mean {parent + nearest[0]!r}?"
                 if nearest
                 else f"valid keys: {', '.join(sorted(fields))}"
             )
@@ -164,31 +163,37 @@ def _describe(cls: type[Config], detail: dict) -> str:
             return f"{where}{detail['msg']} (got {detail['input']!r})"
 
 
-def _walk(cls: type[Config], location: Sequence[str | int]) -> tuple[type[Config], str]:
-    """The configuration class at a location, and its dotted path without pydantic's tags of union members."""
-    path, tags = [], {}
-    for part in location:
-        if part in tags:
-            cls, tags = tags[part], {}
-            continue
-        path.append(str(part))
-        if part in cls.model_fields:  # else an index of a list or a key of a mapping
-            inner = _configs_in(cls.model_fields[part].annotation)
-            tags = {c.model_fields["kind"].default: c for c in inner} if len(inner) > 1 else {}
-            cls = next(iter(inner), cls)
-    return cls, ".".join(path)
+def _path(cls: type[Config], location: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in _resolve(cls, location)[1])
 
 
 def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
     """The new dotted paths of a key of an earlier version; none for a key that never existed."""
     *parents, name = location
-    owner, path = _walk(cls, parents)
-    names = owner.renamed_keys.get(str(name), "").split()
-    return [name[1:] if name.startswith(".") else f"{path}.{name}".lstrip(".") for name in names]
+    names = _resolve(cls, parents)[0].renamed_keys.get(str(name), "").split()
+    return [name[1:] if name.startswith(".") else _path(cls, [*parents, name]) for name in names]
+
+
+def _resolve(cls: type[Config], location: Sequence[str | int]) -> tuple[type[Config], list[str | int]]:
+    """The configuration class at a location, and the location without the kinds that pydantic inserts.
+
+    In a union of classes with a `kind`, the kind stands behind the union's key.
+    """
+    keys: list[str | int] = []
+    kinds: dict[str | int, type[Config]] = {}
+    for part in location:
+        if part in kinds:
+            cls, kinds = kinds[part], {}
+            continue
+        keys.append(part)
+        if part in cls.model_fields:  # not an index of a list or a key of a mapping
+            configs = _configs_in(cls.model_fields[part].annotation)
+            kinds = {c.model_fields["kind"].default: c for c in configs} if len(configs) > 1 else {}
+            cls = configs[0] if configs else cls
+    return cls, keys
 
 
 def _configs_in(annotation: Any) -> list[type[Config]]:
-    """Configuration classes that an annotation names, each kind of a union."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, Config) else []
     return [found for part in get_args(annotation) for found in _configs_in(part)]
