@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what it holds, and what it was made with. Imports no torch."""
+"""The manifest of a folder of shards: its contents and origin. Imports no torch."""
 
 import json
 from collections import Counter
@@ -45,7 +45,7 @@ class ShardSummary(Config):
 
 
 class Manifest(Config):
-    """What a folder of shards holds, and what it was made with."""
+    """Contents and origin of a folder of shards."""
 
     format: Literal["megafusion-shards/1"] = "megafusion-shards/1"
     """Version of the layout."""
