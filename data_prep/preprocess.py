@@ -21,7 +21,7 @@ from data_prep.fingerprint import InputFingerprint, write_hashes
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import Pool, Throughput
 from data_prep.readers.splits import find_splits
-from data_prep.report import summary, write_report, write_sheet
+from data_prep.report import summary_line, write_report, write_sheet
 from data_prep.scan import table_path
 from data_prep.worker import ShardTask, WorkerSettings
 from data_prep.write import read_summary, summary_path
@@ -35,17 +35,17 @@ NAMES: dict[Kind, str] = {"pair": "pairs", "text": "texts", "interleaved": "docu
 
 
 class ShardRange(NamedTuple):
-    """The shards that a command writes: every count-th from the index-th on."""
+    """The shards that one of several tasks writes: every num_tasks-th from the task-th on."""
 
-    index: int = 0
-    count: int = 1
+    task: int = 0
+    num_tasks: int = 1
 
 
 def parse_range(text: str) -> ShardRange:
     """Parse I/N, I from 0. UserError for anything else."""
-    index, _, count = text.partition("/")
-    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
-        return ShardRange(int(index), int(count))
+    task, _, num_tasks = text.partition("/")
+    if task.isdecimal() and num_tasks.isdecimal() and int(task) < int(num_tasks):
+        return ShardRange(int(task), int(num_tasks))
     raise UserError(f"--shard-range {text}: is not I/N with I from 0 to N - 1; 0/8 is the first of eight")
 
 
@@ -123,17 +123,17 @@ class _Job:
         settings = WorkerSettings(
             self._kind, self._config, self._splits, self._selected_keys, self._partial, self._work
         )
-        index, count = self._shard_range or ShardRange()
+        task, num_tasks = self._shard_range or ShardRange()
         with Pool(settings, self._config.num_workers) as pool:
             # Each task starts at its own share of the splits, then scans the rest: none waits for another.
-            first = index * len(self._splits) // count
+            first = task * len(self._splits) // num_tasks
             self._map(pool, "scan", [*range(first, len(self._splits)), *range(first)], None)
             plan = make_plan(self._splits, self._tables(), self._config, self._selected_keys)
             per_shard = self._config.documents_per_shard
             num_shards = plan.num_shards(per_shard)
             if not num_shards:
                 raise UserError(f"{self.folder}: the inputs hold no valid document; nothing is written")
-            tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(index, num_shards, count)]
+            tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(task, num_shards, num_tasks)]
             self._map(pool, "write", tasks, sum(len(task.rows) for task in tasks))
         return self._finish(plan, num_shards)
 
@@ -155,8 +155,9 @@ class _Job:
         )
 
     def _finish(self, plan: Plan, num_shards: int) -> Manifest | None:
-        summaries = [read_summary(summary_path(self._work, number)) for number in range(num_shards)]
-        if missing := summaries.count(None):
+        found = (read_summary(summary_path(self._work, number)) for number in range(num_shards))
+        summaries = [summary for summary in found if summary]
+        if missing := num_shards - len(summaries):
             self._print(
                 f"{self.folder}: {missing} of {num_shards} shards are left to other tasks; the last to "
                 "finish writes the manifest, or the same command without --shard-range"
@@ -175,11 +176,11 @@ class _Job:
         manifest = write_manifest(self._partial, summaries, fields)
         write_report(self._partial, plan, manifest)
         self._replace()
-        self._print(summary(self.folder, plan, manifest))
+        self._print(summary_line(self.folder, plan, manifest))
         return self._finished()
 
     def _tables(self) -> list[Path]:
-        return [table_path(self._work, split.index) for split in self._splits]
+        return [table_path(self._work, split.number) for split in self._splits]
 
     def _is_first_to_finish(self) -> bool:
         try:

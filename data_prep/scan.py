@@ -105,7 +105,7 @@ def _num_lines(split: InputSplit) -> int:
 
 def _renumbered(split: InputSplit, record: Record) -> Record:
     """A record whose key is its number in the complete file."""
-    if split.opens_file or split.files[0].suffix.lower() == ".parquet":
+    if not split.span or split.opens_file or split.files[0].suffix.lower() == ".parquet":
         return record
     return Record(str(int(record.key) + count_lines(split.files[0], 0, split.span[0])), record.location)
 

@@ -1,15 +1,14 @@
-"""The one exception that means: the user can fix this."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
     """Bad input from outside (a file, a key, a value).
 
-    The message names the fault and the way out. The command line prints it without a traceback and exits with
-    `exit_status`; any other exception that escapes is a bug and keeps its traceback.
+    The message names the fault and the way out. The command line prints it without a traceback; any other
+    exception that escapes is a bug and keeps its traceback. on_every_rank: every rank of a run raises this
+    error with the same message, which rank 0 prints. exit_status: an ExitStatus; None for REFUSED.
     """
 
-    on_every_rank = False
-    """Whether every rank of a run raises this error with the same message, which rank 0 prints."""
-
-    exit_status: int | None = None
-    """An ExitStatus; None for REFUSED."""
+    def __init__(self, message: str, *, on_every_rank: bool = False, exit_status: int | None = None):
+        super().__init__(message)
+        self.on_every_rank, self.exit_status = on_every_rank, exit_status

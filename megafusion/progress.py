@@ -1,4 +1,4 @@
-"""The one progress bar that every command shows for what takes longer than a few seconds."""
+"""The progress bar of every command."""
 
 from rich.console import Console
 from rich.progress import (

@@ -1,4 +1,4 @@
-"""What most tests need: a tokenizer, a small autoencoder, shards made from a few real pairs, a small run."""
+"""Shared fixtures: a tokenizer, a small autoencoder, shards made from a few real pairs, a small run."""
 
 import os
 from pathlib import Path

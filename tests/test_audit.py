@@ -1,4 +1,4 @@
-"""What `make audit` makes of reports in the form of pip-audit 2.10.1."""
+"""`make audit` reads reports in the format of pip-audit 2.10.1."""
 
 import json
 import os

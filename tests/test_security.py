@@ -1,4 +1,4 @@
-"""What SECURITY.md says of our sources: where pickle is read, and that no string becomes a command."""
+"""SECURITY.md's claims about our sources: where pickle is read, and that no string becomes a command."""
 
 import ast
 from collections.abc import Iterator

@@ -32,7 +32,7 @@ class JsonlDocuments(LineReader):
 
     def read(self, record: Record) -> list[str | bytes]:
         """Texts and encoded images in order. Raises BadRecord."""
-        return document_segments(parse_json_line(super().read(record)), self._named_images)
+        return document_segments(parse_json_line(self.line(record)), self._named_images)
 
 
 class ParquetDocuments(ParquetReader):
@@ -52,44 +52,44 @@ class NamedImages:
 
     def __init__(self, source: Path | None):
         self._source = source
-        self._members: dict[str, Any] | None = None
+        self._members: dict[str, tuple[int, int] | str] | None = None
 
     def __call__(self, name: str) -> bytes:
         """An encoded image. Raises BadRecord."""
         missing = URL if "://" in name else MISSING
         if self._source is None:
             raise BadRecord(URL if missing == URL else NO_DOCUMENT_IMAGES)
-        return self._from_folder(name, missing) if self._source.is_dir() else self._from_tar(name, missing)
-
-    def _from_folder(self, name: str, missing: str) -> bytes:
-        try:
-            path = (self._source / name).resolve()
-            if path.is_relative_to(self._source.resolve()):
-                return path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise BadRecord(missing) from error
-        raise BadRecord("an image's name is a path that leads out of document_images")
-
-    def _from_tar(self, name: str, missing: str) -> bytes:
+        if self._source.is_dir():
+            return _read_in_folder(self._source, name, missing)
         if self._members is None:
             self._file = self._source.open("rb", buffering=0)
-            self._members = {n: member for n, member in self._tar_members() if isinstance(member, tuple)}
-        if name not in self._members:
+            self._members = dict(_tar_members(self._source))
+        member = self._members.get(name)
+        if not isinstance(member, tuple):
             raise BadRecord(missing)
-        offset, size = self._members[name]
+        offset, size = member
         return os.pread(self._file.fileno(), size, offset)
 
-    def _tar_members(self) -> Iterator[tuple[str, Any]]:
-        names = set()
-        for name, member in tar_files(self._source):
-            if member is None:
-                raise UserError(
-                    f"{self._source}: is corrupt, or not an uncompressed tar; fetch or pack it again"
-                )
-            if name in names:
-                raise UserError(f"{self._source}: has {name!r} twice; pack it again")
-            names.add(name)
-            yield name, member
+
+def _read_in_folder(folder: Path, name: str, missing: str) -> bytes:
+    try:
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()):
+            return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadRecord(missing) from error
+    raise BadRecord("an image's name is a path that leads out of document_images")
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, tuple[int, int] | str]]:
+    names = set()
+    for name, member in tar_files(path):
+        if member is None:
+            raise UserError(f"{path}: is corrupt, or not an uncompressed tar; fetch or pack it again")
+        if name in names:
+            raise UserError(f"{path}: has {name!r} twice; pack it again")
+        names.add(name)
+        yield name, member
 
 
 def document_segments(values: dict, named_images: Callable[[str], bytes]) -> list[str | bytes]:

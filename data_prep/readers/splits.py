@@ -9,7 +9,7 @@ from typing import NamedTuple
 from data_prep.config import PreprocessConfig
 from data_prep.readers.image_folder import ImageFolderReader, sidecar_files
 from data_prep.readers.interleaved import JsonlDocuments, NamedImages, ParquetDocuments
-from data_prep.readers.jsonl import JsonlReader, LineReader, byte_ranges
+from data_prep.readers.jsonl import JsonlReader, TextReader, byte_ranges
 from data_prep.readers.parquet import ParquetPairs, ParquetTexts, row_group_ranges
 from data_prep.readers.records import Reader
 from data_prep.readers.webdataset import IMAGE_SUFFIXES, TarReader
@@ -24,7 +24,7 @@ COMPRESSED_SUFFIXES = {".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"}
 class InputSplit(NamedTuple):
     """The input that one process scans at a time: a file, a part of one, or images of a folder."""
 
-    index: int
+    number: int
     folder: Path | None
     """The folder of the images; None: one file of many records."""
     files: tuple[Path, ...]
@@ -40,7 +40,7 @@ class InputSplit(NamedTuple):
 def find_splits(kind: Kind, config: PreprocessConfig) -> list[InputSplit]:
     """Every split of a kind's inputs, in order. UserError for a missing path."""
     paths = {"pair": config.images, "text": config.texts, "interleaved": config.documents}[kind]
-    found = []
+    found: list[tuple] = []
     for path in paths:
         if path.is_dir():
             found += _of_folder(kind, path)
@@ -48,7 +48,7 @@ def find_splits(kind: Kind, config: PreprocessConfig) -> list[InputSplit]:
             found += _of_file(kind, path)
         else:
             raise UserError(f"{path}: no such file or folder to preprocess")
-    return [InputSplit(index, *split) for index, split in enumerate(found)]
+    return [InputSplit(number, *split) for number, split in enumerate(found)]
 
 
 def open_reader(kind: Kind, split: InputSplit, config: PreprocessConfig, named_images: NamedImages) -> Reader:
@@ -63,10 +63,12 @@ def open_reader(kind: Kind, split: InputSplit, config: PreprocessConfig, named_i
         columns = (config.image_column, config.caption_column, list(config.filters.scores))
         return ParquetPairs(path, *columns) if suffix == ".parquet" else TarReader(path)
     if kind == "interleaved":
-        return (ParquetDocuments if suffix == ".parquet" else JsonlDocuments)(path, named_images)
+        if suffix == ".parquet":
+            return ParquetDocuments(path, named_images)
+        return JsonlDocuments(path, named_images)
     if suffix == ".parquet":
         return ParquetTexts(path, config.text_column)
-    return JsonlReader(path, config.text_column) if suffix == ".jsonl" else LineReader(path)
+    return JsonlReader(path, config.text_column) if suffix == ".jsonl" else TextReader(path)
 
 
 def split_files(split: InputSplit) -> list[Path]:

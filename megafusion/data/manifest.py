@@ -45,7 +45,7 @@ class ShardSummary(Config):
 
 
 class Manifest(Config):
-    """Contents and origin of a folder of shards."""
+    """Contents of a folder of shards, and what it was made with."""
 
     format: Literal["megafusion-shards/1"] = "megafusion-shards/1"
     """Version of the layout."""

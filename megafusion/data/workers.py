@@ -27,7 +27,7 @@ class _Refusal(NamedTuple):
 
 
 class _Batches(IterableDataset):
-    """Yields the results of this worker's builder, batch after batch."""
+    """The batches that this worker's builder returns, one after another."""
 
     def __init__(self, builders: Sequence[Callable[[int], Any]], first_batch: int):
         self._builders, self._first_batch = builders, first_batch
@@ -67,7 +67,7 @@ class Workers:
         self._end = weakref.finalize(self, _kill, list(self._iterator._workers))
 
     def next(self) -> list[Any]:
-        """The results of all workers for the next batch. Raises UserError as a worker did."""
+        """Each worker's part of the next batch. Re-raises a worker's UserError."""
         try:
             parts = [next(self._iterator) for _ in range(self._num_workers)]
         except RuntimeError as error:

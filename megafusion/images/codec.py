@@ -1,19 +1,23 @@
 """Images to latents and back, by any diffusers AutoencoderKL folder.
 
-diffusers' models are imported when an autoencoder is loaded: they take longer than torch.
+diffusers' models take longer to import than torch. They are imported, and the weights loaded, when a model is
+first used: a training run on stored latents needs no more than the hash until it draws samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +31,19 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+DEFAULTS = {
+    "act_fn": "silu",
+    "block_out_channels": (64,),
+    "down_block_types": ("DownEncoderBlock2D",),
+    "in_channels": 3,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "up_block_types": ("UpDecoderBlock2D",),
+}
+"""AutoencoderKL's defaults of the keys that are read here, which older folders leave out."""
 # Configuration that the names and shapes of the weights do not imply. Listed, because later versions of
 # diffusers add keys with defaults, which must not change the hash of the same autoencoder.
 HASHED_KEYS = (
@@ -47,39 +64,26 @@ class ImageCodec:
     """
 
     def __init__(self, model: AutoencoderKL) -> None:
+        self._read(model.config)
         self.model = model.eval()
-        self.unshuffle = unshuffle_factor(model)
-        num_halvings = len(model.config.block_out_channels) - 1
+
+    def _read(self, config: Mapping[str, Any]) -> None:
+        self.unshuffle = unshuffle_factor(config)
+        num_halvings = len(config["block_out_channels"]) - 1
         self.downsampling = self.unshuffle * 2**num_halvings
-        self.latent_channels: int = model.config.latent_channels
-        self.scaling_factor: float = model.config.scaling_factor
-        self.shift_factor: float = model.config.shift_factor or 0.0
+        self.latent_channels: int = config["latent_channels"]
+        self.scaling_factor: float = config["scaling_factor"]
+        self.shift_factor: float = config["shift_factor"] or 0.0
 
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> ImageCodec:
-        """Load `path`/config.json and its safetensors weights. Raises UserError if not an AutoencoderKL."""
-        from diffusers import AutoencoderKL
-
-        path = Path(path)
-        _check_folder(path)
-        try:
-            model = AutoencoderKL.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-            )
-        except Exception as error:  # of many types; the user's way out is the same
-            raise UserError(f"{path}: not loadable as an AutoencoderKL: {error}") from error
-        return cls(model.to(device).requires_grad_(False))
+        """Open `path`/config.json and its safetensors weights. Raises UserError if not an AutoencoderKL."""
+        return _SavedCodec(Path(path), device)
 
     @cached_property
     def hash(self) -> str:
         """sha256 of configuration and weights: equal on every machine, changed by any retraining."""
-        config = {key: self.model.config[key] for key in HASHED_KEYS}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            values = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
+        return _hash(self.model.config, self.model.state_dict())
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of images of `height` x `width` pixels. Raises UserError if f does not divide them."""
@@ -118,13 +122,63 @@ class ImageCodec:
         return latents / self.scaling_factor + self.shift_factor
 
 
-def unshuffle_factor(model: AutoencoderKL) -> int:
-    """f of a model with 3 f^2 input channels. Raises UserError for any other count."""
-    channels = model.config.in_channels
+class _SavedCodec(ImageCodec):
+    """The codec of a folder."""
+
+    def __init__(self, path: Path, device: torch.device | str) -> None:
+        self._path, self._device = path, device
+        self._config = DEFAULTS | _read_config(path)
+        with _user_errors(path), safe_open(path / WEIGHTS_NAME, "pt") as weights:
+            self._read(self._config)
+            # Names of old versions, which diffusers renames.
+            self._is_renamed = any(".proj_attn." in name for name in weights.keys())  # noqa: SIM118
+
+    @cached_property
+    def model(self) -> AutoencoderKL:  # type: ignore[override]
+        from diffusers import AutoencoderKL
+
+        with _user_errors(self._path):
+            model = AutoencoderKL.from_pretrained(
+                self._path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            )
+        return model.to(self._device).requires_grad_(False).eval()
+
+    @cached_property
+    def hash(self) -> str:
+        if self._is_renamed:
+            return _hash(self.model.config, self.model.state_dict())
+        weights = load_file(self._path / WEIGHTS_NAME)
+        return _hash(self._config, {name: weight.float() for name, weight in weights.items()})
+
+
+def _hash(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    described = {key: config[key] for key in HASHED_KEYS}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        values = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    """Turn what diffusers and safetensors raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of many types; the user's way out is the same
+        raise UserError(f"{path}: not loadable as an AutoencoderKL: {error}") from error
+
+
+def unshuffle_factor(config: Mapping[str, Any]) -> int:
+    """f where the model's input has 3 f^2 channels. Raises UserError for any other count."""
+    channels = config["in_channels"]
     factor = round((channels / 3) ** 0.5)
-    if 3 * factor**2 != channels or model.config.out_channels != channels:
+    if 3 * factor**2 != channels or config["out_channels"] != channels:
         raise UserError(
-            f"autoencoder in_channels {channels}, out_channels {model.config.out_channels}: "
+            f"autoencoder in_channels {channels}, out_channels {config['out_channels']}: "
             "both must be the same 3 f^2 (3, 12, 27, 48, ...)"
         )
     return factor
@@ -132,25 +186,27 @@ def unshuffle_factor(model: AutoencoderKL) -> int:
 
 def encode(model: AutoencoderKL, pixels_N3HW: Tensor) -> DiagonalGaussianDistribution:
     """The posterior of pixels in [-1, 1], raw and with gradients."""
-    return model.encode(F.pixel_unshuffle(pixels_N3HW, unshuffle_factor(model))).latent_dist
+    return model.encode(F.pixel_unshuffle(pixels_N3HW, unshuffle_factor(model.config))).latent_dist
 
 
 def decode(model: AutoencoderKL, latents_NCHW: Tensor) -> Tensor:
     """Raw latents to pixels in about [-1, 1], not clamped, with gradients."""
-    return F.pixel_shuffle(model.decode(latents_NCHW).sample, unshuffle_factor(model))
+    return F.pixel_shuffle(model.decode(latents_NCHW).sample, unshuffle_factor(model.config))
 
 
-def _check_folder(path: Path) -> None:
-    """Raise UserError unless config.json names an AutoencoderKL and there are safetensors weights."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config.json of an AutoencoderKL folder with safetensors weights. Raises UserError for another."""
     advice = "name a diffusers AutoencoderKL folder (config.json and safetensors), or train one: train-vae"
     config_path = path / CONFIG_NAME
     if not config_path.is_file():
         raise UserError(f"{path}: no {CONFIG_NAME} there; {advice}")
     try:
-        found = json.loads(config_path.read_text(encoding="utf-8"))["_class_name"]
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        found = config["_class_name"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{config_path}: names no model class; {advice}") from error
     if found != "AutoencoderKL":
         raise UserError(f"{config_path}: a {found}, not an AutoencoderKL; {advice}")
     if not any(path.glob("*.safetensors")):
         raise UserError(f"{path}: no safetensors weights there; pickled ones are not read; {advice}")
+    return config

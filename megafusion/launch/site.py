@@ -1,4 +1,4 @@
-"""A site file: what a cluster wants of sbatch, and the environment of every process there.
+"""Site files: sbatch's options on a cluster, and the environment of every process there.
 
 python -m megafusion.launch.site FILE prints the environment as KEY=VALUE lines, for DeepSpeed's launcher.
 """
@@ -14,7 +14,7 @@ from megafusion.resilience.exit_status import ExitStatus
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"
 
-# Options of sbatch that a site may set; the others are the job's own.
+# Options of sbatch that a site may set; the job sets the others.
 SBATCH_OPTIONS = (
     "account",
     "constraint",
@@ -36,10 +36,10 @@ CONTAINERS = ("none", "apptainer", "enroot")
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION_VALUE = re.compile(r"[\w@%+=:,./\[\]-]+")
-# By a whole word of the name: NCCL_IB_PKEY and TOKENIZERS_PARALLELISM are none.
+# A whole word of the name must match: NCCL_IB_PKEY and TOKENIZERS_PARALLELISM do not.
 _SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD)S?(_|$)", re.IGNORECASE)
-# Set by the job, from SLURM, for every process.
-_OURS = (
+# Set by the job for every process.
+_RESERVED = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -53,19 +53,19 @@ _OURS = (
 
 @dataclass(frozen=True)
 class Site:
-    """The values of a site file, checked."""
+    """The validated values of a site file."""
 
     path: Path
     options: dict[str, str]
     """sbatch's options, without dashes."""
     environment: dict[str, str]
-    """Variables that every process gets."""
+    """Environment variables of every process."""
     ranks_per_node: int
     launcher: str
 
     @classmethod
     def load(cls, name: str) -> "Site":
-        """Read launchers/sites/NAME.env, or a file by its path. UserError names file and line."""
+        """Read launchers/sites/NAME.env, or a file by its path. Raises UserError with file and line."""
         path = Path(name) if "/" in name or name.endswith(".env") else SITES / f"{name}.env"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in SITES.glob("*.env")))
@@ -92,7 +92,7 @@ class Site:
 
 
 def _pair(line: str, where: str) -> tuple[str, str] | None:
-    """Key and value of a line; None for a comment or an empty one."""
+    """Key and value of a line; None for a comment or an empty line."""
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
@@ -102,18 +102,18 @@ def _pair(line: str, where: str) -> tuple[str, str] | None:
     key, equals, value = words[0].partition("=")
     if len(words) > 1 or not equals or not _KEY.fullmatch(key):
         raise UserError(f"{where}: {line!r} is not of the form KEY=VALUE; quote values with spaces")
-    # A shell that reads the file, as `sbatch launchers/slurm/train.sbatch` does, would expand them.
+    # A shell that sources the file, as in `sbatch launchers/slurm/train.sbatch`, would expand them.
     if bad := next((c for c in "$`\\\n" if c in value), None):
         raise UserError(f"{where}: {bad!r} in the value of {key}; nothing is expanded here: write it out")
     if key == "MEGAFUSION_MAX_STARTS":
         raise UserError(f"{where}: {key} was replaced by the run's key resilience.max_crashes; remove it")
-    if key in _OURS:
+    if key in _RESERVED:
         raise UserError(f"{where}: {key} is set by the launcher" + _hint(key))
     if _SECRET.search(key):
         raise UserError(
-            f"{where}: {key} looks like a secret, and a site's values stand in job scripts: export it in the "
-            "shell that you submit from, for sbatch hands that on (with deepspeed.sh log in on the machines, "
-            "as by `wandb login`)"
+            f"{where}: {key} looks like a secret, and a site's values are written into job scripts: "
+            "export it in the shell that you submit from, which sbatch passes on (with deepspeed.sh, log in "
+            "on the machines, as by `wandb login`)"
         )
     return key, value
 
@@ -127,7 +127,7 @@ def _option(key: str, value: str, where: str) -> str:
     if option not in SBATCH_OPTIONS:
         raise UserError(f"{where}: {key}: a site sets {', '.join(SBATCH_OPTIONS)}, and not {option}")
     if not _OPTION_VALUE.fullmatch(value):
-        raise UserError(f"{where}: {value!r} is no value of sbatch's --{option}")
+        raise UserError(f"{where}: {value!r} is not a valid value of sbatch's --{option}")
     return option
 
 
@@ -139,7 +139,7 @@ def _whole_number(path: Path, environment: dict[str, str], key: str) -> int:
 
 
 def check_launcher(value: str, origin: str) -> str:
-    """The value. UserError where it is no launcher."""
+    """Return a launcher's name. Raises UserError for any other value."""
     if value not in LAUNCHERS:
         raise UserError(f"{origin} is {' or '.join(LAUNCHERS)}, not {value!r}")
     return value

@@ -66,16 +66,12 @@ class ModelConfig(Config):
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         patch = self.latent_downsampling * self.patch_size
-        for size in self.image_sizes:
-            if any(side % patch for side in size):
-                raise ValueError(
-                    f"image_sizes: {format_sizes([size])} is not a multiple of latent_downsampling "
-                    f"{self.latent_downsampling} x patch_size {self.patch_size} = {patch} pixels"
-                )
+        if bad := [size for size in self.image_sizes if any(side % patch for side in size)]:
+            multiple = f"latent_downsampling x patch_size = {patch} pixels"
+            raise ValueError(f"image_sizes: {format_sizes(bad)} is not a multiple of {multiple}")
         if len(set(self.image_sizes)) < len(self.image_sizes):
-            raise ValueError(
-                f"image_sizes: {format_sizes(self.image_sizes)} has a size twice; name each once"
-            )
+            sizes = format_sizes(self.image_sizes)
+            raise ValueError(f"image_sizes: {sizes} has a size twice; name each once")
         return self
 
     @property

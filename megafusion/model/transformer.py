@@ -35,7 +35,7 @@ def rope_at(positions_BS: Tensor, head_dim: int, theta: float) -> Rope:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What blocks read besides the residual stream and the cache; made once a batch.
+    """Side inputs of every block besides the residual stream and the cache; made once a batch.
 
     mask: as the attention backend prepared it. rope: of the positions in the residual stream.
     """

@@ -43,16 +43,16 @@ def refuse_crash_loop(folder: Path, newest_step: int, max_crashes: int) -> None:
         if attempt not in ours or attempt["ended"] != CRASHED or attempt["resumed_at"] != newest_step:
             break
         num_crashes += 1
-    if not max_crashes or num_crashes < max_crashes or _is_running(folder):
+    if not max_crashes or num_crashes < max_crashes or is_running(folder):
         return
     cause = f" ({ours[-1]['error']})" if ours and "error" in ours[-1] else ""
-    error = UserError(
+    raise UserError(
         f"{folder}: crash loop: the last {num_crashes} attempts crashed without a checkpoint after step "
         f"{newest_step}{cause}; find the cause (RUN/logs/, RUN/stacks/), then launch the run again, or "
-        "start it once with resilience.max_crashes=0"
+        "start it once with resilience.max_crashes=0",
+        on_every_rank=True,
+        exit_status=ExitStatus.FAILED,
     )
-    error.on_every_rank, error.exit_status = True, ExitStatus.FAILED
-    raise error
 
 
 class Attempts:
@@ -90,12 +90,11 @@ class Attempts:
             raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
         if not is_locked:
             self._release()
-            error = UserError(
-                f"{self._folder}: {holder} trains in this folder; wait, stop it, or choose another out="
+            raise UserError(
+                f"{self._folder}: {holder} trains in this folder; wait, stop it, or choose another out=",
+                # One on another machine may be cut off and about to exit, so a retry can succeed.
+                exit_status=ExitStatus.FAILED if is_local else ExitStatus.RETRY,
             )
-            # One on another machine may be cut off and about to exit; then the same command resumes the run.
-            error.exit_status = ExitStatus.FAILED if is_local else ExitStatus.RETRY
-            raise error
         self._attempts = read_attempts(self._folder)
         for attempt in self._attempts:
             attempt.pop("is_open", None)  # this process is the run now
@@ -164,8 +163,8 @@ def _launch(start: str) -> tuple[str, int]:
     return launch, int(number or 0)
 
 
-def _is_running(folder: Path) -> bool:
-    """Whether a process trains in the folder: it holds the lock."""
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in a run folder, by its lock."""
     try:
         with (folder / STEP).open() as file:
             return not _lock(file.fileno(), kind=fcntl.LOCK_SH)

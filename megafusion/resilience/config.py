@@ -14,7 +14,7 @@ class ResilienceConfig(Config):
     """Consecutive skipped steps after which the run rolls back to its last checkpoint and skips the data
     since then."""
     spikes: Literal["off", "warn", "skip"] = "off"
-    """What to do with a step whose loss spikes: nothing; count and report it; skip it."""
+    """Action on a loss spike: off, none; warn, count and report it; skip, also skip the step."""
     spike_sigmas: float = Field(6.0, gt=0)
     """A spike is more than this many standard deviations above the mean of the last 128 losses (at least
     32)."""

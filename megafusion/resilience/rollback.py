@@ -58,12 +58,12 @@ class Rollback:
             if step is None
             else f"the run rolled back to step {step}, which is kept, before"
         )
-        error = UserError(
+        raise UserError(
             f"{self._in_a_row} consecutive steps had NaN, Inf or a loss spike, and {reason}; start again "
-            "with a lower optimizer.learning_rate"
+            "with a lower optimizer.learning_rate",
+            on_every_rank=True,
+            exit_status=ExitStatus.FAILED,
         )
-        error.on_every_rank, error.exit_status = True, ExitStatus.FAILED
-        raise error
 
     def figures(self) -> dict[str, int]:
         """Counts for a line of metrics."""

@@ -39,9 +39,8 @@ def self_test(folder: Path, device: torch.device, wants_stop: bool) -> tuple[lis
             bad.setdefault((result.host, failure), []).append(rank)
     if bad:
         lines = [f"{format_ranks(ranks)} on {host}: {failure}" for (host, failure), ranks in bad.items()]
-        error = UserError("\n  ".join(["start-up self-test failed; repair or exclude the node:", *lines]))
-        error.on_every_rank, error.exit_status = True, ExitStatus.FAILED
-        raise error
+        message = "\n  ".join(["start-up self-test failed; repair or exclude the node:", *lines])
+        raise UserError(message, on_every_rank=True, exit_status=ExitStatus.FAILED)
     return [result.host for result in results], any(result.wants_stop for result in results)
 
 

@@ -1,1 +1,1 @@
-"""What a mixed sequence is: text tokens, image patches, the intervals that they see, and packing."""
+"""Mixed sequences: documents of text tokens and image patches, their masks as intervals, packing."""

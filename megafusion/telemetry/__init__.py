@@ -1,0 +1,1 @@
+"""Metrics of a run: the metrics file, trackers, throughput, stragglers, status."""

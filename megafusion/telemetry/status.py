@@ -5,7 +5,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import yaml
 from rich.console import Console
 from rich.filesize import decimal
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from megafusion.checkpoint.folder import DAMAGED, complete_checkpoints, read_manifest, step_of
 from megafusion.errors import UserError
-from megafusion.resilience.attempts import STEP, read_attempts
+from megafusion.resilience.attempts import STEP, is_running, read_attempts
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 
 LAUNCHED = ("launch", "logs")
@@ -65,20 +64,11 @@ def _state(run: Path, attempts: list[dict], lines: list[dict]) -> tuple[str, int
         age = time.time() - latest["time"]
     began = f"step {step:,} began {_duration(age)} ago"
     if latest["host"] == socket.gethostname():
-        if _is_alive(latest["pid"], latest["time"]):
+        if is_running(run):
             return f"training, {began}", step
         return f"its process is gone, {began}; start it again to resume", step
     limit = max(SILENCE_SECONDS, 3 * (lines[-1]["step_seconds"] if lines else 0))
     return f"training on {latest['host']}, {began}" if age < limit else f"silent, {began}", step
-
-
-def _is_alive(pid: int, since: float) -> bool:
-    """Whether the process that existed at that time still runs: the system reuses process IDs."""
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _ended(attempt: dict) -> str:

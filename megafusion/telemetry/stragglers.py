@@ -1,4 +1,4 @@
-"""How fast each rank is, and how much memory it has held: gathered with the lines of metrics."""
+"""Speed and peak memory of each rank, gathered with the lines of metrics."""
 
 import resource
 import statistics
@@ -10,20 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-STRAGGLES = 1.5
-"""A rank whose forward pass takes so many times as long as its peers' is reported."""
-READINGS = 3
-"""In so many readings one after another."""
+STRAGGLER_RATIO, NUM_READINGS = 1.5, 3
+"""A rank is reported if its forward pass takes so many times its peers' in so many consecutive readings."""
 
 
 class StragglerMonitor:
-    """This rank's times since the last reading, and everyone's when all read together.
+    """Times this rank since the last reading, and gathers the times of all ranks in a reading.
 
-    A step lasts equally long on every rank, for they wait for each other; so what tells them apart is the
-    forward pass of a rank's own layers (which, with tensor parallelism or ZeRO 3, waits for others too: then
-    a group is slow together) and the waiting for data.
+    Ranks wait for each other, so a step takes equally long on all of them. They differ in the forward pass of
+    their own layers and in the wait for data. With tensor parallelism or ZeRO 3 a forward pass waits for
+    other ranks, so a whole group is slow together.
 
-    stage: the module of this rank's layers. hosts: every rank's. num_stages: ranks of one stage are compared.
+    stage: the module of this rank's layers. hosts: of all ranks. num_stages: pipeline stages; a rank is
+    compared with those of its stage.
     """
 
     def __init__(self, stage: nn.Module, device: torch.device, hosts: list[str], num_stages: int):
@@ -55,18 +54,18 @@ class StragglerMonitor:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around the fetch of a step's batch."""
+        """Time the block that fetches a step's batch."""
         began = time.perf_counter()
         yield
         self._data_seconds += time.perf_counter() - began
         self._num_steps += 1
 
     def read(self) -> tuple[dict[str, float], str | None]:
-        """Figures of a line of metrics, and a warning if a rank straggles. Called by every rank.
+        """Figures of a line of metrics, and a warning about a straggler. Called by every rank.
 
-        step_seconds, of all; forward_seconds, the median rank's; data_seconds, the largest wait; slowest_rank
-        and slowest_ratio to the median of its stage; host_memory_bytes and device_memory_bytes, the most that
-        a rank has held, and memory_bytes, the device's where there is one.
+        step_seconds, of all; forward_seconds, the median rank's; data_seconds, the longest wait; slowest_rank
+        and slowest_ratio to the median of its stage; host_memory_bytes and device_memory_bytes, the peak of
+        any rank, and memory_bytes, the device's if there is one, else the host's.
         """
         steps, now = max(1, self._num_steps), time.monotonic()
         forward = self._forward_seconds + sum(begin.elapsed_time(end) / 1e3 for begin, end in self._events)
@@ -94,8 +93,8 @@ class StragglerMonitor:
         return figures, self._warning(rank, ratio)
 
     def _slowest(self, forwards: list[float]) -> tuple[int, float]:
-        """The rank that takes longest beside the median of its stage (stages differ), and how many times."""
-        size = len(forwards) // self._num_stages  # the ranks of a stage are neighbours
+        """The slowest rank relative to its stage's median, and that ratio: stages have different layers."""
+        size = len(forwards) // self._num_stages  # ranks of a stage are consecutive
         medians = [statistics.median(forwards[i : i + size]) for i in range(0, len(forwards), size)]
         ratios = [own / (medians[rank // size] or 1.0) for rank, own in enumerate(forwards)]
         slowest = max(range(len(ratios)), key=ratios.__getitem__)
@@ -103,11 +102,11 @@ class StragglerMonitor:
 
     def _warning(self, rank: int, ratio: float) -> str | None:
         is_same = rank == self._slow_rank
-        self._times_slow = (self._times_slow * is_same + 1) if ratio > STRAGGLES else 0
+        self._times_slow = (self._times_slow * is_same + 1) if ratio > STRAGGLER_RATIO else 0
         self._slow_rank = rank
-        if self._times_slow != READINGS:
+        if self._times_slow != NUM_READINGS:
             return None
         return (
-            f"rank {rank} on {self._hosts[rank]} straggles: its forward pass takes {ratio:.1f} times as long "
-            "as its peers'"
+            f"rank {rank} on {self._hosts[rank]} is a straggler: its forward pass takes {ratio:.1f} times as "
+            "long as its peers'"
         )

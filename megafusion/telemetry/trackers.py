@@ -9,7 +9,6 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 from megafusion.errors import UserError
 from megafusion.storage import write_file
@@ -48,6 +47,8 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:

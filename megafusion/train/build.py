@@ -1,4 +1,4 @@
-"""What a run is made of, opened and checked before anything is written."""
+"""The components of a run, opened and checked before anything is written."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from megafusion.train.config import RunConfig
 
 @dataclass
 class Components:
-    """What a run is assembled from."""
+    """Tokenizer, autoencoder, data sources and loader of a run."""
 
     tokenizer: Tokenizer
     codec: ImageCodec
@@ -88,7 +88,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
 
 
 def _check_compiler() -> None:
-    """UserError where torch.compile would look for a C++ compiler in vain, at the first step."""
+    """Raise UserError if torch.compile would not find a C++ compiler at the first step."""
     names = [os.environ.get("CXX") or "g++", "c++", "clang++"]
     if not torch.cuda.is_available() and not any(map(shutil.which, names)):
         raise UserError(
@@ -98,7 +98,7 @@ def _check_compiler() -> None:
 
 
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
-    """UserError where a source's latents are not those of the model."""
+    """Raise UserError if a source's latents do not fit the model."""
     model = config.model
     if manifest.latent_shape and manifest.latent_shape[0] != model.latent_channels:
         raise UserError(
@@ -115,7 +115,7 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
 
 
 def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
-    """A pipeline of a run's model, its weights still to be put in."""
+    """A pipeline of a run's model, with weights not loaded yet."""
     pipeline_config = PipelineConfig(
         model=config.model,
         objective=config.objective,

@@ -48,13 +48,12 @@ class CheckpointPolicy:
             dist.broadcast_object_list(found)  # what rank 0 sees, because all ranks must load the same
             path, has_another, damaged = found[0]
             if path is None and damaged:
-                error = UserError(
+                raise UserError(
                     f"{self._folder}: only damaged checkpoints are left ({', '.join(damaged)}{said}); "
                     "restore one from a backup, under its name without the suffix, or choose another out= "
-                    "to start from scratch"
+                    "to start from scratch",
+                    on_every_rank=True,
                 )
-                error.on_every_rank = True
-                raise error
             if path is None:
                 return None
             try:

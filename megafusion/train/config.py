@@ -1,4 +1,4 @@
-"""One file describes a run."""
+"""RunConfig: the configuration of a run, composed of the sections of its components. Imports no torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class SamplesConfig(Config):
-    """Pictures drawn and captions written while training, to look at."""
+    """Sample sheets: images drawn and captions written while training."""
 
     every: int = Field(0, ge=0)
     """Steps between two sample sheets, a multiple of checkpoint.every; 0 for none."""
     num_pairs: int = Field(8, gt=0)
-    """Pairs of the first pair source whose caption is drawn and whose picture is described."""
+    """Pairs of the first pair source whose captions are drawn and whose images are described."""
 
 
 class RunConfig(Config):

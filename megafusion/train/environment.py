@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def environment() -> dict:
-    """What a run depends on beside its configuration and data: versions, devices, git state."""
+    """The environment of a run beside its configuration and data: versions, devices, git state."""
     packages = ("megafusion", "torch", "deepspeed", "diffusers", "numpy", "sentencepiece", "webdataset")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -29,7 +29,7 @@ def environment() -> dict:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the source tree; None outside a repository."""
+    """Output of git about the source tree; None outside a repository."""
     here = Path(__file__).parent
     try:
         answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The record of a run: its folder, frozen configuration, and what it was started with."""
+"""The run folder: frozen configuration, environment, and the checks of a resumed run against them."""
 
 import json
 from functools import reduce
@@ -10,7 +10,7 @@ from megafusion.errors import UserError
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
-# Keys that may differ between a run's start and its resumption: they decide no number of any step.
+# Keys that a resumed run may change: they change no number of any step.
 FREE_KEYS = (
     "out",
     "data.num_workers",
@@ -31,13 +31,13 @@ FREE_KEYS = (
 )
 
 RECIPE_KEYS = ("optimizer.learning_rate", "optimizer.gradient_clip")
-"""Keys that may also differ, for a run that would go astray otherwise; starts.json records what they were."""
+"""Keys that may also change, for a run that would diverge otherwise; starts.json records the old values."""
 
 
 def changed_recipe(config: RunConfig) -> dict[str, list] | None:
-    """What a run to be resumed changes of its recipe: by key, the value that it began with and the new one.
+    """Recipe keys that a resumed run changes: by key, the value that it began with and the new one.
 
-    None where the folder holds no run yet. UserError where it holds one that may not change so.
+    None if the folder holds no run yet. Raises UserError if other keys differ.
     """
     if not (config.out / "config.yaml").is_file():
         return None
@@ -53,13 +53,12 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
 
 
 def freeze(config: RunConfig) -> dict[str, list]:
-    """Write the run folder's record, or check that a run to be resumed is this one; see `changed_recipe`."""
+    """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`."""
     changed = changed_recipe(config)
     if changed is not None:
         _check_shards(config)
         return changed
-    # A start that hung has left its stacks, a launcher its job and logs, one that was killed a part of its
-    # record: no reason to refuse a start.
+    # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
     beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
     refuse_foreign(config.out, "config.yaml", beside)
     from megafusion.train.environment import environment  # imports torch, which `launch` does without
@@ -70,23 +69,23 @@ def freeze(config: RunConfig) -> dict[str, list]:
         write_file(config.out / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(
-            f"{config.out}: cannot be written ({error.strerror or error}); make room, or choose another out="
+            f"{config.out}: cannot be written ({error.strerror or error}); free space, or choose another out="
         ) from error
     return {}
 
 
 def _value(config: RunConfig, key: str) -> object:
-    """What stands at a dotted key."""
+    """The value at a dotted key."""
     return reduce(getattr, key.split("."), config)
 
 
 def _check_shards(config: RunConfig) -> None:
-    """UserError where a run to be resumed would read other shards than it began with."""
+    """Raise UserError if a resumed run would read other shards than before."""
     recorded = json.loads((config.out / "environment.json").read_text())["shards"]
     for name, hashes in _shard_hashes(config).items():
         if hashes != recorded[name]:
             raise UserError(
-                f"data.sources.{name}: other shards than {config.out} was started with; bring those back, or "
+                f"data.sources.{name}: other shards than {config.out} was started with; restore those, or "
                 "choose another out= to train on these"
             )
 
@@ -102,5 +101,5 @@ def load_run_config(folder: Path) -> RunConfig:
     """The frozen configuration of a run folder."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{folder}: no config.yaml, so no run folder; `megafusion train` makes one")
+        raise UserError(f"{folder}: no config.yaml, so not a run folder; `megafusion train` makes one")
     return load_config(RunConfig, path)

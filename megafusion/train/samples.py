@@ -1,4 +1,4 @@
-"""A sheet of what the model draws and writes at some step, beside the real pairs."""
+"""Sample sheets: images drawn and captions written by a checkpoint, beside the real pairs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,16 @@ from megafusion.train.config import RunConfig
 
 @dataclass(frozen=True)
 class SamplePairs:
-    """Captions and their real pictures, taken evenly from a source of pairs."""
+    """Captions and their real images, evenly spaced over a source of pairs."""
 
     captions: list[str]
-    pictures: list[Image.Image]
+    images: list[Image.Image]
 
 
 def sample_pairs(
     sources: dict[str, Source], pipeline: TransfusionPipeline, num_pairs: int
 ) -> SamplePairs | None:
-    """Pairs to draw and describe; None where no source has any."""
+    """Pairs to draw and describe; None if no source has any."""
     source = next((s for s in sources.values() if s.folder.manifest.kind == "pair"), None)
     if source is None:
         return None
@@ -36,45 +36,45 @@ def sample_pairs(
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
-        pictures=decode(first_images(chosen), pipeline.codec, pipeline.sizes),
+        images=decode(first_images(chosen), pipeline.codec, pipeline.sizes),
     )
 
 
 def show_samples(pipeline: TransfusionPipeline, pairs: SamplePairs, path: Path) -> tuple[Image.Image, str]:
-    """Draw the captions, describe the pictures, write the sheet; returns it and the captions written."""
+    """Draw the captions, describe the images, write the sheet; returns it and the generated captions."""
     drawn = pipeline.draw(pairs.captions)
-    described = pipeline.describe(pairs.pictures)
-    sheet = make_image_grid(list(zip(pairs.captions, pairs.pictures, drawn, strict=True)), ("real", "drawn"))
+    described = pipeline.describe(pairs.images)
+    sheet = make_image_grid(list(zip(pairs.captions, pairs.images, drawn, strict=True)), ("real", "drawn"))
     write_file(path, encode_png(sheet))
-    lines = [f"- {true} -> {said}" for true, said in zip(pairs.captions, described, strict=True)]
+    lines = [f"- {true} -> {found}" for true, found in zip(pairs.captions, described, strict=True)]
     write_file(path.with_suffix(".txt"), "\n".join(lines) + "\n")
     return sheet, "\n".join(lines)
 
 
 class Sampler:
-    """A second copy of the model that carries a checkpoint's averaged weights, and the pairs to try it on.
+    """A second copy of the model with a checkpoint's averaged weights, and the pairs to sample.
 
-    It is in host memory until it draws: training leaves no room on a device for a whole large model.
+    It is in host memory until it draws, because training leaves no room on a device for a whole large model.
     """
 
-    def __init__(self, config: RunConfig, parts: Components, device: torch.device):
-        self._config, self._parts, self._device = config, parts, device
+    def __init__(self, config: RunConfig, components: Components, device: torch.device):
+        self._config, self._components, self._device = config, components, device
         self._pipeline: TransfusionPipeline | None = None
         self._pairs: SamplePairs | None = None
 
     def pipeline(self, checkpoint: Path) -> TransfusionPipeline:
         """The pipeline with the averaged weights of a checkpoint."""
         if self._pipeline is None:
-            self._pipeline = make_pipeline(self._config, self._parts.tokenizer, self._parts.codec)
+            self._pipeline = make_pipeline(self._config, self._components.tokenizer, self._components.codec)
         shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
         self._pipeline.model.load_state_dict(load_full_tensors(checkpoint, shapes, "ema", verify=False))
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:
-        """A checkpoint's step, a sheet drawn, the captions written, both also in the run folder."""
+        """Write a sheet to the run folder; returns the checkpoint's step, the sheet, the captions."""
         pipeline = self.pipeline(checkpoint).to(self._device)
         self._pairs = self._pairs or sample_pairs(
-            self._parts.sources, pipeline, self._config.samples.num_pairs
+            self._components.sources, pipeline, self._config.samples.num_pairs
         )
         step = step_of(checkpoint)
         return step, *show_samples(

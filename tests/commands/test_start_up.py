@@ -9,7 +9,16 @@ import yaml
 
 from tests.support.small import ROOT
 
-HEAVY = {"torch", "deepspeed", "diffusers", "scipy", "pyarrow", "webdataset"}
+HEAVY = {
+    "diffusers.models",
+    "tensorboard",
+    "torch",
+    "deepspeed",
+    "diffusers",
+    "scipy",
+    "pyarrow",
+    "webdataset",
+}
 RUN_COMMAND = """
 import sys
 from megafusion.cli import main
@@ -67,6 +76,14 @@ def test_status_and_a_dry_run_of_launch_import_nothing_heavy(run_values, tmp_pat
     run.mkdir()
     (run / "config.yaml").write_text(config.read_text())
     assert heavy_imports("status", str(run)) == set()
+
+
+def test_training_imports_only_what_it_uses(run_values, tmp_path):
+    """Neither diffusers' models, nor what they import, nor a tracker that is not asked for."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run_values | {"telemetry": {"trackers": []}}))
+    found = heavy_imports("train", str(config), "--stop-after", "1")
+    assert found == {"torch", "deepspeed", "diffusers"}
 
 
 def test_a_list_of_checkpoints_imports_nothing_heavy(run_values, tmp_path):

@@ -1,4 +1,4 @@
-"""Bad shards: raised by name with the way out, or skipped and counted, the same on all ranks and restarts."""
+"""Bad shards are named with their location and the way out, or skipped and counted, on every rank alike."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Packed rows: nearly no padding, shares that follow the weights, no target lost or doubled."""
+"""Packed rows: nearly every position is real, source weights are kept, nothing is lost or repeated."""
 
 import itertools
 from collections import Counter

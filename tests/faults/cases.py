@@ -1,4 +1,4 @@
-"""The faults, a function each: how often it was tried, how often the run came out as if nothing had been."""
+"""One function per fault: number of tries, and how many of them left the run as an undisturbed one."""
 
 import os
 import random
@@ -17,19 +17,20 @@ import psutil
 from megafusion.checkpoint.folder import PARTIAL, complete_checkpoints, step_of, verify_checkpoint
 from megafusion.errors import UserError
 from megafusion.resilience.attempts import read_attempts
+from megafusion.resilience.exit_status import ExitStatus
 from megafusion.telemetry.metrics_file import read_metrics
-from tests.faults.hurts import nan_gradients, slow_disk, with_reference, without_batches
+from tests.faults.injections import nan_gradients, slow_disk, with_reference, without_batches
 from tests.faults.job import Job, newest, same_bits, step_of_run
 from tests.support.small import small_run
 
 NUM_STEPS = 16
-LAID_OUT = {"tensor": 2}
-"""Of four ranks: tensor 2 x data 2."""
+PARALLEL = {"tensor": 2}
+"""For four ranks: tensor 2 x data 2."""
 
 
 @dataclass
 class Case:
-    """One row of the table."""
+    """A row of the table."""
 
     name: str
     tried: int = 0
@@ -42,58 +43,58 @@ class Case:
         return self.tried - self.survived
 
     def count(self, broken: list[str]) -> None:
-        """A try, and what was not as it should be."""
+        """Count a try. broken: its failures."""
         self.tried += 1
         self.survived += not broken
         self.failures += broken
 
 
 class Bench:
-    """Where the runs are, what they start from, and the undisturbed runs that they are held against."""
+    """Folder of the runs, their shards, and the undisturbed runs that they are compared with."""
 
     def __init__(self, folder: Path, shards: Path, vae: Path):
         self.folder, self._shards, self._vae = folder, shards, vae
-        self._whole: dict[int, Path] = {}
+        self._undisturbed: dict[int, Path] = {}
         self._number = 0
 
     def values(self, world: int, **checkpoint: object) -> dict:
-        """A run in a folder of its own: 16 steps, a checkpoint every 2."""
+        """Configuration of a run of 16 steps in a new folder, with a checkpoint every 2."""
         self._number += 1
         values = small_run(self._shards, self._vae, self.folder / f"run-{self._number}")
         values["train"] |= {"num_steps": NUM_STEPS, "micro_batch_size": 1}
         values["checkpoint"] = {"every": 2, **checkpoint}
         values["telemetry"]["trackers"] = []
-        values["parallel"] = LAID_OUT if world == 4 else {}
-        # Kills fall on the same step as often as chance has it.
+        values["parallel"] = PARALLEL if world == 4 else {}
+        # Several random kills may fall between two checkpoints.
         values["resilience"] = {"max_crashes": 0}
         return values
 
-    def whole(self, world: int) -> Path:
-        """The undisturbed run on so many ranks, with every checkpoint that it ever made."""
-        if world not in self._whole:
-            self._whole[world] = self._finish(self.values(world, keep_last=NUM_STEPS), world)
-        return self._whole[world]
+    def undisturbed(self, world: int) -> Path:
+        """The undisturbed run on so many ranks, with all its checkpoints."""
+        if world not in self._undisturbed:
+            self._undisturbed[world] = self._finish(self.values(world, keep_last=NUM_STEPS), world)
+        return self._undisturbed[world]
 
-    def finish(self, values: dict, world: int, hurt: Callable | None = None) -> list[str]:
-        """Start a run, to its end; what is not as in the undisturbed one."""
-        with Job(values, world, hurt=hurt) as job:
+    def finish(self, values: dict, world: int, inject: Callable | None = None) -> list[str]:
+        """Train to the end; returns the differences to the undisturbed run."""
+        with Job(values, world, inject=inject) as job:
             statuses = job.end()
             if statuses != [0] * world:
-                return [f"ended with {statuses}: {job.said()[-300:]}"]
+                return [f"ended with {statuses}: {job.output()[-300:]}"]
         return self.differences(job.run, world)
 
     def differences(self, run: Path, world: int) -> list[str]:
-        same = step_of(newest(run)) == NUM_STEPS and same_bits(newest(run), newest(self.whole(world)))
+        same = step_of(newest(run)) == NUM_STEPS and same_bits(newest(run), newest(self.undisturbed(world)))
         return [] if same else [f"{run.name}: not the undisturbed run's weights and moments"]
 
-    def _finish(self, values: dict, world: int, hurt: Callable | None = None) -> Path:
-        with Job(values, world, hurt=hurt) as job:
-            assert job.end() == [0] * world, job.said()
+    def _finish(self, values: dict, world: int, inject: Callable | None = None) -> Path:
+        with Job(values, world, inject=inject) as job:
+            assert job.end() == [0] * world, job.output()
         return job.run
 
 
 def verified(run: Path) -> list[str]:
-    """What is wrong with a run's checkpoints."""
+    """Errors of a run's checkpoints."""
     broken = []
     for checkpoint in complete_checkpoints(run / "checkpoints"):
         try:
@@ -104,9 +105,9 @@ def verified(run: Path) -> list[str]:
 
 
 def kills(bench: Bench, number: int, seed: int = 0) -> Case:
-    """SIGKILL of a random rank of 2 x 2 at random moments, every third one while a checkpoint is written."""
+    """SIGKILL of a random rank of 2 x 2 at random moments, every third time during a save."""
     case, draw, world = Case(f"SIGKILL of one of 2 x 2 ranks, {number} times"), random.Random(seed), 4
-    whole = bench.whole(world)
+    undisturbed = bench.undisturbed(world)
     values = bench.values(world, keep_last=3)
     in_checkpoints = 0
     for kill in range(number):
@@ -128,22 +129,22 @@ def kills(bench: Bench, number: int, seed: int = 0) -> Case:
             statuses = job.end()
         broken = verified(run)
         others = {status for rank, status in enumerate(statuses) if rank != victim}
-        # A rank that has not come to its command yet ends with the launcher's signal.
+        # A rank that has not started the command yet is terminated by the launcher.
         has_begun = len(read_attempts(run)) > num_attempts
-        if not others <= ({75, 0} if has_begun else {75, 0, -15, -9}):
+        if not others <= ({ExitStatus.RETRY, 0} if has_begun else {ExitStatus.RETRY, 0, -15, -9}):
             broken.append(f"kill {kill} of rank {victim}: the others ended with {others}")
         after = complete_checkpoints(run / "checkpoints")
         if (after and step_of(after[-1]) < before[0]) or (before[0] and not after):
-            broken.append(f"kill {kill}: the checkpoint of step {before[0]} is lost")
-        if after and not same_bits(after[-1], whole / "checkpoints" / after[-1].name):
+            broken.append(f"kill {kill}: the checkpoint of step {before[0]} is missing")
+        if after and not same_bits(after[-1], undisturbed / "checkpoints" / after[-1].name):
             broken.append(f"kill {kill}: {after[-1].name} is not the undisturbed run's")
         case.count(broken)
         if (after and step_of(after[-1]) >= NUM_STEPS - 2) or kill == number - 1:
             case.failures += bench.finish(values, world)
             values = bench.values(world, keep_last=3)
-    case.figures["while a checkpoint was written"] = in_checkpoints
+    case.figures["during a save"] = in_checkpoints
     if in_checkpoints < number // 6:
-        case.failures.append(f"only {in_checkpoints} kills fell while a checkpoint was written")
+        case.failures.append(f"only {in_checkpoints} kills fell into a save")
     return case
 
 
@@ -157,10 +158,10 @@ def _is_saving(run: Path) -> bool:
 
 @contextmanager
 def small_disk(bench: Bench, values: dict, world: int) -> Iterator[Path]:
-    """A run of two steps whose checkpoints lie on a small tmpfs, mounted there."""
+    """Train two steps and move the checkpoints to a small tmpfs; yields its folder."""
     run = Path(values["out"])
     with Job(values, world, "--stop-after", "2") as job:
-        assert job.end() == [0] * world, job.said()
+        assert job.end() == [0] * world, job.output()
     disk = run.with_name(run.name + "-disk")
     disk.mkdir()
     size = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*"))
@@ -171,7 +172,7 @@ def small_disk(bench: Bench, values: dict, world: int) -> Iterator[Path]:
         subprocess.run(["cp", "-r", str(run / "moved"), str(disk / "step-00000002")], check=True)
         (run / "checkpoints").symlink_to(disk)
         yield disk
-        # What lies on it is still to be looked at.
+        # Copy the checkpoints back, to be verified.
         (run / "checkpoints").unlink()
         subprocess.run(["cp", "-r", str(disk), str(run / "checkpoints")], check=True)
     finally:
@@ -179,24 +180,24 @@ def small_disk(bench: Bench, values: dict, world: int) -> Iterator[Path]:
 
 
 def refusing_disk(bench: Bench, kind: str, policy: str) -> Case:
-    """The disk under the checkpoints fills up, or becomes read-only, and later does not."""
+    """The disk of the checkpoints becomes full or read-only, and later writable again."""
     case, world = Case(f"disk {kind}, on_save_error: {policy}"), 1
     values = bench.values(world, on_save_error=policy)
     run = Path(values["out"])
-    bench.whole(world)
+    bench.undisturbed(world)
     broken = []
     with small_disk(bench, values, world) as disk:
         _refuse(disk, kind)
         with Job(values, world) as job:
             if policy == "continue":
-                if not job.wait_for(lambda: "training continues (checkpoint.on_save_error)" in job.said()):
-                    broken.append(f"no warning: {job.said()[-300:]}")
+                if not job.wait_for(lambda: "training continues (checkpoint.on_save_error)" in job.output()):
+                    broken.append(f"no warning: {job.output()[-300:]}")
                 _allow(disk, kind)
-                status = 0
+                status = ExitStatus.OK
             else:
-                status = 2
+                status = ExitStatus.REFUSED
             if job.end() != [status]:
-                broken.append(f"ended with {job.end()}, not {status}: {job.said()[-300:]}")
+                broken.append(f"ended with {job.end()}, not {status}: {job.output()[-300:]}")
         kept = complete_checkpoints(disk)
         if not kept or (policy == "stop" and step_of(kept[-1]) != 2):
             broken.append(f"checkpoints are {[path.name for path in kept]}")
@@ -211,7 +212,7 @@ def refusing_disk(bench: Bench, kind: str, policy: str) -> Case:
 
 
 def full_run_folder(bench: Bench, policy: str) -> Case:
-    """The disk under the whole run fills up: checkpoints, metrics, a launcher's log."""
+    """The disk of the whole run fills up: checkpoints, metrics, the launcher's log."""
     case, world = Case(f"disk full under the whole run, on_save_error: {policy}"), 2
     values = bench.values(world, on_save_error=policy)
     disk = Path(values["out"] + "-disk")
@@ -226,7 +227,7 @@ def full_run_folder(bench: Bench, policy: str) -> Case:
             with (
                 job.log.open("ab", buffering=0) as log,
                 suppress(OSError),
-            ):  # its last block's room
+            ):  # the free bytes of its last block
                 while True:
                     log.write(b"\n")
             if policy == "continue":
@@ -236,7 +237,7 @@ def full_run_folder(bench: Bench, policy: str) -> Case:
             statuses = job.end()
         if policy == "stop":
             _allow(disk, "full")
-        expected = [0 if policy == "continue" else 2] * world
+        expected = [ExitStatus.OK if policy == "continue" else ExitStatus.REFUSED] * world
         broken = [] if statuses == expected else [f"ended with {statuses}, not {expected}"]
         broken += verified(run)
         if policy == "stop":
@@ -265,49 +266,49 @@ def _allow(disk: Path, kind: str) -> None:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
 
 
-def crawling_disk(bench: Bench, policy: str) -> Case:
-    """Every file of a checkpoint takes half a second to reach the disk; a step takes a tenth."""
+def slow_saves(bench: Bench, policy: str) -> Case:
+    """Writing a file of a checkpoint takes half a second; a step takes a tenth."""
     case = Case(f"disk slow, on_save_error: {policy}")
     values = bench.values(1, on_save_error=policy)
     broken = bench.finish(values, 1, partial(slow_disk, seconds=0.5)) + verified(Path(values["out"]))
-    left_out = read_metrics(Path(values["out"]))[-1]["saves_skipped"]
-    if (left_out > 0) != (policy == "continue"):
-        broken.append(f"{left_out} checkpoints left out")
-    case.figures["checkpoints left out"] = left_out
+    num_skipped = read_metrics(Path(values["out"]))[-1]["saves_skipped"]
+    if (num_skipped > 0) != (policy == "continue"):
+        broken.append(f"{num_skipped} saves skipped")
+    case.figures["saves skipped"] = num_skipped
     case.count(broken)
     return case
 
 
 def nans(bench: Bench, victims: Sequence[int] = range(4)) -> Case:
-    """NaN in one rank's gradient: all leave the step out, count it, as if its batch had not been."""
+    """NaN in one rank's gradient: all ranks skip the step, as if its batch did not exist, and count it."""
     case, world, bad = Case("NaN in one rank's gradient, 2 x 2 ranks"), 4, range(5, 6)
     without = bench._finish(bench.values(world), world, partial(without_batches, batches=bad))
     for victim in victims:
         values = bench.values(world)
-        with Job(values, world, hurt=partial(nan_gradients, victim=victim, batches=bad)) as job:
+        with Job(values, world, inject=partial(nan_gradients, victim=victim, batches=bad)) as job:
             statuses = job.end()
-        broken = [] if statuses == [0] * world else [f"ended with {statuses}: {job.said()[-300:]}"]
-        counted = read_metrics(job.run)[-1]["skipped_steps"]
-        if counted != 1:
-            broken.append(f"{counted} steps counted")
+        broken = [] if statuses == [0] * world else [f"ended with {statuses}: {job.output()[-300:]}"]
+        num_skipped = read_metrics(job.run)[-1]["skipped_steps"]
+        if num_skipped != 1:
+            broken.append(f"{num_skipped} steps skipped")
         if not broken and not same_bits(newest(job.run), newest(without)):
-            broken.append(f"rank {victim}: not as if the batch had not been")
+            broken.append(f"rank {victim}: not the run without the batch")
         case.count(broken)
     return case
 
 
 def rollback(bench: Bench) -> Case:
-    """Five bad steps in a row: back to the last checkpoint, on with the data after them."""
-    case, bad = Case("five bad steps in a row"), range(7, 12)
-    # The checkpoint is of step 6; the batch of step 7 was good, and is past too.
+    """Five consecutive bad steps: rollback to the last checkpoint, without the data since then."""
+    case, bad = Case("five consecutive bad steps"), range(7, 12)
+    # The checkpoint is of step 6; the good batch of step 7 is skipped as well.
     without = bench._finish(bench.values(1), 1, partial(without_batches, batches=range(6, 12)))
     values = bench.values(1)
-    with Job(values, 1, hurt=partial(nan_gradients, victim=0, batches=bad)) as job:
+    with Job(values, 1, inject=partial(nan_gradients, victim=0, batches=bad)) as job:
         statuses = job.end()
-    broken = [] if statuses == [0] else [f"ended with {statuses}: {job.said()[-300:]}"]
+    broken = [] if statuses == [0] else [f"ended with {statuses}: {job.output()[-300:]}"]
     line = read_metrics(job.run)[-1]
     if (line["skipped_steps"], line["rollbacks"]) != (5, 1):
-        broken.append(f"{line['skipped_steps']} left out, {line['rollbacks']} times back")
+        broken.append(f"{line['skipped_steps']} skipped, {line['rollbacks']} rollbacks")
     if not broken and not same_bits(newest(job.run), newest(without)):
         broken.append("not the run without the data since the checkpoint")
     case.count(broken)
@@ -315,7 +316,7 @@ def rollback(bench: Bench) -> Case:
 
 
 def stopped_rank(bench: Bench) -> Case:
-    """SIGSTOP: the watchdog names the rank, writes stacks, and every other rank ends with 75."""
+    """SIGSTOP: the watchdog names the rank and dumps the stacks, and every other rank exits with RETRY."""
     case, world, victim = Case("SIGSTOP of one of 2 x 2 ranks"), 4, 2
     values = bench.values(world)
     run = Path(values["out"])
@@ -328,9 +329,9 @@ def stopped_rank(bench: Bench) -> Case:
                 process.join(60)
         seconds = time.monotonic() - began
         statuses = [p.exitcode for rank, p in enumerate(job.processes) if rank != victim]
-        broken = [] if statuses == [75] * 3 else [f"the others ended with {statuses}"]
-        if f"rank {victim} does not answer" not in job.said():
-            broken.append(f"not named: {job.said()[-300:]}")
+        broken = [] if statuses == [ExitStatus.RETRY] * 3 else [f"the others ended with {statuses}"]
+        if f"rank {victim} does not answer" not in job.output():
+            broken.append(f"not named: {job.output()[-300:]}")
     if seconds > 60:
         broken.append(f"the others ended after {seconds:.0f} s")
     if len(list((run / "stacks").glob("rank-*.txt"))) < 3:
@@ -341,12 +342,12 @@ def stopped_rank(bench: Bench) -> Case:
 
 
 def flipped_bits(bench: Bench, each: int, names: Sequence[str] = (), seed: int = 0) -> Case:
-    """A bit of a file of the newest checkpoint: found by its hash, said, and the one before is used."""
+    """A flipped bit in the newest checkpoint: detected by its hash and reported; the one before is loaded."""
     case, draw, world = Case("a bit flipped in any file of the newest checkpoint"), random.Random(seed), 2
-    bench.whole(world)
+    bench.undisturbed(world)
     values = bench.values(world)
     with Job(values, world, "--stop-after", "6") as job:
-        assert job.end() == [0] * world, job.said()
+        assert job.end() == [0] * world, job.output()
     files = [str(p.relative_to(newest(job.run))) for p in sorted(newest(job.run).rglob("*")) if p.is_file()]
     names = names or files
     for name in [name for name in names for _ in range(each)]:
@@ -358,26 +359,26 @@ def flipped_bits(bench: Bench, each: int, names: Sequence[str] = (), seed: int =
         file.write_bytes(content)
         with Job(again, world) as resumed:
             statuses = resumed.end()
-            said = resumed.said()
-        broken = [] if statuses == [0] * world else [f"{name}: ended with {statuses}: {said[-300:]}"]
-        if "resuming from the previous checkpoint" not in said or "resumes after step 4" not in said:
-            broken.append(f"{name}: not said: {said[:300]}")
+            output = resumed.output()
+        broken = [] if statuses == [0] * world else [f"{name}: ended with {statuses}: {output[-300:]}"]
+        if "resuming from the previous checkpoint" not in output or "resumes after step 4" not in output:
+            broken.append(f"{name}: not reported: {output[:300]}")
         case.count(broken or bench.differences(resumed.run, world))
     case.figures["files"] = len(names)
     return case
 
 
 def preemptions(bench: Bench, number: int, seed: int = 0) -> Case:
-    """SIGTERM or SIGUSR1 to a rank of 2 x 2 at random moments, twice at times: all save and end with 75."""
+    """SIGTERM or SIGUSR1 to a rank of 2 x 2 at random moments, once or twice: all save and exit."""
     case, draw, world = Case("SIGTERM or SIGUSR1 to one of 2 x 2 ranks"), random.Random(seed), 4
-    bench.whole(world)
+    bench.undisturbed(world)
     values = bench.values(world)
     for _ in range(number):
         run = Path(values["out"])
         with Job(values, world) as job:
             moment = draw.choice(["start", "step", "checkpoint"])
             if moment == "start":
-                job.wait_for(lambda: job.log.exists() and job.said() != "")
+                job.wait_for(lambda: job.log.exists() and job.output() != "")
             elif moment == "step":
                 job.wait_for(partial(_has_passed, run, step_of_run(run)))
             else:
@@ -387,9 +388,13 @@ def preemptions(bench: Bench, number: int, seed: int = 0) -> Case:
                 os.kill(job.processes[draw.randrange(world)].pid, number_of_signal)
                 time.sleep(0.05)
             statuses = job.end()
-            said = job.said()
+            output = job.output()
         finished = statuses == [0] * world
-        broken = [] if finished or statuses == [75] * world else [f"{moment}: {statuses}: {said[-300:]}"]
+        broken = (
+            []
+            if finished or statuses == [ExitStatus.RETRY] * world
+            else [f"{moment}: {statuses}: {output[-300:]}"]
+        )
         if moment != "start" and not finished and step_of(newest(run)) != step_of_run(run):
             broken.append(f"{moment}: step {step_of_run(run)} is not saved")
         case.count(broken + verified(run))
@@ -401,10 +406,10 @@ def preemptions(bench: Bench, number: int, seed: int = 0) -> Case:
 
 
 def endurance(bench: Bench, num_steps: int) -> Case:
-    """Tiny steps: memory, open files and the time of a step stay as they are.
+    """Tiny steps: memory, open files and the time of a step stay constant.
 
-    The time is held against a fixed piece of work in the same process, so that it says what the trainer does
-    and not what else the machine does; the drift in plain seconds is told beside it.
+    The time is measured relative to a fixed piece of work in the same process, to exclude the drift of the
+    machine; the drift in plain seconds is reported as well.
     """
     case = Case(f"{num_steps:,} tiny steps")
     every = num_steps // 200
@@ -422,7 +427,7 @@ def endurance(bench: Bench, num_steps: int) -> Case:
     values["model"]["patch_size"] = 4
     run, seen = Path(values["out"]), []
     references = run.with_name(run.name + ".references")
-    with Job(values, 1, hurt=partial(with_reference, every=every // 4, path=references)) as job:
+    with Job(values, 1, inject=partial(with_reference, every=every // 4, path=references)) as job:
         process = psutil.Process(job.processes[0].pid)
         while job.processes[0].is_alive():
             try:
@@ -431,9 +436,9 @@ def endurance(bench: Bench, num_steps: int) -> Case:
                 break
             time.sleep(0.5)
         if job.end() != [0]:
-            case.count([f"ended with {job.end()}: {job.said()[-300:]}"])
+            case.count([f"ended with {job.end()}: {job.output()[-300:]}"])
             return case
-    # A checkpoint takes memory and files for a moment, so it is the least of a tenth that counts.
+    # A save uses memory and files for a moment, so the minimum of a tenth of the run counts.
     first, last = (
         [entry for entry in seen if low * num_steps <= entry[0] < high * num_steps]
         for low, high in ((0.15, 0.25), (0.85, 0.95))

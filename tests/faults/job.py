@@ -1,6 +1,6 @@
-"""A job of real processes, one a rank, that run the command line; hurt from outside, and its run looked at.
+"""A job of real processes, one per rank, that run the command line.
 
-They are forked from a server that has loaded torch, DeepSpeed and megafusion once, so a start takes a second.
+They are forked from a server that has imported torch, DeepSpeed and megafusion, so a start takes a second.
 """
 
 import multiprocessing
@@ -23,12 +23,14 @@ _CONTEXT.set_forkserver_preload(["megafusion.train.loop", "deepspeed.runtime.zer
 
 
 class Job:
-    """The ranks of `megafusion train`. All are killed as the block ends, if they still run.
+    """The ranks of `megafusion train`, killed at the end of the block if they still run.
 
-    hurt: called in each rank, with its number, before the command; of a module's top level.
+    inject: a module-level function, called with the rank in each process before the command.
     """
 
-    def __init__(self, values: dict, world: int, *arguments: str, hurt: Callable[[int], None] | None = None):
+    def __init__(
+        self, values: dict, world: int, *arguments: str, inject: Callable[[int], None] | None = None
+    ):
         self.run = Path(values["out"])
         self.log = self.run.with_name(self.run.name + ".log")
         config = self.run.with_name(self.run.name + ".yaml")
@@ -38,7 +40,7 @@ class Job:
             port = free.getsockname()[1]
         command = ["megafusion", "train", str(config), *arguments]
         self.processes = [
-            _CONTEXT.Process(target=_rank, args=(rank, world, port, command, self.log, hurt), daemon=False)
+            _CONTEXT.Process(target=_rank, args=(rank, world, port, command, self.log, inject), daemon=False)
             for rank in range(world)
         ]
         self._log_began = self.log.stat().st_size if self.log.exists() else 0
@@ -54,45 +56,45 @@ class Job:
                 process.kill()
             process.join()
 
-    def said(self) -> str:
-        """What the ranks have printed since this start, on one line: rich breaks lines at will."""
+    def output(self) -> str:
+        """Output of the ranks since this start, on one line, because rich breaks lines."""
         text = self.log.read_bytes()[self._log_began :].decode() if self.log.exists() else ""
         return " ".join(text.split())
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = 90) -> bool:
-        """Whether something comes about before the ranks end, or the time does."""
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 90) -> bool:
+        """Wait for a condition until all ranks have exited or the time is over; returns whether it holds."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if what():
+            if condition():
                 return True
             if not any(process.is_alive() for process in self.processes):
-                return what()
+                return condition()
             time.sleep(0.001)
         return False
 
     def end(self, seconds: float = 120) -> list[int | None]:
-        """Exit statuses, once all have ended; None for one that has not in time.
+        """Wait for all ranks and return their exit statuses; None for one that has not exited in time.
 
-        Where one has failed, the others are asked to end, and killed 30 s later, as by DeepSpeed's launcher.
+        After a failure the others are terminated, and killed 30 s later, as by DeepSpeed's launcher.
         """
         deadline = time.monotonic() + seconds
-        is_told = False
+        is_terminated = False
         while alive := [process.sentinel for process in self.processes if process.is_alive()]:
             if not wait(alive, max(0, deadline - time.monotonic())):
                 break
-            if any(process.exitcode for process in self.processes) and not is_told:
-                is_told, deadline = True, min(deadline, time.monotonic() + 31)
+            if any(process.exitcode for process in self.processes) and not is_terminated:
+                is_terminated, deadline = True, min(deadline, time.monotonic() + 31)
                 time.sleep(1)
                 for process in self.processes:
                     process.terminate()
         for process in self.processes:
-            if is_told and process.is_alive():
+            if is_terminated and process.is_alive():
                 process.kill()
                 process.join()
         return [process.exitcode for process in self.processes]
 
 
-def _rank(rank: int, world: int, port: int, command: list[str], log: Path, hurt: Callable | None) -> None:
+def _rank(rank: int, world: int, port: int, command: list[str], log: Path, inject: Callable | None) -> None:
     with log.open("ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -104,13 +106,13 @@ def _rank(rank: int, world: int, port: int, command: list[str], log: Path, hurt:
     sys.argv = command
     from megafusion.cli import main
 
-    if hurt:
-        hurt(rank)
+    if inject:
+        inject(rank)
     main()
 
 
 def step_of_run(run: Path) -> int:
-    """The step that a run is in, or was."""
+    """Current or last step of a run."""
     try:
         return int((run / "step").read_text())
     except (OSError, ValueError):
@@ -118,7 +120,7 @@ def step_of_run(run: Path) -> int:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint."""
+    """All tensors of a checkpoint."""
     stored = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
     dcp.load(found, checkpoint_id=checkpoint / "tensors", no_dist=True)
@@ -126,7 +128,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def same_bits(a: Path, b: Path) -> bool:
-    """Whether two checkpoints hold the same weights, averages and moments, bit for bit."""
+    """Whether two checkpoints have bitwise identical weights, averages and moments."""
     first, second = tensors(a), tensors(b)
     return first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
 

@@ -1,9 +1,9 @@
-"""Everything that a run is to survive, done to it: `make test-faults`.
+"""All faults that a run must survive, injected into real runs: `make test-faults`.
 
     python -m tests.faults.table [NAME ...]
 
-Ends with a table; runs/faults.json holds what is done so far. Mounts a small tmpfs, so it needs root.
-NAME: of the cases below.
+Prints a table at the end; runs/faults.json has the results so far. Mounts a small tmpfs, so it needs root.
+NAME: one of the cases below.
 """
 
 import json
@@ -30,8 +30,8 @@ ALL = {
     "full-run-continue": partial(cases.full_run_folder, policy="continue"),
     "read-only-stop": partial(cases.refusing_disk, kind="read-only", policy="stop"),
     "read-only-continue": partial(cases.refusing_disk, kind="read-only", policy="continue"),
-    "slow-stop": partial(cases.crawling_disk, policy="stop"),
-    "slow-continue": partial(cases.crawling_disk, policy="continue"),
+    "slow-stop": partial(cases.slow_saves, policy="stop"),
+    "slow-continue": partial(cases.slow_saves, policy="continue"),
     "nans": cases.nans,
     "rollback": cases.rollback,
     "stopped-rank": cases.stopped_rank,
@@ -50,8 +50,8 @@ def main(names: list[str]) -> int:
         done = case(bench)
         rows.append({"case": name, "seconds": round(time.monotonic() - began, 1), "done": done})
         _write(rows)
-    table = Table(title="What a run survives")
-    for column in ("what", "tried", "survived", "lost", "seconds", "figures"):
+    table = Table(title="Faults that a run survives")
+    for column in ("fault", "tried", "survived", "lost", "seconds", "figures"):
         table.add_column(column)
     for row in rows:
         done = row["done"]

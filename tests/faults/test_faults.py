@@ -1,4 +1,4 @@
-"""The short form of `make test-faults`: each fault once or twice, on real processes."""
+"""Short form of `make test-faults`: each fault once or twice, on real processes."""
 
 import os
 
@@ -26,11 +26,11 @@ def test_preemptions(bench):
     assert_survived(cases.preemptions(bench, 2, seed=3), 2)
 
 
-def test_nan_in_one_ranks_gradient(bench):
+def test_nan_in_the_gradient_of_one_rank(bench):
     assert_survived(cases.nans(bench, victims=(1,)), 1)
 
 
-def test_back_to_a_checkpoint(bench):
+def test_rollback(bench):
     assert_survived(cases.rollback(bench), 1)
 
 
@@ -42,12 +42,12 @@ def test_full_disk(bench, policy):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_full_disk_under_the_whole_run(bench, policy):
+def test_full_disk_of_the_whole_run(bench, policy):
     assert_survived(cases.full_run_folder(bench, policy), 1)
 
 
 def test_slow_disk(bench):
-    assert_survived(cases.crawling_disk(bench, "continue"), 1)
+    assert_survived(cases.slow_saves(bench, "continue"), 1)
 
 
 def test_flipped_bits(bench):

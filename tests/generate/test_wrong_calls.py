@@ -1,4 +1,4 @@
-"""What the Python interface refuses instead of guessing."""
+"""Wrong calls of the Python interface are refused instead of guessed at."""
 
 import pytest
 from PIL import Image

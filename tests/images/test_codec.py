@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from megafusion.errors import UserError
@@ -54,6 +55,30 @@ def test_hash_sees_every_weight_and_the_scale_and_nothing_else(tmp_path):
     assert ImageCodec(changed).hash != codec.hash
     assert ImageCodec(tiny(scaling_factor=0.5)).hash != codec.hash
     assert ImageCodec(tiny(act_fn="relu")).hash != codec.hash
+
+
+@pytest.mark.parametrize("change", ["nothing", "half precision", "missing keys", "old names"])
+def test_the_hash_of_a_folder_is_that_of_its_model(tmp_path, change):
+    """The hash of the files equals the one of the loaded model, which is what older shards recorded."""
+    tiny(shift_factor=0.5 if change != "missing keys" else None).save_pretrained(tmp_path)
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    if change == "half precision":
+        save_file({name: weight.half() for name, weight in load_file(weights).items()}, weights)
+    elif change == "old names":
+        new = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        renamed = {}
+        for name, weight in load_file(weights).items():
+            for of_today, old in new.items():
+                name = name.replace(of_today, old)
+            renamed[name] = weight
+        assert any(".proj_attn." in name for name in renamed)
+        save_file(renamed, weights)
+    elif change == "missing keys":
+        values = json.loads(config.read_text())
+        kept = values.keys() - {"scaling_factor", "act_fn", "shift_factor"}
+        config.write_text(json.dumps({key: values[key] for key in kept}))
+    codec = ImageCodec.from_pretrained(tmp_path)
+    assert codec.hash == ImageCodec(codec.model).hash
 
 
 def test_unshuffled_pictures_are_blocks_of_pixels(images):

@@ -1,6 +1,6 @@
-"""`make slurm-test`: a real SLURM of two nodes, and runs on it that are disturbed again and again.
+"""`make slurm-test`: a real SLURM of two nodes, and runs on it that are disturbed repeatedly.
 
-Prints what happened and writes runs/slurm.json. The reference is the same run, never disturbed.
+Prints the results and writes runs/slurm.json. The reference is the same run, undisturbed.
 """
 
 import json
@@ -23,8 +23,8 @@ NUM_STEPS = 600
 DISTURBANCES = {
     "signal": "scancel --signal=USR1",
     "signal-script": "scancel --batch --signal=USR1",
-    "warned": "a time limit, which SLURM announces by SIGUSR1",
-    "limit": "a time limit that nothing announces",
+    "warned": "a time limit, announced by SIGUSR1",
+    "limit": "an unannounced time limit",
     "down-first": "the node with rank 0 and the job's script set down",
     "down-last": "the other node set down",
     "requeue": "scontrol requeue",
@@ -44,8 +44,8 @@ def main() -> None:
         config = _config(folder)
         started = time.time()
         runs = folder / "runs"
-        whole = _launch(cluster, config, runs / "whole", "srun", {})
-        cluster.wait_for(whole, {"COMPLETED"}, 1500)
+        undisturbed = _launch(cluster, config, runs / "undisturbed", "srun", {})
+        cluster.wait_for(undisturbed, {"COMPLETED"}, 1500)
         print(f"undisturbed: {NUM_STEPS} steps in {time.time() - started:.0f} s", flush=True)
         cases = []
         for run in RUNS.items():
@@ -76,7 +76,7 @@ def _config(folder: Path) -> Path:
 
 
 def _launch(cluster: Cluster, config: Path, out: Path, launcher: str, environment: dict[str, str]) -> str:
-    """Submit a run by the command that a user types; the job's number."""
+    """Submit a run by `megafusion launch`; returns the job ID."""
     command = [sys.executable, "-m", "megafusion.cli", "launch", str(config), f"out={out}"]
     command += ["--site", "local-test", "--nodes", "2", "--launcher", launcher]
     environment = os.environ | cluster.environment | environment
@@ -87,7 +87,7 @@ def _launch(cluster: Cluster, config: Path, out: Path, launcher: str, environmen
 
 def _disturbed(cluster: Cluster, config: Path, runs: Path, launcher: str, disturbances: tuple) -> dict:
     out = runs / launcher
-    # No warning where the limit is to come unannounced: SIGCONT does nothing.
+    # For an unannounced limit the warning is a signal without effect, SIGCONT.
     unannounced = {"SBATCH_SIGNAL": "CONT@1"} if "limit" in disturbances else {}
     job = _launch(cluster, config, out, launcher, unannounced)
     happened = []
@@ -103,12 +103,12 @@ def _disturbed(cluster: Cluster, config: Path, runs: Path, launcher: str, distur
     problems = [] if restarts == len(disturbances) else [f"{restarts} restarts"]
     for checkpoint in complete_checkpoints(out / "checkpoints"):
         verify_checkpoint(checkpoint)
-    if _losses(out) != _losses(runs / "whole"):
+    if _losses(out) != _losses(runs / "undisturbed"):
         problems.append("other losses than the undisturbed run")
     folders = sorted(path.name for path in runs.iterdir())
-    if folders != sorted({"whole", *list(RUNS)[: list(RUNS).index(launcher) + 1]}):
+    if folders != sorted({"undisturbed", *list(RUNS)[: list(RUNS).index(launcher) + 1]}):
         problems.append(f"other folders: {folders}")
-    same = same_bits(newest(out), newest(runs / "whole"))
+    same = same_bits(newest(out), newest(runs / "undisturbed"))
     return {
         "launcher": launcher,
         "disturbances": happened,
@@ -119,7 +119,7 @@ def _disturbed(cluster: Cluster, config: Path, runs: Path, launcher: str, distur
 
 
 def _disturb(cluster: Cluster, job: str, out: Path, what: str, number: int) -> dict:
-    """Disturb the job's start of this number once it trains, and wait for the next one to run."""
+    """Disturb the start of this index once it trains, and wait for the next start."""
     _wait_until(lambda: _trains(cluster, job, out, number), f"start {number + 1} to train", 120)
     before, began = _last_step(out), time.time()
     node = {"down-first": "n1", "down-last": "n2"}.get(what)
@@ -134,7 +134,7 @@ def _disturb(cluster: Cluster, job: str, out: Path, what: str, number: int) -> d
     else:
         cluster.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     _wait_until(lambda: int(cluster.job(job)["Restarts"]) > number, f"a restart after {what}", 180)
-    if node:  # as when it is repaired; a job of two nodes has no other to go to here
+    if node:  # as after a repair: a job of two nodes has no other node here
         cluster.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
     cluster.wait_for(job, {"RUNNING"}, 120)
     if what in ("warned", "limit"):
@@ -144,12 +144,12 @@ def _disturb(cluster: Cluster, job: str, out: Path, what: str, number: int) -> d
 
 
 def _trains(cluster: Cluster, job: str, out: Path, number: int) -> bool:
-    """Whether the start of this number has made five steps."""
-    starts = (out / "starts.json").exists() and json.loads((out / "starts.json").read_text())
-    if not starts or len(starts) <= number:
+    """Whether the start of this index has done five steps."""
+    attempts = (out / "starts.json").exists() and json.loads((out / "starts.json").read_text())
+    if not attempts or len(attempts) <= number:
         return False
     assert cluster.job(job)["JobState"] == "RUNNING", cluster.job(job)
-    return _last_step(out) >= starts[-1]["resumed_at"] + 5
+    return _last_step(out) >= attempts[-1]["resumed_at"] + 5
 
 
 def _last_step(out: Path) -> int:

@@ -1,4 +1,4 @@
-"""`megafusion launch` and the scripts of launchers/, as far as they need no SLURM."""
+"""`megafusion launch` and the scripts of launchers/, without SLURM."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def launch(*arguments: str) -> str:
 
 
 def common(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a line of shell that has read common.sh."""
+    """Run a line of shell after sourcing common.sh."""
     line = f'. "{LAUNCHERS}/common.sh"; {script}'
     return subprocess.run(
         ["bash", "-c", line, "bash", *arguments], capture_output=True, text=True, check=False
@@ -55,7 +55,7 @@ def config_file(run_values, tmp_path) -> Path:
     return path
 
 
-def test_every_script_is_shell_and_executable_where_it_is_started():
+def test_scripts_parse_and_the_ones_to_start_are_executable():
     assert len(SCRIPTS) >= 8
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", str(script)], check=True)
@@ -68,7 +68,7 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_file, tmp_path):
+def test_the_job_script_is_complete_and_has_no_value_of_the_configuration(config_file, tmp_path):
     evil = "telemetry.wandb_project=$(touch evil);touch evil"
     changes = [evil, "telemetry.trackers=[wandb]", "train.global_batch_size=48", "data.num_streams=48"]
     script = launch(
@@ -81,13 +81,13 @@ def test_the_job_script_is_whole_and_holds_no_value_of_the_configuration(config_
     assert expected <= found
     assert f"output={tmp_path}/run/logs/job-%j.log" in found
     assert re.search(rf"^set -- {tmp_path}/run/launch/[\d-]+/config.yaml$", options, re.MULTILINE)
-    # sbatch stops reading options at the first command
+    # sbatch stops reading options at the first command.
     assert options.rindex("#SBATCH") < options.index("\nexport ")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_nodes_will_miss_is_said_before_they_are_asked_for(config_file):
+def test_missing_files_are_reported_before_the_job_is_submitted(config_file):
     changes = ["data.vae=no/vae", "data.sources.text.path=no/text", "--site", "local-test", "--dry-run"]
     result = CliRunner().invoke(app, ["launch", str(config_file), *changes])
     assert [line.partition(" not found")[0] for line in result.stderr.splitlines()] == [
@@ -96,7 +96,7 @@ def test_what_the_nodes_will_miss_is_said_before_they_are_asked_for(config_file)
     ]
 
 
-def test_two_runs_have_two_names_and_one_run_has_one(config_file, tmp_path):
+def test_a_job_is_named_after_its_run(config_file, tmp_path):
     def name(out: str) -> str:
         script = launch(str(config_file), f"out={out}", "--site", "local-test", "--dry-run")
         return [line for line in script.splitlines() if line.startswith("#SBATCH --job-name=")][-1]
@@ -122,25 +122,21 @@ def test_two_runs_have_two_names_and_one_run_has_one(config_file, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_launched_is_refused_before_anything_is_written(
-    config_file, tmp_path, arguments, message
-):
+def test_an_invalid_launch_is_refused_before_anything_is_written(config_file, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         launch(str(config_file), *arguments, "--dry-run")
     assert not (tmp_path / "run").exists()
 
 
-def test_without_sbatch_the_way_out_is_named(config_file, tmp_path, monkeypatch):
+def test_without_sbatch_the_message_names_the_way_out(config_file, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"sbatch is not on the PATH: .* --dry-run"):
         launch(str(config_file), "--site", "local-test")
 
 
 @pytest.mark.skipif(not shutil.which("sbatch"), reason="sbatch is not installed (apt-get install slurm-wlm)")
-def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
-    config_file, run_values, tmp_path, monkeypatch
-):
-    """By the run's recipe before sbatch is asked, and by sbatch itself, which has no cluster here."""
+def test_a_refused_launch_changes_no_file_of_earlier_jobs(config_file, run_values, tmp_path, monkeypatch):
+    """Refused because of the run's recipe, and by sbatch, which has no cluster here."""
     (tmp_path / "slurm.conf").write_text("Nonsense=1\n")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     run = tmp_path / "run"
@@ -169,7 +165,7 @@ def test_a_launch_that_is_refused_changes_nothing_that_an_earlier_job_reads(
         ("HOME2=$HOME", r"2: '\$' in the value of HOME2; nothing is expanded here"),
         ("A='`touch evil`'", "2: '`' in the value of A"),
         ("SBATCH_WRAP=evil", "2: SBATCH_WRAP: a site sets account, .*, and not wrap"),
-        ("SBATCH_PARTITION='a b'", "2: 'a b' is no value of sbatch's --partition"),
+        ("SBATCH_PARTITION='a b'", "2: 'a b' is not a valid value of sbatch's --partition"),
         ("WORLD_SIZE=8", "2: WORLD_SIZE is set by the launcher"),
         ("MASTER_ADDR=a", "name the first node's address in MEGAFUSION_MASTER_ADDR"),
         *[
@@ -190,15 +186,15 @@ def test_a_site_file_is_refused_by_line(tmp_path, line, message):
         Site.load(str(path))
 
 
-def test_a_name_that_only_resembles_a_secret_is_taken(tmp_path):
+def test_a_name_that_only_resembles_a_secret_is_accepted(tmp_path):
     path = tmp_path / "site.env"
     path.write_text("MEGAFUSION_RANKS_PER_NODE=8\nNCCL_IB_PKEY=1\nTOKENIZERS_PARALLELISM=false\n")
     assert Site.load(str(path)).environment.keys() >= {"NCCL_IB_PKEY", "TOKENIZERS_PARALLELISM"}
 
 
 @pytest.mark.parametrize("site", sorted(LAUNCHERS.glob("sites/*.env")), ids=lambda path: path.stem)
-def test_a_shell_reads_a_site_file_as_we_do(site):
-    ours = Site.load(site.stem).environment
+def test_a_shell_reads_a_site_file_alike(site):
+    expected = Site.load(site.stem).environment
     done = subprocess.run(
         ["bash", "-c", 'set -a; . "$0"; env -0', str(site)],
         env={},
@@ -206,8 +202,8 @@ def test_a_shell_reads_a_site_file_as_we_do(site):
         text=True,
         check=True,
     )
-    theirs = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
-    assert ours == {name: theirs[name] for name in ours}
+    found = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
+    assert expected == {name: found[name] for name in expected}
 
 
 @pytest.mark.parametrize(
@@ -224,8 +220,8 @@ def may_restart(run: Path, status: int) -> bool:
 
 
 def test_exit_statuses_are_the_same_in_the_shell_and_in_python():
-    said = common('echo "$EXIT_FAILED $EXIT_REFUSED $EXIT_RETRY"').stdout
-    assert said.split() == [str(int(s)) for s in (ExitStatus.FAILED, ExitStatus.REFUSED, ExitStatus.RETRY)]
+    output = common('echo "$EXIT_FAILED $EXIT_REFUSED $EXIT_RETRY"').stdout
+    assert output.split() == [str(int(s)) for s in (ExitStatus.FAILED, ExitStatus.REFUSED, ExitStatus.RETRY)]
     numbers = re.compile(r"(exit|-eq|-ne|status=)\s*(1|2|75)\b")
     for script in SCRIPTS:
         code = [line for line in script.read_text().splitlines() if not line.startswith("#")]
@@ -257,10 +253,10 @@ def test_a_crash_loop_before_the_trainer_records_anything_ends(config_file, tmp_
         timeout=120,
         check=False,
     )
-    said = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == ExitStatus.FAILED, said
-    assert said.count("exit status 137; restarting from none") == 3
-    assert "crash loop: the last 3 attempts crashed without a checkpoint after step 0;" in said
+    output = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == ExitStatus.FAILED, output
+    assert output.count("exit status 137; restarting from none") == 3
+    assert "crash loop: the last 3 attempts crashed without a checkpoint after step 0;" in output
 
 
 def test_a_rank_takes_its_number_from_slurm_and_becomes_the_command(tmp_path):
@@ -288,10 +284,8 @@ def world_writable(folder: Path) -> list[Path]:
     return [path for path in paths if path.stat().st_mode & stat.S_IWOTH]
 
 
-def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_the_world(
-    config_file, tmp_path
-):
-    """Under a umask that hides nothing, as some clusters have it."""
+def test_local_sh_trains_restarts_after_a_lost_rank_and_leaves_nothing_world_writable(config_file, tmp_path):
+    """With umask 0, as on some clusters."""
     run = tmp_path / "run"
     command = [
         str(LAUNCHERS / "local.sh"),
@@ -315,13 +309,13 @@ def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_th
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
-        os.kill(rank_of(process.pid, 0), signal.SIGKILL)  # the one that holds the run folder
-        said = process.communicate(timeout=150)[0]
+        os.kill(rank_of(process.pid, 0), signal.SIGKILL)  # the one that has locked the run folder
+        output = process.communicate(timeout=150)[0]
     finally:
         process.kill()
-    assert process.returncode == 0, said
-    assert "restarting from step-000000" in said
-    assert "step 30" in said  # rank 0's log is shown
+    assert process.returncode == 0, output
+    assert "restarting from step-000000" in output
+    assert "step 30" in output  # rank 0's log is shown
     first, second = read_attempts(run)
     assert [attempt["start"].partition(":")[2] for attempt in (first, second)] == ["1", "2"]
     assert (first["resumed_at"], first["ended"], second["ended"]) == (0, "crashed", "finished")
@@ -331,7 +325,7 @@ def test_local_sh_trains_goes_on_after_a_lost_rank_and_leaves_nothing_open_to_th
     assert world_writable(run) == []
 
 
-def test_the_command_lets_the_world_write_nothing_and_keeps_what_else_is_hidden(monkeypatch):
+def test_the_command_removes_world_write_permission_and_keeps_the_rest_of_the_umask(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["megafusion", "--version"])
     before = os.umask(0o020)
     try:
@@ -343,7 +337,7 @@ def test_the_command_lets_the_world_write_nothing_and_keeps_what_else_is_hidden(
 
 
 def rank_of(launcher: int, rank: int) -> int:
-    """The process of a rank below a launcher."""
+    """The process of a launcher's rank."""
     import psutil
 
     for process in psutil.Process(launcher).children():
@@ -353,13 +347,13 @@ def rank_of(launcher: int, rank: int) -> int:
 
 
 @pytest.mark.parametrize("script", ["local.sh", "deepspeed.sh"])
-def test_a_wrong_call_shows_the_right_one(script, tmp_path):
+def test_a_wrong_call_shows_an_example(script, tmp_path):
     done = subprocess.run([str(LAUNCHERS / script)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Example: launchers/" in done.stderr
 
 
-def test_deepspeed_sh_hands_no_white_space_to_a_remote_shell(config_file, tmp_path):
+def test_deepspeed_sh_refuses_white_space(config_file, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n")
     command = [str(LAUNCHERS / "deepspeed.sh"), str(hosts), str(config_file), "telemetry.wandb_project=a b"]
@@ -399,12 +393,12 @@ def test_a_site_that_cannot_be_read_ends_every_launcher(config_file, tmp_path, s
 
 
 @pytest.mark.parametrize("site", ["local-test", "mine.env", "./mine.env"])
-def test_a_launcher_s_shell_finds_a_site_as_megafusion_launch_does(tmp_path, monkeypatch, site):
+def test_a_launcher_finds_the_same_site_as_megafusion_launch(tmp_path, monkeypatch, site):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.env").write_text("MEGAFUSION_RANKS_PER_NODE=2\n")
     monkeypatch.setenv("MEGAFUSION_SITE", site)
-    said = common(f"MEGAFUSION_ROOT={ROOT}; read_site; echo $MEGAFUSION_RANKS_PER_NODE").stdout
-    assert said.strip() == Site.load(site).environment["MEGAFUSION_RANKS_PER_NODE"]
+    output = common(f"MEGAFUSION_ROOT={ROOT}; read_site; echo $MEGAFUSION_RANKS_PER_NODE").stdout
+    assert output.strip() == Site.load(site).environment["MEGAFUSION_RANKS_PER_NODE"]
 
 
 def test_a_job_in_a_container_runs_the_image_s_python(config_file, tmp_path):

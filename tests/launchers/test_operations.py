@@ -1,4 +1,4 @@
-"""docs/operations.md: its commands exist with their options, its scripts too, and its dry run runs."""
+"""docs/operations.md: its commands and options exist, its scripts too, and its dry run runs."""
 
 import re
 import shlex
@@ -17,20 +17,20 @@ LINES = [line for block in BLOCKS for line in block.replace("\\\n", "").splitlin
 
 
 def arguments_of(line: str) -> list[str] | None:
-    """What follows `megafusion`, also behind evaluate.sbatch and preprocess.sbatch; None for other lines."""
+    """Arguments of megafusion in a line, also behind evaluate.sbatch or preprocess.sbatch; else None."""
     words = shlex.split(line)
     if words[0] == "megafusion":
         return words[1:]
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word.endswith("evaluate.sbatch"):
-            return words[place + 1 :]
+            return words[index + 1 :]
         if word.endswith("preprocess.sbatch"):
-            return ["preprocess", *words[place + 1 :]]
+            return ["preprocess", *words[index + 1 :]]
     return None
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if arguments_of(line)])
-def test_a_command_has_the_arguments_that_the_page_gives_it(line):
+def test_a_command_takes_the_page_s_arguments(line):
     command, arguments = typer.main.get_command(app), arguments_of(line)
     if arguments == ["--version"]:
         return
@@ -40,7 +40,7 @@ def test_a_command_has_the_arguments_that_the_page_gives_it(line):
     assert command.make_context(command.name, arguments).params
 
 
-def test_what_the_page_starts_is_there():
+def test_the_page_s_scripts_exist():
     scripts = re.findall(r"(?<![\w/])(launchers/[\w./-]+|configs/[\w./-]+yaml)", "\n".join(LINES))
     assert len(scripts) > 8
     for script in scripts:

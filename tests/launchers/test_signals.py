@@ -88,8 +88,8 @@ def test_local_sh_loses_no_signal_of_a_start(endless, tmp_path, program_name, nu
         "1",
         endless,
     ]
-    status, said = ended(command, environment, 60)
-    assert status == ExitStatus.RETRY, said
+    status, output = ended(command, environment, 60)
+    assert status == ExitStatus.RETRY, output
     assert len((tmp_path / "calls").read_text().splitlines()) >= number
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -99,11 +99,11 @@ def test_deepspeed_sh_starts_nothing_after_a_signal(endless, tmp_path, signal_na
     (tmp_path / "hosts").write_text("localhost slots=1\n")
     environment = ENVIRONMENT | {"PATH": signal_during(tmp_path, "mktemp", 1, signal_name)}
     with_pid = ["bash", "-c", 'echo $$ > "$0"; exec "$@"', tmp_path / "pid"]
-    status, said = ended(
+    status, output = ended(
         [*with_pid, LAUNCHERS / "deepspeed.sh", tmp_path / "hosts", endless], environment, 60
     )
-    assert status == ExitStatus.RETRY, said
-    assert "cmd = " not in said  # DeepSpeed's runner prints the command
+    assert status == ExitStatus.RETRY, output
+    assert "cmd = " not in output  # DeepSpeed's runner prints the command
 
 
 def node_environment(folder: Path) -> dict[str, str]:
@@ -153,9 +153,9 @@ def test_local_sh_trains_in_a_container(run_values, tmp_path):
     run_values["train"] |= {"num_steps": 2}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
-    status, said = ended([LAUNCHERS / "local.sh", "1", config], ENVIRONMENT | make_image(tmp_path), 90)
-    assert status == 0, said
-    assert "step 2" in said
+    status, output = ended([LAUNCHERS / "local.sh", "1", config], ENVIRONMENT | make_image(tmp_path), 90)
+    assert status == 0, output
+    assert "step 2" in output
 
 
 def test_node_sh_trains_in_a_container(run_values, tmp_path):
@@ -165,8 +165,8 @@ def test_node_sh_trains_in_a_container(run_values, tmp_path):
     image = make_image(tmp_path)
     train = [image["MEGAFUSION_PYTHON"], "-m", "megafusion.cli", "train", config]
     environment = node_environment(tmp_path) | image
-    status, said = ended([LAUNCHERS / "slurm/node.sh", tmp_path / "run", *train], environment, 120)
-    assert status == 0, said
+    status, output = ended([LAUNCHERS / "slurm/node.sh", tmp_path / "run", *train], environment, 120)
+    assert status == 0, output
     assert common('is_done "$1"', str(tmp_path / "run")).returncode == 0
 
 
@@ -182,6 +182,6 @@ def test_an_exit_status_of_0_needs_the_run_s_record(tmp_path):
         attempts.claim()
         attempts.begin(3, 1)
         assert not is_done()
-        attempts.end(ending, 'it said "ended": "finished"')
+        attempts.end(ending, 'it output "ended": "finished"')
         assert is_done() == done
     assert len(json.loads((tmp_path / "starts.json").read_text())) == 4

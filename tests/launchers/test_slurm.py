@@ -31,7 +31,7 @@ def launch(cluster: Cluster, config: Path, nodes: int, *more: str) -> tuple[str,
     """Job ID, and the output of the command."""
     command = [sys.executable, "-m", "megafusion.cli", "launch", str(config), "--site", "local-test"]
     environment = os.environ | cluster.environment | {"OMP_NUM_THREADS": "1"}
-    said = subprocess.run(
+    output = subprocess.run(
         [*command, "--nodes", str(nodes), *more],
         cwd=ROOT,
         env=environment,
@@ -39,7 +39,7 @@ def launch(cluster: Cluster, config: Path, nodes: int, *more: str) -> tuple[str,
         text=True,
         check=True,
     ).stdout
-    return said.split()[1].rstrip(":"), said
+    return output.split()[1].rstrip(":"), output
 
 
 def wait_for_step(run: Path, start: int, step: int) -> None:
@@ -60,8 +60,10 @@ def test_a_run_grows_stops_when_cancelled_and_shrinks(run_values, tmp_path):
     with local_cluster() as cluster:
         small, _ = launch(cluster, config, nodes=1)
         wait_for_step(run, 0, 5)
-        large, said = launch(cluster, config, nodes=2)
-        assert f"job {small} of this run is in the queue; {large} starts when it has ended" in said
+        large, output = launch(cluster, config, nodes=2)
+        assert (
+            f"job {small} of this run is still queued or running; {large} starts when it has ended" in output
+        )
         assert cluster.job(large)["JobState"] == "PENDING"
         cluster.ask("scancel", "--signal=USR1", small)
         assert cluster.wait_for(small, {"COMPLETED"}, 60)

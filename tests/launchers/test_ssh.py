@@ -1,4 +1,4 @@
-"""deepspeed.sh over two machines of a hostfile: this one under two names, reached by pdsh and a real sshd."""
+"""deepspeed.sh on two machines of a hostfile: this one under two names, through pdsh and a real sshd."""
 
 import json
 import os
@@ -49,14 +49,14 @@ Host localhost 127.0.0.1
 
 @contextmanager
 def ssh_server(folder: Path) -> Iterator[Path]:
-    """A server of ssh on loopback with keys of its own; the client's configuration."""
+    """Run an sshd on loopback with its own keys; yields the client's configuration."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         values = {"port": free.getsockname()[1], "folder": folder}
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     (folder / "server").write_text(SERVER.format(**values))
     (folder / "client").write_text(CLIENT.format(**values))
-    Path("/run/sshd").mkdir(exist_ok=True)  # where sshd puts connections that have no user yet
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd needs it for connections without a user
     command = [SSHD, "-D", "-f", str(folder / "server"), "-E", str(folder / "log")]
     with subprocess.Popen(command) as server:
         try:
@@ -65,14 +65,14 @@ def ssh_server(folder: Path) -> Iterator[Path]:
             server.terminate()
 
 
-def test_a_lost_rank_on_another_machine_starts_all_again(run_values, tmp_path):
+def test_a_lost_rank_on_another_machine_restarts_all(run_values, tmp_path):
     run = Path(run_values["out"])
     run_values["train"]["num_steps"] = 60
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_values))
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     keys = tmp_path / "ssh"
     keys.mkdir()
-    # DeepSpeed takes the processes' environment from the site alone.
+    # The environment of the processes comes from the site alone.
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "DS_ACCELERATOR"}
     with socket.create_server(("127.0.0.1", 0)) as free:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -93,16 +93,16 @@ def test_a_lost_rank_on_another_machine_starts_all_again(run_values, tmp_path):
                 assert process.poll() is None
                 time.sleep(0.1)
             os.kill(rank_of_run(run, 1), signal.SIGKILL)
-            said = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, said
-    assert "restarting from step-000000" in said
+            output = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, output
+    assert "restarting from step-000000" in output
     lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 61))
     assert [attempt["start"][-2:] for attempt in read_attempts(run)] == [":1", ":2"]
 
 
 def rank_of_run(run: Path, rank: int) -> int:
-    """The process of a rank of a run: it is no child of ours, for sshd has started it."""
+    """The process of a rank of a run, which sshd has started."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if (

@@ -133,7 +133,7 @@ def test_a_backend_compiles_in_one_graph_at_any_length(name):
 
 @pytest.fixture
 def hopper(monkeypatch, tmp_path):
-    """As if on sm_90: a function that writes choices and returns the backend that auto chooses."""
+    """Pretend to be on sm_90; yields a function that writes choices and returns the choice of auto."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(auto, "CHOICES", tmp_path / "choices.json")
     auto.stored_choices.cache_clear()

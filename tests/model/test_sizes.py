@@ -1,4 +1,4 @@
-"""Images of several sizes: which size a picture goes to, how rows hold it, and that losses are its own."""
+"""Images of several sizes: the choice of a size, the layout in rows, and losses per image."""
 
 from copy import copy
 from pathlib import Path
@@ -41,18 +41,18 @@ MODEL = {
 IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 
 
-def image(size: int, seed: int, as_only_one: bool = False) -> ImageSegment:
+def image(size: int, seed: int, as_only_size: bool = False) -> ImageSegment:
     random = np.random.default_rng(seed)
     latents, noise = random.standard_normal((2, CHANNELS, *SIZES[size]), dtype=np.float32)
-    return image_of(latents, noise, int(random.integers(1000)) / 1000, size=0 if as_only_one else size)
+    return image_of(latents, noise, int(random.integers(1000)) / 1000, size=0 if as_only_size else size)
 
 
 def document(parts: list[int], seed: int) -> FlatDocument:
     """Texts of these lengths; an image of size n for -1 - n."""
     random = np.random.default_rng(seed)
     segments = [
-        random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + place)
-        for place, part in enumerate(parts)
+        random.integers(3, 30, part) if part > 0 else image(-1 - part, 10 * seed + index)
+        for index, part in enumerate(parts)
     ]
     return flat_document(segments, IDS, PATCHES)
 
@@ -87,7 +87,7 @@ def summed(results: list[tuple]) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("picture", "sizes", "expected"),
+    ("image_size", "sizes", "expected"),
     [
         ((100, 100), ((64, 64), (48, 80), (80, 48)), 0),
         ((60, 100), ((64, 64), (48, 80), (80, 48)), 1),
@@ -98,26 +98,26 @@ def summed(results: list[tuple]) -> tuple:
             1,
         ),  # the middle is sqrt(0.6) = 0.7746
         ((78, 100), ((64, 64), (48, 80)), 0),
-        ((7, 7), ((80, 48), (48, 80)), 0),  # as far from both, to the last bit
+        ((7, 7), ((80, 48), (48, 80)), 0),  # equally far from both, to the last bit
         ((7, 7), ((48, 80), (80, 48)), 0),
         ((30, 30), ((64, 64), (32, 32)), 0),  # equal aspects: the first
         ((3, 12), ((1, 2), (1, 8)), 0),  # the geometric middle is a tie
     ],
 )
-def test_a_picture_goes_to_the_size_nearest_in_aspect(picture, sizes, expected):
-    assert nearest_size(*picture, sizes) == expected
+def test_an_image_gets_the_size_nearest_in_aspect(image_size, sizes, expected):
+    assert nearest_size(*image_size, sizes) == expected
 
 
-def test_the_token_before_an_image_says_its_size():
+def test_the_token_before_an_image_names_its_size():
     flat = document([2, -1, -3, -2], 0)
     a, b = flat.tokens[1:3]
     begins = {4 - 1: 30, 3 + 8 + 2: 33, 13 + 5 + 2: 32}
     assert {at: flat.tokens[at] for at in begins} == begins
     assert len(flat) == 2 + 2 + sum(PATCHES) + 2 * 3
-    asked = np.flatnonzero(flat.labels != -100).tolist()
-    # What precedes a boi is asked for it; a boi and patches are asked nothing; an eoi for what follows.
-    assert asked == [0, 1, 2, 12, 19, len(flat) - 2]
-    assert flat.labels[asked].tolist() == [a, b, 30, 33, 32, 2]
+    labelled = np.flatnonzero(flat.labels != -100).tolist()
+    # The token before a boi has it as its label; a boi and patches have none; an eoi has the next token.
+    assert labelled == [0, 1, 2, 12, 19, len(flat) - 2]
+    assert flat.labels[labelled].tolist() == [a, b, 30, 33, 32, 2]
     assert flat.image_start.tolist() == [4, 14, 21]
     for number, (start, size) in enumerate(zip(flat.image_start, (0, 2, 1), strict=True)):
         here = slice(start, start + PATCHES[size])
@@ -131,11 +131,11 @@ def test_a_row_holds_each_image_at_the_top_left():
     row = arrays(pack_row([document([3], 1), flat], shape(50, 4)))
     assert row["image_size"].tolist() == [0, 2, 1, 0]
     assert row["latents"].shape == row["noise"].shape == (4, CHANNELS, 10, 8)
-    for slot, made in enumerate(flat.images):
-        height, width = made.latents.shape[1:]
+    for slot, segment in enumerate(flat.images):
+        height, width = segment.latents.shape[1:]
         for name in ("latents", "noise"):
             whole = row[name][slot].copy()
-            assert np.array_equal(whole[:, :height, :width], getattr(made, name))
+            assert np.array_equal(whole[:, :height, :width], getattr(segment, name))
             whole[:, :height, :width] = 0
             assert not whole.any()
     assert row["patch_index"].max() == 2 * 16 + 16 - 1
@@ -147,10 +147,10 @@ LAYOUTS = st.lists(st.lists(st.integers(-3, 4).filter(bool), min_size=1, max_siz
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
 @given(layout=LAYOUTS.filter(lambda documents: any(part < 0 for d in documents for part in d)))
 @settings(max_examples=12)
-def test_packed_equals_documents_one_by_one(adapter, layout):
+def test_a_packed_row_equals_its_documents_one_by_one(adapter, layout):
     net = model(adapter)
     documents = [document(parts, seed) for seed, parts in enumerate(layout)]
-    # The last image ends with the row, where the largest would not fit behind its start.
+    # The last image ends with the row, where the largest size would not fit.
     packed = collate([pack_row(documents, shape(sum(map(len, documents)), 12))])
     alone = [collate([pack_row([d], shape(len(d), max(1, len(d.images))))]) for d in documents]
     counts = packed.counts()
@@ -162,7 +162,7 @@ def test_packed_equals_documents_one_by_one(adapter, layout):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
-def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, prediction):
+def test_each_image_has_the_loss_of_a_model_of_its_size_only(adapter, prediction):
     objective = ObjectiveConfig(noise_process={"prediction_type": prediction})
     torch.manual_seed(0)
     net = Transfusion(ModelConfig(**MODEL, adapter=adapter), objective)
@@ -177,13 +177,13 @@ def test_each_image_has_the_loss_that_a_model_of_its_size_alone_gives(adapter, p
         single.load_state_dict(net.state_dict())
         only_ids = copy(IDS)
         only_ids.boi = IDS.boi_of_size(size)
-        flat = flat_document([image(size, number, as_only_one=True)], only_ids, (PATCHES[size],))
+        flat = flat_document([image(size, number, as_only_size=True)], only_ids, (PATCHES[size],))
         row = pack_row([flat], SequenceShape(len(flat), 1, (PATCHES[size],), CHANNELS, (SIZES[size],)))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))
     assert_equal(losses_and_gradients(net, mixed), summed(results))
 
 
-def test_a_batch_without_some_size_gives_every_parameter_a_gradient():
+def test_every_parameter_has_a_gradient_if_a_batch_lacks_a_size():
     net = model("unet")
     for parts in ([-2, 3], [4], [-1], [-3, -3]):
         batch = collate([pack_row([document(parts, 0)], shape(40, 2))])
@@ -230,8 +230,8 @@ def test_the_skips_of_the_stem_have_the_shapes_that_the_tail_predicts():
         assert tuple(skip.shape for skip in skips) == net.tail.adapter.skip_shapes(3)
 
 
-def test_one_size_among_several_is_computed_as_alone_to_the_bit():
-    """Nothing of other sizes is near an image: not even zeros beside it."""
+def test_latents_outside_an_image_do_not_change_it():
+    """Bitwise: convolutions see the image's own border, not the padding."""
     net = model("unet")
     latents, timesteps = torch.randn(2, CHANNELS, 10, 8), torch.tensor([7, 900])
     patches, _ = net.stem.adapter(latents, timesteps, torch.tensor([0, 2]))
@@ -246,7 +246,7 @@ def test_one_size_among_several_is_computed_as_alone_to_the_bit():
     [
         (
             {"image_sizes": ((8, 8), (7, 4))},
-            "7x4 is not a multiple of .* x patch_size 2 = 2 pixels",
+            "7x4 is not a multiple of .* x patch_size = 2 pixels",
         ),
         ({"image_sizes": ((4, 8), (8, 8), (8, 8))}, "image_sizes: 4x8, 8x8, 8x8 has a size twice"),
         ({"image_sizes": ()}, "at least 1 item"),

@@ -1,5 +1,7 @@
-"""The model: sizes, what sees what, adapters, and that it stays plain."""
+"""The model: sizes, attention, adapters, initialization, and the cost of importing it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def adapter_pair(name: str, patch_size: int, size: tuple[int, int], **changes) -
 
 
 @pytest.mark.parametrize(
-    ("name", "billions", "layers", "width", "heads"),
+    ("name", "billions", "layers", "hidden_size", "heads"),
     [
         ("0.16b", 0.16, 16, 768, 12),
         ("0.37b", 0.37, 24, 1024, 16),
@@ -55,11 +57,11 @@ def adapter_pair(name: str, patch_size: int, size: tuple[int, int], **changes) -
         ("7b", 7.0, 32, 4096, 32),
     ],
 )
-def test_sizes_of_the_paper(name, billions, layers, width, heads):
+def test_sizes_of_the_paper(name, billions, layers, hidden_size, heads):
     config = load_config(RunConfig, ROOT / f"configs/{name}.yaml")
     assert (config.model.num_layers, config.model.hidden_size, config.model.num_heads) == (
         layers,
-        width,
+        hidden_size,
         heads,
     )
     with torch.device("meta"):
@@ -67,7 +69,7 @@ def test_sizes_of_the_paper(name, billions, layers, width, heads):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.08)
     adapter = sum(p.numel() for part in (model.stem, model.tail) for p in part.adapter.parameters())
     assert adapter < 0.005 * billions * 1e9
-    # 2M tokens a step, and the paper's 4,096 positions a row.
+    # 2M tokens per step, and the paper's 4,096 positions per row.
     assert config.train.global_batch_size * config.data.sequence_length in (2**21, 2**22)
 
 
@@ -83,7 +85,7 @@ def test_unet_adapter_of_the_paper_has_027b_parameters(patch_size):
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
-def test_adapters_go_from_latents_to_patches_and_back(adapter, patch_size):
+def test_adapters_map_latents_to_patches_and_back(adapter, patch_size):
     down, up = adapter_pair(adapter, patch_size, (16, 8))
     grid = (16 // patch_size, 8 // patch_size)
     latents, timesteps = torch.randn(3, 2, 16, 8), torch.tensor([0, 10, 999])
@@ -91,7 +93,7 @@ def test_adapters_go_from_latents_to_patches_and_back(adapter, patch_size):
     assert patches.shape == (3, 16 * 8 // patch_size**2, 32)
     out = up.decode(patches, timesteps, skips, grid)
     assert out.shape == latents.shape
-    # The prediction depends on the timestep, and each image on itself alone.
+    # A prediction depends on the timestep and on its own image only.
     patches, skips = down.encode(latents, timesteps.flip(0))
     assert not torch.allclose(out[0], up.decode(patches, timesteps, skips, grid)[0])
     patches, skips = down.encode(latents[:1], timesteps[:1])
@@ -137,7 +139,7 @@ def test_linear_adapter_orders_patches_in_raster():
     assert torch.equal(up.decode(patches, torch.tensor([3]), (), (2, 2)), latents)
 
 
-def test_attention_equals_softmax_written_out_with_grouped_queries_and_empty_rows():
+def test_sdpa_equals_the_definition_with_grouped_queries_and_fully_masked_rows():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
     start = torch.tensor([[0, 0, 2, 3, 3], [0, 1, 1, 1, 4]], dtype=torch.int32)
@@ -161,15 +163,15 @@ def test_rope_depends_on_distance_alone():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(i: int, j: int) -> torch.Tensor:
-        turned_q = rope_at(torch.tensor([[i]]), 16, 10_000.0).rotate(q)
-        return (turned_q * rope_at(torch.tensor([[j]]), 16, 10_000.0).rotate(k)).sum()
+        rotated_q = rope_at(torch.tensor([[i]]), 16, 10_000.0).rotate(q)
+        return (rotated_q * rope_at(torch.tensor([[j]]), 16, 10_000.0).rotate(k)).sum()
 
     torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
     assert not torch.isclose(score(7, 3), score(7, 4))
 
 
 @pytest.mark.parametrize("theta", [100.0, 500_000.0])
-def test_the_model_turns_with_the_theta_of_its_configuration(theta):
+def test_rope_uses_the_theta_of_the_configuration(theta):
     positions = torch.tensor([[0, 1, 7]], dtype=torch.int32)
     config = ModelConfig(**SMALL, rope_theta=theta)
     rope = block_context(config, Intervals(positions, positions + 1, 8), positions, torch.float32).rope
@@ -180,7 +182,7 @@ def test_the_model_turns_with_the_theta_of_its_configuration(theta):
 
 
 @pytest.mark.parametrize("num_layers", [2, 8])
-def test_residual_outputs_start_smaller_by_the_root_of_twice_the_layers(num_layers):
+def test_residual_outputs_are_initialized_smaller_by_the_root_of_twice_the_layers(num_layers):
     model = small(num_layers=num_layers, hidden_size=64, ffn_hidden_size=128)
     for block in model.blocks:
         for layer in (block.attention.out, block.feed_forward.down):
@@ -202,6 +204,13 @@ def test_residual_outputs_start_smaller_by_the_root_of_twice_the_layers(num_laye
 def test_impossible_sizes_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         ModelConfig(**SMALL | changes)
+
+
+def test_importing_the_model_imports_no_kernels_compiler_or_diffusers():
+    heavy = ("torch._dynamo", "triton", "interval_attention", "diffusers", "scipy")
+    code = f"import sys, megafusion.model.transfusion; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_model_folder_stays_short():

@@ -64,18 +64,18 @@ def fails_on(what: str, victim: int, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "output"),
     [
         ("product", "a matrix product on cpu is wrong"),
         ("sum", "an all-reduce returned a wrong sum"),
         ("disk", "cannot be written (No such file or directory)"),
     ],
 )
-def test_every_rank_names_the_one_that_fails(tmp_path, what, said):
+def test_every_rank_names_the_one_that_fails(tmp_path, what, output):
     first, second = run_workers(fails_on, 2, what, 1, tmp_path)
     assert first == second
     assert "rank 1 on " in first
-    assert said in first
+    assert output in first
     assert "rank 0" not in first
 
 

@@ -31,8 +31,8 @@ def owned(values: dict, rank: int | None, bad: float = float("nan")) -> tuple[li
         batch = loader.next()
         if number == BAD and rank is None:
             continue
-        hurt = number == BAD and torch.distributed.get_rank() == rank
-        hook = parameter.register_hook(lambda gradient: gradient * bad) if hurt else None
+        is_bad = number == BAD and torch.distributed.get_rank() == rank
+        hook = parameter.register_hook(lambda gradient: gradient * bad) if is_bad else None
         train_step(engine, batch, 1e-3)
         if hook:
             hook.remove()

@@ -151,7 +151,7 @@ class Ranks:
                 process.join(60)
                 self.ended.append(time.time())
         for rank in but:
-            if processes[rank].is_alive():  # stopped: it goes on when all others have ended
+            if processes[rank].is_alive():  # stopped: continued when all others have exited
                 os.kill(processes[rank].pid, signal.SIGCONT)
                 processes[rank].join(20)
         self.statuses = [process.exitcode for process in processes]
@@ -266,9 +266,9 @@ def test_a_failed_dump_does_not_hold_the_message_back(tmp_path, capfd):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "stacks"
     local = LocalState()
-    Path(tmp_path / "in-place").mkdir()
-    _dump_stacks("lost", local, tmp_path / "in-place")
-    assert (tmp_path / "in-place" / "rank-00000.txt").is_file()
+    Path(tmp_path / "writable").mkdir()
+    _dump_stacks("lost", local, tmp_path / "writable")
+    assert (tmp_path / "writable" / "rank-00000.txt").is_file()
     _dump_stacks("lost", local, folder)
     _publish("megafusion: lost", folder, local, 1.0)
     assert capfd.readouterr().err.count("megafusion: lost") == 1

@@ -52,7 +52,7 @@ PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing_programs() -> list[str]:
-    """What of SLURM is not installed; on Debian it comes with `apt-get install slurm-wlm munge`."""
+    """Parts of SLURM that are not installed; on Debian: `apt-get install slurm-wlm munge`."""
     return [name for name in PROGRAMS if not _find(name)]
 
 
@@ -69,7 +69,7 @@ class Cluster:
         self.daemons: list[subprocess.Popen] = []
 
     def ask(self, *command: str, check: bool = True) -> str:
-        """What a SLURM command prints. CalledProcessError with its message where it fails."""
+        """Output of a SLURM command. Raises CalledProcessError with its message if it fails."""
         done = subprocess.run(
             command, env=os.environ | self.environment, capture_output=True, text=True, check=False
         )
@@ -78,7 +78,7 @@ class Cluster:
         return done.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What `scontrol show job` says, such as JobState and Restarts."""
+        """Fields of `scontrol show job`, such as JobState and Restarts."""
         words = self.ask("scontrol", "-o", "show", "job", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 

@@ -23,7 +23,7 @@ _CONTEXT.set_forkserver_preload(["megafusion.train.loop", "deepspeed.runtime.zer
 
 
 class WorkersFailed(AssertionError):
-    """What the failed ranks say, the first to fail first."""
+    """Errors of the failed ranks, the first failure first."""
 
 
 def run_workers(

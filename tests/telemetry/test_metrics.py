@@ -11,5 +11,5 @@ def test_only_rank_0_reports_where_a_run_resumes(run_config, capfd, silent):
     config = run_config
     with Metrics(config.telemetry, config.out, 6, 2, stops_on_write_error=True, silent=silent):
         pass
-    said = " ".join(capfd.readouterr().err.split())
-    assert said.count("resumes after step 2") == (not silent)
+    output = " ".join(capfd.readouterr().err.split())
+    assert output.count("resumes after step 2") == (not silent)

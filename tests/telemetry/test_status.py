@@ -53,10 +53,9 @@ def test_a_running_run_and_one_whose_process_is_gone(run):
     attempts.at(5)
     assert "training, step 5 began 0:00:0" in shown(run)
     assert "step 5 of 6" in shown(run)
-    record = json.loads((run / ATTEMPTS).read_text())
-    record[-1]["pid"] = 2**22 + 1  # above the system's limit
-    (run / ATTEMPTS).write_text(json.dumps(record))
+    attempts._release()  # as the system does for a process that dies
     assert "its process is gone, step 5 began" in shown(run)
+    record = json.loads((run / ATTEMPTS).read_text())
     record[-1] |= {"host": "elsewhere", "time": time.time()}
     (run / ATTEMPTS).write_text(json.dumps(record))
     assert "training on elsewhere, step 5 began" in shown(run)

@@ -1,4 +1,4 @@
-"""Who is slow, and how much memory: gathered from all ranks."""
+"""Stragglers and peak memory, gathered from all ranks."""
 
 import time
 
@@ -13,7 +13,7 @@ from tests.support.workers import run_workers
 
 
 class Layers(nn.Module):
-    """A forward pass that takes a while, longer on rank 1."""
+    """Layers whose forward pass is slower on rank 1."""
 
     def forward(self) -> None:
         time.sleep(0.02 if dist.get_rank() == 1 else 0.005)
@@ -21,18 +21,18 @@ class Layers(nn.Module):
 
 def readings() -> list[tuple[dict, str | None]]:
     layers = Layers()
-    speeds = StragglerMonitor(layers, torch.device("cpu"), ["alpha", "beta", "gamma"], num_stages=1)
+    monitor = StragglerMonitor(layers, torch.device("cpu"), ["alpha", "beta", "gamma"], num_stages=1)
     found = []
     for _ in range(4):
         for _ in range(3):
-            with speeds.waiting_for_data():
+            with monitor.waiting_for_data():
                 time.sleep(0.01 if dist.get_rank() == 2 else 0)
             layers()
-        found.append(speeds.read())
+        found.append(monitor.read())
     return found
 
 
-def test_a_rank_that_is_slow_again_and_again_is_named_with_its_host():
+def test_a_straggler_is_named_with_its_host():
     everyone = run_workers(readings, 3)
     assert [figures["slowest_rank"] for figures, _ in everyone[0]] == [1] * 4
     for figures, _ in everyone[0]:
@@ -43,20 +43,20 @@ def test_a_rank_that_is_slow_again_and_again_is_named_with_its_host():
         assert figures["device_memory_bytes"] == 0
     warnings = [warning for _, warning in everyone[0]]
     assert warnings[:2] == [None, None]
-    assert "rank 1 on beta straggles" in warnings[2]
-    assert warnings[3] is None  # said once
+    assert "rank 1 on beta is a straggler" in warnings[2]
+    assert warnings[3] is None  # only once
     names = ("slowest_rank", "slowest_ratio")
     assert [[f[n] for n in names] for f, _ in everyone[0]] == [[f[n] for n in names] for f, _ in everyone[2]]
 
 
 @pytest.mark.parametrize(("num_stages", "slowest"), [(1, 3), (2, 1)])
 def test_ranks_are_compared_within_their_stage(num_stages, slowest):
-    speeds = object.__new__(StragglerMonitor)
-    speeds._num_stages = num_stages
-    assert speeds._slowest([1.0, 1.3, 4.0, 4.1])[0] == slowest
+    monitor = object.__new__(StragglerMonitor)
+    monitor._num_stages = num_stages
+    assert monitor._slowest([1.0, 1.3, 4.0, 4.1])[0] == slowest
 
 
-def test_the_peak_of_a_chip_that_is_not_known_is_not_made_up(monkeypatch):
+def test_an_unknown_chip_has_no_peak(monkeypatch):
     assert peak_flops("bf16") is None or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA T4": None}

@@ -1,4 +1,4 @@
-"""What a run refuses, and when: before the first step, with the way out, and nothing lost."""
+"""Refusals of a run: before the first step, with the way out, and nothing lost."""
 
 import json
 import shutil

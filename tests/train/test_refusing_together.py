@@ -1,4 +1,4 @@
-"""What one rank alone cannot go on with ends all ranks, with its message and the status of a refusal."""
+"""An error of one rank ends all ranks, with its message and the exit status of a refusal."""
 
 import errno
 from pathlib import Path

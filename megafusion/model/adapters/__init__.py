@@ -68,13 +68,11 @@ class DownAdapter(nn.Module):
         if len(self.sizes) == 1:
             return self.encode(latents_NCHW, timesteps_N)
         groups = SizeGroups(sizes_N, len(self.sizes))
-        patches, skips = [], []
         inputs = zip(self.sizes, groups.split(latents_NCHW), groups.split(timesteps_N), strict=True)
-        for (height, width), latents, timesteps in inputs:
-            group_patches, group_skips = self.encode(latents[..., :height, :width], timesteps)
-            patches.append(group_patches)
-            skips.append([skip.flatten(1) for skip in group_skips])
-        return groups.merge(patches), tuple(map(groups.merge, zip(*skips, strict=True)))
+        encoded = [self.encode(latents[..., :height, :width], t) for (height, width), latents, t in inputs]
+        patches, skips = zip(*encoded, strict=True)
+        by_skip = ([skip.flatten(1) for skip in group] for group in zip(*skips, strict=True))
+        return groups.merge(patches), tuple(map(groups.merge, by_skip))
 
 
 class UpAdapter(nn.Module):

@@ -1,4 +1,4 @@
-"""What is done to a rank from inside, before its command runs: what no signal and no disk can do."""
+"""Faults injected into a rank's process before its command runs, where no signal and no disk can reach."""
 
 import os
 import time
@@ -12,10 +12,10 @@ from megafusion.engine.engine import Engine
 
 
 def nan_gradients(rank: int, victim: int, batches: range) -> None:
-    """One rank's gradient of one parameter is no number for these batches of the run (from 0)."""
+    """Make one rank's gradient of a norm's weight NaN for these batches of the run (from 0)."""
     step, number = Engine.forward_backward, [0]
 
-    def hurt_step(engine: Engine, *arguments: object) -> object:
+    def bad_step(engine: Engine, *arguments: object) -> object:
         parameter = next(p for name, p in engine.stage.named_parameters() if "norm" in name)
         hook = None
         if dist.get_rank() == victim and number[0] in batches:
@@ -26,25 +26,25 @@ def nan_gradients(rank: int, victim: int, batches: range) -> None:
             hook.remove()
         return losses
 
-    Engine.forward_backward = hurt_step
+    Engine.forward_backward = bad_step
 
 
 def without_batches(rank: int, batches: range) -> None:
-    """The stream has these batches not at all: what a run with bad ones is to be like."""
-    following, number = DataLoader.next, [0]
+    """Remove these batches from the data: the reference of a run that skips them."""
+    load, number = DataLoader.next, [0]
 
-    def next_one(self: DataLoader) -> object:
+    def next_batch(self: DataLoader) -> object:
         while number[0] in batches:
             number[0] += 1
-            following(self)
+            load(self)
         number[0] += 1
-        return following(self)
+        return load(self)
 
-    DataLoader.next = next_one
+    DataLoader.next = next_batch
 
 
 def slow_disk(rank: int, seconds: float) -> None:
-    """Every file takes so long to reach the disk."""
+    """Delay every fsync."""
     sync = os.fsync
 
     def slow(descriptor: int) -> None:
@@ -55,10 +55,9 @@ def slow_disk(rank: int, seconds: float) -> None:
 
 
 def with_reference(rank: int, every: int, path: Path) -> None:
-    """Every so many steps the rank also does a fixed piece of work, of a step's kind, and notes its seconds.
+    """Time a fixed piece of work, similar to a step, every so many steps, and append its seconds to a file.
 
-    A machine that others use is now faster and now slower, for minutes; what a step takes in units of this
-    work is the trainer's own doing.
+    The speed of a shared machine drifts over minutes; the ratio of a step's time to this work's does not.
     """
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(16, 16, generator=generator).requires_grad_() for _ in range(8)]
