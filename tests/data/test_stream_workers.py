@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megafusion.errors import UserError
+from tests.support.marks import full
 from tests.support.rows import digest, stream_of, write_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +155,8 @@ def reading(folder: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Proces
             process.kill()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+# SIGKILL, after which nothing can be cleaned up, represents the other signals.
+@pytest.mark.parametrize("how", [signal.SIGKILL, *full(signal.SIGTERM, signal.SIGINT)])
 def test_workers_end_with_their_parent_however_it_ends(sources, how):
     with reading(sources["pairs"][0]) as (process, started):
         process.send_signal(how)
