@@ -89,7 +89,7 @@ def test_the_installed_command_runs():
     done = subprocess.run(
         [sys.executable, "-m", "megafusion.cli", "--version"], capture_output=True, check=True
     )
-    assert done.stdout.strip() == b"0.1.0"
+    assert done.stdout.strip() == __version__.encode()
 
 
 @pytest.mark.parametrize(
