@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from megafusion import __version__
 from megafusion.cli import app, main
 from megafusion.commands.generate import open_image
 from megafusion.config import load_config
