@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from megafusion.device import default_device
 
@@ -87,7 +88,7 @@ def write_hashes(folder: Path, hashes: dict[str, list]) -> None:
 
 def manifest_fields(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer) -> dict:
     """Fields of a manifest that its documents do not determine."""
-    fields = {"kind": kind, "tokenizer_sha256": tokenizer.hash}
+    fields: dict[str, Any] = {"kind": kind, "tokenizer_sha256": tokenizer.hash}
     if kind != "text" and config.image_storage == "pixels":
         fields["images"] = "pictures"
     elif kind != "text":

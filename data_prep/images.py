@@ -28,12 +28,10 @@ def decode_caption(caption: bytes | str | None) -> str:
         raise BadRecord("no caption")
     if len(caption) > MAX_CAPTION_BYTES:
         raise BadRecord(f"caption of more than {MAX_CAPTION_BYTES} bytes")
-    text = caption
-    if isinstance(caption, bytes):
-        try:
-            text = caption.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRecord("caption is not UTF-8") from error
+    try:
+        text = caption.decode("utf-8") if isinstance(caption, bytes) else caption
+    except UnicodeDecodeError as error:
+        raise BadRecord("caption is not UTF-8") from error
     text = text.strip()
     if not text:
         raise BadRecord("empty caption")

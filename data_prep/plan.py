@@ -58,7 +58,9 @@ def make_plan(
 ) -> Plan:
     """Make the plan from the scan's tables, in order. UserError for missing keys and too many bad records."""
     kept: list[tuple[int, np.ndarray]] = []
-    dropped, skipped, sides = Counter(), Counter(), Counter()
+    dropped: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
+    sides: Counter[int] = Counter()
     examples: dict[str, list[str]] = {}
     deduplicator, found, total = Deduplicator(config.filters), set(), 0
     tables = list(tables)
@@ -84,8 +86,10 @@ def make_plan(
     _check_keys(config, selected_keys, found)
     _check_skip_rate(config, skipped, examples, total)
     return Plan(
-        np.concatenate([np.full(len(rows), index, np.int32) for index, rows in kept] or [np.int32([])]),
-        np.concatenate([rows for _, rows in kept] or [np.int32([])]),
+        np.concatenate(
+            [np.full(len(rows), index, np.int32) for index, rows in kept] or [np.array([], np.int32)]
+        ),
+        np.concatenate([rows for _, rows in kept] or [np.array([], np.int32)]),
         total,
         dict(sorted(dropped.items())),
         dict(sorted(skipped.items())),

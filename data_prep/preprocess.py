@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyarrow import parquet
 from rich.progress import Progress
@@ -34,7 +35,8 @@ from megafusion.storage import refuse_foreign
 NAMES: dict[Kind, str] = {"pair": "pairs", "text": "texts", "interleaved": "documents"}
 
 
-class ShardRange(NamedTuple):
+@dataclass(frozen=True)
+class ShardRange:
     """The shards that a command writes: every count-th from the index-th on."""
 
     index: int = 0
@@ -123,17 +125,18 @@ class _Job:
         settings = WorkerSettings(
             self._kind, self._config, self._splits, self._selected_keys, self._partial, self._work
         )
-        index, count = self._shard_range or ShardRange()
+        shard_range = self._shard_range or ShardRange()
         with Pool(settings, self._config.num_workers) as pool:
             # Each task starts at its own share of the splits, then scans the rest: none waits for another.
-            first = index * len(self._splits) // count
+            first = shard_range.index * len(self._splits) // shard_range.count
             self._map(pool, "scan", [*range(first, len(self._splits)), *range(first)], None)
             plan = make_plan(self._splits, self._tables(), self._config, self._selected_keys)
             per_shard = self._config.documents_per_shard
             num_shards = plan.num_shards(per_shard)
             if not num_shards:
                 raise UserError(f"{self.folder}: the inputs hold no valid document; nothing is written")
-            tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(index, num_shards, count)]
+            own = range(shard_range.index, num_shards, shard_range.count)
+            tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in own]
             self._map(pool, "write", tasks, sum(len(task.rows) for task in tasks))
         return self._finish(plan, num_shards)
 
@@ -156,7 +159,8 @@ class _Job:
 
     def _finish(self, plan: Plan, num_shards: int) -> Manifest | None:
         summaries = [read_summary(summary_path(self._work, number)) for number in range(num_shards)]
-        if missing := summaries.count(None):
+        complete = [summary for summary in summaries if summary is not None]
+        if missing := num_shards - len(complete):
             self._print(
                 f"{self.folder}: {missing} of {num_shards} shards are left to other tasks; the last to "
                 "finish writes the manifest, or the same command without --shard-range"
@@ -172,7 +176,7 @@ class _Job:
         hashes = self._fingerprint.hash_files(hashes)
         write_hashes(self._partial, hashes)
         fields = self._fingerprint.fields | {"provenance": self._fingerprint.provenance(hashes)}
-        manifest = write_manifest(self._partial, summaries, fields)
+        manifest = write_manifest(self._partial, complete, fields)
         write_report(self._partial, plan, manifest)
         self._replace()
         self._print(summary(self.folder, plan, manifest))

@@ -30,7 +30,7 @@ class JsonlDocuments(LineReader):
         super().__init__(path)
         self._named_images = named_images
 
-    def read(self, record: Record) -> list[str | bytes]:
+    def read(self, record: Record) -> list[str | bytes]:  # type: ignore[override]
         """Texts and encoded images in order. Raises BadRecord."""
         return document_segments(parse_json_line(super().read(record)), self._named_images)
 
@@ -52,43 +52,43 @@ class NamedImages:
 
     def __init__(self, source: Path | None):
         self._source = source
-        self._members: dict[str, Any] | None = None
+        self._members: dict[str, tuple[int, int]] | None = None
 
     def __call__(self, name: str) -> bytes:
         """An encoded image. Raises BadRecord."""
         missing = URL if "://" in name else MISSING
         if self._source is None:
             raise BadRecord(URL if missing == URL else NO_DOCUMENT_IMAGES)
-        return self._from_folder(name, missing) if self._source.is_dir() else self._from_tar(name, missing)
-
-    def _from_folder(self, name: str, missing: str) -> bytes:
-        try:
-            path = (self._source / name).resolve()
-            if path.is_relative_to(self._source.resolve()):
-                return path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise BadRecord(missing) from error
-        raise BadRecord("an image's name is a path that leads out of document_images")
-
-    def _from_tar(self, name: str, missing: str) -> bytes:
+        if self._source.is_dir():
+            return _from_folder(self._source, name, missing)
         if self._members is None:
             self._file = self._source.open("rb", buffering=0)
-            self._members = {n: member for n, member in self._tar_members() if isinstance(member, tuple)}
+            self._members = dict(_tar_members(self._source))
         if name not in self._members:
             raise BadRecord(missing)
         offset, size = self._members[name]
         return os.pread(self._file.fileno(), size, offset)
 
-    def _tar_members(self) -> Iterator[tuple[str, Any]]:
-        names = set()
-        for name, member in tar_files(self._source):
-            if member is None:
-                raise UserError(
-                    f"{self._source}: is corrupt, or not an uncompressed tar; fetch or pack it again"
-                )
-            if name in names:
-                raise UserError(f"{self._source}: has {name!r} twice; pack it again")
-            names.add(name)
+
+def _from_folder(folder: Path, name: str, missing: str) -> bytes:
+    try:
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()):
+            return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadRecord(missing) from error
+    raise BadRecord("an image's name is a path that leads out of document_images")
+
+
+def _tar_members(tar: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    names = set()
+    for name, member in tar_files(tar):
+        if member is None:
+            raise UserError(f"{tar}: is corrupt, or not an uncompressed tar; fetch or pack it again")
+        if name in names:
+            raise UserError(f"{tar}: has {name!r} twice; pack it again")
+        names.add(name)
+        if isinstance(member, tuple):
             yield name, member
 
 

@@ -1,5 +1,6 @@
 """Records: the unit of input, each with a location from which any process can read it again."""
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from megafusion.errors import UserError
@@ -44,8 +45,9 @@ class RawPair(NamedTuple):
 class Reader(Protocol):
     """Reads the records of an input split: lists them in order, and reads each by its location."""
 
-    def records(self, *span: int) -> Any:
-        """Iterator of Record, in the file's order. A damaged one has a problem.
+    @property
+    def records(self) -> Callable[..., Iterator[Record]]:
+        """Records in the file's order. A damaged one has a problem.
 
         span: first and end of a part of a file. Lines are numbered within it.
         """

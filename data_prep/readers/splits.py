@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from data_prep.config import PreprocessConfig
 from data_prep.readers.image_folder import ImageFolderReader, sidecar_files
@@ -21,7 +21,8 @@ BYTES_PER_SPLIT = 64 << 20
 COMPRESSED_SUFFIXES = {".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"}
 
 
-class InputSplit(NamedTuple):
+@dataclass(frozen=True)
+class InputSplit:
     """The input that one process scans at a time: a file, a part of one, or images of a folder."""
 
     index: int
@@ -40,7 +41,7 @@ class InputSplit(NamedTuple):
 def find_splits(kind: Kind, config: PreprocessConfig) -> list[InputSplit]:
     """Every split of a kind's inputs, in order. UserError for a missing path."""
     paths = {"pair": config.images, "text": config.texts, "interleaved": config.documents}[kind]
-    found = []
+    found: list[tuple] = []
     for path in paths:
         if path.is_dir():
             found += _of_folder(kind, path)

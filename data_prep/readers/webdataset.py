@@ -47,7 +47,8 @@ class TarReader:
         return f"{self.path}, key {record.key!r}" if record.key else str(self.path)
 
     def _groups(self) -> Iterator[Record]:
-        key, members, problem = None, {}, None
+        members: dict[str, tuple[int, int]] = {}
+        key = problem = None
         for name, member in tar_files(self.path):
             if member is None:
                 yield Record("", None, name)  # the unfinished group may lack members: it is dropped too
@@ -86,7 +87,7 @@ def tar_files(path: Path) -> Iterator[tuple[str, tuple[int, int] | str | None]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members = []  # else tarfile keeps all of them in memory
+                tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all of them in memory
                 if member.isdir():
                     continue
                 yield plain_name(member.name), _problem(member) or (member.offset_data, member.size)

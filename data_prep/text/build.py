@@ -36,7 +36,7 @@ def sense_counts(index: str) -> dict[tuple[str, str, str], int]:
     `index` is WordNet's index.sense: a line is `lemma%pos:file:id:head:head_id offset number count`.
     Adjective satellites (5) count as adjectives (3), whose file they share.
     """
-    counts = {}
+    counts: dict[tuple[str, str, str], int] = {}
     for line in index.splitlines():
         sense, offset, *_, count = line.split()
         lemma, _, rest = sense.rpartition("%")

@@ -9,6 +9,7 @@ import sentencepiece
 import typer
 
 from data_prep.command import run_command
+from data_prep.npm import read_member
 from megafusion.errors import UserError
 from megafusion.storage import write_file
 
@@ -27,7 +28,7 @@ def read_captions(pack: Path) -> dict[str, str]:
         raise UserError(f"{pack}: no such file; build it with python -m data_prep.emoji.build")
     with tarfile.open(pack) as archive:
         members = [member for member in archive if member.name.endswith(".txt")]
-        return {m.name.removesuffix(".txt"): archive.extractfile(m).read().decode() for m in members}
+        return {m.name.removesuffix(".txt"): read_member(archive, m).decode() for m in members}
 
 
 def read_lines(path: Path) -> list[str]:

@@ -27,7 +27,9 @@ class AutoencoderLoss(nn.Module):
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
-        self.perceptual = self.identity = self.discriminator = None
+        self.perceptual: VGG16Features | None = None
+        self.identity: ResNet50Features | None = None
+        self.discriminator: PatchDiscriminator | None = None
         self.heads: list[Tensor] | None = None
         if config.perceptual_weight:
             self.perceptual = VGG16Features()
@@ -64,12 +66,13 @@ class AutoencoderLoss(nn.Module):
             terms["identity"] = config.identity_weight * feature_distance(
                 self.identity, images, reconstructions
             )
-        if self.is_adversarial_at(step):
+        if self.discriminator is not None and self.is_adversarial_at(step):
             terms["adversarial"] = config.adversarial_weight * -self.discriminator(reconstructions).mean()
         return terms
 
     def discriminator_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Hinge loss of the discriminator; the autoencoder receives no gradient."""
+        assert self.discriminator is not None
         real = self.discriminator(images)
         fake = self.discriminator(reconstructions.detach())
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
