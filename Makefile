@@ -16,14 +16,17 @@ quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, 
 	$(BIN)/megafusion train configs/quickstart.yaml; \
 	$(BIN)/megafusion report runs/quickstart --seconds-before $$(( $$(date +%s) - begin ))
 
+# A file's tests share its fixtures, so they run on one process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(INSTALLED)  ## Run the quick tests, on two processes.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
-test-all: $(INSTALLED)  ## Run the tests marked full, too.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+# The tests marked slow run by their file: .venv/bin/python -m pytest -m slow FILE
+test-all: $(INSTALLED)  ## Run the tests marked full, too; those marked slow need -m slow.
+	$(PYTEST) -m "not slow"
 
-coverage: $(INSTALLED)  ## Run what test-all runs, with a table of the lines not covered.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term
+coverage: $(INSTALLED)  ## Run the quick tests, with a table of the lines not covered.
+	$(PYTEST) --cov --cov-report=term
 
 test-parallel: $(INSTALLED)  ## Every form of parallelism against one device: a table, and runs/parallel.json.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.matrix

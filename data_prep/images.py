@@ -32,8 +32,7 @@ def decode_caption(caption: bytes | str | None) -> str:
         text = caption.decode("utf-8") if isinstance(caption, bytes) else caption
     except UnicodeDecodeError as error:
         raise BadRecord("caption is not UTF-8") from error
-    text = text.strip()
-    if not text:
+    if not (text := text.strip()):
         raise BadRecord("empty caption")
     return text
 

@@ -40,12 +40,6 @@ def read_package(package: NpmPackage, folder: Path, prefix: str) -> dict[str, by
     root = f"package/{prefix}"
     with tarfile.open(path) as archive:
         members = [m for m in archive if m.isfile() and m.name.startswith(root)]
-        found = {m.name.removeprefix(root): read_member(archive, m) for m in members}
+        files = {m.name.removeprefix(root): archive.extractfile(m) for m in members}
+        found = {name: file.read() for name, file in files.items() if file}
     return dict(sorted(found.items()))
-
-
-def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The content of a plain file in a tar."""
-    file = archive.extractfile(member)
-    assert file is not None, "only plain files have content"
-    return file.read()

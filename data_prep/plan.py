@@ -74,22 +74,21 @@ def make_plan(
         if config.filters.duplicates != "keep":
             _mark_duplicates(table, reasons, deduplicator)
         rows = np.array([row for row, reason in enumerate(reasons) if reason is None], np.int32)
-        kept.append((split.index, rows))
+        kept.append((split.number, rows))
         shorter = np.minimum(table.column("width").to_numpy(), table.column("height").to_numpy())[rows]
         sides.update(Counter((1 << np.log2(shorter[shorter > 0]).astype(int)).tolist()))
         for row, reason in enumerate(reasons):
             if reason is not None:
                 (skipped if is_bad[row] else dropped)[reason] += 1
                 if len(examples.setdefault(reason, [])) < NUM_EXAMPLES:
-                    key = renumber(table.column("key")[row].as_py(), offsets[split.index])
+                    key = renumber(table.column("key")[row].as_py(), offsets[split.number])
                     examples[reason].append(_where(split, key))
     _check_keys(config, selected_keys, found)
     _check_skip_rate(config, skipped, examples, total)
+    empty = np.zeros(0, np.int32)
     return Plan(
-        np.concatenate(
-            [np.full(len(rows), index, np.int32) for index, rows in kept] or [np.array([], np.int32)]
-        ),
-        np.concatenate([rows for _, rows in kept] or [np.array([], np.int32)]),
+        np.concatenate([empty, *(np.full(len(rows), number, np.int32) for number, rows in kept)]),
+        np.concatenate([empty, *(rows for _, rows in kept)]),
         total,
         dict(sorted(dropped.items())),
         dict(sorted(skipped.items())),

@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyarrow import parquet
 from rich.progress import Progress
@@ -22,7 +21,7 @@ from data_prep.fingerprint import InputFingerprint, write_hashes
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import Pool, Throughput
 from data_prep.readers.splits import find_splits
-from data_prep.report import summary, write_report, write_sheet
+from data_prep.report import summary_line, write_report, write_sheet
 from data_prep.scan import table_path
 from data_prep.worker import ShardTask, WorkerSettings
 from data_prep.write import read_summary, summary_path
@@ -35,19 +34,18 @@ from megafusion.storage import refuse_foreign
 NAMES: dict[Kind, str] = {"pair": "pairs", "text": "texts", "interleaved": "documents"}
 
 
-@dataclass(frozen=True)
-class ShardRange:
-    """The shards that a command writes: every count-th from the index-th on."""
+class ShardRange(NamedTuple):
+    """The shards that one of several tasks writes: every num_tasks-th from the task-th on."""
 
-    index: int = 0
-    count: int = 1
+    task: int = 0
+    num_tasks: int = 1
 
 
 def parse_range(text: str) -> ShardRange:
     """Parse I/N, I from 0. UserError for anything else."""
-    index, _, count = text.partition("/")
-    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
-        return ShardRange(int(index), int(count))
+    task, _, num_tasks = text.partition("/")
+    if task.isdecimal() and num_tasks.isdecimal() and int(task) < int(num_tasks):
+        return ShardRange(int(task), int(num_tasks))
     raise UserError(f"--shard-range {text}: is not I/N with I from 0 to N - 1; 0/8 is the first of eight")
 
 
@@ -125,18 +123,17 @@ class _Job:
         settings = WorkerSettings(
             self._kind, self._config, self._splits, self._selected_keys, self._partial, self._work
         )
-        shard_range = self._shard_range or ShardRange()
+        task, num_tasks = self._shard_range or ShardRange()
         with Pool(settings, self._config.num_workers) as pool:
             # Each task starts at its own share of the splits, then scans the rest: none waits for another.
-            first = shard_range.index * len(self._splits) // shard_range.count
+            first = task * len(self._splits) // num_tasks
             self._map(pool, "scan", [*range(first, len(self._splits)), *range(first)], None)
             plan = make_plan(self._splits, self._tables(), self._config, self._selected_keys)
             per_shard = self._config.documents_per_shard
             num_shards = plan.num_shards(per_shard)
             if not num_shards:
                 raise UserError(f"{self.folder}: the inputs hold no valid document; nothing is written")
-            own = range(shard_range.index, num_shards, shard_range.count)
-            tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in own]
+            tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(task, num_shards, num_tasks)]
             self._map(pool, "write", tasks, sum(len(task.rows) for task in tasks))
         return self._finish(plan, num_shards)
 
@@ -158,9 +155,9 @@ class _Job:
         )
 
     def _finish(self, plan: Plan, num_shards: int) -> Manifest | None:
-        summaries = [read_summary(summary_path(self._work, number)) for number in range(num_shards)]
-        complete = [summary for summary in summaries if summary is not None]
-        if missing := num_shards - len(complete):
+        found = (read_summary(summary_path(self._work, number)) for number in range(num_shards))
+        summaries = [summary for summary in found if summary]
+        if missing := num_shards - len(summaries):
             self._print(
                 f"{self.folder}: {missing} of {num_shards} shards are left to other tasks; the last to "
                 "finish writes the manifest, or the same command without --shard-range"
@@ -176,14 +173,14 @@ class _Job:
         hashes = self._fingerprint.hash_files(hashes)
         write_hashes(self._partial, hashes)
         fields = self._fingerprint.fields | {"provenance": self._fingerprint.provenance(hashes)}
-        manifest = write_manifest(self._partial, complete, fields)
+        manifest = write_manifest(self._partial, summaries, fields)
         write_report(self._partial, plan, manifest)
         self._replace()
-        self._print(summary(self.folder, plan, manifest))
+        self._print(summary_line(self.folder, plan, manifest))
         return self._finished()
 
     def _tables(self) -> list[Path]:
-        return [table_path(self._work, split.index) for split in self._splits]
+        return [table_path(self._work, split.number) for split in self._splits]
 
     def _is_first_to_finish(self) -> bool:
         try:

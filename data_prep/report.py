@@ -36,7 +36,7 @@ def write_sheet(folder: Path, manifest: Manifest, vae: Path) -> None:
         inspect_shards(folder, vae, folder / SHEET, NUM_IMAGES_SHOWN)
 
 
-def summary(folder: Path, plan: Plan, manifest: Manifest) -> str:
+def summary_line(folder: Path, plan: Plan, manifest: Manifest) -> str:
     """The report in one line."""
     num_shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
     bad, dropped = (

@@ -99,9 +99,8 @@ def _inspect_records(
 
 def _num_lines(split: InputSplit) -> int:
     """Number of lines in a part of a text file, by which the next parts' lines are renumbered; else 0."""
-    if not split.span or split.files[0].suffix.lower() == ".parquet":
-        return 0
-    return count_lines(split.files[0], *split.span)
+    is_lines = split.span and split.files[0].suffix.lower() != ".parquet"
+    return count_lines(split.files[0], *split.span) if is_lines else 0
 
 
 def _renumbered(split: InputSplit, record: Record) -> Record:

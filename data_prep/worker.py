@@ -99,7 +99,7 @@ class Worker:
     @cached_property
     def _line_offsets(self) -> list[int]:
         splits = self._settings.splits
-        return line_offsets(splits, [table_path(self._settings.work, split.index) for split in splits])
+        return line_offsets(splits, [table_path(self._settings.work, split.number) for split in splits])
 
     @cached_property
     def _builder(self) -> DocumentBuilder:

@@ -130,7 +130,7 @@ class DocumentBuilder:
 
     def _moments(self, images: list[Image.Image]) -> np.ndarray:
         """Mean and log-variance, float16 [n, 2, C, h, w], of at most batch_size images of one size."""
-        assert self._codec is not None
+        assert self._codec
         pixels = preprocess_images(images, images[0].height, images[0].width).to(self._codec.model.device)
         return torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
 

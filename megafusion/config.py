@@ -69,7 +69,7 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
         new_names = {name for location in unknown for name in _new_names(cls, location)}
         # The new name of a renamed key is missing too, which is the same mistake.
-        details = [d for d in details if d["type"] != "missing" or _path(d["loc"]) not in new_names]
+        details = [d for d in details if d["type"] != "missing" or _path(cls, d["loc"]) not in new_names]
         lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
         raise UserError("\n".join(lines)) from error
     except TypeError as error:
@@ -99,8 +99,11 @@ def keys_of(cls: type[Config], parent: str = "") -> Iterator[Key]:
     """Every key of a configuration and of those within it; NAME stands for any name."""
     for name, field in cls.model_fields.items():
         path = parent + name
-        if inner := next((c for c in _classes_in(field.annotation) if issubclass(c, Config)), None):
-            yield from keys_of(inner, f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}.")
+        if inner := _configs_in(field.annotation):
+            for config in inner:
+                yield from keys_of(
+                    config, f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}."
+                )
             continue
         default = "required" if field.is_required() else json.dumps(field.default, default=str)
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
@@ -120,19 +123,20 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 
 def _describe(cls: type[Config], detail: ErrorDetails) -> str:
     location = detail["loc"]
-    path = _path(location)
+    path = _path(cls, location)
     value = detail["input"]
     if isinstance(value, str) and location:
-        moved_to = _class_at(cls, location[:-1]).moved_values.get((str(location[-1]), value))
+        moved_to = _resolve(cls, location[:-1])[0].moved_values.get((str(location[-1]), value))
         if moved_to:
             return f"{path}: {value} has moved: write {moved_to}"
     match detail["type"]:
         case "extra_forbidden":
             if new_names := _new_names(cls, location):
                 return f"key {path!r} was renamed: it is {' and '.join(map(repr, new_names))} now"
-            fields = list(_class_at(cls, location[:-1]).model_fields)
+            owner, parents = _resolve(cls, location[:-1])
+            fields = list(owner.model_fields)
             nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
-            parent = "".join(f"{part}." for part in location[:-1])
+            parent = "".join(f"{part}." for part in parents)
             hint = (
                 f"did you mean {parent + nearest[0]!r}?"
                 if nearest
@@ -150,28 +154,37 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
             return f"{where}{detail['msg']} (got {detail['input']!r})"
 
 
-def _path(location: Sequence[str | int]) -> str:
-    return ".".join(str(part) for part in location)
+def _path(cls: type[Config], location: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in _resolve(cls, location)[1])
 
 
 def _new_names(cls: type[Config], location: Sequence[str | int]) -> list[str]:
     """The new dotted paths of a key of an earlier version; none for a key that never existed."""
     *parents, name = location
-    names = _class_at(cls, parents).renamed_keys.get(str(name), "").split()
-    return [name[1:] if name.startswith(".") else _path([*parents, name]) for name in names]
+    names = _resolve(cls, parents)[0].renamed_keys.get(str(name), "").split()
+    return [name[1:] if name.startswith(".") else _path(cls, [*parents, name]) for name in names]
 
 
-def _class_at(cls: type[Config], location: Sequence[str | int]) -> type[Config]:
-    """The configuration class that stands at a location."""
+def _resolve(cls: type[Config], location: Sequence[str | int]) -> tuple[type[Config], list[str | int]]:
+    """The configuration class at a location, and the location without the kinds that pydantic inserts.
+
+    In a union of classes with a `kind`, the kind stands behind the union's key.
+    """
+    keys: list[str | int] = []
+    kinds: dict[str | int, type[Config]] = {}
     for part in location:
-        if part not in cls.model_fields:  # an index of a list or a key of a mapping
+        if part in kinds:
+            cls, kinds = kinds[part], {}
             continue
-        annotation = cls.model_fields[part].annotation
-        cls = next((c for c in _classes_in(annotation) if issubclass(c, Config)), cls)
-    return cls
+        keys.append(part)
+        if part in cls.model_fields:  # not an index of a list or a key of a mapping
+            configs = _configs_in(cls.model_fields[part].annotation)
+            kinds = {c.model_fields["kind"].default: c for c in configs} if len(configs) > 1 else {}
+            cls = configs[0] if configs else cls
+    return cls, keys
 
 
-def _classes_in(annotation: Any) -> list[type]:
+def _configs_in(annotation: Any) -> list[type[Config]]:
     if isinstance(annotation, type):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _classes_in(part)]
+        return [annotation] if issubclass(annotation, Config) else []
+    return [found for part in get_args(annotation) for found in _configs_in(part)]

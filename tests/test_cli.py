@@ -1,9 +1,9 @@
 """The command line as a user meets it."""
 
 import os
-import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,14 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from megafusion import __version__
 from megafusion.cli import app, main
 from megafusion.commands.generate import open_image
 from megafusion.config import load_config
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
 from megafusion.train.open_model import open_pipeline
+from tests.faults.job import Job
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch", "keys")
@@ -65,50 +67,30 @@ def test_a_user_error_is_one_message_and_status_2(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: nowhere.yaml: no such configuration file")
 
 
+def redirect_stderr(folder: Path, rank: int) -> None:
+    with (folder / f"stderr-{rank}").open("wb") as file:
+        os.dup2(file.fileno(), 2)
+
+
 @pytest.mark.parametrize("mistake", ["parallel.tensr=2", "parallel.tensor=3"])
 def test_what_every_rank_refuses_is_shown_by_rank_0(tmp_path, mistake):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "megafusion.cli",
-        "train",
-        "configs/quickstart.yaml",
-        f"out={tmp_path}/r",
-    ]
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        ranks.append(
-            subprocess.Popen(
-                [*command, mistake],
-                cwd=ROOT,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | place | meet,
-            )
-        )
-    try:
-        said = ranks[0].communicate(timeout=120)[1]
-        assert ranks[0].returncode == 2
-        assert "error: " in said
+    values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text()) | {"out": str(tmp_path / "run")}
+    with Job(values, 2, mistake, inject=partial(redirect_stderr, tmp_path)) as job:
+        first, second = job.processes
+        first.join(120)
         # A launcher kills all others as soon as one has ended: the one with the message is the first.
-        assert ranks[1].poll() is None
-        assert "error: " not in ranks[1].communicate(timeout=60)[1]
-        assert ranks[1].returncode == 2
-    finally:
-        for rank in ranks:
-            rank.kill()
+        assert (first.exitcode, second.exitcode) == (2, None)
+        second.join(60)
+        assert second.exitcode == 2
+    assert "error: " in (tmp_path / "stderr-0").read_text()
+    assert "error: " not in (tmp_path / "stderr-1").read_text()
 
 
 def test_the_installed_command_runs():
     done = subprocess.run(
         [sys.executable, "-m", "megafusion.cli", "--version"], capture_output=True, check=True
     )
-    assert done.stdout.strip() == b"0.1.0"
+    assert done.stdout.strip() == __version__.encode()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_prep.emoji import report as report_module
 from tests.support.documents import code_blocks, keep_few_shapes, run_line, shell_lines
+from tests.support.marks import full
 
 ROOT = Path(__file__).parents[1]
 REPORT_KEYS = {
@@ -60,8 +62,13 @@ def test_make_quickstart_runs_what_these_tests_run():
         assert f"megafusion {command}" in shown.stdout
 
 
-def test_the_report_has_its_figures_and_pictures(folder, monkeypatch):
+# 8 pairs stand for all.
+@pytest.mark.parametrize("num_pairs", [8, *full(132)])
+def test_the_report_has_its_figures_and_pictures(folder, monkeypatch, num_pairs):
     monkeypatch.chdir(folder)
+    all_pairs = report_module.training_pairs
+    monkeypatch.setattr(report_module, "training_pairs", lambda *inputs: all_pairs(*inputs)[:num_pairs])
+    monkeypatch.setattr(report_module, "NUM_DRAWN", min(num_pairs, report_module.NUM_DRAWN))
     run_line("megafusion report runs/quickstart --seconds-before 12")
     report = json.loads((folder / "runs/quickstart/report.json").read_text())
     assert report.keys() >= REPORT_KEYS
@@ -75,10 +82,12 @@ def test_the_report_has_its_figures_and_pictures(folder, monkeypatch):
     for name in ("samples.png", "losses.png"):
         assert min(Image.open(folder / "runs/quickstart" / name).size) > 300
     lines = (folder / "runs/quickstart/captions.txt").read_text().splitlines()[1:]
-    assert len(lines) == 132
+    assert len(lines) == num_pairs
     assert all(re.match(r"[=x] .+ -> ", line) for line in lines)
 
 
+# The report above and the example in Python below stand for README's commands.
+@pytest.mark.full
 def test_every_command_runs(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")

@@ -30,9 +30,9 @@ class JsonlDocuments(LineReader):
         super().__init__(path)
         self._named_images = named_images
 
-    def read(self, record: Record) -> list[str | bytes]:  # type: ignore[override]
+    def read(self, record: Record) -> list[str | bytes]:
         """Texts and encoded images in order. Raises BadRecord."""
-        return document_segments(parse_json_line(super().read(record)), self._named_images)
+        return document_segments(parse_json_line(self.line(record)), self._named_images)
 
 
 class ParquetDocuments(ParquetReader):
@@ -52,7 +52,7 @@ class NamedImages:
 
     def __init__(self, source: Path | None):
         self._source = source
-        self._members: dict[str, tuple[int, int]] | None = None
+        self._members: dict[str, tuple[int, int] | str] | None = None
 
     def __call__(self, name: str) -> bytes:
         """An encoded image. Raises BadRecord."""
@@ -60,17 +60,18 @@ class NamedImages:
         if self._source is None:
             raise BadRecord(URL if missing == URL else NO_DOCUMENT_IMAGES)
         if self._source.is_dir():
-            return _from_folder(self._source, name, missing)
+            return _read_in_folder(self._source, name, missing)
         if self._members is None:
             self._file = self._source.open("rb", buffering=0)
             self._members = dict(_tar_members(self._source))
-        if name not in self._members:
+        member = self._members.get(name)
+        if not isinstance(member, tuple):
             raise BadRecord(missing)
-        offset, size = self._members[name]
+        offset, size = member
         return os.pread(self._file.fileno(), size, offset)
 
 
-def _from_folder(folder: Path, name: str, missing: str) -> bytes:
+def _read_in_folder(folder: Path, name: str, missing: str) -> bytes:
     try:
         path = (folder / name).resolve()
         if path.is_relative_to(folder.resolve()):
@@ -80,16 +81,15 @@ def _from_folder(folder: Path, name: str, missing: str) -> bytes:
     raise BadRecord("an image's name is a path that leads out of document_images")
 
 
-def _tar_members(tar: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+def _tar_members(path: Path) -> Iterator[tuple[str, tuple[int, int] | str]]:
     names = set()
-    for name, member in tar_files(tar):
+    for name, member in tar_files(path):
         if member is None:
-            raise UserError(f"{tar}: is corrupt, or not an uncompressed tar; fetch or pack it again")
+            raise UserError(f"{path}: is corrupt, or not an uncompressed tar; fetch or pack it again")
         if name in names:
-            raise UserError(f"{tar}: has {name!r} twice; pack it again")
+            raise UserError(f"{path}: has {name!r} twice; pack it again")
         names.add(name)
-        if isinstance(member, tuple):
-            yield name, member
+        yield name, member
 
 
 def document_segments(values: dict, named_images: Callable[[str], bytes]) -> list[str | bytes]:

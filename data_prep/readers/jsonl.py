@@ -10,7 +10,7 @@ from data_prep.readers.records import BadRecord, Record
 
 
 class LineReader:
-    """Reads the non-blank lines of a file. A record's location: offset and size in bytes."""
+    """Base of the readers of non-blank lines. A record's location: offset and size in bytes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -27,7 +27,7 @@ class LineReader:
                     yield Record(str(number), [offset, len(line)])
                 offset += len(line)
 
-    def read(self, record: Record) -> str:
+    def line(self, record: Record) -> str:
         """A line. Raises BadRecord for invalid UTF-8."""
         offset, size = record.location
         try:
@@ -41,6 +41,14 @@ class LineReader:
         return f"{self.path}, line {record.key}"
 
 
+class TextReader(LineReader):
+    """Reads lines as texts."""
+
+    def read(self, record: Record) -> str:
+        """A text. Raises BadRecord."""
+        return self.line(record)
+
+
 class JsonlReader(LineReader):
     """Reads the texts under one key of JSON Lines."""
 
@@ -50,7 +58,7 @@ class JsonlReader(LineReader):
 
     def read(self, record: Record) -> str:
         """A text. Raises BadRecord."""
-        value = parse_json_line(super().read(record)).get(self._key)
+        value = parse_json_line(self.line(record)).get(self._key)
         if not isinstance(value, str):
             raise BadRecord(f"no string under {self._key!r}")
         return value

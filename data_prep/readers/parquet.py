@@ -15,7 +15,7 @@ from megafusion.errors import UserError
 
 
 class ParquetReader:
-    """Reads the rows of one parquet file, by row group. A record's location: row group and row in it."""
+    """Base of the readers of parquet rows, by row group. A record's location: row group and row in it."""
 
     def __init__(self, path: Path, columns: list[str], optional: list[str] = []):  # noqa: B006 (never changed)
         self.path, self._cached_group = path, -1

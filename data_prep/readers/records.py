@@ -1,6 +1,6 @@
 """Records: the unit of input, each with a location from which any process can read it again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from megafusion.errors import UserError
@@ -45,11 +45,10 @@ class RawPair(NamedTuple):
 class Reader(Protocol):
     """Reads the records of an input split: lists them in order, and reads each by its location."""
 
-    @property
-    def records(self) -> Callable[..., Iterator[Record]]:
-        """Records in the file's order. A damaged one has a problem.
+    def records(self, *span: Any, **_: Any) -> Iterator[Record]:
+        """Records in the file's order; a corrupt one has a problem.
 
-        span: first and end of a part of a file. Lines are numbered within it.
+        span: first and end, of a reader of files that are scanned in parts. Lines are numbered within it.
         """
 
     def read(self, record: Record) -> Any:

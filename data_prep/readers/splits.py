@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.config import PreprocessConfig
 from data_prep.readers.image_folder import ImageFolderReader, sidecar_files
 from data_prep.readers.interleaved import JsonlDocuments, NamedImages, ParquetDocuments
-from data_prep.readers.jsonl import JsonlReader, LineReader, byte_ranges
+from data_prep.readers.jsonl import JsonlReader, TextReader, byte_ranges
 from data_prep.readers.parquet import ParquetPairs, ParquetTexts, row_group_ranges
 from data_prep.readers.records import Reader
 from data_prep.readers.webdataset import IMAGE_SUFFIXES, TarReader
@@ -21,11 +21,10 @@ BYTES_PER_SPLIT = 64 << 20
 COMPRESSED_SUFFIXES = {".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"}
 
 
-@dataclass(frozen=True)
-class InputSplit:
+class InputSplit(NamedTuple):
     """The input that one process scans at a time: a file, a part of one, or images of a folder."""
 
-    index: int
+    number: int
     folder: Path | None
     """The folder of the images; None: one file of many records."""
     files: tuple[Path, ...]
@@ -49,7 +48,7 @@ def find_splits(kind: Kind, config: PreprocessConfig) -> list[InputSplit]:
             found += _of_file(kind, path)
         else:
             raise UserError(f"{path}: no such file or folder to preprocess")
-    return [InputSplit(index, *split) for index, split in enumerate(found)]
+    return [InputSplit(number, *split) for number, split in enumerate(found)]
 
 
 def open_reader(kind: Kind, split: InputSplit, config: PreprocessConfig, named_images: NamedImages) -> Reader:
@@ -64,10 +63,12 @@ def open_reader(kind: Kind, split: InputSplit, config: PreprocessConfig, named_i
         columns = (config.image_column, config.caption_column, list(config.filters.scores))
         return ParquetPairs(path, *columns) if suffix == ".parquet" else TarReader(path)
     if kind == "interleaved":
-        return (ParquetDocuments if suffix == ".parquet" else JsonlDocuments)(path, named_images)
+        if suffix == ".parquet":
+            return ParquetDocuments(path, named_images)
+        return JsonlDocuments(path, named_images)
     if suffix == ".parquet":
         return ParquetTexts(path, config.text_column)
-    return JsonlReader(path, config.text_column) if suffix == ".jsonl" else LineReader(path)
+    return JsonlReader(path, config.text_column) if suffix == ".jsonl" else TextReader(path)
 
 
 def split_files(split: InputSplit) -> list[Path]:

@@ -47,8 +47,8 @@ class TarReader:
         return f"{self.path}, key {record.key!r}" if record.key else str(self.path)
 
     def _groups(self) -> Iterator[Record]:
+        key, problem = None, None
         members: dict[str, tuple[int, int]] = {}
-        key = problem = None
         for name, member in tar_files(self.path):
             if member is None:
                 yield Record("", None, name)  # the unfinished group may lack members: it is dropped too
@@ -73,7 +73,7 @@ class TarReader:
             yield _record(key, members, problem)
 
 
-def _record(key: str, members: dict, problem: str | None) -> Record:
+def _record(key: str, members: dict[str, tuple[int, int]], problem: str | None) -> Record:
     if "image" not in members:
         problem = problem or NO_IMAGE
     return Record(key, members, problem)

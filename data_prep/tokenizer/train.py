@@ -1,7 +1,6 @@
 """Training of the small default tokenizer: SentencePiece with Llama's settings, on captions and glosses."""
 
 import io
-import tarfile
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,8 @@ import sentencepiece
 import typer
 
 from data_prep.command import run_command
-from data_prep.npm import read_member
+from data_prep.images import decode_caption
+from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError
 from megafusion.storage import write_file
 
@@ -26,9 +26,7 @@ def read_captions(pack: Path) -> dict[str, str]:
     """Caption by key, in the order of a webdataset tar."""
     if not pack.is_file():
         raise UserError(f"{pack}: no such file; build it with python -m data_prep.emoji.build")
-    with tarfile.open(pack) as archive:
-        members = [member for member in archive if member.name.endswith(".txt")]
-        return {m.name.removesuffix(".txt"): read_member(archive, m).decode() for m in members}
+    return {pair.key: decode_caption(pair.caption) for pair in tar_pairs(pack)}
 
 
 def read_lines(path: Path) -> list[str]:

@@ -18,6 +18,9 @@ STD = (0.458, 0.448, 0.450)
 class _Features(nn.Module):
     """A frozen trunk; its batch norms always use their running statistics."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)

@@ -72,7 +72,7 @@ class AutoencoderLoss(nn.Module):
 
     def discriminator_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Hinge loss of the discriminator; the autoencoder receives no gradient."""
-        assert self.discriminator is not None
+        assert self.discriminator
         real = self.discriminator(images)
         fake = self.discriminator(reconstructions.detach())
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

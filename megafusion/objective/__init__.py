@@ -1,1 +1,1 @@
-"""The two losses, and the noise schedule that one of them needs."""
+"""Losses on text and images, the noise process, and its samplers."""

@@ -1,4 +1,4 @@
-"""Next-token loss on text, denoising loss on images, each a mean over the whole global batch."""
+"""Next-token loss on text and denoising loss on images, each a mean over the global batch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from megafusion.sequence.packing import Targets
 
 
 class Losses(NamedTuple):
-    """This part's share of the two global means: summed over parts, they are the means."""
+    """Shares of the global means: their sum over micro-batches and ranks is the mean."""
 
     text: Tensor
     image: Tensor
@@ -28,7 +28,7 @@ CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that count."""
+    """Cross-entropy in nats, summed over positions with a label."""
     return F.cross_entropy(
         logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
     )
@@ -37,9 +37,9 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 def squared_error(
     prediction_BNCHW: Tensor, target_BNCHW: Tensor, used_BN: Tensor, share_BN: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of each used image, summed over them.
+    """Sum over used image slots of each image's mean squared error.
 
-    share_BN: what part of C x H x W each image fills, where both hold zeros in the rest.
+    share_BN: fraction of C x H x W that each image fills; the rest is zero in prediction and target.
     """
     error_BN = (prediction_BNCHW.float() - target_BNCHW).square().mean(dim=(2, 3, 4))
     if share_BN is not None:
@@ -48,10 +48,10 @@ def squared_error(
 
 
 class Objective(nn.Module):
-    """Both losses, added once so that backward runs once. It has no parameters.
+    """Both losses, added so that backward runs once. It has no parameters.
 
-    sizes: heights and widths of images, where there are several: each image's loss is the mean over its own.
-    cross_entropy: another one for logits that are sharded over devices.
+    sizes: heights and widths of latents; with several, each image's loss is the mean over its own elements.
+    cross_entropy: replaced where logits are sharded over the vocabulary or the sequence.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class Objective(nn.Module):
         self.config = config
         self.noise_process: NoiseProcess = config.noise_process.build()
         self.cross_entropy = cross_entropy
-        # Whole numbers, which no change of the module's precision rounds.
+        # Integers, so that casting the module to bf16 does not round them.
         areas = torch.tensor([math.prod(size) for size in sizes], dtype=torch.int64)
         self.register_buffer("areas", areas, persistent=False)
-        self.canvas_area = math.prod(bounding_size(sizes)) if sizes else 0
+        self.bounding_area = math.prod(bounding_size(sizes)) if sizes else 0
 
     def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
-        """The losses of next-token logits and of predictions for every image slot."""
+        """Losses of next-token logits and of predictions [B, N, C, H, W] for every image slot."""
         target = self.noise_process.target(targets.latents, targets.noise, targets.t)
         text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
-        share = self.areas[targets.image_size] / self.canvas_area if len(self.areas) > 1 else None
+        share = self.areas[targets.image_size] / self.bounding_area if len(self.areas) > 1 else None
         errors = squared_error(images_BNCHW, target, targets.image_start >= 0, share)
         image = errors / targets.num_images.clamp(min=1)
         return Losses(text, image, text + self.config.image_weight * image)

@@ -31,6 +31,7 @@ from tests.support.engines import (
     model_weights,
     step_counts,
 )
+from tests.support.marks import full
 from tests.support.workers import WorkersFailed, run_workers
 
 # Some parameters stay whole on every rank, and there are more flat groups than groups of the optimizer.
@@ -97,17 +98,32 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> dict[str, tuple]:
-    """A checkpoint of each topology, the state that it should hold, and the losses that followed."""
-    found = {}
-    for topology in TOPOLOGIES + LOW_PRECISION:
-        folder = tmp_path_factory.mktemp(str(topology))
-        found[str(topology)] = (folder, *run_workers(save_and_continue, topology.data, topology, folder)[0])
-    return found
+    """The checkpoint of a topology, the state that it should hold, and the losses that followed.
+
+    Each topology is trained and saved when first asked for.
+    """
+    topologies = {str(topology): topology for topology in TOPOLOGIES + LOW_PRECISION}
+
+    class Saved(dict):
+        def __missing__(self, name: str) -> tuple:
+            topology, folder = topologies[name], tmp_path_factory.mktemp(name)
+            self[name] = (folder, *run_workers(save_and_continue, topology.data, topology, folder)[0])
+            return self[name]
+
+    return Saved()
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-def test_every_topology_loads_every_other_bit_for_bit(saved, topology):
-    sources = [saved[str(source)] for source in TOPOLOGIES]
+# ZeRO 3 and ZeRO 1 in each other, over other numbers of ranks, stand for every pair of topologies.
+@pytest.mark.parametrize(
+    ("topology", "sources"),
+    [
+        pytest.param(Topology(2, 3, SMALL), [Topology(2, 1), Topology(4, 1)], id="zero3-from-zero1"),
+        pytest.param(Topology(4, 1), [Topology(2, 3, SMALL)], id="zero1-from-zero3"),
+        *(pytest.param(each, TOPOLOGIES, id=str(each), marks=pytest.mark.full) for each in TOPOLOGIES),
+    ],
+)
+def test_every_topology_loads_every_other_bit_for_bit(saved, topology, sources):
+    sources = [saved[str(source)] for source in sources]
     by_rank = run_workers(load_each, topology.data, topology, [folder for folder, _, _ in sources])
     for found in by_rank:
         for (after, losses), (_, before, losses_then) in zip(found, sources, strict=True):
@@ -115,9 +131,21 @@ def test_every_topology_loads_every_other_bit_for_bit(saved, topology):
             assert losses == pytest.approx(losses_then, abs=1e-5)
 
 
-@pytest.mark.parametrize("topology", [*LOW_PRECISION, Topology(1, 1), *OFFLOADED], ids=str)
-def test_bf16_weights_with_float32_masters_and_an_offloaded_optimizer(saved, topology):
-    sources = [saved[str(source)] for source in LOW_PRECISION]
+# ZeRO 3 in bf16 and offloaded ZeRO 3 and 1 stand for the other stages.
+@pytest.mark.parametrize(
+    ("topology", "sources"),
+    [
+        pytest.param(LOW_PRECISION[2], LOW_PRECISION[::2], id="zero3-from-zero1"),
+        pytest.param(OFFLOADED[0], LOW_PRECISION[2:], id="offloaded-zero1"),
+        pytest.param(OFFLOADED[2], LOW_PRECISION[:1], id="offloaded-zero3"),
+        *(
+            pytest.param(each, LOW_PRECISION, id=f"{each}", marks=pytest.mark.full)
+            for each in (*LOW_PRECISION, Topology(1, 1), *OFFLOADED)
+        ),
+    ],
+)
+def test_bf16_weights_with_float32_masters_and_an_offloaded_optimizer(saved, topology, sources):
+    sources = [saved[str(source)] for source in sources]
     by_rank = run_workers(load_each, topology.data, topology, [folder for folder, _, _ in sources])
     for found in by_rank:
         for (after, losses), (_, before, losses_then) in zip(found, sources, strict=True):
@@ -129,8 +157,14 @@ def shapes_of_model() -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in Model().named_parameters()}
 
 
-def test_full_averages_are_loaded_without_an_engine(saved):
-    for folder, before, _ in saved.values():
+QUICK = [Topology(2, 3, SMALL), Topology(4, 1), LOW_PRECISION[0]]
+
+
+@pytest.mark.parametrize(
+    "topologies", [QUICK, *full((TOPOLOGIES + LOW_PRECISION,))], ids=["three topologies", "all"]
+)
+def test_full_averages_are_loaded_without_an_engine(saved, topologies):
+    for folder, before, _ in (saved[str(topology)] for topology in topologies):
         for name, tensor in load_full_tensors(folder / "step-00000003", shapes_of_model(), "ema").items():
             assert torch.equal(tensor, before[f"ema.{name}"])
 

@@ -1,13 +1,10 @@
 """Generation: cached equals uncached, rows are independent of their batch, a seed fixes the image."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import postprocess_images, preprocess_images
@@ -15,7 +12,6 @@ from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.sampler import apply_guidance
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
-from megafusion.sequence.tokenizer import Tokenizer
 from tests.support.generation import (
     CAPTIONS,
     assert_batch_invariant,
@@ -273,27 +269,3 @@ def test_begin_allows_or_defers_eos(pipeline):
     always_prefer(pipeline, 100)
     (output,) = pipeline([["apple"]])
     assert output == [pipeline.tokenizer.decode([100] * 5)]
-
-
-def test_saved_and_loaded_draws_the_same(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    loaded = TransfusionPipeline.from_pretrained(tmp_path / "pipeline")
-    a, b = (np.asarray(p.draw(["apple"])[0]) for p in (pipeline, loaded))
-    assert np.array_equal(a, b)
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_an_invalid_pipeline_folder_is_named(pipeline, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
-        TransfusionPipeline.from_pretrained(tmp_path / "nowhere")
-    folder = tmp_path / "pipeline"
-    pipeline.save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(UserError, match="not a readable pipeline"):
-        TransfusionPipeline.from_pretrained(folder)
-
-
-def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
-    other = Tokenizer(Path("other.model"), "hash", num_text_ids=98, bos=1, eos=2)
-    with pytest.raises(UserError, match=r"vocab_size 2048, but other\.model has 100 ids"):
-        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)

@@ -1,16 +1,14 @@
+"""The codec over AutoencoderKL folders."""
+
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import postprocess_images, preprocess_images
 
 
 def tiny(in_channels: int = 48, levels: int = 1, **options) -> AutoencoderKL:
@@ -31,7 +29,7 @@ def images():
     return torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_a_saved_codec_comes_back_equal(tmp_path, images):
+def test_a_saved_codec_loads_equal(tmp_path, images):
     codec = ImageCodec(tiny(scaling_factor=2.0, shift_factor=0.5))
     codec.model.save_pretrained(tmp_path)
     loaded = ImageCodec.from_pretrained(tmp_path)
@@ -44,7 +42,7 @@ def test_a_saved_codec_comes_back_equal(tmp_path, images):
     assert decoded.abs().max() <= 1
 
 
-def test_hash_sees_every_weight_and_the_scale_and_nothing_else(tmp_path):
+def test_hash_depends_on_weights_and_listed_keys_alone(tmp_path):
     codec = ImageCodec(tiny())
     renamed = tiny()
     renamed.register_to_config(_name_or_path="elsewhere")
@@ -58,8 +56,8 @@ def test_hash_sees_every_weight_and_the_scale_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["nothing", "half precision", "missing keys", "old names"])
-def test_the_hash_of_a_folder_is_that_of_its_model(tmp_path, change):
-    """The hash of the files equals the one of the loaded model, which is what older shards recorded."""
+def test_the_hash_of_a_folder_equals_the_hash_of_its_model(tmp_path, change):
+    """Shards record the hash of a loaded model; it equals the hash of the files."""
     tiny(shift_factor=0.5 if change != "missing keys" else None).save_pretrained(tmp_path)
     weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
     if change == "half precision":
@@ -81,7 +79,7 @@ def test_the_hash_of_a_folder_is_that_of_its_model(tmp_path, change):
     assert codec.hash == ImageCodec(codec.model).hash
 
 
-def test_unshuffled_pictures_are_blocks_of_pixels(images):
+def test_pixel_unshuffle_reads_blocks_of_pixels(images):
     model = tiny()
     blocks = images.reshape(2, 3, 4, 4, 6, 4).permute(0, 1, 3, 5, 2, 4).reshape(2, 48, 4, 6)
     with torch.no_grad():
@@ -95,7 +93,7 @@ def test_unshuffled_pictures_are_blocks_of_pixels(images):
     torch.testing.assert_close(codec.decode(mean), expected.clamp(-1, 1))
 
 
-def test_an_ordinary_autoencoder_that_halves_twice(images):
+def test_an_autoencoder_without_pixel_unshuffle(images):
     codec = ImageCodec(tiny(in_channels=3, levels=3))
     assert codec.latent_shape(16, 24) == (4, 4, 6)
     mean, _ = codec.encode(images)
@@ -115,14 +113,14 @@ def test_normalize_and_denormalize():
     assert ImageCodec(tiny()).normalize(torch.ones(1)).item() == pytest.approx(0.18215)
 
 
-def test_sizes_and_channels_that_do_not_divide():
+def test_invalid_sizes_and_channels_are_refused():
     with pytest.raises(UserError, match=r"18 x 16.*multiples of 4"):
         ImageCodec(tiny()).encode(torch.zeros(1, 3, 18, 16))
     with pytest.raises(UserError, match="in_channels 4"):
         ImageCodec(tiny(in_channels=4))
 
 
-def test_folders_that_hold_no_autoencoder(tmp_path):
+def test_invalid_autoencoder_folders_are_refused(tmp_path):
     missing = tmp_path / "missing"
     with pytest.raises(UserError, match=str(missing)):
         ImageCodec.from_pretrained(missing)
@@ -139,50 +137,3 @@ def test_folders_that_hold_no_autoencoder(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="cut: not loadable"):
         ImageCodec.from_pretrained(tmp_path / "cut")
-
-
-def pixel(tensor, x: int, y: int) -> list[int]:
-    return [round((float(v) + 1) * 127.5) for v in tensor[0, :, y, x]]
-
-
-def test_transparency_becomes_white():
-    image = Image.new("RGBA", (8, 8), (0, 0, 255, 128))
-    assert pixel(preprocess_images([image], 8, 8), 3, 3) == [127, 127, 255]
-    palette = Image.new("P", (8, 8), 0)
-    palette.putpalette([255, 0, 0])
-    palette.info["transparency"] = 0
-    assert pixel(preprocess_images([palette], 8, 8), 3, 3) == [255, 255, 255]
-    assert pixel(preprocess_images([Image.new("LA", (8, 8), (0, 0))], 8, 8), 3, 3) == [255, 255, 255]
-
-
-def test_other_modes():
-    assert pixel(preprocess_images([Image.new("CMYK", (8, 8), (0, 255, 255, 0))], 8, 8), 0, 0) == [255, 0, 0]
-    assert pixel(preprocess_images([Image.new("L", (8, 8), 90)], 8, 8), 0, 0) == [90, 90, 90]
-    assert pixel(preprocess_images([Image.new("1", (8, 8), 1)], 8, 8), 0, 0) == [255, 255, 255]
-    sixteen = Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16))
-    assert pixel(preprocess_images([sixteen], 8, 8), 0, 0) == [128, 128, 128]
-
-
-def test_exif_rotation_and_centre_crop():
-    image = Image.new("RGB", (8, 8), "black")
-    image.putpixel((0, 0), (255, 255, 255))
-    image.getexif()[0x0112] = 6  # the camera lay on its side: turn clockwise
-    image.info["exif"] = image.getexif().tobytes()
-    assert pixel(preprocess_images([image], 8, 8), 7, 0) == [255, 255, 255]
-    wide = Image.new("RGB", (32, 8), "red")
-    wide.paste("blue", (12, 0, 20, 8))
-    assert pixel(preprocess_images([wide], 8, 8), 4, 4) == [0, 0, 255]
-    assert preprocess_images([wide, image], 4, 8).shape == (2, 3, 4, 8)
-
-
-def test_tensors_come_back_as_the_same_picture():
-    array = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(a) for a in array]
-    back = postprocess_images(preprocess_images(pictures, 8, 8))
-    assert all(np.array_equal(np.asarray(b), a) for a, b in zip(array, back, strict=True))
-    assert (
-        F.mse_loss(
-            preprocess_images(postprocess_images(torch.full((1, 3, 4, 4), 9.0)), 4, 4), torch.ones(1, 3, 4, 4)
-        )
-        == 0
-    )

@@ -22,6 +22,8 @@ def compiled(*arguments: str) -> list[dict]:
     return json.loads(done.stdout)
 
 
+# The kernels of one head_dim and architecture below stand for all variants.
+@pytest.mark.full
 def test_stored_variants_do_not_spill():
     usages = compiled("--head-dims", "64", "128")
     assert {(u["architecture"], u["head_dim"]) for u in usages} == {
@@ -39,6 +41,9 @@ def test_loops_with_tma_descriptors_use_fewer_registers():
         for more in (["--tma"], [])
     )
     assert set(tma) == {"forward", "dkdv", "dq"}
+    assert set(pointers) == {"forward", "decode", "delta", "dkdv", "dq", "blocks"}
+    for kernel, usage in pointers.items():
+        assert usage["spilled_bytes"] == 0, (kernel, usage)
     for kernel, usage in tma.items():
         assert usage["tile"]["tma"]
         assert usage["spilled_bytes"] == 0, usage

@@ -149,6 +149,8 @@ def children_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+# test_launch.py checks quickly that a job in a container runs the image's Python.
+@pytest.mark.full
 def test_local_sh_trains_in_a_container(run_values, tmp_path):
     run_values["train"] |= {"num_steps": 2}
     config = tmp_path / "config.yaml"
@@ -158,6 +160,7 @@ def test_local_sh_trains_in_a_container(run_values, tmp_path):
     assert "step 2" in output
 
 
+@pytest.mark.full
 def test_node_sh_trains_in_a_container(run_values, tmp_path):
     run_values["train"] |= {"num_steps": 2}
     config = tmp_path / "config.yaml"

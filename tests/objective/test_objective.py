@@ -1,4 +1,4 @@
-"""Noise and losses against diffusers' schedulers and against the formulas written out."""
+"""Noise process and losses against diffusers' schedulers and the papers' formulas."""
 
 import subprocess
 import sys
@@ -95,8 +95,8 @@ def test_losses_are_means_over_the_global_counts():
     torch.testing.assert_close(weighed.total, text + 0.5 * image)
 
 
-def test_an_image_of_any_size_weighs_as_another():
-    """The mean over its own elements; at the top left of what holds the largest height and width."""
+def test_images_of_every_size_have_equal_weight():
+    """Each loss is the mean over the image's own elements, at the top left of the bounding size."""
     sizes = ((4, 4), (2, 6))
     latents, noise, prediction = torch.zeros(3, 1, 2, 3, 4, 6)
     errors = []

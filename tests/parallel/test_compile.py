@@ -13,6 +13,7 @@ from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
+from tests.support.marks import full
 from tests.support.workers import run_workers
 
 CASES = {
@@ -31,7 +32,8 @@ def graphs(values: dict) -> tuple[int, dict]:
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
-@pytest.mark.parametrize("name", CASES)
+# Parallel layers with recomputation stand for the single device and the pipeline.
+@pytest.mark.parametrize("name", ["tp2-sp-selective", *full("one", "pp2-full")])
 def test_a_block_is_one_graph(shards, vae_folder, tmp_path, name):
     world, degrees, recompute = CASES[name]
     train = {"compile": True, "recompute": recompute}

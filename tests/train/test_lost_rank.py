@@ -20,6 +20,7 @@ from megafusion.config import parse_config
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
+from tests.support.marks import full
 from tests.support.workers import WorkersFailed, run_workers
 
 
@@ -41,19 +42,24 @@ def losses(run: Path) -> list[tuple]:
     return [(line["step"], line["text_loss"], line["image_loss"]) for line in read_metrics(run)]
 
 
-@pytest.mark.parametrize("lost", [0, 3])
-def test_a_rank_killed_while_saving_is_named_and_the_run_goes_on(run_values, tmp_path, lost):
-    run_values["parallel"] = {"tensor": 2, "pipeline": 2}
+# Two pipeline ranks stand for four ranks; tests/checkpoint kills either kind of rank of four.
+@pytest.mark.parametrize(
+    ("parallel", "lost"),
+    [({"pipeline": 2}, 0), *full(({"tensor": 2, "pipeline": 2}, 0), ({"tensor": 2, "pipeline": 2}, 3))],
+)
+def test_a_rank_killed_while_saving_is_named_and_the_run_goes_on(run_values, tmp_path, parallel, lost):
+    run_values["parallel"] = parallel
+    world = 2 ** len(parallel)
     run_values["train"]["num_steps"] = 6
     run_values["checkpoint"] = {"every": 2}
     whole = run_values | {"out": str(tmp_path / "whole")}
-    run_workers(train_until_killed, 4, whole, None)
+    run_workers(train_until_killed, world, whole, None)
     with pytest.raises(WorkersFailed) as failed:
-        run_workers(train_until_killed, 4, run_values, lost, seconds_after_failure=60)
+        run_workers(train_until_killed, world, run_values, lost, seconds_after_failure=60)
     run = Path(run_values["out"])
     said = str(failed.value)
     assert f"rank {lost}: ended with status -9" in said
-    assert all(f"rank {rank}: ended with status 75" in said for rank in range(4) if rank != lost), said
+    assert all(f"rank {rank}: ended with status 75" in said for rank in range(world) if rank != lost), said
     (report,) = (run / "stacks").glob("report-*.txt")
     first, *places = report.read_text().splitlines()
     assert f"rank {lost} does not answer" in first
@@ -62,7 +68,7 @@ def test_a_rank_killed_while_saving_is_named_and_the_run_goes_on(run_values, tmp
     checkpoints = complete_checkpoints(run / "checkpoints")
     assert [path.name for path in checkpoints] == ["step-00000002"]
     verify_checkpoint(checkpoints[0])
-    run_workers(train_until_killed, 4, run_values, None)
+    run_workers(train_until_killed, world, run_values, None)
     assert losses(run) == losses(tmp_path / "whole")
 
 

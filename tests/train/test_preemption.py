@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 import yaml
 
@@ -21,6 +22,7 @@ from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train import loop as run_module
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
+from tests.support.marks import full
 from tests.support.workers import run_workers
 
 
@@ -41,14 +43,17 @@ def losses(run: Path) -> list[tuple]:
     return [(line["step"], line["text_loss"], line["image_loss"]) for line in read_metrics(run)]
 
 
-def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_values, tmp_path):
-    run_values["parallel"] = {"pipeline": 2, "tensor": 2}
+# The last of two pipeline ranks stands for the last of four ranks.
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, *full({"pipeline": 2, "tensor": 2})], ids=len)
+def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_values, tmp_path, parallel):
+    run_values["parallel"] = parallel
+    world = 2 ** len(parallel)
     whole = run_values | {"out": str(tmp_path / "whole")}
-    assert run_workers(ask, 4, whole, 0, None) == ["finished"] * 4
-    assert run_workers(ask, 4, run_values, 3, 4) == ["preempted"] * 4
+    assert run_workers(ask, world, whole, 0, None) == ["finished"] * world
+    assert run_workers(ask, world, run_values, world - 1, 4) == ["preempted"] * world
     run = Path(run_values["out"])
     assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000005"]
-    assert run_workers(ask, 4, run_values, 0, None) == ["finished"] * 4
+    assert run_workers(ask, world, run_values, 0, None) == ["finished"] * world
     assert losses(run) == losses(tmp_path / "whole")
     assert [attempt["ended"] for attempt in read_attempts(run)] == ["preempted", "finished"]
 

@@ -101,6 +101,8 @@ def test_a_finished_run_is_left_as_it_is(run_values, tmp_path):
     assert losses(run) == before
 
 
+# test_lost_rank.py kills a rank of a smaller run.
+@pytest.mark.full
 def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_path):
     whole = start(long_values, out=str(tmp_path / "whole"))
     long_values["out"] = str(tmp_path / "killed")
@@ -256,6 +258,8 @@ def test_a_damaged_checkpoint_is_named(run_values, name, damage, message):
     assert losses(run) == before
 
 
+# tests/faults/test_faults.py fills a small disk, and tests/checkpoint has the same limit on two ranks.
+@pytest.mark.full
 def test_a_disk_that_is_full_ends_the_run_with_its_last_checkpoint_whole(run_values, tmp_path):
     """The limit on a file's size makes the real writes fail, as a full disk does."""
     start(run_values, stop_after=3)
@@ -335,6 +339,8 @@ def assert_same_course(alone: Path, other: Path) -> None:
     assert (first["step"], first["data"]) == (second["step"], second["data"])
 
 
+# Two ranks without the launcher resume below; local.sh, in test_launch.py, starts DeepSpeed's launcher.
+@pytest.mark.full
 def test_two_ranks_under_the_deepspeed_launcher_equal_one_which_can_go_on_from_them(run_values, tmp_path):
     """The same code, gradients and data; only the order of float additions differs."""
     alone, two = start(run_values, out=str(tmp_path / "alone")), tmp_path / "two"
@@ -366,7 +372,7 @@ def test_sheets_and_the_published_model_come_from_checkpoints_where_no_rank_hold
 def test_two_ranks_go_on_from_the_checkpoint_of_one(run_values, tmp_path):
     alone = start(run_values, out=str(tmp_path / "alone"))
     resumed = start(run_values, stop_after=3, out=str(tmp_path / "resumed"))
-    start_two_ranks(run_values | {"out": str(resumed)}, tmp_path / "config.yaml")
+    run_workers(train_values, 2, run_values | {"out": str(resumed)})
     assert_same_course(alone, resumed)
 
 
