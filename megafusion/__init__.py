@@ -1,6 +1,6 @@
 """MegaFusion: one transformer that writes text and draws images."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def __getattr__(name: str) -> object:

@@ -2,13 +2,14 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
 from megafusion.errors import UserError
@@ -75,7 +76,7 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         raise UserError(f"{origin}: {error}") from error
 
 
-def dump_config(config: Config, exclude: Set[str] = frozenset()) -> str:
+def dump_config(config: Config, exclude: set[str] | None = None) -> str:
     """The configuration as YAML, every default written out: what a run folder freezes."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json", exclude=exclude)))
 
@@ -109,6 +110,16 @@ def keys_of(cls: type[Config], parent: str = "") -> Iterator[Key]:
         yield Key(path, default, choices, " ".join((field.description or "").split()))
 
 
+def renamed_keys_of(cls: type[Config], parent: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Dotted paths of the keys of earlier versions, and of the keys that replace each."""
+    for old, names in cls.renamed_keys.items():
+        yield parent + old, [n[1:] if n.startswith(".") else parent + n for n in names.split()]
+    for name, field in cls.model_fields.items():
+        infix = ".NAME." if get_origin(field.annotation) is dict else "."
+        for inner in _configs_in(field.annotation):
+            yield from renamed_keys_of(inner, f"{parent}{name}{infix}")
+
+
 def _differences(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
@@ -120,7 +131,7 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
     return [] if old == new else [path]
 
 
-def _describe(cls: type[Config], detail: dict) -> str:
+def _describe(cls: type[Config], detail: ErrorDetails) -> str:
     location = detail["loc"]
     path = _path(cls, location)
     value = detail["input"]

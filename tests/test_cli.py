@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from megafusion import __version__
 from megafusion.cli import app, main
 from megafusion.commands.generate import open_image
 from megafusion.config import load_config
@@ -74,7 +75,7 @@ def redirect_stderr(folder: Path, rank: int) -> None:
 @pytest.mark.parametrize("mistake", ["parallel.tensr=2", "parallel.tensor=3"])
 def test_what_every_rank_refuses_is_shown_by_rank_0(tmp_path, mistake):
     values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text()) | {"out": str(tmp_path / "run")}
-    with Job(values, 2, mistake, hurt=partial(redirect_stderr, tmp_path)) as job:
+    with Job(values, 2, mistake, inject=partial(redirect_stderr, tmp_path)) as job:
         first, second = job.processes
         first.join(120)
         # A launcher kills all others as soon as one has ended: the one with the message is the first.
@@ -89,7 +90,7 @@ def test_the_installed_command_runs():
     done = subprocess.run(
         [sys.executable, "-m", "megafusion.cli", "--version"], capture_output=True, check=True
     )
-    assert done.stdout.strip() == b"0.1.0"
+    assert done.stdout.strip() == __version__.encode()
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,13 @@ def test_the_python_example_runs(folder, monkeypatch):
     assert isinstance(names["image"], Image.Image)
     assert isinstance(names["caption"], str)
     assert isinstance(names["answer"], list)
+
+
+def test_the_python_api_page_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = {}
+    for block in code_blocks(ROOT / "docs/python-api.md", "python"):
+        exec(compile(block, "docs/python-api.md", "exec"), names)
+    assert names["outcome"] == "finished"
+    assert names["num_parameters"] == pytest.approx(0.16e9, rel=0.2)
+    assert names["image"].size == (64, 64)

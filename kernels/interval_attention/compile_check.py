@@ -91,7 +91,7 @@ def measure(
             [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     # Local memory of a thread: STACK includes spills, LOCAL is what the source asked for.
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(re.findall(rf"{key}:(\d+)", text)[0]) for key in ("REG", "STACK", "LOCAL"))
     return Usage(
         name, architecture, dtype, head_dim, tile, registers, stack + local, compiled.metadata.shared
     )

@@ -81,6 +81,7 @@ def flash_4_arguments(prepared: FlashPrepared) -> dict:
     from interval_attention.flash_mask import sees
 
     size = (prepared.block_rows, BLOCK_KEYS)
+    assert prepared.by_rows is not None
     arguments = {
         "mask_mod": sees,
         "aux_tensors": [prepared.row_start, prepared.row_end],

@@ -1,17 +1,18 @@
-"""`megafusion keys`."""
+"""`megafusion keys`, and docs/configuration.md: python -m megafusion.commands.keys > docs/configuration.md"""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
-from megafusion.config import Config, keys_of
+from megafusion.config import Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
+
+Command = Literal["train", "preprocess", "train-vae"]
+REGENERATE = "python -m megafusion.commands.keys > docs/configuration.md"
 
 
 def keys(
-    command: Annotated[
-        Literal["train", "preprocess", "train-vae"], typer.Argument(help="Whose configuration.")
-    ],
+    command: Annotated[Command, typer.Argument(help="Whose configuration.")],
     under: Annotated[str, typer.Argument(help="Prefix of the keys to list, such as data.")] = "",
 ) -> None:
     """List the keys of a configuration: the default of each, or that it is required, and what it means.
@@ -26,6 +27,39 @@ def keys(
         typer.echo(f"{key.path}: {key.default}{choices}\n    {key.about}")
 
 
+def reference() -> str:
+    """docs/configuration.md: every key of every configuration, and the renamed ones."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of the three configuration files. NAME is a name of your choice.",
+        "Values after the file override it: `megafusion train configs/quickstart.yaml train.num_steps=50`.",
+        "An unknown key is refused with the nearest valid name. `megafusion keys train data.` prints a part.",
+        "",
+        f"Generated from the configuration classes: `{REGENERATE}`.",
+    ]
+    for command in get_args(Command):
+        lines += ["", f"## megafusion {command}", "", "| key | default | meaning |", "|---|---|---|"]
+        lines += map(_row, keys_of(_config_class(command)))
+    lines += ["", "## Renamed keys", ""]
+    lines += ["Keys of version 0.1. They are refused with their new name.", ""]
+    lines += ["| command | key of 0.1 | now |", "|---|---|---|"]
+    lines += [
+        f"| {command} | `{old}` | {', '.join(f'`{name}`' for name in new)} |"
+        for command in get_args(Command)
+        for old, new in renamed_keys_of(_config_class(command))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(key: Key) -> str:
+    about = key.about
+    if key.choices:
+        about += f" Choices: {', '.join(f'`{choice}`' for choice in key.choices)}."
+    default = key.default if key.default == "required" else f"`{key.default}`"
+    return f"| `{key.path}` | {default} | {about.replace('|', chr(92) + '|')} |"
+
+
 def _config_class(command: str) -> type[Config]:
     if command == "train":
         from megafusion.train.config import RunConfig
@@ -38,3 +72,7 @@ def _config_class(command: str) -> type[Config]:
     from data_prep.vae.config import AutoencoderConfig
 
     return AutoencoderConfig
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

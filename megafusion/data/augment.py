@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ def image_size(content: bytes) -> tuple[int, int]:
     return open_untrusted(content, ("WEBP",), lambda image: (image.height, image.width))
 
 
-def open_untrusted(content: bytes, formats: Sequence[str], convert: Callable[[Image.Image], T]) -> T:
+def open_untrusted(content: bytes, formats: tuple[str, ...], convert: Callable[[Image.Image], T]) -> T:
     """Open an image of one of the formats and return `convert` of it, which decodes it.
 
     Raises CorruptBytes if it does not decode, and TooManyPixels before decoding.

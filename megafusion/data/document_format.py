@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from mmap import mmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,8 @@ from megafusion.sequence.document import Segment
 BLOCK = 512
 MEMBER_ENDINGS = {"tokens": "tokens.npy", "moments": "moments.npy", "pixels": "picture.webp"}
 """By kind of segment: its member's name after the number."""
-KINDS = {ending: kind for kind, ending in MEMBER_ENDINGS.items()}
-ARRAYS = {"tokens": (np.dtype("<i4"), 1), "moments": (np.dtype("<f2"), 4)}
+KINDS: dict[str, Any] = {ending: kind for kind, ending in MEMBER_ENDINGS.items()}
+ARRAYS: dict[str, Any] = {"tokens": (np.dtype("<i4"), 1), "moments": (np.dtype("<f2"), 4)}
 """By kind of segment: type and number of axes, where it is an array."""
 NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 
@@ -112,9 +112,7 @@ def parse_document(content: bytes, latent_shapes: Collection[tuple[int, ...]]) -
             raise CorruptBytes("a member of unknown kind")
         if not NUMBER.fullmatch(number) or int(number) in segments:
             raise CorruptBytes("members duplicated or without a number")
-        segments[int(number)] = Segment(
-            kind, _array(data, *ARRAYS[kind], latent_shapes) if kind in ARRAYS else data
-        )
+        segments[int(number)] = Segment(kind, _array(data, kind, latent_shapes) if kind in ARRAYS else data)
     if metadata is None:
         raise CorruptBytes("no .json member")
     # webdataset writes members in the order of their names, 10 before 2.
@@ -133,8 +131,9 @@ def _metadata(data: bytes) -> dict:
     return metadata
 
 
-def _array(data: bytes, dtype: np.dtype, ndim: int, latent_shapes: Collection[tuple[int, ...]]) -> np.ndarray:
+def _array(data: bytes, kind: str, latent_shapes: Collection[tuple[int, ...]]) -> np.ndarray:
     """A view of an npy member: tokens [L], or moments [2, C, H, W] of a shape that the manifest gives."""
+    dtype, ndim = ARRAYS[kind]
     if data[:8] != b"\x93NUMPY\x01\x00":
         raise CorruptBytes("a member is not an npy file of version 1")
     start = 10 + int.from_bytes(data[8:10], "little")

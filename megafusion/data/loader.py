@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class WorkerBatch(NamedTuple):
     """One worker's rows of a global batch, and the states of their streams after them."""
 
-    rows: dict[int, dict]
+    rows: dict[int, PackedBatch]
     """By index g in the global batch."""
     states: dict[str, dict]
     """By stream number: its `state_dict`."""
@@ -104,7 +104,7 @@ class DataLoader:
 
     def next(self) -> list[PackedBatch]:
         """This rank's micro-batches of the next global batch. Raises UserError naming a bad document."""
-        rows: dict[int, dict] = {}
+        rows: dict[int, PackedBatch] = {}
         for built in self._build():
             rows |= built.rows
             self._states |= built.states

@@ -17,7 +17,7 @@ from megafusion.data.stream_state import Cursor, DocumentKey, Pending, StreamSta
 from megafusion.errors import UserError
 from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import FlatDocument, cut_document, find_cut, images_between
-from megafusion.sequence.packing import SequenceShape, pack_row
+from megafusion.sequence.packing import PackedBatch, SequenceShape, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
 
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
@@ -49,7 +49,7 @@ class LogicalStream:
         self.state = StreamState.from_state_dict(state)
         self._documents.keep_only(set())
 
-    def next_row(self) -> dict:
+    def next_row(self) -> PackedBatch:
         """The next packed row (see `pack_row`); `state` then describes the stream after it.
 
         The oldest pending document opens the row, so that none waits forever. Then comes the longest that

@@ -4,7 +4,7 @@ import os
 from collections import OrderedDict
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class ShardFolder:
 
     def __init__(self, folder: Path | str, cache: ShardCache | None = None):
         self.is_remote = is_remote(folder)
-        self.folder = str(folder) if self.is_remote else Path(folder)
+        self.folder: Any = str(folder) if self.is_remote else Path(folder)
+        """The str of a URL, or a Path."""
         self.manifest = load_manifest(self.folder)
         self._latent_shapes = self.manifest.latent_shapes
         self._cache = cache
@@ -114,10 +115,11 @@ class ShardFolder:
 
     def _open_remote(self, entry: ShardEntry) -> _OpenShard:
         """Open a shard in the cache. Its index is computed here, from the bytes whose hash was checked."""
-        url = f"{self.folder}/{entry.name}"
+        url, cache = f"{self.folder}/{entry.name}", self._cache
+        assert cache is not None
 
         def open_cached() -> FileIO:
-            return self._cache.open(
+            return cache.open(
                 entry.sha256,
                 entry.num_bytes,
                 lambda into: fetch(url, into, entry.num_bytes, entry.sha256),
@@ -128,10 +130,10 @@ class ShardFolder:
         except CacheFull:
             self.close()  # the shards that this process holds may fill it
             file = open_cached()
-        index = self._cache.folder / (entry.sha256 + INDEX)
+        index = cache.folder / (entry.sha256 + INDEX)
         if not index.is_file():
             try:
-                write_file(index, npy(document_offsets(self._cache.folder / entry.sha256)))
+                write_file(index, npy(document_offsets(cache.folder / entry.sha256)))
             except CorruptBytes as error:
                 file.close()
                 raise UserError(f"{url}: not a tar of documents ({error}); preprocess again") from error

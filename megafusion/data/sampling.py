@@ -43,7 +43,7 @@ def sample_layout(
             segments = [image] if generator.random() < config.caption_dropout else [text, image]
     ordered = []
     for segment in segments:
-        if segment.kind == "tokens":
+        if not isinstance(segment, ImageSegment):
             is_after_text = True
         elif not is_after_text:
             segment = replace(segment, max_t=config.image_first_max_t)

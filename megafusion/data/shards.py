@@ -44,8 +44,9 @@ def write_shards(
 
 
 def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int, manifest: dict) -> Manifest:
-    documents, summaries = iter(documents), []
-    while batch := list(islice(documents, per_shard)):
+    remaining = iter(documents)
+    summaries: list[ShardSummary] = []
+    while batch := list(islice(remaining, per_shard)):
         summaries.append(write_shard(folder, len(summaries), batch))
     return write_manifest(folder, summaries, manifest)
 

@@ -33,7 +33,9 @@ class _Batches(IterableDataset):
         self._builders, self._first_batch = builders, first_batch
 
     def __iter__(self) -> Iterator[Any]:
-        build = self._builders[get_worker_info().id]
+        worker = get_worker_info()
+        assert worker is not None, "iterated in a worker process alone"
+        build = self._builders[worker.id]
         for batch_number in count(self._first_batch):
             try:
                 built = build(batch_number)
@@ -62,9 +64,9 @@ class Workers:
             multiprocessing_context=_CONTEXT,
             generator=torch.Generator(),  # otherwise it samples from the global one
         )
-        self._iterator = iter(loader)
+        self._iterator: Any = iter(loader)
         # Python ends such processes by SIGTERM, which these ignore.
-        self._end = weakref.finalize(self, _kill, list(self._iterator._workers))
+        self._end = weakref.finalize(self, _kill, list(self._iterator._workers))  # type: ignore[attr-defined]
 
     def next(self) -> list[Any]:
         """Each worker's part of the next batch. Re-raises a worker's UserError."""

@@ -76,7 +76,8 @@ class Decoder:
                 both, torch.cat([latents, latents]) if is_guided else latents, timestep
             )
             if is_guided:
-                prediction = apply_guidance(*prediction.chunk(2), sampling.guidance_scale)
+                conditional, unconditioned = prediction.chunk(2)
+                prediction = apply_guidance(conditional, unconditioned, sampling.guidance_scale)
             latents = sampler.step(prediction, timestep, latents).prev_sample
             if progress:
                 progress(step + 1, len(sampler.timesteps))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,6 @@ class Generation:
         """Decode each run of token ids to one text."""
         parts: list[Part] = []
         for is_token, run in groupby(output, lambda part: isinstance(part, int)):
-            found = list(run)
+            found: list[Any] = list(run)
             parts += [self.tokenizer.decode(found)] if is_token else found
         return parts

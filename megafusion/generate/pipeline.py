@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -112,13 +112,17 @@ class TransfusionPipeline:
         _refuse_others(captions, (str,), 'draw(["a caption", ...])')
         image_only = (sampling or self.config.sampling).model_copy(update={"max_new_tokens": 0})
         prompts = [[caption] for caption in captions]
-        outputs = self(prompts, begin="image", seed=seed, size=size, sampling=image_only, progress=progress)
+        outputs: list[list[Any]] = self(
+            prompts, begin="image", seed=seed, size=size, sampling=image_only, progress=progress
+        )
         return [image for (image,) in outputs]
 
     def describe(self, images: Sequence[Image.Image], *, sampling: SamplingConfig | None = None) -> list[str]:
         """Caption each image greedily, with at least one token."""
         _refuse_others(images, (Image.Image,), "describe([PIL image, ...])")
-        outputs = self([[image] for image in images], begin="text", max_images=0, sampling=sampling)
+        outputs: list[list[Any]] = self(
+            [[image] for image in images], begin="text", max_images=0, sampling=sampling
+        )
         return [" ".join(output).strip() for output in outputs]
 
     @torch.no_grad()
@@ -169,12 +173,13 @@ class TransfusionPipeline:
 
     def size_index(self, size: Size) -> int:
         """Index of a size in pixels. Raises UserError for a size that the model does not have."""
-        if tuple(size) not in self.sizes:
+        height, width = size
+        if (height, width) not in self.sizes:
             raise UserError(
                 f"size {format_sizes([size])}: the model has {format_sizes(self.sizes)} (height x width, "
                 "in pixels); choose one of these"
             )
-        return self.sizes.index(tuple(size))
+        return self.sizes.index((height, width))
 
 
 def _refuse_others(given: Sequence, kinds: tuple[type, ...], call: str) -> None:

@@ -66,7 +66,7 @@ class FusedLinear(nn.Linear):
         super().__init__(hidden_size, sum(sizes), bias)
         self.sizes = sizes
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """[..., hidden_size] -> one tensor [..., size] for each of the sizes."""
         return super().forward(x).split(self.sizes, dim=-1)
 

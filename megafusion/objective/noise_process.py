@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NoiseProcessConfig = DDPMConfig
 """Configs of every process, each with a `kind` of its own; its `build` makes the `NoiseProcess`.
 
-Several of them are `Annotated[DDPMConfig | OtherConfig, Field(discriminator="kind")]`.
+Several of them are a tagged union; docs/extending.md has it in full.
 """
 
 

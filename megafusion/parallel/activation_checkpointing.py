@@ -1,7 +1,7 @@
 """Activation checkpointing: a block's backward pass recomputes activations instead of keeping them."""
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class CheckpointedBlock(Wrapper):
 
     def __init__(self, block: nn.Module, recompute: Recompute):
         super().__init__(block)
-        self.options: dict[str, Callable] = {}
+        self.options: dict[str, Any] = {}
         if recompute == "selective":
             self.options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 

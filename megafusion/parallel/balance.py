@@ -60,7 +60,8 @@ def partition(costs: Sequence[int], num_parts: int) -> list[range]:
 def _max_min(costs: Sequence[int], num_parts: int, score: Callable[[int], float]) -> list[range]:
     """Ranges that maximize the lowest score of a range's cost; of ties, the latest cuts."""
     sums = [0, *accumulate(costs)]
-    best = {0: (inf, [])}  # number of items -> lowest score and ranges, with `part` ranges
+    best: dict[int, tuple[float, list[range]]] = {0: (inf, [])}
+    # number of items -> lowest score and ranges, with `part` ranges
     for part in range(1, num_parts + 1):
         best = {
             stop: max(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips
 from megafusion.model.transformer import block_context
-from megafusion.model.transfusion import Transfusion
+from megafusion.model.transfusion import Stem, Tail, Transfusion
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import TensorParallelRegion
@@ -62,7 +62,7 @@ class Stage(nn.Module):
         and vocabulary range, and predictions [B, N, C, H, W] for all images of the rows.
         """
         if self.stem is not None:
-            x_BSD, integers, skips = self._begin(Inputs(*inputs))
+            x_BSD, integers, skips = self._begin(self.stem, Inputs(*inputs))
         else:
             floats, integers = inputs
             x_BSD, skips = self._unpack(floats)
@@ -75,17 +75,18 @@ class Stage(nn.Module):
             x_BSD = block(x_BSD, context)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        return self._end(x_BSD, *slots_3BN, skips)
+        image_start, t_bits, image_size = slots_3BN
+        return self._end(self.tail, x_BSD, image_start, t_bits, image_size, skips)
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters with their canonical names, which checkpoints use."""
         for name, parameter in super().named_parameters(*args, **kwargs):
             yield canonical_name(name), parameter
 
-    def _begin(self, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
+    def _begin(self, stem: Stem, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
         noised = self.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
         timesteps = self.noise_process.timesteps(inputs.t)
-        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
+        x_BSD, skips = stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
         x_BSD = self.sequence_shard.reduce_scatter(x_BSD)
         if self.region is not None:
             x_BSD = self.region.reduce_or_scatter(x_BSD)
@@ -95,15 +96,15 @@ class Stage(nn.Module):
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
     def _end(
-        self, x_BSD: Tensor, image_start: Tensor, t_bits: Tensor, image_size: Tensor, skips: Skips
+        self, tail: Tail, x_BSD: Tensor, image_start: Tensor, t_bits: Tensor, image_size: Tensor, skips: Skips
     ) -> tuple[Tensor, Tensor]:
-        hidden_BSD = self.tail(x_BSD)
+        hidden_BSD = tail(x_BSD)
         if self.region is not None:
             hidden_BSD = self.region.gather_or_copy(hidden_BSD)
         hidden_BSD = self.sequence_shard.all_gather(hidden_BSD)
         timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
-        images = self.tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
-        return self.tail.head(self.sequence_shard.shard(hidden_BSD)), images
+        images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
+        return tail.head(self.sequence_shard.shard(hidden_BSD)), images
 
     def _unpack(self, floats: Tensor) -> tuple[Tensor, Skips]:
         sizes = [prod(shape) for shape in self.shape.skips]

@@ -7,7 +7,7 @@ that any topology can write and any other can read.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class ShardSpec:
         return torch.cat(parts, self.dim)
 
 
-def set_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> None:
+def set_shard_spec(parameter: Tensor, spec: ShardSpec) -> None:
     """Attach to a parameter the shard that it is."""
-    parameter.shard_spec = spec
+    parameter.shard_spec = spec  # type: ignore[attr-defined]
 
 
 def shard_spec_of(parameter: Tensor) -> ShardSpec:

@@ -47,7 +47,7 @@ class ColumnParallelLinear(FusedLinear):
         sizes = tuple(size // region.num_ranks for size in linear.sizes)
         super().__init__(linear.in_features, sizes, bias=linear.bias is not None)
         self.to(linear.weight.device)
-        self.region = region
+        self.region: TensorParallelRegion = region
         spans, local, whole = [], 0, 0
         for size in sizes:
             spans.append(ShardSpan(local, whole + region.rank * size, size))
@@ -55,7 +55,7 @@ class ColumnParallelLinear(FusedLinear):
         for name, parameter in linear.named_parameters():
             set_shard_spec(getattr(self, name), ShardSpec(parameter.shape, 0, tuple(spans)))
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return super().forward(self.region.gather_or_copy(x_BSD))
 
 
@@ -66,7 +66,7 @@ class RowParallelLinear(nn.Linear):
         assert linear.bias is None, "a bias would be added once by every rank"
         size = linear.in_features // region.num_ranks
         super().__init__(size, linear.out_features, bias=False, device=linear.weight.device)
-        self.region = region
+        self.region: TensorParallelRegion = region
         span = ShardSpan(0, region.rank * size, size)
         set_shard_spec(self.weight, ShardSpec(linear.weight.shape, 1, (span,)))
 

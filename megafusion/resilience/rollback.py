@@ -47,8 +47,8 @@ class Rollback:
         The data is not rolled back, so the run skips the data since the checkpoint. Raises UserError (FAILED)
         without a checkpoint, or if the last rollback was to the same one.
         """
-        step = state and state["step"]
-        if step is not None and step != self._last_rollback:
+        step = None if state is None else int(state["step"])
+        if state is not None and step is not None and step != self._last_rollback:
             self._last_rollback, self._in_a_row = step, 0
             self.num_rollbacks += 1
             self._restore_losses(state.get("health", {}))

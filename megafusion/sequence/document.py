@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class Segment:
     """
 
     kind: Literal["tokens", "moments", "pixels", "latents"]
-    data: np.ndarray | bytes | None
+    data: Any
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ImageSegment(Segment):
     """
 
     kind: Literal["moments", "pixels", "latents"] = "latents"
-    data: np.ndarray | bytes | None = None
+    data: Any = None
     size: int = 0
     max_t: float = 1.0
     latents: np.ndarray | None = None
@@ -81,11 +81,12 @@ def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence
     patch = np.full(length, -1, np.int32)
     is_boi = np.zeros(length, bool)
     row_end = np.arange(1, length + 1, dtype=np.int32)
-    images, image_start, start = [], [], 1
+    images: list[ImageSegment] = []
+    image_start, start = [], 1
     tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
     for segment in segments:
         end = start + _num_positions(segment, patches)
-        if segment.kind == "tokens":
+        if not isinstance(segment, ImageSegment):
             tokens[start:end] = segment.data
         else:
             tokens[start], is_boi[start] = tokenizer.boi_of_size(segment.size), True
@@ -101,7 +102,7 @@ def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence
 
 
 def _num_positions(segment: Segment, patches: Sequence[int]) -> int:
-    return len(segment.data) if segment.kind == "tokens" else patches[segment.size] + 2
+    return patches[segment.size] + 2 if isinstance(segment, ImageSegment) else len(segment.data)
 
 
 def cut_document(document: FlatDocument, start: int, end: int) -> FlatDocument:

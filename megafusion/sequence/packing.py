@@ -143,7 +143,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)
     max_patches, latents = max(shape.patches), (shape.latent_channels, *bounding_size(shape.sizes))
-    row = {
+    row: dict[str, np.ndarray] = {
         "tokens": np.zeros(length, np.int64),
         "labels": np.full(length, IGNORED_LABEL, np.int64),
         "positions": np.zeros(length, np.int32),
@@ -170,6 +170,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         row["row_start"][here] = start
         row["row_end"][here] = document.row_end + start
         for image, image_start in zip(document.images, document.image_start, strict=True):
+            assert image.latents is not None
             height, width = image.latents.shape[1:]
             row["latents"][slot, :, :height, :width] = image.latents
             row["noise"][slot, :, :height, :width] = image.noise

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,13 +31,14 @@ class StragglerMonitor:
         self._on_gpu = device.type == "cuda"
         self._data_seconds = self._forward_seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._began: float | torch.cuda.Event = 0.0
+        self._began: Any = 0.0
         self._num_steps, self._since = 0, time.monotonic()
         self._slow_rank, self._times_slow = -1, 0
         stage.register_forward_pre_hook(self._begin)
         stage.register_forward_hook(self._end)
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Any:
+        """Seconds, or an event in the GPU's stream."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -72,9 +74,9 @@ class StragglerMonitor:
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         device = torch.cuda.max_memory_allocated() if self._on_gpu else 0
         own = [forward / steps, self._data_seconds / steps, float(host), float(device)]
-        own = torch.tensor(own, dtype=torch.float64, device=self._device)
-        everyone = [torch.zeros_like(own) for _ in self._hosts]
-        dist.all_gather(everyone, own)
+        own_figures = torch.tensor(own, dtype=torch.float64, device=self._device)
+        everyone = [torch.zeros_like(own_figures) for _ in self._hosts]
+        dist.all_gather(everyone, own_figures)
         forwards, data, hosts, devices = torch.stack(everyone).T.tolist()
         rank, ratio = self._slowest(forwards)
         figures = {

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +36,7 @@ def check_trackers(config: TelemetryConfig) -> None:
 
 def open_trackers(config: TelemetryConfig, folder: Path, first_step: int) -> list[Tracker]:
     """The configured trackers of a run that has done `first_step` steps."""
-    openers = {
+    openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder, first_step),
         "wandb": lambda: Wandb(folder, config.wandb_project),
         "prometheus": lambda: Prometheus(folder),

@@ -56,6 +56,11 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     check_components(config.model, tokenizer, codec)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
     shape = config.sequence_shape
+    if config.samples.every and not any(s.folder.manifest.kind == "pair" for s in sources.values()):
+        raise UserError(
+            f"samples.every {config.samples.every}: no source holds pairs, and samples draw the captions of "
+            "pairs; set it to 0"
+        )
     for name, source in sources.items():
         _check_rows(f"data.sources.{name}", source.folder.manifest, config)
         if source.folder.manifest.image_kind == "pixels":

@@ -78,7 +78,7 @@ class Run:
             with self._outputs:
                 self._finish()
             if self.outcome == "finished" and self._sampler:
-                self._publish()
+                self._publish(self._sampler)
         return None
 
     def steps(self) -> Iterator[int]:
@@ -290,10 +290,10 @@ class Run:
         if not is_unfinished:
             self.outcome = "finished" if self.step == self._config.train.num_steps else "stopped"
 
-    def _publish(self) -> None:
+    def _publish(self, sampler: Sampler) -> None:
         """Write the averaged model of the last checkpoint as a pipeline folder."""
         folder = self._config.out / "pipeline"
-        self._sampler.pipeline(complete_checkpoints(self._folder)[-1]).save_pretrained(folder)
+        sampler.pipeline(complete_checkpoints(self._folder)[-1]).save_pretrained(folder)
         self._metrics.say(f"{folder}: the model; megafusion generate {self._config.out}")
 
     def _layout(self) -> str:

@@ -10,7 +10,7 @@ from megafusion.errors import UserError
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
-# Keys that a resumed run may change: they change no number of any step.
+# Keys that a resumed run may change: they change no number of a step that is not skipped.
 FREE_KEYS = (
     "out",
     "data.num_workers",
@@ -25,13 +25,13 @@ FREE_KEYS = (
     "train.compile",
     "parallel.",
     "telemetry.",
-    "resilience.max_crashes",
-    "resilience.timeout_seconds",
+    "resilience.",
+    "sampling.",
     "samples.",
 )
 
-RECIPE_KEYS = ("optimizer.learning_rate", "optimizer.gradient_clip")
-"""Keys that may also change, for a run that would diverge otherwise; starts.json records the old values."""
+RECIPE_KEYS = ("optimizer.learning_rate", "optimizer.gradient_clip", "model.attention")
+"""Keys that may also change, to save a run that diverges or to use another kernel; starts.json records it."""
 
 
 def changed_recipe(config: RunConfig) -> dict[str, list] | None:

@@ -25,13 +25,9 @@ class SamplePairs:
     images: list[Image.Image]
 
 
-def sample_pairs(
-    sources: dict[str, Source], pipeline: TransfusionPipeline, num_pairs: int
-) -> SamplePairs | None:
-    """Pairs to draw and describe; None if no source has any."""
-    source = next((s for s in sources.values() if s.folder.manifest.kind == "pair"), None)
-    if source is None:
-        return None
+def sample_pairs(sources: dict[str, Source], pipeline: TransfusionPipeline, num_pairs: int) -> SamplePairs:
+    """Pairs to draw and describe, of the first source that has any."""
+    source = next(s for s in sources.values() if s.folder.manifest.kind == "pair")
     size = len(source.folder)
     chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(

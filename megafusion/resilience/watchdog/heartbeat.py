@@ -60,7 +60,7 @@ class Heartbeat:
 class LocalState:
     """State of this rank, shared by its threads. Times are seconds of watched running time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.started = time.strftime("%Y%m%d-%H%M%S")
         self.training_thread = threading.get_ident()

@@ -30,7 +30,7 @@ class Peers:
     def __init__(self, local: LocalState, interval_seconds: float, silence_seconds: float):
         self._local, self._interval, self._silence = local, interval_seconds, silence_seconds
         # A connection of its own, because the main thread may block in the other one.
-        store = dist.distributed_c10d._get_default_store().clone()
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self._store: dist.Store | None = dist.PrefixStore(f"watchdog-{next(_watchdogs)}", store)
         peers = range(local.world_size) if local.rank == 0 else [0]
         self.last_heartbeats: dict[int, Heartbeat | None] = dict.fromkeys(peers)

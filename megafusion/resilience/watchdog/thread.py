@@ -85,7 +85,7 @@ class Watchdog:
         self._checked_at = now
         if local.world_size > 1:
             # If a call keeps the GIL, this thread cannot run; a timer in C exits the process then.
-            faulthandler.dump_traceback_later(3 * self._silence, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(3 * self._silence, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
             if reason := self._peers.check():
                 return reason
         if local.now - local.beat_at > self._timeout:
