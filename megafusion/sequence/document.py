@@ -1,5 +1,6 @@
 """From a document (texts and images in order) to flat arrays of positions, which packing concatenates."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -126,7 +127,7 @@ def cut_document(document: FlatDocument, start: int, end: int) -> FlatDocument:
 
 def images_between(document: FlatDocument, start: int, end: int) -> slice:
     """Indices of the images in positions [start, end), neither of which splits one."""
-    return slice(*np.searchsorted(document.image_start, (start, end)).tolist())
+    return slice(bisect_left(document.image_start, start), bisect_left(document.image_start, end))
 
 
 def find_cut(document: FlatDocument, start: int, end: int, room: int, slots: int, min_length: int) -> int:
@@ -140,7 +141,7 @@ def find_cut(document: FlatDocument, start: int, end: int, room: int, slots: int
         here = images_between(document, start, end)
         if here.stop - here.start > slots:
             cut = min(cut, int(document.image_start[here.start + slots]) - 1)
-        image = int(np.searchsorted(document.image_start, cut, side="right")) - 1
+        image = bisect_right(document.image_start, cut) - 1
         if image >= 0:
             first_patch = int(document.image_start[image])
             # From boi to eoi, which follows the image's last patch.
