@@ -206,3 +206,10 @@ def test_compiling_without_a_compiler_is_refused_at_start(run_values, monkeypatc
     with pytest.raises(UserError, match=r"train\.compile: true needs a C\+\+ compiler"):
         start(run_values)
     assert not Path(run_values["out"]).exists()
+
+
+def test_samples_without_pairs_are_refused_at_start(run_values):
+    del run_values["data"]["sources"]["pairs"]
+    with pytest.raises(UserError, match=r"samples\.every 3: no source holds pairs, .*; set it to 0"):
+        start(run_values | {"samples": {"every": 3}})
+    assert not Path(run_values["out"], "config.yaml").exists()
