@@ -1,16 +1,15 @@
-"""How fast are packed rows made of shards, beside webdataset's loader and mosaicml-streaming?
+"""Speed of the data loader, compared with webdataset's and mosaicml-streaming's.
 
     python benchmarks/loader.py [--json [FILE]] [--without streaming]
 
-One process each, from a local disk, in rounds that take turns. The data are synthetic: images of the paper's
-size (latents 8 x 32 x 32, 256 patches), captions of about 20 tokens, long texts, half of each in rows of
-4,096 positions. All three read and decode the same members, toss the same coins, draw latents and noise alike
-and lay documents out in the same arrays; the peers pack in the order that they read (texts cut to fill,
-images whole) and shuffle nothing, so what differs is reading, decoding, order and bookkeeping.
-Positions are counted without padding.
+One process each, from a local disk, in alternating rounds. The data are synthetic: images of the paper's size
+(latents 8 x 32 x 32, 256 patches) with captions of about 20 tokens, and long texts, half of each, packed into
+4,096 positions. All three read and decode the same members and use the same functions to sample and lay out
+documents. The peers do not shuffle, and pack in reading order (texts cut to fill, images complete). So they
+differ in reading, decoding, order and bookkeeping. Positions are counted without padding.
 
-Also: ms from opening to the first batch of 4 rows; and ms from opening to the first batch when resuming at
-the end of an epoch of 10 million samples (10,000 shards, links to one).
+Also: ms from opening to the first batch of 4 packed sequences; and ms from opening to the first batch when
+resuming at the end of an epoch of 10 million samples (10,000 shards, links to one).
 """
 
 import argparse
@@ -56,7 +55,7 @@ def segments(tokens: np.ndarray, moments: np.ndarray | None) -> list[Segment]:
 
 
 def documents(kind: str, num: int) -> Iterator[StoredDocument]:
-    """Lengths as CC12M's captions and as web pages have them."""
+    """Pairs or texts with the lengths of CC12M's captions and of web pages."""
     random = np.random.default_rng(0)
     for number in range(num):
         mean, spread, most = (18, 0.5, 200) if kind == "pairs" else (1200, 1.2, 60000)
@@ -68,7 +67,7 @@ def documents(kind: str, num: int) -> Iterator[StoredDocument]:
 
 
 def write_all(folder: Path, num: int, with_streaming: bool) -> None:
-    """The same documents as our shards and, if asked for, as mosaicml-streaming's."""
+    """Write the same documents as MegaFusion's shards and, if asked for, as mosaicml-streaming's."""
     for kind in KINDS:
         fields = {"kind": kind.removesuffix("s"), "tokenizer_sha256": "t", "provenance": {}}
         if kind == "pairs":
@@ -87,7 +86,7 @@ def write_all(folder: Path, num: int, with_streaming: bool) -> None:
 
 
 def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int = 0) -> DataLoader:
-    """Ours."""
+    """MegaFusion's data loader."""
     config = DataConfig(
         sources={kind: {"path": str(folder / kind)} for kind in kinds},
         tokenizer=Path("t"),
@@ -103,7 +102,7 @@ def make_stream(folder: Path, kinds: tuple[str, ...] = KINDS, num_workers: int =
 
 
 def ours(folder: Path) -> Iterator[int]:
-    """Positions of batch after batch."""
+    """Positions of each batch."""
     stream, before = make_stream(folder), 0
     while True:
         stream.next()
@@ -137,7 +136,7 @@ def streaming(folder: Path) -> Iterator[int]:
 
 
 def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
-    """A peer's documents drawn, laid out and packed as ours are, in the order that it reads them."""
+    """Positions of each batch of a peer's documents, sampled, laid out and packed in its reading order."""
     config = DataConfig(
         sources={"pairs": {"path": "pairs"}},
         tokenizer=Path("t"),
@@ -178,7 +177,7 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
 
 
 def measure(folder: Path, names: list[str], num_rounds: int, num_batches: int) -> dict:
-    """Positions a second (the median of rounds) and ms to the first batch, by contender."""
+    """Positions per second (median of rounds) and ms to the first batch, by loader."""
     makers = {"megafusion": ours, "webdataset": webdataset, "streaming": streaming}
     loaders, found = {}, {}
     for name in names:
@@ -199,7 +198,7 @@ def measure(folder: Path, names: list[str], num_rounds: int, num_batches: int) -
             "positions_per_second": statistics.median(speeds[name]),
             "fill": statistics.mean(fills[name]),
         }
-    # Each round's own ratio: whatever else the machine did in it, it did to all.
+    # The median of each round's ratio, because other load on the machine affects a round's loaders alike.
     for name in names[1:]:
         ratios = [a / b for a, b in zip(speeds["megafusion"], speeds[name], strict=True)]
         found[name]["ratio"] = statistics.median(ratios)
@@ -207,7 +206,7 @@ def measure(folder: Path, names: list[str], num_rounds: int, num_batches: int) -
 
 
 def measure_workers(folder: Path, num_batches: int) -> float:
-    """Positions a second that one worker hands to a process that does nothing else."""
+    """Positions per second that one worker process delivers to a process that does nothing else."""
     with make_stream(folder, num_workers=1) as stream:
         stream.next()
         begin = time.perf_counter()
@@ -217,7 +216,7 @@ def measure_workers(folder: Path, num_batches: int) -> float:
 
 
 def measure_resume(folder: Path, num_tries: int = 5) -> float:
-    """Milliseconds from nothing open to the first batch, at the end of an epoch of NUM_SAMPLES pairs."""
+    """Milliseconds from opening to the first batch, at the end of an epoch of NUM_SAMPLES pairs."""
     one = folder / "one"
     write_shards(
         one / "pairs",
@@ -271,11 +270,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--without", choices=["streaming"], help="a peer that may be missing")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--without", choices=["streaming"], help="skip a peer that is not installed")
     parser.add_argument("--pairs", type=int, default=3000, help="pairs in the shards; a fifth of it in texts")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds that the contenders take in turn")
-    parser.add_argument("--batches", type=int, default=10, help="batches of 4 rows in a round")
+    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds")
+    parser.add_argument("--batches", type=int, default=10, help="batches of 4 packed sequences in a round")
     arguments = parser.parse_args()
     names = ["megafusion", "webdataset"]
     if arguments.without != "streaming":

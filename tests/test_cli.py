@@ -74,7 +74,7 @@ def redirect_stderr(folder: Path, rank: int) -> None:
 @pytest.mark.parametrize("mistake", ["parallel.tensr=2", "parallel.tensor=3"])
 def test_what_every_rank_refuses_is_shown_by_rank_0(tmp_path, mistake):
     values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text()) | {"out": str(tmp_path / "run")}
-    with Job(values, 2, mistake, hurt=partial(redirect_stderr, tmp_path)) as job:
+    with Job(values, 2, mistake, inject=partial(redirect_stderr, tmp_path)) as job:
         first, second = job.processes
         first.join(120)
         # A launcher kills all others as soon as one has ended: the one with the message is the first.

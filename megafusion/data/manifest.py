@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what it holds, and what it was made with. Imports no torch."""
+"""The manifest of a folder of shards: its contents and origin. Imports no torch."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""`megafusion data`: what shards hold is shown, and what is not as it was made is named."""
+"""`megafusion data`: contents of shards are shown, and altered files are named."""
 
 import shutil
 
@@ -19,7 +19,7 @@ def data(*arguments: object) -> str:
     return done.stdout
 
 
-def test_pairs_are_counted_and_drawn(shards, vae_folder, tmp_path):
+def test_pairs_are_counted_and_shown(shards, vae_folder, tmp_path):
     page = tmp_path / "page.png"
     text = data("inspect", shards / "pairs", "--vae", vae_folder, "--out", page, "--num", 6)
     assert "22 in 3 shards" in text
@@ -40,13 +40,13 @@ def test_another_autoencoder_is_refused(shards, tmp_path):
     assert not (tmp_path / "page.png").exists()
 
 
-def test_whole_shards_pass(shards):
+def test_intact_shards_pass(shards):
     assert "40 documents, as they were written" in data("verify", shards / "text")
 
 
 @pytest.mark.parametrize("damaged", ["shard-000001.tar", "shard-000002.index.npy"])
 @pytest.mark.parametrize("position", [0.001, 0.5, 0.95])
-def test_the_damaged_file_is_named(shards, tmp_path, damaged, position):
+def test_the_altered_file_is_named(shards, tmp_path, damaged, position):
     folder = shutil.copytree(shards / "pairs", tmp_path / "pairs")
     content = bytearray((folder / damaged).read_bytes())
     content[int(position * len(content))] ^= 1

@@ -29,7 +29,7 @@ GOOD = [("k.json", META), ("k.0.tokens.npy", TOKENS), ("k.1.moments.npy", MOMENT
 
 
 def folder_of(folder: Path, members: list) -> ShardFolder:
-    """A folder whose only shard holds one document of these members, whatever they are."""
+    """A folder whose only shard holds one document of these members, valid or not."""
     write_pairs(folder, 1)
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -119,7 +119,7 @@ def test_a_wrong_size_or_name_in_a_header(tmp_path, at, value, reason):
         ShardFolder(tmp_path / "pairs").read(0, 0)
 
 
-def test_a_size_beyond_the_document_with_a_right_checksum(tmp_path):
+def test_a_size_beyond_the_document_with_a_valid_checksum(tmp_path):
     folder_of(tmp_path / "pairs", GOOD)
     path = tmp_path / "pairs/shard-000000.tar"
     content = bytearray(path.read_bytes())
@@ -132,7 +132,7 @@ def test_a_size_beyond_the_document_with_a_right_checksum(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../etc/shard.tar", "/etc/shard.tar", ".hidden.tar", "a b.tar", "shard"])
-def test_a_manifest_that_names_other_places_is_refused(tmp_path, name):
+def test_a_manifest_that_names_files_of_other_folders_is_refused(tmp_path, name):
     write_pairs(tmp_path / "pairs", 1)
     path = tmp_path / "pairs/manifest.json"
     path.write_text(path.read_text().replace("shard-000000.tar", name))
@@ -144,7 +144,7 @@ def test_a_manifest_that_names_other_places_is_refused(tmp_path, name):
     "path",
     ["pipe:cat /etc/passwd", "pipe:curl http://x/", "file:///data", "ftp://x/y", "http:x", "http://x/y?z=1"],
 )
-def test_locations_that_would_run_or_hide_something_are_refused(path):
+def test_locations_that_run_a_command_or_hide_something_are_refused(path):
     with pytest.raises(UserError, match="path: "):
         parse_config(SourceConfig, {"path": path}, "test")
     with pytest.raises(ValidationError):
@@ -174,7 +174,7 @@ def test_by_default_a_bad_document_stops_the_run_by_name(sources, tmp_path):
         [stream.next() for _ in range(100)]
 
 
-def test_skipping_is_counted_told_and_alike_on_all_ranks_and_after_restarts(sources, tmp_path, caplog):
+def test_skipping_is_counted_logged_and_the_same_on_all_ranks_and_after_restarts(sources, tmp_path, caplog):
     damage(tmp_path / "pairs", [5, 150])
     options = {"on_error": "skip", "max_skip_rate": 0.05}
     whole = stream_of(sources, range(4), 4, **options)
@@ -205,7 +205,7 @@ def test_too_many_bad_documents_stop_the_run_with_their_reasons(sources, tmp_pat
         [stream.next() for _ in range(300)]
 
 
-def test_a_source_of_nothing_but_bad_documents_ends(sources, tmp_path):
+def test_a_source_with_only_bad_documents_stops_the_run(sources, tmp_path):
     damage(tmp_path / "pairs", list(range(400)))
     stream = stream_of({"pairs": sources["pairs"]}, range(4), 4, on_error="skip", max_skip_rate=0.9)
     with pytest.raises(UserError, match="skipped"):
@@ -213,8 +213,8 @@ def test_a_source_of_nothing_but_bad_documents_ends(sources, tmp_path):
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
-def test_a_shard_lost_or_cut_in_mid_run_stops_it_by_name_whatever_the_policy(sources, tmp_path, on_error):
-    """Another rank may still see it: leaving it out would give ranks other data."""
+def test_a_shard_lost_or_truncated_during_a_run_stops_it_at_any_policy(sources, tmp_path, on_error):
+    """Another rank may still see it, so skipping it would give the ranks different data."""
     stream = stream_of(sources, range(4), 4, on_error=on_error)
     stream.next()
     for path in (tmp_path / "text").glob("*.tar"):

@@ -40,8 +40,8 @@ def packed(stream: DataLoader, num_steps: int) -> tuple[Counter, list[Counter]]:
     return totals[-1], [totals[0]] + [b - a for a, b in itertools.pairwise(totals)]
 
 
-def test_the_quickstart_is_full_and_keeps_its_weights(captions, tmp_path):
-    """Its rows, weights, captions and glosses over 512 000 positions; latents are cut to one channel."""
+def test_the_quickstart_has_full_rows_and_follows_its_weights(captions, tmp_path):
+    """Its shape, weights, captions and glosses over 512 000 positions; latents have one channel."""
     config = load_config(RunConfig, ROOT / "configs/quickstart.yaml").data
     lengths, glosses = captions
     write_pairs(tmp_path / "pairs", len(lengths), latents=(1, 4, 4), caption=in_turn(lengths))
@@ -64,7 +64,7 @@ def test_the_quickstart_is_full_and_keeps_its_weights(captions, tmp_path):
     assert shares.std() < 0.03
 
 
-def test_lengths_like_cc12m_fill_rows_and_keep_their_weights(tmp_path):
+def test_lengths_like_cc12m_fill_rows_and_follow_the_weights(tmp_path):
     """Captions of about 20 tokens, images of 256 patches, long texts: rows of 4,096, over a million."""
     write_pairs(
         tmp_path / "pairs",
@@ -82,10 +82,10 @@ def test_lengths_like_cc12m_fill_rows_and_keep_their_weights(tmp_path):
     assert total["pairs"] / total.total() == pytest.approx(0.5, abs=0.01)
     shares = np.array([b["pairs"] / b.total() for b in batches])
     assert shares.std() < 0.05
-    assert abs(shares[0] - 0.5) < 0.15  # the first batch, too, holds both
+    assert abs(shares[0] - 0.5) < 0.15  # the first batch holds both, too
 
 
-def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
+def test_every_target_is_in_the_rows_once_an_epoch(tmp_path):
     """Texts cut anywhere: the pairs of input and target of two epochs are those of the documents, twice."""
     lengths = [1, 2, 300, 64, 62, 61, 63, 65, 7, 130, 90, 15]
     folder = write_texts(tmp_path / "text", len(lengths), 5, length=in_turn(lengths))
@@ -106,7 +106,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
         assert (lengths_here[row["tokens"][ends] > 0] >= 2).all()  # no piece of eos alone
         if logical.state.position["text"][0] > 2:
             break
-    # What has been packed of the third epoch, and the rest of what is pending, are known by their places.
+    # Corrected by what is packed of the third epoch and what is pending.
     extra: Counter = Counter()
     epoch, order, offset = logical.state.position["text"]
     for e in range(2, epoch + 1):
@@ -123,7 +123,7 @@ def test_every_target_stands_in_the_rows_once_an_epoch(tmp_path):
     assert found == wanted
 
 
-def test_a_piece_sees_itself_alone_and_restarts_its_positions(tmp_path):
+def test_a_piece_sees_only_itself_and_restarts_its_positions(tmp_path):
     folder = write_texts(tmp_path / "text", 1, 1, length=lambda r: 150)
     stream = stream_of({"text": (folder, 1.0)}, range(1), 1, packing_buffer_size=2)
     rows = [stream.next()[0] for _ in range(3)]
@@ -146,7 +146,7 @@ def test_a_piece_sees_itself_alone_and_restarts_its_positions(tmp_path):
 def test_each_sample_exactly_once_an_epoch(
     tmp_path_factory, num_documents, per_shard, num_streams, length, packing_buffer_size, seed
 ):
-    """Counts that divide nothing: the images of each epoch are all of the source's, each once."""
+    """Counts that divide nothing: each epoch has every image of the source once."""
     folder = tmp_path_factory.mktemp("once") / "pairs"
     write_pairs(folder, num_documents, per_shard)
     stream = stream_of(
@@ -174,8 +174,8 @@ def test_each_sample_exactly_once_an_epoch(
         assert [seen[d, epoch] for d in range(num_documents)] == [1] * num_documents
 
 
-def test_a_long_text_does_not_hold_up_what_came_before(tmp_path):
-    """No document waits for more rows than the look-ahead holds, cut texts and full slots included."""
+def test_a_long_text_does_not_delay_earlier_documents(tmp_path):
+    """No document waits for more rows than the packing buffer holds, even with cuts and full slots."""
     pairs, texts = write_pairs(tmp_path / "pairs", 200), write_texts(tmp_path / "text", 50)
     stream = stream_of({"pairs": (pairs, 1.0), "text": (texts, 2.0)}, range(1), 1, packing_buffer_size=8)
     (logical,) = stream._streams.values()
@@ -186,15 +186,15 @@ def test_a_long_text_does_not_hold_up_what_came_before(tmp_path):
     assert max(waited.values()) < 8
 
 
-def test_streams_start_at_different_places_of_the_mixture(tmp_path):
-    """Documents of one length each, so that streams that start alike would stay in step."""
+def test_streams_start_at_different_phases_of_the_mixture(tmp_path):
+    """Documents of one length per source, so that streams that start alike would stay in step."""
     write_pairs(tmp_path / "pairs", 600, latents=(1, 2, 2), caption=lambda r: 20)
     write_texts(tmp_path / "text", 600, length=lambda r: 3000)
     sources = {"pairs": (tmp_path / "pairs", 0.5), "text": (tmp_path / "text", 0.5)}
     stream = stream_of(sources, range(16), 16, length=4096, slots=15, num_patches=256, latents=(1, 2, 2))
     _, batches = packed(stream, 12)
     shares = np.array([b["pairs"] / b.total() for b in batches])
-    assert np.abs(shares - 0.5).max() < 0.13  # 0.16 if all began alike
+    assert np.abs(shares - 0.5).max() < 0.13  # 0.16 if all started alike
     assert shares.std() < 0.065  # 0.084
 
 
@@ -226,8 +226,8 @@ def test_the_shards_open_at_once_are_bounded(tmp_path):
     assert len(held) <= reader.MAX_OPEN
 
 
-def test_images_alone_leave_what_no_image_fits(tmp_path):
-    """Nothing to fill with is no error: the rest of a row stays empty."""
+def test_images_alone_leave_the_positions_that_no_image_fits(tmp_path):
+    """Having no text to fill a row with is not an error: the rest stays empty."""
     folder = write_pairs(tmp_path / "pairs", 40)
     stream = stream_of({"pairs": (folder, 1.0)}, range(2), 2, slots=2)
     row = stream.next()[0]

@@ -1,4 +1,4 @@
-"""Interleaved documents in rows: cut anywhere in their texts, images whole, none lost or drawn anew."""
+"""Interleaved documents in packed rows: texts cut anywhere, images complete, none lost or sampled again."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def logical_of(folder, **values) -> LogicalStream:
 
 
 def laid_out(segments) -> list[tuple[int, int]]:
-    """Token and target of each position of a document, by the rules as docs/data.md gives them."""
+    """Token and target of each position of a document, by the rules of docs/data.md."""
     tokens = [IDS.bos]
     for segment in segments:
         tokens += (
@@ -49,7 +49,7 @@ def laid_out(segments) -> list[tuple[int, int]]:
 
 
 def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
-    """Positions (token, target) and images that the state says have been packed: read, and not pending."""
+    """Positions (token, target) and images that are packed according to the state: read and not pending."""
     source = logical._sources["web"]
     positions, images = Counter(), Counter()
 
@@ -62,7 +62,7 @@ def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
             positions[position] += sign
         for number, start in zip(numbers, starts, strict=True):
             if first <= start < (len(whole) if last is None else last):
-                assert last is None or start + NUM_PATCHES < last, "an image is parted"
+                assert last is None or start + NUM_PATCHES < last, "an image is split"
                 assert start > first, "boi is not with its image"
                 images[number] += sign
 
@@ -80,9 +80,9 @@ def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
 
 
 def found_in(row, positions: Counter, images: Counter, slots: int) -> None:
-    """Count what a row holds, and check that each of its documents is one on its own."""
+    """Count a row's positions and images, and check that its documents do not see each other."""
     length = len(row["tokens"])
-    # Positions left over are documents of a filler that asks for nothing.
+    # Padding is documents of one filler position without a target.
     real = (row["tokens"] > 0) | (row["patch_index"] >= 0)
     tokens = np.where(row["patch_index"] >= 0, PATCH, row["tokens"])[real]
     positions.update(zip(tokens.tolist(), row["labels"][real].tolist(), strict=True))
@@ -115,13 +115,13 @@ PARTS = st.lists(st.one_of(st.just(0), st.integers(1, 90)), min_size=1, max_size
 )
 @example([[0, 1]], NUM_PATCHES + 4, 1, 1, set())
 @example([[1, 0, 1, 0], [0] * 9], NUM_PATCHES + 4, 2, 2, {1, 2})
-# Rows in which an image alone is a sliver.
+# Rows in which an image alone is shorter than the minimum piece.
 @example([[0] * 9, [3, 0, 0, 3, 0]], 640, 1, 2, {1})
 @settings(max_examples=60, deadline=None)
 def test_each_patch_and_each_target_once_an_epoch(
     tmp_path_factory, documents, length, slots, packing_buffer_size, stops
 ):
-    """After any row, what has stood in rows is what was read and does not wait; so too after restarts."""
+    """After any row and any restart, the rows so far hold exactly what was read and is not pending."""
     folder = write_documents(tmp_path_factory.mktemp("once") / "web", documents)
     values = {"length": length, "slots": slots, "packing_buffer_size": packing_buffer_size}
     logical = logical_of(folder, **values)
@@ -138,22 +138,22 @@ def test_each_patch_and_each_target_once_an_epoch(
     assert (positions, images) == packed_by_state(logical)
 
 
-def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut(tmp_path):
+def test_an_images_samples_do_not_depend_on_where_its_document_is_cut(tmp_path):
     shapes = [[20, 0, 0, 30, 0], [0, 40, 0, 0], [5, 0, 50, 0, 0, 0, 7]]
     folder = write_documents(tmp_path / "web", shapes)
 
-    def drawn(num_epochs: int, **values) -> dict[int, set]:
+    def samples(num_epochs: int, **values) -> dict[int, set]:
         logical, found = logical_of(folder, **values), defaultdict(set)
         while min(p.key.epoch for p in logical.state.pending) < num_epochs if logical.state.pending else True:
             row = arrays(logical.next_row())
             for slot in np.flatnonzero(row["image_start"] >= 0):
-                draw = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["t"][slot]
-                found[round(float(row["latents"][slot].mean()))].add(draw)
+                sample = row["noise"][slot].tobytes(), row["latents"][slot].tobytes(), row["t"][slot]
+                found[round(float(row["latents"][slot].mean()))].add(sample)
         return found
 
-    whole = drawn(9, length=256, slots=8)
+    whole = samples(9, length=256, slots=8)
     for length, slots in ((24, 4), (37, 2), (64, 1)):
-        cut = drawn(4, length=length, slots=slots)
+        cut = samples(4, length=length, slots=slots)
         assert sorted(cut) == list(range(10))
         for image, draws in cut.items():
             assert len(draws) >= 4
@@ -161,7 +161,7 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_where_its_document_is_cut
 
 
 def test_an_image_that_opens_a_piece_keeps_its_range_of_t(tmp_path):
-    """Rows of one image: what opens a piece has the range of t that it has in the whole document."""
+    """Rows of one image: an image that opens a piece has the range of t of its whole document."""
     folder = write_documents(tmp_path / "web", [[0, 3, 0, 0]])
     logical = logical_of(folder, length=NUM_PATCHES + 5, slots=1, image_first_max_t=0.01)
     times, opens = defaultdict(list), Counter()
@@ -204,7 +204,7 @@ def rows_of(ranks) -> list[str]:
     return [row for rank in ranks for row in digest(rank.next())]
 
 
-def test_the_order_is_the_same_at_any_ranks_workers_and_restart(mixture):
+def test_the_order_is_the_same_at_any_number_of_ranks_and_workers_and_after_restarts(mixture):
     (whole,) = ranks_of(mixture, 1)
     expected, states = [], []
     for _ in range(NUM_STEPS):
@@ -248,8 +248,8 @@ def test_interleaved_documents_fill_their_rows(tmp_path):
         assert packed / (17 * 16 * 4096) >= 0.97, slots
 
 
-def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_whole(tmp_path):
-    """Pairs that fit stay whole; only what fits in no row is cut."""
+def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_complete(tmp_path):
+    """Only pairs that are longer than a row are cut."""
     lengths = iter([100, 5, 30, 200])
     pairs = write_pairs(tmp_path / "pairs", 4, caption=lambda r: next(lengths))
     (logical,) = stream_of(

@@ -1,4 +1,4 @@
-"""The loader's benchmark runs, says what its figures are, and which peer is missing."""
+"""The loader's benchmark runs, names its results, and names a missing peer."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def test_a_missing_peer_is_named():
     assert "--without streaming" in done.stderr
 
 
-def test_without_the_peer_it_prints_its_figures():
+def test_without_the_peer_it_prints_its_results():
     small = ("--pairs", "100", "--rounds", "1", "--batches", "1")
     done = benchmark("--without", "streaming", "--json", "-", *small)
     assert done.returncode == 0, done.stderr

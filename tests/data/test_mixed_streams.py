@@ -1,4 +1,4 @@
-"""Streams of images of several sizes: the same rows however they are shared out, and whole images in them."""
+"""Streams of images of several sizes: the same rows at any split over ranks, with complete images."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
-from tests.data.test_pictures import options, webp, write_pictures
+from tests.data.test_pixels import options, webp, write_pixels
 from tests.support.raw import drawing
 from tests.support.rows import IDS, digest, stored, stream_of, write_texts
 from tests.support.workers import run_workers
@@ -35,7 +35,7 @@ def write_mixed(folder: Path, num: int = 90) -> Path:
         for i in range(num):
             tokens = random.integers(3, 60, int(random.integers(1, 9))).astype(np.int32)
             moments = random.standard_normal((2, 1, *SIZES[i % 3])).astype(np.float16)
-            yield stored({"key": f"k{i}", "caption": f"picture {i}"}, tokens, moments)
+            yield stored({"key": f"k{i}", "caption": f"image {i}"}, tokens, moments)
 
     fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "provenance": {}}
     write_shards(folder, documents(), 16, latent_shape=(1, *SIZES[0]), more_sizes=SIZES[1:], **fields)
@@ -47,7 +47,7 @@ def sources(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("mixed-sources")
     return {
         "pairs": (write_mixed(folder / "pairs"), 0.6),
-        "pictures": (write_pictures(folder / "pictures", 60), 0.2),
+        "pixels": (write_pixels(folder / "pixels", 60), 0.2),
         "text": (write_texts(folder / "text", 60), 0.2),
     }
 
@@ -61,7 +61,7 @@ def test_the_manifest_counts_images_by_size(sources):
     assert manifest.images_by_size == {"2x6": 30, "4x4": 30, "8x2": 30}
 
 
-def test_rows_are_alike_at_any_split_and_after_a_restart(sources):
+def test_rows_are_the_same_at_any_split_and_after_a_restart(sources):
     whole = stream_of(sources, range(4), 4, **OPTIONS)
     halves = [
         stream_of(sources, rows, 4, num_workers=n, **OPTIONS) for rows, n in ((range(2), 0), (range(2, 4), 2))
@@ -77,7 +77,7 @@ def test_rows_are_alike_at_any_split_and_after_a_restart(sources):
                 assert digest(resumed.next()) == expected
 
 
-def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
+def test_each_image_has_its_patches_and_zeros_beside_it(sources):
     stream = stream_of(sources, range(1), 1, **OPTIONS)
     seen = set()
     for _ in range(60):
@@ -101,8 +101,8 @@ def test_each_image_has_its_own_patches_and_nothing_beside_it(sources):
     assert seen >= {(False, 0), (False, 1), (False, 2), (True, 0)}
 
 
-def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_path, sources):
-    """Images of the first size are sampled alike, with or without further sizes."""
+def test_images_of_the_first_size_do_not_depend_on_further_sizes(tmp_path, sources):
+    """Their rows are the same with one size and with several."""
     documents = [
         stored({"key": f"k{i}"}, np.arange(3, 9, dtype=np.int32), np.zeros((2, 1, 4, 4), np.float16))
         for i in range(20)
@@ -120,7 +120,7 @@ def test_one_size_named_alone_gives_the_rows_that_it_gives_beside_others(tmp_pat
         assert torch.equal(first.noise, second.noise[..., :4, :4])
 
 
-def test_lengths_are_estimated_by_each_size(sources):
+def test_mean_lengths_count_the_patches_of_each_size(sources):
     from megafusion.data.source import Source
 
     source = Source("pairs", 0, ShardFolder(sources["pairs"][0]), 4, 0)
@@ -151,7 +151,7 @@ def test_lengths_are_estimated_by_each_size(sources):
         ),
     ],
 )
-def test_shards_and_model_that_do_not_fit(mixed_values, changes, message):
+def test_shards_that_do_not_fit_the_model_are_refused(mixed_values, changes, message):
     mixed_values["model"] |= changes
     if len(mixed_values["model"]["image_sizes"]) == 2:
         mixed_values["model"]["vocab_size"] = 2049
@@ -165,7 +165,7 @@ PARTS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from([0, -1, -2])), mi
 
 
 @given(parts=PARTS, room=st.integers(24, 70), slots=st.integers(1, 3))
-def test_pieces_of_a_document_hold_images_of_any_size_whole(parts, room, slots):
+def test_pieces_of_a_document_hold_complete_images_of_any_size(parts, room, slots):
     """parts: lengths of texts; 0, -1, -2 for images of the three sizes."""
     patches = (16, 6, 20)
     segments = [
@@ -208,8 +208,8 @@ def losses(values: dict) -> list[float]:
     return [line[name] for line in read_metrics(Path(values["out"])) for name in ("text_loss", "image_loss")]
 
 
-def test_pictures_and_their_latents_give_the_same_losses(mixed_values, codec, tokenizer, tmp_path):
-    """Kept pictures are shown at the size nearest to each, and encoded as preprocessing would have."""
+def test_pixels_and_their_latents_give_the_same_losses(mixed_values, codec, tokenizer, tmp_path):
+    """Pixels are cropped to the size nearest in aspect, and encoded as preprocessing would have."""
     from megafusion.data.augment import augment
 
     shapes = (((32, 32), 0), ((60, 36), 1), ((20, 60), 2), ((30, 33), 0))

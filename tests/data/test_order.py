@@ -1,4 +1,4 @@
-"""The order of the data: alike at any number of ranks and workers, and after a restart at any step."""
+"""The data order: the same at any number of ranks and workers, and after a restart at any step."""
 
 import json
 import random
@@ -14,7 +14,7 @@ NUM_ROWS, NUM_STEPS = 8, 250
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Counts that neither streams nor shards divide; an epoch of pairs is over after some 60 steps."""
+    """Counts that neither streams nor shards divide; an epoch of pairs ends after about 60 steps."""
     folder = tmp_path_factory.mktemp("order")
     pairs = write_pairs(folder / "pairs", 1237, 100, caption=lambda r: int(r.integers(1, 12)))
     texts = write_texts(folder / "text", 331, 70, length=lambda r: int(r.integers(1, 200)))
@@ -66,7 +66,7 @@ def test_any_number_of_workers(sources, expected, num_workers):
 
 
 def test_a_restart_at_any_step_with_other_ranks(sources, expected):
-    """At 20 steps drawn at random: the checkpoint of that step, read by 1, 2, 4 or 8 ranks."""
+    """At 20 random steps: the state of that step, loaded by 1, 2, 4 or 8 ranks."""
     hashes, states = expected
     draw = random.Random(0)
     for stop in draw.sample(range(1, NUM_STEPS - 20), 20):
@@ -77,8 +77,8 @@ def test_a_restart_at_any_step_with_other_ranks(sources, expected):
             assert rows_of(ranks) == hashes[step], (stop, step)
 
 
-def test_a_checkpoint_is_of_the_batch_however_far_workers_are_ahead(sources, expected):
-    """Its ranks' states are put together, as a checkpoint does, and read by other ranks and workers."""
+def test_a_state_is_of_the_last_batch_however_far_ahead_workers_are(sources, expected):
+    """The ranks' states are merged, as a checkpoint does, and loaded by other ranks and workers."""
     hashes, _ = expected
     ranks = ranks_of(sources, 2, num_workers=2, prefetch=5)
     for _ in range(7):
@@ -86,7 +86,7 @@ def test_a_checkpoint_is_of_the_batch_however_far_workers_are_ahead(sources, exp
     states = [rank.state_dict() for rank in ranks]
     state = {**states[0], "streams": {k: v for s in states for k, v in s["streams"].items()}}
     [rank.close() for rank in ranks]
-    assert rows_of(ranks) == hashes[7]  # and after a close the workers begin where the last batch ended
+    assert rows_of(ranks) == hashes[7]  # after a close, workers start after the last batch
     others = ranks_of(sources, 4, num_workers=1)
     for rank in others:
         rank.load_state_dict(json.loads(json.dumps(state)))

@@ -1,4 +1,4 @@
-"""Shards on a server: fetched with retries, checked, kept in a cache of bounded size that processes share."""
+"""Shards on a server: fetched with retries, verified, and cached in a bounded folder that processes share."""
 
 import fcntl
 import http.server
@@ -22,7 +22,7 @@ from tests.support.rows import digest, stream_of, write_pairs, write_texts
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; `server.faults` says what the next requests of a path get instead."""
+    """Serves a folder; `server.faults` has the failures of a path's next requests."""
 
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
@@ -88,7 +88,7 @@ def test_a_url_gives_the_rows_of_the_folder(server, tmp_path, num_workers):
     with stream_of(sources_at(server.url), range(4), 4, **options) as there:
         assert [digest(there.next()) for _ in range(40)] == [digest(here.next()) for _ in range(40)]
     asked = {name: n for name, n in server.asked.items() if name.endswith(".tar")}
-    assert max(asked.values()) == 1  # two workers share what either has fetched
+    assert max(asked.values()) == 1  # two workers share the cache
     before = server.asked.total()
     again = stream_of(sources_at(server.url), range(4), 4, cache_dir=tmp_path / "cache")
     [again.next() for _ in range(40)]
@@ -96,12 +96,12 @@ def test_a_url_gives_the_rows_of_the_folder(server, tmp_path, num_workers):
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, 408, "stall", "truncate", "other bytes"])
-def test_what_passes_is_tried_again(server, tmp_path, monkeypatch, fault):
+def test_transient_failures_are_retried(server, tmp_path, monkeypatch, fault):
     if fault == "stall":
         monkeypatch.setattr(remote, "TIMEOUT_SECONDS", (2.0, 0.5))
     server.faults = {"shard-000001.tar": [fault, fault], "manifest.json": [503]}
     folder = ShardFolder(f"{server.url}/pairs", ShardCache(tmp_path / "cache", 1 << 30))
-    assert folder.read(1, 3).metadata == {"key": "k19", "caption": "picture 19"}
+    assert folder.read(1, 3).metadata == {"key": "k19", "caption": "image 19"}
     assert server.asked["pairs/shard-000001.tar"] == 3
 
 
@@ -113,7 +113,7 @@ def test_what_passes_is_tried_again(server, tmp_path, monkeypatch, fault):
         ("other bytes", r"not available in 6 tries; the last: hash \w{12} where the manifest says"),
     ],
 )
-def test_what_does_not_pass_stops_the_run_by_name_even_where_bad_documents_are_skipped(
+def test_a_lasting_failure_stops_the_run_by_name_even_if_bad_documents_are_skipped(
     server, tmp_path, fault, message
 ):
     server.faults = {"shard-000001.tar": [fault] * 6}
@@ -127,19 +127,19 @@ def test_what_does_not_pass_stops_the_run_by_name_even_where_bad_documents_are_s
 
 
 @pytest.mark.parametrize("status", [403, 404])
-def test_what_is_refused_is_told_at_once(server, tmp_path, status):
+def test_a_refusal_is_raised_at_once(server, tmp_path, status):
     server.faults = {"manifest.json": [status] * 9}
     with pytest.raises(UserError, match=rf"pairs/manifest\.json: the server answers {status}"):
         ShardFolder(f"{server.url}/pairs", ShardCache(tmp_path / "cache", 1 << 30))
     assert server.asked["pairs/manifest.json"] == 1
 
 
-def test_nobody_listens(tmp_path):
+def test_a_server_that_does_not_listen(tmp_path):
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9/pairs/manifest\.json: not available in 6 tries"):
         ShardFolder("http://127.0.0.1:9/pairs", ShardCache(tmp_path / "cache", 1 << 30))
 
 
-def test_the_cache_stays_within_its_size_and_drops_what_was_used_longest_ago(server, tmp_path):
+def test_the_cache_stays_within_its_size_and_evicts_the_least_recently_used(server, tmp_path):
     plain = ShardFolder(server.folder / "pairs")
     sizes = [entry.num_bytes for entry in plain.manifest.shards]
     cache = ShardCache(tmp_path / "cache", 3 * max(sizes))
@@ -165,7 +165,7 @@ def test_the_cache_stays_within_its_size_and_drops_what_was_used_longest_ago(ser
     assert indices == {names[i] for i in there()}
 
 
-def test_what_another_process_reads_is_never_dropped(server, tmp_path):
+def test_a_shard_that_another_process_reads_is_never_evicted(server, tmp_path):
     size = max(entry.num_bytes for entry in ShardFolder(server.folder / "pairs").manifest.shards)
     cache = ShardCache(tmp_path / "cache", 2 * size)
     first, second = (ShardFolder(f"{server.url}/pairs", cache) for _ in range(2))
@@ -199,7 +199,7 @@ def read_all(url: str, cache: Path, max_bytes: int, found) -> None:
 
 
 def test_processes_share_a_small_cache(server, tmp_path):
-    """Four of them, room for five shards of thirteen: every read is right, none fetches what another does."""
+    """Four processes and room for five of thirteen shards: every read is right, no fetch is repeated."""
     size = max(entry.num_bytes for entry in ShardFolder(server.folder / "pairs").manifest.shards)
     context = multiprocessing.get_context("fork")
     found = context.Queue()
@@ -213,7 +213,7 @@ def test_processes_share_a_small_cache(server, tmp_path):
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_what_a_killed_process_left_half_fetched_is_fetched_anew(server, tmp_path):
+def test_a_partial_file_of_a_killed_process_is_fetched_again(server, tmp_path):
     cache = ShardCache(tmp_path / "cache", 1 << 30)
     folder = ShardFolder(f"{server.url}/pairs", cache)
     (cache.folder / (folder.manifest.shards[0].sha256 + ".partial")).write_bytes(b"half")
@@ -221,7 +221,7 @@ def test_what_a_killed_process_left_half_fetched_is_fetched_anew(server, tmp_pat
     assert not list(cache.folder.glob("*.partial"))
 
 
-def test_a_waiting_process_takes_what_the_other_brings(server, tmp_path):
+def test_a_waiting_process_uses_what_the_other_fetches(server, tmp_path):
     cache = ShardCache(tmp_path / "cache", 1 << 30)
     folder = ShardFolder(f"{server.url}/pairs", cache)
     entry = folder.manifest.shards[0]
@@ -234,13 +234,13 @@ def test_a_waiting_process_takes_what_the_other_brings(server, tmp_path):
         file.write((server.folder / "pairs" / entry.name).read_bytes())
         file.flush()
         partial_path.rename(cache.folder / entry.sha256)
-        fcntl.flock(file, fcntl.LOCK_SH)  # as long as the other process reads what it has brought
+        fcntl.flock(file, fcntl.LOCK_SH)  # as while the other process reads it
         thread.join(10)
         assert not thread.is_alive()
     assert server.asked["pairs/shard-000000.tar"] == 0
 
 
-def test_a_full_disk_is_told(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_named(server, tmp_path, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -252,7 +252,7 @@ def test_a_full_disk_is_told(server, tmp_path, monkeypatch):
 
 
 def test_objects_of_a_store_are_read_through_fsspec(server, tmp_path, monkeypatch):
-    """A store in memory stands for S3; the scheme's own client is the user's to install."""
+    """An in-memory store in place of S3, whose client users install themselves."""
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", MemoryFileSystem)
     store = MemoryFileSystem()
     for path in (server.folder / "pairs").iterdir():

@@ -1,4 +1,4 @@
-"""Shards: what is written is read, any webdataset reader reads it, and what is broken is named."""
+"""Shards: a round trip, by any webdataset reader too; corrupt files are named."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def test_round_trip(folder):
 
 
 def test_a_document_of_many_segments_keeps_their_order(tmp_path):
-    """webdataset writes members in the order of their names, in which 10 stands before 2."""
+    """webdataset writes members in the order of their names, where 10 comes before 2."""
     segments = tuple(np.full(n + 1, n, np.int32) for n in range(123))
     write_shards(tmp_path / "web", [stored({}, *segments)], 4, **FIELDS | {"kind": "interleaved"})
     found = ShardFolder(tmp_path / "web").read(0, 0).segments
@@ -122,7 +122,7 @@ def test_damaged_index(folder):
         ShardFolder(folder).read(0, 0)
 
 
-def test_a_failing_write_leaves_the_older_folder_as_it_was(folder):
+def test_a_failed_write_leaves_the_older_folder_unchanged(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def failing():
@@ -139,6 +139,6 @@ def test_a_failing_write_leaves_the_older_folder_as_it_was(folder):
     assert not folder.exists()
 
 
-def test_the_folder_above_names_the_ones_inside(folder):
+def test_for_the_parent_folder_the_ones_inside_are_named(folder):
     with pytest.raises(UserError, match=rf"not a folder of shards .*; name {folder}$"):
         load_manifest(folder.parent)

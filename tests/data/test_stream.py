@@ -1,4 +1,4 @@
-"""The data order: the same at any number of ranks and after any restart; each document once an epoch."""
+"""Streams: the same rows at any number of ranks and after restarts; each document once an epoch."""
 
 import json
 from collections import Counter
@@ -58,12 +58,12 @@ def make_logical_stream(data, tokenizer, codec, tmp_path):
 
 
 def texts_of(lengths) -> tuple[list, dict]:
-    """Documents that take these numbers of positions, bos and eos among them."""
+    """Documents of these numbers of positions, bos and eos included."""
     return [(np.full(length - 2, 7, np.int32),) for length in lengths], {"kind": "text"}
 
 
 def pairs_of(num: int, codec, mean: float, log_variance: float) -> tuple[list, dict]:
-    """Pairs whose pictures are as vague as asked."""
+    """Pairs with the same mean and log-variance everywhere."""
     moments = np.stack([np.full((4, 8, 8), value, np.float16) for value in (mean, log_variance)])
     fields = {"kind": "pair", "vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
     scale = {"latent_scale": 2.0, "latent_shift": 0.1}
@@ -85,7 +85,7 @@ def test_another_seed_gives_other_rows(make_stream):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7, 15])
-def test_a_restart_goes_on_with_the_same_rows_past_the_end_of_an_epoch(make_stream, stop):
+def test_a_restart_resumes_with_the_same_rows_past_the_end_of_an_epoch(make_stream, stop):
     """22 pairs in 4 streams: an epoch ends after a few rows."""
     whole = make_stream()
     expected = [digest(whole.next()) for _ in range(20)]
@@ -129,7 +129,7 @@ def test_row_g_of_batch_k_comes_from_stream_kb_plus_g_modulo_m(make_stream, data
 
 @given(num_documents=st.integers(1, 50), num_streams=st.integers(1, 7), seed=st.integers(0, 3))
 @settings(max_examples=40)
-def test_every_document_stands_exactly_once_in_an_epoch(num_documents, num_streams, seed):
+def test_every_document_occurs_exactly_once_in_an_epoch(num_documents, num_streams, seed):
     if num_documents < num_streams:
         return
     source = source_of(num_documents, num_streams, seed)
@@ -143,7 +143,7 @@ def test_every_document_stands_exactly_once_in_an_epoch(num_documents, num_strea
 
 
 def source_of(num_documents: int, num_streams: int, seed: int, number: int = 0) -> Source:
-    """A source that holds an index alone: shards of 7 documents, the last one short."""
+    """A source with only a manifest: shards of 7 documents, the last one short."""
 
     class Entry:
         def __init__(self, num):
@@ -161,14 +161,14 @@ def source_of(num_documents: int, num_streams: int, seed: int, number: int = 0) 
     return Source("s", number, Folder(), num_streams, seed)
 
 
-def test_epochs_are_shuffled_anew():
+def test_epochs_are_reshuffled():
     source = source_of(40, 2, 0)
     orders = [[source.document_at(0, epoch, i) for i in range(20)] for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2]
     assert orders[0] != sorted(orders[0])
 
 
-def test_shards_are_shuffled_and_each_is_read_whole():
+def test_shards_are_shuffled_and_each_is_read_completely():
     source = source_of(42, 1, 0)
     shard_orders = []
     for epoch in range(3):
@@ -181,9 +181,9 @@ def test_shards_are_shuffled_and_each_is_read_whole():
     assert shard_orders[0] != shard_orders[1]
 
 
-def test_every_stream_source_and_seed_has_a_shuffle_of_its_own():
+def test_every_stream_source_and_seed_has_its_own_shuffle():
     def order(source: Source, stream: int) -> list[int]:
-        """Places within the stream's own run, so that the orders of two streams can be compared."""
+        """Indices in the stream's range, so that the orders of two streams can be compared."""
         return [source.document_at(stream, 0, i) - 42 * stream for i in range(42)]
 
     orders = [
@@ -196,8 +196,8 @@ def test_every_stream_source_and_seed_has_a_shuffle_of_its_own():
     assert len({tuple(each) for each in orders}) == len(orders)
 
 
-def test_packing_loses_and_doubles_nothing(data, tokenizer, codec):
-    """Over whole epochs, the images that come out are those that went in, each once an epoch."""
+def test_packing_neither_loses_nor_repeats_images(data, tokenizer, codec):
+    """Over complete epochs, each image is packed once an epoch."""
     data = data.model_copy(update={"caption_first": 1.0, "caption_dropout": 0.0, "num_streams": 1})
     sources = open_sources(data, tokenizer, codec.hash, 0)
     shape = SequenceShape(data.sequence_length, data.images_per_row, (16,), 4, ((8, 8),))
@@ -229,8 +229,8 @@ def test_mixture_follows_the_weights(data, tokenizer, codec):
     assert packed["text"] / sum(packed.values()) == pytest.approx(0.75, abs=0.02)
 
 
-def test_what_waits_in_the_look_ahead_counts_for_the_mixture(make_logical_stream):
-    """After any row the sources are read in step, to within one document, not only in the long run."""
+def test_pending_documents_count_for_the_mixture(make_logical_stream):
+    """After any row, not only in the long run, the sources are read in step to within one document."""
     lengths, weights = {"short": 12, "long": 22}, {"short": 1.0, "long": 2.0}
     made = {name: (weights[name], *texts_of([lengths[name]] * 20)) for name in lengths}
     stream = make_logical_stream(made, packing_buffer_size=16, sequence_length=50)
@@ -240,10 +240,10 @@ def test_what_waits_in_the_look_ahead_counts_for_the_mixture(make_logical_stream
         position = stream.state.position
         read = {n: (position[n][0] * 20 + position[n][1]) * lengths[n] / weights[n] for n in lengths}
         ahead.append(read["short"] - read["long"])
-    assert max(ahead) - min(ahead) <= 2 * 12  # about where the stream began, which is its own
+    assert max(ahead) - min(ahead) <= 2 * 12  # relative to the stream's initial phase
 
 
-def test_no_document_waits_for_more_rows_than_the_look_ahead_holds(make_logical_stream):
+def test_no_document_waits_for_more_rows_than_the_packing_buffer_holds(make_logical_stream):
     """Two of 20 positions fill a row of 40, so that the ones of 21 would never be the best fit."""
     made = {"text": (1.0, *texts_of([21 if i % 5 == 0 else 20 for i in range(200)]))}
     stream = make_logical_stream(made, packing_buffer_size=8, sequence_length=40)
@@ -254,26 +254,26 @@ def test_no_document_waits_for_more_rows_than_the_look_ahead_holds(make_logical_
     assert max(rows_waited.values()) < 8
 
 
-def test_the_seed_decides_noise_t_and_coins_of_a_document(make_logical_stream, codec):
-    """One document alone, so that no shuffle tells two seeds apart; its epochs come one after another."""
+def test_the_seed_determines_noise_t_and_layout_of_a_document(make_logical_stream, codec):
+    """A single document, epoch after epoch, so that no shuffle distinguishes two seeds."""
 
-    def drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def samples(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         made = {"pair": (1.0, *pairs_of(1, codec, 0.0, 0.0))}
         stream = make_logical_stream(made, seed, packing_buffer_size=1, images_per_row=1, caption_first=0.5)
         rows = [arrays(stream.next_row()) for _ in range(20)]
         names = ("noise", "latents", "t", "tokens")
         return tuple(np.stack([row[name] for row in rows]) for name in names)
 
-    first, again, other = drawn(0), drawn(0), drawn(1)
+    first, again, other = samples(0), samples(0), samples(1)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     noise, latents, t, tokens = (a == b for a, b in zip(first, other, strict=True))
     assert noise.mean() < 0.01
     assert latents.mean() < 0.01
     assert t.mean() < 0.2
-    assert not tokens.all()  # the order of picture and caption, and whether there is one
+    assert not tokens.all()  # the order of image and caption, and caption dropout
 
 
-def test_a_log_variance_of_two_is_a_deviation_of_e(make_logical_stream, codec):
+def test_a_log_variance_of_two_is_a_standard_deviation_of_e(make_logical_stream, codec):
     made = {"pair": (1.0, *pairs_of(8, codec, 3.0, 2.0))}
     stream = make_logical_stream(made)
     rows = [arrays(stream.next_row()) for _ in range(10)]
@@ -284,8 +284,8 @@ def test_a_log_variance_of_two_is_a_deviation_of_e(make_logical_stream, codec):
     assert sample.std() == pytest.approx(np.e, rel=0.05)
 
 
-def test_coins_t_and_the_noise_limit(data, tokenizer, codec):
-    """Caption first in 80%; without a caption in a tenth of those; t < 0.5 where the image is first."""
+def test_layout_t_and_the_noise_limit(data, tokenizer, codec):
+    """Caption first in 80%, dropped in a tenth of those; t < 0.5 where the image is first."""
     values = data.model_dump() | {"num_streams": 1}
     del values["sources"]["text"]
     data = DataConfig(**values)
@@ -317,7 +317,7 @@ def test_coins_t_and_the_noise_limit(data, tokenizer, codec):
     assert np.mean(free) == pytest.approx(0.5, abs=0.04)
 
 
-def test_latents_are_normalised_samples_of_the_posterior(make_stream, shards):
+def test_latents_are_normalized_samples_of_the_posterior(make_stream, shards):
     folder = ShardFolder(shards / "pairs")
     moments = [
         folder.read(shard, position).segments[1].data.astype(np.float32)
@@ -345,7 +345,7 @@ def test_other_tokenizer_or_autoencoder_is_refused(data, tokenizer, codec):
         open_sources(data, Other(), codec.hash, 0)
 
 
-def test_stream_counts_that_do_not_fit_are_refused(make_stream, data):
+def test_invalid_numbers_of_streams_are_refused(make_stream, data):
     with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of train.global_batch_size 4"):
         make_stream(data=data.model_copy(update={"num_streams": 6}))
     with pytest.raises(UserError, match=r"holds 22 documents, fewer than data.num_streams 40"):

@@ -1,4 +1,4 @@
-"""Workers that read ahead: their errors are the run's, and none is left behind."""
+"""Worker processes: their errors are raised in the run, and all of them end with it."""
 
 import os
 import signal
@@ -35,13 +35,13 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 @pytest.fixture
 def own_workers():
-    """Those begun since the test began, beside the server that starts them."""
+    """Workers started since the test began, without the fork server."""
     forkserver.ensure_running()
     before = set(workers_of(os.getpid()))
     return lambda: [process for process in workers_of(os.getpid()) if process not in before]
 
 
-def gone(processes: list[psutil.Process], seconds: float = 20) -> bool:
+def have_ended(processes: list[psutil.Process], seconds: float = 20) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
@@ -50,7 +50,7 @@ def test_closing_ends_the_workers(sources, own_workers):
         stream.next()
         started = own_workers()
         assert len(started) == 2
-    assert gone(started)
+    assert have_ended(started)
 
 
 def test_no_more_workers_than_rows(sources, own_workers):
@@ -59,15 +59,15 @@ def test_no_more_workers_than_rows(sources, own_workers):
         assert len(own_workers()) == 2
 
 
-def test_workers_draw_nothing_from_the_global_generator(sources):
+def test_workers_do_not_use_the_global_generator(sources):
     before = torch.get_rng_state()
     with stream_of(sources, range(4), 4, num_workers=2) as stream:
         stream.next()
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_what_a_worker_refuses_the_run_refuses_with_the_files_name(sources, own_workers, tmp_path):
-    """And only when its batch is due, as without workers."""
+def test_a_workers_error_is_raised_in_the_run_with_the_files_name(sources, own_workers, tmp_path):
+    """When its batch is due, as without workers."""
     late = stream_of(sources, range(4), 4)._streams[2]._sources["pairs"].document_at(2, 0, 45)
     path = tmp_path / f"pairs/shard-{late // 16:06d}.tar"
     with path.open("r+b") as file:
@@ -91,17 +91,17 @@ def test_what_a_worker_refuses_the_run_refuses_with_the_files_name(sources, own_
     assert not own_workers()
 
 
-def test_a_worker_that_is_killed_is_told(sources, own_workers):
+def test_a_killed_worker_is_named(sources, own_workers):
     with stream_of(sources, range(4), 4, num_workers=2) as stream:
         stream.next()
         own_workers()[0].kill()
         message = r"a data worker process has died .*lower data\.num_workers"
         with pytest.raises(UserError, match=message):
             [stream.next() for _ in range(2000)]
-        assert gone(own_workers())
+        assert have_ended(own_workers())
 
 
-def test_a_defect_of_ours_keeps_its_traceback(sources):
+def test_an_unexpected_error_keeps_its_traceback(sources):
     stream = stream_of(sources, range(4), 4, num_workers=1)
     stream._builders[0].build = partial(truediv, 0)
     with stream, pytest.raises(ZeroDivisionError, match="in DataLoader worker process 0"):
@@ -115,7 +115,7 @@ def logged(log: Path, make: Callable, number: int):
 
 
 def test_prefetch_is_bounded(sources, tmp_path):
-    """A worker makes no more than it is asked for, however long nobody takes its batches."""
+    """A worker builds no more than `prefetch` batches ahead, however long it waits."""
     log = tmp_path / "made"
     stream = stream_of(sources, range(4), 4, num_workers=1, prefetch=3)
     stream._builders[0].build = partial(logged, log, stream._builders[0].build)
@@ -127,7 +127,7 @@ def test_prefetch_is_bounded(sources, tmp_path):
 
 SCRIPT = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 from tests.support.rows import stream_of
 with stream_of({"pairs": (sys.argv[1], 1.0)}, range(4), 4, num_workers=2, prefetch=8) as stream:
     stream.next()
@@ -140,7 +140,7 @@ with stream_of({"pairs": (sys.argv[1], 1.0)}, range(4), 4, num_workers=2, prefet
 
 @contextmanager
 def reading(folder: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
-    """A process that reads batches, and those that it has started."""
+    """A process that reads batches, and the processes that it has started."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-c", SCRIPT, str(folder)]
     with subprocess.Popen(
@@ -148,23 +148,23 @@ def reading(folder: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Proces
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         started = workers_of(process.pid)
-        assert len(started) >= 2  # the server of processes among them
+        assert len(started) >= 2  # the fork server included
         try:
             yield process, started
         finally:
             process.kill()
 
 
-# SIGKILL, after which nothing can be cleaned up, stands for the other signals.
+# SIGKILL, after which nothing can be cleaned up, represents the other signals.
 @pytest.mark.parametrize("how", [signal.SIGKILL, *full(signal.SIGTERM, signal.SIGINT)])
-def test_workers_end_with_their_process_however_it_ends(sources, how):
+def test_workers_end_with_their_parent_however_it_ends(sources, how):
     with reading(sources["pairs"][0]) as (process, started):
         process.send_signal(how)
         assert process.wait(20) != 0
-    assert gone(started, 10)
+    assert have_ended(started, 10)
 
 
-def test_what_a_queue_sends_to_all_is_for_the_trainer(sources):
+def test_workers_ignore_stop_signals(sources):
     with reading(sources["pairs"][0]) as (process, started):
         for other in started:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -172,10 +172,10 @@ def test_what_a_queue_sends_to_all_is_for_the_trainer(sources):
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1.5)
         assert all(other.is_running() and other.status() != psutil.STATUS_ZOMBIE for other in started)
-    assert gone(started, 10)
+    assert have_ended(started, 10)
 
 
-def test_a_batch_stays_as_it_was_when_later_ones_come(sources):
+def test_later_batches_do_not_overwrite_earlier_ones(sources):
     with stream_of(sources, range(4), 4, num_workers=1) as stream:
         batch = stream.next()
         before = digest(batch)

@@ -1,4 +1,4 @@
-"""Packing: what has a target, and that a packed row's losses and gradients are its documents' own."""
+"""Packing: targets of positions; losses and gradients of a packed row equal those of its documents."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_targets_of_two_adjacent_images_and_a_caption():
     assert flat.image_start.tolist() == [2, 8]
 
 
-def test_a_row_holds_its_documents_side_by_side():
+def test_a_row_concatenates_its_documents():
     first, second = document([3, 0], 0), document([0, 2], 1)
     shape = SequenceShape(26, 3, (NUM_PATCHES,), 2, ((4, 4),))
     row = arrays(pack_row([first, second], shape))
@@ -119,7 +119,7 @@ def losses_and_gradients(net, rows, shape, counts=None):
     )
 )
 @settings(max_examples=12)
-def test_packed_equals_documents_one_by_one(adapter, layout):
+def test_a_packed_row_equals_its_documents_one_by_one(adapter, layout):
     net = model(adapter)
     documents = [document(lengths, seed) for seed, lengths in enumerate(layout)]
     total_length = sum(len(d) for d in documents)

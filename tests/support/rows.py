@@ -1,4 +1,4 @@
-"""Synthetic shards, streams over them, and hashes of rows: what the tests of streams share."""
+"""Synthetic shards, data loaders over them, and hashes of rows."""
 
 import hashlib
 import itertools
@@ -33,14 +33,14 @@ def _segment(data: np.ndarray | bytes) -> Segment:
 
 
 def write_pairs(folder: Path, num: int, per_shard: int = 16, latents=LATENTS, caption=lambda r: 5) -> Path:
-    """Pairs whose captions' lengths a function draws."""
+    """Write pairs; `caption` samples the lengths of captions."""
     random = np.random.default_rng(0)
 
     def documents():
         for i in range(num):
             tokens = random.integers(3, 60, caption(random)).astype(np.int32)
             moments = random.standard_normal((2, *latents)).astype(np.float16)
-            yield stored({"key": f"k{i}", "caption": f"picture {i}"}, tokens, moments)
+            yield stored({"key": f"k{i}", "caption": f"image {i}"}, tokens, moments)
 
     fields = {"kind": "pair", "tokenizer_sha256": "t", "vae_sha256": "v", "latent_shape": latents}
     write_shards(folder, documents(), per_shard, provenance={}, **fields)
@@ -48,7 +48,7 @@ def write_pairs(folder: Path, num: int, per_shard: int = 16, latents=LATENTS, ca
 
 
 def write_texts(folder: Path, num: int, per_shard: int = 16, length=lambda r: int(r.integers(1, 90))) -> Path:
-    """Texts whose lengths a function draws."""
+    """Write texts; `length` samples their lengths."""
     random = np.random.default_rng(1)
 
     def documents():
@@ -60,8 +60,10 @@ def write_texts(folder: Path, num: int, per_shard: int = 16, length=lambda r: in
 
 
 def write_documents(folder: Path, documents: list[list[int]], per_shard: int = 5, latents=LATENTS) -> Path:
-    """Interleaved documents: a text of so many tokens, or an image for a 0. No token comes twice, from 100
-    on; the n-th image's latents are n, with next to no deviation."""
+    """Write interleaved documents: a text of so many tokens, or an image for a 0.
+
+    Tokens count up from 100. The latents of the n-th image are n, with almost no deviation.
+    """
     token, image = itertools.count(100), itertools.count()
 
     def segment(length: int) -> np.ndarray:
@@ -91,7 +93,7 @@ def stream_of(
     ids: Tokenizer = IDS,
     **changes,
 ) -> DataLoader:
-    """A rank's stream over folders (or URLs) and weights; `changes` are of DataConfig."""
+    """A rank's data loader over folders (or URLs) and weights; `changes` are of DataConfig."""
     values = {
         "sources": {name: {"path": str(path), "weight": weight} for name, (path, weight) in sources.items()},
         "tokenizer": Path("t"),
@@ -110,12 +112,12 @@ def stream_of(
 
 
 def arrays(row: PackedBatch) -> dict[str, np.ndarray]:
-    """The fields of a batch of one row as that row's arrays."""
+    """The fields of a batch of one row as NumPy arrays of that row."""
     return {name: tensor[0].numpy() for name, tensor in vars(row).items() if tensor.ndim}
 
 
 def digest(micro_batches) -> list[str]:
-    """A hash of every row of a global batch."""
+    """A hash of each row of a global batch."""
     rows = []
     for micro in micro_batches:
         for row in range(len(micro.tokens)):

@@ -1,4 +1,4 @@
-"""Sources that keep pictures: cropped, mirrored and encoded when they are shown, alike at any topology."""
+"""Sources that keep pixels: augmented and encoded in training, the same at any topology."""
 
 import io
 from pathlib import Path
@@ -21,28 +21,28 @@ from tests.support.rows import digest, stored, stream_of, write_pairs
 from tests.support.workers import run_workers
 
 
-def webp(picture: Image.Image) -> bytes:
+def webp(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=True)
+    image.save(buffer, "WEBP", lossless=True)
     return buffer.getvalue()
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """Red tells the column, green the row."""
+    """An image whose red is the column and whose green is the row."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
     return Image.fromarray(pixels)
 
 
-def write_pictures(folder: Path, num: int, tokenizer: str = "t") -> Path:
+def write_pixels(folder: Path, num: int, tokenizer: str = "t") -> Path:
     random = np.random.default_rng(0)
 
     def documents():
         for i in range(num):
             shape = (int(random.integers(32, 60)), int(random.integers(32, 60)), 3)
-            picture = Image.fromarray(random.integers(0, 256, shape, np.uint8))
+            image = Image.fromarray(random.integers(0, 256, shape, np.uint8))
             tokens = random.integers(3, 60, 5).astype(np.int32)
-            yield stored({"key": f"k{i}", "caption": f"picture {i}"}, tokens, webp(picture))
+            yield stored({"key": f"k{i}", "caption": f"image {i}"}, tokens, webp(image))
 
     fields = {"kind": "pair", "images": "pictures", "tokenizer_sha256": tokenizer, "provenance": {}}
     write_shards(folder, documents(), 16, **fields)
@@ -54,57 +54,57 @@ def options(**values) -> DataConfig:
     return parse_config(DataConfig, some | {"images_per_row": 1, "num_streams": 1} | values, "test")
 
 
-def test_the_middle_is_shown_unless_a_crop_is_asked_for():
+def test_without_random_crops_the_crop_is_centred():
     shown = augment(webp(ramp(100, 60)), (60, 60), options(), np.random.default_rng(0))
     assert shown.shape == (3, 60, 60)
     assert shown[0, 0].tolist() == list(range(20, 80))
     assert shown[1, :, 0].tolist() == list(range(60))
 
 
-def test_crops_stay_inside_and_keep_at_least_what_is_asked_for():
+def test_crops_stay_inside_and_keep_the_minimum_share():
     generator, sides = np.random.default_rng(0), []
     for _ in range(200):
         shown = augment(webp(ramp(100, 60)), (30, 30), options(crop=0.5), generator).astype(int)
         across, down = np.ptp(shown[0, 0]), np.ptp(shown[1, :, 0])
-        assert abs(across - down) <= 2  # square, as asked for
+        assert abs(across - down) <= 2  # square, as the size is
         sides.append(across)
     assert 27 <= min(sides) <= 31
     assert max(sides) >= 55
 
 
-def test_a_share_is_mirrored():
+def test_images_are_mirrored_with_the_probability_of_flip():
     generator, content = np.random.default_rng(0), webp(ramp(40, 40))
     shown = [augment(content, (40, 40), options(flip=0.3), generator) for _ in range(300)]
-    mirrored = sum(int(picture[0, 0, 0]) == 39 for picture in shown)
+    mirrored = sum(int(image[0, 0, 0]) == 39 for image in shown)
     assert 65 <= mirrored <= 115
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"RIFF\x10\0\0\0WEBPVP8 ", webp(ramp(40, 40))[:40], Image.new("L", (2, 2)).tobytes()],
-    ids=["empty", "header", "truncated", "no picture"],
+    ids=["empty", "header", "truncated", "not an image"],
 )
-def test_what_is_no_picture_is_bad(content):
+def test_bytes_that_do_not_decode_are_corrupt(content):
     with pytest.raises(CorruptBytes, match="cannot be opened"):
         augment(content, (8, 8), options(), np.random.default_rng(0))
 
 
-def test_a_picture_of_another_format_is_bad():
+def test_an_image_of_another_format_is_corrupt():
     buffer = io.BytesIO()
     ramp(8, 8).save(buffer, "PNG")
     with pytest.raises(CorruptBytes, match="cannot be opened"):
         augment(buffer.getvalue(), (8, 8), options(), np.random.default_rng(0))
 
 
-def test_a_bomb_is_bad_before_it_is_unpacked(monkeypatch):
+def test_a_decompression_bomb_is_corrupt_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(CorruptBytes, match="too many pixels"):
         augment(webp(ramp(40, 40)), (8, 8), options(), np.random.default_rng(0))
 
 
-def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
+def test_rows_are_the_same_at_any_split_and_beside_latents(tmp_path):
     sources = {
-        "pictures": (write_pictures(tmp_path / "pictures", 60), 1.0),
+        "pixels": (write_pixels(tmp_path / "pixels", 60), 1.0),
         "latents": (write_pairs(tmp_path / "latents", 60), 1.0),
     }
     changes = {"pixels_per_latent": 4, "crop": 0.7, "flip": 0.5}
@@ -124,14 +124,14 @@ def test_rows_are_alike_at_any_split_and_beside_latents(tmp_path):
     assert not (has_pixels & ~used).any()
 
 
-def test_a_broken_picture_is_left_out_and_counted(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", 200)
+def test_a_corrupt_image_is_skipped_and_counted(tmp_path):
+    folder = write_pixels(tmp_path / "pixels", 200)
     for path in folder.glob("*.tar"):
         content = bytearray(path.read_bytes())
         at = content.index(b"RIFF")
         content[at : at + 4] = b"riff"
         path.write_bytes(content)
-    sources = {"pictures": (folder, 1.0)}
+    sources = {"pixels": (folder, 1.0)}
     with pytest.raises(UserError, match=r"document \d+: not readable \(an image that cannot be opened\)"):
         [stream_of(sources, range(1), 1, pixels_per_latent=4).next() for _ in range(40)]
     stream = stream_of(sources, range(1), 1, pixels_per_latent=4, on_error="skip", max_skip_rate=0.1)
@@ -140,9 +140,9 @@ def test_a_broken_picture_is_left_out_and_counted(tmp_path):
 
 
 @pytest.fixture
-def picture_run(run_values, tokenizer, tmp_path) -> dict:
-    folder = write_pictures(tmp_path / "pictures", 40, tokenizer.hash)
-    run_values["data"]["sources"] = {"pictures": {"path": str(folder), "weight": 1.0}}
+def pixel_run(run_values, tokenizer, tmp_path) -> dict:
+    folder = write_pixels(tmp_path / "pixels", 40, tokenizer.hash)
+    run_values["data"]["sources"] = {"pixels": {"path": str(folder), "weight": 1.0}}
     run_values["data"] |= {"crop": 0.8, "flip": 0.5}
     run_values["train"]["num_steps"] = 4
     return run_values
@@ -156,20 +156,20 @@ def losses(values: dict) -> list[float]:
     return [line[name] for line in read_metrics(Path(values["out"])) for name in ("text_loss", "image_loss")]
 
 
-def test_a_run_over_pictures_is_the_same_on_two_ranks(picture_run, tmp_path):
-    run_workers(run, 1, picture_run)
+def test_a_run_over_pixels_is_the_same_on_two_ranks(pixel_run, tmp_path):
+    run_workers(run, 1, pixel_run)
     for axis in ("data", "tensor", "pipeline"):
         parallel = {} if axis == "data" else {axis: 2}
-        other = picture_run | {"out": str(tmp_path / axis), "parallel": parallel}
+        other = pixel_run | {"out": str(tmp_path / axis), "parallel": parallel}
         run_workers(run, 2, other)
-        assert losses(other) == pytest.approx(losses(picture_run), rel=1e-5)
+        assert losses(other) == pytest.approx(losses(pixel_run), rel=1e-5)
 
 
-def test_pictures_and_their_latents_give_the_same_losses(picture_run, codec, tokenizer, tmp_path):
-    """With nothing drawn but what a run over latents draws, an encoded picture is its stored latents."""
+def test_pixels_and_their_latents_give_the_same_losses(pixel_run, codec, tokenizer, tmp_path):
+    """Without augmentation, encoded pixels equal the latents that preprocessing stores."""
     from megafusion.data.reader import ShardFolder
 
-    kept = ShardFolder(Path(picture_run["data"]["sources"]["pictures"]["path"]))
+    kept = ShardFolder(Path(pixel_run["data"]["sources"]["pixels"]["path"]))
     documents = []
     for shard, entry in enumerate(kept.manifest.shards):
         for position in range(entry.num_documents):
@@ -182,9 +182,9 @@ def test_pictures_and_their_latents_give_the_same_losses(picture_run, codec, tok
     fields |= {"vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
     fields |= {"latent_scale": codec.scaling_factor, "latent_shift": codec.shift_factor}
     write_shards(tmp_path / "latents", documents, 16, **fields)
-    picture_run["data"] |= {"crop": 1.0, "flip": 0.0}
-    run_workers(run, 1, picture_run)
-    other = picture_run | {"out": str(tmp_path / "other")}
-    other["data"] = other["data"] | {"sources": {"pictures": {"path": str(tmp_path / "latents")}}}
+    pixel_run["data"] |= {"crop": 1.0, "flip": 0.0}
+    run_workers(run, 1, pixel_run)
+    other = pixel_run | {"out": str(tmp_path / "other")}
+    other["data"] = other["data"] | {"sources": {"pixels": {"path": str(tmp_path / "latents")}}}
     run_workers(run, 1, other)
-    assert losses(other) == pytest.approx(losses(picture_run), rel=1e-3)
+    assert losses(other) == pytest.approx(losses(pixel_run), rel=1e-3)
