@@ -34,6 +34,7 @@ def plain_model(config: RunConfig) -> Transfusion:
     return model
 
 
+@pytest.mark.full
 def test_overfits_one_batch_of_four_pairs(run_values):
     """Both losses fall below 5% of their first values."""
     run_values["data"] |= {
