@@ -57,7 +57,7 @@ format: $(INSTALLED)  ## Format the code.
 	$(BIN)/ruff check --fix .
 
 CONFIG ?= configs/preprocess/quickstart.yaml
-preprocess: $(INSTALLED)  ## Turn pictures, captions and text into shards (CONFIG=...).
+preprocess: $(INSTALLED)  ## Turn images, captions and text into shards (CONFIG=...).
 	$(BIN)/megafusion preprocess $(CONFIG)
 
 benchmark: $(INSTALLED)  ## Time a training step of the quickstart model.
