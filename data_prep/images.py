@@ -9,6 +9,7 @@ from data_prep.readers.records import BadRecord, RawPair
 from megafusion.data.augment import TooManyPixels, open_untrusted
 from megafusion.data.document_format import CorruptBytes
 from megafusion.images.processor import convert_to_rgb
+from megafusion.sequence.text import clean_text
 
 # Pillow would open many more, some of which run other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -32,7 +33,7 @@ def decode_caption(caption: bytes | str | None) -> str:
         text = caption.decode("utf-8") if isinstance(caption, bytes) else caption
     except UnicodeDecodeError as error:
         raise BadRecord("caption is not UTF-8") from error
-    if not (text := text.strip()):
+    if not (text := clean_text(text)):
         raise BadRecord("empty caption")
     return text
 
