@@ -14,8 +14,8 @@ epsilon: eps adam_eps
 betas: beta1 beta2 adam_beta1 adam_beta2
 global_batch_size micro_batch_size batch_size: bs batch batchsize batch_size train_batch_size
 micro_batch_size: gas grad_accum accumulate_grad_batches gradient_accumulation_steps
-num_steps: steps max_steps n_steps train_steps total_steps num_train_steps iters max_iters num_iters train_iters
-num_steps: iterations epoch epochs num_epochs max_epochs num_train_epochs
+num_steps: steps max_steps n_steps train_steps total_steps num_train_steps iters num_iters train_iters
+num_steps: max_iters iterations epoch epochs num_epochs max_epochs num_train_epochs
 precision: dtype amp bf16 fp16 fp8 mixed_precision
 recompute: gradient_checkpointing activation_checkpointing checkpoint_activations
 ema_decay: ema

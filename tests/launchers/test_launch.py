@@ -149,8 +149,8 @@ def test_a_refused_launch_changes_no_file_of_earlier_jobs(config_file, run_value
         return {str(path): path.read_text() for path in run.rglob("*") if path.is_file()}
 
     before = files()
-    with pytest.raises(UserError, match=r"holds a run with other values of train.num_steps \(see its"):
-        launch(str(config_file), "train.num_steps=7", "--site", "local-test")
+    with pytest.raises(UserError, match=r"holds a run with other values of seed \(see its"):
+        launch(str(config_file), "seed=7", "--site", "local-test")
     assert files() == before
     with pytest.raises(UserError, match=r"sbatch refused the job, .*: [^$]*configuration file"):
         launch(str(config_file), "telemetry.log_every=2", "--site", "local-test")
@@ -162,7 +162,7 @@ def test_a_refused_launch_changes_no_file_of_earlier_jobs(config_file, run_value
     [
         ("two words", "2: 'two words' is not of the form KEY=VALUE"),
         ("A='open", "2: No closing quotation; quote values"),
-        ("HOME2=$HOME", r"2: '\$' in the value of HOME2; nothing is expanded here"),
+        ("HOME2=$HOME", r"2: '\$' in the value of HOME2; nothing but ~ is expanded"),
         ("A='`touch evil`'", "2: '`' in the value of A"),
         ("SBATCH_WRAP=evil", "2: SBATCH_WRAP: a site sets account, .*, and not wrap"),
         ("SBATCH_PARTITION='a b'", "2: 'a b' is not a valid value of sbatch's --partition"),
