@@ -89,7 +89,8 @@ def _parse(text: str | bytes, origin: str) -> Any:
         return parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{origin}: not readable as YAML: {error.problem}{line}") from error
+        problem = " ".join(filter(None, (error.context, error.problem)))
+        raise UserError(f"{origin}: not readable as YAML: {problem}{line}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from error
 
