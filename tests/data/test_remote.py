@@ -237,6 +237,37 @@ def test_a_waiting_process_uses_what_the_other_fetches(server, tmp_path):
     assert server.asked["pairs/shard-000000.tar"] == 0
 
 
+def test_a_shard_is_whole_before_it_has_its_name(server, tmp_path, monkeypatch):
+    """A process may be killed at any moment after the rename."""
+    monkeypatch.setattr(remote, "CHUNK", 1000)  # smaller than a buffered file's buffer
+    rename, renamed = Path.rename, []
+
+    def checked(path: Path, target: Path) -> Path:
+        renamed.append(path.read_bytes())
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", checked)
+    ShardFolder(f"{server.url}/pairs", ShardCache(tmp_path / "cache", 1 << 30)).read(0)
+    assert renamed == [(server.folder / "pairs/shard-000000.tar").read_bytes()]
+
+
+def test_a_shard_that_is_evicted_while_it_is_opened_is_fetched_again(server, tmp_path, monkeypatch):
+    cache = ShardCache(tmp_path / "cache", 1 << 30)
+    folder = ShardFolder(f"{server.url}/pairs", cache)
+    path = cache.folder / folder.manifest.shards[0].sha256
+    path.write_bytes((server.folder / "pairs/shard-000000.tar").read_bytes())
+    lock = fcntl.flock
+
+    def evict_first(file, operation: int) -> None:
+        if not server.asked["pairs/shard-000000.tar"]:
+            path.unlink(missing_ok=True)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", evict_first)
+    assert folder.read(0).metadata["key"] == "k0"
+    assert path.is_file()
+
+
 def test_a_full_disk_is_named(server, tmp_path, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
