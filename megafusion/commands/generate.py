@@ -42,7 +42,7 @@ def generate(
         float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim or dpm++.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler or heun.")] = None,
     size: Annotated[
         str | None,
         typer.Option(
