@@ -77,6 +77,10 @@ class DDPM:
         signal, sigma = self._at(t)
         return signal * noise - sigma * latents
 
+    def loss_weight(self, t: Tensor) -> Tensor | None:
+        """None: every timestep counts alike (the simple loss of arXiv 2006.11239)."""
+        return None
+
     def timesteps(self, t: Tensor) -> Tensor:
         """The indices t T, int64: exact, because float32 keeps each index / T apart from the next."""
         return (t * self.config.num_train_timesteps).round().long()
@@ -93,7 +97,7 @@ class DDPM:
             raise UserError(reason)
         sampler = DPMSolverMultistepScheduler.from_config(
             scheduler(self.config).config,
-            solver_order={"ddim": 1, "dpm++": 2}[sampling.sampler],
+            solver_order=2 if sampling.sampler == "dpm++" else 1,
             final_sigmas_type="zero",
         )
         steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
@@ -102,7 +106,12 @@ class DDPM:
         return sampler
 
     def refusal(self, sampling: SamplingConfig) -> str | None:
-        """A sampler cannot take more steps than there are timesteps in training."""
+        """The samplers of a flow do not serve; nor can one take more steps than there are timesteps."""
+        if sampling.sampler not in (None, "ddim", "dpm++"):
+            return (
+                f"sampling.sampler {sampling.sampler} does not sample objective.noise_process.kind ddpm; use "
+                "ddim or dpm++"
+            )
         steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
         if steps <= most:
             return None
