@@ -44,8 +44,8 @@ class DDPMConfig(Config):
     def _keeps_signal(self) -> DDPMConfig:
         if self.beta_schedule != "squaredcos_cap_v2" and self.num_train_timesteps > 8000:
             raise ValueError(
-                f"beta_schedule {self.beta_schedule} with num_train_timesteps {self.num_train_timesteps}: its "
-                "last timesteps keep no signal in float32; take at most 8000, or squaredcos_cap_v2"
+                f"num_train_timesteps {self.num_train_timesteps} with beta_schedule {self.beta_schedule}: "
+                "float32 holds no signal of the last timesteps; take at most 8000, or squaredcos_cap_v2"
             )
         return self
 
@@ -88,8 +88,8 @@ class DDPM:
     def sampler(self, sampling: SamplingConfig) -> Sampler:
         """DDIM is DPM-Solver++ of order 1 (arXiv 2211.01095), so one scheduler runs both.
 
-        diffusers' own spacing makes one step too many for some counts, and its DDIMScheduler's steps end where
-        the next begins only for counts that divide T. Given timesteps, this scheduler runs from each to the next.
+        Its steps end where the next begins. DDIMScheduler's do so only for counts that divide T; and for some
+        counts diffusers' own spacing has a timestep too many, -1.
         """
         from diffusers import DPMSolverMultistepScheduler
 
@@ -101,7 +101,7 @@ class DDPM:
             final_sigmas_type="zero",
         )
         steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
-        # "Trailing" spacing (arXiv 2305.08891), by exact division: it begins at T - 1 and has T / n before its end.
+        # Trailing spacing (arXiv 2305.08891): from T - 1, T / n apart.
         sampler.set_timesteps(timesteps=[round(most * (steps - i) / steps) - 1 for i in range(steps)])
         return sampler
 
