@@ -68,6 +68,10 @@ class DDPM:
         signal, sigma = self._at(t)
         return signal * noise - sigma * latents
 
+    def loss_weight(self, t: Tensor) -> Tensor | None:
+        """None: every timestep counts alike (the simple loss of arXiv 2006.11239)."""
+        return None
+
     def timesteps(self, t: Tensor) -> Tensor:
         """The indices t T, int64: exact, because float32 keeps each index / T apart from the next."""
         return (t * self.config.num_train_timesteps).round().long()
@@ -79,7 +83,7 @@ class DDPM:
         if reason := self.refusal(sampling):
             raise UserError(reason)
         config = scheduler(self.config).config
-        if sampling.sampler == "ddim":
+        if sampling.sampler != "dpm++":
             sampler = DDIMScheduler.from_config(config, set_alpha_to_one=True, timestep_spacing="trailing")
         else:
             sampler = DPMSolverMultistepScheduler.from_config(
@@ -89,7 +93,12 @@ class DDPM:
         return sampler
 
     def refusal(self, sampling: SamplingConfig) -> str | None:
-        """A sampler cannot take more steps than there are timesteps in training."""
+        """The samplers of a flow do not serve; nor can one take more steps than there are timesteps."""
+        if sampling.sampler not in (None, "ddim", "dpm++"):
+            return (
+                f"sampling.sampler {sampling.sampler} does not sample objective.noise_process.kind ddpm; use "
+                "ddim or dpm++"
+            )
         steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
         if steps <= most:
             return None

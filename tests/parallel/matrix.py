@@ -42,7 +42,8 @@ class Case:
     parallel: dict
     adapter: str = "linear"
     train: dict = field(default_factory=dict)
-    model: dict = field(default_factory=dict)
+    recipe: dict[str, dict] = field(default_factory=dict)
+    """Options by section that one device has, too."""
 
     @property
     def is_exact(self) -> bool:
@@ -56,11 +57,13 @@ class Case:
         # Fewer key-value heads than heads, and image slots that four ranks do not divide.
         values["data"]["images_per_row"] = 3
         values["model"] |= {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4}
-        values["model"] |= {"adapter": self.adapter, "unet_channels": 8} | self.model
+        values["model"] |= {"adapter": self.adapter, "unet_channels": 8}
         # Half the micro-batches with a U-Net: each all-reduces about a hundred small gradients.
         rows = 4 if self.adapter == "unet" else 8
         values["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": rows, "micro_batch_size": 2}
         values["train"] |= self.train
+        for section, options in self.recipe.items():
+            values[section] = values.get(section, {}) | options
         return values | {"parallel": self.parallel}
 
 
@@ -94,6 +97,19 @@ MIXED = {
     "pp4": (4, {"pipeline": 4}),
 }
 
+RECIPES = {
+    "tp2-sp": TOPOLOGIES["tp2-sp"],
+    "pp2": TOPOLOGIES["pp2"],
+    "ulysses2": TOPOLOGIES["ulysses2"],
+    "dp2-zero1": (2, {"zero_stage": 1}),
+    "dp2-zero3": (2, {"zero_stage": 3}),
+    "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+}
+"""Topologies of every recipe that is not the paper's."""
+
+FLOW = {"velocity": ["pp2"], "epsilon": ["ulysses2", "tp2-pp2"], "sample": list(RECIPES)}
+"""Topologies by prediction of rectified flow; sample has a weight of its own for every image's loss."""
+
 
 def make_cases() -> list[Case]:
     """All cases."""
@@ -124,10 +140,13 @@ def make_cases() -> list[Case]:
         cases.append(Case(f"{name}-bf16", world, degrees, train=bf16))
     cases += [Case(f"dp2-zero{stage}-bf16", 2, {"zero_stage": stage}, train=bf16) for stage in (2, 3)]
     cases += [Case("one-bf16", 1, {}, train=bf16), Case("pp2-unet-bf16", 2, {"pipeline": 2}, "unet", bf16)]
+    for prediction, names in FLOW.items():
+        recipe = {"objective": {"noise_process": {"kind": "flow", "prediction_type": prediction}}}
+        cases += [Case(f"{name}-flow-{prediction}", *RECIPES[name], recipe=recipe) for name in names]
     return [
-        case if case.adapter == "unet" else replace(case, model=TEXT_MODEL | {"tie_embeddings": tied})
+        case if case.adapter == "unet" else replace(case, recipe=case.recipe | {"model": model})
         for case in cases
-        for tied in ["pipeline" not in case.parallel]
+        for model in [TEXT_MODEL | {"tie_embeddings": "pipeline" not in case.parallel}]
     ]
 
 
@@ -158,18 +177,18 @@ class Result:
 
 
 class OneDevice:
-    """The plain model's steps, computed once for each architecture."""
+    """The plain model's steps, computed once for each adapter and recipe."""
 
     def __init__(self, shards: Path, vae: Path, out: Path):
         self.paths, self.outcomes = (shards, vae, out), {}
 
     def of(self, case: Case) -> Outcome:
         """The outcome that every topology must reproduce."""
-        architecture = (case.adapter, case.model.get("tie_embeddings"))
-        if architecture not in self.outcomes:
-            values = replace(case, parallel={}, train={}).values(*self.paths)
-            (self.outcomes[architecture],) = run_workers(plain_steps, 1, values, NUM_STEPS)
-        return self.outcomes[architecture]
+        key = (case.adapter, json.dumps(case.recipe))
+        if key not in self.outcomes:
+            values = Case("plain", 1, {}, case.adapter, recipe=case.recipe).values(*self.paths)
+            (self.outcomes[key],) = run_workers(plain_steps, 1, values, NUM_STEPS)
+        return self.outcomes[key]
 
     def compare(self, case: Case) -> Result:
         """Run a case and measure its errors against one device."""

@@ -20,6 +20,7 @@ QUICK = [
     "tp2-pp2-dp2-zero1-linear",
     "dp2-zero1-offload",
     "dp2-zero2-bf16",
+    "pp2-flow-sample",
 ]
 # Other stages and products of the degrees above.
 FULL = [
@@ -35,6 +36,7 @@ FULL = [
     "ulysses2-tp2-sp-unet",
     "ulysses2-pp2-unet",
     "tp2-pp2-bf16",
+    "tp2-sp-flow-sample",
 ]
 
 
