@@ -16,9 +16,9 @@ quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, 
 	$(BIN)/megafusion train configs/quickstart.yaml; \
 	$(BIN)/megafusion report runs/quickstart --seconds-before $$(( $$(date +%s) - begin ))
 
-# A file's tests share its fixtures, so they run on one process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-test: $(INSTALLED)  ## Run the quick tests, on two processes.
+# A file's tests share its fixtures, so they run on one process. Three keep two cores busy, because many tests wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+test: $(INSTALLED)  ## Run the quick tests, on three processes.
 	$(PYTEST)
 
 # The tests marked slow run by their file: .venv/bin/python -m pytest -m slow FILE
@@ -57,7 +57,7 @@ format: $(INSTALLED)  ## Format the code.
 	$(BIN)/ruff check --fix .
 
 CONFIG ?= configs/preprocess/quickstart.yaml
-preprocess: $(INSTALLED)  ## Turn pictures, captions and text into shards (CONFIG=...).
+preprocess: $(INSTALLED)  ## Turn images, captions and text into shards (CONFIG=...).
 	$(BIN)/megafusion preprocess $(CONFIG)
 
 benchmark: $(INSTALLED)  ## Time a training step of the quickstart model.

@@ -1,6 +1,6 @@
 """Measure the speed and accuracy of each attention backend under the mask of packed text and images.
 
-    python benchmarks/attention.py [--json [FILE]] [--picture FILE] [--write-choices]
+    python benchmarks/attention.py [--json [FILE]] [--plot FILE] [--write-choices]
     python benchmarks/attention.py --tiles           measure candidate tiles and store the best
     python benchmarks/attention.py --tiny ...        on a CPU: tests this script, measures nothing
 
@@ -279,7 +279,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a bar chart of TFLOP/s")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a bar chart of TFLOP/s")
     parser.add_argument("--write-choices", action="store_true", help="store the choices of `attention: auto`")
     parser.add_argument("--tiles", action="store_true", help="measure tiles and store the best, and stop")
     parser.add_argument("--tiles-file", type=Path, metavar="FILE", help="where --tiles stores them")
@@ -289,7 +289,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device, and times of anything else would mislead; --tiny tests the script")
-    outputs = [Path(x) for x in (options.json, options.picture) if x not in (None, "-")]
+    outputs = [Path(x) for x in (options.json, options.plot) if x not in (None, "-")]
     if options.tiny and (options.write_choices or any(RESULTS in x.resolve().parents for x in outputs)):
         parser.error("--tiny is not a measurement: it writes no choices and nothing to benchmarks/results")
     if options.tiny and options.tiles and options.tiles_file is None:
@@ -302,8 +302,8 @@ def main() -> int:
         return 0
     report = measure(plan)
     print_table(report)
-    if options.picture:
-        draw(report, options.picture)
+    if options.plot:
+        draw(report, options.plot)
     if options.write_choices:
         write_choices(report)
     if options.json == "-":

@@ -8,6 +8,7 @@ import imagehash
 from data_prep.config import FilterConfig
 from data_prep.images import check_image, decode_caption, open_rgb
 from data_prep.readers.records import Dropped, RawPair
+from megafusion.sequence.text import clean_text
 
 
 class RecordInfo(NamedTuple):
@@ -28,9 +29,9 @@ def inspect_record(raw: Any, filters: FilterConfig) -> RecordInfo:
     if isinstance(raw, RawPair):
         return _inspect_pair(raw, filters)
     if isinstance(raw, str):
-        if not raw.strip():
+        if not (text := clean_text(raw)):
             raise Dropped("empty text")
-        return RecordInfo(_hash([raw.strip()]))
+        return RecordInfo(_hash([text]))
     for segment in raw:
         if isinstance(segment, bytes):
             _check_size(*check_image(segment), filters)

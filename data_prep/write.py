@@ -21,6 +21,7 @@ from megafusion.images.codec import ImageCodec
 from megafusion.images.processor import preprocess_images, resize_and_crop
 from megafusion.images.sizes import nearest_size
 from megafusion.sequence.document import Segment
+from megafusion.sequence.text import clean_text
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, write_file
 
@@ -98,7 +99,7 @@ class DocumentBuilder:
             segments = [self._tokens(caption), self._image(raw.image)]
             return [({"key": record.key, "caption": caption}, segments)]
         if isinstance(raw, str):
-            return [({"line": int(record.key)}, [self._tokens(raw.strip())])]
+            return [({"line": int(record.key)}, [self._tokens(clean_text(raw))])]
         segments = [self._image(s) if isinstance(s, bytes) else self._tokens(s) for s in raw]
         metadata = {"key": record.key, "caption": _caption_preview(raw)}
         found, has_text = [], False

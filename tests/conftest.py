@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory) -> Path:
-    """A random autoencoder with 4 x 8 x 8 latents for pictures of 32 pixels."""
+    """A random autoencoder with 4 x 8 x 8 latents for images of 32 pixels."""
     return make_vae(tmp_path_factory.mktemp("vae"))
 
 

@@ -14,6 +14,7 @@ from data_prep.readers.parquet import ParquetReader, image_bytes
 from data_prep.readers.records import BadRecord, Record
 from data_prep.readers.webdataset import tar_files
 from megafusion.errors import UserError
+from megafusion.sequence.text import clean_text
 
 TEXTS, IMAGES = "texts", "images"
 SENTENCES, MATCHES = "text_list", "image_info"
@@ -117,8 +118,8 @@ def _obelics_segments(texts: Any, images: Any, named_images: Callable[[str], byt
     for text, image in zip(texts, images, strict=True):
         if not isinstance(text, str | None):
             raise BadRecord("a text is not a string")
-        if text and text.strip():
-            segments.append(text.strip())
+        if text := clean_text(text or ""):
+            segments.append(text)
         if isinstance(image, dict) and image.get("bytes") is None:
             image = image.get("path")
         if image is not None:
@@ -146,7 +147,7 @@ def _mmc4_segments(sentences: Any, matches: Any, named_images: Callable[[str], b
         if not isinstance(sentence, str):
             raise BadRecord("a sentence is not a string")
         segments += map(named_images, before.get(index, []))
-        if not (sentence := sentence.strip()):
+        if not (sentence := clean_text(sentence)):
             continue
         if segments and isinstance(segments[-1], str):
             segments[-1] += f" {sentence}"

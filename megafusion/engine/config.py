@@ -11,14 +11,20 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
-    """AdamW (arXiv 1711.05101) with warm-up and cosine decay."""
+    """AdamW (arXiv 1711.05101) and the schedule of its learning rate."""
 
     learning_rate: float = Field(3e-4, gt=0)
     """Peak learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """The learning rate after the warm-up: cosine, to the last step; constant; wsd (warm-up, stable, decay:
+    arXiv 2404.06395), constant and then linear. constant, and wsd before its decay, do not depend on
+    num_steps, so a run can be made longer as if it had been so from the start."""
     final_learning_rate: float = Field(1.5e-5, ge=0)
-    """Learning rate at the last step, where the cosine ends."""
+    """Learning rate at the last step, where the cosine or the decay of wsd ends."""
     num_warmup_steps: int = Field(4000, ge=0)
     """Steps of linear warm-up."""
+    decay_ratio: float = Field(0.1, gt=0, le=1)
+    """Share of num_steps, its last steps, in which wsd decays."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of the first and the second moment."""
     epsilon: float = Field(1e-8, gt=0)

@@ -22,8 +22,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     """Learning rate of the update after `step` updates: a pure function, so no scheduler state is saved."""
-    if step < config.num_warmup_steps:
-        return config.learning_rate * (step + 1) / config.num_warmup_steps
-    progress = (step - config.num_warmup_steps) / max(1, num_steps - config.num_warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+    first = config.num_warmup_steps  # of the decay
+    if step < first:
+        return config.learning_rate * (step + 1) / first
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "wsd":
+        first = max(first, num_steps - round(config.decay_ratio * num_steps))
+    progress = min(1.0, max(0, step - first) / max(1, num_steps - first))
+    left = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left

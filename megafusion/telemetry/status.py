@@ -30,9 +30,11 @@ def show_status(run: Path, console: Console | None = None) -> None:
         return
     if not config.is_file():
         raise UserError(f"{run}: not a run folder (no config.yaml); `megafusion train` makes one")
-    num_steps = yaml.safe_load(config.read_text())["train"]["num_steps"]
     lines = read_metrics(run) if (run / METRICS).is_file() else []
     attempts = read_attempts(run)
+    changed = attempts[-1].get("changed", {}) if attempts else {}
+    num_steps = yaml.safe_load(config.read_text())["train"]["num_steps"]
+    num_steps = changed.get("train.num_steps", [num_steps])[-1]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()

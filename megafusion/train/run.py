@@ -33,7 +33,7 @@ from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
-from megafusion.train.run_folder import freeze
+from megafusion.train.run_folder import describe_changes, freeze
 from megafusion.train.samples import Sampler
 
 Outcome = Literal["finished", "stopped", "preempted"]
@@ -177,9 +177,10 @@ class Run:
             if self._is_rank0:
                 changed = freeze(config)
                 self._attempts.claim()
-                self._attempts.begin(dist.get_world_size(), newest_step(config.out), changed)
-                for key, (before, now) in changed.items():
-                    _say(f"{config.out}: resumes with {key} {now} instead of {before}")
+                step = newest_step(config.out)
+                self._attempts.begin(dist.get_world_size(), step, changed)
+                for sentence in describe_changes(config, changed, step):
+                    _say(sentence)
         self._watchdog.beat(0, "self-test")
         return self_test(config.out, local_device(), self._signals.requested)
 

@@ -4,8 +4,10 @@ import json
 from functools import reduce
 from pathlib import Path
 
+from megafusion.checkpoint.folder import newest_step
 from megafusion.config import changed_keys, dump_config, load_config
 from megafusion.data.manifest import load_manifest
+from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
@@ -30,14 +32,15 @@ FREE_KEYS = (
     "samples.",
 )
 
-RECIPE_KEYS = ("optimizer.learning_rate", "optimizer.gradient_clip", "model.attention")
-"""Keys that may also change, to save a run that diverges or to use another kernel; starts.json records it."""
+RECIPE_KEYS = ("train.num_steps", "optimizer.learning_rate", "optimizer.gradient_clip", "model.attention")
+"""Keys that may also change, to make a run longer, to save one that diverges or to use another kernel;
+starts.json records it."""
 
 
 def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     """Recipe keys that a resumed run changes: by key, the value that it began with and the new one.
 
-    None if the folder holds no run yet. Raises UserError if other keys differ.
+    None if the folder holds no run yet. Raises UserError if other keys differ, or the run is longer already.
     """
     if not (config.out / "config.yaml").is_file():
         return None
@@ -47,9 +50,29 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     if refused:
         raise UserError(
             f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
-            "a run keeps its length and recipe: choose another out="
+            "a run keeps its recipe: choose another out="
+        )
+    if "train.num_steps" in changed and (step := newest_step(config.out)) > config.train.num_steps:
+        raise UserError(
+            f"{config.out}: has trained {step} steps, more than train.num_steps {config.train.num_steps}; "
+            f"give at least {step}"
         )
     return {key: [_value(began, key), _value(config, key)] for key in changed}
+
+
+def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> list[str]:
+    """A sentence for each changed key, and one if they change the learning rate of the next update."""
+    said = [f"resumes with {key} {now} instead of {before}" for key, (before, now) in changed.items()]
+    if changed:
+        began, end = load_run_config(config.out), config.train.num_steps
+        before = learning_rate(step, began.train.num_steps, began.optimizer)
+        now, last = (learning_rate(each, end, config.optimizer) for each in (step, end))
+        if now != before:
+            said.append(
+                f"the learning rate of step {step + 1} is {now:.3g} instead of {before:.3g}, and ends at "
+                f"{last:.3g} after step {end} (optimizer.schedule {config.optimizer.schedule})"
+            )
+    return [f"{config.out}: {sentence}" for sentence in said]
 
 
 def freeze(config: RunConfig) -> dict[str, list]:

@@ -26,6 +26,7 @@ def test_a_missing_peer_is_named():
     assert "--without streaming" in done.stderr
 
 
+@pytest.mark.full
 def test_without_the_peer_it_prints_its_results():
     small = ("--pairs", "100", "--rounds", "1", "--batches", "1")
     done = benchmark("--without", "streaming", "--json", "-", *small)

@@ -34,6 +34,7 @@ def plain_model(config: RunConfig) -> Transfusion:
     return model
 
 
+@pytest.mark.full
 def test_overfits_one_batch_of_four_pairs(run_values):
     """Both losses fall below 5% of their first values."""
     run_values["data"] |= {
@@ -92,6 +93,24 @@ def test_learning_rate_warms_up_and_decays_as_a_cosine():
     assert rates[60] == pytest.approx(0.55)
     assert rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_wsd_is_constant_until_its_last_steps_and_then_linear():
+    config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.1, num_warmup_steps=10, schedule="wsd")
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[4] == pytest.approx(0.5)
+    assert set(rates[10:91]) == {1.0}
+    assert rates[90:101] == pytest.approx([1 - 0.09 * step for step in range(11)])
+    late = config.model_copy(update={"num_warmup_steps": 95})
+    assert [learning_rate(step, 100, late) for step in (94, 95, 100)] == pytest.approx([1.0, 1.0, 0.1])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_a_longer_run_has_the_same_rates_until_the_decay(schedule):
+    config = OptimizerConfig(num_warmup_steps=10, schedule=schedule)
+    before, longer = ([learning_rate(n, end, config) for n in range(end)] for end in (60, 100))
+    assert before[:54] == longer[:54]
+    assert set(longer[60:90]) == {config.learning_rate}
 
 
 def test_weight_decay_applies_to_matrices_only(run_config):

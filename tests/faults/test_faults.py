@@ -44,7 +44,7 @@ def test_rollback(bench):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
-@pytest.mark.parametrize("policy", ["stop", "continue"])
+@pytest.mark.parametrize("policy", ["stop", *full("continue")])
 def test_full_disk(bench, policy):
     assert_survived(cases.refusing_disk(bench, "full", policy), 1)
 

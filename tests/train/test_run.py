@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
@@ -28,6 +29,7 @@ from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.parallel.mesh import make_mesh
 from megafusion.resilience import attempts
 from megafusion.telemetry.metrics_file import read_metrics
+from megafusion.telemetry.status import show_status
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train, train_step
@@ -199,6 +201,36 @@ def test_a_changed_configuration_is_refused_for_an_old_run(run_values):
     run_values["checkpoint"]["every"] = 5
     run_values["telemetry"] = {"log_every": 2}
     start(run_values)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_a_longer_run_equals_one_that_was_so_from_the_start(long_values, tmp_path, capsys, schedule):
+    long_values["optimizer"] |= {"schedule": schedule, "decay_ratio": 0.25}
+    whole = start(long_values, out=str(tmp_path / "whole"))
+    lengths = {n: long_values["train"] | {"num_steps": n} for n in (8, 10, 12)}
+    stop = None if schedule == "constant" else 6  # before the decay of the shorter run
+    parts = start(long_values, stop, train=lengths[8], out=str(tmp_path / "parts"))
+    start(long_values, train=lengths[12], out=str(parts))
+    said = capsys.readouterr().err
+    assert "resumes with train.num_steps 12 instead of 8" in said
+    assert "the learning rate of step" not in said
+    assert_same_run(whole, parts)
+    with pytest.raises(UserError, match=r"has trained 12 steps, more than train\.num_steps 10; give at leas"):
+        start(long_values, train=lengths[10], out=str(parts))
+
+
+def test_a_longer_cosine_says_how_the_rate_goes_on(run_values, capsys):
+    run_values["optimizer"] |= {"learning_rate": 1e-3, "final_learning_rate": 0, "num_warmup_steps": 0}
+    run = start(run_values)
+    steps = run_values["train"]["num_steps"]
+    run_values["train"]["num_steps"] = 2 * steps
+    start(run_values)
+    assert f"the learning rate of step {steps + 1} is 0.0005 instead of 0, and ends at 0 after" in (
+        capsys.readouterr().err
+    )
+    assert len(losses(run)) == 2 * steps
+    show_status(run, console := Console(record=True, width=200))
+    assert f"step {2 * steps} of {2 * steps}" in console.export_text()
 
 
 def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
@@ -374,6 +406,18 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(run_values, tmp_path):
     resumed = start(run_values, stop_after=3, out=str(tmp_path / "resumed"))
     run_workers(train_values, 2, run_values | {"out": str(resumed)})
     assert_same_course(alone, resumed)
+
+
+def test_a_flow_model_is_trained_published_and_drawn_from(run_values):
+    run_values["objective"] = {"noise_process": {"kind": "flow", "prediction_type": "sample"}}
+    run_values["sampling"] = {"num_inference_steps": 3, "max_new_tokens": 2}
+    with pytest.raises(UserError, match=r"sampling\.sampler dpm\+\+ does not sample .*kind flow"):
+        start(run_values, sampling={"sampler": "dpm++"})
+    run = start(run_values)
+    assert losses(run)[-1][2] > 0
+    pipeline = TransfusionPipeline.from_pretrained(run / "pipeline")
+    (image,) = pipeline.draw(["red apple"])
+    assert np.asarray(image).std() > 0
 
 
 def test_the_model_is_published_from_host_memory(run_values, monkeypatch):
