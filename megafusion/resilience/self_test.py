@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megafusion.errors import UserError
 from megafusion.resilience.exit_status import ExitStatus
-from megafusion.resilience.watchdog.report import format_ranks
+from megafusion.resilience.watchdog.failures import format_ranks
 
 DISK_BYTES = 1 << 16
 
