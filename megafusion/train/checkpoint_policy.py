@@ -16,8 +16,7 @@ from megafusion.parallel.errors import raise_on_all_ranks
 class CheckpointPolicy:
     """Saves and loads by the configuration. Called by every rank at the same steps.
 
-    folder: of the checkpoints. say: prints a line, on rank 0. `num_errors` counts failed saves;
-    `num_skipped`, saves skipped because the previous one was still being written.
+    folder: of the checkpoints. say: prints a line, on rank 0.
     """
 
     def __init__(
@@ -30,7 +29,8 @@ class CheckpointPolicy:
     ):
         self._folder, self._manager, self._device, self.say = folder, manager, device, say
         self._continues = config.on_save_error == "continue"
-        self.num_errors = self.num_skipped = 0
+        self.counts = {"save_errors": 0, "saves_skipped": 0}
+        """Failed saves, and saves skipped because the previous one was still being written."""
         self._saved: tuple[int, int] | None = None
         """Step and batches read of the latest save: a skipped step advances the data only."""
 
@@ -84,7 +84,7 @@ class CheckpointPolicy:
         if self._saved == now:
             return
         if self._continues and not is_last and self._is_any_saving():
-            self.num_skipped += 1
+            self.counts["saves_skipped"] += 1
             self.say(f"step {state['step']}: save skipped, because the previous one is still being written")
             return
         self.wait()
@@ -97,14 +97,10 @@ class CheckpointPolicy:
             self._manager.wait()
         except SaveFailed as error:
             self._saved = None
-            self.num_errors += 1
+            self.counts["save_errors"] += 1
             if must_succeed or not self._continues:
                 raise
             self.say(f"warning: {error}; training continues (checkpoint.on_save_error)")
-
-    def metrics(self) -> dict[str, int]:
-        """Counts for a line of metrics."""
-        return {"save_errors": self.num_errors, "saves_skipped": self.num_skipped}
 
     def _is_any_saving(self) -> bool:
         """Whether any rank is still writing: ranks finish at different times, and all must decide alike."""

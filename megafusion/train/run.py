@@ -253,7 +253,7 @@ class Run:
         figures = step_figures(losses, self.engine, learning_rate)
         figures |= self._packing.read(self._loader.state_dict()) | self._timer.read(self.step) | speed
         with self.engine.consensus.defer_errors():
-            self._metrics.log(self.step, figures | self._rollback.figures() | self._checkpoints.metrics())
+            self._metrics.log(self.step, figures | self._rollback.counts | self._checkpoints.counts)
         if warning:
             self._metrics.say(warning)
 
