@@ -31,7 +31,7 @@ def sample_layout(
     """The segments of a document in the order in which the model sees them, noise not yet sampled.
 
     An image without text before it has max_t data.image_first_max_t, unless its document continues another
-    with text (is_after_text). Raises CorruptBytes for pixels that do not decode.
+    with text (is_after_text). Raises BadImage for pixels that do not decode.
     """
     segments = [_sized(segment, shape, config, generator) for segment in segments]
     if manifest.kind == "pair":

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
-from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
 from megafusion.data.decode import decode, first_images
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png, make_image_grid
@@ -41,8 +41,7 @@ class Sampler:
 
     def load(self, checkpoint: Path) -> TransfusionPipeline:
         """The pipeline with the averaged weights of a checkpoint."""
-        shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
-        self._pipeline.model.load_state_dict(load_full_tensors(checkpoint, shapes, "ema", verify=False))
+        fill_tensors(CheckpointWeights(checkpoint, "ema"), self._pipeline.model.weights())
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:

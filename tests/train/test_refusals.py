@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
-from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
 from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_model_is_named(run_values):
     run = start(run_values, stop_after=1)
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
     with pytest.raises(UserError, match=r"holds another model: .* is missing in this model"):
-        load_full_tensors(checkpoint, {"no.such.weight": (1,)}, "ema")
+        fill_tensors(CheckpointWeights(checkpoint, "ema"), {"no.such.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "type", "order"])
