@@ -35,7 +35,7 @@ class Sampler:
         sources, num_pairs = self._components.sources.values(), self._config.samples.num_pairs
         source = next(s for s in sources if s.folder.manifest.kind == "pair")
         size = len(source.folder)
-        chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
+        chosen = [source.folder.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
         images = decode(first_images(chosen), self._pipeline.codec, self._pipeline.sizes)
         return [document.metadata["caption"] for document in chosen], images
 
