@@ -190,8 +190,8 @@ class Run:
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
-                warnings = config.warnings()
-                for sentence in [*warnings, *describe_changes(config, changed, step)]:
+                warnings = config.warnings() + parts.warnings(config)
+                for sentence in warnings + describe_changes(config, changed, step):
                     self._metrics.say(sentence)
         self._watchdog.beat(0, "self-test")
         return self_test(config.out, local_device(), self._signals.requested)
