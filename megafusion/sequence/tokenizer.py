@@ -77,11 +77,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bos, eos and image ids are dropped."""
-        special = {self.bos, self.eos, *self.reserved}
-        return self.decode_text([i for i in map(int, ids) if i < self.num_text_ids and i not in special])
+        text_ids = (i for i in map(int, ids) if i < self.num_text_ids)
+        return self.decode_text([i for i in text_ids if i not in (self.bos, self.eos)])
 
     def decode_text(self, ids: list[int]) -> str:
-        """Text of ids that are all of text."""
+        """Text of ids of the file; the reserved ones are dropped."""
         raise NotImplementedError
 
     def boi_of_size(self, size: int) -> int:

@@ -121,6 +121,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     found = Tokenizer.from_pretrained(tmp_path / "tokenizer.json")
     assert (found.bos, found.eos) == (1, 1)  # no bos: eos begins documents too
+    assert found.decode([1, 0, 1]) == "a"  # though the library does not take it for special
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "New"}}', "\x00" * 9])
