@@ -18,6 +18,7 @@ from data_prep.vae.train import learning_rate, train_autoencoder
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
+from tests.support.raw import strange_images
 from tests.support.tars import add_members
 
 ROOT = Path(__file__).parents[3]
@@ -221,6 +222,19 @@ def test_bad_shards_are_named(config, tmp_path, shard):
         train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 1e-9}))
     with pytest.raises(UserError, match="no image left to train on"):
         train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 0.999999}))
+
+
+def test_strange_images_are_read_as_in_preprocessing(tmp_path):
+    images = strange_images()
+    shard = write_shard(
+        tmp_path / "strange.tar", {str(i): content for i, content in enumerate(images.values())}
+    )
+    config = ImageDataConfig(shards=[str(shard)], image_size=8, held_out_fraction=0.999999)
+    keys, pixels = held_out_images(config, [shard])
+    assert len(keys) == len(images)
+    green = pixels[:, :, 4, 4]
+    expected = torch.tensor([[-1, 1, -1]] * 3 + [[0, 0, 0], [1, 1, 1]])
+    torch.testing.assert_close(green, expected.float(), atol=0.01, rtol=0)
 
 
 def test_other_bad_input_is_refused(config):
