@@ -58,7 +58,7 @@ def test_preprocess_train_generate(make, tmp_path, maker, vocab_size, file):
         assert folder.manifest.num_documents == 12
         lines = (tmp_path / "texts.txt").read_text().splitlines()
         for number in range(12):
-            document = folder.read(*divmod(number, 4))
+            document = folder.read(number)
             text = document.metadata["caption"] if kind == "pairs" else lines[document.metadata["line"] - 1]
             tokens = next(s.data for s in document.segments if s.kind == "tokens")
             assert tokens.tolist() == library.encode(text, add_special_tokens=False).ids
