@@ -96,4 +96,4 @@ def _opened(checkpoint: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except Exception as error:  # a corrupt pickle raises any
-        raise DamagedCheckpoint(f"{path}: damaged: {error}; {way_out()}") from error
+        raise DamagedCheckpoint(f"{path}: damaged: {error}; {way_out(checkpoint)}") from error
