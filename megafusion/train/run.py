@@ -7,13 +7,15 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal
 
+from megafusion.device import default_device
+
 import torch.distributed as dist
 from rich.filesize import decimal
 
 from megafusion.checkpoint.folder import complete_checkpoints, newest_step
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
-from megafusion.engine.process_group import local_device, start_process_group
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.objective.losses import Losses
 from megafusion.parallel.errors import raise_on_all_ranks
@@ -194,7 +196,7 @@ class Run:
                 for sentence in warnings + describe_changes(config, changed, step):
                     self._metrics.say(sentence)
         self._watchdog.beat(0, "self-test")
-        return self_test(config.out, local_device(), self._signals.requested)
+        return self_test(config.out, default_device(), self._signals.requested)
 
     def _start(self, hosts: list[str]) -> None:
         """Build the engine, load the latest checkpoint, open the outputs."""
