@@ -7,10 +7,10 @@ from typing import Annotated
 import sentencepiece
 import typer
 
-from data_prep.command import run_command
 from data_prep.images import decode_caption
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import exit_on_user_error
 from megafusion.storage import write_file
 
 VOCABULARY_SIZE = 2046
@@ -112,4 +112,5 @@ def train(
 
 
 if __name__ == "__main__":
-    run_command(app)
+    with exit_on_user_error():
+        app()
