@@ -7,11 +7,20 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
+from megafusion.data.manifest import FOLDERS, Kind
 from megafusion.images.sizes import Size, format_sizes
 
 Pixels = Annotated[int, Field(gt=0)]
-KEYS_WITHOUT_EFFECT = {"out", "num_workers", "max_skip_rate"}
+KEYS_WITHOUT_EFFECT = {"out", "num_workers", "max_skip_rate", "overwrite"}
 """Keys of PreprocessConfig that change no byte of a shard."""
+_KEYS_OF_ALL = ("filters", "documents_per_shard", "on_error")
+_KEYS_OF_IMAGES = ("image_sizes", "image_storage", "batch_size", *_KEYS_OF_ALL)
+KEYS_OF_KIND: dict[Kind, tuple[str, ...]] = {
+    "pair": ("images", "keys", "image_column", "caption_column", *_KEYS_OF_IMAGES),
+    "text": ("texts", "text_column", *_KEYS_OF_ALL),
+    "interleaved": ("documents", "document_images", "split", *_KEYS_OF_IMAGES),
+}
+"""Keys that its shards depend on, besides the tokenizer and the autoencoder."""
 
 
 class ScoreRange(Config):
@@ -116,6 +125,18 @@ class PreprocessConfig(Config):
     command, or skip and count it."""
     max_skip_rate: float = Field(0.01, gt=0, le=1)
     """Maximum fraction of bad inputs; the command stops when it is exceeded by more than chance explains."""
+    overwrite: bool = False
+    """Whether shards in `out` that were made with other values of these keys may be replaced."""
+
+    @property
+    def inputs(self) -> dict[Kind, tuple[Path, ...]]:
+        """Input paths by kind."""
+        return {"pair": self.images, "text": self.texts, "interleaved": self.documents}
+
+    @property
+    def output_folders(self) -> list[Path]:
+        """Folders of shards that may be written, which are never an input."""
+        return [self.out / name for name in FOLDERS.values()]
 
     @model_validator(mode="after")
     def _sizes_differ(self) -> "PreprocessConfig":

@@ -12,7 +12,7 @@ from megafusion.images.processor import convert_to_rgb
 from megafusion.sequence.text import clean_text
 
 # Pillow would open many more, some of which run other programs.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_CAPTION_BYTES = 1 << 16
 TRANSPOSED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megafusion.errors import UserError
 from megafusion.resilience.exit_status import ExitStatus
+from megafusion.storage import read_text
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"
 
@@ -71,7 +72,7 @@ class Site:
             known = ", ".join(sorted(file.stem for file in SITES.glob("*.env")))
             raise UserError(f"{path}: no such site file; there are {known}: copy example.env and fill it in")
         options, environment = {}, {}
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             if not (pair := _pair(line, f"{path}:{number}")):
                 continue
             key, value = pair
