@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -20,6 +21,7 @@ from megafusion.train.config import RunConfig
 from megafusion.train.open_model import open_pipeline
 from tests.faults.job import Job
 from tests.support.marks import full
+from tests.support.raw import strange_images
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch", "keys")
@@ -216,9 +218,14 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     assert open_pipeline(Path(run_values["out"])).sizes == [(32, 32)]
 
 
-def test_an_image_opens(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    assert open_image(tmp_path / "a.png").size == (4, 4)
+def test_strange_images_open_as_in_preprocessing(tmp_path):
+    for content in strange_images().values():
+        (tmp_path / "a.png").write_bytes(content)
+        image = open_image(tmp_path / "a.png")
+        assert (image.size, image.mode, image.info) == ((40, 40), "RGB", {})
+    Image.fromarray(np.full((4, 4), -1, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif: not an image that can be used \(image with values beyond"):
+        open_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("command", ["train", "preprocess", "train-vae"])

@@ -1,4 +1,4 @@
-"""A key that takes one of several configurations: docs/extending.md adds noise processes so."""
+"""A key that takes one of several configurations, as objective.noise_process does."""
 
 from typing import Annotated, Literal
 

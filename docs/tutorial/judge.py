@@ -17,6 +17,7 @@ from draw import COLORS, RADII, SHAPES, X, Y, draw
 from PIL import Image
 
 from megafusion import TransfusionPipeline
+from megafusion.images.reader import read_image
 
 WORDS = ("size", "color", "shape", "y", "x")
 
@@ -56,7 +57,7 @@ def main(pipeline_folder: str, folder: Path) -> None:
     paths = sorted(folder.glob("*.png"))
     wanted = [tuple(path.stem.split("-")) for path in paths]
     captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
-    real = [Image.open(path).convert("RGB") for path in paths]
+    real = [read_image(path.read_bytes()) for path in paths]
     assert shares([judge(image) for image in real], wanted)["all"] == 1, "the judge misjudges real images"
 
     pipeline = TransfusionPipeline.from_pretrained(pipeline_folder)

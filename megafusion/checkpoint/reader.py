@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megafusion.checkpoint.chunks import Chunks
-from megafusion.checkpoint.folder import KINDS, DamagedCheckpoint, verify_checkpoint, way_out
+from megafusion.checkpoint.folder import KINDS, DamagedCheckpoint, way_out
 from megafusion.checkpoint.planners import ChunkLoadPlanner
 from megafusion.errors import UserError
 from megafusion.parallel.sharding import shard_spec_of
@@ -111,31 +111,37 @@ class CheckpointReader(FileSystemReader):
 def read_chunks(source: TensorSource, chunks: dict[str, Chunks], shapes: dict[str, torch.Size]) -> None:
     """Fill this rank's chunks of a model with these shapes. UserError if the source has other tensors."""
     stored = source.shapes()
-    for name in sorted(stored.keys() | shapes.keys(), key=lambda name: name.partition(".")[::-1]):
-        if stored.get(name) != shapes.get(name):
-            parameter, there, here = name.partition(".")[2], _text(stored.get(name)), _text(shapes.get(name))
+    for name in sorted(stored.keys() | shapes.keys()):
+        if misfit := describe_misfit(name, stored.get(name), shapes.get(name)):
             raise UserError(
-                f"{source}: holds another model: {parameter} {there} there, but {here} in this model; use "
-                "the model configuration that it was saved with"
+                f"{source}: holds another model: {misfit}; use the model configuration that it was saved with"
             )
     source.read(chunks)
 
 
-def _text(shape: torch.Size | None) -> str:
-    return "is missing" if shape is None else f"has shape {list(shape)}"
+def describe_misfit(name: str, there: torch.Size | None, here: torch.Size | None) -> str:
+    """How a tensor of a source differs from this model's; empty if it does not. None: no such tensor."""
+    first, second = ("is missing" if shape is None else f"has shape {list(shape)}" for shape in (there, here))
+    return "" if there == here else f"{name} {first} there, but {second} in this model"
 
 
-def load_full_tensors(
-    path: Path, shapes: dict[str, torch.Size], kind: str, verify: bool = True
-) -> dict[str, Tensor]:
-    """Full tensors of one kind (of KINDS) by parameter name, in one process.
+class CheckpointWeights:
+    """The tensors of one kind (of KINDS) in a checkpoint by parameter name, a TensorSource."""
 
-    verify: check every file's hash; not needed if this run has just written the checkpoint. Raises UserError
-    if the checkpoint is damaged or holds another model.
-    """
-    if verify:
-        verify_checkpoint(path)
-    tensors = {f"{kind}.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    def __init__(self, checkpoint: Path, kind: str):
+        self._reader, self._kind = CheckpointReader(checkpoint, (kind,)), kind
+
+    def __str__(self) -> str:
+        return str(self._reader)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name.partition(".")[2]: shape for name, shape in self._reader.shapes().items()}
+
+    def read(self, chunks: dict[str, Chunks]) -> None:
+        self._reader.read({f"{self._kind}.{name}": part for name, part in chunks.items()})
+
+
+def fill_tensors(source: TensorSource, tensors: dict[str, Tensor]) -> None:
+    """Fill whole tensors by name, in one process. UserError if the source has other tensors."""
     chunks = {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}
-    read_chunks(CheckpointReader(path, (kind,)), chunks, {n: t.shape for n, t in tensors.items()})
-    return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    read_chunks(source, chunks, {name: tensor.shape for name, tensor in tensors.items()})

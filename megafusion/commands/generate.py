@@ -42,7 +42,7 @@ def generate(
         float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim or dpm++.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler or heun.")] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -116,17 +116,15 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def open_image(path: Path) -> "Image.Image":
-    """Decode an image. UserError naming the file if that fails."""
-    from PIL import Image, UnidentifiedImageError
+    """Decode an image as preprocessing does. UserError naming the file if that fails."""
+    from megafusion.images.reader import BadImage, read_image
 
     try:
-        image = Image.open(path)
-        image.load()
+        return read_image(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be decoded ({error})") from error
-    return image
+    except (OSError, BadImage) as error:
+        raise UserError(f"{path}: not an image that can be used ({error})") from error
 
 
 def _sampling(defaults: "SamplingConfig", overrides: dict[str, Any]) -> "SamplingConfig":

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from megafusion.data.augment import open_image
+from megafusion.data.augment import decode_pixels
 from megafusion.data.document_format import StoredDocument
 from megafusion.images.processor import postprocess_images
 from megafusion.images.sizes import Size, nearest_size
@@ -32,7 +32,7 @@ def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] =
     training does without augmentation; without sizes they are returned as kept.
     """
     if images[0].kind == "pixels":
-        return [_fit(open_image(image.data), sizes) for image in images]
+        return [_fit(decode_pixels(image.data), sizes) for image in images]
     decoded: dict[int, Image.Image] = {}
     for shape in dict.fromkeys(image.data.shape for image in images):
         indices = [index for index, image in enumerate(images) if image.data.shape == shape]

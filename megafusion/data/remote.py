@@ -115,19 +115,12 @@ def _object_chunks(url: str) -> Iterator[bytes]:
     import fsspec
 
     try:
-        file = fsspec.open(url, "rb").open()
+        with fsspec.open(url, "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
     except ImportError as error:
         raise UserError(f"{url}: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"{url}: no such object") from error
     except Exception as error:  # each store's client raises its own errors
         raise _Transient(f"{type(error).__name__}: {error}") from error
-    with file:
-        while True:
-            try:
-                chunk = file.read(CHUNK)
-            except Exception as error:
-                raise _Transient(f"{type(error).__name__}: {error}") from error
-            if not chunk:
-                return
-            yield chunk

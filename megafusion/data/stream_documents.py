@@ -8,6 +8,7 @@ from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.source import DOCUMENT, Source, counter_generator
 from megafusion.data.stream_state import DocumentKey
 from megafusion.errors import UserError
+from megafusion.images.reader import BadImage
 from megafusion.objective.noise_process import NoiseProcess
 from megafusion.sequence.document import FlatDocument, flatten
 from megafusion.sequence.packing import SequenceShape
@@ -55,7 +56,7 @@ class StreamDocuments:
         source = self._sources[key.source]
         index = source.document_at(self._stream, key.epoch, key.order)
         generator = counter_generator(source.seed, source.number, index, key.epoch, DOCUMENT)
-        stored = source.read(index)
+        stored = source.folder.read(index)
         where = f"{source.folder.folder}, document {index}"
         source.check(stored, where)
         try:
@@ -67,7 +68,7 @@ class StreamDocuments:
                 generator,
                 is_after_text=bool(stored.metadata.get(AFTER_TEXT)),
             )
-        except CorruptBytes as error:
+        except (CorruptBytes, BadImage) as error:
             raise BadDocument(where, str(error)) from error
         texts = (segment.data for segment in segments if segment.kind == "tokens")
         if max((text.max(initial=0) for text in texts), default=0) >= self._tokenizer.vocab_size:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from megafusion.generate.decoder import Decoder, ProgressCallback
 from megafusion.images.codec import ImageCodec
-from megafusion.images.processor import nearest_size_of
+from megafusion.images.reader import convert_to_rgb
+from megafusion.images.sizes import nearest_size
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, ImageSegment, Segment, flatten
@@ -141,8 +142,9 @@ class Generation:
             if isinstance(part, str):
                 segments.append(Segment("tokens", np.array(self.tokenizer.encode(part), np.int64)))
             else:
-                size = nearest_size_of(part, self.config.image_sizes)
-                latents = self.codec.encode_images([part], self.config.image_sizes[size])[0].cpu().numpy()
+                image, sizes = convert_to_rgb(part), self.config.image_sizes
+                size = nearest_size(image.height, image.width, sizes)
+                latents = self.codec.encode_images([image], sizes[size])[0].cpu().numpy()
                 segments.append(ImageSegment(size=size, latents=latents, noise=np.zeros_like(latents)))
         return flatten(segments, self.tokenizer, self.config.patches)
 

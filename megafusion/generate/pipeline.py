@@ -78,13 +78,14 @@ class TransfusionPipeline:
                 raise
             raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
         model = Transfusion(config.model, config.objective)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in model.weights().items()}
         found = {name: tensor.shape for name, tensor in weights.items()}
         if wrong := sorted(name for name in shapes | found if shapes.get(name) != found.get(name)):
             raise UserError(
                 f"{folder / WEIGHTS}: names or shapes differ from config.json's model, first {wrong[0]}"
             )
-        model.load_state_dict(weights)
+        for name, tensor in model.weights().items():
+            tensor.copy_(weights[name])
         tokenizer = Tokenizer.from_pretrained(folder)
         return cls(model, tokenizer, ImageCodec.from_pretrained(folder / "vae"), config)
 
@@ -95,7 +96,7 @@ class TransfusionPipeline:
         """
         with new_folder(Path(folder), WEIGHTS) as partial:
             (partial / "config.json").write_text(self.config.model_dump_json(indent=1) + "\n")
-            save_file(self.model.state_dict(), partial / WEIGHTS)
+            save_file(self.model.weights(), partial / WEIGHTS)
             self.tokenizer.save_pretrained(partial)
             self.codec.model.save_pretrained(partial / "vae")
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from megafusion.images.sizes import Size, nearest_size
+from megafusion.images.reader import convert_to_rgb
 
 
 def preprocess_images(images: Sequence[Image.Image], height: int, width: int) -> Tensor:
@@ -29,24 +29,3 @@ def resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     if image.size == (width, height):
         return image
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode, with EXIF rotation applied and transparency composited on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        # PIL clips 16-bit grey at 255 instead of scaling it, which turns such images white.
-        values = np.asarray(image, dtype=np.float64)
-        peak = 65535 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255
-        image = Image.fromarray(np.round(values.clip(0, peak) * (255 / peak)).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def nearest_size_of(image: Image.Image, sizes: Sequence[Size]) -> int:
-    """Index of the size nearest in aspect ratio to an image, EXIF rotation applied."""
-    width, height = ImageOps.exif_transpose(image).size
-    return nearest_size(height, width, sizes)

@@ -27,10 +27,11 @@ class SamplingConfig(Config):
         "num_steps": "num_inference_steps",
     }
 
-    sampler: Literal["ddim", "dpm++"] = "ddim"
-    """DDIM (arXiv 2010.02502), or second-order DPM-Solver++ (arXiv 2211.01095)."""
+    sampler: Literal["ddim", "dpm++", "euler", "heun"] | None = None
+    """Of kind ddpm: ddim (arXiv 2010.02502, the default) or dpm++, second-order DPM-Solver++ (arXiv
+    2211.01095). Of kind flow: euler (the default) or heun, which calls the model twice a step."""
     num_inference_steps: int = Field(250, gt=0)
-    """Denoising steps; DPM-Solver++ needs about a tenth of DDIM's."""
+    """Denoising steps; dpm++, euler and heun need about a tenth of ddim's."""
     guidance_scale: float = Field(3.0, ge=0)
     """Classifier-free guidance (arXiv 2207.12598); 1 turns it off."""
     max_new_tokens: int = Field(128, ge=0)

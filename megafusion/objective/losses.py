@@ -35,15 +35,21 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 
 
 def squared_error(
-    prediction_BNCHW: Tensor, target_BNCHW: Tensor, used_BN: Tensor, share_BN: Tensor | None = None
+    prediction_BNCHW: Tensor,
+    target_BNCHW: Tensor,
+    used_BN: Tensor,
+    share_BN: Tensor | None = None,
+    weight_BN: Tensor | None = None,
 ) -> Tensor:
-    """Sum over used image slots of each image's mean squared error.
+    """Sum over used image slots of each image's mean squared error, times its weight.
 
     share_BN: fraction of C x H x W that each image fills; the rest is zero in prediction and target.
     """
     error_BN = (prediction_BNCHW.float() - target_BNCHW).square().mean(dim=(2, 3, 4))
     if share_BN is not None:
         error_BN = error_BN / share_BN
+    if weight_BN is not None:
+        error_BN = error_BN * weight_BN
     return torch.where(used_BN, error_BN, 0).sum()
 
 
@@ -74,6 +80,7 @@ class Objective(nn.Module):
         target = self.noise_process.target(targets.latents, targets.noise, targets.t)
         text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
         share = self.areas[targets.image_size] / self.bounding_area if len(self.areas) > 1 else None
-        errors = squared_error(images_BNCHW, target, targets.image_start >= 0, share)
+        weight = self.noise_process.loss_weight(targets.t)
+        errors = squared_error(images_BNCHW, target, targets.image_start >= 0, share, weight)
         image = errors / targets.num_images.clamp(min=1)
         return Losses(text, image, text + self.config.image_weight * image)

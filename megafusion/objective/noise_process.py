@@ -1,13 +1,16 @@
 """The noise process: how latents are noised in training, and which sampler runs the same process backwards.
 
-Another process, such as flow matching, is one file beside ddpm.py, and its config in `NoiseProcessConfig`.
+Another process is one file beside ddpm.py and flow.py, and its config in `NoiseProcessConfig`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import Discriminator, Tag
 
 from megafusion.objective.ddpm import DDPMConfig
+from megafusion.objective.flow import FlowConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,11 +19,16 @@ if TYPE_CHECKING:
     from megafusion.objective.config import SamplingConfig
     from megafusion.objective.sampler import Sampler
 
-NoiseProcessConfig = DDPMConfig
-"""Configs of every process, each with a `kind` of its own; its `build` makes the `NoiseProcess`.
 
-Several of them are a tagged union; docs/extending.md has it in full.
-"""
+def _kind(value: Any) -> str:
+    """Configurations without `kind` are DDPM's."""
+    return value.get("kind", "ddpm") if isinstance(value, dict) else value.kind
+
+
+NoiseProcessConfig = Annotated[
+    Annotated[DDPMConfig, Tag("ddpm")] | Annotated[FlowConfig, Tag("flow")], Discriminator(_kind)
+]
+"""Configs of every process, each with a `kind` of its own; its `build` makes the `NoiseProcess`."""
 
 
 class NoiseProcess(Protocol):
@@ -37,6 +45,9 @@ class NoiseProcess(Protocol):
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The prediction [..., C, H, W] that the loss asks of the model."""
+
+    def loss_weight(self, t: Tensor) -> Tensor | None:
+        """Weight of each image's squared error at times [...]; None for 1."""
 
     def timesteps(self, t: Tensor) -> Tensor:
         """The timestep embedding's input at times [...], in the unit of `Sampler.timesteps`."""

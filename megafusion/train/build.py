@@ -50,7 +50,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
-    check_backend(config.model.attention, config.model.head_dim, training=True)
+    check_backend(config.model.attention, config.model.head_size, training=True)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
-from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
 from megafusion.data.decode import decode, first_images
 from megafusion.data.source import Source
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -29,7 +29,7 @@ def sample_pairs(sources: dict[str, Source], pipeline: TransfusionPipeline, num_
     """Pairs to draw and describe, of the first source that has any."""
     source = next(s for s in sources.values() if s.folder.manifest.kind == "pair")
     size = len(source.folder)
-    chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
+    chosen = [source.folder.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
         images=decode(first_images(chosen), pipeline.codec, pipeline.sizes),
@@ -62,8 +62,7 @@ class Sampler:
         """The pipeline with the averaged weights of a checkpoint."""
         if self._pipeline is None:
             self._pipeline = make_pipeline(self._config, self._components.tokenizer, self._components.codec)
-        shapes = {name: p.shape for name, p in self._pipeline.model.named_parameters()}
-        self._pipeline.model.load_state_dict(load_full_tensors(checkpoint, shapes, "ema", verify=False))
+        fill_tensors(CheckpointWeights(checkpoint, "ema"), self._pipeline.model.weights())
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megafusion.checkpoint import manager as manager_module
 from megafusion.checkpoint.folder import complete_checkpoints, read_manifest, verify_checkpoint
 from megafusion.checkpoint.manager import CheckpointManager
-from megafusion.checkpoint.reader import CheckpointReader, load_full_tensors
+from megafusion.checkpoint.reader import CheckpointReader
 from megafusion.engine.ema import Ema
 from megafusion.errors import UserError
+from tests.support.checkpoints import load_full_tensors
 from tests.support.engines import (
     BF16,
     Model,

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.manager import CheckpointManager
-from megafusion.checkpoint.reader import CheckpointReader, load_full_tensors
+from megafusion.checkpoint.reader import CheckpointReader
 from megafusion.engine.optimizer_state import OptimizerShard
 from megafusion.parallel.sharding import ShardSpan, ShardSpec, set_shard_spec
+from tests.support.checkpoints import load_full_tensors
 from tests.support.engines import Run, Topology, make_engine, step_counts
 from tests.support.workers import run_workers
 

@@ -11,9 +11,10 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from megafusion.checkpoint.folder import FORMAT
-from megafusion.checkpoint.reader import _Unpickler, load_full_tensors
+from megafusion.checkpoint.reader import _Unpickler
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
+from tests.support.checkpoints import load_full_tensors
 
 
 class Evil:

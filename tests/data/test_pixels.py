@@ -11,14 +11,13 @@ from PIL import Image
 from megafusion.config import parse_config
 from megafusion.data.augment import augment
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import CorruptBytes
-from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
+from megafusion.images.reader import BadImage
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.marks import full
-from tests.support.rows import digest, stored, stream_of, write_pairs
+from tests.support.rows import digest, stored, stream_of, write_pairs, write_shards
 from tests.support.workers import run_workers
 
 
@@ -86,20 +85,20 @@ def test_images_are_mirrored_with_the_probability_of_flip():
     ids=["empty", "header", "truncated", "not an image"],
 )
 def test_bytes_that_do_not_decode_are_corrupt(content):
-    with pytest.raises(CorruptBytes, match="cannot be opened"):
+    with pytest.raises(BadImage, match="does not decode"):
         augment(content, (8, 8), options(), np.random.default_rng(0))
 
 
 def test_an_image_of_another_format_is_corrupt():
     buffer = io.BytesIO()
     ramp(8, 8).save(buffer, "PNG")
-    with pytest.raises(CorruptBytes, match="cannot be opened"):
+    with pytest.raises(BadImage, match="does not decode"):
         augment(buffer.getvalue(), (8, 8), options(), np.random.default_rng(0))
 
 
 def test_a_decompression_bomb_is_corrupt_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(CorruptBytes, match="too many pixels"):
+    with pytest.raises(BadImage, match="too many pixels"):
         augment(webp(ramp(40, 40)), (8, 8), options(), np.random.default_rng(0))
 
 
@@ -133,7 +132,7 @@ def test_a_corrupt_image_is_skipped_and_counted(tmp_path):
         content[at : at + 4] = b"riff"
         path.write_bytes(content)
     sources = {"pixels": (folder, 1.0)}
-    with pytest.raises(UserError, match=r"document \d+: not readable \(an image that cannot be opened\)"):
+    with pytest.raises(UserError, match=r"document \d+: not readable \(image does not decode\)"):
         [stream_of(sources, range(1), 1, pixels_per_latent=4).next() for _ in range(40)]
     stream = stream_of(sources, range(1), 1, pixels_per_latent=4, on_error="skip", max_skip_rate=0.1)
     [stream.next() for _ in range(60)]
@@ -172,13 +171,11 @@ def test_pixels_and_their_latents_give_the_same_losses(pixel_run, codec, tokeniz
 
     kept = ShardFolder(Path(pixel_run["data"]["sources"]["pixels"]["path"]))
     documents = []
-    for shard, entry in enumerate(kept.manifest.shards):
-        for position in range(entry.num_documents):
-            document = kept.read(shard, position)
-            shown = augment(document.segments[1].data, (32, 32), options(), np.random.default_rng(0))
-            moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
-            text = document.segments[0].data
-            documents.append(stored(document.metadata, text, moments.half().numpy()))
+    for document in map(kept.read, range(len(kept))):
+        shown = augment(document.segments[1].data, (32, 32), options(), np.random.default_rng(0))
+        moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
+        text = document.segments[0].data
+        documents.append(stored(document.metadata, text, moments.half().numpy()))
     fields = {"kind": "pair", "tokenizer_sha256": tokenizer.hash, "provenance": {}}
     fields |= {"vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
     fields |= {"latent_scale": codec.scaling_factor, "latent_shift": codec.shift_factor}

@@ -18,7 +18,7 @@ from data_prep.preprocess import ShardRange, preprocess
 from data_prep.write import to_webp
 from megafusion.cli import app
 from megafusion.config import load_config, parse_config
-from megafusion.data.augment import open_image
+from megafusion.data.augment import decode_pixels
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.images.processor import preprocess_images
@@ -42,11 +42,7 @@ def inputs(raw) -> dict:
 
 def all_documents(folder):
     shards = ShardFolder(folder)
-    return [
-        shards.read(shard, position)
-        for shard, entry in enumerate(shards.manifest.shards)
-        for position in range(entry.num_documents)
-    ]
+    return [shards.read(document) for document in range(len(shards))]
 
 
 def test_each_image_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_path, codec):
@@ -117,14 +113,14 @@ def test_images_stored_as_pixels_cover_the_nearest_size(make, inputs, tmp_path):
     make(**inputs, image_storage="pixels")
     for number, document in enumerate(all_documents(tmp_path / "out/pairs")):
         height, width = PIXELS[NEAREST[number % len(ASPECTS)]]
-        stored = open_image(document.segments[1].data)
+        stored = decode_pixels(document.segments[1].data)
         given = ASPECTS[number % len(ASPECTS)]
         assert stored.width >= min(width, given[0])
         assert stored.height >= min(height, given[1])
         assert stored.width <= width + 1 or stored.height <= height + 1 or stored.size == given
     # A square size is covered by the shorter side.
-    assert open_image(to_webp(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
-    assert open_image(to_webp(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
+    assert decode_pixels(to_webp(Image.new("RGB", (90, 60)), 32, 32)).size == (48, 32)
+    assert decode_pixels(to_webp(Image.new("RGB", (20, 90)), 32, 32)).size == (20, 90)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from PIL import Image
 from megafusion.commands.generate import parse_size
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
+from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.images.processor import nearest_size_of
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from tests.support.generation import (
     CAPTIONS,
@@ -190,10 +190,16 @@ def test_the_model_chooses_a_size_by_its_boi(pipeline):
 
 def test_images_are_read_at_the_nearest_size(pipeline):
     images = [drawing(0, (40, 40)), drawing(1, (100, 60)), drawing(2, (10, 33)), drawing(3, (60, 100))]
-    assert [nearest_size_of(image, PIXELS) for image in images] == [0, 1, 2, 0]
     turned = Image.new("RGB", (60, 20))
     turned.getexif()[0x0112] = 6  # a quarter turn: shown, it is upright
-    assert nearest_size_of(turned, PIXELS) == 2
+    rubbish = drawing(3, (60, 100))
+    rubbish.info["exif"] = b"Exif\0\0rubbish"
+    generation = Generation(
+        pipeline.model, pipeline.tokenizer, pipeline.codec, [["x"]], pipeline.config.sampling, 0, 1
+    )
+    shown = [*images, turned, rubbish]
+    sizes = [generation._document([image]).images[0].size for image in shown]
+    assert sizes == [0, 1, 2, 0, 2, 0]
     assert pipeline.codec.encode_images(images[1:2], PIXELS[1]).shape == (1, 4, 6, 10)
     assert pipeline.describe(images) == [pipeline.describe([image])[0] for image in images]
 

@@ -55,9 +55,11 @@ RENAMED = {
 }
 
 
-@pytest.fixture(params=["linear", "unet"])
+@pytest.fixture(
+    params=[{"tie_embeddings": True}, {"adapter": "unet", "unet_channels": 4}], ids=["tied", "unet"]
+)
 def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
-    return make_pipeline(run_config, tokenizer, codec, num_steps=5, adapter=request.param, unet_channels=4)
+    return make_pipeline(run_config, tokenizer, codec, num_steps=5, **request.param)
 
 
 def test_a_saved_pipeline_loads_and_draws_the_same(pipeline, tmp_path):

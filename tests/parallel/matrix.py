@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -42,6 +42,8 @@ class Case:
     parallel: dict
     adapter: str = "linear"
     train: dict = field(default_factory=dict)
+    recipe: dict[str, dict] = field(default_factory=dict)
+    """Options by section that one device has, too."""
 
     @property
     def is_exact(self) -> bool:
@@ -60,8 +62,18 @@ class Case:
         rows = 4 if self.adapter == "unet" else 8
         values["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": rows, "micro_batch_size": 2}
         values["train"] |= self.train
+        for section, options in self.recipe.items():
+            values[section] = values.get(section, {}) | options
         return values | {"parallel": self.parallel}
 
+
+TEXT_MODEL = {
+    "head_dim": 8,
+    "attention_bias": True,
+    "qk_norm": True,
+    "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64},
+}
+"""What the text models of hub/ need and the defaults have not: in all cases with a linear adapter."""
 
 TOPOLOGIES = {
     "dp2": (2, {}),
@@ -84,6 +96,19 @@ MIXED = {
     "tp4": (4, {"tensor": 4}),
     "pp4": (4, {"pipeline": 4}),
 }
+
+RECIPES = {
+    "tp2-sp": TOPOLOGIES["tp2-sp"],
+    "pp2": TOPOLOGIES["pp2"],
+    "ulysses2": TOPOLOGIES["ulysses2"],
+    "dp2-zero1": (2, {"zero_stage": 1}),
+    "dp2-zero3": (2, {"zero_stage": 3}),
+    "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+}
+"""Topologies of every recipe that is not the paper's."""
+
+FLOW = {"velocity": ["pp2"], "epsilon": ["ulysses2", "tp2-pp2"], "sample": list(RECIPES)}
+"""Topologies by prediction of rectified flow; sample has a weight of its own for every image's loss."""
 
 
 def make_cases() -> list[Case]:
@@ -114,10 +139,14 @@ def make_cases() -> list[Case]:
         world, degrees = TOPOLOGIES[name]
         cases.append(Case(f"{name}-bf16", world, degrees, train=bf16))
     cases += [Case(f"dp2-zero{stage}-bf16", 2, {"zero_stage": stage}, train=bf16) for stage in (2, 3)]
+    cases += [Case("one-bf16", 1, {}, train=bf16), Case("pp2-unet-bf16", 2, {"pipeline": 2}, "unet", bf16)]
+    for prediction, names in FLOW.items():
+        recipe = {"objective": {"noise_process": {"kind": "flow", "prediction_type": prediction}}}
+        cases += [Case(f"{name}-flow-{prediction}", *RECIPES[name], recipe=recipe) for name in names]
     return [
-        *cases,
-        Case("one-bf16", 1, {}, train=bf16),
-        Case("pp2-unet-bf16", 2, {"pipeline": 2}, "unet", bf16),
+        case if case.adapter == "unet" else replace(case, recipe=case.recipe | {"model": model})
+        for case in cases
+        for model in [TEXT_MODEL | {"tie_embeddings": "pipeline" not in case.parallel}]
     ]
 
 
@@ -148,21 +177,22 @@ class Result:
 
 
 class OneDevice:
-    """The plain model's steps, computed once for each adapter."""
+    """The plain model's steps, computed once for each adapter and recipe."""
 
     def __init__(self, shards: Path, vae: Path, out: Path):
         self.paths, self.outcomes = (shards, vae, out), {}
 
-    def of(self, adapter: str) -> Outcome:
+    def of(self, case: Case) -> Outcome:
         """The outcome that every topology must reproduce."""
-        if adapter not in self.outcomes:
-            values = Case("plain", 1, {}, adapter).values(*self.paths)
-            (self.outcomes[adapter],) = run_workers(plain_steps, 1, values, NUM_STEPS)
-        return self.outcomes[adapter]
+        key = (case.adapter, json.dumps(case.recipe))
+        if key not in self.outcomes:
+            values = Case("plain", 1, {}, case.adapter, recipe=case.recipe).values(*self.paths)
+            (self.outcomes[key],) = run_workers(plain_steps, 1, values, NUM_STEPS)
+        return self.outcomes[key]
 
     def compare(self, case: Case) -> Result:
         """Run a case and measure its errors against one device."""
-        plain, begin = self.of(case.adapter), time.monotonic()
+        plain, begin = self.of(case), time.monotonic()
         outcomes = run_workers(parallel_steps, case.world, case.values(*self.paths), NUM_STEPS, timeout=240)
         seconds = time.monotonic() - begin
         loss = max(loss_error(outcome, plain) for outcome in outcomes)

@@ -69,6 +69,11 @@ def test_coordinates_are_those_of_deepspeed():
             r"global_batch_size 4 is not a multiple of train\.micro_batch_size 2 x 8 data-parallel ranks",
         ),
         ({"parallel": {"tensor": 2}, "model": {"vocab_size": 60}}, 2, r"vocab_size 60 is too small"),
+        (
+            {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}},
+            2,
+            r"model\.tie_embeddings: .* different stages of parallel\.pipeline 2; set it to false",
+        ),
         ({"parallel": {"sequence": True}}, 2, r"sequence is a form of tensor parallelism"),
         ({"parallel": {"pipeline": 2, "zero_stage": 3}}, 2, r"zero_stage 3 does not work with pipeline 2"),
         ({"parallel": {"zero_stage": 0}, "train": {"precision": "bf16"}}, 1, r"bf16 needs float32 masters"),

@@ -4,8 +4,10 @@ import io
 import multiprocessing
 import os
 import signal
+import struct
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,27 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def png_with(name: bytes, content: bytes, image: Image.Image) -> bytes:
+    """A PNG with a chunk behind its header."""
+    plain, body = encoded(image), name + content
+    return (
+        plain[:33] + struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body)) + plain[33:]
+    )
+
+
+def strange_images() -> dict[str, bytes]:
+    """Valid images of 40 x 40, of one color, whose metadata or numbers Pillow refuses or clips."""
+    lime, text = Image.new("RGB", (40, 40), "lime"), zlib.compress(b"x" * 3_000_000)
+    black = Image.fromarray(np.zeros((40, 40), np.uint16))
+    return {
+        "3 MB of text": png_with(b"zTXt", b"k\0\0" + text, lime),
+        "rubbish EXIF": png_with(b"eXIf", b"rubbish", lime),
+        "rubbish EXIF in WebP": encoded(lime, "WEBP", lossless=True, exif=b"Exif\0\0rubbish"),
+        "float TIFF": encoded(Image.fromarray(np.full((40, 40), 0.5, np.float32)), "TIFF"),
+        "transparent 16-bit grey": png_with(b"tRNS", b"\0\0", black),
+    }
 
 
 def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:

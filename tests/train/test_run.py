@@ -408,6 +408,18 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(run_values, tmp_path):
     assert_same_course(alone, resumed)
 
 
+def test_a_flow_model_is_trained_published_and_drawn_from(run_values):
+    run_values["objective"] = {"noise_process": {"kind": "flow", "prediction_type": "sample"}}
+    run_values["sampling"] = {"num_inference_steps": 3, "max_new_tokens": 2}
+    with pytest.raises(UserError, match=r"sampling\.sampler dpm\+\+ does not sample .*kind flow"):
+        start(run_values, sampling={"sampler": "dpm++"})
+    run = start(run_values)
+    assert losses(run)[-1][2] > 0
+    pipeline = TransfusionPipeline.from_pretrained(run / "pipeline")
+    (image,) = pipeline.draw(["red apple"])
+    assert np.asarray(image).std() > 0
+
+
 def test_the_model_is_published_from_host_memory(run_values, monkeypatch):
     """A device that training fills has no room for a second, whole model."""
     monkeypatch.setattr(TransfusionPipeline, "to", lambda *_: pytest.fail("moved to a device"))

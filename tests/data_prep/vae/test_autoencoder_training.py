@@ -21,6 +21,7 @@ from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
 from megafusion.images.processor import preprocess_images
+from tests.support.raw import strange_images
 from tests.support.tars import add_members
 
 ROOT = Path(__file__).parents[3]
@@ -262,6 +263,19 @@ def test_a_training_reads_no_output_of_its_own_and_replaces_none_unasked(config,
         train_autoencoder(config(**values))
     again = train_autoencoder(config(**values, overwrite=True))
     assert again | {"seconds": 0} == report | {"seconds": 0, "ignored": {"folder of outputs": 1}}
+
+
+def test_strange_images_are_read_as_in_preprocessing(tmp_path):
+    images = strange_images()
+    shard = write_shard(
+        tmp_path / "strange.tar", {str(i): content for i, content in enumerate(images.values())}
+    )
+    config = ImageDataConfig(images=(shard,), image_size=8, held_out_fraction=0.999999)
+    keys, pixels = held_out_images(config, find_images(config).splits)
+    assert len(keys) == len(images)
+    green = pixels[:, :, 4, 4]
+    expected = torch.tensor([[-1, 1, -1]] * 3 + [[0, 0, 0], [1, 1, 1]])
+    torch.testing.assert_close(green, expected.float(), atol=0.01, rtol=0)
 
 
 def test_other_bad_input_is_refused(config):
