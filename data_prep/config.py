@@ -85,10 +85,10 @@ class PreprocessConfig(Config):
     vae: Path
     """diffusers AutoencoderKL folder."""
     images: tuple[Path, ...] = ()
-    """Captioned images: webdataset tars with an image and a .txt caption per key (img2dataset's output),
-    parquet files, folders of these or of images with .txt files beside them."""
+    """Captioned images: webdataset tars with an image and a .txt caption per key, parquet files, images with
+    .txt files beside them, folders of these, or patterns of paths."""
     keys: Path | None = None
-    """File of the keys of images to keep, one per line; all by default."""
+    """UTF-8 file of the keys of images to keep, one per line; all by default."""
     image_sizes: tuple[tuple[Pixels, Pixels], ...] = Field(((64, 64),), min_length=1)
     """Heights and widths in pixels. Each image goes to the size whose aspect ratio is nearest to its own, is
     resized to cover it and cropped about the centre. For images stored as pixels this only says how large: a
@@ -97,11 +97,11 @@ class PreprocessConfig(Config):
     """latents: encoded once, now. pixels: stored as WebP, resized to cover one of image_sizes, and encoded
     whenever a run reads them; it may then crop and flip them."""
     texts: tuple[Path, ...] = ()
-    """Text files, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document per line."""
+    """Parquet, JSON Lines, text files in UTF-8 with one document per line, folders of these, or patterns."""
     documents: tuple[Path, ...] = ()
-    """Files of interleaved documents, or folders of them. OBELICS: .jsonl or .parquet with two lists of equal
-    length, `texts` and `images`; each index holds a text, an image, or both in this order, the other null.
-    MMC4: .jsonl with `text_list` and `image_info`."""
+    """Files of interleaved documents, folders of them, or patterns. OBELICS: JSON Lines or parquet with two
+    lists of equal length, `texts` and `images`; each index holds a text, an image, or both in this order, the
+    other null. MMC4: JSON Lines with `text_list` and `image_info`."""
     document_images: Path | None = None
     """Tar or folder of the images that documents name; parquet may hold their bytes itself."""
     text_column: str = "text"
