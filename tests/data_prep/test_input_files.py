@@ -42,11 +42,7 @@ def report(out: Path) -> dict:
 
 def keys_in(folder: Path) -> list[str]:
     shards = ShardFolder(folder)
-    return [
-        shards.read(s, i).metadata["key"]
-        for s, entry in enumerate(shards.manifest.shards)
-        for i in range(entry.num_documents)
-    ]
+    return [shards.read(number).metadata["key"] for number in range(len(shards))]
 
 
 def forms_of(kind: str, *paths: Path, **options) -> dict[str, str]:
@@ -126,7 +122,7 @@ def test_a_dataset_as_it_is_downloaded_holds_its_documents_alone(make, tmp_path,
         (folder / name).write_bytes(b'{"features": "\x00"}\nline\nline\n')
     make(texts=(folder,))
     shards = ShardFolder(tmp_path / "out/text")
-    found = [shards.read(0, number) for number in range(len(shards))]
+    found = [shards.read(number) for number in range(len(shards))]
     assert [tokenizer.decode(document.segments[0].data) for document in found] == ["three", "one", "two"]
     assert [Path(document.metadata["file"]).name for document in found] == [
         "more.ndjson",
@@ -298,7 +294,7 @@ def test_invisible_characters_are_no_caption(make, tmp_path, tokenizer):
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbfred apple\r\n")
     (folder / "b.txt").write_text("\u200b")
     make(images=(folder,), on_error="skip")
-    document = ShardFolder(tmp_path / "out/pairs").read(0, 0)
+    document = ShardFolder(tmp_path / "out/pairs").read(0)
     assert document.metadata["caption"] == "red apple"
     assert document.segments[0].data.tolist() == tokenizer.encode("red apple")
     assert report(tmp_path / "out/pairs")["bad"] == {"empty caption": 1}
@@ -310,7 +306,7 @@ def test_invisible_characters_are_no_text(make, tmp_path, tokenizer):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     make(texts=(tmp_path / "t.jsonl",), documents=(tmp_path / "d.parquet",))
     for kind, text in (("text", "one two"), ("interleaved", "a")):
-        (segment,) = ShardFolder(tmp_path / "out" / kind).read(0, 0).segments
+        (segment,) = ShardFolder(tmp_path / "out" / kind).read(0).segments
         assert segment.data.tolist() == tokenizer.encode(text)
     assert report(tmp_path / "out/text")["dropped"] == {"empty text": 1}
 
