@@ -1,5 +1,6 @@
 """Folders of images with a .txt caption, and perhaps a .json of scores, beside each."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,12 +56,16 @@ class ImageFolderReader:
 
 def group_images(images: Sequence[Path]) -> list[ImageFiles]:
     """Each image with the caption and the scores beside it, whose suffixes may be of any case."""
+    split = os.path.splitext
     beside: dict[tuple[str, str], Path] = {}
     for folder in {image.parent for image in images}:
-        for path in sorted(folder.iterdir()):  # of two, .txt comes after .TXT
-            if (suffix := path.suffix.lower()) in SIDECAR_SUFFIXES and path.is_file():
-                beside[str(path.with_suffix("")), suffix] = path
-    keys = [str(image.with_suffix("")) for image in images]
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):  # of two, .txt comes after .TXT
+                suffix = split(entry.name)[1].lower()
+                if suffix in SIDECAR_SUFFIXES and entry.is_file():
+                    path = folder / entry.name
+                    beside[split(path)[0], suffix] = path
+    keys = [split(image)[0] for image in images]
     counts = Counter(keys)
     return [
         ImageFiles(
