@@ -12,7 +12,14 @@ from pyarrow import parquet
 from data_prep.config import PreprocessConfig
 from data_prep.readers.files import FORMS, Form, expand, form_of, walk
 from data_prep.readers.image_folder import SIDECAR_SUFFIXES, ImageFiles, ImageFolderReader, group_images
-from data_prep.readers.interleaved import SENTENCES, TEXTS, JsonlDocuments, NamedImages, ParquetDocuments
+from data_prep.readers.interleaved import (
+    EDIT,
+    SENTENCES,
+    TEXTS,
+    JsonlDocuments,
+    NamedImages,
+    ParquetDocuments,
+)
 from data_prep.readers.jsonl import JsonlReader, TextReader, byte_ranges
 from data_prep.readers.parquet import ParquetPairs, ParquetTexts, row_group_ranges
 from data_prep.readers.records import Reader
@@ -61,7 +68,7 @@ class Inputs:
         self.ignored: Counter[str] = Counter()
         """Files and folders in the inputs' folders that are not read, by reason or suffix."""
         self._kind, self._image_column = kind, image_column
-        self._keys = {"pair": (), "text": (text_column,), "interleaved": (TEXTS, SENTENCES)}[kind]
+        self._keys = {"pair": (), "text": (text_column,), "interleaved": (TEXTS, SENTENCES, EDIT[1])}[kind]
         self._own = {os.path.realpath(path) for path in own}
         self._seen: dict[str, Path] = {}
         for source in paths:
