@@ -101,9 +101,9 @@ class PreprocessConfig(Config):
     documents: tuple[Path, ...] = ()
     """Files of interleaved documents, folders of them, or patterns. OBELICS: JSON Lines or parquet with two
     lists of equal length, `texts` and `images`; each index holds a text, an image, or both in this order, the
-    other null. A third list, `given`, is true for images that are conditions: clean, and without a loss. Edits:
-    JSON Lines or parquet with `source` (an image, given), `instruction` and `target`. MMC4: JSON Lines with
-    `text_list` and `image_info`."""
+    other null. A third list, `given`, is true for images that are conditions: clean, and without a loss.
+    Edits: JSON Lines or parquet with `source` (an image, given), `instruction` and `target`. MMC4: JSON Lines
+    with `text_list` and `image_info`."""
     document_images: Path | None = None
     """Tar or folder of the images that documents name; parquet may hold their bytes itself."""
     text_column: str = "text"

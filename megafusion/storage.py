@@ -32,7 +32,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8, from byte {error.start} on; save it as UTF-8") from error
+        raise UserError(f"{path}: is not UTF-8 from byte {error.start} on; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -205,7 +205,7 @@ def test_a_side_file_has_one_key_per_line(tmp_path_factory, keys, mark, newline,
 def test_a_side_file_of_another_encoding_is_refused_in_a_sentence(tmp_path_factory, text, encoding):
     path = tmp_path_factory.mktemp("side") / "keys.txt"
     path.write_bytes(content := f"é{text}".encode(encoding, "ignore") + b"\xff")
-    with pytest.raises(UserError, match=r"keys\.txt: not UTF-8, from byte \d+ on; save it as UTF-8"):
+    with pytest.raises(UserError, match=r"keys\.txt: is not UTF-8 from byte \d+ on; save it as UTF-8"):
         read_lines(path)
     assert content
 
@@ -217,7 +217,7 @@ def test_keys_with_spaces_and_of_tars_packed_from_a_folder_are_found(make, tmp_p
     make(images=(path,), keys=tmp_path / "keys.txt")
     assert keys_in(tmp_path / "out/pairs") == ["./red apple", "./b"]
     (tmp_path / "keys.txt").write_bytes("café\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"keys\.txt: not UTF-8, from byte 3 on"):
+    with pytest.raises(UserError, match=r"keys\.txt: is not UTF-8 from byte 3 on"):
         make(images=(path,), keys=tmp_path / "keys.txt", out=tmp_path / "other")
 
 
