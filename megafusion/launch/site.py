@@ -12,7 +12,7 @@ from pathlib import Path
 from megafusion.errors import UserError
 from megafusion.processes import RANK_VARIABLES
 from megafusion.resilience.exit_status import exit_on_user_error
-from megafusion.storage import expand_path
+from megafusion.storage import expand_path, read_text
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"
 
@@ -52,12 +52,8 @@ class Site:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in SITES.glob("*.env")))
             raise UserError(f"{path}: no such site file; there are {known}: copy example.env and fill it in")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
         options, environment = {}, {}
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             if not (pair := _pair(line, f"{path}:{number}")):
                 continue
             key, value = pair
