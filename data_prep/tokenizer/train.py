@@ -9,8 +9,7 @@ import typer
 
 from data_prep.images import decode_caption
 from data_prep.readers.webdataset import tar_pairs
-from megafusion.errors import UserError
-from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.errors import UserError, exit_on_user_error
 from megafusion.storage import read_lines, write_file
 
 VOCABULARY_SIZE = 2046

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from megafusion.checkpoint.chunks import Chunks
+from megafusion.checkpoint.chunks import ChunkLoadPlanner, Chunks
 from megafusion.checkpoint.folder import KINDS
-from megafusion.checkpoint.planners import ChunkLoadPlanner
 from megafusion.checkpoint.tensor_list import read_shapes, read_tensor_list
 from megafusion.errors import UserError
 from megafusion.parallel.sharding import shard_spec_of

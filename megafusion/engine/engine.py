@@ -28,8 +28,7 @@ from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage
 from megafusion.resilience.config import ResilienceConfig
-from megafusion.resilience.consensus import StepConsensus
-from megafusion.resilience.spikes import SpikeDetector
+from megafusion.resilience.consensus import SpikeDetector, StepConsensus
 from megafusion.sequence.packing import PackedBatch, SequenceShape, with_counts
 
 

@@ -9,9 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megafusion.errors import UserError
+from megafusion.errors import UserError, exit_on_user_error
 from megafusion.processes import RANK_VARIABLES
-from megafusion.resilience.exit_status import exit_on_user_error
 from megafusion.storage import expand_path, read_text
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"

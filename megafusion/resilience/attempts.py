@@ -14,8 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megafusion.errors import UserError, refuse_os_errors
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.errors import ExitStatus, UserError, refuse_os_errors
 from megafusion.storage import write_file
 
 ATTEMPTS, STEP = "starts.json", "step"

@@ -1,9 +1,8 @@
 """Counts of skipped steps, and the decision to roll back to a checkpoint."""
 
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.resilience.config import ResilienceConfig
 from megafusion.resilience.consensus import StepConsensus
-from megafusion.resilience.exit_status import ExitStatus
 
 
 class Rollback:

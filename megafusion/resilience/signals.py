@@ -5,8 +5,8 @@ import signal
 import threading
 from types import FrameType
 
+from megafusion.errors import ExitStatus
 from megafusion.processes import STOP_SIGNALS
-from megafusion.resilience.exit_status import ExitStatus
 
 MESSAGE = b"\nmegafusion: saves a checkpoint after this step and exits; Ctrl-C again exits now, without one\n"
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.errors import ExitStatus
 from megafusion.resilience.watchdog.failures import format_ranks
 from megafusion.resilience.watchdog.heartbeat import Heartbeat, LocalState
 from megafusion.resilience.watchdog.peers import Peers, StoreUnavailable, call_with_timeout
