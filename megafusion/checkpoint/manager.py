@@ -98,8 +98,7 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait for the running save. Called by every rank.
 
-        Raises SaveFailed on every rank, naming the folder and the rank, if the save failed; its partial
-        checkpoint is then deleted.
+        Raises SaveFailed on every rank if it failed; its partial checkpoint is then deleted.
         """
         saving, self._saving = self._saving, None
         with raise_on_all_ranks(self._group):

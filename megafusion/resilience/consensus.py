@@ -31,8 +31,7 @@ would be a spike."""
 class SpikeDetector:
     """The latest losses of steps that were not skipped, and whether the next one is a spike.
 
-    Every rank keeps the same losses, and checkpoints hold them, so a resumed run decides as an uninterrupted
-    one.
+    Checkpoints hold the losses, so a resumed run decides as an uninterrupted one.
     """
 
     def __init__(self, config: ResilienceConfig):

@@ -12,8 +12,7 @@ MESSAGE = b"\nmegafusion: saves a checkpoint after this step and exits; Ctrl-C a
 
 
 class StopSignals:
-    """Records that this process was asked to stop. The step continues; all ranks agree on the stop at its
-    end.
+    """Records that this process was asked to stop. All ranks agree on the stop at the end of the step.
 
     Further signals have no effect, because queues repeat them; but a second SIGINT raises KeyboardInterrupt.
     Until `begin` there is nothing to save, so the process exits at once with RETRY.

@@ -120,9 +120,5 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
 
 def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
     """A pipeline of a run's model, with weights not loaded yet."""
-    pipeline_config = PipelineConfig(
-        model=config.model,
-        objective=config.objective,
-        sampling=config.sampling,
-    )
+    pipeline_config = PipelineConfig(model=config.model, objective=config.objective, sampling=config.sampling)
     return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)

@@ -166,10 +166,7 @@ class Run:
         self._attempts.end(self.outcome)
 
     def _check(self) -> tuple[list[str], bool]:
-        """Refuse what does not fit together, claim the run folder, test the devices.
-
-        Returns the ranks' hosts, and whether a rank was asked to stop meanwhile.
-        """
+        """Refuse what does not fit together, claim the run folder, test the devices; see `self_test`."""
         config = self._config
         with raise_on_all_ranks():
             self._mesh = make_mesh(config.parallel)
