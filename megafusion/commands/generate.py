@@ -31,13 +31,18 @@ def generate(
     interleave: Annotated[
         list[str] | None,
         typer.Option(
-            help="Part of one interleaved prompt, in order: a text, or @PATH for an image. "
-            "The model answers with text, images or both.",
+            help="Part of one interleaved prompt, in order: a text, or @PATH for an image (@@TEXT for a "
+            "text that begins with @). The model answers with text, images or both.",
             metavar="PART",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images and captions.txt.")] = Path("generated"),
-    seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0)] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier call in --out.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0, max=2**63 - 1)
+    ] = 0,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
@@ -69,15 +74,22 @@ def generate(
         raise UserError("--size is for drawn images, and none is drawn: give --prompt or --interleave")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
+    captions = out / "captions.txt"
+    drawn_paths = [out / f"{number}-{_slug(text)}.png" for number, text in enumerate(prompts)]
+    answers = out.glob("answer-*.png") if parts else ()
+    if not overwrite and (old := [path for path in (captions, *drawn_paths, *answers) if path.exists()]):
+        raise UserError(
+            f"{old[0]}: of an earlier call; choose another --out, or add --overwrite to replace it"
+        )
     images = [open_image(path) for path in paths]
-    mixed: list[Part] = [open_image(Path(part[1:])) if part.startswith("@") else part for part in parts]
+    mixed = [_parse_part(part) for part in parts]
 
     from megafusion.device import default_device
 
+    from megafusion import TransfusionPipeline
     from megafusion.progress import progress_bar
-    from megafusion.train.open_model import open_pipeline
 
-    pipeline = open_pipeline(checkpoint).to(default_device())
+    pipeline = TransfusionPipeline.from_pretrained(checkpoint).to(default_device())
     overrides = {
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
@@ -95,15 +107,15 @@ def generate(
             progress.update(task, completed=done, total=total, visible=True)
 
         options: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
-        for number, drawn in enumerate(pipeline.draw(prompts, **options)):
-            path = _save(drawn, out / f"{number}-{_slug(prompts[number])}.png")
-            lines.append(f"{path}: drawn from {prompts[number]!r}")
-        for path, caption in zip(paths, pipeline.describe(images, sampling=sampling), strict=True):
-            lines.append(f"{path}: {caption}")
-        if mixed:
-            (answer,) = pipeline([mixed], **options)
-            lines += _write_answer(answer, out)
-    write_file(out / "captions.txt", "\n".join(lines) + "\n")
+        drawn = pipeline.draw(prompts, **options)
+        described = pipeline.describe(images, sampling=sampling)
+        (answer,) = pipeline([mixed], **options) if mixed else [[]]
+    for path, image_drawn, text in zip(drawn_paths, drawn, prompts, strict=True):
+        lines.append(f"{_save(image_drawn, path)}: drawn from {text!r}")
+    lines += [f"{path}: {caption}" for path, caption in zip(paths, described, strict=True)]
+    if mixed:
+        lines += _write_answer(answer, out)
+    write_file(captions, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
@@ -113,6 +125,13 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise UserError(f"--size {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
     return int(height), int(width)
+
+
+def _parse_part(part: str) -> "Part":
+    """A part of --interleave: a text, or an image where it begins with one @."""
+    if part.startswith("@@"):
+        return part[1:]
+    return open_image(Path(part[1:])) if part.startswith("@") else part
 
 
 def open_image(path: Path) -> "Image.Image":
