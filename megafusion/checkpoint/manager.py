@@ -195,7 +195,7 @@ class CheckpointManager:
         """SaveFailed if a weight is not finite: such a checkpoint must not push out a good one."""
         for name, copy in zip(self._fragments, self._host_fragments, strict=True):
             if name.partition(".")[0] in ("model", "ema") and not torch.isfinite(copy).all():
-                way_out = "resume with a lower optimizer.learning_rate"
+                way_out = "start again with a lower optimizer.learning_rate"
                 raise SaveFailed(f"{path}: not saved: {name} contains NaN or Inf; {way_out}")
 
     def _delete_old(self) -> None:
@@ -231,7 +231,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     else:
         return
     reasons = ", ".join(f"rank {rank}: {error.strerror or error}" for rank, error in sorted(failures.items()))
+    complete = complete_checkpoints(path.parent)
+    then = f"resumes from {complete[-1].name}" if complete else "has no earlier checkpoint, and begins anew"
     raise SaveFailed(
-        f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run resumes from "
-        "the previous checkpoint"
+        f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run {then}"
     )

@@ -89,7 +89,7 @@ class CheckpointReader(FileSystemReader):
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
         except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise DamagedCheckpoint(f"{path}: damaged: {error}; {way_out()}") from error
+            raise DamagedCheckpoint(f"{path}: damaged: {error}; {way_out(self._checkpoint)}") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -17,6 +17,7 @@ from megafusion.checkpoint.folder import (
     read_manifest,
     verify_checkpoint,
 )
+from megafusion.commands.arguments import expand_paths
 from megafusion.errors import UserError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ RunOrCheckpoint = Annotated[
 
 
 @app.command()
+@expand_paths
 def show(path: RunOrCheckpoint) -> None:
     """List a run's checkpoints (step, bytes, complete or not, what saved it), or describe one.
 
@@ -57,6 +59,7 @@ def show(path: RunOrCheckpoint) -> None:
 
 
 @app.command()
+@expand_paths
 def verify(path: RunOrCheckpoint) -> None:
     """Hash every file of a checkpoint, or of all of a run's; each corrupt one is named, with exit status 2.
 
@@ -75,6 +78,7 @@ def verify(path: RunOrCheckpoint) -> None:
 
 
 @app.command()
+@expand_paths
 def export(
     path: RunOrCheckpoint,
     out: Annotated[Path, typer.Argument(help="Pipeline folder to write, for generate and from_pretrained.")],

@@ -74,25 +74,17 @@ def sample_noise(
 
     generator: the one that `sample_layout` used.
     """
-    images = tuple(_sampled(image, manifest, shape, noise_process, generator) for image in document.images)
-    return replace(document, images=images) if images else document
-
-
-def _sampled(
-    image: ImageSegment,
-    manifest: Manifest,
-    shape: SequenceShape,
-    noise_process: NoiseProcess,
-    generator: np.random.Generator,
-) -> ImageSegment:
-    size = (2, shape.latent_channels, *shape.sizes[image.size])
-    latents, noise = generator.standard_normal(size, np.float32)
-    if image.kind == "moments":
-        mean, log_variance = image.data
-        latents *= STANDARD_DEVIATIONS[log_variance.view(np.uint16)]
-        latents += mean
-        if manifest.latent_shift:
-            latents -= np.float32(manifest.latent_shift)
-        latents *= np.float32(manifest.latent_scale)
-    t = noise_process.sample_t(generator, image.max_t)
-    return ImageSegment(image.kind, image.data, image.size, image.max_t, latents, noise, t)
+    images = []
+    for image in document.images:
+        size = (2, shape.latent_channels, *shape.sizes[image.size])
+        latents, noise = generator.standard_normal(size, np.float32)
+        if image.kind == "moments":
+            mean, log_variance = image.data
+            latents *= STANDARD_DEVIATIONS[log_variance.view(np.uint16)]
+            latents += mean
+            if manifest.latent_shift:
+                latents -= np.float32(manifest.latent_shift)
+            latents *= np.float32(manifest.latent_scale)
+        t = noise_process.sample_t(generator, image.max_t)
+        images.append(replace(image, latents=latents, noise=noise, t=t))
+    return replace(document, images=tuple(images))

@@ -56,7 +56,7 @@ class StreamDocuments:
         source = self._sources[key.source]
         index = source.document_at(self._stream, key.epoch, key.order)
         generator = counter_generator(source.seed, source.number, index, key.epoch, DOCUMENT)
-        stored = source.read(index)
+        stored = source.folder.read(index)
         where = f"{source.folder.folder}, document {index}"
         source.check(stored, where)
         try:

@@ -37,13 +37,6 @@ class SequenceShape:
         factor = self.pixels_per_latent
         return tuple((height * factor, width * factor) for height, width in self.sizes)
 
-    def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
-        """Whether a document fits in a row that already holds so many positions and images."""
-        return (
-            used_length + len(document) <= self.length
-            and used_images + len(document.images) <= self.num_images
-        )
-
 
 class Inputs(NamedTuple):
     """The fields of a PackedBatch that the model reads."""
@@ -160,7 +153,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
     }
     start, slot = 0, 0
     for document in documents:
-        assert shape.fits(document, start, slot)
+        assert start + len(document) <= length
+        assert slot + len(document.images) <= slots
         here = slice(start, start + len(document))
         row["tokens"][here] = document.tokens
         row["labels"][here] = document.labels

@@ -32,7 +32,6 @@ class Metrics:
         silent: bool,
     ):
         self._config, self._folder, self._silent = config, folder, silent
-        self._num_steps, self._first_step = num_steps, first_step
         self._stops_on_write_error = stops_on_write_error
         self.progress = progress_bar(disable=silent)
         self._task = self.progress.add_task("training", total=num_steps, completed=first_step, losses="")
@@ -70,9 +69,6 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
-        if self._first_step:
-            state = "is finished" if self._first_step >= self._num_steps else "resumes"
-            self.say(f"{self._folder}: {state} after step {self._first_step}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -175,11 +175,12 @@ class Run:
             self._components = build_components(config, self._mesh)
             self._loader = self._components.loader
             if self._is_rank0:
-                changed = freeze(config)
+                parts = self._components
+                changed = freeze(config, parts.tokenizer.hash, parts.codec.hash)
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
-                for sentence in describe_changes(config, changed, step):
+                for sentence in [*config.warnings(), *describe_changes(config, changed, step)]:
                     _say(sentence)
         self._watchdog.beat(0, "self-test")
         return self_test(config.out, local_device(), self._signals.requested)
@@ -245,6 +246,8 @@ class Run:
         for output in (self._manager, self._loader, self._metrics):
             self._outputs.enter_context(output)
         self._checkpoints.say = self._metrics.say
+        if self.step:
+            self._metrics.say(f"{config.out}: {self._standing()}")
         if dist.get_world_size() > 1:
             self._metrics.say(self._layout())
 
@@ -296,6 +299,16 @@ class Run:
         folder = self._config.out / "pipeline"
         sampler.pipeline(complete_checkpoints(self._folder)[-1]).save_pretrained(folder)
         self._metrics.say(f"{folder}: the model; megafusion generate {self._config.out}")
+
+    def _standing(self) -> str:
+        """Where a resumed run stands."""
+        if self.step >= self._config.train.num_steps:
+            return f"is finished after step {self.step}; a larger train.num_steps makes it longer"
+        if self.step >= self._last_step:
+            return (
+                f"is at step {self.step}, so --stop-after {self._last_step} trains nothing; name a later step"
+            )
+        return f"resumes after step {self.step}"
 
     def _layout(self) -> str:
         """The ranks along each axis, and the bytes of state on rank 0."""

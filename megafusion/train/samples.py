@@ -29,7 +29,7 @@ def sample_pairs(sources: dict[str, Source], pipeline: TransfusionPipeline, num_
     """Pairs to draw and describe, of the first source that has any."""
     source = next(s for s in sources.values() if s.folder.manifest.kind == "pair")
     size = len(source.folder)
-    chosen = [source.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
+    chosen = [source.folder.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
     return SamplePairs(
         captions=[document.metadata["caption"] for document in chosen],
         images=decode(first_images(chosen), pipeline.codec, pipeline.sizes),

@@ -23,8 +23,7 @@ from tests.support.small import ROOT
 
 def documents(folder) -> list:
     shards = ShardFolder(folder)
-    positions = [(s, i) for s, entry in enumerate(shards.manifest.shards) for i in range(entry.num_documents)]
-    return [shards.read(*position) for position in positions]
+    return [shards.read(document) for document in range(len(shards))]
 
 
 def texts(folder, tokenizer) -> list[list[str | None]]:
