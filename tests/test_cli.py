@@ -216,7 +216,7 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     assert "sampler euler does not sample" in text
     status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "eular")
     assert status == 2
-    assert "--sampler: Input should be 'ddim', 'dpm++', 'euler' or 'heun' (got 'eular')" in text
+    assert "'sampler': Input should be 'ddim', 'dpm++', 'euler' or 'heun' (got 'eular')" in text
     assert TransfusionPipeline.from_pretrained(run_values["out"]).sizes == [(32, 32)]
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from megafusion.errors import UserError
 from megafusion.storage import write_file
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from megafusion.generate.pipeline import Part
-    from megafusion.objective.config import SamplingConfig
 
 
 def generate(
@@ -90,12 +88,13 @@ def generate(
     from megafusion.progress import progress_bar
 
     pipeline = TransfusionPipeline.from_pretrained(checkpoint).to(default_device())
-    overrides = {
+    options = {
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
         "sampler": sampler,
     }
-    sampling = _sampling(pipeline.config.sampling, overrides)
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling = pipeline.config.sampling.model_copy(update=given)
     height_and_width = parse_size(size) if size else None
     if height_and_width:
         pipeline.size_index(height_and_width)
@@ -106,10 +105,10 @@ def generate(
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        options: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
-        drawn = pipeline.draw(prompts, **options)
+        call: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
+        drawn = pipeline.draw(prompts, **call)
         described = pipeline.describe(images, sampling=sampling)
-        (answer,) = pipeline([mixed], **options) if mixed else [[]]
+        (answer,) = pipeline([mixed], **call) if mixed else [[]]
     for path, image_drawn, text in zip(drawn_paths, drawn, prompts, strict=True):
         lines.append(f"{_save(image_drawn, path)}: drawn from {text!r}")
     lines += [f"{path}: {caption}" for path, caption in zip(paths, described, strict=True)]
@@ -144,16 +143,6 @@ def open_image(path: Path) -> "Image.Image":
         raise UserError(f"{path}: no such image") from error
     except (OSError, BadImage) as error:
         raise UserError(f"{path}: not an image that can be used ({error})") from error
-
-
-def _sampling(defaults: "SamplingConfig", overrides: dict[str, Any]) -> "SamplingConfig":
-    given = {key: value for key, value in overrides.items() if value is not None}
-    try:
-        return type(defaults).model_validate({**defaults.model_dump(), **given})
-    except ValidationError as error:
-        detail = error.errors()[0]
-        option = str(detail["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option}: {detail['msg']} (got {detail['input']!r})") from error
 
 
 def _write_answer(answer: "Sequence[Part]", out: Path) -> list[str]:

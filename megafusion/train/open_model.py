@@ -1,5 +1,6 @@
 """Opening the model of a run or a checkpoint. Imports torch."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from megafusion.train.run_folder import load_run_config
 
 def open_run(path: Path) -> TransfusionPipeline | None:
     """Open the newest checkpoint of a run folder, or one checkpoint; None for any other path."""
-    path = path.absolute()  # its names are read, also of "."
+    path = Path(os.path.normpath(path.absolute()))  # its names are read, also those of ".."
     if (path / "config.yaml").is_file():
         path = latest_checkpoint(path)
     return open_checkpoint(path, "ema") if path.name.startswith("step-") else None
