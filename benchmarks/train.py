@@ -32,7 +32,7 @@ from megafusion.parallel import parallelize
 from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.packing import PackedBatch, collate, with_counts
 from megafusion.storage import write_file
-from megafusion.telemetry.peak_flops import peak_flops
+from megafusion.telemetry.throughput import peak_flops
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step

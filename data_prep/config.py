@@ -72,7 +72,7 @@ class PreprocessConfig(Config):
     out: Path
     """Folder for one folder of shards per kind: pairs/, text/ and interleaved/."""
     tokenizer: Path
-    """SentencePiece model."""
+    """SentencePiece model, tokenizer.json, or a folder with one of them."""
     vae: Path
     """diffusers AutoencoderKL folder."""
     images: tuple[Path, ...] = ()

@@ -98,6 +98,7 @@ class Generation:
         active = [row for row in active if left[row] > 0]
         logits = self.logits[active].clone()
         logits[:, self.tokenizer.eoi] = -torch.inf
+        logits[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # rows of a padded vocabulary
         without_images = [
             i
             for i, row in enumerate(active)

@@ -2,8 +2,12 @@
 
 import json
 import os
+import platform
 import re
+import subprocess
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
@@ -95,9 +99,7 @@ def freeze(config: RunConfig, tokenizer_hash: str, vae_hash: str) -> dict[str, l
         # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
         beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
         refuse_foreign(config.out, path.name, beside)
-        from megafusion.train.environment import environment  # imports torch, which `launch` does without
-
-        _write(config.out / "environment.json", json.dumps(environment() | hashes, indent=1) + "\n")
+        _write(config.out / "environment.json", json.dumps(_environment() | hashes, indent=1) + "\n")
         _write(path, dump_config(absolute_paths(config)))
         return {}
     _check_inputs(config, changed, hashes)
@@ -116,6 +118,36 @@ def _write(path: Path, content: str) -> None:
         raise UserError(
             f"{path.parent}: cannot be written ({error.strerror or error}); free space or choose another out="
         ) from error
+
+
+def _environment() -> dict:
+    """The environment of a run beside its configuration and data: versions, devices, git state."""
+    import torch  # `launch` does without
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    packages = ("megafusion", "torch", "deepspeed", "diffusers", "numpy", "sentencepiece", "webdataset")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
+        "world_size": dist.get_world_size(),
+        "num_threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in packages},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--short"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git about the source tree; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
 
 
 def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
