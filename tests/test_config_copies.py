@@ -34,7 +34,9 @@ def test_a_copy_within_a_copy_is_validated_and_checked_as_a_whole(run_config):
     assert run_config.model_copy() == run_config
     assert run_config.model_copy(deep=True) == copy.deepcopy(run_config) == run_config
     changed = run_config.model_copy(update={"sampling": SAMPLING})
-    assert set(changed_keys(run_config, changed)) == {"sampling.sampler", "sampling.num_inference_steps"}
+    assert set(changed_keys(run_config, changed)) == {
+        f"sampling.{key}" for key in ("sampler", "num_inference_steps", "max_new_tokens")
+    }
     with pytest.raises(UserError, match="sampling"):
         run_config.model_copy(update={"sampling": {"sampler": "eular"}})
     with pytest.raises(UserError, match=r"data\.sequence_length"):  # checked against the model's images

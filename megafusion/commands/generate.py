@@ -38,9 +38,7 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of an earlier call in --out.")
     ] = False,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0, max=2**63 - 1)
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.")] = 0,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
