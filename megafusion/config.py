@@ -52,7 +52,7 @@ class Config(BaseModel):
         except ValidationError as error:
             raise _refusal(type(self), error, type(self).__name__) from error
 
-    copy = model_copy  # type: ignore[assignment]  # pydantic's old name of it
+    copy = model_copy  # type: ignore[assignment, pydantic-field]  # its old name
 
 
 C = TypeVar("C", bound=Config)

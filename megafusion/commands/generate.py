@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,10 @@ def generate(
             metavar="PART",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images and captions.txt.")] = Path("generated"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the images and captions.txt; by default a new one, generated-N."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of an earlier call in --out.")
     ] = False,
@@ -68,6 +72,7 @@ def generate(
         raise UserError("nothing to generate: give --prompt, --image or --interleave")
     if size and not (prompts or parts):
         raise UserError("--size is for drawn images, and none is drawn: give --prompt or --interleave")
+    out = out or next(path for n in count(1) if not (path := Path(f"generated-{n}")).exists())
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
     captions = out / "captions.txt"

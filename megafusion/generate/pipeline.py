@@ -24,7 +24,7 @@ from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.sequence.tokenizer import Tokenizer
-from megafusion.storage import new_folder
+from megafusion.storage import expand_path, new_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Begin = Literal["free", "text", "image"]
@@ -76,7 +76,7 @@ class TransfusionPipeline:
 
         Nothing that a file names is run. Raises UserError for any other path.
         """
-        path = Path(path)
+        path = Path(expand_path(path))
         if (path / CONFIG).is_file():
             return cls._load(path)
         if (path / "pipeline" / CONFIG).is_file():

@@ -50,6 +50,13 @@ def test_outputs_of_an_earlier_call_are_kept_unless_told(folder, tmp_path, again
     assert contents(out) != before
 
 
+def test_every_call_without_a_folder_has_one_of_its_own(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        generate(folder, "--prompt", "x")
+    assert contents(tmp_path / "generated-1").keys() == contents(tmp_path / "generated-2").keys()
+
+
 def test_an_image_that_would_be_lost_is_named(folder, tmp_path):
     """Also where no captions.txt is beside it, as the user's own."""
     out = tmp_path / "out"
