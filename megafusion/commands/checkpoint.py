@@ -17,6 +17,7 @@ from megafusion.checkpoint.folder import (
     read_manifest,
     verify_checkpoint,
 )
+from megafusion.checkpoint.tensor_list import read_shapes
 from megafusion.commands.arguments import expand_paths
 from megafusion.errors import UserError
 
@@ -140,10 +141,7 @@ def _topology(state: dict) -> str:
 
 
 def _describe(checkpoint: Path) -> list[str]:
-    from megafusion.checkpoint.reader import CheckpointReader  # imports torch
-
-    files, state = read_manifest(checkpoint), _state(checkpoint)
-    shapes = CheckpointReader(checkpoint).shapes()
+    files, state, shapes = read_manifest(checkpoint), _state(checkpoint), read_shapes(checkpoint)
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
     for kind in KINDS:
         sizes = [prod(shape) for name, shape in shapes.items() if name.partition(".")[0] == kind]

@@ -36,10 +36,6 @@ def sample_layout(
     BadImage for pixels that do not decode.
     """
     segments = [_sized(segment, shape, config, generator) for segment in segments]
-    if given:
-        images = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
-        for index in given:
-            segments[images[index]] = replace(segments[images[index]], is_given=True)
     if manifest.kind == "pair":
         text, image = segments
         if generator.random() >= config.caption_first:
@@ -47,12 +43,15 @@ def sample_layout(
         else:
             is_after_text = True
             segments = [image] if generator.random() < config.caption_dropout else [text, image]
-    ordered = []
+    ordered: list[Segment] = []
+    num_images = 0
     for segment in segments:
-        if not isinstance(segment, ImageSegment):
+        if isinstance(segment, ImageSegment):
+            max_t = segment.max_t if is_after_text else config.image_first_max_t
+            segment = replace(segment, max_t=max_t, is_given=num_images in given)
+            num_images += 1
+        else:
             is_after_text = True
-        elif not is_after_text:
-            segment = replace(segment, max_t=config.image_first_max_t)
         ordered.append(segment)
     return ordered
 

@@ -1,4 +1,4 @@
-"""The process group of a run, and this rank's device."""
+"""The process group of a run."""
 
 import os
 from datetime import timedelta
@@ -40,10 +40,3 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
     # DeepSpeed would compile its shared-memory collectives for CPUs, which needs a compiler; gloo suffices.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
-
-
-def local_device() -> torch.device:
-    """This rank's device."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

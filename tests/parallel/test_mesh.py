@@ -2,12 +2,12 @@
 
 import pytest
 import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megafusion.config import parse_config
-from megafusion.engine.grid import make_grid
+from megafusion.engine.engine import make_topology
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig
-from megafusion.parallel.degrees import check_degrees
 from megafusion.parallel.mesh import AXES, make_mesh
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
@@ -19,7 +19,7 @@ def coordinates() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
     mesh = make_mesh(ParallelConfig(pipeline=2, ulysses=2, tensor=2))
     groups = (mesh.group("tensor"), mesh.tensor_context_group)
     tensor, tensor_context = (dist.get_process_group_ranks(group) for group in groups)
-    grid = make_grid(mesh)
+    grid = PipelineParallelGrid(make_topology(mesh))
     own = tuple(mesh.rank(axis) for axis in AXES)
     return own, tensor, tensor_context, grid.get_stage_id(), grid.get_data_parallel_id()
 
@@ -93,15 +93,7 @@ def test_what_cannot_be_is_refused(run_values, changes, world, message):
 
 
 def check(values: dict, world: int) -> None:
-    config = parse_config(RunConfig, values, "test")
-    check_degrees(
-        config.model,
-        config.parallel,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        world_size=world,
-    )
+    parse_config(RunConfig, values, "test").check_degrees(world)
 
 
 def refuse(values: dict) -> str:
