@@ -3,6 +3,7 @@
 import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 from data_prep.config import PreprocessConfig, SplitConfig
 from data_prep.images import decode_caption, open_rgb
+from data_prep.readers.interleaved import GivenImage
 from data_prep.readers.records import RawPair, Record
-from megafusion.data.document_format import AFTER_TEXT, StoredDocument
+from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
 from megafusion.data.manifest import ShardSummary
 from megafusion.data.shards import write_shard
 from megafusion.errors import UserError
@@ -75,13 +77,13 @@ class DocumentBuilder:
     def __init__(self, config: PreprocessConfig, tokenizer: Tokenizer, codec: ImageCodec | None):
         self._config, self._tokenizer, self._codec = config, tokenizer, codec
 
-    def documents(self, records: Iterator[tuple[Record, Any, str]]) -> Iterator[StoredDocument]:
-        """Documents of (record, what its reader returns, where it is)."""
+    def documents(self, records: Iterator[tuple[Record, Any, str, dict]]) -> Iterator[StoredDocument]:
+        """Documents of (record, what its reader returns, where it is, metadata of a text)."""
         batch: list[tuple[dict, list[RawSegment]]] = []
         num_images = 0
-        for record, raw, where in records:
+        for record, raw, where, origin in records:
             try:
-                parsed = self._parse(record, raw)
+                parsed = self._parse(record, raw, origin)
             except UserError as error:
                 raise UserError(f"{where}: {CHANGED} ({error}); start again") from error
             for metadata, segments in parsed:
@@ -92,19 +94,23 @@ class DocumentBuilder:
                     batch, num_images = [], 0
         yield from self._encode(batch)
 
-    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[RawSegment]]]:
+    def _parse(self, record: Record, raw: Any, origin: dict) -> list[tuple[dict, list[RawSegment]]]:
         """Metadata and segments of the documents that a record becomes; images are not encoded yet."""
         if isinstance(raw, RawPair):
             caption = decode_caption(raw.caption)
             segments = [self._tokens(caption), self._image(raw.image)]
             return [({"key": record.key, "caption": caption}, segments)]
         if isinstance(raw, str):
-            return [({"line": int(record.key)}, [self._tokens(clean_text(raw))])]
+            return [({"line": int(record.key)} | origin, [self._tokens(clean_text(raw))])]
         segments = [self._image(s) if isinstance(s, bytes) else self._tokens(s) for s in raw]
         metadata = {"key": record.key, "caption": _caption_preview(raw)}
+        given = iter([isinstance(s, GivenImage) for s in raw if isinstance(s, bytes)])
         found, has_text = [], False
         for number, part in enumerate(split_document(segments, self._config.split)):
-            after = {AFTER_TEXT: True} if has_text else {}
+            after: dict = {AFTER_TEXT: True} if has_text else {}
+            images = [s for s in part if not isinstance(s, np.ndarray)]
+            if indices := [index for index, is_given in enumerate(islice(given, len(images))) if is_given]:
+                after |= {GIVEN: indices}
             found.append((metadata | {"part": number} | after, part))
             has_text |= any(isinstance(segment, np.ndarray) for segment in part)
         return found

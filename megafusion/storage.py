@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all."""
 
 import hashlib
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +17,32 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_path(path: str | Path) -> str:
+    """The path with ~, ~user, $NAME and ${NAME} replaced. UserError if there is no such user or variable."""
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path's would drop a slash at the end
+    if missing := re.match(r"~[^/]*", expanded) or re.search(r"\$(\w+|{\w*})", expanded):
+        raise UserError(f"{path}: {missing[0]} is not known here; write the path out")
+    return expanded
+
+
+def read_text(path: Path) -> str:
+    """Text of a file that a user wrote, without a byte order mark. UserError where it is not UTF-8."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 from byte {error.start} on; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a user's file, stripped; empty ones are skipped. UserError where there are none."""
+    lines = [line for raw in read_text(path).split("\n") if (line := raw.strip())]
+    if not lines:
+        raise UserError(f"{path}: is empty")
+    return lines
 
 
 def write_file(path: Path, content: bytes | str) -> None:

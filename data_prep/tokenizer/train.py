@@ -12,11 +12,12 @@ from typing import Any
 import sentencepiece
 
 from data_prep.config import PreprocessConfig
+from data_prep.filters import plain_key, read_keys
 from data_prep.images import decode_caption
 from data_prep.plan import check_keys
 from data_prep.readers.interleaved import NamedImages
 from data_prep.readers.records import RawPair
-from data_prep.readers.splits import find_splits, open_reader
+from data_prep.readers.splits import Inputs, open_reader
 from data_prep.scan import read_records
 from data_prep.tokenizer.config import TokenizerConfig
 from megafusion.data.manifest import FOLDERS
@@ -58,14 +59,14 @@ def _lines(name: str, config: TokenizerConfig, left_out: Counter[str]) -> Iterat
     values = config.inputs[name].model_dump(exclude={"weight"})
     # Readers take their columns from it; nothing is preprocessed.
     inputs = PreprocessConfig(out=config.out, tokenizer=config.out, vae=config.out, **values)
-    keys = set(inputs.keys.read_text().split()) if inputs.keys else None
+    keys = read_keys(inputs.keys) if inputs.keys else None
     found, is_empty = set(), True
     for kind in FOLDERS:
         selected = keys if kind == "pair" else None
-        for split in find_splits(kind, inputs):
+        for split in Inputs(kind, inputs.inputs[kind], (), inputs.text_column, inputs.image_column).splits:
             reader = partial(open_reader, kind, split, inputs, _NoImages(None))
             for record, texts, error in read_records(split, reader, _texts_of, config.on_error, selected):
-                found |= {record.key} if selected else set()
+                found |= {plain_key(record.key)} if selected else set()
                 left_out.update([error.reason] if error else [])
                 lines = [line for text in texts or () for line in text.splitlines()]
                 parts = [line[i : i + MAX_LENGTH] for line in lines for i in range(0, len(line), MAX_LENGTH)]
