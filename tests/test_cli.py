@@ -218,7 +218,7 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     assert run("train", str(config), "--stop-after", "1")[0] == 0
     status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "euler")
     assert status == 2
-    assert "--sampler: Input should be 'ddim' or 'dpm++' (got 'euler')" in text
+    assert "euler does not sample objective.noise_process.kind ddpm; use ddim or dpm++" in text
     assert open_pipeline(Path(run_values["out"])).sizes == [(32, 32)]
 
 

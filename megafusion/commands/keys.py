@@ -34,7 +34,9 @@ def reference() -> str:
         "",
         "Every key of the configuration files. NAME is a name of your choice.",
         "Values after the file override it: `megafusion train configs/quickstart.yaml train.num_steps=50`.",
-        "An unknown key is refused with the nearest valid name. `megafusion keys train data.` prints a part.",
+        "Keys are text, each once; `true` and `false` alone are booleans; `yes`, `010` and `12:30` are text.",
+        "In paths, `~` and `$NAME` are expanded.",
+        "An unknown key is refused with the nearest valid ones. `megafusion keys train data.` prints a part.",
         "",
         f"Generated from the configuration classes: `{REGENERATE}`.",
     ]
