@@ -120,5 +120,10 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
 
 def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
     """A pipeline of a run's model, with weights not loaded yet."""
-    pipeline_config = PipelineConfig(model=config.model, objective=config.objective, sampling=config.sampling)
+    pipeline_config = PipelineConfig(
+        model=config.model,
+        objective=config.objective,
+        sampling=config.sampling,
+        sequence_length=config.data.sequence_length,
+    )
     return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)
