@@ -10,7 +10,7 @@ from megafusion.device import default_device
 import megafusion
 from data_prep.config import KEYS_WITHOUT_EFFECT, PreprocessConfig
 from data_prep.readers.splits import InputSplit, split_files
-from data_prep.scan import file_stat
+from data_prep.scan import SCHEMA, file_stat
 from data_prep.write import CHANGED
 from megafusion.config import dump_config
 from megafusion.data.manifest import Kind
@@ -35,7 +35,7 @@ class InputFingerprint:
         self._paths, extra_files = _input_paths(kind, config)
         files = [file for split in splits for file in split_files(split)] + extra_files
         self._stats = {str(file): list(file_stat(file)) for file in files}
-        values = [self.fields, self._config, self._stats]
+        values = [self.fields, self._config, self._stats, SCHEMA.names]
         # Tables of a partial folder are numbered by splits.
         values += [spans] if (spans := [split.span for split in splits if split.span]) else []
         self.digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

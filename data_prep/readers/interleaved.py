@@ -40,7 +40,7 @@ class ParquetDocuments(ParquetReader):
     """Reads documents of parquet, whose images are bytes, or names in a tar or folder."""
 
     def __init__(self, path: Path, named_images: "NamedImages"):
-        super().__init__(path, [TEXTS, IMAGES])
+        super().__init__(path, [(TEXTS, ""), (IMAGES, "")])
         self._named_images = named_images
 
     def read(self, record: Record) -> list[str | bytes]:
@@ -85,7 +85,7 @@ def _read_in_folder(folder: Path, name: str, missing: str) -> bytes:
 def _tar_members(path: Path) -> Iterator[tuple[str, tuple[int, int] | str]]:
     names = set()
     for name, member in tar_files(path):
-        if member is None:
+        if isinstance(member, int):
             raise UserError(f"{path}: is corrupt, or not an uncompressed tar; fetch or pack it again")
         if name in names:
             raise UserError(f"{path}: has {name!r} twice; pack it again")
