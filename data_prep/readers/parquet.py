@@ -22,18 +22,17 @@ UNREADABLE = "not readable as parquet (truncated or corrupt); fetch it again"
 class ParquetReader:
     """Base of the readers of parquet rows. A record's location: row group and row in it.
 
-    Rows are cheap to read in order. columns: each with the key of the configuration that names it, or "".
+    Rows are cheap to read in order. columns: by the key of the configuration that names each.
     """
 
-    def __init__(self, path: Path, columns: Sequence[tuple[str, str]], optional: Sequence[str] = ()):
+    def __init__(self, path: Path, columns: dict[str, str], optional: Sequence[str] = ()):
         self.path, self._file = path, open_parquet(path)
         found = self._file.schema_arrow.names
-        for column, key in columns:
+        for key, column in columns.items():
             if column not in found:
-                way_out = f"; set {key} to one of them" if key else ""
                 names = ", ".join(found)
-                raise UserError(f"{path}: has no column {column!r}; its columns are {names}{way_out}")
-        self._columns = [*(column for column, _ in columns), *(name for name in optional if name in found)]
+                raise UserError(f"{path}: has no column {column!r}; set {key} to one of its columns: {names}")
+        self._columns = [*columns.values(), *(name for name in optional if name in found)]
         for column in self._columns:
             if found.count(column) > 1:
                 raise UserError(f"{path}: has {found.count(column)} columns {column!r}; rename all but one")
@@ -134,7 +133,7 @@ class ParquetPairs(ParquetReader):
     """Reads images with captions; their scores are columns."""
 
     def __init__(self, path: Path, image_column: str, caption_column: str, scores: list[str]):
-        super().__init__(path, [(image_column, "image_column"), (caption_column, "caption_column")], scores)
+        super().__init__(path, {"image_column": image_column, "caption_column": caption_column}, scores)
         self._image_column, self._caption_column = image_column, caption_column
 
     def read(self, record: Record) -> RawPair:
@@ -150,7 +149,7 @@ class ParquetTexts(ParquetReader):
     """Reads the texts of a column."""
 
     def __init__(self, path: Path, column: str):
-        super().__init__(path, [(column, "text_column")])
+        super().__init__(path, {"text_column": column})
 
     def read(self, record: Record) -> str:
         """A text by its row; a null is an empty one. Raises BadRecord."""

@@ -1,6 +1,5 @@
-"""Reads checkpoints without trusting them: DCP pickles the list of tensors."""
+"""Reads the tensors of a checkpoint, or of another source, into chunks."""
 
-import pickle
 import warnings
 from collections.abc import Container
 from pathlib import Path
@@ -10,57 +9,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megafusion.checkpoint.chunks import Chunks
-from megafusion.checkpoint.folder import KINDS, DamagedCheckpoint, verify_checkpoint, way_out
+from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.planners import ChunkLoadPlanner
+from megafusion.checkpoint.tensor_list import read_shapes, read_tensor_list
 from megafusion.errors import UserError
 from megafusion.parallel.sharding import shard_spec_of
-
-# Every class in the list of tensors. The tensors themselves are loaded with weights_only.
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "_MEM_FORMAT_ENCODING",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-        )
-    ),
-}
-
-
-def _member(owner: type, name: str) -> object:
-    """A member of an enumeration: Python up to 3.11.3 pickles it as an attribute of its class."""
-    if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
-        raise pickle.UnpicklingError(f"it names an attribute of {owner!r}")
-    return owner[name]
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("builtins", "getattr"):
-            return _member
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint holds")
 
 
 class TensorSource(Protocol):
@@ -83,23 +39,14 @@ class CheckpointReader(FileSystemReader):
         return str(self._checkpoint)
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """The list of tensors. DamagedCheckpoint naming the file if it is corrupt or holds anything else."""
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _Unpickler(file).load()
-        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise DamagedCheckpoint(f"{path}: damaged: {error}; {way_out()}") from error
+        metadata = read_tensor_list(self._checkpoint)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
     def shapes(self) -> dict[str, torch.Size]:
-        return {
-            name: entry.size
-            for name, entry in self.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and name.partition(".")[0] in self._kinds
-        }
+        shapes = read_shapes(self._checkpoint).items()
+        return {name: torch.Size(shape) for name, shape in shapes if name.partition(".")[0] in self._kinds}
 
     def read(self, chunks: dict[str, Chunks]) -> None:
         with warnings.catch_warnings():
@@ -111,31 +58,37 @@ class CheckpointReader(FileSystemReader):
 def read_chunks(source: TensorSource, chunks: dict[str, Chunks], shapes: dict[str, torch.Size]) -> None:
     """Fill this rank's chunks of a model with these shapes. UserError if the source has other tensors."""
     stored = source.shapes()
-    for name in sorted(stored.keys() | shapes.keys(), key=lambda name: name.partition(".")[::-1]):
-        if stored.get(name) != shapes.get(name):
-            parameter, there, here = name.partition(".")[2], _text(stored.get(name)), _text(shapes.get(name))
+    for name in sorted(stored.keys() | shapes.keys()):
+        if misfit := describe_misfit(name, stored.get(name), shapes.get(name)):
             raise UserError(
-                f"{source}: holds another model: {parameter} {there} there, but {here} in this model; use "
-                "the model configuration that it was saved with"
+                f"{source}: holds another model: {misfit}; use the model configuration that it was saved with"
             )
     source.read(chunks)
 
 
-def _text(shape: torch.Size | None) -> str:
-    return "is missing" if shape is None else f"has shape {list(shape)}"
+def describe_misfit(name: str, there: torch.Size | None, here: torch.Size | None) -> str:
+    """How a tensor of a source differs from this model's; empty if it does not. None: no such tensor."""
+    first, second = ("is missing" if shape is None else f"has shape {list(shape)}" for shape in (there, here))
+    return "" if there == here else f"{name} {first} there, but {second} in this model"
 
 
-def load_full_tensors(
-    path: Path, shapes: dict[str, torch.Size], kind: str, verify: bool = True
-) -> dict[str, Tensor]:
-    """Full tensors of one kind (of KINDS) by parameter name, in one process.
+class CheckpointWeights:
+    """The tensors of one kind (of KINDS) in a checkpoint by parameter name, a TensorSource."""
 
-    verify: check every file's hash; not needed if this run has just written the checkpoint. Raises UserError
-    if the checkpoint is damaged or holds another model.
-    """
-    if verify:
-        verify_checkpoint(path)
-    tensors = {f"{kind}.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    def __init__(self, checkpoint: Path, kind: str):
+        self._reader, self._kind = CheckpointReader(checkpoint, (kind,)), kind
+
+    def __str__(self) -> str:
+        return str(self._reader)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name.partition(".")[2]: shape for name, shape in self._reader.shapes().items()}
+
+    def read(self, chunks: dict[str, Chunks]) -> None:
+        self._reader.read({f"{self._kind}.{name}": part for name, part in chunks.items()})
+
+
+def fill_tensors(source: TensorSource, tensors: dict[str, Tensor]) -> None:
+    """Fill whole tensors by name, in one process. UserError if the source has other tensors."""
     chunks = {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}
-    read_chunks(CheckpointReader(path, (kind,)), chunks, {n: t.shape for n, t in tensors.items()})
-    return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    read_chunks(source, chunks, {name: tensor.shape for name, tensor in tensors.items()})

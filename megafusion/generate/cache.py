@@ -40,7 +40,7 @@ class KVCache:
     @classmethod
     def empty(cls, num_rows: int, capacity: int, config: ModelConfig, like: Tensor) -> "KVCache":
         """An empty cache of `capacity` slots per row, on the device and in the dtype of `like`."""
-        size = (num_rows, capacity, config.kv_heads, config.head_dim)
+        size = (num_rows, capacity, config.kv_heads, config.head_size)
         no_slots = torch.zeros((num_rows, 0), dtype=torch.int64, device=like.device)
         layers = [
             _Layer(like.new_zeros(size), like.new_zeros(size), no_slots) for _ in range(config.num_layers)

@@ -14,6 +14,28 @@ Grid = tuple[int, int]  # rows and columns of patches in an image
 Positive = Annotated[int, Field(gt=0)]
 
 
+class RopeScaling(Config):
+    """Frequencies of a model that was extended to more positions; the defaults are Llama 3.1's."""
+
+    kind: Literal["llama3"] = "llama3"
+    """How rotary frequencies are scaled, where model.rope_scaling is given: llama3 alone."""
+    factor: float = Field(8.0, ge=1)
+    """Divides the frequencies that turn fewer than low_freq_factor times in the original positions."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """Turns up to which a frequency is divided in full."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """Turns from which a frequency is not divided; between the two factors the scaling is interpolated."""
+    original_max_position_embeddings: int = Field(8192, gt=0)
+    """Positions that the model was first trained for."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeScaling":
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low >= high:
+            raise ValueError(f"low_freq_factor {low} must be less than high_freq_factor {high}")
+        return self
+
+
 class ModelConfig(Config):
     """Architecture of the model."""
 
@@ -33,11 +55,19 @@ class ModelConfig(Config):
     """Query heads."""
     num_kv_heads: int | None = Field(None, gt=0)
     """Key and value heads, fewer for grouped-query attention; num_heads by default."""
+    head_dim: int | None = Field(None, gt=0, multiple_of=2)
+    """Size K of an attention head; hidden_size / num_heads by default."""
+    attention_bias: bool = False
+    """Whether queries, keys and values have a bias, as in Qwen2."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys are normalized (RMSNorm), as in Qwen3."""
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of hidden_size, rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
-    """Text tokens plus boi and eoi, the tokenizer's vocab_size; and one boi more for each image size but the
-    first."""
+    """The tokenizer's ids with boi and eoi, and one boi more for each image size but the first; or more: a
+    padded vocabulary."""
+    tie_embeddings: bool = False
+    """Whether the language head is the embedding's weight; not with parallel.pipeline."""
     latent_channels: int = Field(gt=0)
     """Channels of an image's latents."""
     latent_downsampling: int = Field(gt=0)
@@ -55,12 +85,14 @@ class ModelConfig(Config):
     CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies; none by default."""
     norm_eps: float = Field(1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        if self.hidden_size % self.num_heads or self.head_dim % 2:
+        if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
             heads = f"hidden_size {self.hidden_size} / num_heads {self.num_heads}"
             raise ValueError(f"head_dim = {heads} must be an even integer")
         if self.num_heads % self.kv_heads:
@@ -75,9 +107,9 @@ class ModelConfig(Config):
         return self
 
     @property
-    def head_dim(self) -> int:
+    def head_size(self) -> int:
         """Size K of an attention head."""
-        return self.hidden_size // self.num_heads
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def kv_heads(self) -> int:

@@ -1,5 +1,6 @@
 """Llama's block: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megafusion.model.attention import attention_backend
-from megafusion.model.config import ModelConfig
+from megafusion.model.config import ModelConfig, RopeScaling
 from megafusion.model.weights import Replicated, declare
 from megafusion.sequence.intervals import Intervals
 
@@ -26,11 +27,22 @@ class Rope(NamedTuple):
         return torch.cat(rotated, dim=-1).to(x_BSHK.dtype)
 
 
-def rope_at(positions_BS: Tensor, head_dim: int, theta: float) -> Rope:
-    """The rotation of integer positions, with frequencies theta^(-2i/K)."""
+def rope_at(positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
+    """The rotation of integer positions, with frequencies theta^(-2i/K), scaled or not."""
     exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
-    angles = positions_BS[..., None].float() * theta**-exponent
+    frequencies = theta**-exponent
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
+    angles = positions_BS[..., None].float() * frequencies
     return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's frequencies: slow ones divided by the factor, fast ones as they are."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = frequencies * scaling.original_max_position_embeddings / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,9 @@ def block_context(
     config: ModelConfig, intervals: Intervals, positions_BS: Tensor, dtype: torch.dtype
 ) -> BlockContext:
     """The context of all blocks of a model; dtype: the residual stream's."""
-    mask = attention_backend(config.attention).prepare(intervals, dtype, config.head_dim)
-    return BlockContext(mask, rope_at(positions_BS, config.head_dim, config.rope_theta))
+    mask = attention_backend(config.attention).prepare(intervals, dtype, config.head_size)
+    rope = rope_at(positions_BS, config.head_size, config.rope_theta, config.rope_scaling)
+    return BlockContext(mask, rope)
 
 
 class LayerCache(Protocol):
@@ -76,18 +89,27 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        q_size, kv_size = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv = declare(FusedLinear(config.hidden_size, (q_size, kv_size, kv_size)), "column")
+        self.head_dim = config.head_size
+        q_size, kv_size = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
+        sizes = (q_size, kv_size, kv_size)
+        self.qkv = declare(FusedLinear(config.hidden_size, sizes, config.attention_bias), "column")
+        self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
         self.out = declare(nn.Linear(q_size, config.hidden_size, bias=False), "row", init="residual")
         self.attend = attention_backend(config.attention).attend
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BSD))
-        q, k = context.rope.rotate(q), context.rope.rotate(k)
+        q, k = context.rope.rotate(self.q_norm(q)), context.rope.rotate(self.k_norm(k))
         if cache is not None:
             k, v = cache.update(k, v)
         return self.out(self.attend(q, k, v, context.mask).flatten(-2))
+
+
+def _head_norm(config: ModelConfig) -> nn.Module:
+    """The norm of each head's queries or keys, where the model has one."""
+    if not config.qk_norm:
+        return nn.Identity()
+    return declare(nn.RMSNorm(config.head_size, eps=config.norm_eps), Replicated("heads"))
 
 
 class FeedForward(nn.Module):

@@ -65,16 +65,27 @@ class Tail(nn.Module):
         return images_NCHW.unflatten(0, start_BN.shape)
 
 
+def tie_embeddings(stem: Stem, tail: Tail) -> None:
+    """Make the head's weight the embedding's: one parameter, with the embedding's name and start."""
+    tail.head.weight = stem.embedding.weight
+
+
 class Transfusion(nn.Module):
     """One transformer over text tokens and image patches, with both losses."""
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
         super().__init__()
-        check_backend(config.attention, config.head_dim)
+        check_backend(config.attention, config.head_size)
         self.config, self.objective = config, Objective(objective, config.latent_sizes)
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.tail = Tail(config)
+        if config.tie_embeddings:
+            tie_embeddings(self.stem, self.tail)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name, tied ones once: what is saved, and filled where a model is loaded."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""

@@ -53,11 +53,18 @@ def declare(module: Module, sharding: Sharding, init: Init | None = None) -> Mod
 
 
 def named_weights(model: nn.Module) -> Iterator[Weight]:
-    """Every parameter with the declaration of its module, or of the nearest module around that."""
+    """Every parameter with the declaration of its module, or of the nearest module around that.
+
+    A parameter that two modules share comes once, under its first name, as in `named_parameters`.
+    """
     specs: dict[str, WeightSpec | None] = {}
+    seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         spec = specs[prefix] = getattr(module, "weight_spec", None) or specs.get(prefix.rpartition(".")[0])
-        for key, _ in module.named_parameters(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
             name = f"{prefix}.{key}" if prefix else key
             assert spec is not None, f"{name}: the module that makes it must declare it (model/weights.py)"
             yield Weight(name, module, key, spec.sharding, spec.init or _default_init(module, key))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megafusion.config import Config
 from megafusion.errors import UserError
@@ -39,6 +39,15 @@ class DDPMConfig(Config):
     """Timesteps T of the noise process in training."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """The model's target: epsilon, the noise (the paper); v_prediction, the velocity (arXiv 2202.00512)."""
+
+    @model_validator(mode="after")
+    def _keeps_signal(self) -> DDPMConfig:
+        if self.beta_schedule != "squaredcos_cap_v2" and self.num_train_timesteps > 8000:
+            raise ValueError(
+                f"num_train_timesteps {self.num_train_timesteps} with beta_schedule {self.beta_schedule}: "
+                "float32 holds no signal of the last timesteps; take at most 8000, or squaredcos_cap_v2"
+            )
+        return self
 
     def build(self) -> DDPM:
         """The process that these values describe."""
@@ -77,19 +86,23 @@ class DDPM:
         return (t * self.config.num_train_timesteps).round().long()
 
     def sampler(self, sampling: SamplingConfig) -> Sampler:
-        """diffusers' DDIM or DPM-Solver++ over the timesteps of training."""
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+        """DDIM is DPM-Solver++ of order 1 (arXiv 2211.01095), so one scheduler runs both.
+
+        Its steps end where the next begins. DDIMScheduler's do so only for counts that divide T; and for some
+        counts diffusers' own spacing has a timestep too many, -1.
+        """
+        from diffusers import DPMSolverMultistepScheduler
 
         if reason := self.refusal(sampling):
             raise UserError(reason)
-        config = scheduler(self.config).config
-        if sampling.sampler != "dpm++":
-            sampler = DDIMScheduler.from_config(config, set_alpha_to_one=True, timestep_spacing="trailing")
-        else:
-            sampler = DPMSolverMultistepScheduler.from_config(
-                config, timestep_spacing="trailing", lower_order_final=True, final_sigmas_type="zero"
-            )
-        sampler.set_timesteps(sampling.num_inference_steps)
+        sampler = DPMSolverMultistepScheduler.from_config(
+            scheduler(self.config).config,
+            solver_order=2 if sampling.sampler == "dpm++" else 1,
+            final_sigmas_type="zero",
+        )
+        steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
+        # Trailing spacing (arXiv 2305.08891): from T - 1, T / n apart.
+        sampler.set_timesteps(timesteps=[round(most * (steps - i) / steps) - 1 for i in range(steps)])
         return sampler
 
     def refusal(self, sampling: SamplingConfig) -> str | None:

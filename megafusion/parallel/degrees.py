@@ -60,6 +60,12 @@ def check_degrees(
             f"{parallel.pipeline}",
         ),
         (
+            not model.tie_embeddings or parallel.pipeline == 1,
+            "model.tie_embeddings: the embedding and the head are in different stages of parallel.pipeline "
+            f"{parallel.pipeline}; set it to false (from tied weights, both then start as copies) or "
+            "parallel.pipeline to 1",
+        ),
+        (
             global_batch_size % (micro_batch_size * data) == 0,
             f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
             f"{micro_batch_size} x {data} data-parallel ranks (a world of {world_size} / "

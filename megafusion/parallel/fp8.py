@@ -42,7 +42,8 @@ class Fp8Block(Wrapper):
         self.recipe, self.group = Float8CurrentScaling(), group
         for module in (block.attention, block.feed_forward):
             for name, linear in list(module.named_children()):
-                setattr(module, name, _in_fp8(linear))
+                if isinstance(linear, nn.Linear):  # not a norm of heads
+                    setattr(module, name, _in_fp8(linear))
 
     def forward(self, *arguments: object) -> Tensor:
         from transformer_engine.pytorch import fp8_autocast
@@ -56,12 +57,13 @@ def _in_fp8(linear: nn.Linear) -> nn.Module:
     layer = _kinds()[type(linear)](
         linear.in_features,
         linear.out_features,
-        bias=False,
+        bias=linear.bias is not None,
         params_dtype=torch.bfloat16,
         device=linear.weight.device,
     )
     layer.sizes, layer.region = getattr(linear, "sizes", None), getattr(linear, "region", None)
-    set_shard_spec(layer.weight, shard_spec_of(linear.weight))
+    for name, parameter in linear.named_parameters():
+        set_shard_spec(getattr(layer, name), shard_spec_of(parameter))
     return declare(layer, linear.weight_spec.sharding, linear.weight_spec.init)
 
 

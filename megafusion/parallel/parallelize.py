@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from megafusion.model.config import ModelConfig
-from megafusion.model.transfusion import Transfusion
+from megafusion.model.transfusion import Transfusion, tie_embeddings
 from megafusion.model.weights import initial_value, named_weights
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective, cross_entropy
@@ -48,7 +48,8 @@ def parallelize(
     3. Ulysses: all-to-alls around attention;
     4. fp8: transformer-engine's layers replace the sharded ones;
     5. image parallelism: the adapters run on this rank's image slots;
-    6. materialization: each parameter gets storage and its shard of the random start;
+    6. materialization: each parameter gets storage and its shard of the random start; a tied head the
+       embedding's;
     7. gradient hooks, before DeepSpeed's: all-reduce partial gradients over the tensor group;
     8. activation checkpointing of each block, then torch.compile of that.
 
@@ -74,6 +75,8 @@ def parallelize(
         if stage.tail:
             stage.tail.adapter = ImageParallelUp(stage.tail.adapter, image_shard)
     materialize(stage, model.config.num_layers, seed, device)
+    if model.config.tie_embeddings and stage.stem and stage.tail:
+        tie_embeddings(stage.stem, stage.tail)
     _mark(stage, mesh)
     if mesh.size("tensor") > 1:
         sum_partial_gradients(stage, mesh)

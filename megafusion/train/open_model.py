@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from megafusion.checkpoint.folder import latest_checkpoint
-from megafusion.checkpoint.reader import load_full_tensors
+from megafusion.checkpoint.folder import latest_checkpoint, verify_checkpoint
+from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.codec import ImageCodec
@@ -32,6 +32,6 @@ def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPip
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     pipeline = make_pipeline(config, tokenizer, codec)
-    shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
-    pipeline.model.load_state_dict(load_full_tensors(path, shapes, kind))
+    verify_checkpoint(path)
+    fill_tensors(CheckpointWeights(path, kind), pipeline.model.weights())
     return pipeline

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from megafusion import TransfusionPipeline
-from megafusion.checkpoint.reader import load_full_tensors
 from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
+from tests.support.checkpoints import load_full_tensors
 
 
 def checkpoint(*arguments: object) -> str:

@@ -218,11 +218,9 @@ def test_a_missing_column_is_named_with_its_key_and_the_columns_there(make, tmp_
     table = pyarrow.table({"image": [png()], "alt": ["x"]})
     parquet.write_table(table, tmp_path / "t.parquet")
     for key, inputs in (("caption", "images"), ("text", "texts")):
-        message = rf"has no column '{key}'; its columns are image, alt; set {key}_column to one of them"
+        message = rf"has no column '{key}'; set {key}_column to one of its columns: image, alt"
         with pytest.raises(UserError, match=message):
             make(**{inputs: (tmp_path / "t.parquet",)})
-    with pytest.raises(UserError, match=r"has no column 'texts'; its columns are image, alt$"):
-        make(documents=(tmp_path / "t.parquet",))
 
 
 def test_nulls_are_dropped_and_counted(make, tmp_path):

@@ -55,9 +55,11 @@ RENAMED = {
 }
 
 
-@pytest.fixture(params=["linear", "unet"])
+@pytest.fixture(
+    params=[{"tie_embeddings": True}, {"adapter": "unet", "unet_channels": 4}], ids=["tied", "unet"]
+)
 def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
-    return make_pipeline(run_config, tokenizer, codec, num_steps=5, adapter=request.param, unet_channels=4)
+    return make_pipeline(run_config, tokenizer, codec, num_steps=5, **request.param)
 
 
 def test_a_saved_pipeline_loads_and_draws_the_same(pipeline, tmp_path):
@@ -93,6 +95,21 @@ def test_a_folder_of_version_1_is_refused_with_the_new_keys(tmp_path):
 def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
     other = Tokenizer(Path("other.model"), "hash", num_text_ids=98, bos=1, eos=2)
     with pytest.raises(UserError, match=r"vocab_size 2048, but other\.model has 100 ids"):
+        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)
+
+
+@pytest.mark.parametrize(
+    ("num_text_ids", "is_padded"), [(1022, True), (1021, False), (2046, True), (2047, False)]
+)
+def test_a_padded_vocabulary(pipeline, codec, num_text_ids, is_padded):
+    """Of 2,048 rows, at most 1,024 more than ids."""
+    other = Tokenizer(Path("other.model"), "hash", num_text_ids, bos=1, eos=2)
+    if is_padded:
+        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)
+        return
+    with pytest.raises(
+        UserError, match=rf"2048, but .* {num_text_ids + 2} ids .*up to {num_text_ids + 1026} where"
+    ):
         TransfusionPipeline(pipeline.model, other, codec, pipeline.config)
 
 

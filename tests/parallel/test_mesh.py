@@ -2,9 +2,10 @@
 
 import pytest
 import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megafusion.config import parse_config
-from megafusion.engine.grid import make_grid
+from megafusion.engine.engine import make_topology
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.degrees import check_degrees
@@ -19,7 +20,7 @@ def coordinates() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
     mesh = make_mesh(ParallelConfig(pipeline=2, ulysses=2, tensor=2))
     groups = (mesh.group("tensor"), mesh.tensor_context_group)
     tensor, tensor_context = (dist.get_process_group_ranks(group) for group in groups)
-    grid = make_grid(mesh)
+    grid = PipelineParallelGrid(make_topology(mesh))
     own = tuple(mesh.rank(axis) for axis in AXES)
     return own, tensor, tensor_context, grid.get_stage_id(), grid.get_data_parallel_id()
 
@@ -69,6 +70,11 @@ def test_coordinates_are_those_of_deepspeed():
             r"global_batch_size 4 is not a multiple of train\.micro_batch_size 2 x 8 data-parallel ranks",
         ),
         ({"parallel": {"tensor": 2}, "model": {"vocab_size": 60}}, 2, r"vocab_size 60 is too small"),
+        (
+            {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}},
+            2,
+            r"model\.tie_embeddings: .* different stages of parallel\.pipeline 2; set it to false",
+        ),
         ({"parallel": {"sequence": True}}, 2, r"sequence is a form of tensor parallelism"),
         ({"parallel": {"pipeline": 2, "zero_stage": 3}}, 2, r"zero_stage 3 does not work with pipeline 2"),
         ({"parallel": {"zero_stage": 0}, "train": {"precision": "bf16"}}, 1, r"bf16 needs float32 masters"),
