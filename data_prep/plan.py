@@ -15,7 +15,7 @@ import pyarrow
 from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
-from data_prep.filters import Deduplicator, RecordInfo
+from data_prep.filters import Deduplicator, RecordInfo, plain_key
 from data_prep.readers.records import UNKNOWN, Record
 from data_prep.readers.splits import InputSplit
 from megafusion.data.error_budget import exceeds_error_budget
@@ -65,7 +65,8 @@ def make_plan(
     skipped: Counter[str] = Counter()
     sides: Counter[int] = Counter()
     examples: dict[str, list[str]] = {}
-    deduplicator, found = Deduplicator(config.filters), set()
+    deduplicator = Deduplicator(config.filters)
+    found: set[str] = set()
     held: Counter[Path] = Counter()
     cut: dict[Path, str] = {}
     tables = list(tables)
@@ -75,7 +76,7 @@ def make_plan(
         num_lost = table.column("num_lost").to_pylist()
         held[split.files[0]] += sum(num_lost)
         if selected_keys is not None:
-            found.update(table.column("key").to_pylist())
+            found.update(map(plain_key, table.column("key").to_pylist()))
         reasons, is_bad = table.column("reason").to_pylist(), table.column("is_bad").to_pylist()
         if config.filters.duplicates != "keep":
             _mark_duplicates(table, reasons, deduplicator)

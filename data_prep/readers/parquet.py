@@ -165,7 +165,7 @@ def image_bytes(value: Any) -> bytes:
         if value.get("bytes") is None and value.get("path") is not None:
             raise BadRecord("image is a path without bytes")
         value = value.get("bytes")
-    if value is None:
+    if value is None:  # as img2dataset writes where a download failed
         raise Dropped(NO_IMAGE)
     if not isinstance(value, bytes):
         raise BadRecord("image is not bytes")

@@ -7,13 +7,15 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.readers.files import HEAD_BYTES, IMAGE_SUFFIXES, MAGIC
 from data_prep.readers.records import UNKNOWN, BadRecord, RawPair, Record
 
-IMAGE_SUFFIXES = {"webp", "png", "jpg", "jpeg", "gif", "bmp", "tif", "tiff"}
 CORRUPT_TAR = "not readable as a tar to its end (truncated, compressed or corrupt); fetch it again"
 DUPLICATE_KEY = "the tar has this key twice"
 NO_IMAGE = "no image"
 DOTTED_KEY = "no image of this key, which ends at a name's first dot (webdataset's rule); replace the others"
+OTHER_IMAGE = "image of another suffix"
+ROLES = ("image", "txt", "json", OTHER_IMAGE)
 # webdataset's own rule: the key ends at the first dot of the file's name.
 NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
@@ -70,7 +72,9 @@ class TarReader:
             if suffix.rpartition(".")[2] in IMAGE_SUFFIXES and "." in suffix:
                 problem = problem or DOTTED_KEY
             role = "image" if suffix in IMAGE_SUFFIXES else suffix
-            if role in ("image", "txt", "json"):
+            if role not in ROLES and "." not in suffix and self._is_image(*member):
+                role = OTHER_IMAGE
+            if role in ROLES:
                 if role in members:
                     problem = DUPLICATE_KEY
                 members[role] = member
@@ -84,8 +88,14 @@ class TarReader:
             return UNKNOWN
         return -(-(size - num_bytes) * num_groups // num_bytes)
 
+    def _is_image(self, offset: int, size: int) -> bool:
+        head = os.pread(self._file.fileno(), min(size, HEAD_BYTES), offset)
+        return MAGIC["image"].match(head) is not None
+
 
 def _record(key: str, members: dict[str, tuple[int, int]], problem: str | None) -> Record:
+    if other := members.pop(OTHER_IMAGE, None):
+        members.setdefault("image", other)
     if "image" not in members:
         problem = problem or NO_IMAGE
     elif problem == DOTTED_KEY:

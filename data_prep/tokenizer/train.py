@@ -7,11 +7,11 @@ from typing import Annotated
 import sentencepiece
 import typer
 
-from data_prep.command import run_command
 from data_prep.images import decode_caption
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError
-from megafusion.storage import write_file
+from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.storage import read_lines, write_file
 
 VOCABULARY_SIZE = 2046
 """The model's vocabulary adds BOI and EOI, which makes 2,048."""
@@ -27,16 +27,6 @@ def read_captions(pack: Path) -> dict[str, str]:
     if not pack.is_file():
         raise UserError(f"{pack}: no such file; build it with python -m data_prep.emoji.build")
     return {pair.key: decode_caption(pair.caption) for pair in tar_pairs(pack)}
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file. UserError if it is missing or empty."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; data_prep/README.md says how to build it")
-    lines = path.read_text().splitlines()
-    if not lines:
-        raise UserError(f"{path}: is empty")
-    return lines
 
 
 def train_tokenizer(sentences: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> bytes:
@@ -112,4 +102,5 @@ def train(
 
 
 if __name__ == "__main__":
-    run_command(app)
+    with exit_on_user_error():
+        app()
