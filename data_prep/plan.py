@@ -92,7 +92,7 @@ def make_plan(
                 if len(examples.setdefault(reason, [])) < NUM_EXAMPLES:
                     key = renumber(table.column("key")[row].as_py(), offsets[split.number])
                     examples[reason].append(_where(split, key))
-    _check_keys(config, selected_keys, found)
+    check_keys(config, selected_keys, found)
     estimated = _estimate_lost(held, cut.keys())
     for path, number in estimated.items():
         skipped[cut[path]] += number
@@ -149,7 +149,8 @@ def _where(split: InputSplit, key: str) -> str:
     return f"{path}, {key}" if key else path
 
 
-def _check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: set[str]) -> None:
+def check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: set[str]) -> None:
+    """UserError for selected keys that were not found."""
     missing = sorted((selected_keys or set()) - found)
     if missing:
         raise UserError(
