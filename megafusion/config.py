@@ -1,10 +1,10 @@
 """Configuration: pydantic classes beside the components, read from YAML files and dotted overrides."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
@@ -48,6 +48,17 @@ class Config(BaseModel):
             raise ValueError(f"{value} is out of range; it must be at most {cls.max_integer}")
         return Path(expand_path(value)) if isinstance(value, Path) else value
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with changes, validated, as pydantic's is not. Raises UserError."""
+        copied = super().model_copy(deep=deep)
+        kept = {name: getattr(copied, name) for name in self.model_fields_set}
+        try:
+            return type(self).model_validate(kept | dict(update or {}))
+        except ValidationError as error:
+            raise _refusal(type(self), error, type(self).__name__) from error
+
+    copy = model_copy  # type: ignore[assignment, pydantic-field]  # its old name
+
 
 C = TypeVar("C", bound=Config)
 
@@ -68,13 +79,7 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         # JSON mode: strict about types, yet a path may be written as a string and a tuple as a list.
         return cls.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        details = error.errors()
-        unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
-        new_names = {name for location in unknown for name in _new_names(cls, location)}
-        # The new name of a renamed key is missing too, which is the same mistake.
-        details = [d for d in details if d["type"] != "missing" or _path(cls, d["loc"]) not in new_names]
-        lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
-        raise UserError("\n".join(lines)) from error
+        raise _refusal(cls, error, origin) from error
     except (TypeError, ValueError) as error:  # of json.dumps: a date, a value that holds itself
         raise UserError(f"{origin}: {error}") from error
 
@@ -129,6 +134,16 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, list]]:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield path, [old, new]
+
+
+def _refusal(cls: type[Config], error: ValidationError, origin: str) -> UserError:
+    """A line for each value that is not valid."""
+    details = error.errors()
+    unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+    new_names = {name for location in unknown for name in _new_names(cls, location)}
+    # The new name of a renamed key is missing too, which is the same mistake.
+    details = [d for d in details if d["type"] != "missing" or _path(cls, d["loc"]) not in new_names]
+    return UserError("\n".join(f"{origin}: {_describe(cls, detail)}" for detail in details))
 
 
 def _describe(cls: type[Config], detail: ErrorDetails) -> str:

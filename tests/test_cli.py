@@ -12,13 +12,12 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from megafusion import __version__
+from megafusion import TransfusionPipeline, __version__
 from megafusion.cli import app, main
 from megafusion.commands.generate import open_image
 from megafusion.config import load_config
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
-from megafusion.train.open_model import open_pipeline
 from tests.faults.job import Job
 from tests.support.marks import full
 from tests.support.raw import strange_images
@@ -218,8 +217,11 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     assert run("train", str(config), "--stop-after", "1")[0] == 0
     status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "euler")
     assert status == 2
-    assert "euler does not sample objective.noise_process.kind ddpm; use ddim or dpm++" in text
-    assert open_pipeline(Path(run_values["out"])).sizes == [(32, 32)]
+    assert "sampler euler does not sample" in text
+    status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "eular")
+    assert status == 2
+    assert "'sampler': Input should be 'ddim', 'dpm++', 'euler' or 'heun' (got 'eular')" in text
+    assert TransfusionPipeline.from_pretrained(run_values["out"]).sizes == [(32, 32)]
 
 
 def test_strange_images_open_as_in_preprocessing(tmp_path):

@@ -124,5 +124,6 @@ def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) ->
         model=config.model,
         objective=config.objective,
         sampling=config.sampling,
+        sequence_length=config.data.sequence_length,
     )
     return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)

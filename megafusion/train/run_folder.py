@@ -1,16 +1,19 @@
 """The run folder: frozen configuration, environment, and the checks of a resumed run against them."""
 
 import json
+import os
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
 from megafusion.config import changed_keys, dump_config, load_config
 from megafusion.data.manifest import load_manifest
+from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError, refuse_os_errors
 from megafusion.storage import refuse_foreign, write_file
@@ -51,7 +54,7 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     """
     if not (config.out / "config.yaml").is_file():
         return None
-    changed = changed_keys(load_run_config(config.out), config)
+    changed = changed_keys(load_run_config(config.out), absolute_paths(config))
     changed = {key: values for key, values in changed.items() if not key.startswith(FREE_KEYS)}
     refused = [key for key in changed if key not in RECIPE_KEYS and not _LOCATION.fullmatch(key)]
     if refused:
@@ -99,11 +102,11 @@ def freeze(config: RunConfig, tokenizer_hash: str, vae_hash: str) -> dict[str, l
         refuse_foreign(config.out, path.name, beside)
         with refuse_os_errors(*unwritable):
             write_file(config.out / "environment.json", json.dumps(_environment() | hashes, indent=1) + "\n")
-            write_file(path, dump_config(config))
+            write_file(path, dump_config(absolute_paths(config)))
         return {}
     _check_inputs(config, changed, hashes)
     if any(map(_LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
-        began, now = load_run_config(config.out), config.data
+        began, now = load_run_config(config.out), absolute_paths(config).data
         moved = {"tokenizer": now.tokenizer, "vae": now.vae, "sources": now.sources}
         data = began.data.model_copy(update=moved)
         with refuse_os_errors(*unwritable):
@@ -166,8 +169,34 @@ def _shard_hashes(config: RunConfig) -> dict[str, list[str]]:
 
 
 def load_run_config(folder: Path) -> RunConfig:
-    """The frozen configuration of a run folder."""
+    """The frozen configuration of a run folder, with paths that are right in any working directory."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: no config.yaml, so not a run folder; `megafusion train` makes one")
-    return load_config(RunConfig, path)
+    config, folder = load_config(RunConfig, path), folder.absolute()
+
+    def find(frozen: Path) -> Path:
+        # Where it lies if it was moved together with the run. In runs of earlier versions it may be relative
+        # to where the run was started, as their `out` is.
+        beside = Path(os.path.normpath(folder / os.path.relpath(frozen, config.out)))
+        return frozen if frozen.is_absolute() and (frozen.exists() or not beside.exists()) else beside
+
+    return _with_paths(config, folder, find)
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """A configuration that means the same files from any working directory."""
+    return _with_paths(config, config.out.absolute(), Path.absolute)
+
+
+def _with_paths(config: RunConfig, out: Path, change: Callable[[Path], Path]) -> RunConfig:
+    """A copy with other paths; URLs stay."""
+    data = config.data
+    sources = {
+        name: source
+        if is_remote(source.path)
+        else source.model_copy(update={"path": change(Path(source.path))})
+        for name, source in data.sources.items()
+    }
+    paths = {"tokenizer": change(data.tokenizer), "vae": change(data.vae), "sources": sources}
+    return config.model_copy(update={"out": out, "data": data.model_copy(update=paths)})
