@@ -48,8 +48,9 @@ def train_tokenizer(config: TokenizerConfig) -> str:
     sample = sample_lines(lines, config.max_lines)
     write_file(config.out, train_model(sample, config))
     return (
-        f"{config.out}: {config.vocab_size} pieces from {len(sample)} lines (records left out: {_describe(left_out)}); "
-        f"model.vocab_size is {config.vocab_size + 2} with one image size, one more for each further size"
+        f"{config.out}: {config.vocab_size} pieces from {len(sample)} lines (records left out: "
+        f"{_describe(left_out)}); model.vocab_size is {config.vocab_size + 2} with one image size, "
+        "one more for each further size"
     )
 
 
@@ -75,8 +76,8 @@ def _lines(name: str, config: TokenizerConfig, left_out: Counter[str]) -> Iterat
     check_keys(inputs, keys, found)
     if is_empty:
         raise UserError(
-            f"inputs.{name}: holds no text (records left out: {_describe(left_out)}); set its images, texts or "
-            "documents to files with some"
+            f"inputs.{name}: holds no text; set its images, texts or documents to files with some "
+            f"(records left out: {_describe(left_out)})"
         )
 
 
