@@ -175,7 +175,9 @@ class Run:
             self._loader = self._components.loader
             if self._is_rank0:
                 parts = self._components
-                changed = freeze(config, parts.tokenizer.hash, parts.codec.hash)
+                tokenizer = parts.tokenizer  # whose bos and eos may stand in a file beside the hashed one
+                identity = f"{tokenizer.hash} bos {tokenizer.bos} eos {tokenizer.eos}"
+                changed = freeze(config, identity, parts.codec.hash)
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
