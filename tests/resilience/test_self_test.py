@@ -20,9 +20,9 @@ from tests.support.workers import WorkersFailed, run_workers
 
 
 def passes(folder: Path) -> tuple[int, bool, float]:
-    began = time.perf_counter()
+    began = time.process_time()  # not of the clock, which the machine's other processes share
     hosts, stops = self_test(folder, torch.device("cpu"), wants_stop=dist.get_rank() == 1)
-    return len(hosts), stops, time.perf_counter() - began
+    return len(hosts), stops, time.process_time() - began
 
 
 def test_a_good_machine_passes_and_all_ranks_learn_of_a_stop_request(tmp_path):

@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,10 +79,13 @@ def hold_the_gil(rank: int, watchdog: Watchdog, culprit: int) -> None:
 
 
 def end_one_after_another(rank: int, watchdog: Watchdog, mark: Path) -> None:
-    join_collective(rank, watchdog)
+    """Rank 0 ends first; the others end later, and only when its process has."""
     if rank == 0:
-        mark.touch()
-    time.sleep(1.5 * rank)
+        mark.write_text(str(os.getpid()))
+    join_collective(rank, watchdog)
+    while rank and psutil.pid_exists(int(mark.read_text())):
+        time.sleep(0.05)
+    time.sleep(0.5 * rank)
 
 
 def fail_alone(rank: int, watchdog: Watchdog, culprit: int, error: BaseException) -> None:
@@ -248,9 +252,10 @@ def test_an_error_of_all_ranks_propagates(tmp_path):
 
 
 def test_a_normal_end_leaves_nothing_behind(tmp_path):
-    ranks = Ranks(tmp_path, 3, end_one_after_another, tmp_path / "mark")
+    ranks = Ranks(tmp_path, 3, end_one_after_another, tmp_path / "mark", silence_seconds=30.0)
     assert ranks.statuses == [0, 0, 0], ranks.errors
-    assert ranks.ended[0] - (tmp_path / "mark").stat().st_mtime < SILENCE_SECONDS
+    # Rank 0, which hosts the store, waits until the others know, not until they have ended or are silent.
+    assert ranks.ended[0] - (tmp_path / "mark").stat().st_mtime < 30.0
     assert not (tmp_path / "stacks").exists()
     assert not any("TCPStore" in error or "megafusion" in error for error in ranks.errors), ranks.errors
 
