@@ -10,7 +10,9 @@ import typer
 
 from megafusion import __version__
 from megafusion.commands import checkpoint, data
+from megafusion.commands.export import export
 from megafusion.commands.generate import generate
+from megafusion.commands.import_model import import_model
 from megafusion.commands.keys import keys
 from megafusion.commands.launch import launch
 from megafusion.commands.preprocess import preprocess
@@ -37,8 +39,9 @@ app = typer.Typer(
     "The usual order: `preprocess`, `train`, `generate`. Configurations are YAML files in configs/; any key "
     "can be overridden after the file, as in `train.num_steps=50`.",
 )
-for command in (preprocess, train_vae, train, status, generate, report, launch, keys):
+for command in (preprocess, train_vae, train, status, generate, export, report, launch, keys):
     app.command()(command)
+app.command("import")(import_model)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 

@@ -24,7 +24,18 @@ from tests.support.marks import full
 from tests.support.raw import strange_images
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("preprocess", "train-vae", "train", "generate", "report", "checkpoint", "launch", "keys")
+COMMANDS = (
+    "preprocess",
+    "train-vae",
+    "import",
+    "train",
+    "generate",
+    "export",
+    "report",
+    "checkpoint",
+    "launch",
+    "keys",
+)
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -32,7 +32,7 @@ from megafusion.checkpoint.folder import (
     verify_checkpoint,
 )
 from megafusion.checkpoint.planners import ChunkSavePlanner
-from megafusion.checkpoint.reader import CheckpointReader, read_chunks
+from megafusion.checkpoint.reader import CheckpointReader, TensorSource, read_chunks
 from megafusion.engine.ema import Ema
 from megafusion.engine.optimizer_state import OptimizerShard, OptimizerState
 from megafusion.errors import UserError
@@ -135,6 +135,24 @@ class CheckpointManager:
             read_chunks(CheckpointReader(path), chunks, shapes)
         self._optimizer_state.sync_model_from_master(state["step"])
         return state
+
+    def initialize(self, source: TensorSource) -> None:
+        """Fill weights and averages with a source's tensors, by parameter name, before the first step.
+
+        Weights, and last rows of weights, that the source does not have keep their values. A UserError of one
+        rank is raised on every rank.
+        """
+        shapes, chunks = source.shapes(), {}
+        for shard in self._optimizer_state.shards:
+            if (shape := shapes.get(shard.name)) is not None:
+                weight = Chunks(shard.weight, shard.start, shard.shard_spec)
+                chunks[shard.name] = weight.first_rows(shape[0])
+        with raise_on_all_ranks(self._group):
+            source.read(chunks)
+        for name, (shard, fragment) in self._fragments.items():
+            if name.startswith("ema."):
+                fragment.copy_(shard.weight)
+        self._optimizer_state.sync_model_from_master(0)
 
     def _chunks(self, fragments: list[Tensor]) -> dict[str, Chunks]:
         """The same fragments, on the device or on the host, as chunks by tensor name."""

@@ -65,17 +65,10 @@ class TransfusionPipeline:
     def from_pretrained(cls, folder: Path | str) -> "TransfusionPipeline":
         """Load a folder that `save_pretrained` wrote. Safetensors only: nothing is unpickled."""
         folder = Path(folder)
-        path = folder / "config.json"
-        if not path.is_file():
-            raise UserError(
-                f"{folder}: no config.json, so not a pipeline folder; training writes one to RUN/pipeline"
-            )
+        config = read_pipeline_config(folder)
         try:
-            config = parse_config(PipelineConfig, json.loads(path.read_text()), str(path))
             weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, UserError):
-                raise
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
         model = Transfusion(config.model, config.objective)
         shapes = {name: tensor.shape for name, tensor in model.weights().items()}
@@ -181,6 +174,20 @@ class TransfusionPipeline:
                 "in pixels); choose one of these"
             )
         return self.sizes.index((height, width))
+
+
+def read_pipeline_config(folder: Path) -> PipelineConfig:
+    """config.json of a pipeline folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no config.json, so not a pipeline folder; training writes one to RUN/pipeline"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
+    return parse_config(PipelineConfig, values, str(path))
 
 
 def _refuse_others(given: Sequence, kinds: tuple[type, ...], call: str) -> None:

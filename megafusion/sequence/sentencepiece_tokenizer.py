@@ -24,6 +24,17 @@ class SentencePieceTokenizer(Tokenizer):
         ids = self._model.vocab_size(), self._model.bos_id(), self._model.eos_id()
         super().__init__(path, file_sha256(path), *ids)
 
+    def transformers_config(self) -> dict:
+        pieces = {name: self._model.id_to_piece(getattr(self, name)) for name in ("bos", "eos")}
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": False,
+            "unk_token": self._model.id_to_piece(self._model.unk_id()),
+            **{f"{name}_token": piece for name, piece in pieces.items()},
+        }
+
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 

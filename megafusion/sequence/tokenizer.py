@@ -30,11 +30,19 @@ class Tokenizer:
         from megafusion.sequence.sentencepiece_tokenizer import SentencePieceTokenizer
 
         path = Path(path)
+        if (path / "tokenizer.json").is_file() and not (path / SentencePieceTokenizer.file_name).is_file():
+            raise UserError(
+                f"{path}: has a tokenizer.json, which is not read yet; add SentencePiece's tokenizer.model"
+            )
         return SentencePieceTokenizer(path / SentencePieceTokenizer.file_name if path.is_dir() else path)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Copy the tokenizer's file into a folder."""
         shutil.copyfile(self.path, Path(folder) / self.file_name)
+
+    def transformers_config(self) -> dict:
+        """tokenizer_config.json with which transformers loads the file."""
+        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos."""

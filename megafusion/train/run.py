@@ -9,7 +9,7 @@ from typing import Literal
 import torch.distributed as dist
 from rich.filesize import decimal
 
-from megafusion.checkpoint.folder import complete_checkpoints, newest_step
+from megafusion.checkpoint.folder import complete_checkpoints, newest_step, verify_checkpoint
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
 from megafusion.engine.process_group import local_device, start_process_group
@@ -33,6 +33,7 @@ from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
+from megafusion.train.init_from import describe_start, open_origin
 from megafusion.train.run_folder import describe_changes, freeze
 from megafusion.train.samples import Sampler
 
@@ -175,12 +176,14 @@ class Run:
             self._components = build_components(config, self._mesh)
             self._loader = self._components.loader
             if self._is_rank0:
-                changed = freeze(config)
+                changed = freeze(config, self._components.started_from)
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
                 for sentence in describe_changes(config, changed, step):
                     _say(sentence)
+                if started_from := self._components.started_from:
+                    _say(f"{config.out}: {describe_start(started_from)}")
         self._watchdog.beat(0, "self-test")
         return self_test(config.out, local_device(), self._signals.requested)
 
@@ -218,11 +221,21 @@ class Run:
         """Load the latest checkpoint, if any; returns the seconds trained before it."""
         state = self._checkpoints.load_latest()
         if state is None:
+            if self._config.train.init_from:
+                self._initialize()
             return 0.0
         self.step = state["step"]
         self._loader.load_state_dict(state["data"])
         self._rollback.load_state_dict(state.get("health", {}))
         return state["seconds"]
+
+    def _initialize(self) -> None:
+        """Start from the weights of `train.init_from`."""
+        with raise_on_all_ranks():
+            origin = open_origin(self._config)
+            if origin.checkpoint:
+                verify_checkpoint(origin.checkpoint, dist.get_rank(), dist.get_world_size())
+        self._manager.initialize(origin.source)
 
     def _open_outputs(self, spent_seconds: float) -> None:
         config = self._config

@@ -7,10 +7,11 @@ from pathlib import Path
 from megafusion.checkpoint.folder import newest_step
 from megafusion.config import changed_keys, dump_config, load_config
 from megafusion.data.manifest import load_manifest
-from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
+
+ENVIRONMENT = "environment.json"
 
 # Keys that a resumed run may change: they change no number of a step that is not skipped.
 FREE_KEYS = (
@@ -62,6 +63,8 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
 
 def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> list[str]:
     """A sentence for each changed key, and one if they change the learning rate of the next update."""
+    from megafusion.engine.optimizer import learning_rate  # imports torch, which `launch` does without
+
     said = [f"resumes with {key} {now} instead of {before}" for key, (before, now) in changed.items()]
     if changed:
         began, end = load_run_config(config.out), config.train.num_steps
@@ -75,20 +78,23 @@ def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> 
     return [f"{config.out}: {sentence}" for sentence in said]
 
 
-def freeze(config: RunConfig) -> dict[str, list]:
-    """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`."""
+def freeze(config: RunConfig, started_from: dict | None = None) -> dict[str, list]:
+    """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`.
+
+    started_from: what `train.init_from` gave, of `check_origin`.
+    """
     changed = changed_recipe(config)
     if changed is not None:
         _check_shards(config)
         return changed
     # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
-    beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
+    beside = ("stacks", "launch", "logs", ENVIRONMENT, ".environment.json.*", ".config.yaml.*")
     refuse_foreign(config.out, "config.yaml", beside)
     from megafusion.train.environment import environment  # imports torch, which `launch` does without
 
-    record = environment() | {"shards": _shard_hashes(config)}
+    record = environment() | {"shards": _shard_hashes(config), "init_from": started_from}
     try:
-        write_file(config.out / "environment.json", json.dumps(record, indent=1) + "\n")
+        write_file(config.out / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
         write_file(config.out / "config.yaml", dump_config(config))
     except OSError as error:
         raise UserError(
@@ -104,7 +110,7 @@ def _value(config: RunConfig, key: str) -> object:
 
 def _check_shards(config: RunConfig) -> None:
     """Raise UserError if a resumed run would read other shards than before."""
-    recorded = json.loads((config.out / "environment.json").read_text())["shards"]
+    recorded = json.loads((config.out / ENVIRONMENT).read_text())["shards"]
     for name, hashes in _shard_hashes(config).items():
         if hashes != recorded[name]:
             raise UserError(

@@ -46,7 +46,10 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
         ["keys", "train"],
         ["keys", "preprocess"],
         ["keys", "train-vae"],
-        *[[command, "--help"] for command in ("train", "preprocess", "train-vae", "generate", "launch")],
+        *[
+            [command, "--help"]
+            for command in ("train", "preprocess", "train-vae", "import", "generate", "export", "launch")
+        ],
     ],
     ids=" ".join,
 )
