@@ -32,9 +32,9 @@ from webdataset import WebDataset
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader, packed_and_skipped
-from megafusion.data.manifest import MANIFEST, Manifest, load_manifest
+from megafusion.data.manifest import MANIFEST, Manifest, load_manifest, write_manifest
 from megafusion.data.sampling import sample_layout, sample_noise
-from megafusion.data.shards import write_shards
+from megafusion.data.shards import write_shard
 from megafusion.data.source import counter_generator, open_sources
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.document import Segment, cut_document, flatten
@@ -64,6 +64,13 @@ def documents(kind: str, num: int) -> Iterator[StoredDocument]:
         moments = random.standard_normal((2, *LATENT_SHAPE)).astype(np.float16)
         stored = segments(tokens, moments if kind == "pairs" else None)
         yield StoredDocument({"key": str(number)}, tuple(stored))
+
+
+def write_shards(folder: Path, documents: Iterator[StoredDocument], per_shard: int, **fields: object) -> None:
+    """Write a folder of MegaFusion's shards; `fields` are of the manifest."""
+    folder.mkdir(parents=True)
+    batches = iter(lambda: list(islice(documents, per_shard)), [])
+    write_manifest(folder, [write_shard(folder, *batch) for batch in enumerate(batches)], fields)
 
 
 def write_all(folder: Path, num: int, with_streaming: bool) -> None:
@@ -159,7 +166,7 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         while pieces:
             piece, room = pieces.pop(), SHAPE.length - used
             images = sum(len(document.images) for document in row)
-            if SHAPE.fits(piece, used, images):
+            if used + len(piece) <= SHAPE.length and images + len(piece.images) <= SHAPE.num_images:
                 row.append(piece)
                 used += len(piece)
                 continue

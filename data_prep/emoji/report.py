@@ -89,13 +89,12 @@ def training_pairs(config: DataConfig, tar: Path) -> list[Pair]:
         raise UserError("the run has no source of pairs, so there is nothing to draw or describe")
     raw_pairs = {pair.key: pair for pair in tar_pairs(tar)}
     pairs = []
-    for shard, entry in enumerate(folder.manifest.shards):
-        for position in range(entry.num_documents):
-            metadata = folder.read(shard, position).metadata
-            if metadata["key"] not in raw_pairs:
-                raise UserError(f"{tar}: has no image {metadata['key']!r}, which the run was trained on")
-            _, image = decode_pair(raw_pairs[metadata["key"]])
-            pairs.append(Pair(metadata["key"], metadata["caption"], image))
+    for document in range(len(folder)):
+        metadata = folder.read(document).metadata
+        if metadata["key"] not in raw_pairs:
+            raise UserError(f"{tar}: has no image {metadata['key']!r}, which the run was trained on")
+        _, image = decode_pair(raw_pairs[metadata["key"]])
+        pairs.append(Pair(metadata["key"], metadata["caption"], image))
     return pairs
 
 

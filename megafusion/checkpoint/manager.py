@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megafusion.checkpoint.chunks import Chunks
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import (
     KINDS,
     PARTIAL,
@@ -49,15 +50,12 @@ class CheckpointManager:
     A save blocks for a copy to host memory; a thread then writes while training continues, over a process
     group of its own, so that its collectives do not mix with those of training.
 
-    folder: of the checkpoints. keep_last: number of latest ones to keep. keep_every: also keep steps that are
-    a multiple of this; 0 for none. Needs host memory for this rank's state: 16 bytes a parameter.
+    folder: of the checkpoints. config: which ones to keep. Needs host memory for this rank's state: 16 bytes
+    a parameter.
     """
 
-    def __init__(
-        self, folder: Path, optimizer_state: OptimizerState, ema: Ema, keep_last: int, keep_every: int = 0
-    ):
-        self._folder, self._optimizer_state = folder, optimizer_state
-        self._keep_last, self._keep_every = keep_last, keep_every
+    def __init__(self, folder: Path, optimizer_state: OptimizerState, ema: Ema, config: CheckpointConfig):
+        self.folder, self._optimizer_state, self._config = folder, optimizer_state, config
         self._fragments: dict[str, tuple[OptimizerShard, Tensor]] = {}
         """By tensor name: the shard that says where a fragment belongs, and the fragment on the device."""
         for shard, average in zip(optimizer_state.shards, ema.fragments, strict=True):
@@ -174,14 +172,14 @@ class CheckpointManager:
         """Write, hash, publish, delete: the work of the threads of all ranks together."""
         rank, group = dist.get_rank(), self._group
         is_first = rank == 0
-        path = self._folder / f"step-{state['step']:08d}"
+        path = self.folder / f"step-{state['step']:08d}"
         partial = path.with_name(path.name + PARTIAL)
         parts: list[dict] = [{}] * dist.get_world_size()
         dist.gather_object(stream_state["streams"], parts if is_first else None, group=group)
         try:
             with raise_on_all_ranks(group):
                 self._check_finite(path)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 if is_first:
                     streams = {number: stream for part in parts for number, stream in part.items()}
                     shutil.rmtree(partial, ignore_errors=True)
@@ -192,12 +190,12 @@ class CheckpointManager:
             # No copying ahead: DCP would do it with a CUDA stream, on the first device.
             writer = _Writer(partial / "tensors", per_thread_copy_ahead=0)
             chunks = self._chunks(self._host_fragments)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 dcp.save(chunks, storage_writer=writer, planner=ChunkSavePlanner(), process_group=group)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 own = hash_files(partial, f"tensors/__{rank}_*.distcp")
             dist.gather_object(own, parts if is_first else None, group=group)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 if is_first:
                     own = hash_files(partial, "state.json") | hash_files(partial, "tensors/.metadata")
                     files = {name: entry for part in (own, *parts) for name, entry in part.items()}
@@ -213,12 +211,13 @@ class CheckpointManager:
         """SaveFailed if a weight is not finite: such a checkpoint must not push out a good one."""
         for name, copy in zip(self._fragments, self._host_fragments, strict=True):
             if name.partition(".")[0] in ("model", "ema") and not torch.isfinite(copy).all():
-                way_out = "resume with a lower optimizer.learning_rate"
+                way_out = "start again with a lower optimizer.learning_rate"
                 raise SaveFailed(f"{path}: not saved: {name} contains NaN or Inf; {way_out}")
 
     def _delete_old(self) -> None:
-        for old in complete_checkpoints(self._folder)[: -self._keep_last]:
-            if not self._keep_every or step_of(old) % self._keep_every:
+        keep_every = self._config.keep_every
+        for old in complete_checkpoints(self.folder)[: -self._config.keep_last]:
+            if not keep_every or step_of(old) % keep_every:
                 remove(old)
 
 
@@ -236,7 +235,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Raise the disk errors of any rank as SaveFailed, naming the checkpoint and the ranks."""
     try:
         yield
@@ -249,7 +248,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     else:
         return
     reasons = ", ".join(f"rank {rank}: {error.strerror or error}" for rank, error in sorted(failures.items()))
+    complete = complete_checkpoints(path.parent)
+    then = f"resumes from {complete[-1].name}" if complete else "has no earlier checkpoint, and begins anew"
     raise SaveFailed(
-        f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run resumes from "
-        "the previous checkpoint"
+        f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run {then}"
     )

@@ -1,33 +1,33 @@
-"""A folder of bounded size that caches fetched files for all processes of a machine.
+"""A folder of bounded size that caches fetched shards for all processes of a machine.
 
-A file is named by its hash and appears complete or not at all. The least recently opened file is evicted when
-room is needed. Locks are flock's, which end with the process that holds them: a shared lock on a file in use,
-an exclusive one on the `.partial` of a file that is being fetched, and one on `lock` while room is made. So
-the folder must be on a disk whose flock works: a local one.
+A shard is named by its hash and appears complete or not at all. The least recently opened one is evicted when
+room is needed. Locks are flock's, which end with the process that holds them: a shared lock on a shard in
+use, an exclusive one on a shard that is being fetched, and on a `lock` file while fetching and making room.
+So the folder must be on a disk whose flock works: a local one.
 """
 
 import fcntl
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO, IOBase
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 from megafusion.data.index import INDEX
+from megafusion.data.manifest import ShardEntry
+from megafusion.data.remote import fetch
 from megafusion.errors import UserError
 
-PARTIAL = ".partial"
-POLL_SECONDS = 0.02
+PARTIAL = ".part"
 
 
 class CacheFull(UserError):
-    """All files in the cache are in use, and no room is left."""
+    """All shards in the cache are in use, and no room is left."""
 
 
 class ShardCache:
-    """Files by the hash of their content, at most `max_bytes` of them."""
+    """Shards by the hash of their content, at most `max_bytes` of them."""
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder, self.max_bytes = folder, max_bytes
@@ -36,39 +36,40 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"data.cache_dir: {folder}: cannot be made ({error.strerror})") from error
 
-    def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> FileIO:
-        """A file, fetched if it is missing; it stays in the cache until it is closed.
+    def open(self, url: str, entry: ShardEntry) -> FileIO:
+        """A shard, fetched if it is missing; it stays in the cache until it is closed.
 
-        fetch: writes the content into a file, or raises UserError. Raises CacheFull if there is no room.
+        Raises CacheFull if there is no room, and UserError if it cannot be fetched.
         """
         while True:
-            if file := self._open_existing(name):
+            if file := self._open_existing(entry.sha256):
                 return file
-            self._fetch_once(name, size, fetch)
+            self._fetch_once(url, entry)
 
     def _open_existing(self, name: str) -> FileIO | None:
-        path = self.folder / name
         try:
-            file = path.open("rb", buffering=0)
+            file = (self.folder / name).open("rb", buffering=0)
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
-        if _is_at(file, path):  # not evicted between open and flock
-            os.utime(path)
+        if os.fstat(file.fileno()).st_nlink:  # not evicted between open and flock
+            os.utime(file.fileno())
             return file
         file.close()
         return None
 
-    def _fetch_once(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> None:
-        """Fetch a file, or wait until another process has."""
-        path, partial = self.folder / name, self.folder / (name + PARTIAL)
+    def _fetch_once(self, url: str, entry: ShardEntry) -> None:
+        """Fetch a shard, unless another process did while this one waited for the lock."""
+        path = self.folder / entry.sha256
+        partial = path.with_name(path.name + PARTIAL)
         try:
-            with partial.open("ab+") as file:
-                if not _lock(file, partial):
+            with self._locked(f"lock-{path.name[:2]}"):
+                if path.exists():
                     return
                 try:
-                    if not path.exists():
-                        self._fill(partial, size, fetch)
+                    with self._reserve(partial, entry.num_bytes) as file:
+                        fetch(url, file, entry.num_bytes, entry.sha256)
+                        file.flush()
                         partial.rename(path)
                 finally:
                     partial.unlink(missing_ok=True)
@@ -78,18 +79,19 @@ class ShardCache:
                 "data.cache_bytes or choose another folder"
             ) from error
 
-    def _fill(self, partial: Path, size: int, fetch: Callable[[BinaryIO], None]) -> None:
-        with partial.open("rb+") as file:
-            with self._locked():
-                os.ftruncate(file.fileno(), 0)
-                self._make_room(size, partial)
-                os.posix_fallocate(file.fileno(), 0, max(size, 1))  # reserves its space at once
-            fetch(file)
+    def _reserve(self, partial: Path, size: int) -> BinaryIO:
+        """An empty file that has its space at once, under an exclusive lock."""
+        with self._locked("lock"):
+            self._make_room(size)
+            file = partial.open("wb")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        return file
 
-    def _make_room(self, size: int, keep: Path) -> None:
+    def _make_room(self, size: int) -> None:
         files = []
         for path in self.folder.iterdir():
-            if path.name != "lock" and not path.name.startswith(".") and not path.name.endswith(INDEX):
+            if not path.name.startswith((".", "lock")) and not path.name.endswith(INDEX):
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     files.append((status.st_mtime_ns, status.st_size, path))
@@ -97,7 +99,7 @@ class ShardCache:
         for _, num_bytes, path in sorted(files):
             if total + size <= self.max_bytes:
                 return
-            if path != keep and _remove_unused(path):
+            if _remove_unused(path):
                 total -= num_bytes
         if total + size > self.max_bytes:
             raise CacheFull(
@@ -106,34 +108,10 @@ class ShardCache:
             )
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w") as file:
+    def _locked(self, name: str) -> Iterator[None]:
+        with (self.folder / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _lock(file: IOBase, path: Path) -> bool:
-    """Lock a file exclusively; False once it is no longer at its path.
-
-    Polls, because a blocking flock would keep waiting after the file is fetched: the process that fetched it
-    then reads it under a shared lock.
-    """
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not _is_at(file, path):
-                return False
-            time.sleep(POLL_SECONDS)
-        else:
-            return _is_at(file, path)
-
-
-def _is_at(file: IOBase, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _remove_unused(path: Path) -> bool:

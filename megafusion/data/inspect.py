@@ -1,6 +1,5 @@
 """Inspects and verifies folders of shards, for `megafusion data`."""
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -27,10 +26,12 @@ def inspect_shards(folder: Path, vae: Path, out: Path, num_documents: int) -> No
     latents.
     """
     shards = ShardFolder(folder)
-    chosen = [shards.read(*location) for location in _equally_spaced(shards, num_documents)]
+    num_documents = min(num_documents, len(shards))
+    chosen = [shards.read(len(shards) * i // num_documents) for i in range(num_documents)]
     Console().print(_table(shards, chosen))
     if shards.manifest.num_images:
-        with_images = filter(_has_image, chosen if any(map(_has_image, chosen)) else _all(shards))
+        every = map(shards.read, range(len(shards)))
+        with_images = filter(_has_image, chosen if any(map(_has_image, chosen)) else every)
         _write_sheet(shards, list(islice(with_images, num_documents)), vae, out)
         return
     for document in chosen[:3]:
@@ -55,11 +56,6 @@ def _has_image(document: StoredDocument) -> bool:
     return bool(first_images([document]))
 
 
-def _all(shards: ShardFolder) -> Iterator[StoredDocument]:
-    for number, entry in enumerate(shards.manifest.shards):
-        yield from (shards.read(number, position) for position in range(entry.num_documents))
-
-
 def _check_index(path: Path) -> None:
     """Raises UserError if a shard's index is not the one that its bytes give."""
     index = path.with_suffix(INDEX)
@@ -69,15 +65,6 @@ def _check_index(path: Path) -> None:
         is_same = False
     if not is_same:
         raise UserError(f"{index}: is not the index of {path.name}; copy it again or preprocess again")
-
-
-def _equally_spaced(shards: ShardFolder, number: int) -> list[tuple[int, int]]:
-    """Shard and position of documents at equal distances."""
-    sizes = [entry.num_documents for entry in shards.manifest.shards]
-    ends = np.cumsum(sizes)
-    wanted = [len(shards) * i // min(number, len(shards)) for i in range(min(number, len(shards)))]
-    found = np.searchsorted(ends, wanted, side="right")
-    return [(int(s), int(w - ends[s] + sizes[s])) for s, w in zip(found, wanted, strict=True)]
 
 
 def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:

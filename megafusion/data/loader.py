@@ -6,6 +6,7 @@ rows, and so does each of its worker processes.
 
 import logging
 from collections import Counter
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -36,25 +37,18 @@ class WorkerBatch(NamedTuple):
     """Documents skipped."""
 
 
-class RowBuilder:
-    """Builds a fixed set of rows of each global batch: a rank's, or one worker's share of them."""
-
-    def __init__(
-        self, streams: dict[int, LogicalStream], rows: list[int], global_batch_size: int, num_streams: int
-    ):
-        self._streams, self._rows = streams, rows
-        self._global_batch_size, self._num_streams = global_batch_size, num_streams
-
-    def build(self, batch_number: int) -> WorkerBatch:
-        """The rows of one global batch. Must be called for each batch in turn."""
-        built = WorkerBatch({}, {}, [])
-        for g in self._rows:
-            stream = self._streams[(batch_number * self._global_batch_size + g) % self._num_streams]
-            built.rows[g] = stream.next_row()
-            built.states[str(stream.number)] = stream.state.state_dict()
-            built.warnings.extend(stream.warnings)
-            stream.warnings.clear()
-        return built
+def build_rows(
+    streams: dict[int, LogicalStream], rows: range, global_batch_size: int, num_streams: int, number: int
+) -> WorkerBatch:
+    """Build some rows of global batch `number`: a rank's, or one worker's. Called for each batch in turn."""
+    built = WorkerBatch({}, {}, [])
+    for g in rows:
+        stream = streams[(number * global_batch_size + g) % num_streams]
+        built.rows[g] = stream.next_row()
+        built.states[str(stream.number)] = stream.state.state_dict()
+        built.warnings.extend(stream.warnings)
+        stream.warnings.clear()
+    return built
 
 
 class DataLoader:
@@ -89,7 +83,7 @@ class DataLoader:
         }
         num_builders = min(config.num_workers, len(rows)) or 1
         self._builders = [
-            RowBuilder(self._streams, list(rows[i::num_builders]), global_batch_size, config.num_streams)
+            partial(build_rows, self._streams, rows[i::num_builders], global_batch_size, config.num_streams)
             for i in range(num_builders)
         ]
         self._workers: Workers | None = None
@@ -160,10 +154,9 @@ class DataLoader:
 
     def _build(self) -> list[WorkerBatch]:
         if not self._config.num_workers:
-            return [self._builders[0].build(self._batch_number)]
+            return [self._builders[0](self._batch_number)]
         if self._workers is None:
-            build = [builder.build for builder in self._builders]
-            self._workers = Workers(build, self._batch_number, self._config.prefetch)
+            self._workers = Workers(self._builders, self._batch_number, self._config.prefetch)
         return self._workers.next()
 
     def _warn(self, warning: str) -> None:

@@ -125,18 +125,16 @@ def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict
 
 def load_manifest(folder: Path | str) -> Manifest:
     """The manifest of a folder of shards, or of a URL. Raises UserError if there is none."""
+    where = f"{folder}/{MANIFEST}"
     if is_remote(folder):
-        return _parse_manifest(read_remote(f"{folder}/{MANIFEST}"), f"{folder}/{MANIFEST}")
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        inside = [str(folder / kind) for kind in FOLDERS.values() if (folder / kind / MANIFEST).is_file()]
-        way_out = f"name {' or '.join(inside)}" if inside else "make it with `megafusion preprocess`"
+        content = read_remote(where)
+    elif Path(where).is_file():
+        content = Path(where).read_bytes()
+    else:
+        inside = [name for name in FOLDERS.values() if Path(folder, name, MANIFEST).is_file()]
+        named = " or ".join(f"{folder}/{name}" for name in inside)
+        way_out = f"name {named}" if inside else "make it with `megafusion preprocess`"
         raise UserError(f"{folder}: not a folder of shards (no {MANIFEST}); {way_out}")
-    return _parse_manifest(path.read_bytes(), str(path))
-
-
-def _parse_manifest(content: bytes, where: str) -> Manifest:
     try:
         values = json.loads(content)
     except ValueError as error:

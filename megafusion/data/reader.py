@@ -12,7 +12,7 @@ from megafusion.data.cache import CacheFull, ShardCache
 from megafusion.data.document_format import BadDocument, CorruptBytes, StoredDocument, parse_document
 from megafusion.data.index import INDEX, document_offsets, load_index, npy
 from megafusion.data.manifest import MANIFEST, ShardEntry, load_manifest
-from megafusion.data.remote import fetch, is_remote
+from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 
@@ -25,28 +25,26 @@ class _OpenShard(NamedTuple):
 
 
 class ShardFolder:
-    """Random access to the documents of a folder of shards, each by (shard, position in it).
+    """Random access to the documents of a folder of shards, each by its index in the folder.
 
     cache: keeps the shards of a URL; a path needs none. Memory does not grow with what is read.
     """
 
     def __init__(self, folder: Path | str, cache: ShardCache | None = None):
-        self.is_remote = is_remote(folder)
-        self.folder: Any = str(folder) if self.is_remote else Path(folder)
+        self.folder: Any = str(folder) if is_remote(folder) else Path(folder)
         """The str of a URL, or a Path."""
         self.manifest = load_manifest(self.folder)
-        self._latent_shapes = self.manifest.latent_shapes
+        self.starts = np.cumsum([0] + [entry.num_documents for entry in self.manifest.shards])
+        """Index of each shard's first document; last the number of documents."""
         self._cache = cache
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        if not self.is_remote:
-            for entry in self.manifest.shards:
+        for entry in self.manifest.shards:
+            if not cache:
                 self._check_size(entry)
-        else:
-            assert cache, "a URL needs a cache"
-            largest = max(entry.num_bytes for entry in self.manifest.shards)
-            if largest > cache.max_bytes:
+            elif entry.num_bytes > cache.max_bytes:
                 raise UserError(
-                    f"data.cache_bytes {cache.max_bytes}: {self.folder} has a shard of {largest}; raise it"
+                    f"data.cache_bytes {cache.max_bytes}: {self.folder} has a shard of {entry.num_bytes}; "
+                    "raise it"
                 )
 
     def __len__(self) -> int:
@@ -56,11 +54,13 @@ class ShardFolder:
         """For another process, which opens shards itself."""
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def read(self, shard: int, position: int) -> StoredDocument:
+    def read(self, document: int) -> StoredDocument:
         """One document.
 
         Raises BadDocument naming the shard if its bytes are bad, and UserError if they cannot be read.
         """
+        shard = int(np.searchsorted(self.starts, document, side="right")) - 1
+        position = document - int(self.starts[shard])
         opened = self._opened(shard)
         where = f"{self.folder}/{self.manifest.shards[shard].name}"
         start, end = map(int, opened.offsets[position : position + 2])
@@ -71,7 +71,7 @@ class ShardFolder:
         if len(content) != end - start:
             raise UserError(f"{where}: became shorter while it was open; restore it and start again")
         try:
-            return parse_document(content, self._latent_shapes)
+            return parse_document(content, self.manifest.latent_shapes)
         except CorruptBytes as error:
             raise BadDocument(f"{where}, document {position}", str(error)) from error
 
@@ -102,7 +102,7 @@ class ShardFolder:
     def _opened(self, shard: int) -> _OpenShard:
         if shard not in self._open:
             entry = self.manifest.shards[shard]
-            self._open[shard] = self._open_remote(entry) if self.is_remote else self._open_local(entry)
+            self._open[shard] = self._open_cached(entry) if self._cache else self._open_local(entry)
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
@@ -111,38 +111,26 @@ class ShardFolder:
     def _open_local(self, entry: ShardEntry) -> _OpenShard:
         path = self.folder / entry.name
         self._check_size(entry)
-        return _open_shard(path.open("rb", buffering=0), path, path.with_suffix(INDEX), entry)
+        offsets = load_index(path.with_suffix(INDEX), entry, path)
+        return _OpenShard(path.open("rb", buffering=0), offsets)
 
-    def _open_remote(self, entry: ShardEntry) -> _OpenShard:
+    def _open_cached(self, entry: ShardEntry) -> _OpenShard:
         """Open a shard in the cache. Its index is computed here, from the bytes whose hash was checked."""
         url, cache = f"{self.folder}/{entry.name}", self._cache
-        assert cache is not None
-
-        def open_cached() -> FileIO:
-            return cache.open(
-                entry.sha256,
-                entry.num_bytes,
-                lambda into: fetch(url, into, entry.num_bytes, entry.sha256),
-            )
-
+        assert cache
         try:
-            file = open_cached()
+            file = cache.open(url, entry)
         except CacheFull:
             self.close()  # the shards that this process holds may fill it
-            file = open_cached()
+            file = cache.open(url, entry)
         index = cache.folder / (entry.sha256 + INDEX)
-        if not index.is_file():
-            try:
+        try:
+            if not index.is_file():
                 write_file(index, npy(document_offsets(cache.folder / entry.sha256)))
-            except CorruptBytes as error:
-                file.close()
-                raise UserError(f"{url}: not a tar of documents ({error}); preprocess again") from error
-        return _open_shard(file, url, index, entry)
-
-
-def _open_shard(file: FileIO, path: Path | str, index: Path, entry: ShardEntry) -> _OpenShard:
-    try:
-        return _OpenShard(file, load_index(index, entry, path))
-    except UserError:
-        file.close()
-        raise
+            return _OpenShard(file, load_index(index, entry, url))
+        except CorruptBytes as error:
+            file.close()
+            raise UserError(f"{url}: not a tar of documents ({error}); preprocess again") from error
+        except UserError:
+            file.close()
+            raise

@@ -1,6 +1,6 @@
 """Samples what is random about a document: order of segments, caption dropout, crops, latents, noise, t."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,11 +27,13 @@ def sample_layout(
     shape: SequenceShape,
     generator: np.random.Generator,
     is_after_text: bool = False,
+    given: Collection[int] = (),
 ) -> list[Segment]:
     """The segments of a document in the order in which the model sees them, noise not yet sampled.
 
-    An image without text before it has max_t data.image_first_max_t, unless its document continues another
-    with text (is_after_text). Raises BadImage for pixels that do not decode.
+    given: indices, among the document's images, of those that are given. An image without text before it has
+    max_t data.image_first_max_t, unless its document continues another with text (is_after_text). Raises
+    BadImage for pixels that do not decode.
     """
     segments = [_sized(segment, shape, config, generator) for segment in segments]
     if manifest.kind == "pair":
@@ -41,12 +43,15 @@ def sample_layout(
         else:
             is_after_text = True
             segments = [image] if generator.random() < config.caption_dropout else [text, image]
-    ordered = []
+    ordered: list[Segment] = []
+    num_images = 0
     for segment in segments:
-        if not isinstance(segment, ImageSegment):
+        if isinstance(segment, ImageSegment):
+            max_t = segment.max_t if is_after_text else config.image_first_max_t
+            segment = replace(segment, max_t=max_t, is_given=num_images in given)
+            num_images += 1
+        else:
             is_after_text = True
-        elif not is_after_text:
-            segment = replace(segment, max_t=config.image_first_max_t)
         ordered.append(segment)
     return ordered
 
@@ -74,25 +79,19 @@ def sample_noise(
 
     generator: the one that `sample_layout` used.
     """
-    images = tuple(_sampled(image, manifest, shape, noise_process, generator) for image in document.images)
-    return replace(document, images=images) if images else document
-
-
-def _sampled(
-    image: ImageSegment,
-    manifest: Manifest,
-    shape: SequenceShape,
-    noise_process: NoiseProcess,
-    generator: np.random.Generator,
-) -> ImageSegment:
-    size = (2, shape.latent_channels, *shape.sizes[image.size])
-    latents, noise = generator.standard_normal(size, np.float32)
-    if image.kind == "moments":
-        mean, log_variance = image.data
-        latents *= STANDARD_DEVIATIONS[log_variance.view(np.uint16)]
-        latents += mean
-        if manifest.latent_shift:
-            latents -= np.float32(manifest.latent_shift)
-        latents *= np.float32(manifest.latent_scale)
-    t = noise_process.sample_t(generator, image.max_t)
-    return ImageSegment(image.kind, image.data, image.size, image.max_t, latents, noise, t)
+    images = []
+    for image in document.images:
+        size = (2, shape.latent_channels, *shape.sizes[image.size])
+        latents, noise = generator.standard_normal(size, np.float32)
+        if image.kind == "moments":
+            mean, log_variance = image.data
+            latents *= STANDARD_DEVIATIONS[log_variance.view(np.uint16)]
+            latents += mean
+            if manifest.latent_shift:
+                latents -= np.float32(manifest.latent_shift)
+            latents *= np.float32(manifest.latent_scale)
+        t = noise_process.sample_t(generator, image.max_t)
+        if image.is_given:
+            noise, t = np.zeros_like(noise), 0.0
+        images.append(replace(image, latents=latents, noise=noise, t=t))
+    return replace(document, images=tuple(images))

@@ -8,8 +8,6 @@ offsets, so any document is one read away and no archive is ever scanned.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,38 +15,10 @@ from webdataset import TarWriter
 
 from megafusion.data.document_format import MEMBER_ENDINGS, StoredDocument
 from megafusion.data.index import INDEX, document_offsets, npy
-from megafusion.data.manifest import MANIFEST, Manifest, ShardEntry, ShardSummary, write_manifest
-from megafusion.errors import UserError
+from megafusion.data.manifest import ShardEntry, ShardSummary
 from megafusion.images.sizes import format_sizes
 from megafusion.sequence.document import Segment
-from megafusion.storage import file_sha256, new_folder
-
-
-def write_shards(
-    folder: Path,
-    documents: Iterable[StoredDocument],
-    documents_per_shard: int,
-    **manifest: object,
-) -> Manifest:
-    """Write a folder of shards that appears complete or not at all, in place of an older folder of shards.
-
-    `manifest` gives the fields that the documents do not determine. Deterministic: equal documents give
-    equal bytes. Raises UserError naming the folder if there is no document, the disk is full, or the folder
-    holds anything but shards.
-    """
-    with new_folder(folder, MANIFEST) as partial:
-        written = _write_all(partial, documents, documents_per_shard, manifest)
-        if not written.shards:
-            raise UserError(f"{folder}: the inputs hold no document that can be used; nothing is written")
-    return written
-
-
-def _write_all(folder: Path, documents: Iterable[StoredDocument], per_shard: int, manifest: dict) -> Manifest:
-    remaining = iter(documents)
-    summaries: list[ShardSummary] = []
-    while batch := list(islice(remaining, per_shard)):
-        summaries.append(write_shard(folder, len(summaries), batch))
-    return write_manifest(folder, summaries, manifest)
+from megafusion.storage import file_sha256
 
 
 def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> ShardSummary:

@@ -1,14 +1,12 @@
 """A folder of shards as M ranges of documents, one for each logical stream, reshuffled every epoch."""
 
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import TypeVar
+from functools import lru_cache
 
 import numpy as np
 
 from megafusion.data.cache import ShardCache
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import BadDocument, StoredDocument
+from megafusion.data.document_format import GIVEN, BadDocument, StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
@@ -17,7 +15,6 @@ from megafusion.sequence.tokenizer import Tokenizer
 
 # Purpose of a generator: the last of its counters. Shard range n of a stream has SHARDS + n.
 DOCUMENT, SHARD_ORDER, PHASE, SHARDS = range(4)
-T = TypeVar("T")
 
 
 class Source:
@@ -36,9 +33,6 @@ class Source:
             )
         self.name, self.number, self.folder, self.seed = name, number, folder, seed
         self.num_streams = num_streams
-        self._shard_starts = np.cumsum([0] + [shard.num_documents for shard in folder.manifest.shards])
-        self._shard_orders: OrderedDict[tuple, tuple] = OrderedDict()
-        self._document_orders: OrderedDict[tuple, np.ndarray] = OrderedDict()
 
     def size(self, stream: int) -> int:
         """Documents of one stream."""
@@ -47,17 +41,11 @@ class Source:
 
     def document_at(self, stream: int, epoch: int, order: int) -> int:
         """Index in the whole source of the document at an index of a stream's epoch."""
-        ranges, starts, permutation = self._cached(self._shard_orders, (stream, epoch), self._order_shards)
+        bounds, permutation, starts = self._order_shards(stream, epoch)
         turn = int(np.searchsorted(starts, order, side="right")) - 1
         number, size = int(permutation[turn]), int(starts[turn + 1] - starts[turn])
-        key = (stream, epoch, number, size)
-        documents = self._cached(self._document_orders, key, self._order_documents)
-        return int(ranges[number]) + int(documents[order - starts[turn]])
-
-    def read(self, document: int) -> StoredDocument:
-        """A document by its index. Raises as ShardFolder does."""
-        shard = int(np.searchsorted(self._shard_starts, document, side="right")) - 1
-        return self.folder.read(shard, document - int(self._shard_starts[shard]))
+        documents = _permutation(size, self.seed, self.number, stream, epoch, SHARDS + number)
+        return int(bounds[number]) + int(documents[order - starts[turn]])
 
     def positions_per_document(self, shape: SequenceShape) -> float:
         """Mean length of a document; images kept as pixels count as if all had the first size."""
@@ -77,31 +65,26 @@ class Source:
         }
         if not is_valid[manifest.kind]:
             raise BadDocument(where, f"not a document of kind {manifest.kind} with {manifest.image_kind}")
+        given, images = stored.metadata.get(GIVEN, []), range(len(kinds) - kinds.count("tokens"))
+        if not isinstance(given, list) or not all(type(index) is int and index in images for index in given):
+            raise BadDocument(where, f"{GIVEN!r} is not a list of indices of its images")
 
     def _bounds(self, stream: int) -> tuple[int, int]:
         total = len(self.folder)
         return total * stream // self.num_streams, total * (stream + 1) // self.num_streams
 
+    @lru_cache(1024)  # noqa: B019 (a run keeps its sources)
     def _order_shards(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The stream's range of each shard: first documents, starts in the epoch's order, the permutation."""
-        start, end = self._bounds(stream)
-        bounds = np.unique(np.clip(self._shard_starts, start, end))
-        generator = counter_generator(self.seed, self.number, stream, epoch, SHARD_ORDER)
-        permutation = generator.permutation(len(bounds) - 1)
-        return bounds[:-1], np.cumsum([0, *np.diff(bounds)[permutation]]), permutation
+        """The stream's range of each shard: their bounds, the epoch's permutation, starts in its order."""
+        bounds = np.unique(np.clip(self.folder.starts, *self._bounds(stream)))
+        permutation = _permutation(len(bounds) - 1, self.seed, self.number, stream, epoch, SHARD_ORDER)
+        return bounds, permutation, np.cumsum([0, *np.diff(bounds)[permutation]])
 
-    def _order_documents(self, stream: int, epoch: int, number: int, size: int) -> np.ndarray:
-        generator = counter_generator(self.seed, self.number, stream, epoch, SHARDS + number)
-        return generator.permutation(size).astype(np.uint32)
 
-    def _cached(self, cache: OrderedDict[tuple, T], key: tuple, compute: Callable[..., T]) -> T:
-        """A value computed from its key, cached among the last used: some for each stream."""
-        if key not in cache:
-            cache[key] = compute(*key)
-            if len(cache) > 2 * self.num_streams + 8:
-                cache.popitem(last=False)
-        cache.move_to_end(key)
-        return cache[key]
+@lru_cache(1024)
+def _permutation(size: int, *key: int) -> np.ndarray:
+    """A random order. Cached, because a stream asks for the same few again and again."""
+    return counter_generator(*key).permutation(size).astype(np.uint32)
 
 
 def counter_generator(seed: int, *counter: int) -> np.random.Generator:

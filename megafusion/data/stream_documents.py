@@ -3,7 +3,7 @@
 import numpy as np
 
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import AFTER_TEXT, BadDocument, CorruptBytes
+from megafusion.data.document_format import AFTER_TEXT, GIVEN, BadDocument, CorruptBytes
 from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.source import DOCUMENT, Source, counter_generator
 from megafusion.data.stream_state import DocumentKey
@@ -56,7 +56,7 @@ class StreamDocuments:
         source = self._sources[key.source]
         index = source.document_at(self._stream, key.epoch, key.order)
         generator = counter_generator(source.seed, source.number, index, key.epoch, DOCUMENT)
-        stored = source.read(index)
+        stored = source.folder.read(index)
         where = f"{source.folder.folder}, document {index}"
         source.check(stored, where)
         try:
@@ -67,6 +67,7 @@ class StreamDocuments:
                 self._shape,
                 generator,
                 is_after_text=bool(stored.metadata.get(AFTER_TEXT)),
+                given=stored.metadata.get(GIVEN, ()),
             )
         except (CorruptBytes, BadImage) as error:
             raise BadDocument(where, str(error)) from error

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from multiprocessing import forkserver
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -18,12 +18,6 @@ from megafusion.processes import STOP_SIGNALS, end_with_parent
 # them holds during a fork stays locked in the child. The fork server has no threads, and imports once.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["megafusion.data.loader"])
-
-
-class _Refusal(NamedTuple):
-    """The message of a worker's UserError, because not every exception can be pickled."""
-
-    message: str
 
 
 class _Batches(IterableDataset):
@@ -40,7 +34,7 @@ class _Batches(IterableDataset):
             try:
                 built = build(batch_number)
             except UserError as error:
-                yield _Refusal(str(error))
+                yield UserError(str(error))  # not every subclass can be pickled
                 return
             yield built
 
@@ -81,9 +75,9 @@ class Workers:
                 "data.prefetch"
             ) from error
         for part in parts:
-            if isinstance(part, _Refusal):
+            if isinstance(part, UserError):
                 self.close()
-                raise UserError(part.message)
+                raise part
         return parts
 
     def close(self) -> None:

@@ -37,13 +37,6 @@ class SequenceShape:
         factor = self.pixels_per_latent
         return tuple((height * factor, width * factor) for height, width in self.sizes)
 
-    def fits(self, document: FlatDocument, used_length: int = 0, used_images: int = 0) -> bool:
-        """Whether a document fits in a row that already holds so many positions and images."""
-        return (
-            used_length + len(document) <= self.length
-            and used_images + len(document.images) <= self.num_images
-        )
-
 
 class Inputs(NamedTuple):
     """The fields of a PackedBatch that the model reads."""
@@ -67,7 +60,7 @@ class Targets(NamedTuple):
     latents: Tensor
     noise: Tensor
     t: Tensor
-    image_start: Tensor
+    has_loss: Tensor
     num_text_targets: Tensor
     num_images: Tensor
     image_size: Tensor
@@ -85,8 +78,9 @@ class PackedBatch:
     image_start int32 [B, N]: position of each image's first patch, -1 for an unused slot;
     image_size int64 [B, N]: index of each image's size. P is the largest size's number of patches, H and W
     are the largest height and width, and an image lies at the top left, padded with zeros;
+    has_loss bool [B, N]: the slot holds an image that is denoised, and not one that is given;
     pixels uint8 [B, N, 3, H, W] or empty; has_pixels bool [B, N]: latents are still to be encoded from them.
-    num_text_targets, num_images int64 []: of the whole global batch, the losses' denominators.
+    num_text_targets, num_images (with a loss) int64 []: of the whole global batch, the losses' denominators.
     """
 
     tokens: Tensor
@@ -100,6 +94,7 @@ class PackedBatch:
     t: Tensor
     image_start: Tensor
     image_size: Tensor
+    has_loss: Tensor
     pixels: Tensor
     has_pixels: Tensor
     num_text_targets: Tensor = ZERO
@@ -131,8 +126,8 @@ class PackedBatch:
         return PackedBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
     def counts(self) -> Tensor:
-        """int64 [2]: text targets and images in these rows alone."""
-        return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.image_start >= 0).sum()])
+        """int64 [2]: text targets and images with a loss in these rows alone."""
+        return torch.stack([(self.labels != IGNORED_LABEL).sum(), self.has_loss.sum()])
 
 
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
@@ -155,12 +150,14 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         "t": np.zeros(slots, np.float32),
         "image_start": np.full(slots, -1, np.int32),
         "image_size": np.zeros(slots, np.int64),
+        "has_loss": np.zeros(slots, bool),
         "pixels": np.zeros((slots, 3, *bounding_size(shape.image_sizes)), np.uint8),
         "has_pixels": np.zeros(slots, bool),
     }
     start, slot = 0, 0
     for document in documents:
-        assert shape.fits(document, start, slot)
+        assert start + len(document) <= length
+        assert slot + len(document.images) <= slots
         here = slice(start, start + len(document))
         row["tokens"][here] = document.tokens
         row["labels"][here] = document.labels
@@ -177,6 +174,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
             row["t"][slot] = image.t
             row["image_start"][slot] = start + image_start
             row["image_size"][slot] = image.size
+            row["has_loss"][slot] = not image.is_given
             if image.kind == "pixels":
                 height, width = image.data.shape[1:]
                 row["pixels"][slot, :, :height, :width] = image.data

@@ -10,13 +10,11 @@ from megafusion.storage import file_sha256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, used unchanged."""
+    """A SentencePiece model, used unchanged; image ids follow its pieces."""
 
     file_name = "tokenizer.model"
 
     def __init__(self, path: Path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such tokenizer; give the path of a SentencePiece .model file")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError as error:
@@ -25,15 +23,9 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, file_sha256(path), *ids)
 
     def transformers_config(self) -> dict:
-        pieces = {name: self._model.id_to_piece(getattr(self, name)) for name in ("bos", "eos")}
-        return {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "legacy": False,
-            "unk_token": self._model.id_to_piece(self._model.unk_id()),
-            **{f"{name}_token": piece for name, piece in pieces.items()},
-        }
+        names = ("bos", "eos", "unk")
+        tokens = {f"{n}_token": self._model.id_to_piece(getattr(self._model, f"{n}_id")()) for n in names}
+        return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, **tokens}
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)

@@ -16,11 +16,12 @@ from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import read_pipeline_config
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
-from megafusion.hub.folder import check_vocabulary
+from megafusion.hub.folder import tokenizer_files
 from megafusion.hub.weights import EMBEDDING, HEAD, open_hub_weights
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.storage import file_sha256
 from megafusion.train.config import RunConfig
 from megafusion.train.run_folder import ENVIRONMENT, load_run_config
 
@@ -33,12 +34,13 @@ CONTEXT = ("rope_theta", "rope_scaling", "image_sizes")
 class Origin(NamedTuple):
     """Weights to start from, with the model and the tokenizer that they belong to.
 
-    checkpoint: whose files are to be verified. text_config: of the Hugging Face model that they began as.
+    tokenizers: files of the same tokenizer. checkpoint: whose files are to be verified. text_config: of the
+    Hugging Face model that they began as.
     """
 
     source: TensorSource
     model: ModelConfig
-    tokenizer: Tokenizer
+    tokenizers: list[Path]
     checkpoint: Path | None = None
     text_config: dict[str, Any] | None = None
 
@@ -53,8 +55,8 @@ def open_origin(config: RunConfig) -> Origin:
         run = path.parent.parent
         began = load_run_config(run)
         source = CheckpointWeights(path, "model" if raw else "ema")
-        tokenizer = Tokenizer.from_pretrained(began.data.tokenizer)
-        origin = Origin(source, began.model, tokenizer, path, text_config_of(run))
+        tokenizer = Tokenizer.from_pretrained(began.data.tokenizer).path
+        origin = Origin(source, began.model, [tokenizer], path, text_config_of(run))
     elif not (path / "config.json").is_file():
         raise UserError(
             f"train.init_from {path}: neither a pipeline folder, a run folder, a checkpoint (step-*) nor a "
@@ -69,7 +71,7 @@ def open_origin(config: RunConfig) -> Origin:
         origin = Origin(
             SafetensorsWeights(path, parts),
             read_pipeline_config(path).model,
-            Tokenizer.from_pretrained(path),
+            tokenizer_files(path),
             text_config=text_config_of(path.parent),
         )
     else:
@@ -89,12 +91,13 @@ def _open_hub(path: Path, config: RunConfig) -> Origin:
             f"{file}: sliding_window {window} is less than data.sequence_length {length}, and windows are "
             f"not served; set data.sequence_length to at most {window}"
         )
-    tokenizer = check_vocabulary(path, values)
     # Of images it says nothing: they are this run's.
     keys = config.model.model_dump(mode="json") | model_keys(values, file)
     model = parse_config(ModelConfig, keys, str(file))
     source = open_hub_weights(path, _shapes(config), model.tie_embeddings)
-    return Origin(source, model, tokenizer, text_config=values)
+    if (shape := source.shapes().get(EMBEDDING)) and shape[0] != values["vocab_size"]:
+        raise UserError(f"{file}: vocab_size {values['vocab_size']}, but the embedding has {shape[0]} rows")
+    return Origin(source, model, tokenizer_files(path), text_config=values)
 
 
 class UntiedHead:
@@ -119,15 +122,21 @@ class UntiedHead:
 def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a run folder records of its start. UserError with every tensor that does not fit."""
     path = config.train.init_from
-    if origin.tokenizer.hash != tokenizer.hash:
+    if tokenizer.hash not in map(file_sha256, origin.tokenizers):
+        names = " or ".join(map(str, origin.tokenizers)) or "a copy of the right one"
         raise UserError(
             f"data.tokenizer {tokenizer.path}: not the tokenizer of train.init_from, so its ids are other "
-            f"pieces; set it to {origin.tokenizer.path}"
+            f"tokens; set it to {names}"
         )
     was, now = ({k: getattr(m, k) for k in FUNCTION + CONTEXT} for m in (origin.model, config.model))
     if differing := [f"{key} {now[key]} instead of {was[key]}" for key in FUNCTION if now[key] != was[key]]:
         raise UserError(f"model: {', '.join(differing)}, which {path} was trained with; use its model keys")
     wanted, stored = _shapes(config), origin.source.shapes()
+    if (rows := stored.get(EMBEDDING, [tokenizer.num_text_ids])[0]) < tokenizer.num_text_ids:
+        raise UserError(
+            f"train.init_from {path}: {rows} token ids, but its tokenizer {tokenizer.path} has "
+            f"{tokenizer.num_text_ids}; give the tokenizer that it was trained with"
+        )
     patterns = config.train.init_new
     if unknown := [p for p in patterns if not any(fnmatchcase(name, p) for name in wanted)]:
         raise UserError(f"train.init_new {unknown[0]!r}: no weight of the model has such a name")

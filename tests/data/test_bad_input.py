@@ -92,12 +92,12 @@ def test_a_bad_document_is_named_with_its_shard_and_the_reason(tmp_path, case):
     members, reason = BAD[case]
     folder = folder_of(tmp_path / "pairs", members)
     with pytest.raises(BadDocument, match=rf"shard-000000\.tar, document 0: not readable \(.*{reason}"):
-        folder.read(0, 0)
+        folder.read(0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs"]  # nothing is ever extracted
 
 
 def test_the_good_document_of_these_cases_is_read(tmp_path):
-    found = folder_of(tmp_path / "pairs", GOOD).read(0, 0)
+    found = folder_of(tmp_path / "pairs", GOOD).read(0)
     assert found.segments[0].data.tolist() == [3, 4, 5, 6, 7]
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_size_or_name_in_a_header(tmp_path, at, value, reason):
     content[at : at + len(value)] = value
     path.write_bytes(content)
     with pytest.raises(BadDocument, match=reason):
-        ShardFolder(tmp_path / "pairs").read(0, 0)
+        ShardFolder(tmp_path / "pairs").read(0)
 
 
 def test_a_size_beyond_the_document_with_a_valid_checksum(tmp_path):
@@ -128,7 +128,7 @@ def test_a_size_beyond_the_document_with_a_valid_checksum(tmp_path):
     content[:512] = info.tobuf(tarfile.USTAR_FORMAT)[:512]
     path.write_bytes(content)
     with pytest.raises(BadDocument, match="extends beyond the document"):
-        ShardFolder(tmp_path / "pairs").read(0, 0)
+        ShardFolder(tmp_path / "pairs").read(0)
 
 
 @pytest.mark.parametrize("name", ["../../etc/shard.tar", "/etc/shard.tar", ".hidden.tar", "a b.tar", "shard"])

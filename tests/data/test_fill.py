@@ -92,9 +92,10 @@ def test_every_target_is_in_the_rows_once_an_epoch(tmp_path):
     stream = stream_of({"text": (folder, 1.0)}, range(1), 1, packing_buffer_size=5)
     (logical,) = stream._streams.values()
     source = logical._sources["text"]
+    read = source.folder.read
     wanted: Counter = Counter()
     for number in range(len(lengths)):
-        ids = [IDS.bos, *source.read(number).segments[0].data.tolist(), IDS.eos]
+        ids = [IDS.bos, *read(number).segments[0].data.tolist(), IDS.eos]
         wanted.update(itertools.pairwise(ids))
     found: Counter = Counter()
     while logical.state.position["text"][0] < 2 or any(p.key.epoch < 2 for p in logical.state.pending):
@@ -111,12 +112,12 @@ def test_every_target_is_in_the_rows_once_an_epoch(tmp_path):
     epoch, order, offset = logical.state.position["text"]
     for e in range(2, epoch + 1):
         for o in range(len(lengths) if e < epoch else order + (offset > 0)):
-            ids = [IDS.bos, *source.read(source.document_at(0, e, o)).segments[0].data.tolist(), IDS.eos]
+            ids = [IDS.bos, *read(source.document_at(0, e, o)).segments[0].data.tolist(), IDS.eos]
             end = offset if (e, o) == (epoch, order) else len(ids) - 1
             extra.update(list(itertools.pairwise(ids))[:end])
     for pending in logical.state.pending:
         document = source.document_at(0, *pending.key[1:])
-        ids = [IDS.bos, *source.read(document).segments[0].data.tolist(), IDS.eos]
+        ids = [IDS.bos, *read(document).segments[0].data.tolist(), IDS.eos]
         extra.subtract(list(itertools.pairwise(ids))[pending.start : pending.end])
     wanted = Counter({pair: 2 * n for pair, n in wanted.items()})
     wanted.update(extra)

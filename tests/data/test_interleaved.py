@@ -54,7 +54,7 @@ def packed_by_state(logical: LogicalStream) -> tuple[Counter, Counter]:
     positions, images = Counter(), Counter()
 
     def count(epoch, order, first, last, sign):
-        segments = source.read(source.document_at(0, epoch, order)).segments
+        segments = source.folder.read(source.document_at(0, epoch, order)).segments
         whole = laid_out(segments)
         starts = [n for n in range(1, len(whole)) if whole[n][0] == PATCH != whole[n - 1][0]]
         numbers = [int(s.data[0, 0, 0, 0]) for s in segments if s.kind == "moments"]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import write_shards
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.mesh import make_mesh
@@ -22,7 +21,7 @@ from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.data.test_pixels import options, webp, write_pixels
 from tests.support.raw import drawing
-from tests.support.rows import IDS, digest, stored, stream_of, write_texts
+from tests.support.rows import IDS, digest, stored, stream_of, write_shards, write_texts
 from tests.support.workers import run_workers
 
 SIZES, PATCHES = ((4, 4), (2, 6), (8, 2)), (4, 3, 4)

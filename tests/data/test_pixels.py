@@ -11,14 +11,13 @@ from PIL import Image
 from megafusion.config import parse_config
 from megafusion.data.augment import augment
 from megafusion.data.config import DataConfig
-from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
 from megafusion.images.reader import BadImage
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.marks import full
-from tests.support.rows import digest, stored, stream_of, write_pairs
+from tests.support.rows import digest, stored, stream_of, write_pairs, write_shards
 from tests.support.workers import run_workers
 
 
@@ -172,13 +171,11 @@ def test_pixels_and_their_latents_give_the_same_losses(pixel_run, codec, tokeniz
 
     kept = ShardFolder(Path(pixel_run["data"]["sources"]["pixels"]["path"]))
     documents = []
-    for shard, entry in enumerate(kept.manifest.shards):
-        for position in range(entry.num_documents):
-            document = kept.read(shard, position)
-            shown = augment(document.segments[1].data, (32, 32), options(), np.random.default_rng(0))
-            moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
-            text = document.segments[0].data
-            documents.append(stored(document.metadata, text, moments.half().numpy()))
+    for document in map(kept.read, range(len(kept))):
+        shown = augment(document.segments[1].data, (32, 32), options(), np.random.default_rng(0))
+        moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
+        text = document.segments[0].data
+        documents.append(stored(document.metadata, text, moments.half().numpy()))
     fields = {"kind": "pair", "tokenizer_sha256": tokenizer.hash, "provenance": {}}
     fields |= {"vae_sha256": codec.hash, "latent_shape": (4, 8, 8)}
     fields |= {"latent_scale": codec.scaling_factor, "latent_shift": codec.shift_factor}

@@ -101,7 +101,7 @@ def test_transient_failures_are_retried(server, tmp_path, monkeypatch, fault):
         monkeypatch.setattr(remote, "TIMEOUT_SECONDS", (2.0, 0.5))
     server.faults = {"shard-000001.tar": [fault, fault], "manifest.json": [503]}
     folder = ShardFolder(f"{server.url}/pairs", ShardCache(tmp_path / "cache", 1 << 30))
-    assert folder.read(1, 3).metadata == {"key": "k19", "caption": "image 19"}
+    assert folder.read(19).metadata == {"key": "k19", "caption": "image 19"}
     assert server.asked["pairs/shard-000001.tar"] == 3
 
 
@@ -122,7 +122,7 @@ def test_a_lasting_failure_stops_the_run_by_name_even_if_bad_documents_are_skipp
     )
     with pytest.raises(UserError, match=message):
         [stream.next() for _ in range(60)]
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert not list((tmp_path / "cache").glob("*.part"))
     assert [stream.next() for _ in range(3)]  # the server is back
 
 
@@ -150,15 +150,15 @@ def test_the_cache_stays_within_its_size_and_evicts_the_least_recently_used(serv
         return {i for i, name in enumerate(names) if (cache.folder / name).is_file()}
 
     for shard in (0, 1, 2):
-        folder.read(shard, 0)
+        folder.read(16 * shard)
         folder.close()
         time.sleep(0.01)
-    folder.read(0, 0)  # now 1 is the oldest
+    folder.read(0)  # now 1 is the oldest
     folder.close()
-    folder.read(3, 0)
+    folder.read(48)
     assert there() == {0, 2, 3}
     for shard in range(len(names)):
-        folder.read(shard, 0)
+        folder.read(16 * shard)
         used = sum(p.stat().st_size for p in cache.folder.iterdir() if len(p.name) == 64)
         assert used <= cache.max_bytes
     indices = {p.name[:64] for p in cache.folder.glob("*.index.npy")}
@@ -169,18 +169,18 @@ def test_a_shard_that_another_process_reads_is_never_evicted(server, tmp_path):
     size = max(entry.num_bytes for entry in ShardFolder(server.folder / "pairs").manifest.shards)
     cache = ShardCache(tmp_path / "cache", 2 * size)
     first, second = (ShardFolder(f"{server.url}/pairs", cache) for _ in range(2))
-    first.read(0, 0)
+    first.read(0)
     held = cache.folder / first.manifest.shards[0].sha256
     for shard in (1, 2, 3, 4):
-        second.read(shard, 0)
+        second.read(16 * shard)
         assert held.is_file()
     second.close()
-    second.read(1, 0)
+    second.read(16)
     third = ShardFolder(f"{server.url}/pairs", cache)
     with pytest.raises(CacheFull, match=r"data\.cache_bytes \d+: \d+ bytes of .* are in use"):
-        third.read(5, 0)
+        third.read(80)
     first.close()
-    third.read(5, 0)
+    third.read(80)
     assert not held.is_file()
 
 
@@ -193,7 +193,7 @@ def read_all(url: str, cache: Path, max_bytes: int, found) -> None:
     folder = ShardFolder(url, ShardCache(cache, max_bytes))
     for _ in range(3):
         for shard in range(len(folder.manifest.shards)):
-            assert folder.read(shard, 0).metadata["key"] == f"k{16 * shard}"
+            assert folder.read(16 * shard).metadata["key"] == f"k{16 * shard}"
             folder.close()
     found.put(os.getpid())
 
@@ -210,34 +210,62 @@ def test_processes_share_a_small_cache(server, tmp_path):
     assert [p.exitcode for p in processes] == [0] * 4
     used = sum(p.stat().st_size for p in (tmp_path / "cache").iterdir() if len(p.name) == 64)
     assert used <= 5 * size
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_a_partial_file_of_a_killed_process_is_fetched_again(server, tmp_path):
     cache = ShardCache(tmp_path / "cache", 1 << 30)
     folder = ShardFolder(f"{server.url}/pairs", cache)
-    (cache.folder / (folder.manifest.shards[0].sha256 + ".partial")).write_bytes(b"half")
-    assert folder.read(0, 0).metadata["key"] == "k0"
-    assert not list(cache.folder.glob("*.partial"))
+    (cache.folder / (folder.manifest.shards[0].sha256 + ".part")).write_bytes(b"half")
+    assert folder.read(0).metadata["key"] == "k0"
+    assert not list(cache.folder.glob("*.part"))
 
 
 def test_a_waiting_process_uses_what_the_other_fetches(server, tmp_path):
     cache = ShardCache(tmp_path / "cache", 1 << 30)
     folder = ShardFolder(f"{server.url}/pairs", cache)
     entry = folder.manifest.shards[0]
-    partial_path = cache.folder / (entry.sha256 + ".partial")
-    with partial_path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        thread = threading.Thread(target=folder.read, args=(0, 0), daemon=True)
+    with (cache.folder / f"lock-{entry.sha256[:2]}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as while another process fetches it
+        thread = threading.Thread(target=folder.read, args=(0,), daemon=True)
         thread.start()
         time.sleep(0.2)
-        file.write((server.folder / "pairs" / entry.name).read_bytes())
-        file.flush()
-        partial_path.rename(cache.folder / entry.sha256)
-        fcntl.flock(file, fcntl.LOCK_SH)  # as while the other process reads it
-        thread.join(10)
-        assert not thread.is_alive()
+        assert thread.is_alive()
+        (cache.folder / entry.sha256).write_bytes((server.folder / "pairs" / entry.name).read_bytes())
+    thread.join(10)
+    assert not thread.is_alive()
     assert server.asked["pairs/shard-000000.tar"] == 0
+
+
+def test_a_shard_is_whole_before_it_has_its_name(server, tmp_path, monkeypatch):
+    """A process may be killed at any moment after the rename."""
+    monkeypatch.setattr(remote, "CHUNK", 1000)  # smaller than a buffered file's buffer
+    rename, renamed = Path.rename, []
+
+    def checked(path: Path, target: Path) -> Path:
+        renamed.append(path.read_bytes())
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", checked)
+    ShardFolder(f"{server.url}/pairs", ShardCache(tmp_path / "cache", 1 << 30)).read(0)
+    assert renamed == [(server.folder / "pairs/shard-000000.tar").read_bytes()]
+
+
+def test_a_shard_that_is_evicted_while_it_is_opened_is_fetched_again(server, tmp_path, monkeypatch):
+    cache = ShardCache(tmp_path / "cache", 1 << 30)
+    folder = ShardFolder(f"{server.url}/pairs", cache)
+    path = cache.folder / folder.manifest.shards[0].sha256
+    path.write_bytes((server.folder / "pairs/shard-000000.tar").read_bytes())
+    lock = fcntl.flock
+
+    def evict_first(file, operation: int) -> None:
+        if not server.asked["pairs/shard-000000.tar"]:
+            path.unlink(missing_ok=True)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", evict_first)
+    assert folder.read(0).metadata["key"] == "k0"
+    assert path.is_file()
 
 
 def test_a_full_disk_is_named(server, tmp_path, monkeypatch):
@@ -247,8 +275,8 @@ def test_a_full_disk_is_named(server, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     folder = ShardFolder(f"{server.url}/pairs", ShardCache(tmp_path / "cache", 1 << 30))
     with pytest.raises(UserError, match=r"data\.cache_dir: .*No space left.*lower data\.cache_bytes"):
-        folder.read(0, 0)
-    assert not list((tmp_path / "cache").glob("*.partial"))
+        folder.read(0)
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_objects_of_a_store_are_read_through_fsspec(server, tmp_path, monkeypatch):
@@ -259,10 +287,10 @@ def test_objects_of_a_store_are_read_through_fsspec(server, tmp_path, monkeypatc
         store.pipe(f"s3://bucket/pairs/{path.name}", path.read_bytes())
     try:
         folder = ShardFolder("s3://bucket/pairs", ShardCache(tmp_path / "cache", 1 << 30))
-        assert folder.read(2, 1).metadata["key"] == "k33"
+        assert folder.read(33).metadata["key"] == "k33"
         store.rm("s3://bucket/pairs/shard-000003.tar")
         with pytest.raises(UserError, match=r"s3://bucket/pairs/shard-000003\.tar: no such object"):
-            folder.read(3, 0)
+            folder.read(48)
     finally:
         store.rm("s3://bucket", recursive=True)
 

@@ -13,12 +13,11 @@ from megafusion.data.config import DataConfig
 from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import write_shards
 from megafusion.data.source import Source, open_sources
 from megafusion.errors import UserError
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.packing import SequenceShape, collate
-from tests.support.rows import arrays, digest, stored
+from tests.support.rows import arrays, digest, stored, write_shards
 
 NUM_ROWS = 4
 
@@ -145,15 +144,9 @@ def test_every_document_occurs_exactly_once_in_an_epoch(num_documents, num_strea
 def source_of(num_documents: int, num_streams: int, seed: int, number: int = 0) -> Source:
     """A source with only a manifest: shards of 7 documents, the last one short."""
 
-    class Entry:
-        def __init__(self, num):
-            self.num_documents = num
-
     class Folder:
         folder = "nowhere"
-
-        class manifest:
-            shards = tuple(Entry(min(7, num_documents - i)) for i in range(0, num_documents, 7))
+        starts = np.array([*range(0, num_documents, 7), num_documents])
 
         def __len__(self):
             return num_documents
@@ -319,11 +312,7 @@ def test_layout_t_and_the_noise_limit(data, tokenizer, codec):
 
 def test_latents_are_normalized_samples_of_the_posterior(make_stream, shards):
     folder = ShardFolder(shards / "pairs")
-    moments = [
-        folder.read(shard, position).segments[1].data.astype(np.float32)
-        for shard, entry in enumerate(folder.manifest.shards)
-        for position in range(entry.num_documents)
-    ]
+    moments = [folder.read(document).segments[1].data.astype(np.float32) for document in range(len(folder))]
     batch = make_stream().next()
     latents = [m.latents[0, 0].numpy() for m in batch if m.image_start[0, 0] >= 0]
     for latent in latents:

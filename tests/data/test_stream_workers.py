@@ -103,7 +103,7 @@ def test_a_killed_worker_is_named(sources, own_workers):
 
 def test_an_unexpected_error_keeps_its_traceback(sources):
     stream = stream_of(sources, range(4), 4, num_workers=1)
-    stream._builders[0].build = partial(truediv, 0)
+    stream._builders[0] = partial(truediv, 0)
     with stream, pytest.raises(ZeroDivisionError, match="in DataLoader worker process 0"):
         stream.next()
 
@@ -118,7 +118,7 @@ def test_prefetch_is_bounded(sources, tmp_path):
     """A worker builds no more than `prefetch` batches ahead, however long it waits."""
     log = tmp_path / "made"
     stream = stream_of(sources, range(4), 4, num_workers=1, prefetch=3)
-    stream._builders[0].build = partial(logged, log, stream._builders[0].build)
+    stream._builders[0] = partial(logged, log, stream._builders[0])
     with stream:
         stream.next()
         time.sleep(1)

@@ -29,7 +29,7 @@ def test_pairs_hold_the_encoded_image_and_its_caption(make, tmp_path, vae_folder
     assert folder.manifest.tokenizer_sha256 == tokenizer.hash
     assert folder.manifest.latent_shape == (4, 8, 8)
     assert (folder.manifest.latent_scale, folder.manifest.latent_shift) == (2.0, 0.1)
-    document = folder.read(0, 1)
+    document = folder.read(1)
     tokens, moments = (segment.data for segment in document.segments)
     assert document.metadata == {"key": "b", "caption": "café"}
     assert tokenizer.decode(tokens) == "café"
@@ -44,7 +44,15 @@ def test_texts_are_a_document_per_line(make, tmp_path, tokenizer):
     make(texts=(path,))
     folder = ShardFolder(tmp_path / "out/text")
     assert len(folder) == 2
-    assert [tokenizer.decode(folder.read(0, i).segments[0].data) for i in range(2)] == ["one two", "three"]
+    assert [tokenizer.decode(folder.read(i).segments[0].data) for i in range(2)] == ["one two", "three"]
+
+
+def test_inputs_without_a_document_are_refused(make, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("\n  \n")
+    with pytest.raises(UserError, match="out/text: the inputs hold no valid document; nothing is written"):
+        make(texts=(path,))
+    assert not (tmp_path / "out/text").exists()
 
 
 def test_a_folder_of_images_with_caption_files(make, tmp_path):
@@ -53,7 +61,7 @@ def test_a_folder_of_images_with_caption_files(make, tmp_path):
     (images / "x.JPG").write_bytes(png())
     (images / "x.txt").write_text("a square")
     make(images=(tmp_path / "images",))
-    assert ShardFolder(tmp_path / "out/pairs").read(0, 0).metadata == {"key": "deep/x", "caption": "a square"}
+    assert ShardFolder(tmp_path / "out/pairs").read(0).metadata == {"key": "deep/x", "caption": "a square"}
 
 
 def test_shards_that_are_up_to_date_are_kept_and_others_rewritten(make, tmp_path):
@@ -128,7 +136,7 @@ def test_images_can_be_stored_as_pixels(make, tmp_path):
     make(images=(write_tar(tmp_path / "in.tar", {**GOOD, **wide}),), image_storage="pixels")
     folder = ShardFolder(tmp_path / "out/pairs")
     assert (folder.manifest.images, folder.manifest.vae_sha256) == ("pictures", None)
-    kept = [Image.open(io.BytesIO(folder.read(0, i).segments[1].data)) for i in range(3)]
+    kept = [Image.open(io.BytesIO(folder.read(i).segments[1].data)) for i in range(3)]
     assert [(image.format, image.size) for image in kept] == [
         ("WEBP", (32, 32)),
         ("WEBP", (32, 32)),

@@ -16,8 +16,7 @@ from tests.support.raw import drawing, encoded, png, write_tar
 
 def kept_keys(folder) -> list[str]:
     shards = ShardFolder(folder)
-    positions = [(s, i) for s, entry in enumerate(shards.manifest.shards) for i in range(entry.num_documents)]
-    return [shards.read(*position).metadata["key"] for position in positions]
+    return [shards.read(document).metadata["key"] for document in range(len(shards))]
 
 
 def scores(**values) -> bytes:

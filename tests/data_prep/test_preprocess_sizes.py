@@ -42,11 +42,7 @@ def inputs(raw) -> dict:
 
 def all_documents(folder):
     shards = ShardFolder(folder)
-    return [
-        shards.read(shard, position)
-        for shard, entry in enumerate(shards.manifest.shards)
-        for position in range(entry.num_documents)
-    ]
+    return [shards.read(document) for document in range(len(shards))]
 
 
 def test_each_image_is_encoded_at_the_size_nearest_to_it(make, inputs, tmp_path, codec):

@@ -214,6 +214,14 @@ def without(folder: Path, name: str, more: dict | None = None) -> None:
     save_file(weights | (more or {}), folder / "model.safetensors", {"format": "pt"})
 
 
+def fewer_ids(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:2000].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit(folder, vocab_size=2000)
+
+
 ROPE = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
 BAD = {
     "pickles": (pickled, r"weights are pickles.*python -c \"from transformers"),
@@ -232,7 +240,7 @@ BAD = {
         lambda f: edit(f, rms_norm_eps=...),
         r"config\.json: no rms_norm_eps; give the model's own",
     ),
-    "vocabulary": (lambda f: edit(f, vocab_size=2050), r"vocab_size 2050, but .* has 2046 pieces; padded"),
+    "vocabulary": (lambda f: edit(f, vocab_size=2050), r"vocab_size 2050, but the embedding has 2046 rows"),
     "rope": (lambda f: edit(f, **ROPE), r"rope scaling yarn is not served; llama3 is, and none"),
     "old rope": (
         lambda f: edit(f, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
@@ -251,11 +259,14 @@ BAD = {
         lambda f: edit(f, quantization_config={"bits": 4}),
         r"quantization_config .* is not served",
     ),
-    "tokenizer": (
-        lambda f: (f / "tokenizer.model").rename(f / "tokenizer.json"),
-        r"has a tokenizer\.json, which is not read yet; add SentencePiece's tokenizer\.model",
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.model").unlink(),
+        r"no tokenizer\.model or tokenizer\.json; put the model's tokenizer there",
     ),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), r"no such tokenizer"),
+    "fewer ids": (
+        fewer_ids,
+        r"2000 token ids, but its tokenizer .* has 2046; give the tokenizer that it was",
+    ),
     "a tensor less": (
         lambda f: without(f, "model.layers.1.mlp.up_proj.weight"),
         r"blocks\.\*\.feed_forward\.gate_up\.weight is missing there, but has shape \[128, 32\] in this "

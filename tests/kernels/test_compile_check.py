@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from interval_attention.compile_check import CUOBJDUMP, SHARED_LIMIT
+from tests.kernels.compile_check import CUOBJDUMP, SHARED_LIMIT
 
 pytestmark = pytest.mark.skipif(
     not CUOBJDUMP.exists(), reason=f"this Triton has no {CUOBJDUMP.name} to read spills with"
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 def compiled(*arguments: str) -> list[dict]:
     """The rows of compile_check, in a separate process because tests run under the interpreter."""
-    command = [sys.executable, "-m", "interval_attention.compile_check", "--json", *arguments]
+    command = [sys.executable, "-m", "tests.kernels.compile_check", "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:] or done.stdout
     return json.loads(done.stdout)

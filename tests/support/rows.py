@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import numpy as np
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import StoredDocument
 from megafusion.data.loader import DataLoader
-from megafusion.data.shards import write_shards
+from megafusion.data.manifest import MANIFEST, write_manifest
+from megafusion.data.shards import write_shard
 from megafusion.data.source import open_sources
 from megafusion.objective.ddpm import DDPMConfig
 from megafusion.sequence.document import Segment
 from megafusion.sequence.packing import PackedBatch, SequenceShape
 from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.storage import new_folder
 
 IDS, MANY_IDS = (Tokenizer(Path("t"), "t", 62, bos=1, eos=2) for _ in range(2))
 MANY_IDS.vocab_size = 1 << 30  # as many tokens as a test likes, so that each may occur only once
@@ -30,6 +33,14 @@ def _segment(data: np.ndarray | bytes) -> Segment:
     if isinstance(data, bytes):
         return Segment("pixels", data)
     return Segment("tokens" if data.ndim == 1 else "moments", data)
+
+
+def write_shards(folder: Path, documents: Iterable[StoredDocument], per_shard: int, **fields: object) -> None:
+    """Write a folder of shards, in place of an older one; `fields` are of the manifest."""
+    remaining = iter(documents)
+    batches = iter(lambda: list(itertools.islice(remaining, per_shard)), [])
+    with new_folder(folder, MANIFEST) as partial:
+        write_manifest(partial, [write_shard(partial, *batch) for batch in enumerate(batches)], fields)
 
 
 def write_pairs(folder: Path, num: int, per_shard: int = 16, latents=LATENTS, caption=lambda r: 5) -> Path:

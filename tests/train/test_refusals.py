@@ -1,6 +1,5 @@
 """Refusals of a run: before the first step, with the way out, and nothing lost."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
 from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
-from megafusion.data.shards import write_shards
 from megafusion.errors import UserError
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
+from tests.support.rows import write_shards
 
 
 def start(values: dict, stop_after: int | None = None) -> Path:
@@ -41,10 +40,10 @@ def own_shards(run_values, shards, tmp_path) -> Path:
 def test_other_shards_under_a_run_are_refused(run_values, own_shards):
     run = start(run_values, stop_after=2)
     source = ShardFolder(own_shards / "text")
-    documents = [source.read(0, i) for i in (1, 0, *range(2, 8))]
+    documents = [source.read(i) for i in (1, 0, *range(2, 8))]
     manifest = source.manifest.model_dump(include={"kind", "tokenizer_sha256", "provenance"})
     write_shards(own_shards / "text", documents, 8, **manifest)
-    with pytest.raises(UserError, match=r"data\.sources\.text: other shards than .* was started with"):
+    with pytest.raises(UserError, match=r"data\.sources\.text: other files than .* was started with"):
         start(run_values)
     assert len(read_metrics(run)) == 2
 
@@ -108,12 +107,16 @@ def test_a_line_of_metrics_that_a_kill_cut_short_is_written_anew(run_values):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": {}}}'])
-def test_a_damaged_manifest_of_a_checkpoint_is_named(run_values, content):
+def test_a_damaged_manifest_of_a_checkpoint_is_named_with_the_earlier_one_if_there_is_one(
+    run_values, content
+):
     run = start(run_values, stop_after=1)
-    (checkpoint,) = complete_checkpoints(run / "checkpoints")
-    (checkpoint / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json: damaged: .*use the previous checkpoint"):
-        verify_checkpoint(checkpoint)
+    start(run_values, stop_after=2)
+    first, second = complete_checkpoints(run / "checkpoints")
+    for checkpoint, way_out in ((second, "use the previous checkpoint"), (first, "restore this one from a")):
+        (checkpoint / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=rf"manifest\.json: damaged: .*{way_out}"):
+            verify_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_of_another_model_is_named(run_values):
@@ -178,24 +181,6 @@ def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backen
 def test_a_seed_too_large_is_refused(run_values):
     with pytest.raises(UserError, match="key 'seed'"):
         parse_config(RunConfig, run_values | {"seed": 2**64}, "test")
-
-
-def test_the_step_benchmark_runs(run_values, tmp_path, monkeypatch, capsys):
-    from benchmarks import step
-
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(run_values))
-    monkeypatch.setattr("sys.argv", ["step.py", "--config", str(config), "--steps", "2", "--json"])
-    step.main()
-    figures = json.loads(capsys.readouterr().out)
-    assert all(figures[phase] > 0 for phase in ("data", "forward", "backward", "optimizer"))
-    assert figures["tokens_per_second"] > 0
-
-
-def test_a_source_without_documents_is_refused(tmp_path):
-    with pytest.raises(UserError, match="hold no document"):
-        write_shards(tmp_path / "text", [], 4, kind="text", tokenizer_sha256="t", provenance={})
-    assert not (tmp_path / "text").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -1,6 +1,6 @@
 """Compile every stored variant for a GPU, without needing one, and print the resources that each uses.
 
-python -m interval_attention.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma] [--json]
+python -m tests.kernels.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma] [--json]
 
 Registers and spills are ptxas's own figures, read with the cuobjdump that comes with Triton. They show
 whether a variant fits on the chip, not its speed.
