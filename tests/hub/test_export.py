@@ -23,10 +23,12 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import initialize
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.sequence.document import Segment
+from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.generation import full_hidden, prompt_batch
 from tests.support.hub import FAMILIES, IMAGES, PIECES, load_here, make_folder
+from tests.support.tokenizers import make_qwen
 
 # None begins with a space, before which transformers puts no other, as SentencePiece does.
 TEXTS = ["red apple, 3d style", "two  spaces ", "Ein Läufer, 走る 🏃", "", "a" * 40]
@@ -69,6 +71,30 @@ def test_import_then_export_is_the_same_model(tmp_path, tokenizer, codec, family
     assert type(loaded) is type(theirs)
     tokens = torch.arange(3, 40)[None]
     assert torch.equal(loaded(tokens).logits, again(tokens).logits)
+
+
+def test_a_padded_vocabulary_and_its_tokenizer_come_out_as_they_went_in(tmp_path, codec, vae_folder):
+    """As Qwen's: new ids take the padding's rows, which are exported too; ids are transformers' own."""
+    folder, out = make_qwen(tmp_path / "hub"), tmp_path / "out"
+    num_ids = Tokenizer.from_pretrained(folder).num_text_ids
+    make_folder(folder, "qwen2.5", dtype=torch.bfloat16, vocab_size=num_ids + 40)
+    arguments = ("--image-size", "32x32", "--image-size", "16x16", "--vae", str(vae_folder))
+    run("import", str(folder), "--out", str(tmp_path / "new.yaml"), *arguments)
+    written = yaml.safe_load((tmp_path / "new.yaml").read_text())
+    assert written["model"]["vocab_size"] == num_ids + 40
+    tokenizer = Tokenizer.from_pretrained(written["data"]["tokenizer"])
+    assert (tokenizer.boi, tokenizer.boi_of_size(1)) == (num_ids, num_ids + 2)
+    model = load_here(folder)
+    pipeline_config = PipelineConfig(
+        model=model.config, objective=ObjectiveConfig(), sampling=SamplingConfig()
+    )
+    pipeline = TransfusionPipeline(model, tokenizer, codec, pipeline_config)
+    export_text_model(pipeline, out, read_hub_config(folder), "card", "bfloat16")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out))
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    ids = AutoTokenizer.from_pretrained(out)
+    for sentence in TEXTS:
+        assert ids(sentence)["input_ids"] == tokenizer.encode(sentence)
 
 
 @pytest.mark.parametrize(

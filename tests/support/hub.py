@@ -1,6 +1,7 @@
 """Small models of transformers' families with random weights, as folders, and the same models here."""
 
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -58,22 +59,27 @@ IMAGES = {
 }
 
 
-def make_folder(folder: Path, family: str, shard_size: str = "5GB", dtype=torch.float32) -> PreTrainedModel:
-    """Write a family's model and our tokenizer to a folder; returns the model."""
+def make_folder(
+    folder: Path, family: str, *, shard_size: str = "5GB", dtype=torch.float32, vocab_size: int = PIECES
+) -> PreTrainedModel:
+    """Write a family's model, with our tokenizer unless the folder has one; returns the model."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager").eval()
+    config = deepcopy(FAMILIES[family])
+    config.vocab_size = vocab_size
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # biases and norms, too
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=float("norm" in name), std=0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-    shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
+    if not (folder / "tokenizer.json").is_file():
+        shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
     return model
 
 
 def load_here(folder: Path, **changes) -> Transfusion:
     """The model of a folder with as many token ids, and random adapters."""
     values = read_hub_config(folder)
-    keys = IMAGES | {"vocab_size": PIECES} | model_keys(values, folder) | changes
+    keys = IMAGES | {"vocab_size": values["vocab_size"]} | model_keys(values, folder) | changes
     model = Transfusion(parse_config(ModelConfig, keys, "test"), ObjectiveConfig())
     initialize(model, 2, seed=0)
     text = {name: model.weights()[name] for name in hub_names(model.weights())}
