@@ -5,20 +5,24 @@ So it is known which documents there are, and in which shard each belongs, befor
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow
 from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
-from data_prep.filters import RecordInfo, inspect_record
+from data_prep.filters import RecordInfo, inspect_record, plain_key
 from data_prep.readers.jsonl import count_lines
 from data_prep.readers.records import BadRecord, Dropped, Reader, Record
-from data_prep.readers.splits import InputSplit, split_files
+from data_prep.readers.splits import InputSplit
 from data_prep.readers.webdataset import NO_IMAGE
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 
+T = TypeVar("T")
+NO_INFO = RecordInfo(b"")
 WAY_OUT = "fix or remove it, or set on_error=skip"
 SCHEMA = pyarrow.schema(
     [
@@ -46,14 +50,15 @@ def scan_split(
 
     selected_keys: keys of the records to inspect; None: all. Raises UserError for a bad record, by on_error.
     """
-    read = split_files(split) if split.opens_file else []
+    read = split.files if split.opens_file else ()
     files = {str(file): [*file_stat(file), file_sha256(file)] for file in read}
     rows = []
-    for record, info, error in _inspect_records(split, open_reader, config, selected_keys):
+    inspect = partial(inspect_record, filters=config.filters)
+    for record, info, error in read_records(split, open_reader, inspect, config.on_error, selected_keys):
         count(1)
         reason = error.reason if error else None
         is_bad = isinstance(error, BadRecord)  # and not Dropped by a filter
-        rows.append((record.key, json.dumps(record.location), reason, is_bad, *info))
+        rows.append((record.key, json.dumps(record.location), reason, is_bad, *(info or NO_INFO)))
     table = pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
     sink = pyarrow.BufferOutputStream()
     metadata = {"files": json.dumps(files), "lines": json.dumps(_num_lines(split))}
@@ -66,46 +71,50 @@ def table_path(work: Path, split: int) -> Path:
     return work / "scan" / f"{split:06d}.parquet"
 
 
-def _inspect_records(
+def read_records(
     split: InputSplit,
     open_reader: Callable[[], Reader],
-    config: PreprocessConfig,
+    inspect: Callable[[Any], T],
+    on_error: str,
     selected_keys: set[str] | None,
-) -> Iterator[tuple[Record, RecordInfo, BadRecord | Dropped | None]]:
-    no_info = RecordInfo(b"")
+) -> Iterator[tuple[Record, T | None, BadRecord | Dropped | None]]:
+    """Each record with what `inspect` makes of it, or with why it is bad or dropped.
+
+    Raises UserError for a bad one if on_error is "fail".
+    """
     try:
         reader = open_reader()
     except BadRecord as error:
-        if config.on_error == "fail":
+        if on_error == "fail":
             raise UserError(f"{split.files[0]}: {error.reason}; {WAY_OUT}") from error
-        yield Record(""), no_info, error
+        yield Record(""), None, error
         return
     for record in reader.records(*split.span):
-        if selected_keys is not None and record.key and record.key not in selected_keys:
+        if selected_keys is not None and record.key and plain_key(record.key) not in selected_keys:
             continue
         try:
             if record.problem == NO_IMAGE:
                 raise Dropped(record.problem)
             if record.problem:
                 raise BadRecord(record.problem)
-            yield record, inspect_record(reader.read(record), config.filters), None
+            yield record, inspect(reader.read(record)), None
         except BadRecord as error:
-            if config.on_error == "fail":
+            if on_error == "fail":
                 raise UserError(f"{reader.where(_renumbered(split, record))}: {error}; {WAY_OUT}") from error
-            yield record, no_info, error
+            yield record, None, error
         except Dropped as error:
-            yield record, no_info, error
+            yield record, None, error
 
 
 def _num_lines(split: InputSplit) -> int:
     """Number of lines in a part of a text file, by which the next parts' lines are renumbered; else 0."""
-    is_lines = split.span and split.files[0].suffix.lower() != ".parquet"
+    is_lines = split.span and split.form != "parquet"
     return count_lines(split.files[0], *split.span) if is_lines else 0
 
 
 def _renumbered(split: InputSplit, record: Record) -> Record:
     """A record whose key is its number in the complete file."""
-    if not split.span or split.opens_file or split.files[0].suffix.lower() == ".parquet":
+    if not split.span or split.opens_file or split.form == "parquet":
         return record
     return Record(str(int(record.key) + count_lines(split.files[0], 0, split.span[0])), record.location)
 

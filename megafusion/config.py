@@ -1,12 +1,12 @@
 """Configuration: pydantic classes beside the components, read from YAML files and dotted overrides."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from megafusion.errors import UserError
@@ -14,13 +14,11 @@ from megafusion.storage import expand_path
 from megafusion.suggestions import suggest
 from megafusion.yaml_values import dump_yaml, load_values
 
-MAX_INTEGER = 2**63 - 1
-
 
 class Config(BaseModel):
     """Base of every component's configuration: immutable, strict in types, closed to unknown keys.
 
-    In paths, ~ and $NAME are expanded. Integers fit in 64 bits.
+    In paths, ~ and $NAME are expanded.
     """
 
     model_config = ConfigDict(
@@ -34,14 +32,32 @@ class Config(BaseModel):
     moved_values: ClassVar[dict[tuple[str, str], str]] = {}
     """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
 
+    max_integer: ClassVar[int] = 2**63 - 1
+    """Largest integer of a key without a limit of its own."""
+
     @field_validator("*")
     @classmethod
-    def _checked(cls, value: Any) -> Any:
+    def _checked(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, tuple):
-            return tuple(map(cls._checked, value))
-        if isinstance(value, int) and abs(value) > MAX_INTEGER:
-            raise ValueError(f"{value} is out of range; the largest integer is {MAX_INTEGER}")
+            return tuple(cls._checked(each, info) for each in value)
+        if (
+            isinstance(value, int)
+            and abs(value) > cls.max_integer
+            and "<" not in _limits(cls, info.field_name)
+        ):
+            raise ValueError(f"{value} is out of range; it must be at most {cls.max_integer}")
         return Path(expand_path(value)) if isinstance(value, Path) else value
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with changes, validated, as pydantic's is not. Raises UserError."""
+        copied = super().model_copy(deep=deep)
+        kept = {name: getattr(copied, name) for name in self.model_fields_set}
+        try:
+            return type(self).model_validate(kept | dict(update or {}))
+        except ValidationError as error:
+            raise _refusal(type(self), error, type(self).__name__) from error
+
+    copy = model_copy  # type: ignore[assignment, pydantic-field]  # its old name
 
 
 C = TypeVar("C", bound=Config)
@@ -63,13 +79,7 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         # JSON mode: strict about types, yet a path may be written as a string and a tuple as a list.
         return cls.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        details = error.errors()
-        unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
-        new_names = {name for location in unknown for name in _new_names(cls, location)}
-        # The new name of a renamed key is missing too, which is the same mistake.
-        details = [d for d in details if d["type"] != "missing" or _path(cls, d["loc"]) not in new_names]
-        lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
-        raise UserError("\n".join(lines)) from error
+        raise _refusal(cls, error, origin) from error
     except (TypeError, ValueError) as error:  # of json.dumps: a date, a value that holds itself
         raise UserError(f"{origin}: {error}") from error
 
@@ -126,6 +136,16 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, list]]:
         yield path, [old, new]
 
 
+def _refusal(cls: type[Config], error: ValidationError, origin: str) -> UserError:
+    """A line for each value that is not valid."""
+    details = error.errors()
+    unknown = [detail["loc"] for detail in details if detail["type"] == "extra_forbidden"]
+    new_names = {name for location in unknown for name in _new_names(cls, location)}
+    # The new name of a renamed key is missing too, which is the same mistake.
+    details = [d for d in details if d["type"] != "missing" or _path(cls, d["loc"]) not in new_names]
+    return UserError("\n".join(f"{origin}: {_describe(cls, detail)}" for detail in details))
+
+
 def _describe(cls: type[Config], detail: ErrorDetails) -> str:
     location = detail["loc"]
     path = _path(cls, location)
@@ -162,16 +182,21 @@ def _way_out(cls: type[Config], detail: ErrorDetails) -> str:
     if kind == "bool_type" and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
         return "; write true or false"
     if kind.startswith(("greater_than", "less_than")):
-        field = _resolve(cls, detail["loc"][:-1])[0].model_fields.get(str(detail["loc"][-1]))
-        names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-        bounds = [
-            f"{words} {getattr(bound, name)}"
-            for bound in (field.metadata if field else ())
-            for name, words in names.items()
-            if hasattr(bound, name)
-        ]
-        return f"; it must be {' and '.join(bounds)}" if len(bounds) > 1 else ""
+        limits = _limits(_resolve(cls, detail["loc"][:-1])[0], detail["loc"][-1])
+        return f"; it must be {limits}" if " and " in limits else ""
     return ""
+
+
+def _limits(cls: type[Config], key: str | int | None) -> str:
+    """Limits of a key that is a number, such as `>= 0 and < 1`; empty without any."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    field = cls.model_fields.get(str(key))
+    return " and ".join(
+        f"{sign} {getattr(limit, name)}"
+        for limit in (field.metadata if field else ())
+        for name, sign in signs.items()
+        if hasattr(limit, name)
+    )
 
 
 def _path(cls: type[Config], location: Sequence[str | int]) -> str:

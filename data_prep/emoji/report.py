@@ -25,7 +25,6 @@ from megafusion.images.processor import preprocess_images
 from megafusion.progress import progress_bar
 from megafusion.storage import write_file
 from megafusion.telemetry.metrics_file import read_metrics
-from megafusion.train.open_model import open_pipeline
 from megafusion.train.run_folder import load_run_config
 
 NUM_DRAWN = 32
@@ -50,7 +49,7 @@ def write_report(run_folder: Path, tar: Path, classifier_path: Path, seconds_bef
     """
     started = time.monotonic()
     metrics = read_metrics(run_folder)
-    pipeline = open_pipeline(run_folder).to(default_device())
+    pipeline = TransfusionPipeline.from_pretrained(run_folder).to(default_device())
     classifier = ImageClassifier.load(classifier_path)
     pairs = training_pairs(load_run_config(run_folder).data, tar)
     with progress_bar() as progress:

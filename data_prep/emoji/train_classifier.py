@@ -10,13 +10,14 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_prep.command import run_command
 from data_prep.emoji.classifier import IMAGE_SIZE, OTHER, REJECTION_COSINE, ImageClassifier
 from data_prep.emoji.distortions import CORRUPTIONS, augment, blends
 from data_prep.images import open_rgb
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
+from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.storage import read_lines
 
 LOGIT_SCALE = 16.0
 
@@ -36,12 +37,10 @@ def read_pack(pack: Path) -> dict[str, Tensor]:
 
 def read_keys(path: Path, images_by_key: dict[str, Tensor]) -> list[str]:
     """Keys of a file, one per line; UserError naming those that the pack lacks."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the keys of the concepts, one per line")
-    keys = path.read_text().split()
+    keys = read_lines(path)
     missing = [key for key in keys if key not in images_by_key]
-    if missing or not keys:
-        raise UserError(f"{path}: {f'not in the pack: {missing[:5]}' if missing else 'names no keys'}")
+    if missing:
+        raise UserError(f"{path}: not in the pack: {missing[:5]}")
     return keys
 
 
@@ -158,4 +157,5 @@ def _print(metrics: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(app)
+    with exit_on_user_error():
+        app()

@@ -92,7 +92,7 @@ def _read_in_folder(folder: Path, name: str, missing: str) -> bytes:
             return path.read_bytes()
     except (OSError, ValueError) as error:
         raise BadRecord(missing) from error
-    raise BadRecord("an image's name is a path that leads out of document_images")
+    raise BadRecord("an image's name is a path or link that leads out of document_images")
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, tuple[int, int] | str]]:

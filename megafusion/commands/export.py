@@ -17,14 +17,6 @@ def export(
     license: Annotated[
         str | None, typer.Option(help="Licence for the model card, such as apache-2.0.")
     ] = None,
-    max_positions: Annotated[
-        int | None,
-        typer.Option(
-            help="max_position_embeddings; default: that of the text model it began as, else the run's row "
-            "length.",
-            min=1,
-        ),
-    ] = None,
 ) -> None:
     """Export a model's text path: config.json, safetensors, tokenizer, generation_config.json, README.md.
 
@@ -32,5 +24,5 @@ def export(
     """
     from megafusion.train.export import export_text
 
-    export_text(model, out, dtype, license, max_positions)
+    export_text(model, out, dtype, license)
     typer.echo(f"{out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from megafusion.errors import UserError
 from megafusion.storage import write_file
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from megafusion.generate.pipeline import Part
-    from megafusion.objective.config import SamplingConfig
 
 
 def generate(
@@ -31,13 +30,19 @@ def generate(
     interleave: Annotated[
         list[str] | None,
         typer.Option(
-            help="Part of one interleaved prompt, in order: a text, or @PATH for an image. "
-            "The model answers with text, images or both.",
+            help="Part of one interleaved prompt, in order: a text, or @PATH for an image (@@TEXT for a "
+            "text that begins with @). The model answers with text, images or both.",
             metavar="PART",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images and captions.txt.")] = Path("generated"),
-    seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.", min=0)] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the images and captions.txt; by default a new one, generated-N."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier call in --out.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; the n-th prompt uses SEED + n.")] = 0,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
@@ -67,23 +72,32 @@ def generate(
         raise UserError("nothing to generate: give --prompt, --image or --interleave")
     if size and not (prompts or parts):
         raise UserError("--size is for drawn images, and none is drawn: give --prompt or --interleave")
+    out = out or next(path for n in count(1) if not (path := Path(f"generated-{n}")).exists())
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
+    captions = out / "captions.txt"
+    drawn_paths = [out / f"{number}-{_slug(text)}.png" for number, text in enumerate(prompts)]
+    answers = out.glob("answer-*.png") if parts else ()
+    if not overwrite and (old := [path for path in (captions, *drawn_paths, *answers) if path.exists()]):
+        raise UserError(
+            f"{old[0]}: of an earlier call; choose another --out, or add --overwrite to replace it"
+        )
     images = [open_image(path) for path in paths]
-    mixed: list[Part] = [open_image(Path(part[1:])) if part.startswith("@") else part for part in parts]
+    mixed = [_parse_part(part) for part in parts]
 
     from megafusion.device import default_device
 
+    from megafusion import TransfusionPipeline
     from megafusion.progress import progress_bar
-    from megafusion.train.open_model import open_pipeline
 
-    pipeline = open_pipeline(checkpoint).to(default_device())
-    overrides = {
+    pipeline = TransfusionPipeline.from_pretrained(checkpoint).to(default_device())
+    options = {
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
         "sampler": sampler,
     }
-    sampling = _sampling(pipeline.config.sampling, overrides)
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling = pipeline.config.sampling.model_copy(update=given)
     height_and_width = parse_size(size) if size else None
     if height_and_width:
         pipeline.size_index(height_and_width)
@@ -94,16 +108,16 @@ def generate(
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        options: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
-        for number, drawn in enumerate(pipeline.draw(prompts, **options)):
-            path = _save(drawn, out / f"{number}-{_slug(prompts[number])}.png")
-            lines.append(f"{path}: drawn from {prompts[number]!r}")
-        for path, caption in zip(paths, pipeline.describe(images, sampling=sampling), strict=True):
-            lines.append(f"{path}: {caption}")
-        if mixed:
-            (answer,) = pipeline([mixed], **options)
-            lines += _write_answer(answer, out)
-    write_file(out / "captions.txt", "\n".join(lines) + "\n")
+        call: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
+        drawn = pipeline.draw(prompts, **call)
+        described = pipeline.describe(images, sampling=sampling)
+        (answer,) = pipeline([mixed], **call) if mixed else [[]]
+    for path, image_drawn, text in zip(drawn_paths, drawn, prompts, strict=True):
+        lines.append(f"{_save(image_drawn, path)}: drawn from {text!r}")
+    lines += [f"{path}: {caption}" for path, caption in zip(paths, described, strict=True)]
+    if mixed:
+        lines += _write_answer(answer, out)
+    write_file(captions, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
@@ -113,6 +127,13 @@ def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise UserError(f"{option} {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
     return int(height), int(width)
+
+
+def _parse_part(part: str) -> "Part":
+    """A part of --interleave: a text, or an image where it begins with one @."""
+    if part.startswith("@@"):
+        return part[1:]
+    return open_image(Path(part[1:])) if part.startswith("@") else part
 
 
 def open_image(path: Path) -> "Image.Image":
@@ -125,16 +146,6 @@ def open_image(path: Path) -> "Image.Image":
         raise UserError(f"{path}: no such image") from error
     except (OSError, BadImage) as error:
         raise UserError(f"{path}: not an image that can be used ({error})") from error
-
-
-def _sampling(defaults: "SamplingConfig", overrides: dict[str, Any]) -> "SamplingConfig":
-    given = {key: value for key, value in overrides.items() if value is not None}
-    try:
-        return type(defaults).model_validate({**defaults.model_dump(), **given})
-    except ValidationError as error:
-        detail = error.errors()[0]
-        option = str(detail["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option}: {detail['msg']} (got {detail['input']!r})") from error
 
 
 def _write_answer(answer: "Sequence[Part]", out: Path) -> list[str]:

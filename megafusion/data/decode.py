@@ -37,7 +37,7 @@ def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] =
     for shape in dict.fromkeys(image.data.shape for image in images):
         indices = [index for index, image in enumerate(images) if image.data.shape == shape]
         means = torch.from_numpy(np.stack([images[index].data[0] for index in indices])).float()
-        decoded |= zip(indices, postprocess_images(codec.decode(means.to(codec.model.device))), strict=True)
+        decoded |= zip(indices, postprocess_images(codec.decode(means)), strict=True)
     return [decoded[index] for index in range(len(images))]
 
 

@@ -64,7 +64,8 @@ class Decoder:
     ) -> Tensor:
         """Denoise one image after each row's boi and append it, clean; returns latents [B, C, H, W].
 
-        noise_BCHW: unit normal, of the size that the boi tokens stand for, equal for all rows.
+        noise_BCHW: unit normal, float32, of the size that the boi tokens stand for, equal for all rows. The
+        sampler's arithmetic keeps its dtype, whatever the model's.
         unconditional: rows of the unconditional prediction in classifier-free guidance, up to their boi.
         """
         sampler = self.model.objective.noise_process.sampler(sampling)
@@ -87,12 +88,14 @@ class Decoder:
         return latents
 
     def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
-        """The model's prediction [B, C, H, W] for noised latents after each row."""
+        """The model's prediction, float32 [B, C, H, W], for noised latents after each row."""
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
-        patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW, timesteps_B)
+        dtype = self.model.tail.head.weight.dtype
+        patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW.to(dtype), timesteps_B)
         end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
         hidden_BPD = self._forward(cache, patches_BPD, end)
-        return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, self._grid(latents_BCHW))
+        grid = self._grid(latents_BCHW)
+        return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, grid).float()
 
     def _grid(self, latents_BCHW: Tensor) -> tuple[int, int]:
         """Rows and columns of patches."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder, ProgressCallback
 from megafusion.images.codec import ImageCodec
 from megafusion.images.reader import convert_to_rgb
@@ -16,16 +17,20 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, ImageSegment, Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
+from megafusion.sequence.text import clean_text
 from megafusion.sequence.tokenizer import Tokenizer
 
 Part = str | Image.Image
+UNKNOWN_LENGTH = 1_000_000
+"""Positions of a row where the length in training is not known."""
 
 
 class Generation:
     """The rows of one call: their cache, next-token logits and outputs so far.
 
-    max_images: images per output. size: index of the size of every drawn image; None lets the model choose
-    by its begin-of-image (boi) token.
+    max_images: images per output. begin: as in the pipeline's call. size: index of the size of every drawn
+    image; None lets the model choose by its begin-of-image (boi) token. sequence_length: of the rows in
+    training, where every row ends. Raises UserError for a prompt that leaves no room for an answer.
     """
 
     def __init__(
@@ -37,11 +42,14 @@ class Generation:
         sampling: SamplingConfig,
         seed: int,
         max_images: int,
+        begin: str = "free",
         size: int | None = None,
+        sequence_length: int | None = None,
         progress: ProgressCallback | None = None,
     ):
         self.config, self.tokenizer, self.codec = model.config, tokenizer, codec
-        self.decoder, self.sampling, self.size, self.progress = Decoder(model), sampling, size, progress
+        self.decoder, self.sampling, self.progress = Decoder(model), sampling, progress
+        self.begin, self.size = begin, size
         self.device = model.tail.head.weight.device
         # One generator per row: its noise does not depend on the other rows of the batch.
         self.generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -50,10 +58,15 @@ class Generation:
         """By row: images, and token ids that are not decoded to text yet."""
         config = self.config
         self.boi_ids = [tokenizer.boi_of_size(index) for index in range(len(config.image_sizes))]
+        self.image_positions = max(config.patches) + 2
+        self.limit = (sequence_length or UNKNOWN_LENGTH) - 1
+        """Positions of a row before its eos."""
         documents = [self._document(prompt) for prompt in prompts]
+        for number, document in enumerate(documents):
+            self._check_length(number, len(document))
         longest = max(len(document) for document in documents)
-        room = max_images * (max(config.patches) + 2) + sampling.max_new_tokens + 1
-        self.cache = self.decoder.new_cache(len(prompts), longest + room)
+        room = max_images * self.image_positions + sampling.max_new_tokens
+        self.cache = self.decoder.new_cache(len(prompts), min(longest + room, self.limit) + 1)
         shape = SequenceShape(
             length=longest,
             num_images=max(1, *(len(document.images) for document in documents)),
@@ -66,12 +79,12 @@ class Generation:
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
         self.logits = self.decoder.read_prompts(self.cache, batch, lengths)
 
-    def run(self, begin: str) -> list[list[Part]]:
-        """Decode until every row has ended or max_new_tokens is reached; begin as in the pipeline's call."""
-        if begin == "image":
+    def run(self) -> list[list[Part]]:
+        """Decode until every row has ended or max_new_tokens is reached."""
+        if self.begin == "image":
             chosen = self.logits[:, self.boi_ids].argmax(-1).tolist()
             self._draw(dict(enumerate(chosen if self.size is None else [self.size] * len(chosen))))
-        if begin == "text":
+        if self.begin == "text":
             self.logits[:, self.tokenizer.eos] = -torch.inf
         active = list(range(len(self.outputs)))
         for _ in range(self.sampling.max_new_tokens):
@@ -81,10 +94,16 @@ class Generation:
 
     def _step(self, active: list[int]) -> list[int]:
         """Decode one token greedily for each active row, with an image after a boi; rows still active."""
+        left = {row: self.limit - length for row, length in enumerate(self.cache.lengths.tolist())}
+        active = [row for row in active if left[row] > 0]
         logits = self.logits[active].clone()
         logits[:, self.tokenizer.eoi] = -torch.inf
         logits[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # rows of a padded vocabulary
-        without_images = [i for i, row in enumerate(active) if self.images_left[row] <= 0]
+        without_images = [
+            i
+            for i, row in enumerate(active)
+            if self.images_left[row] <= 0 or left[row] < self.image_positions
+        ]
         if self.size is not None:  # a boi of any size counts as one of the requested size
             logits[:, self.boi_ids[self.size]] = logits[:, self.boi_ids].amax(-1)
         for size, token in enumerate(self.boi_ids):
@@ -141,13 +160,24 @@ class Generation:
         segments = []
         for part in prompt:
             if isinstance(part, str):
-                segments.append(Segment("tokens", np.array(self.tokenizer.encode(part), np.int64)))
+                ids = self.tokenizer.encode(clean_text(part))
+                segments.append(Segment("tokens", np.array(ids, np.int64)))
             else:
                 image, sizes = convert_to_rgb(part), self.config.image_sizes
                 size = nearest_size(image.height, image.width, sizes)
                 latents = self.codec.encode_images([image], sizes[size])[0].cpu().numpy()
                 segments.append(ImageSegment(size=size, latents=latents, noise=np.zeros_like(latents)))
         return flatten(segments, self.tokenizer, self.config.patches)
+
+    def _check_length(self, number: int, length: int) -> None:
+        """length: of the prompt's document, which ends in eos."""
+        drawn = self.image_positions if self.begin == "image" else 0
+        if length + drawn > self.limit + 1:
+            beside = f" and {drawn} of the image to draw" if drawn else ""
+            raise UserError(
+                f"prompt {number} takes {length} positions{beside}, but the model was trained on sequences "
+                f"of {self.limit + 1}; shorten it"
+            )
 
     def _to_parts(self, output: list[Part | int]) -> list[Part]:
         """Decode each run of token ids to one text."""

@@ -94,24 +94,24 @@ class ImageCodec:
 
     def encode_images(self, images: Sequence[Image.Image], size: Size) -> Tensor:
         """Normalised latents [N, C, h, w] of PIL images at a height and width, the mean of each posterior."""
-        mean, _ = self.encode(preprocess_images(images, *size).to(self.model.device))
+        mean, _ = self.encode(preprocess_images(images, *size))
         return self.normalize(mean)
 
     def decode_images(self, latents_NCHW: Tensor) -> list[Image.Image]:
         """PIL images of normalised latents."""
-        return postprocess_images(self.decode(self.denormalize(latents_NCHW.to(self.model.device))))
+        return postprocess_images(self.decode(self.denormalize(latents_NCHW)))
 
     @torch.no_grad()
     def encode(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [-1, 1] to the raw, unscaled posterior: (mean, log variance), each [N, C, h, w]."""
+        """Pixels in [-1, 1] to the raw, unscaled posterior: (mean, log variance), float32 [N, C, h, w]."""
         self.latent_shape(*pixels_N3HW.shape[-2:])
-        posterior = encode(self.model, pixels_N3HW)
-        return posterior.mean, posterior.logvar
+        posterior = encode(self.model, pixels_N3HW.to(self.model.device, self.model.dtype))
+        return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Raw latents [N, C, h, w] to pixels [N, 3, H, W], clamped to [-1, 1]."""
-        return decode(self.model, latents_NCHW).clamp(-1, 1)
+        return decode(self.model, latents_NCHW.to(self.model.device, self.model.dtype)).clamp(-1, 1)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Raw latents to about zero mean and unit standard deviation, which the transformer is trained on."""

@@ -8,38 +8,34 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from megafusion.data.manifest import load_manifest
 from megafusion.errors import UserError
+from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.hub.export import Dtype, export_text_model
 from megafusion.sequence.sentencepiece_tokenizer import SentencePieceTokenizer
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.init_from import text_config_of
-from megafusion.train.open_model import open_pipeline
 from megafusion.train.run_folder import ENVIRONMENT, load_run_config
 
 
-def export_text(
-    model: Path, out: Path, dtype: Dtype | None, license: str | None, max_positions: int | None
-) -> None:
+def export_text(model: Path, out: Path, dtype: Dtype | None, license: str | None) -> None:
     """Export the model of a pipeline folder, a run or a checkpoint; see `megafusion export`."""
     run = next((p for p in (model, model.parent, model.parent.parent) if (p / "config.yaml").is_file()), None)
+    pipeline = TransfusionPipeline.from_pretrained(model)
     base = (text_config_of(run) if run else None) or {}
-    if max_positions is None and "max_position_embeddings" not in base:
-        if run is None:
-            raise UserError(
-                f"{model}: not in a run folder, whose row length it would take; give --max-positions"
-            )
-        max_positions = load_run_config(run).data.sequence_length
-    base |= {} if max_positions is None else {"max_position_embeddings": max_positions}
-    dtype = dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
-    if dtype not in get_args(Dtype):
-        raise UserError(f"the text model that {model} began as has weights of {dtype}; give --dtype")
-    pipeline = open_pipeline(model)
+    base.setdefault("max_position_embeddings", pipeline.config.sequence_length)
+    if base["max_position_embeddings"] is None:
+        raise UserError(
+            f"{model}: a pipeline of version 0.1, without its number of positions; export its run"
+        )
     is_qwen = pipeline.config.model.attention_bias or pipeline.config.model.qk_norm
     if is_qwen and isinstance(pipeline.tokenizer, SentencePieceTokenizer):
         raise UserError(
             f"{model}: with model.attention_bias or model.qk_norm it is a Qwen model to transformers, which "
             "reads no SentencePiece tokenizer for those; export a model with another tokenizer"
         )
+    dtype = dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
+    if dtype not in get_args(Dtype):
+        raise UserError(f"the text model that {model} began as has weights of {dtype}; give --dtype")
     export_text_model(pipeline, out, base, model_card(out.name, run, license), dtype)
 
 

@@ -1,11 +1,11 @@
-"""Opening the model of a pipeline folder, a run or a checkpoint. Imports torch."""
+"""Opening the model of a run or a checkpoint. Imports torch."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
 from megafusion.checkpoint.folder import latest_checkpoint, verify_checkpoint
 from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
-from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer
@@ -13,17 +13,12 @@ from megafusion.train.build import make_pipeline
 from megafusion.train.run_folder import load_run_config
 
 
-def open_pipeline(path: Path) -> TransfusionPipeline:
-    """Open a pipeline folder, a run folder (its pipeline, else its newest checkpoint), or a checkpoint."""
-    if (path / "config.json").is_file():
-        return TransfusionPipeline.from_pretrained(path)
-    if (path / "pipeline").is_dir():
-        return TransfusionPipeline.from_pretrained(path / "pipeline")
+def open_run(path: Path) -> TransfusionPipeline | None:
+    """Open the newest checkpoint of a run folder, or one checkpoint; None for any other path."""
+    path = Path(os.path.normpath(path.absolute()))  # its names are read, also those of ".."
     if (path / "config.yaml").is_file():
         path = latest_checkpoint(path)
-    if not path.name.startswith("step-"):
-        raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
-    return open_checkpoint(path, "ema")
+    return open_checkpoint(path, "ema") if path.name.startswith("step-") else None
 
 
 def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPipeline:

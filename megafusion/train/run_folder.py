@@ -1,18 +1,21 @@
 """The run folder: frozen configuration, environment, and the checks of a resumed run against them."""
 
 import json
+import os
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
 from megafusion.config import changed_keys, dump_config, load_config
 from megafusion.data.manifest import load_manifest
+from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
@@ -53,15 +56,18 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     """
     if not (config.out / "config.yaml").is_file():
         return None
-    changed = changed_keys(load_run_config(config.out), config)
-    changed = {key: values for key, values in changed.items() if not key.startswith(FREE_KEYS)}
+    changed = changed_keys(load_run_config(config.out), absolute_paths(config))
+    step = newest_step(config.out)
+    # What a run started from is without effect once it has a checkpoint.
+    free = (*FREE_KEYS, "train.init_") if step else FREE_KEYS
+    changed = {key: values for key, values in changed.items() if not key.startswith(free)}
     refused = [key for key in changed if key not in RECIPE_KEYS and not _LOCATION.fullmatch(key)]
     if refused:
         raise UserError(
             f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
             "a run keeps its recipe: choose another out="
         )
-    if "train.num_steps" in changed and (step := newest_step(config.out)) > config.train.num_steps:
+    if "train.num_steps" in changed and step > config.train.num_steps:
         raise UserError(
             f"{config.out}: has trained {step} steps, more than train.num_steps {config.train.num_steps}; "
             f"give at least {step}"
@@ -99,30 +105,24 @@ def freeze(
     changed = changed_recipe(config)
     hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
     path = config.out / "config.yaml"
+    unwritable = f"{config.out}: cannot be written", "; free space or choose another out="
     if changed is None:
         # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
         beside = ("stacks", "launch", "logs", ENVIRONMENT, ".environment.json.*", ".config.yaml.*")
         refuse_foreign(config.out, path.name, beside)
-        record = _environment() | hashes | {"init_from": started_from}
-        _write(config.out / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
-        _write(path, dump_config(config))
+        with refuse_os_errors(*unwritable):
+            record = _environment() | hashes | {"init_from": started_from}
+            write_file(config.out / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
+            write_file(path, dump_config(absolute_paths(config)))
         return {}
     _check_inputs(config, changed, hashes)
     if any(map(_LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
-        began, now = load_run_config(config.out), config.data
+        began, now = load_run_config(config.out), absolute_paths(config).data
         moved = {"tokenizer": now.tokenizer, "vae": now.vae, "sources": now.sources}
         data = began.data.model_copy(update=moved)
-        _write(path, dump_config(began.model_copy(update={"data": data})))
+        with refuse_os_errors(*unwritable):
+            write_file(path, dump_config(began.model_copy(update={"data": data})))
     return changed
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        write_file(path, content)
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot be written ({error.strerror or error}); free space or choose another out="
-        ) from error
 
 
 def _environment() -> dict:
@@ -180,8 +180,37 @@ def _shard_hashes(config: RunConfig) -> dict[str, list[str]]:
 
 
 def load_run_config(folder: Path) -> RunConfig:
-    """The frozen configuration of a run folder."""
+    """The frozen configuration of a run folder, with paths that are right in any working directory."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: no config.yaml, so not a run folder; `megafusion train` makes one")
-    return load_config(RunConfig, path)
+    config, folder = load_config(RunConfig, path), folder.absolute()
+
+    def find(frozen: Path) -> Path:
+        # Where it lies if it was moved together with the run. In runs of earlier versions it may be relative
+        # to where the run was started, as their `out` is.
+        beside = Path(os.path.normpath(folder / os.path.relpath(frozen, config.out)))
+        return frozen if frozen.is_absolute() and (frozen.exists() or not beside.exists()) else beside
+
+    return _with_paths(config, folder, find)
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """A configuration that means the same files from any working directory."""
+    return _with_paths(config, config.out.absolute(), Path.absolute)
+
+
+def _with_paths(config: RunConfig, out: Path, change: Callable[[Path], Path]) -> RunConfig:
+    """A copy with other paths; URLs stay."""
+    data = config.data
+    sources = {
+        name: source
+        if is_remote(source.path)
+        else source.model_copy(update={"path": change(Path(source.path))})
+        for name, source in data.sources.items()
+    }
+    paths = {"tokenizer": change(data.tokenizer), "vae": change(data.vae), "sources": sources}
+    data, train = data.model_copy(update=paths), config.train
+    if train.init_from:
+        train = train.model_copy(update={"init_from": change(train.init_from)})
+    return config.model_copy(update={"out": out, "data": data, "train": train})

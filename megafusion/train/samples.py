@@ -37,7 +37,17 @@ class Sampler:
         size = len(source.folder)
         chosen = [source.folder.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
         images = decode(first_images(chosen), self._pipeline.codec, self._pipeline.sizes)
-        return [document.metadata["caption"] for document in chosen], images
+        return [self._cut(document.metadata["caption"]) for document in chosen], images
+
+    def _cut(self, caption: str) -> str:
+        """A caption, cut where a row has room for an image (and bos, boi, eoi and eos) behind it."""
+        room = self._config.data.sequence_length - max(self._config.model.patches) - 4
+        tokenizer = self._components.tokenizer
+        if len(ids := tokenizer.encode(caption)) > room:
+            caption = tokenizer.decode(ids[:room])
+            while len(tokenizer.encode(caption)) > room:  # a cut word may take more tokens than it did
+                caption = caption[:-1]
+        return caption
 
     def load(self, checkpoint: Path) -> TransfusionPipeline:
         """The pipeline with the averaged weights of a checkpoint."""

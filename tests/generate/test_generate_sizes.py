@@ -213,7 +213,7 @@ def test_a_pipeline_folder_keeps_its_sizes(pipeline, tmp_path):
 
 
 def test_an_unknown_size_is_refused_with_the_sizes_of_the_model(pipeline):
-    with pytest.raises(UserError, match=r"size 40x24: the model has 32x32, 24x40, 48x16 \(height"):
+    with pytest.raises(UserError, match=r"size \(40, 24\): the model has 32x32, 24x40, 48x16 \(height"):
         pipeline.draw(["x"], size=(40, 24))
 
 

@@ -71,7 +71,7 @@ def test_a_saved_pipeline_loads_and_draws_the_same(pipeline, tmp_path):
 
 
 def test_an_invalid_pipeline_folder_is_named(pipeline, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
+    with pytest.raises(UserError, match="nowhere: neither a pipeline folder, a run folder nor a checkpoint"):
         TransfusionPipeline.from_pretrained(tmp_path / "nowhere")
     folder = tmp_path / "pipeline"
     pipeline.save_pretrained(folder)

@@ -174,15 +174,20 @@ def test_a_model_of_our_own_is_exported_with_tokenizer_and_card(run_folder, tmp_
     assert "holds other files" in run("export", str(run_folder), str(run_folder / "pipeline"), "--to", "hf")
 
 
-def test_a_pipeline_away_from_its_run_needs_its_number_of_positions(run_folder, tmp_path):
+def test_a_pipeline_away_from_its_run_has_a_shorter_card(run_folder, tmp_path):
     moved = tmp_path / "a/b/c/pipeline"
     TransfusionPipeline.from_pretrained(run_folder / "pipeline").save_pretrained(moved)
-    said = run("export", str(moved), str(tmp_path / "out"), "--to", "hf")
-    assert "not in a run folder, whose row length it would take; give --max-positions" in said
-    assert not (tmp_path / "out").exists()
-    run("export", str(moved), str(tmp_path / "out"), "--to", "hf", "--max-positions", "77")
-    assert json.loads((tmp_path / "out/config.json").read_text())["max_position_embeddings"] == 77
-    assert "Licence: not stated" in (tmp_path / "out/README.md").read_text()
+    run("export", str(moved), str(tmp_path / "out"), "--to", "hf")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["max_position_embeddings"], config["torch_dtype"]) == (96, "float32")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Licence: not stated" in card
+    assert "## Training" not in card
+    older = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({k: v for k, v in older.items() if k != "sequence_length"}))
+    said = run("export", str(moved), str(tmp_path / "older"), "--to", "hf")
+    assert "a pipeline of version 0.1, without its number of positions; export its run" in said
+    assert not (tmp_path / "older").exists()
 
 
 def test_a_tokenizer_that_transformers_would_not_read_is_refused(run_values, tmp_path):

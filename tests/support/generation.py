@@ -54,8 +54,8 @@ def full_hidden(model, batch):
 def run_generation(pipeline, captions, sampling, seed: int, max_images: int, begin="free") -> list[list]:
     """Outputs of `Generation` for captions, with token ids that are not decoded to text."""
     parts = pipeline.model, pipeline.tokenizer, pipeline.codec
-    generation = Generation(*parts, [[c] for c in captions], sampling, seed, max_images)
-    generation.run(begin)
+    generation = Generation(*parts, [[c] for c in captions], sampling, seed, max_images, begin)
+    generation.run()
     return generation.outputs
 
 

@@ -5,13 +5,14 @@ import tokenizers
 
 from data_prep.config import PreprocessConfig
 from data_prep.preprocess import preprocess
+from megafusion import TransfusionPipeline
 from megafusion.checkpoint.folder import latest_checkpoint
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
-from megafusion.train.open_model import open_checkpoint, open_pipeline
+from megafusion.train.open_model import open_checkpoint
 from tests.support.small import GLOSSES, PACK, TOKENIZER, small_run
 from tests.support.tokenizers import make_gpt2, make_llama3, make_qwen
 
@@ -66,7 +67,7 @@ def test_preprocess_train_generate(make, tmp_path, maker, vocab_size, file):
     train(config)
     saved = {p.name for p in (config.out / "pipeline").iterdir()}
     assert saved == {"config.json", "model.safetensors", "vae", "tokenizer.json", "tokenizer_config.json"}
-    pipeline = open_pipeline(config.out)
+    pipeline = TransfusionPipeline.from_pretrained(config.out)
     (image,) = pipeline.draw(["a red apple"])
     assert image.size == (32, 32)
     # The run's own checkpoint reads data.tokenizer, its pipeline the copy.

@@ -1,0 +1,103 @@
+"""`megafusion generate`: its outputs, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from megafusion.cli import app
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import TransfusionPipeline
+from tests.support.generation import make_pipeline
+
+
+@pytest.fixture
+def folder(run_config, tokenizer, codec, tmp_path) -> Path:
+    make_pipeline(run_config, tokenizer, codec, num_steps=1).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def generate(folder: Path, *arguments: str) -> str:
+    done = CliRunner().invoke(app, ["generate", str(folder), *map(str, arguments)])
+    if isinstance(done.exception, UserError):
+        raise done.exception
+    return done.output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        ("--prompt", "x"),  # the same image
+        ("--prompt", "pizza"),  # captions.txt alone
+        ("--image", "IMAGE"),
+        ("--interleave", "x"),
+    ],
+)
+def test_outputs_of_an_earlier_call_are_kept_unless_told(folder, tmp_path, again):
+    out = tmp_path / "out"
+    generate(folder, "--prompt", "x", "--out", out)
+    before = contents(out)
+    again = [str(out / "0-x.png") if part == "IMAGE" else part for part in again]
+    with pytest.raises(UserError, match=r"of an earlier call; choose another --out, or add --overwrite"):
+        generate(folder, *again, "--seed", 1, "--out", out)
+    assert contents(out) == before
+    generate(folder, *again, "--seed", 1, "--out", out, "--overwrite")
+    assert contents(out) != before
+
+
+def test_every_call_without_a_folder_has_one_of_its_own(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        generate(folder, "--prompt", "x")
+    assert contents(tmp_path / "generated-1").keys() == contents(tmp_path / "generated-2").keys()
+
+
+def test_an_image_that_would_be_lost_is_named(folder, tmp_path):
+    """Also where no captions.txt is beside it, as the user's own."""
+    out = tmp_path / "out"
+    out.mkdir()
+    Image.new("RGB", (4, 4)).save(out / "0-x.png")
+    Image.new("RGB", (4, 4)).save(out / "answer-3.png")
+    for arguments, name in ((("--prompt", "x"), "0-x.png"), (("--interleave", "x"), "answer-3.png")):
+        with pytest.raises(UserError, match=name):
+            generate(folder, *arguments, "--out", out)
+    generate(folder, "--prompt", "other", "--out", out)
+    assert Image.open(out / "0-x.png").size == (4, 4)
+
+
+def test_nothing_is_written_where_a_later_prompt_is_refused(folder, tmp_path):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"sequence_length": null', '"sequence_length": 60'))
+    with pytest.raises(UserError, match=r"trained on sequences of 60; shorten it"):
+        generate(folder, "--prompt", "x", "--interleave", "apple " * 60, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_of_an_interleaved_prompt_may_begin_with_an_at_sign(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def call(_pipeline, prompts, **_options):
+        asked.extend(prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(TransfusionPipeline, "__call__", call)
+    Image.new("RGB", (4, 4)).save(tmp_path / "@a.png")
+    parts = ["@@home", "@@@b", f"@{tmp_path}/@a.png", "a@b"]
+    generate(folder, *(each for part in parts for each in ("--interleave", part)), "--out", tmp_path / "out")
+    ((first, second, image, last),) = asked
+    assert (first, second, last) == ("@home", "@@b", "a@b")
+    assert image.size == (4, 4)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, 2**63, -1])
+def test_a_seed_out_of_range_is_refused_with_the_range(folder, tmp_path, seed):
+    arguments = "--prompt", "x", "--prompt", "y", "--out", tmp_path / "out"
+    with pytest.raises(UserError, match=rf"^seed={seed}: give an integer from 0 to {2**63 - 1}$"):
+        generate(folder, *arguments, "--seed", seed)
+    assert not (tmp_path / "out").exists()
+    generate(folder, *arguments, "--seed", 2**63 - 1)

@@ -1,0 +1,54 @@
+"""Copies of a configuration with changes: as valid as any other, or refused."""
+
+import copy
+
+import pytest
+
+from megafusion.config import changed_keys
+from megafusion.errors import UserError
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
+from tests.support.generation import make_pipeline
+
+SAMPLING = SamplingConfig(sampler="dpm++", num_inference_steps=20)
+
+
+@pytest.mark.parametrize("method", [SamplingConfig.model_copy, SamplingConfig.copy])
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"sampler": "eular"}, r"SamplingConfig: key 'sampler': Input should be .* \(got 'eular'\)"),
+        ({"smapler": "ddim"}, r"unknown key 'smapler'; did you mean 'sampler'"),
+        ({"num_steps": 5}, r"'num_steps' was renamed: it is 'num_inference_steps' now"),
+        ({"num_inference_steps": 0}, r"num_inference_steps"),
+        ({"num_inference_steps": "20"}, r"valid integer"),
+        ({"max_new_tokens": 10**30}, r"max_new_tokens"),
+        ({"guidance_scale": float("nan")}, r"finite number"),
+    ],
+)
+def test_a_copy_with_a_value_that_is_not_valid_is_refused(method, update, message):
+    with pytest.raises(UserError, match=message):
+        method(SAMPLING, update=update)
+
+
+def test_a_copy_within_a_copy_is_validated_and_checked_as_a_whole(run_config):
+    assert run_config.model_copy() == run_config
+    assert run_config.model_copy(deep=True) == copy.deepcopy(run_config) == run_config
+    changed = run_config.model_copy(update={"sampling": SAMPLING})
+    assert set(changed_keys(run_config, changed)) == {
+        f"sampling.{key}" for key in ("sampler", "num_inference_steps", "max_new_tokens")
+    }
+    with pytest.raises(UserError, match="sampling"):
+        run_config.model_copy(update={"sampling": {"sampler": "eular"}})
+    with pytest.raises(UserError, match=r"data\.sequence_length"):  # checked against the model's images
+        run_config.model_copy(update={"data": run_config.data.model_copy(update={"sequence_length": 5})})
+    process = ObjectiveConfig().noise_process
+    with pytest.raises(UserError, match="beta_schedule linear"):
+        process.model_copy(update={"beta_schedule": "linear", "num_train_timesteps": 10_000})
+
+
+def test_a_changed_copy_draws_with_the_change(tokenizer, codec, run_config):
+    pipeline = make_pipeline(run_config, tokenizer, codec, num_steps=2)
+    asked = pipeline.config.sampling.model_copy(update={"sampler": "dpm++", "num_inference_steps": 3})
+    done = []
+    pipeline.draw(["x"], sampling=asked, progress=lambda step, total: done.append((step, total)))
+    assert done == [(1, 3), (2, 3), (3, 3)]
