@@ -6,6 +6,7 @@ on inward), for each span of its ShardSpec. Chunks are views: reading into one f
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 
@@ -90,6 +91,17 @@ class Chunks:
             values = fragment[used : used + prod(sizes)].view(sizes)
             used += prod(sizes)
             self.chunks += _to_whole(offsets, values, shard_spec)
+
+    def first_rows(self, num_rows: int) -> "Chunks":
+        """The part of these chunks in the first rows of the whole tensor, as chunks of a tensor of those."""
+        first = copy(self)
+        first.shape = torch.Size([min(num_rows, self.shape[0]), *self.shape[1:]])
+        first.chunks = [
+            Chunk(chunk.offsets, chunk.values[: num_rows - chunk.offsets[0]])
+            for chunk in self.chunks
+            if chunk.offsets[0] < num_rows
+        ]
+        return first
 
     def size(self) -> torch.Size:
         """Shape of the whole tensor."""
