@@ -40,10 +40,10 @@ def write_sheet(folder: Path, manifest: Manifest, vae: Path) -> None:
 
 
 def describe_unused(plan: Plan) -> str:
-    """The inputs that are not kept, by reason, with an example of each; an end of a sentence."""
+    """The inputs that are not kept, by reason, with an example of each."""
     counts = Counter(plan.skipped) + Counter(plan.dropped)
     reasons = [f"{n} x {reason} (one is {plan.examples[reason][0]})" for reason, n in counts.most_common()]
-    return f"the {plan.num_records} inputs can be used: {', '.join(reasons) or 'the files hold none'}"
+    return f"of {plan.num_records} inputs {', '.join(reasons) or 'none'}"
 
 
 def format_counts(counts: dict[str, int]) -> str:

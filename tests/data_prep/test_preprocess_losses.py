@@ -256,10 +256,10 @@ def test_a_refusal_of_all_inputs_gives_the_reasons_with_an_example_of_each(make,
         f"1 x no score aesthetic (one is {tar}, k2)",
         f"1 x score aesthetic out of range (one is {tar}, k1)",
     ]
-    expected = f"none of the 5 inputs can be used: {', '.join(reasons)}; nothing is written"
-    assert str(raised.value) == f"{tmp_path}/out/pairs: {expected}"
+    expected = f"the inputs hold no valid document: of 5 inputs {', '.join(reasons)}; nothing is written"
+    assert str(raised.value) == f"{tmp_path}/out/pairs: {expected}; files ignored: none"
     write_tar(tmp_path / "dots.tar", {f"a.{i}": {"png": png(), "txt": b"x"} for i in range(3)})
-    with pytest.raises(UserError, match=r"none of the 1 inputs can be used: 1 x no image of this key"):
+    with pytest.raises(UserError, match=r"no valid document: of 1 inputs 1 x no image of this key"):
         make(images=(tmp_path / "dots.tar",), on_error="skip")
-    with pytest.raises(UserError, match=r"none of the 0 inputs can be used: the files hold none"):
+    with pytest.raises(UserError, match=r"no valid document: of 0 inputs none"):
         make(images=(write_tar(tmp_path / "empty.tar", {}),))
