@@ -123,7 +123,7 @@ def _open(config: ImageDataConfig, split: InputSplit) -> Reader:
     if split.folder:
         return ImageFolderReader(split.folder, split.images)
     if split.form == "parquet":
-        return _ParquetImages(split.files[0], [config.image_column])
+        return _ParquetImages(split.files[0], {"image_column": config.image_column})
     return TarReader(split.files[0])
 
 
