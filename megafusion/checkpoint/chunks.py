@@ -7,7 +7,7 @@ on inward), for each span of its ShardSpec. Chunks are views: reading into one f
 
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -95,7 +95,7 @@ class Chunks:
     def first_rows(self, num_rows: int) -> "Chunks":
         """The part of these chunks in the first rows of the whole tensor, as chunks of a tensor of those."""
         first = copy(self)
-        first.shape = torch.Size([min(num_rows, self.shape[0]), *self.shape[1:]])
+        first.shard_spec = replace(self.shard_spec, shape=torch.Size([num_rows, *self.size()[1:]]))
         first.chunks = [
             Chunk(chunk.offsets, chunk.values[: num_rows - chunk.offsets[0]])
             for chunk in self.chunks
