@@ -110,8 +110,7 @@ class Chunks:
     def first_rows(self, num_rows: int) -> "Chunks":
         """The part of these chunks in the first rows of the whole tensor, as chunks of a tensor of those."""
         first = copy(self)
-        shape = self.shard_spec.shape
-        first.shard_spec = replace(self.shard_spec, shape=torch.Size([min(num_rows, shape[0]), *shape[1:]]))
+        first.shard_spec = replace(self.shard_spec, shape=torch.Size([num_rows, *self.size()[1:]]))
         first.chunks = [
             Chunk(chunk.offsets, chunk.values[: num_rows - chunk.offsets[0]])
             for chunk in self.chunks
