@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -11,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_prep.vae.checkpoint import load_checkpoint, read_meta, remove_checkpoint, save_checkpoint
+from data_prep.vae.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from data_prep.vae.config import AutoencoderConfig, OptimizationConfig
 from data_prep.vae.dataset import find_shards, hash_shards, held_out_images, training_batches
 from data_prep.vae.evaluation import contact_sheet, latent_statistics, measure
@@ -76,8 +77,8 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
         "codec_sha256": codec.hash,
         "history": training.history,
     }
-    write_autoencoder(config, averaged, report, contact_sheet(held_out, reconstructions))
-    remove_checkpoint(training.folder)
+    write_autoencoder(config, averaged, report, contact_sheet(keys, held_out, reconstructions))
+    shutil.rmtree(training.folder, ignore_errors=True)
     return report
 
 
@@ -87,10 +88,10 @@ class _Training:
     def __init__(
         self, config: AutoencoderConfig, model: AutoencoderKL, loss: AutoencoderLoss, device: torch.device
     ):
-        self._config, self._options = config, config.optimization
+        options = config.optimization
+        self._config, self._options = config, options
         self._model, self._loss, self._device = model.train(), loss, device
         self.averaged = copy.deepcopy(model).requires_grad_(False)
-        options = self._options
         self._modules = {"model": model, "averaged": self.averaged}
         self._optimizers: dict[str, torch.optim.Optimizer] = {
             "model": torch.optim.AdamW(
