@@ -49,4 +49,4 @@ def contact_sheet(keys: list[str], originals: Tensor, reconstructions: Tensor) -
     chosen = torch.linspace(0, len(keys) - 1, min(NUM_SHOWN, len(keys))).round().long()
     images = (postprocess_images(pixels[chosen]) for pixels in (originals, reconstructions))
     rows = list(zip([keys[i] for i in chosen], *images, strict=True))
-    return make_image_grid(rows, ("real", "decoded"), columns=6, side=originals.shape[-1])
+    return make_image_grid(rows, ("real", "decoded"), columns=6, side=max(64, originals.shape[-1]))
