@@ -61,7 +61,7 @@ preprocess: $(INSTALLED)  ## Turn images, captions and text into shards (CONFIG=
 	$(BIN)/megafusion preprocess $(CONFIG)
 
 benchmark: $(INSTALLED)  ## Time a training step of the quickstart model.
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/step.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train.py
 
 clean:  ## Remove the environment, the shards and the quickstart's run.
 	rm -rf $(VENV) data/quickstart runs/quickstart

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from step import Stopwatch, processor
 
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import complete_checkpoints, read_manifest
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.config import load_config
@@ -48,7 +49,7 @@ def measure(config: RunConfig, num_saves: int, folder: Path) -> dict:
 
     for _ in range(3):
         step()
-    with CheckpointManager(folder, engine.optimizer_state, ema, keep_last=1) as manager:
+    with CheckpointManager(folder, engine.optimizer_state, ema, CheckpointConfig(keep_last=1)) as manager:
         for number in range(num_saves + 1):
             seconds["step"].append(step())
             watch.lap()

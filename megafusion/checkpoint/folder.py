@@ -127,7 +127,7 @@ def remove(path: Path) -> None:
             path = path.rename(path.with_name(path.name + PARTIAL))
         shutil.rmtree(path)
     except OSError as error:
-        print(f"warning: {path}: cannot be deleted ({error.strerror or error})", file=sys.stderr, flush=True)
+        print(f"warning: {path}: cannot be deleted ({error.strerror or error})", file=sys.stderr)
 
 
 def _sync(path: Path) -> None:

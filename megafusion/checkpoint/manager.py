@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megafusion.checkpoint.chunks import Chunks
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import (
     KINDS,
     PARTIAL,
@@ -49,15 +50,12 @@ class CheckpointManager:
     A save blocks for a copy to host memory; a thread then writes while training continues, over a process
     group of its own, so that its collectives do not mix with those of training.
 
-    folder: of the checkpoints. keep_last: number of latest ones to keep. keep_every: also keep steps that are
-    a multiple of this; 0 for none. Needs host memory for this rank's state: 16 bytes a parameter.
+    folder: of the checkpoints. config: which ones to keep. Needs host memory for this rank's state: 16 bytes
+    a parameter.
     """
 
-    def __init__(
-        self, folder: Path, optimizer_state: OptimizerState, ema: Ema, keep_last: int, keep_every: int = 0
-    ):
-        self._folder, self._optimizer_state = folder, optimizer_state
-        self._keep_last, self._keep_every = keep_last, keep_every
+    def __init__(self, folder: Path, optimizer_state: OptimizerState, ema: Ema, config: CheckpointConfig):
+        self.folder, self._optimizer_state, self._config = folder, optimizer_state, config
         self._fragments: dict[str, tuple[OptimizerShard, Tensor]] = {}
         """By tensor name: the shard that says where a fragment belongs, and the fragment on the device."""
         for shard, average in zip(optimizer_state.shards, ema.fragments, strict=True):
@@ -156,7 +154,7 @@ class CheckpointManager:
         """Write, hash, publish, delete: the work of the threads of all ranks together."""
         rank, group = dist.get_rank(), self._group
         is_first = rank == 0
-        path = self._folder / f"step-{state['step']:08d}"
+        path = self.folder / f"step-{state['step']:08d}"
         partial = path.with_name(path.name + PARTIAL)
         parts: list[dict] = [{}] * dist.get_world_size()
         dist.gather_object(stream_state["streams"], parts if is_first else None, group=group)
@@ -199,8 +197,9 @@ class CheckpointManager:
                 raise SaveFailed(f"{path}: not saved: {name} contains NaN or Inf; {way_out}")
 
     def _delete_old(self) -> None:
-        for old in complete_checkpoints(self._folder)[: -self._keep_last]:
-            if not self._keep_every or step_of(old) % self._keep_every:
+        keep_every = self._config.keep_every
+        for old in complete_checkpoints(self.folder)[: -self._config.keep_last]:
+            if not keep_every or step_of(old) % keep_every:
                 remove(old)
 
 

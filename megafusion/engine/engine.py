@@ -180,9 +180,15 @@ def _deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        # Its timer waits for the device twice a micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if train.precision != "fp32":
         # Accumulate and reduce gradients in float32, where DeepSpeed would use bf16.
-        values |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # Each gradient is added as soon as it is there, so that no copy of all of them is kept in bf16.
+        values |= {
+            "bf16": {"enabled": True, "immediate_grad_update": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
         values["communication_data_type"] = "fp32"
     return values

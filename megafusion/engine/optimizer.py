@@ -1,15 +1,18 @@
-"""AdamW with two parameter groups, and the learning-rate schedule."""
+"""AdamW with two parameter groups, and the learning-rate schedule, which `launch` reads without torch."""
 
 import math
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from megafusion.engine.config import OptimizerConfig
 
+if TYPE_CHECKING:
+    import torch
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+
+def make_optimizer(model: "torch.nn.Module", config: OptimizerConfig) -> "torch.optim.AdamW":
     """AdamW with weight decay on matrices and convolutions, and without on vectors."""
+    import torch
+
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -73,31 +73,30 @@ class Attempts:
         """
         try:
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
-            is_locked = _lock(self._step_file)
-            if not is_locked:
-                latest = next(iter(read_attempts(self._folder)[::-1]), {})
-                is_local = latest.get("host", socket.gethostname()) == socket.gethostname()
-                # Between its lock and its record an attempt has no name yet.
-                name = f"process {latest['pid']} on {latest['host']}" if latest.get("is_open") else None
-                holder, seconds = name or "another process", WAIT_SECONDS if is_local else WAIT_SECONDS_REMOTE
-                print(
-                    f"{self._folder}: locked by {holder}; waiting up to {seconds:.0f} s for it to exit",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                is_locked = _lock(self._step_file, seconds)
+            if not _lock(self._step_file):
+                self._wait_for_lock(self._step_file)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
-        if not is_locked:
+        self._attempts = read_attempts(self._folder)
+        for attempt in self._attempts:
+            attempt.pop("is_open", None)  # this process is the run now
+
+    def _wait_for_lock(self, step_file: int) -> None:
+        latest = next(iter(read_attempts(self._folder)[::-1]), {})
+        is_local = latest.get("host", socket.gethostname()) == socket.gethostname()
+        # Between its lock and its record an attempt has no name yet.
+        is_named = latest.get("is_open")
+        holder = f"process {latest['pid']} on {latest['host']}" if is_named else "another process"
+        seconds = WAIT_SECONDS if is_local else WAIT_SECONDS_REMOTE
+        waits = f"waiting up to {seconds:.0f} s for it to exit"
+        print(f"{self._folder}: locked by {holder}; {waits}", file=sys.stderr)
+        if not _lock(step_file, seconds):
             self._release()
             raise UserError(
                 f"{self._folder}: {holder} trains in this folder; wait, stop it, or choose another out=",
                 # One on another machine may be cut off and about to exit, so a retry can succeed.
                 exit_status=ExitStatus.FAILED if is_local else ExitStatus.RETRY,
             )
-        self._attempts = read_attempts(self._folder)
-        for attempt in self._attempts:
-            attempt.pop("is_open", None)  # this process is the run now
 
     def begin(self, world_size: int, newest_step: int, changed: dict[str, list] | None = None) -> None:
         """Add an attempt. newest_step: of the checkpoint that it will load. changed: by key, the run's first
@@ -186,7 +185,7 @@ def _lock(file: int, seconds: float = 0, kind: int = fcntl.LOCK_EX) -> bool:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print("warning: this disk has no file locks: start a run only once", file=sys.stderr, flush=True)
+            print("warning: this disk has no file locks: start a run only once", file=sys.stderr)
             return True
 
 

@@ -15,7 +15,8 @@ class Rollback:
 
     def __init__(self, config: ResilienceConfig, consensus: StepConsensus):
         self._max_in_a_row, self._consensus = config.roll_back_after, consensus
-        self.num_skipped = self.num_spikes = self.num_rollbacks = 0
+        self.counts = {"skipped_steps": 0, "loss_spikes": 0, "rollbacks": 0}
+        """Since the run began, as in a line of metrics."""
         self._in_a_row = 0
         self._last_rollback: int | None = None
         """Step of the checkpoint that the run last rolled back to."""
@@ -23,9 +24,9 @@ class Rollback:
     def record_step(self, step: int) -> str | None:
         """Count the latest step; returns a message about a bad one. step: updates before it."""
         consensus = self._consensus
-        self.num_spikes += consensus.is_spike
+        self.counts["loss_spikes"] += consensus.is_spike
+        self.counts["skipped_steps"] += consensus.is_skipped
         self._in_a_row = self._in_a_row + 1 if consensus.is_skipped else 0
-        self.num_skipped += consensus.is_skipped
         if not consensus.is_finite:
             found = "the loss or a gradient contains NaN or Inf"
         elif consensus.is_spike:
@@ -50,7 +51,7 @@ class Rollback:
         step = None if state is None else int(state["step"])
         if state is not None and step is not None and step != self._last_rollback:
             self._last_rollback, self._in_a_row = step, 0
-            self.num_rollbacks += 1
+            self.counts["rollbacks"] += 1
             self._restore_losses(state.get("health", {}))
             return step
         reason = (
@@ -65,22 +66,13 @@ class Rollback:
             exit_status=ExitStatus.FAILED,
         )
 
-    def figures(self) -> dict[str, int]:
-        """Counts for a line of metrics."""
-        return {
-            "skipped_steps": self.num_skipped,
-            "loss_spikes": self.num_spikes,
-            "rollbacks": self.num_rollbacks,
-        }
-
     def state_dict(self) -> dict:
         """State of a checkpoint, where its key is "health"."""
-        return {**self.figures(), "losses": list(self._consensus.spikes.losses)}
+        return {**self.counts, "losses": list(self._consensus.spikes.losses)}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore the counts and losses of `state_dict`, or of {} for a checkpoint that has none."""
-        self.num_skipped, self.num_spikes = state.get("skipped_steps", 0), state.get("loss_spikes", 0)
-        self.num_rollbacks = state.get("rollbacks", 0)
+        self.counts = {name: state.get(name, 0) for name in self.counts}
         self._restore_losses(state)
 
     def _restore_losses(self, state: dict) -> None:

@@ -5,22 +5,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megafusion.errors import UserError
 from megafusion.resilience.exit_status import ExitStatus
-from megafusion.resilience.watchdog.report import format_ranks
+from megafusion.resilience.watchdog.failures import format_ranks
 
 DISK_BYTES = 1 << 16
-
-
-class _Result(NamedTuple):
-    host: str
-    failures: list[str]
-    wants_stop: bool
 
 
 def self_test(folder: Path, device: torch.device, wants_stop: bool) -> tuple[list[str], bool]:
@@ -30,18 +23,19 @@ def self_test(folder: Path, device: torch.device, wants_stop: bool) -> tuple[lis
     every rank, naming the ranks that failed, their hosts and the failures. The watchdog handles a collective
     that hangs.
     """
-    failures = [*_test_collectives(device), *_test_matrix_product(device), *_test_disk(folder)]
+    own = [*_test_collectives(device), *_test_matrix_product(device), *_test_disk(folder)]
     results: list = [None] * dist.get_world_size()
-    dist.all_gather_object(results, _Result(socket.gethostname(), failures, wants_stop))
+    dist.all_gather_object(results, (socket.gethostname(), own, wants_stop))
     bad: dict[tuple[str, str], list[int]] = {}
-    for rank, result in enumerate(results):
-        for failure in result.failures:
-            bad.setdefault((result.host, failure), []).append(rank)
+    for rank, (host, failures, _) in enumerate(results):
+        for failure in failures:
+            bad.setdefault((host, failure), []).append(rank)
     if bad:
         lines = [f"{format_ranks(ranks)} on {host}: {failure}" for (host, failure), ranks in bad.items()]
         message = "\n  ".join(["start-up self-test failed; repair or exclude the node:", *lines])
         raise UserError(message, on_every_rank=True, exit_status=ExitStatus.FAILED)
-    return [result.host for result in results], any(result.wants_stop for result in results)
+    hosts, _, wanted = zip(*results, strict=True)
+    return list(hosts), any(wanted)
 
 
 def _test_collectives(device: torch.device) -> Iterator[str]:

@@ -1,59 +1,60 @@
 """Output of a run while it trains: progress bar, RUN/metrics.jsonl, trackers."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from PIL import Image
 
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
 from megafusion.telemetry.config import TelemetryConfig
-from megafusion.telemetry.metrics_file import METRICS, truncate_metrics
+from megafusion.telemetry.metrics_file import truncate_metrics
 from megafusion.telemetry.trackers import Tracker, open_trackers
 
 
 class Metrics:
-    """Context manager that opens every output on rank 0 and does nothing on the other ranks.
+    """Every output, on rank 0; nothing on the other ranks, which are silent.
 
-    num_steps: of the whole run. first_step: steps that are done. stops_on_write_error: whether a failed write
-    ends the run. Raises UserError if the run folder cannot be written.
+    num_steps: of the whole run. stops_on_write_error: whether a failed write ends the run.
     """
 
     def __init__(
-        self,
-        config: TelemetryConfig,
-        folder: Path,
-        num_steps: int,
-        first_step: int,
-        stops_on_write_error: bool,
-        silent: bool,
+        self, config: TelemetryConfig, folder: Path, num_steps: int, stops_on_write_error: bool, silent: bool
     ):
-        self._config, self._folder, self._silent = config, folder, silent
-        self._num_steps, self._first_step = num_steps, first_step
-        self._stops_on_write_error = stops_on_write_error
-        self.progress = progress_bar(disable=silent)
-        self._task = self.progress.add_task("training", total=num_steps, completed=first_step, losses="")
+        self._config, self._folder, self._num_steps = config, folder, num_steps
+        self._stops_on_write_error, self._silent = stops_on_write_error, silent
+        self._progress = progress_bar(disable=silent)
+        self._task = self._progress.add_task("training", total=num_steps, losses="")
         self._trackers: list[Tracker] = []
-        if not silent:
-            try:
-                truncate_metrics(folder, first_step)
-                self._open(first_step)
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
-    def _open(self, step: int) -> None:
-        self._lines = (self._folder / METRICS).open("a")
-        self._trackers = open_trackers(self._config, self._folder, step)
+    @contextmanager
+    def open(self, first_step: int) -> Iterator[None]:
+        """Open the outputs of a run that has done `first_step` steps, for the duration of the block.
+
+        Raises UserError if the run folder cannot be written.
+        """
+        try:
+            if not self._silent:
+                truncate_metrics(self._folder, first_step)
+                self._trackers = open_trackers(self._config, self._folder, first_step)
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
+        try:
+            with self._progress:
+                self.advance(first_step)
+                if first_step:
+                    state = "is finished" if first_step >= self._num_steps else "resumes"
+                    self.say(f"{self._folder}: {state} after step {first_step}")
+                yield
+        finally:
+            self._close()
 
     def _close(self) -> None:
-        with self.handle_write_errors():
-            self._lines.close()
         for tracker in self._trackers:
             with self.handle_write_errors():
                 tracker.close()
+        self._trackers = []
 
     @contextmanager
     def handle_write_errors(self, what: str = "metrics") -> Iterator[None]:
@@ -68,45 +69,28 @@ class Metrics:
                 ) from error
             self.say(f"warning: {what} not written ({reason})")
 
-    def __enter__(self) -> "Metrics":
-        self.progress.start()
-        if self._first_step:
-            state = "is finished" if self._first_step >= self._num_steps else "resumes"
-            self.say(f"{self._folder}: {state} after step {self._first_step}")
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.progress.stop()
-        if not self._silent:
-            self._close()
-
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if not self._silent:
-            self.progress.console.print(text, markup=False)
+            self._progress.console.print(text, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
-        self.progress.update(self._task, completed=step)
+        self._progress.update(self._task, completed=step)
 
     def rewind(self, step: int) -> None:
         """Remove the records of the steps that a rollback has undone."""
         self.advance(step)
         self.say(f"{self._folder}: rolled back to step {step}; the data since then is skipped")
+        self._close()
         if not self._silent:
-            self._close()
             with self.handle_write_errors():
                 truncate_metrics(self._folder, step)
             with self.handle_write_errors():
-                self._open(step)
+                self._trackers = open_trackers(self._config, self._folder, step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record figures after `step` updates."""
-        if self._silent:
-            return
-        with self.handle_write_errors():
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
-            self._lines.flush()  # on a full disk the rest stays in the buffer until the next flush
         for tracker in self._trackers:
             with self.handle_write_errors():
                 tracker.log(step, values)
@@ -114,8 +98,8 @@ class Metrics:
             f"text {values['text_loss']:.3f}  image {values['image_loss']:.4f}  "
             f"{values['tokens_per_second']:,.0f} tokens/s"
         )
-        self.progress.update(self._task, losses=shown)
-        if not self.progress.console.is_terminal:  # a log file shows no bar
+        self._progress.update(self._task, losses=shown)
+        if not self._progress.console.is_terminal:  # a log file shows no bar
             self.say(f"step {step}  {shown}")
 
     def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None:

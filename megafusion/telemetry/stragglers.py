@@ -29,13 +29,13 @@ class StragglerMonitor:
     def __init__(self, stage: nn.Module, device: torch.device, hosts: list[str], num_stages: int):
         self._hosts, self._num_stages, self._device = hosts, num_stages, device
         self._on_gpu = device.type == "cuda"
-        self._data_seconds = self._forward_seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._began: Any = 0.0
+        self._data_seconds = 0.0
+        self._begins: list[Any] = []  # of forward passes, as _now() gives them
+        self._ends: list[Any] = []
         self._num_steps, self._since = 0, time.monotonic()
         self._slow_rank, self._times_slow = -1, 0
-        stage.register_forward_pre_hook(self._begin)
-        stage.register_forward_hook(self._end)
+        stage.register_forward_pre_hook(lambda *_: self._begins.append(self._now()))
+        stage.register_forward_hook(lambda *_: self._ends.append(self._now()))
 
     def _now(self) -> Any:
         """Seconds, or an event in the GPU's stream."""
@@ -44,15 +44,6 @@ class StragglerMonitor:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _begin(self, *_: object) -> None:
-        self._began = self._now()
-
-    def _end(self, *_: object) -> None:
-        if self._on_gpu:
-            self._events.append((self._began, self._now()))
-        else:
-            self._forward_seconds += self._now() - self._began
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -69,15 +60,19 @@ class StragglerMonitor:
         and slowest_ratio to the median of its stage; host_memory_bytes and device_memory_bytes, the peak of
         any rank, and memory_bytes, the device's if there is one, else the host's.
         """
-        steps, now = max(1, self._num_steps), time.monotonic()
-        forward = self._forward_seconds + sum(begin.elapsed_time(end) / 1e3 for begin, end in self._events)
+        steps = max(1, self._num_steps)
+        forward = sum(
+            begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+            for begin, end in zip(self._begins, self._ends, strict=True)
+        )
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         device = torch.cuda.max_memory_allocated() if self._on_gpu else 0
-        own = [forward / steps, self._data_seconds / steps, float(host), float(device)]
-        own_figures = torch.tensor(own, dtype=torch.float64, device=self._device)
-        everyone = [torch.zeros_like(own_figures) for _ in self._hosts]
-        dist.all_gather(everyone, own_figures)
+        figures_of_rank = [forward / steps, self._data_seconds / steps, float(host), float(device)]
+        own = torch.tensor(figures_of_rank, dtype=torch.float64, device=self._device)
+        everyone = [torch.zeros_like(own) for _ in self._hosts]
+        dist.all_gather(everyone, own)
         forwards, data, hosts, devices = torch.stack(everyone).T.tolist()
+        now = time.monotonic()  # after the gather: the time includes the steps of every rank
         rank, ratio = self._slowest(forwards)
         figures = {
             "step_seconds": (now - self._since) / steps,
@@ -89,8 +84,7 @@ class StragglerMonitor:
             "host_memory_bytes": int(max(hosts)),
             "device_memory_bytes": int(max(devices)),
         }
-        self._data_seconds = self._forward_seconds = 0.0
-        self._events.clear()
+        self._begins, self._ends, self._data_seconds = [], [], 0.0
         self._num_steps, self._since = 0, now
         return figures, self._warning(rank, ratio)
 

@@ -1,69 +1,49 @@
-"""Figures of a line of metrics: losses, speed, how full the rows are."""
+"""Figures of a line of metrics: speed, and how full the rows are."""
 
-import time
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 
 from megafusion.data.loader import packed_and_skipped
+from megafusion.engine.config import TrainConfig
 from megafusion.engine.engine import Engine
 from megafusion.model.config import ModelConfig
-from megafusion.objective.losses import Losses
 from megafusion.parallel.balance import layer_flops
 from megafusion.sequence.packing import SequenceShape
-from megafusion.telemetry.peak_flops import peak_flops
+
+# Dense bf16 FLOP/s with tensor cores, from NVIDIA's data sheets; longer names first.
+_BF16_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "GH200": 989e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
 
 
-def step_figures(losses: Losses, engine: Engine, learning_rate: float) -> dict[str, float]:
-    """Losses and gradient norm of the latest step. Synchronises with the device."""
-    return {
-        "text_loss": losses.text.item(),
-        "image_loss": losses.image.item(),
-        "gradient_norm": engine.grad_norm(),
-        "learning_rate": learning_rate,
-    }
+def peak_flops(precision: str) -> float | None:
+    """Peak FLOP/s of this device; None for a chip or a precision that the table does not contain."""
+    if not torch.cuda.is_available() or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name()
+    bf16 = next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+    return bf16 and bf16 * (2 if precision == "fp8" and "A100" not in name else 1)
 
 
-class StepTimer:
-    """Training time of a run over all its attempts, and its speed since the last reading.
-
-    num_rows: packed sequences of a global batch. spent_seconds: training time before this attempt.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        shape: SequenceShape,
-        model: ModelConfig,
-        precision: str,
-        step: int,
-        spent_seconds: float,
-    ):
-        self._started = self._read = time.monotonic()
-        self._read_step, self._spent = step, spent_seconds
-        self._num_tokens = num_rows * shape.length
-        self._peak = peak_flops(precision)
+def throughput(
+    step_seconds: float, train: TrainConfig, model: ModelConfig, shape: SequenceShape
+) -> dict[str, float]:
+    """tokens_per_second, and mfu where the chip's peak is known."""
+    figures = {"tokens_per_second": train.global_batch_size * shape.length / step_seconds}
+    if peak := peak_flops(train.precision):
         # A backward pass costs twice a forward pass; recomputation is not counted.
-        self._flops = 3 * num_rows * sum(layer_flops(model, shape)) if self._peak else 0
-
-    def seconds(self) -> float:
-        """Training time of the run, without the time between attempts."""
-        return self._spent + time.monotonic() - self._started
-
-    def read(self, step: int) -> dict[str, float]:
-        """tokens_per_second; mfu, where the chip's peak is known; seconds."""
-        now = time.monotonic()
-        steps_per_second = (step - self._read_step) / (now - self._read)
-        self._read, self._read_step = now, step
-        figures = {"tokens_per_second": steps_per_second * self._num_tokens, "seconds": self.seconds()}
-        if self._peak:
-            figures["mfu"] = steps_per_second * self._flops / (self._peak * dist.get_world_size())
-        return figures
-
-    def rewind(self, step: int) -> None:
-        """Continue from an earlier step, after a rollback."""
-        self._read, self._read_step = time.monotonic(), step
+        flops = 3 * train.global_batch_size * sum(layer_flops(model, shape))
+        figures["mfu"] = flops / (step_seconds * peak * dist.get_world_size())
+    return figures
 
 
 class PackingMonitor:

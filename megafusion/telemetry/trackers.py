@@ -1,12 +1,12 @@
-"""Receivers of a run's metrics beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus."""
+"""Receivers of a run's metrics: RUN/metrics.jsonl, TensorBoard, Weights & Biases, Prometheus."""
 
 import importlib.util
+import json
 import re
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -14,16 +14,20 @@ from PIL import Image
 from megafusion.errors import UserError
 from megafusion.storage import write_file
 from megafusion.telemetry.config import TelemetryConfig
+from megafusion.telemetry.metrics_file import METRICS
 
 
-class Tracker(Protocol):
+class Tracker:
     """One receiver, open on rank 0 alone."""
 
-    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None:
+        raise NotImplementedError
 
-    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None: ...
+    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None:
+        """Record a sheet of sample images; a receiver of numbers ignores it."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what the tracker holds."""
 
 
 def check_trackers(config: TelemetryConfig) -> None:
@@ -35,16 +39,30 @@ def check_trackers(config: TelemetryConfig) -> None:
 
 
 def open_trackers(config: TelemetryConfig, folder: Path, first_step: int) -> list[Tracker]:
-    """The configured trackers of a run that has done `first_step` steps."""
+    """metrics.jsonl, and the configured trackers, of a run that has done `first_step` steps."""
     openers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder, first_step),
         "wandb": lambda: Wandb(folder, config.wandb_project),
         "prometheus": lambda: Prometheus(folder),
     }
-    return [openers[name]() for name in dict.fromkeys(config.trackers)]
+    return [JsonLines(folder), *(openers[name]() for name in dict.fromkeys(config.trackers))]
 
 
-class TensorBoard:
+class JsonLines(Tracker):
+    """RUN/metrics.jsonl, in append mode."""
+
+    def __init__(self, folder: Path):
+        self._file = (folder / METRICS).open("a")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()  # on a full disk the rest stays in the buffer until the next flush
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard(Tracker):
     """Event files in RUN/tensorboard."""
 
     def __init__(self, folder: Path, first_step: int):
@@ -64,7 +82,7 @@ class TensorBoard:
         self._board.close()
 
 
-class Wandb:
+class Wandb(Tracker):
     """A Weights & Biases run, resumed with the training run; files in RUN/wandb."""
 
     def __init__(self, folder: Path, project: str | None):
@@ -91,7 +109,7 @@ class Wandb:
         self._run.finish()
 
 
-class Prometheus:
+class Prometheus(Tracker):
     """RUN/metrics.prom in Prometheus' text format, replaced whole at each line. Opens no port.
 
     To scrape it, link it into the folder of node_exporter's textfile collector
@@ -105,12 +123,6 @@ class Prometheus:
         write_file(
             self._path, prometheus_text(self._run, {"step": step, "time_seconds": time.time(), **values})
         )
-
-    def log_samples(self, step: int, sheet: Image.Image, captions: str) -> None:
-        pass  # the format holds numbers alone
-
-    def close(self) -> None:
-        pass
 
 
 def prometheus_text(run: str, values: dict[str, float]) -> str:

@@ -1,7 +1,6 @@
 """When a run saves, what it resumes from, and what it does when the disk fails."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import DAMAGED, DamagedCheckpoint, complete_checkpoints, quarantine
 from megafusion.checkpoint.manager import CheckpointManager, SaveFailed
+from megafusion.engine.process_group import local_device
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 
@@ -16,21 +16,14 @@ from megafusion.parallel.errors import raise_on_all_ranks
 class CheckpointPolicy:
     """Saves and loads by the configuration. Called by every rank at the same steps.
 
-    folder: of the checkpoints. say: prints a line, on rank 0. `num_errors` counts failed saves;
-    `num_skipped`, saves skipped because the previous one was still being written.
+    say: prints a line, on rank 0.
     """
 
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        folder: Path,
-        manager: CheckpointManager,
-        device: torch.device,
-        say: Callable[[str], None],
-    ):
-        self._folder, self._manager, self._device, self.say = folder, manager, device, say
+    def __init__(self, config: CheckpointConfig, manager: CheckpointManager, say: Callable[[str], None]):
+        self._folder, self._manager, self._say = manager.folder, manager, say
         self._continues = config.on_save_error == "continue"
-        self.num_errors = self.num_skipped = 0
+        self.counts = {"save_errors": 0, "saves_skipped": 0}
+        """Failed saves, and saves skipped because the previous one was still being written."""
         self._saved: tuple[int, int] | None = None
         """Step and batches read of the latest save: a skipped step advances the data only."""
 
@@ -73,7 +66,7 @@ class CheckpointPolicy:
                             f"{path}: damaged, and cannot be renamed ({error.strerror or error})"
                         ) from error
             then = "resuming from the previous checkpoint" if has_another else "it was the last checkpoint"
-            self.say(f"{said[2:]}; quarantined as {quarantined}; {then}")
+            self._say(f"{said[2:]}; quarantined as {quarantined}; {then}")
 
     def save(self, state: dict, stream_state: dict, is_last: bool = False) -> None:
         """Begin to save, unless this state is saved already. The last save is never skipped.
@@ -84,8 +77,8 @@ class CheckpointPolicy:
         if self._saved == now:
             return
         if self._continues and not is_last and self._is_any_saving():
-            self.num_skipped += 1
-            self.say(f"step {state['step']}: save skipped, because the previous one is still being written")
+            self.counts["saves_skipped"] += 1
+            self._say(f"step {state['step']}: save skipped, because the previous one is still being written")
             return
         self.wait()
         self._manager.save(state, stream_state)
@@ -97,17 +90,13 @@ class CheckpointPolicy:
             self._manager.wait()
         except SaveFailed as error:
             self._saved = None
-            self.num_errors += 1
+            self.counts["save_errors"] += 1
             if must_succeed or not self._continues:
                 raise
-            self.say(f"warning: {error}; training continues (checkpoint.on_save_error)")
-
-    def metrics(self) -> dict[str, int]:
-        """Counts for a line of metrics."""
-        return {"save_errors": self.num_errors, "saves_skipped": self.num_skipped}
+            self._say(f"warning: {error}; training continues (checkpoint.on_save_error)")
 
     def _is_any_saving(self) -> bool:
         """Whether any rank is still writing: ranks finish at different times, and all must decide alike."""
-        saving = torch.tensor([int(self._manager.is_saving)], device=self._device)
+        saving = torch.tensor([int(self._manager.is_saving)], device=local_device())
         dist.all_reduce(saving, dist.ReduceOp.MAX)
         return bool(saving)

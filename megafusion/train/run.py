@@ -1,6 +1,7 @@
 """A run around its training loop: joining the ranks, resuming, logging, saving, stopping, publishing."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -28,7 +29,7 @@ from megafusion.resilience.watchdog.thread import Watchdog
 from megafusion.sequence.packing import PackedBatch
 from megafusion.telemetry.metrics import Metrics
 from megafusion.telemetry.stragglers import StragglerMonitor
-from megafusion.telemetry.throughput import PackingMonitor, StepTimer, step_figures
+from megafusion.telemetry.throughput import PackingMonitor, throughput
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
@@ -62,6 +63,13 @@ class Run:
             self._watchdog = stack.enter_context(self._join())
             stack.enter_context(self._recorded())
             self._is_rank0 = dist.get_rank() == 0
+            self._metrics = Metrics(
+                self._config.telemetry,
+                self._config.out,
+                self._config.train.num_steps,
+                stops_on_write_error=self._config.checkpoint.on_save_error == "stop",
+                silent=not self._is_rank0,
+            )
             hosts, is_asked_to_stop = self._check()
             self._outputs = stack.enter_context(ExitStack())
             if not is_asked_to_stop:
@@ -110,7 +118,6 @@ class Run:
             self._watchdog.beat(self.step, "roll back")
             self._checkpoints.wait()
             self.step = self._rollback.roll_back(self._checkpoints.load_latest())
-            self._timer.rewind(self.step)
             with self.engine.consensus.defer_errors():
                 self._metrics.rewind(self.step)
         return self.engine.consensus.is_skipped
@@ -143,7 +150,10 @@ class Run:
             if not is_lost(error):
                 raise
             reason = describe(error)
-            _say(f"megafusion: a process was lost before all ranks had connected ({reason}); start again")
+            print(
+                f"megafusion: a process was lost before all ranks had connected ({reason}); start again",
+                file=sys.stderr,
+            )
             raise SystemExit(ExitStatus.RETRY) from error
 
     @contextmanager
@@ -180,7 +190,7 @@ class Run:
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
                 for sentence in describe_changes(config, changed, step):
-                    _say(sentence)
+                    self._metrics.say(sentence)
         self._watchdog.beat(0, "self-test")
         return self_test(config.out, local_device(), self._signals.requested)
 
@@ -191,69 +201,51 @@ class Run:
         self.engine = build_engine(config, mesh)
         self._ema = Ema(self.engine.optimizer_state.shards, config.train.ema_decay)
         self._rollback = Rollback(config.resilience, self.engine.consensus)
-        self._stragglers = StragglerMonitor(
-            self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
-        )
-        self._folder = config.out / "checkpoints"
         self._manager = CheckpointManager(
-            self._folder,
-            self.engine.optimizer_state,
-            self._ema,
-            config.checkpoint.keep_last,
-            config.checkpoint.keep_every,
+            config.out / "checkpoints", self.engine.optimizer_state, self._ema, config.checkpoint
         )
-        say = _say if self._is_rank0 else _say_nothing
-        self._checkpoints = CheckpointPolicy(
-            config.checkpoint, self._folder, self._manager, self.engine.device, say
-        )
+        self._checkpoints = CheckpointPolicy(config.checkpoint, self._manager, self._metrics.say)
         self._watchdog.beat(0, "load checkpoint")
-        spent_seconds = self._resume()
+        state = self._checkpoints.load_latest()
+        self._began = time.monotonic()
+        """When the run would have begun if it had trained without a break."""
+        if state is not None:
+            self.step = state["step"]
+            self._loader.load_state_dict(state["data"])
+            self._rollback.load_state_dict(state.get("health", {}))
+            self._began -= state["seconds"]
         self._attempts.resumed(self.step)
         self._sampler = Sampler(config, self._components, self.engine.device) if self._is_rank0 else None
         self._encoder = ImageEncoder(self._components.codec, config.model.latent_sizes, self.engine.device)
-        self._open_outputs(spent_seconds)
-        self._is_open = True
-
-    def _resume(self) -> float:
-        """Load the latest checkpoint, if any; returns the seconds trained before it."""
-        state = self._checkpoints.load_latest()
-        if state is None:
-            return 0.0
-        self.step = state["step"]
-        self._loader.load_state_dict(state["data"])
-        self._rollback.load_state_dict(state.get("health", {}))
-        return state["seconds"]
-
-    def _open_outputs(self, spent_seconds: float) -> None:
-        config = self._config
-        num_rows, shape = config.train.global_batch_size, config.sequence_shape
-        self._timer = StepTimer(
-            num_rows, shape, config.model, config.train.precision, self.step, spent_seconds
-        )
-        self._packing = PackingMonitor(
-            config.data.sources, num_rows * shape.length, self.engine, self._loader.state_dict()
-        )
+        self._outputs.enter_context(self._manager)
+        self._outputs.enter_context(self._loader)
         with raise_on_all_ranks():
-            self._metrics = Metrics(
-                config.telemetry,
-                config.out,
-                config.train.num_steps,
-                self.step,
-                stops_on_write_error=config.checkpoint.on_save_error == "stop",
-                silent=not self._is_rank0,
-            )
-        for output in (self._manager, self._loader, self._metrics):
-            self._outputs.enter_context(output)
-        self._checkpoints.say = self._metrics.say
+            self._outputs.enter_context(self._metrics.open(self.step))
         if dist.get_world_size() > 1:
             self._metrics.say(self._layout())
+        num_tokens = config.train.global_batch_size * config.data.sequence_length
+        self._packing = PackingMonitor(
+            config.data.sources, num_tokens, self.engine, self._loader.state_dict()
+        )
+        self._stragglers = StragglerMonitor(
+            self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
+        )
+        self._is_open = True
 
     def _log(self, losses: Losses, learning_rate: float) -> None:
+        config = self._config
         speed, warning = self._stragglers.read()
-        figures = step_figures(losses, self.engine, learning_rate)
-        figures |= self._packing.read(self._loader.state_dict()) | self._timer.read(self.step) | speed
+        figures = {
+            "text_loss": losses.text.item(),
+            "image_loss": losses.image.item(),
+            "gradient_norm": self.engine.grad_norm(),
+            "learning_rate": learning_rate,
+            "seconds": time.monotonic() - self._began,
+        }
+        figures |= self._packing.read(self._loader.state_dict()) | speed
+        figures |= throughput(speed["step_seconds"], config.train, config.model, config.sequence_shape)
         with self.engine.consensus.defer_errors():
-            self._metrics.log(self.step, figures | self._rollback.figures() | self._checkpoints.metrics())
+            self._metrics.log(self.step, figures | self._rollback.counts | self._checkpoints.counts)
         if warning:
             self._metrics.say(warning)
 
@@ -261,7 +253,7 @@ class Run:
         self._watchdog.beat(self.step, "checkpoint")
         state = {
             "step": self.step,
-            "seconds": self._timer.seconds(),
+            "seconds": time.monotonic() - self._began,
             "topology": {"world_size": dist.get_world_size(), **self._config.parallel.model_dump()},
             "health": self._rollback.state_dict(),
         }
@@ -294,7 +286,7 @@ class Run:
     def _publish(self, sampler: Sampler) -> None:
         """Write the averaged model of the last checkpoint as a pipeline folder."""
         folder = self._config.out / "pipeline"
-        sampler.pipeline(complete_checkpoints(self._folder)[-1]).save_pretrained(folder)
+        sampler.load(complete_checkpoints(self._manager.folder)[-1]).save_pretrained(folder)
         self._metrics.say(f"{folder}: the model; megafusion generate {self._config.out}")
 
     def _layout(self) -> str:
@@ -303,11 +295,3 @@ class Run:
         held = state_bytes(self.engine.stage, self._mesh, 4 if self._config.train.precision == "fp32" else 2)
         parts = ", ".join(f"{name} {decimal(size)}" for name, size in held._asdict().items())
         return f"{dist.get_world_size()} ranks: {axes}; rank 0 holds {parts}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _say_nothing(text: str) -> None:
-    pass

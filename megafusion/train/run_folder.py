@@ -1,7 +1,11 @@
 """The run folder: frozen configuration, environment, and the checks of a resumed run against them."""
 
 import json
+import platform
+import subprocess
+import time
 from functools import reduce
+from importlib.metadata import version
 from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
@@ -84,9 +88,7 @@ def freeze(config: RunConfig) -> dict[str, list]:
     # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
     beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
     refuse_foreign(config.out, "config.yaml", beside)
-    from megafusion.train.environment import environment  # imports torch, which `launch` does without
-
-    record = environment() | {"shards": _shard_hashes(config)}
+    record = _environment() | {"shards": _shard_hashes(config)}
     try:
         write_file(config.out / "environment.json", json.dumps(record, indent=1) + "\n")
         write_file(config.out / "config.yaml", dump_config(config))
@@ -95,6 +97,36 @@ def freeze(config: RunConfig) -> dict[str, list]:
             f"{config.out}: cannot be written ({error.strerror or error}); free space, or choose another out="
         ) from error
     return {}
+
+
+def _environment() -> dict:
+    """The environment of a run beside its configuration and data: versions, devices, git state."""
+    import torch  # `launch` does without
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    packages = ("megafusion", "torch", "deepspeed", "diffusers", "numpy", "sentencepiece", "webdataset")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
+        "world_size": dist.get_world_size(),
+        "num_threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in packages},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--short"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git about the source tree; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
 
 
 def _value(config: RunConfig, key: str) -> object:

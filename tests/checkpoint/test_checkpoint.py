@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megafusion.checkpoint import manager as manager_module
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import complete_checkpoints, read_manifest, verify_checkpoint
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.checkpoint.reader import CheckpointReader
@@ -52,7 +53,8 @@ OFFLOADED = [
 
 
 def manager_of(run: Run, folder: Path, keep_last: int = 2, keep_every: int = 0) -> CheckpointManager:
-    return CheckpointManager(folder, run.state, run.ema, keep_last, keep_every)
+    config = CheckpointConfig(keep_last=keep_last, keep_every=keep_every)
+    return CheckpointManager(folder, run.state, run.ema, config)
 
 
 def save(manager: CheckpointManager, step: int) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.checkpoint.reader import CheckpointReader
@@ -84,7 +85,7 @@ def save(layout: tuple, folder: Path) -> None:
         for kind, fragment in fragments(shard, average).items():
             local = specs[shard.name].shard(full_tensors(kind)[shard.name]).flatten()
             fragment.copy_(local[shard.start : shard.start + len(fragment)])
-    with CheckpointManager(folder, run.state, run.ema, 1) as manager:
+    with CheckpointManager(folder, run.state, run.ema, CheckpointConfig()) as manager:
         manager.save({"step": 3}, {"streams": {}})
 
 
@@ -92,7 +93,7 @@ def load(layout: tuple, folders: list[Path]) -> int:
     """Returns the number of elements of this rank that were compared."""
     run, specs = make_run(layout)
     for folder in folders:
-        with CheckpointManager(folder, run.state, run.ema, 1) as manager:
+        with CheckpointManager(folder, run.state, run.ema, CheckpointConfig()) as manager:
             manager.load(folder / "step-00000003")
         for shard, average in zip(run.state.shards, run.ema.fragments, strict=True):
             for kind, fragment in fragments(shard, average).items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.config import parse_config
@@ -40,7 +41,7 @@ class Training:
         self.engine = build_engine(config, mesh)
         state = self.engine.optimizer_state
         self.ema = Ema(state.shards, 0.9)
-        self.manager = CheckpointManager(folder, state, self.ema, keep_last=100)
+        self.manager = CheckpointManager(folder, state, self.ema, CheckpointConfig(keep_last=100))
         self.step = 0
 
     def run(self, num_steps: int) -> list[list[float]]:

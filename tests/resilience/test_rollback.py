@@ -67,7 +67,7 @@ def test_a_run_rolls_back_after_consecutive_skips_and_not_twice_to_one_checkpoin
     assert found.is_due
     assert found.roll_back({"step": 8}) == 8
     assert not found.is_due
-    assert found.figures() == {"skipped_steps": 5, "loss_spikes": 0, "rollbacks": 1}
+    assert found.counts == {"skipped_steps": 5, "loss_spikes": 0, "rollbacks": 1}
     for _ in range(3):
         found.record_step(9)
     with pytest.raises(UserError, match="rolled back to step 8, which is kept, before") as refused:
@@ -88,7 +88,7 @@ def test_counts_and_losses_are_restored():
     consensus.spikes.add(3.0)
     other, its = rollback(9)
     other.load_state_dict(found.state_dict())
-    assert other.figures() == found.figures()
+    assert other.counts == found.counts
     assert list(its.spikes.losses) == list(consensus.spikes.losses)
     other.load_state_dict({})  # of a checkpoint without them
-    assert other.figures()["skipped_steps"] == 0
+    assert other.counts["skipped_steps"] == 0

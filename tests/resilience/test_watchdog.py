@@ -19,8 +19,8 @@ from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.resilience.exit_status import ExitStatus
+from megafusion.resilience.watchdog.failures import format_ranks
 from megafusion.resilience.watchdog.heartbeat import LocalState
-from megafusion.resilience.watchdog.report import format_ranks
 from megafusion.resilience.watchdog.shutdown import _dump_stacks, _publish
 from megafusion.resilience.watchdog.thread import Watchdog
 from tests.support.marks import full
@@ -266,13 +266,12 @@ def test_a_single_process_that_hangs_dumps_its_stacks_and_exits(tmp_path):
 def test_a_failed_dump_does_not_hold_the_message_back(tmp_path, capfd):
     start_process_group()
     (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "stacks"
-    local = LocalState()
-    Path(tmp_path / "writable").mkdir()
-    _dump_stacks("lost", local, tmp_path / "writable")
+    local = LocalState(tmp_path / "writable", interval=1.0, silence=15.0)
+    _dump_stacks("lost", local)
     assert (tmp_path / "writable" / "rank-00000.txt").is_file()
-    _dump_stacks("lost", local, folder)
-    _publish("megafusion: lost", folder, local, 1.0)
+    local.folder = tmp_path / "file" / "stacks"
+    _dump_stacks("lost", local)
+    _publish("megafusion: lost", local)
     assert capfd.readouterr().err.count("megafusion: lost") == 1
 
 

@@ -9,7 +9,7 @@ from megafusion.telemetry.metrics import Metrics
 def test_only_rank_0_reports_where_a_run_resumes(run_config, capfd, silent):
     run_config.out.mkdir()
     config = run_config
-    with Metrics(config.telemetry, config.out, 6, 2, stops_on_write_error=True, silent=silent):
+    with Metrics(config.telemetry, config.out, 6, stops_on_write_error=True, silent=silent).open(2):
         pass
     output = " ".join(capfd.readouterr().err.split())
     assert output.count("resumes after step 2") == (not silent)

@@ -1,6 +1,5 @@
 """Refusals of a run: before the first step, with the way out, and nothing lost."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -178,18 +177,6 @@ def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backen
 def test_a_seed_too_large_is_refused(run_values):
     with pytest.raises(UserError, match="key 'seed'"):
         parse_config(RunConfig, run_values | {"seed": 2**64}, "test")
-
-
-def test_the_step_benchmark_runs(run_values, tmp_path, monkeypatch, capsys):
-    from benchmarks import step
-
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(run_values))
-    monkeypatch.setattr("sys.argv", ["step.py", "--config", str(config), "--steps", "2", "--json"])
-    step.main()
-    figures = json.loads(capsys.readouterr().out)
-    assert all(figures[phase] > 0 for phase in ("data", "forward", "backward", "optimizer"))
-    assert figures["tokens_per_second"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

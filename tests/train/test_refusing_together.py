@@ -10,7 +10,7 @@ from megafusion.config import parse_config
 from megafusion.data.loader import DataLoader
 from megafusion.errors import UserError
 from megafusion.resilience.attempts import read_attempts
-from megafusion.telemetry import metrics
+from megafusion.telemetry import trackers
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.workers import run_workers
@@ -39,7 +39,7 @@ def full_disk(rank: int, at_batch: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         return "{}"
 
-    metrics.json = type("json", (), {"dumps": staticmethod(dumps)})
+    trackers.json = type("json", (), {"dumps": staticmethod(dumps)})
 
 
 def refused(values: dict, hurt, *arguments: int) -> str:

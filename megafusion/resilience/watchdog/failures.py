@@ -1,6 +1,7 @@
-"""Classification of exceptions: whether a peer is lost."""
+"""Failures: whether a peer is lost, and exceptions and ranks as text."""
 
 import re
+from collections.abc import Iterable
 
 import torch.distributed as dist
 
@@ -28,3 +29,15 @@ def describe(error: BaseException) -> str:
     text = re.sub(r"^\[\S*gloo/\S*\] ", "", lines[0])
     text = re.sub(r" \[[\w.:]+\]:\d+\b.*| for (send|recv) operation to complete", "", text)
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """ "rank 3" or "ranks 0-2, 5"."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)
+    return f"rank{'s' if len(spans) > 1 or spans[0][0] != spans[0][1] else ''} {text}"

@@ -1,22 +1,21 @@
 """Heartbeat of a rank: its step, its position in the code, whether it has ended."""
 
-import json
 import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch.distributed as dist
+from pydantic import BaseModel
 
 from megafusion.resilience.watchdog.failures import describe
 from megafusion.resilience.watchdog.stacks import locate_error, locate_process
 
 
-@dataclass(frozen=True)
-class Heartbeat:
-    """State of a rank as it is written to the store and into the dumped stacks."""
+class Heartbeat(BaseModel, frozen=True):
+    """State of a rank as it is written to the store and into the dumped stacks, in JSON."""
 
     started: str
     """When the watchdog was made; every rank takes over rank 0's, which names the incident's files."""
@@ -24,27 +23,14 @@ class Heartbeat:
     """Seconds since 1970; no two heartbeats of a rank are equal."""
     host: str
     pid: int
-    step: int
-    phase: str
-    collective: str | None
-    """The collective that the rank waits in, or that failed."""
-    where: str
-    """Line of this package that called the collective, or that runs."""
-    inside: str | None
-    """The innermost frame, unless that is this package's or a collective's."""
-    raised: str | None
-    """Error of the collective whose peer is lost."""
+    location: str
+    """Step, phase and position in the code."""
+    waits: bool
+    """Whether the rank is in a collective, or one has failed."""
     end: str | None
     """How the watched block ended: "finished" or an exception; None while it runs."""
     left: bool
-    """Whether the rank knows that rank 0 has ended, and needs the store no longer."""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Heartbeat":
-        return cls(**json.loads(text))
+    """Whether the rank needs the store no longer: rank 0 has ended, or the stacks are dumped."""
 
     def process_state(self) -> str | None:
         """ "gone" or "stopped" if the rank's process is; None if it runs or is on another machine."""
@@ -58,9 +44,14 @@ class Heartbeat:
 
 
 class LocalState:
-    """State of this rank, shared by its threads. Times are seconds of watched running time."""
+    """State of this rank, shared by its threads. Times are seconds of watched running time.
 
-    def __init__(self) -> None:
+    folder: of the stacks. interval: between two exchanges of heartbeats. silence: a rank is lost after so
+    long without a heartbeat.
+    """
+
+    def __init__(self, folder: Path, interval: float, silence: float):
+        self.folder, self.interval, self.silence = folder, interval, silence
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.started = time.strftime("%Y%m%d-%H%M%S")
         self.training_thread = threading.get_ident()
@@ -74,15 +65,14 @@ class LocalState:
     def heartbeat(self) -> Heartbeat:
         step, phase = self.beat
         location = locate_error(self.error) if self.error else locate_process(self.training_thread)
+        raised = f", which raised {describe(self.error)}" if self.error else ""
         return Heartbeat(
             started=self.started,
             time=time.time(),
             host=socket.gethostname(),
             pid=os.getpid(),
-            step=step,
-            phase=phase,
-            **location._asdict(),
-            raised=describe(self.error) if self.error else None,
+            location=f"step {step}, {phase}, {location}{raised}",
+            waits=location.collective is not None,
             end=self.end,
             left=self.left,
         )

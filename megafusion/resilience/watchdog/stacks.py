@@ -32,6 +32,11 @@ class CodeLocation(NamedTuple):
     inside: str | None
     """The innermost frame outside the collective, if it is another."""
 
+    def __str__(self) -> str:
+        if self.collective:
+            return f"in {self.collective} called from {self.where}"
+        return f"at {self.where}" + (f" (in {self.inside})" if self.inside else "")
+
 
 def locate_process(main: int) -> CodeLocation:
     """Location of the thread `main`, or of another that waits in a collective if `main` does not.

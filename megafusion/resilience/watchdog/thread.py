@@ -34,10 +34,9 @@ class Watchdog:
         interval_seconds: float = 3.0,
         silence_seconds: float = 15.0,
     ):
-        self._folder = folder / "stacks"
-        self._timeout, self._interval, self._silence = timeout_seconds, interval_seconds, silence_seconds
-        self._local = LocalState()
-        self._peers = Peers(self._local, interval_seconds, silence_seconds)
+        self._timeout = timeout_seconds
+        self._local = LocalState(folder / "stacks", interval_seconds, silence_seconds)
+        self._peers = Peers(self._local)
         self._checked_at = time.monotonic()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,7 +63,7 @@ class Watchdog:
             self._thread.join()  # the thread exits the process
         self._local.end = "finished" if error is None else describe(error)
         self._wake.set()
-        self._thread.join(self._silence)
+        self._thread.join(self._local.silence)
         if not is_alone:
             faulthandler.cancel_dump_traceback_later()
             self._peers.leave()
@@ -73,19 +72,19 @@ class Watchdog:
         while self._local.end is None:
             reason = self._check()
             if reason and self._local.end is None:
-                shut_down(reason, self._local, self._peers, self._folder, self._interval)
-            self._wake.wait(self._interval)
+                shut_down(reason, self._local, self._peers)
+            self._wake.wait(self._local.interval)
             self._wake.clear()
 
     def _check(self) -> str | None:
         """Exchange heartbeats; returns the reason to shut down, if there is one."""
         local, now = self._local, time.monotonic()
         # The time for which a process was stopped by SIGSTOP does not count.
-        local.now += min(now - self._checked_at, 2 * self._interval)
+        local.now += min(now - self._checked_at, 2 * local.interval)
         self._checked_at = now
         if local.world_size > 1:
             # If a call keeps the GIL, this thread cannot run; a timer in C exits the process then.
-            faulthandler.dump_traceback_later(3 * self._silence, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
+            faulthandler.dump_traceback_later(3 * local.silence, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
             if reason := self._peers.check():
                 return reason
         if local.now - local.beat_at > self._timeout:
