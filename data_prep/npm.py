@@ -39,4 +39,4 @@ def read_package(package: NpmPackage, folder: Path, prefix: str) -> dict[str, by
     with tarfile.open(path) as archive:
         members = [m for m in archive if m.name.startswith(root)]
         files = {m.name.removeprefix(root): archive.extractfile(m) for m in members}  # None for a folder
-    return {name: file.read() for name, file in sorted(files.items()) if file}
+        return {name: file.read() for name, file in sorted(files.items()) if file}

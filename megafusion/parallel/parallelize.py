@@ -14,7 +14,7 @@ from megafusion.parallel.config import Recompute
 from megafusion.parallel.fp8 import Fp8Block
 from megafusion.parallel.image_parallel import ImageParallelDown, ImageParallelUp, ImageShard
 from megafusion.parallel.mesh import Mesh
-from megafusion.parallel.pipeline import MicroBatchShape, Stage
+from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import (
     VocabularyParallelCrossEntropy,
@@ -59,8 +59,7 @@ def parallelize(
     stages = stage_blocks(layer_flops(model.config, shape), mesh.size("pipeline"))
     num_local = image_shard.num_local(micro_batch_size * shape.num_images)
     skips = model.tail.adapter.skip_shapes(num_local)
-    micro_batch = MicroBatchShape(micro_batch_size, shape.length, shape.num_images, skips)
-    stage = Stage(model, stages[mesh.rank("pipeline")], mesh, micro_batch)
+    stage = Stage(model, stages[mesh.rank("pipeline")], mesh, shape, micro_batch_size, skips)
     if image_shard.num_ranks > 1:
         shard_weights(stage, mesh)
     for name, block in stage.blocks.items():
