@@ -72,7 +72,7 @@ class PreprocessConfig(Config):
     out: Path
     """Folder for one folder of shards per kind: pairs/, text/ and interleaved/."""
     tokenizer: Path
-    """SentencePiece model."""
+    """SentencePiece model, tokenizer.json, or a folder with one of them."""
     vae: Path
     """diffusers AutoencoderKL folder."""
     images: tuple[Path, ...] = ()
@@ -91,8 +91,10 @@ class PreprocessConfig(Config):
     """Text files, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document per line."""
     documents: tuple[Path, ...] = ()
     """Files of interleaved documents, or folders of them. OBELICS: .jsonl or .parquet with two lists of equal
-    length, `texts` and `images`; each index holds a text, an image, or both in this order, the other null.
-    MMC4: .jsonl with `text_list` and `image_info`."""
+    length, `texts` and `images`; each index holds a text, an image, or both in this order, the other null. A
+    third list, `given`, is true for images that are conditions: clean, and without a loss. Edits: .jsonl or
+    .parquet with `source` (an image, given), `instruction` and `target`. MMC4: .jsonl with `text_list` and
+    `image_info`."""
     document_images: Path | None = None
     """Tar or folder of the images that documents name; parquet may hold their bytes itself."""
     text_column: str = "text"

@@ -12,7 +12,7 @@ import torch
 
 from data_prep.worker import Worker, WorkerSettings
 from megafusion.errors import UserError
-from megafusion.processes import end_with_parent
+from megafusion.processes import STOP_SIGNALS, end_with_parent
 
 POLL_SECONDS = 0.2
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -84,9 +84,10 @@ class Pool:
 
 
 def _start_worker(settings: WorkerSettings, counter: Any, next_index: Any) -> None:
-    """Initialize a worker process. It ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    """Initialize a worker process. It ends with its parent, however that ends, and leaves signals to it."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:  # by which the executor ends it
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     torch.set_num_threads(1)
     with next_index.get_lock():

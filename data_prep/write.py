@@ -3,6 +3,7 @@
 import io
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 from data_prep.config import PreprocessConfig, SplitConfig
 from data_prep.images import decode_caption, open_rgb
+from data_prep.readers.interleaved import GivenImage
 from data_prep.readers.records import RawPair, Record
-from megafusion.data.document_format import AFTER_TEXT, StoredDocument
+from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
 from megafusion.data.manifest import ShardSummary
 from megafusion.data.shards import write_shard
 from megafusion.errors import UserError
@@ -102,9 +104,13 @@ class DocumentBuilder:
             return [({"line": int(record.key)}, [self._tokens(clean_text(raw))])]
         segments = [self._image(s) if isinstance(s, bytes) else self._tokens(s) for s in raw]
         metadata = {"key": record.key, "caption": _caption_preview(raw)}
+        given = iter([isinstance(s, GivenImage) for s in raw if isinstance(s, bytes)])
         found, has_text = [], False
         for number, part in enumerate(split_document(segments, self._config.split)):
-            after = {AFTER_TEXT: True} if has_text else {}
+            after: dict = {AFTER_TEXT: True} if has_text else {}
+            images = [s for s in part if not isinstance(s, np.ndarray)]
+            if indices := [index for index, is_given in enumerate(islice(given, len(images))) if is_given]:
+                after |= {GIVEN: indices}
             found.append((metadata | {"part": number} | after, part))
             has_text |= any(isinstance(segment, np.ndarray) for segment in part)
         return found

@@ -53,19 +53,25 @@ newest_checkpoint() {
 # read_site: sources the site of MEGAFUSION_SITE (as of --site: a name in launchers/sites/, or a file) and its
 # MEGAFUSION_SETUP, and finds Python. MEGAFUSION_ROOT is the folder of megafusion.
 read_site() {
-    local site=${MEGAFUSION_SITE:-}
+    local site=${MEGAFUSION_SITE:-} setup
+    site=${site/#\~\//$HOME/}
     if [ -n "$site" ]; then
         [[ $site = */* || $site = *.env ]] || site=$MEGAFUSION_ROOT/launchers/sites/$site.env
         [ -f "$site" ] || refuse "MEGAFUSION_SITE: $site: no such site file; copy launchers/sites/example.env"
         export MEGAFUSION_SITE=$site
         set -a
-        . "$(realpath "$site")" || refuse "MEGAFUSION_SITE: $site: ended with status $?"
+        # An editor of Windows leaves a byte-order mark and carriage returns.
+        eval "$(sed $'1s/^\xef\xbb\xbf//; s/\r$//' "$site")" || refuse "MEGAFUSION_SITE: $site: ended with status $?"
         set +a
     fi
-    if [ -n "${MEGAFUSION_SETUP:-}" ]; then
-        [ -f "$MEGAFUSION_SETUP" ] || refuse "MEGAFUSION_SETUP: $MEGAFUSION_SETUP: no such file"
+    setup=${MEGAFUSION_SETUP:-}
+    setup=${setup/#\~\//$HOME/}
+    if [ -n "$setup" ]; then
+        [ -f "$setup" ] || refuse "MEGAFUSION_SETUP: $setup: no such file"
+        ! grep -q $'\r$' "$setup" ||
+            refuse "MEGAFUSION_SETUP: $setup: has Windows line ends; convert them: sed -i 's/\r\$//' $setup"
         set +u  # module systems use unset variables
-        . "$(realpath "$MEGAFUSION_SETUP")" || refuse "MEGAFUSION_SETUP: $MEGAFUSION_SETUP: ended with status $?"
+        . "$(realpath "$setup")" || refuse "MEGAFUSION_SETUP: $setup: ended with status $?"
         set -u
     fi
     export MEGAFUSION_PYTHON=${MEGAFUSION_PYTHON:-python3}
@@ -101,8 +107,12 @@ in_container() {
     exec "$@"
 }
 
-# container_options: adds srun's options for Enroot to the array `options`.
-container_options() {
+# step_options RANKS: adds srun's options for the environment, the cores of a task of so many ranks, and Enroot to the
+# array `options`.
+step_options() {
+    local cpus=${SLURM_CPUS_PER_TASK:-} # srun does not inherit it since 22.05
+    [ -z "$cpus" ] || options+=("--cpus-per-task=$((cpus * $1))")
+    options+=(--export=ALL) # also after sbatch --export=...
     [ "${MEGAFUSION_CONTAINER:-none}" = enroot ] || return 0
     options+=("--container-image=${MEGAFUSION_CONTAINER_IMAGE:?}" "--container-workdir=$PWD")
     options+=("--container-mounts=$PWD:$PWD${MEGAFUSION_CONTAINER_MOUNTS:+,$MEGAFUSION_CONTAINER_MOUNTS}")

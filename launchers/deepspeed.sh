@@ -6,12 +6,12 @@
 # A line of the hostfile is `NAME slots=8`. The machines need pdsh, ssh between them without a password, and this
 # folder at the same path. MEGAFUSION_SITE names a site, whose values every process gets; with Apptainer, DeepSpeed's
 # launcher runs outside of the container, by the machines' python3. MASTER_ADDR (the first machine's address),
-# MASTER_PORT and SSH_PORT may be set. After a lost process, training restarts from the last checkpoint; Ctrl-C, SIGTERM
-# and SIGUSR1 end it. Logs are RUN/logs/rank-*.log on the machines' shared disk.
+# MASTER_PORT and SSH_PORT may be set. After a lost process, training restarts from the last checkpoint; Ctrl-C, SIGTERM,
+# SIGUSR1 and SIGHUP end it. Logs are RUN/logs/rank-*.log on the machines' shared disk.
 set -eu
 stopped='' interrupted='' launcher='' DS_ENV_FILE=''
 trap '[ -z "$DS_ENV_FILE" ] || rm -f "$DS_ENV_FILE"' EXIT
-trap stop INT TERM USR1
+trap stop INT TERM USR1 HUP
 
 # On SIGTERM DeepSpeed's runner ends every machine's processes. While it starts it may not handle the signal yet.
 stop() {
@@ -60,7 +60,10 @@ while :; do
     export MEGAFUSION_START=$launch:$((++start))
     echo "${site:+$site$'\n'}MEGAFUSION_START=$MEGAFUSION_START" > "$DS_ENV_FILE"
     [ -z "$stopped" ] || exit "$EXIT_RETRY"
-    "$(host_python)" -m deepspeed.launcher.runner "${options[@]}" "${quoted[@]}" &
+    (
+        trap '' HUP # a closed terminal sends it to the runner, too, which would die without ending the ranks
+        exec "$(host_python)" -m deepspeed.launcher.runner "${options[@]}" "${quoted[@]}"
+    ) &
     launcher=$!
     [ -z "$stopped" ] || stop
     status_of "$launcher"

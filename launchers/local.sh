@@ -4,12 +4,12 @@
 # Example: launchers/local.sh 2 configs/quickstart.yaml out=runs/two train.micro_batch_size=8 parallel.tensor=2
 #
 # Logs are RUN/logs/rank-*.log; rank 0's is shown. After a lost process or a preemption of all, training restarts from
-# the last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 are forwarded to every rank; then it exits with 75, after which the
-# same command resumes, or with the trainer's other status. MEGAFUSION_SITE may name a site.
+# the last checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) are forwarded to every rank; then it exits
+# with 75, after which the same command resumes, or with the trainer's other status. MEGAFUSION_SITE may name a site.
 set -eu
 unset MEGAFUSION_STOPPED
 stopped='' interrupted='' ranks=() follower=''
-trap 'stop TERM' INT TERM
+trap 'stop TERM' INT TERM HUP
 trap 'stop USR1' USR1
 trap 'rm -f "${MEGAFUSION_STOPPED:-}"; [ -z "$follower" ] || kill "$follower" 2> /dev/null' EXIT
 

@@ -10,6 +10,7 @@ import typer
 
 from megafusion import __version__
 from megafusion.commands import checkpoint, data
+from megafusion.commands.arguments import expand_paths
 from megafusion.commands.generate import generate
 from megafusion.commands.keys import keys
 from megafusion.commands.launch import launch
@@ -19,7 +20,9 @@ from megafusion.commands.status import status
 from megafusion.commands.train import listen_for_signals, train
 from megafusion.commands.train_vae import train_vae
 from megafusion.errors import UserError
+from megafusion.processes import exit_on_stop_signals
 from megafusion.resilience.exit_status import ExitStatus
+from megafusion.resilience.lenient_streams import ignore_write_errors
 
 # Busy-waiting CPU threads slow a step down sevenfold when anything else runs on a core. torch reads this when
 # it is imported, which no command has done yet.
@@ -38,7 +41,7 @@ app = typer.Typer(
     "can be overridden after the file, as in `train.num_steps=50`.",
 )
 for command in (preprocess, train_vae, train, status, generate, report, launch, keys):
-    app.command()(command)
+    app.command()(expand_paths(command))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 
@@ -48,10 +51,13 @@ def main() -> None:
     os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
     if sys.argv[1:2] == ["train"]:
         listen_for_signals()
+    elif sys.argv[1:2] in (["preprocess"], ["train-vae"]):
+        exit_on_stop_signals(ExitStatus.RETRY)
+        ignore_write_errors()
     try:
         app()
     except UserError as error:
-        if error.on_every_rank and os.environ.get("RANK", "0") != "0":
+        if error.on_every_rank and int(os.environ.get("RANK") or 0):
             time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
         else:
             typer.echo(f"error: {error}", err=True)

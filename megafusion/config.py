@@ -1,22 +1,27 @@
-"""Configuration: pydantic classes beside the components, YAML files, dotted overrides."""
+"""Configuration: pydantic classes beside the components, read from YAML files and dotted overrides."""
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
-from yaml import YAMLError
 
 from megafusion.errors import UserError
+from megafusion.storage import expand_path
+from megafusion.suggestions import suggest
+from megafusion.yaml_values import dump_yaml, load_values
+
+MAX_INTEGER = 2**63 - 1
 
 
 class Config(BaseModel):
-    """Base of every component's configuration: immutable, strict in types, closed to unknown keys."""
+    """Base of every component's configuration: immutable, strict in types, closed to unknown keys.
+
+    In paths, ~ and $NAME are expanded. Integers fit in 64 bits.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -29,6 +34,15 @@ class Config(BaseModel):
     moved_values: ClassVar[dict[tuple[str, str], str]] = {}
     """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
 
+    @field_validator("*")
+    @classmethod
+    def _checked(cls, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(cls._checked, value))
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise ValueError(f"{value} is out of range; the largest integer is {MAX_INTEGER}")
+        return Path(expand_path(value)) if isinstance(value, Path) else value
+
 
 C = TypeVar("C", bound=Config)
 
@@ -39,22 +53,6 @@ def load_config(cls: type[C], path: Path | str, overrides: Sequence[str] = ()) -
     Raises UserError naming the file and the key's path, with the nearest valid name for a typing slip.
     """
     return parse_config(cls, load_values(path, overrides), str(path))
-
-
-def load_values(path: Path | str, overrides: Sequence[str] = ()) -> Any:
-    """Plain values of a YAML file with dotted overrides. Raises UserError if it cannot be read."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file; see the ones in configs/")
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {override!r} is not of the form key.path=value")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path}: not readable as YAML keys and values: {error}") from error
 
 
 def parse_config(cls: type[C], values: Any, origin: str) -> C:
@@ -72,18 +70,18 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
         details = [d for d in details if d["type"] != "missing" or _path(cls, d["loc"]) not in new_names]
         lines = [f"{origin}: {_describe(cls, detail)}" for detail in details]
         raise UserError("\n".join(lines)) from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # of json.dumps: a date, a value that holds itself
         raise UserError(f"{origin}: {error}") from error
 
 
 def dump_config(config: Config, exclude: set[str] | None = None) -> str:
     """The configuration as YAML, every default written out: what a run folder freezes."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json", exclude=exclude)))
+    return dump_yaml(config.model_dump(mode="json", exclude=exclude))
 
 
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """Dotted paths of the leaves in which two configurations differ."""
-    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")
+def changed_keys(old: Config, new: Config) -> dict[str, list]:
+    """The leaves in which two configurations differ: the old and the new value, by dotted path."""
+    return dict(_differences(old.model_dump(mode="json"), new.model_dump(mode="json"), ""))
 
 
 class Key(NamedTuple):
@@ -120,15 +118,12 @@ def renamed_keys_of(cls: type[Config], parent: str = "") -> Iterator[tuple[str, 
             yield from renamed_keys_of(inner, f"{parent}{name}{infix}")
 
 
-def _differences(old: Any, new: Any, path: str) -> list[str]:
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, list]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [
-            found
-            for key in keys
-            for found in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if old == new else [path]
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield path, [old, new]
 
 
 def _describe(cls: type[Config], detail: ErrorDetails) -> str:
@@ -144,15 +139,10 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
             if new_names := _new_names(cls, location):
                 return f"key {path!r} was renamed: it is {' and '.join(map(repr, new_names))} now"
             owner, parents = _resolve(cls, location[:-1])
-            fields = list(owner.model_fields)
-            nearest = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.5)
-            parent = "".join(f"{part}." for part in parents)
-            hint = (
-                f"did you mean {parent + nearest[0]!r}?"
-                if nearest
-                else f"valid keys: {', '.join(sorted(fields))}"
-            )
-            return f"unknown key {path!r}; {hint}"
+            section = [".".join([*map(str, parents), name]) for name in owner.model_fields]
+            # Every key, and every section that holds one.
+            known = {path for key in keys_of(cls) for path in accumulate(key.path.split("."), "{}.{}".format)}
+            return f"unknown key {path!r}; {suggest(path, section, sorted(known))}"
         case "missing":
             return f"key {path!r} is required and missing"
         case "value_error":  # ours: the message names the values itself
@@ -161,7 +151,27 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
             return f"key {path!r} is a list: write [{detail['input']}]"
         case _:
             where = f"key {path!r}: " if path else ""
-            return f"{where}{detail['msg']} (got {detail['input']!r})"
+            return f"{where}{detail['msg']} (got {detail['input']!r}){_way_out(cls, detail)}"
+
+
+def _way_out(cls: type[Config], detail: ErrorDetails) -> str:
+    """What to write in place of a value that YAML read as another type, or that is out of its range."""
+    value, kind = detail["input"], detail["type"]
+    if kind in ("string_type", "path_type") and isinstance(value, int | float):
+        return "; put a text that looks like a number in quotes"
+    if kind == "bool_type" and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
+        return "; write true or false"
+    if kind.startswith(("greater_than", "less_than")):
+        field = _resolve(cls, detail["loc"][:-1])[0].model_fields.get(str(detail["loc"][-1]))
+        names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+        bounds = [
+            f"{words} {getattr(bound, name)}"
+            for bound in (field.metadata if field else ())
+            for name, words in names.items()
+            if hasattr(bound, name)
+        ]
+        return f"; it must be {' and '.join(bounds)}" if len(bounds) > 1 else ""
+    return ""
 
 
 def _path(cls: type[Config], location: Sequence[str | int]) -> str:

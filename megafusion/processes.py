@@ -1,13 +1,55 @@
-"""Signals and lifetime of the processes that a command starts."""
+"""Signals, ranks and lifetime of the processes that a command starts."""
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
+from contextlib import suppress
+from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Requests to stop, from Ctrl-C, a queue or a launcher. The trainer handles them, its worker processes ignore
-them."""
+from megafusion.errors import UserError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Requests to stop, from Ctrl-C, a queue, a launcher or a closed terminal. The trainer handles them, its
+worker processes ignore them."""
+
+
+def exit_on_stop_signals(status: int) -> None:
+    """Let SIGTERM, SIGUSR1 and SIGHUP end this process by an exit status, as an exception would.
+
+    For commands that resume by themselves; one that is ignored, as by nohup, stays so.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):  # of a closed terminal
+            os.write(2, f"\nstopped by {signal.Signals(number).name}; the same command resumes\n".encode())
+        raise SystemExit(status)
+
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_size() -> int:
+    """Ranks of this run, by the launcher's environment; 1 without a launcher.
+
+    Raises UserError if it names several ranks, but not this one or where they meet, or what is not a number.
+    """
+    found = {name: value for name in RANK_VARIABLES if (value := os.environ.get(name))}
+    way_out = f"; start the ranks by a launcher, or unset {', '.join(RANK_VARIABLES)}"
+    for name, value in found.items():
+        if name != "MASTER_ADDR" and not (re.fullmatch("[0-9]{1,9}", value) and int(value) < 2**16):
+            raise UserError(f"{name}={value}: not a number below {2**16}{way_out}")
+    world, rank = int(found.get("WORLD_SIZE", 1)), int(found.get("RANK", 0))
+    if rank >= world:
+        raise UserError(f"RANK {rank} is not below WORLD_SIZE {world}{way_out}")
+    if world > 1 and (missing := [name for name in RANK_VARIABLES if name not in found]):
+        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} not set{way_out}")
+    return world
 
 
 def end_with_parent() -> None:

@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all."""
 
 import hashlib
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +17,14 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_path(path: str | Path) -> str:
+    """The path with ~, ~user, $NAME and ${NAME} replaced. UserError if there is no such user or variable."""
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path's would drop a slash at the end
+    if missing := re.match(r"~[^/]*", expanded) or re.search(r"\$(\w+|{\w*})", expanded):
+        raise UserError(f"{path}: {missing[0]} is not known here; write the path out")
+    return expanded
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -1,12 +1,14 @@
-"""Interleaved documents in the layout of OBELICS (JSON Lines or parquet) or of MMC4 (JSON Lines).
+"""Interleaved documents: OBELICS and edits (JSON Lines or parquet), MMC4 (JSON Lines).
 
-OBELICS: two lists of equal length, `texts` and `images`. MMC4: sentences in `text_list`, and in `image_info`
-images that are each matched to one of them.
+OBELICS: two lists of equal length, `texts` and `images`, and perhaps a third, `given`. MMC4: sentences in
+`text_list`, and in `image_info` images that are each matched to one of them. Edits: an image `source`, which
+is given, a text `instruction`, and an image `target`.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from data_prep.readers.jsonl import LineReader, parse_json_line
@@ -19,9 +21,15 @@ from megafusion.sequence.text import clean_text
 TEXTS, IMAGES = "texts", "images"
 SENTENCES, MATCHES = "text_list", "image_info"
 MATCH = ("image_name", "matched_text_index")
+GIVEN = "given"
+EDIT = ("source", "instruction", "target")
 MISSING = "an image is not in document_images"
 URL = "an image is a URL: fetch the images and store them in document_images under the names used here"
 NO_DOCUMENT_IMAGES = "an image is a name, but document_images is not set"
+
+
+class GivenImage(bytes):
+    """An encoded image that is given: a condition without a loss."""
 
 
 class JsonlDocuments(LineReader):
@@ -40,7 +48,12 @@ class ParquetDocuments(ParquetReader):
     """Reads documents of parquet, whose images are bytes, or names in a tar or folder."""
 
     def __init__(self, path: Path, named_images: "NamedImages"):
-        super().__init__(path, [TEXTS, IMAGES])
+        super().__init__(path, [], [TEXTS, IMAGES, GIVEN, *EDIT])
+        if not any(set(layout) <= set(self._columns) for layout in ((TEXTS, IMAGES), EDIT)):
+            raise UserError(
+                f"{path}: has neither columns {TEXTS!r} and {IMAGES!r} nor {', '.join(map(repr, EDIT))}; its "
+                f"columns are {', '.join(self._file.schema_arrow.names)}"
+            )
         self._named_images = named_images
 
     def read(self, record: Record) -> list[str | bytes]:
@@ -96,13 +109,17 @@ def _tar_members(path: Path) -> Iterator[tuple[str, tuple[int, int] | str]]:
 def document_segments(values: dict, named_images: Callable[[str], bytes]) -> list[str | bytes]:
     """Texts and images of a document, in order; its keys tell the layout. Raises BadRecord."""
     if TEXTS in values or IMAGES in values:
-        segments = _obelics_segments(values.get(TEXTS), values.get(IMAGES), named_images)
+        texts, images = values.get(TEXTS), values.get(IMAGES)
+        segments = _obelics_segments(texts, images, values.get(GIVEN), named_images)
     elif SENTENCES in values and MATCHES in values:
         segments = _mmc4_segments(values[SENTENCES], values[MATCHES], named_images)
+    elif set(EDIT) <= set(values):
+        segments = _edit_segments(*(values[name] for name in EDIT), named_images)
     else:
         found = ascii(sorted(values)[:8])[:100]
         raise BadRecord(
-            "has neither `texts` and `images` (OBELICS) nor `text_list` and `image_info` (MMC4)",
+            "has neither `texts` and `images` (OBELICS), `text_list` and `image_info` (MMC4), nor `source`, "
+            "`instruction` and `target` (edits)",
             f"its keys are {found}",
         )
     if not segments:
@@ -110,21 +127,48 @@ def document_segments(values: dict, named_images: Callable[[str], bytes]) -> lis
     return segments
 
 
-def _obelics_segments(texts: Any, images: Any, named_images: Callable[[str], bytes]) -> list[str | bytes]:
-    """Each index holds a text, an image, or both in this order."""
+def _obelics_segments(
+    texts: Any, images: Any, given: Any, named_images: Callable[[str], bytes]
+) -> list[str | bytes]:
+    """Each index holds a text, an image, or both in this order; `given` tells which images are given."""
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise BadRecord("`texts` and `images` are not two lists of equal length")
+    given = [None] * len(images) if given is None else given
+    kinds = set(map(type, given)) if isinstance(given, list) else {None}
+    if not kinds <= {bool, NoneType} or len(given) != len(images):
+        raise BadRecord("`given` is not a list of true, false and null, as long as `images`")
     segments: list[str | bytes] = []
-    for text, image in zip(texts, images, strict=True):
+    for text, image, is_given in zip(texts, images, given, strict=True):
         if not isinstance(text, str | None):
             raise BadRecord("a text is not a string")
         if text := clean_text(text or ""):
             segments.append(text)
-        if isinstance(image, dict) and image.get("bytes") is None:
-            image = image.get("path")
-        if image is not None:
-            segments.append(named_images(image) if isinstance(image, str) else image_bytes(image))
+        if (content := _image(image, named_images)) is not None:
+            segments.append(GivenImage(content) if is_given else content)
+        elif is_given:
+            raise BadRecord("`given` is true where there is no image")
     return segments
+
+
+def _edit_segments(
+    source: Any, instruction: Any, target: Any, named_images: Callable[[str], bytes]
+) -> list[str | bytes]:
+    contents = [_image(image, named_images) for image in (source, target)]
+    if not isinstance(instruction, str) or not (instruction := clean_text(instruction)):
+        raise BadRecord("an edit without an instruction")
+    before, after = contents
+    if before is None or after is None:
+        raise BadRecord("an edit without its source or target image")
+    return [GivenImage(before), instruction, after]
+
+
+def _image(image: Any, named_images: Callable[[str], bytes]) -> bytes | None:
+    """The content of a name, of bytes, or of {bytes, path}; None for null."""
+    if isinstance(image, dict) and image.get("bytes") is None:
+        image = image.get("path")
+    if image is None:
+        return None
+    return named_images(image) if isinstance(image, str) else image_bytes(image)
 
 
 def _mmc4_segments(sentences: Any, matches: Any, named_images: Callable[[str], bytes]) -> list[str | bytes]:

@@ -10,11 +10,12 @@ run=$1
 shift
 export MEGAFUSION_STOPPED="$run/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_NODEID"
 trap 'interrupted=yes; : > "$MEGAFUSION_STOPPED"' USR1 TERM
+trap 'interrupted=yes; kill -USR1 0' HUP # in its place: the ranks leave an ignored SIGHUP ignored
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launchers/common.sh
 . "$here/../common.sh"
 (
-    trap '' USR1 TERM
+    trap '' USR1 TERM HUP
     in_container "$MEGAFUSION_PYTHON" -m deepspeed.launcher.runner --hostfile "$MEGAFUSION_HOSTFILE" \
         --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
         --no_python --no_local_rank "$here/../rank.sh" "$run" "$@"

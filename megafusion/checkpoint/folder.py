@@ -53,15 +53,17 @@ def verify_checkpoint(path: Path, first: int = 0, stride: int = 1) -> None:
     for name in sorted(files, key=lambda name: -files[name]["bytes"])[first::stride]:
         file, entry = path / name, files[name]
         if not file.is_file():
-            raise DamagedCheckpoint(f"{file}: missing from the checkpoint; {way_out()}")
+            raise DamagedCheckpoint(f"{file}: missing from the checkpoint; {way_out(path)}")
         try:
             is_whole = file.stat().st_size == entry["bytes"] and file_sha256(file) == entry["sha256"]
         except OSError as error:
             if error.errno == errno.EIO:  # the disk has lost it
-                raise DamagedCheckpoint(f"{file}: damaged: an I/O error; {way_out()}") from error
+                raise DamagedCheckpoint(f"{file}: damaged: an I/O error; {way_out(path)}") from error
             raise UserError(f"{file}: cannot be read ({error.strerror or error}); fix that first") from error
         if not is_whole:
-            raise DamagedCheckpoint(f"{file}: damaged: size or SHA-256 is not the manifest's; {way_out()}")
+            raise DamagedCheckpoint(
+                f"{file}: damaged: size or SHA-256 is not the manifest's; {way_out(path)}"
+            )
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
@@ -71,15 +73,15 @@ def read_manifest(path: Path) -> dict[str, dict]:
     entries in it: no other file holds its hash.
     """
     if not (path / MANIFEST).is_file():
-        raise DamagedCheckpoint(f"{path}: no {MANIFEST}, so the checkpoint is incomplete; {way_out()}")
+        raise DamagedCheckpoint(f"{path}: no {MANIFEST}, so the checkpoint is incomplete; {way_out(path)}")
     try:
         text = (path / MANIFEST).read_text()
         files = json.loads(text)["files"]
         files = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: {error}; {way_out()}") from error
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: {error}; {way_out(path)}") from error
     if text != _manifest(files):
-        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: its text was changed; {way_out()}")
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: its text was changed; {way_out(path)}")
     return files
 
 
@@ -87,9 +89,11 @@ def _manifest(files: dict[str, dict]) -> str:
     return json.dumps({"format": FORMAT, "files": files}, indent=1)
 
 
-def way_out() -> str:
+def way_out(path: Path) -> str:
     """Advice to the user for a damaged checkpoint."""
-    return "use the previous checkpoint, as `megafusion train` does"
+    if any(other.name < path.name for other in complete_checkpoints(path.parent)):
+        return "use the previous checkpoint, as `megafusion train` does"
+    return "there is no earlier checkpoint: restore this one from a backup"
 
 
 def step_of(path: Path) -> int:

@@ -161,7 +161,7 @@ class CheckpointManager:
         try:
             with raise_on_all_ranks(group):
                 self._check_finite(path)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 if is_first:
                     streams = {number: stream for part in parts for number, stream in part.items()}
                     shutil.rmtree(partial, ignore_errors=True)
@@ -172,12 +172,12 @@ class CheckpointManager:
             # No copying ahead: DCP would do it with a CUDA stream, on the first device.
             writer = _Writer(partial / "tensors", per_thread_copy_ahead=0)
             chunks = self._chunks(self._host_fragments)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 dcp.save(chunks, storage_writer=writer, planner=ChunkSavePlanner(), process_group=group)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 own = hash_files(partial, f"tensors/__{rank}_*.distcp")
             dist.gather_object(own, parts if is_first else None, group=group)
-            with raise_on_all_ranks(group), _disk_errors(path):
+            with raise_on_all_ranks(group), disk_errors(path):
                 if is_first:
                     own = hash_files(partial, "state.json") | hash_files(partial, "tensors/.metadata")
                     files = {name: entry for part in (own, *parts) for name, entry in part.items()}
@@ -193,7 +193,7 @@ class CheckpointManager:
         """SaveFailed if a weight is not finite: such a checkpoint must not push out a good one."""
         for name, copy in zip(self._fragments, self._host_fragments, strict=True):
             if name.partition(".")[0] in ("model", "ema") and not torch.isfinite(copy).all():
-                way_out = "resume with a lower optimizer.learning_rate"
+                way_out = "start again with a lower optimizer.learning_rate"
                 raise SaveFailed(f"{path}: not saved: {name} contains NaN or Inf; {way_out}")
 
     def _delete_old(self) -> None:
@@ -217,7 +217,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Raise the disk errors of any rank as SaveFailed, naming the checkpoint and the ranks."""
     try:
         yield
@@ -230,7 +230,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     else:
         return
     reasons = ", ".join(f"rank {rank}: {error.strerror or error}" for rank, error in sorted(failures.items()))
+    complete = complete_checkpoints(path.parent)
+    then = f"resumes from {complete[-1].name}" if complete else "has no earlier checkpoint, and begins anew"
     raise SaveFailed(
-        f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run resumes from "
-        "the previous checkpoint"
+        f"{path}: cannot write the checkpoint ({reasons}); free space and start again: the run {then}"
     )

@@ -1,6 +1,5 @@
-"""Reads checkpoints without trusting them: DCP pickles the list of tensors."""
+"""Reads the tensors of a checkpoint, or of another source, into chunks."""
 
-import pickle
 import warnings
 from collections.abc import Container
 from pathlib import Path
@@ -10,57 +9,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megafusion.checkpoint.chunks import Chunks
-from megafusion.checkpoint.folder import KINDS, DamagedCheckpoint, way_out
+from megafusion.checkpoint.folder import KINDS
 from megafusion.checkpoint.planners import ChunkLoadPlanner
+from megafusion.checkpoint.tensor_list import read_shapes, read_tensor_list
 from megafusion.errors import UserError
 from megafusion.parallel.sharding import shard_spec_of
-
-# Every class in the list of tensors. The tensors themselves are loaded with weights_only.
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "_MEM_FORMAT_ENCODING",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-        )
-    ),
-}
-
-
-def _member(owner: type, name: str) -> object:
-    """A member of an enumeration: Python up to 3.11.3 pickles it as an attribute of its class."""
-    if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
-        raise pickle.UnpicklingError(f"it names an attribute of {owner!r}")
-    return owner[name]
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("builtins", "getattr"):
-            return _member
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint holds")
 
 
 class TensorSource(Protocol):
@@ -83,23 +39,14 @@ class CheckpointReader(FileSystemReader):
         return str(self._checkpoint)
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """The list of tensors. DamagedCheckpoint naming the file if it is corrupt or holds anything else."""
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _Unpickler(file).load()
-        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise DamagedCheckpoint(f"{path}: damaged: {error}; {way_out()}") from error
+        metadata = read_tensor_list(self._checkpoint)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
     def shapes(self) -> dict[str, torch.Size]:
-        return {
-            name: entry.size
-            for name, entry in self.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and name.partition(".")[0] in self._kinds
-        }
+        shapes = read_shapes(self._checkpoint).items()
+        return {name: torch.Size(shape) for name, shape in shapes if name.partition(".")[0] in self._kinds}
 
     def read(self, chunks: dict[str, Chunks]) -> None:
         with warnings.catch_warnings():

@@ -1,12 +1,31 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands take, and what is done to those of all."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from megafusion.storage import expand_path
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; examples are in configs/.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that override the file's, as dotted.key=value.", metavar="[KEY=VALUE]..."),
 ]
+
+
+def expand_paths(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, called with ~ and $NAME expanded in its paths: a shell expands no --out=~/drawn."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(expanded, value))
+        return Path(expand_path(value)) if isinstance(value, Path) else value
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        command(**{name: expanded(value) for name, value in arguments.items()})
+
+    return run

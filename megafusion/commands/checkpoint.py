@@ -17,6 +17,8 @@ from megafusion.checkpoint.folder import (
     read_manifest,
     verify_checkpoint,
 )
+from megafusion.checkpoint.tensor_list import read_shapes
+from megafusion.commands.arguments import expand_paths
 from megafusion.errors import UserError
 
 app = typer.Typer(
@@ -31,6 +33,7 @@ RunOrCheckpoint = Annotated[
 
 
 @app.command()
+@expand_paths
 def show(path: RunOrCheckpoint) -> None:
     """List a run's checkpoints (step, bytes, complete or not, what saved it), or describe one.
 
@@ -57,6 +60,7 @@ def show(path: RunOrCheckpoint) -> None:
 
 
 @app.command()
+@expand_paths
 def verify(path: RunOrCheckpoint) -> None:
     """Hash every file of a checkpoint, or of all of a run's; each corrupt one is named, with exit status 2.
 
@@ -75,6 +79,7 @@ def verify(path: RunOrCheckpoint) -> None:
 
 
 @app.command()
+@expand_paths
 def export(
     path: RunOrCheckpoint,
     out: Annotated[Path, typer.Argument(help="Pipeline folder to write, for generate and from_pretrained.")],
@@ -136,10 +141,7 @@ def _topology(state: dict) -> str:
 
 
 def _describe(checkpoint: Path) -> list[str]:
-    from megafusion.checkpoint.reader import CheckpointReader  # imports torch
-
-    files, state = read_manifest(checkpoint), _state(checkpoint)
-    shapes = CheckpointReader(checkpoint).shapes()
+    files, state, shapes = read_manifest(checkpoint), _state(checkpoint), read_shapes(checkpoint)
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
     for kind in KINDS:
         sizes = [prod(shape) for name, shape in shapes.items() if name.partition(".")[0] == kind]

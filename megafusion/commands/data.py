@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from megafusion.commands.arguments import expand_paths
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Inspect folders of shards, or verify them.\n\n"
@@ -15,6 +17,7 @@ Shards = Annotated[Path, typer.Argument(help="Folder of shards: OUT/pairs or OUT
 
 
 @app.command()
+@expand_paths
 def inspect(
     shards: Shards,
     vae: Annotated[Path, typer.Option(help="Autoencoder that made the latents.")] = Path("data_prep/vae"),
@@ -31,6 +34,7 @@ def inspect(
 
 
 @app.command()
+@expand_paths
 def verify(shards: Shards) -> None:
     """Hash every shard and rebuild its index; exit status 2 names the first file that differs.
 

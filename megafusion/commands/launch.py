@@ -72,7 +72,7 @@ def _missing_inputs(data: "DataConfig") -> Iterator[str]:
     for name, source in data.sources.items():
         if "://" not in source.path and not (Path(source.path) / MANIFEST).is_file():
             yield f"data.sources.{name}.path {source.path}"
-    if not data.tokenizer.is_file():
+    if not data.tokenizer.exists():
         yield f"data.tokenizer {data.tokenizer}"
     if not data.vae.is_dir():
         yield f"data.vae {data.vae}"

@@ -9,6 +9,7 @@ import typer
 
 from megafusion.commands.arguments import ConfigFile, Overrides
 from megafusion.errors import UserError
+from megafusion.processes import world_size
 from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.signals import StopSignals
 
@@ -33,8 +34,8 @@ def train(
     """Train a model. Re-running the same command resumes from the latest checkpoint; the result is bitwise
     identical to an uninterrupted run.
 
-    Ctrl-C, SIGTERM or SIGUSR1 to any process stops all of them after the current step, with a checkpoint and
-    exit status 75. A hang or a lost process stops them too, without a new checkpoint.
+    Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP to any process stops all of them after the current step, with a
+    checkpoint and exit status 75. A hang or a lost process stops them too, without a new checkpoint.
 
     Example: megafusion train configs/quickstart.yaml train.num_steps=50 out=runs/try
 
@@ -47,10 +48,11 @@ def train(
     from megafusion.train.config import RunConfig
 
     ignore_write_errors()
+    is_alone = world_size() == 1
     try:
         values = load_config(RunConfig, config, overrides or [])
     except UserError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if is_alone:
             raise
         _raise_with_the_other_ranks(error)
     # Before torch is imported, because a process that dies during the import is a crashed attempt too.

@@ -29,7 +29,8 @@ class DataConfig(Config):
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """The mixture, by name."""
     tokenizer: Path
-    """Tokenizer file; must be the one that the shards were made with."""
+    """SentencePiece model, tokenizer.json, or a folder with one of them; must be the one that the shards were
+    made with."""
     vae: Path
     """diffusers AutoencoderKL folder; must be the one that the shards were made with."""
     sequence_length: int = Field(gt=0)

@@ -42,6 +42,8 @@ class CorruptBytes(ValueError):
 
 AFTER_TEXT = "after_text"
 """Key of a document's metadata: it continues another document, which has text."""
+GIVEN = "given"
+"""Key of a document's metadata: the indices, among its images, of those that are given."""
 
 
 @dataclass(frozen=True)

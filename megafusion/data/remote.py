@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from megafusion.errors import UserError
+from megafusion.storage import expand_path
 
 SCHEMES = ("http", "https", "s3", "gs")
 NUM_TRIES = 6
@@ -37,7 +38,7 @@ def check_location(location: Path | str) -> str:
     text = str(location)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
     if not scheme:
-        return text
+        return expand_path(text)
     if scheme[1] not in SCHEMES or not is_remote(text):
         raise ValueError(
             f"{text}: must be a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)}; commands are "

@@ -1,6 +1,6 @@
 """Samples what is random about a document: order of segments, caption dropout, crops, latents, noise, t."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,13 +27,19 @@ def sample_layout(
     shape: SequenceShape,
     generator: np.random.Generator,
     is_after_text: bool = False,
+    given: Collection[int] = (),
 ) -> list[Segment]:
     """The segments of a document in the order in which the model sees them, noise not yet sampled.
 
-    An image without text before it has max_t data.image_first_max_t, unless its document continues another
-    with text (is_after_text). Raises BadImage for pixels that do not decode.
+    given: indices, among the document's images, of those that are given. An image without text before it has
+    max_t data.image_first_max_t, unless its document continues another with text (is_after_text). Raises
+    BadImage for pixels that do not decode.
     """
     segments = [_sized(segment, shape, config, generator) for segment in segments]
+    if given:
+        images = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
+        for index in given:
+            segments[images[index]] = replace(segments[images[index]], is_given=True)
     if manifest.kind == "pair":
         text, image = segments
         if generator.random() >= config.caption_first:
@@ -86,5 +92,7 @@ def sample_noise(
                 latents -= np.float32(manifest.latent_shift)
             latents *= np.float32(manifest.latent_scale)
         t = noise_process.sample_t(generator, image.max_t)
+        if image.is_given:
+            noise, t = np.zeros_like(noise), 0.0
         images.append(replace(image, latents=latents, noise=noise, t=t))
     return replace(document, images=tuple(images))

@@ -6,7 +6,7 @@ import numpy as np
 
 from megafusion.data.cache import ShardCache
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import BadDocument, StoredDocument
+from megafusion.data.document_format import GIVEN, BadDocument, StoredDocument
 from megafusion.data.reader import ShardFolder
 from megafusion.data.remote import is_remote
 from megafusion.errors import UserError
@@ -65,6 +65,9 @@ class Source:
         }
         if not is_valid[manifest.kind]:
             raise BadDocument(where, f"not a document of kind {manifest.kind} with {manifest.image_kind}")
+        given, images = stored.metadata.get(GIVEN, []), range(len(kinds) - kinds.count("tokens"))
+        if not isinstance(given, list) or not all(type(index) is int and index in images for index in given):
+            raise BadDocument(where, f"{GIVEN!r} is not a list of indices of its images")
 
     def _bounds(self, stream: int) -> tuple[int, int]:
         total = len(self.folder)

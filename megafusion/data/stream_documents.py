@@ -3,7 +3,7 @@
 import numpy as np
 
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import AFTER_TEXT, BadDocument, CorruptBytes
+from megafusion.data.document_format import AFTER_TEXT, GIVEN, BadDocument, CorruptBytes
 from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.source import DOCUMENT, Source, counter_generator
 from megafusion.data.stream_state import DocumentKey
@@ -67,6 +67,7 @@ class StreamDocuments:
                 self._shape,
                 generator,
                 is_after_text=bool(stored.metadata.get(AFTER_TEXT)),
+                given=stored.metadata.get(GIVEN, ()),
             )
         except (CorruptBytes, BadImage) as error:
             raise BadDocument(where, str(error)) from error

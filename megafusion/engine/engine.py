@@ -6,21 +6,20 @@ import math
 from collections.abc import Iterable
 from functools import partial
 
-import megafusion.device  # noqa: F401 - before deepspeed
+from megafusion.device import default_device
 
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
-from megafusion.engine.grid import make_grid, make_topology
 from megafusion.engine.held_update import HeldUpdate
 from megafusion.engine.optimizer import make_optimizer
 from megafusion.engine.optimizer_state import OptimizerState
-from megafusion.engine.process_group import local_device
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
@@ -38,11 +37,6 @@ def rows_of_rank(global_batch_size: int, mesh: Mesh) -> range:
     """Indices of this rank's packed sequences in a global batch: its data rank's share."""
     share = global_batch_size // mesh.size("data")
     return range(mesh.rank("data") * share, (mesh.rank("data") + 1) * share)
-
-
-def num_micro_batches(global_batch_size: int, micro_batch_size: int, mesh: Mesh) -> int:
-    """Gradient accumulation: micro-batches of a step on each rank."""
-    return global_batch_size // (micro_batch_size * mesh.size("data"))
 
 
 class Engine:
@@ -110,7 +104,7 @@ def make_engine(
     """This rank's part of a randomly initialized model, under DeepSpeed. Called by every rank."""
     with torch.device("meta"):
         whole_model = Transfusion(model, objective)
-    device = local_device()
+    device = default_device()
     stage = parallelize(
         whole_model,
         mesh,
@@ -124,18 +118,19 @@ def make_engine(
     )
     losses = shard_objective(objective, model, mesh).to(device)
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))
-    accumulation = num_micro_batches(train.global_batch_size, train.micro_batch_size, mesh)
-    pipelined = mesh.size("pipeline") > 1
-    if pipelined:
-        module = _pipeline(stage, PipelineLosses(losses, mesh, accumulation, consensus.add_losses), mesh)
-    else:
-        module = ModelWithLoss(stage, losses)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
+    accumulation = train.global_batch_size // (train.micro_batch_size * mesh.size("data"))
+    module: nn.Module
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its ranks and its memory
+        if mesh.size("pipeline") > 1:
+            pipeline_losses = PipelineLosses(losses, mesh, accumulation, consensus.add_losses)
+            module, grid = _pipeline(stage, pipeline_losses, mesh), None
+        else:
+            module, grid = ModelWithLoss(stage, losses), PipelineParallelGrid(make_topology(mesh))
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(stage, optimizer),
             config=_deepspeed_config(train, mesh, accumulation, optimizer.gradient_clip, model.hidden_size),
-            mpu=None if pipelined else make_grid(mesh),
+            mpu=grid,
         )
     if mesh.config.zero_stage == 0:
         engine.clip_fp32_gradients = partial(_clip, engine)
@@ -149,14 +144,17 @@ def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
     )
 
 
+def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
+    """Pipeline, data and tensor ranks. Ulysses ranks hold the same weights, so they count as data ranks."""
+    num_replicas = mesh.size("data") * mesh.size("ulysses")
+    return PipeModelDataParallelTopology(mesh.size("pipeline"), mesh.size("tensor"), num_replicas)
+
+
 def _pipeline(stage: Stage, losses: PipelineLosses, mesh: Mesh) -> PipelineModule:
     """A pipeline of one layer a stage, in which the other ranks' stages are placeholders."""
     layers = [LayerSpec(nn.Identity)] * mesh.size("pipeline")
     layers[mesh.rank("pipeline")] = stage
-    with contextlib.redirect_stdout(io.StringIO()):
-        return PipelineModule(
-            layers, topology=make_topology(mesh), loss_fn=losses, partition_method="uniform"
-        )
+    return PipelineModule(layers, topology=make_topology(mesh), loss_fn=losses, partition_method="uniform")
 
 
 def _deepspeed_config(
@@ -189,6 +187,6 @@ def _deepspeed_config(
         values |= {
             "bf16": {"enabled": True, "immediate_grad_update": True},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
         }
-        values["communication_data_type"] = "fp32"
     return values

@@ -56,14 +56,15 @@ class OptimizerState:
 
     def _shard(self, name: str, parameter: nn.Parameter) -> OptimizerShard | None:
         assert parameter.requires_grad, f"{name}: the optimizer holds trained parameters only"
-        if (spec := _fragment_spec(self._optimizer, parameter)) is None:
+        if (found := _find_fragment(self._optimizer, parameter)) is None:
             return None
-        state = self._adamw.state[spec.storage]
+        storage, offset, start, length = found
+        state = self._adamw.state[storage]
         fragments = [
-            tensor.detach().view(-1).narrow(0, spec.offset, spec.length)
-            for tensor in (spec.storage, state["exp_avg"], state["exp_avg_sq"])
+            tensor.detach().view(-1).narrow(0, offset, length)
+            for tensor in (storage, state["exp_avg"], state["exp_avg_sq"])
         ]
-        return OptimizerShard(name, shard_spec_of(parameter), spec.start, *fragments)
+        return OptimizerShard(name, shard_spec_of(parameter), start, *fragments)
 
     @torch.no_grad()
     def sync_model_from_master(self, step: int) -> None:
@@ -87,31 +88,25 @@ class OptimizerState:
         optimizer._post_step(())
 
 
-@dataclass(frozen=True)
-class FragmentSpec:
-    """Elements [offset, offset + length) of an optimizer's tensor: a flattened parameter's, from start on."""
+def _find_fragment(optimizer: DeepSpeedOptimizer, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+    """This rank's fragment of a parameter (with DeepSpeed's attributes); None if it owns none.
 
-    storage: Tensor
-    offset: int
-    start: int
-    length: int
-
-
-def _fragment_spec(optimizer: DeepSpeedOptimizer, parameter: Any) -> FragmentSpec | None:
-    """Storage of this rank's fragment of a parameter (with DeepSpeed's attributes); None if it owns none."""
+    Returns storage, offset, start, length: elements [offset, offset + length) of the optimizer's storage are
+    the flattened parameter's from start on.
+    """
     if isinstance(optimizer, torch.optim.AdamW):
-        return FragmentSpec(parameter, 0, 0, parameter.numel())
+        return parameter, 0, 0, parameter.numel()
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = length * optimizer._get_param_partition_rank(parameter)
         length = min(length, parameter.ds_numel - start)  # the last ranks' partitions are padded
         storage = optimizer.fp32_partitioned_groups_flat[group]
-        return FragmentSpec(storage, offset, start, length) if length > 0 else None
+        return (storage, offset, start, length) if length > 0 else None
     if (mapping := parameter._hp_mapping) is None:
         return None
     storage = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
     master, model = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return FragmentSpec(storage, master.start, model.start, master.numel)
+    return storage, master.start, model.start, master.numel
 
 
 def _storages(optimizer: DeepSpeedOptimizer, adamw: torch.optim.AdamW) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The process group of a run, and this rank's device."""
+"""The process group of a run."""
 
 import os
 from datetime import timedelta
@@ -9,20 +9,30 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from megafusion.errors import UserError
+from megafusion.processes import world_size
+
 
 def start_process_group(timeout_seconds: float = 600.0) -> None:
     """Join the launcher's process group, or form one of this single process; select this rank's GPU.
 
-    timeout_seconds: how long a collective waits for another rank.
+    timeout_seconds: how long a collective waits for another rank. Raises UserError for an environment of
+    ranks that is incomplete.
     """
     if dist.is_initialized():
         return
+    world = world_size()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise UserError(
+                f"LOCAL_RANK {local_rank}: this machine has {num_gpus} GPUs; start fewer ranks on it"
+            )
+        torch.cuda.set_device(local_rank)
     backend = "nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    if "MASTER_ADDR" not in os.environ:
+    if world == 1:
         # Single-process runs use an in-process HashStore and open no port.
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -30,10 +40,3 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
     # DeepSpeed would compile its shared-memory collectives for CPUs, which needs a compiler; gloo suffices.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
-
-
-def local_device() -> torch.device:
-    """This rank's device."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -83,6 +83,7 @@ class Generation:
         """Decode one token greedily for each active row, with an image after a boi; rows still active."""
         logits = self.logits[active].clone()
         logits[:, self.tokenizer.eoi] = -torch.inf
+        logits[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # rows of a padded vocabulary
         without_images = [i for i, row in enumerate(active) if self.images_left[row] <= 0]
         if self.size is not None:  # a boi of any size counts as one of the requested size
             logits[:, self.boi_ids[self.size]] = logits[:, self.boi_ids].amax(-1)

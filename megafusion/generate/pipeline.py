@@ -23,6 +23,8 @@ from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import new_folder
 
 WEIGHTS = "model.safetensors"
+MIN_PADDING = 1024
+"""Rows of a padded vocabulary beyond its ids that are always allowed; more, if under a 32nd of the ids."""
 
 
 class PipelineConfig(Config):
@@ -90,7 +92,7 @@ class TransfusionPipeline:
         return cls(model, tokenizer, ImageCodec.from_pretrained(folder / "vae"), config)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write config.json, model.safetensors, tokenizer.model and vae/, then rename the folder into place.
+        """Write config.json, model.safetensors, vae/ and the tokenizer, then rename the folder into place.
 
         Raises UserError if the folder holds anything but an older pipeline, or the disk is full.
         """
@@ -194,12 +196,13 @@ def check_components(model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec
     """Raise UserError if the tokenizer or the autoencoder does not fit the model's configuration."""
     num_more = len(model.image_sizes) - 1
     num_ids = tokenizer.num_ids(len(model.image_sizes))
-    if num_ids != model.vocab_size:
+    max_ids = num_ids + max(MIN_PADDING, num_ids // 32)
+    if not num_ids <= model.vocab_size <= max_ids:
         beside = f", and a boi for each of the {num_more} further model.image_sizes"
         raise UserError(
-            f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {num_ids} ids (its pieces, boi "
-            f"and eoi{beside if num_more else ''}); set model.vocab_size to that or give the "
-            "tokenizer of the model"
+            f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {num_ids} ids (its tokens, boi "
+            f"and eoi{beside if num_more else ''}); set model.vocab_size to that (up to {max_ids} where the "
+            "vocabulary is padded) or give the tokenizer of the model"
         )
     for key, found in (("channels", codec.latent_channels), ("downsampling", codec.downsampling)):
         if (wanted := getattr(model, f"latent_{key}")) != found:

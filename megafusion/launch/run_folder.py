@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megafusion.config import load_values
 from megafusion.errors import UserError
 from megafusion.resilience.exit_status import ExitStatus
+from megafusion.storage import expand_path
+from megafusion.yaml_values import load_values
 
 # What SLURM and shells take literally: sbatch reads % in the names of its logs in its own way.
 _PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
@@ -18,8 +19,7 @@ _PLAIN_PATH = re.compile(r"[\w@+=:,./-]+")
 
 def run_folder(config: Path, overrides: Sequence[str]) -> Path:
     """The absolute path of a run's `out`. UserError where there is none, or none that scripts hand on."""
-    values = load_values(config, overrides)
-    out = values.get("out") if isinstance(values, dict) else None
+    out = load_values(config, overrides).get("out")
     if not isinstance(out, str) or not out:
         raise UserError(f"{config}: key 'out' is required: the run's folder")
     return plain_path(Path(out), "out")
@@ -27,7 +27,7 @@ def run_folder(config: Path, overrides: Sequence[str]) -> Path:
 
 def plain_path(path: Path, name: str) -> Path:
     """The absolute path. UserError where it has characters that sbatch or a shell might read."""
-    path = path.absolute()
+    path = Path(expand_path(path)).absolute()
     if not _PLAIN_PATH.fullmatch(str(path)):
         raise UserError(f"{name} {str(path)!r}: launchers take paths of letters, digits and @+=:,./_- only")
     return path

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megafusion.errors import UserError
 from megafusion.resilience.exit_status import ExitStatus
+from megafusion.storage import expand_path
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"
 
@@ -66,12 +67,17 @@ class Site:
     @classmethod
     def load(cls, name: str) -> "Site":
         """Read launchers/sites/NAME.env, or a file by its path. Raises UserError with file and line."""
-        path = Path(name) if "/" in name or name.endswith(".env") else SITES / f"{name}.env"
+        is_path = "/" in name or name.endswith(".env")
+        path = Path(expand_path(name)) if is_path else SITES / f"{name}.env"
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in SITES.glob("*.env")))
             raise UserError(f"{path}: no such site file; there are {known}: copy example.env and fill it in")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
         options, environment = {}, {}
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if not (pair := _pair(line, f"{path}:{number}")):
                 continue
             key, value = pair
@@ -104,7 +110,13 @@ def _pair(line: str, where: str) -> tuple[str, str] | None:
         raise UserError(f"{where}: {line!r} is not of the form KEY=VALUE; quote values with spaces")
     # A shell that sources the file, as in `sbatch launchers/slurm/train.sbatch`, would expand them.
     if bad := next((c for c in "$`\\\n" if c in value), None):
-        raise UserError(f"{where}: {bad!r} in the value of {key}; nothing is expanded here: write it out")
+        raise UserError(f"{where}: {bad!r} in the value of {key}; nothing but ~ is expanded: write it out")
+    if value.startswith("~") and re.match(rf"\s*{key}=~", line):  # as a shell does
+        value = expand_path(value)
+    elif value.startswith("~") or ":~" in value:
+        raise UserError(
+            f"{where}: ~ in the value of {key} is expanded at its start, without quotes; write it out"
+        )
     if key == "MEGAFUSION_MAX_STARTS":
         raise UserError(f"{where}: {key} was replaced by the run's key resilience.max_crashes; remove it")
     if key in _RESERVED:

@@ -64,8 +64,8 @@ class ModelConfig(Config):
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of hidden_size, rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
-    """Text tokens plus boi and eoi, the tokenizer's vocab_size; and one boi more for each image size but the
-    first."""
+    """The tokenizer's ids with boi and eoi, and one boi more for each image size but the first; or more: a
+    padded vocabulary."""
     tie_embeddings: bool = False
     """Whether the language head is the embedding's weight; not with parallel.pipeline."""
     latent_channels: int = Field(gt=0)

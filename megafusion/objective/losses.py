@@ -81,6 +81,6 @@ class Objective(nn.Module):
         text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
         share = self.areas[targets.image_size] / self.bounding_area if len(self.areas) > 1 else None
         weight = self.noise_process.loss_weight(targets.t)
-        errors = squared_error(images_BNCHW, target, targets.image_start >= 0, share, weight)
+        errors = squared_error(images_BNCHW, target, targets.has_loss, share, weight)
         image = errors / targets.num_images.clamp(min=1)
         return Losses(text, image, text + self.config.image_weight * image)

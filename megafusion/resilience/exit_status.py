@@ -14,4 +14,5 @@ class ExitStatus(IntEnum):
     REFUSED = 2
     """Bad input: a configuration, data, a disk. The message names the way out."""
     RETRY = os.EX_TEMPFAIL
-    """75: preempted after a checkpoint, or a rank was lost. The same command resumes the run."""
+    """75: preempted, after a checkpoint if training had begun, or a rank was lost. The same command
+    resumes."""

@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM and SIGUSR1, which a queue sends before a time limit or a preemption, and SIGINT."""
+"""Stop signals: SIGTERM and SIGUSR1 of a queue, SIGINT of a terminal, SIGHUP of one that is closed."""
 
 import os
 import signal
@@ -26,8 +26,9 @@ class StopSignals:
     def listen(self) -> "StopSignals":
         """Install the handlers, for the rest of the process. Called in the main thread."""
         for number in STOP_SIGNALS:
-            # A shell lets its background jobs ignore Ctrl-C; the other signals are handled even if ignored.
-            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            # A shell lets its background jobs ignore Ctrl-C, and nohup SIGHUP; node.sh ignores the others.
+            may_be_ignored = number in (signal.SIGINT, signal.SIGHUP)
+            if not (may_be_ignored and signal.getsignal(number) == signal.SIG_IGN):
                 signal.signal(number, self._handle)
         # Python runs no handler while the main thread waits in C for the other ranks, but a thread can read
         # the signal from a pipe.

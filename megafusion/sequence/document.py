@@ -31,7 +31,8 @@ class Segment:
 class ImageSegment(Segment):
     """An image with the values that training samples for it.
 
-    size: index of its size among the model's. max_t: limit of its t.
+    size: index of its size among the model's. max_t: limit of its t. is_given: a condition, as in a prompt:
+    clean (t 0 and no noise), and without a loss.
     latents, noise: float32 [C, h, w], None until sampled. t: its time in the noise process, in [0, 1).
     If kind is pixels, latents are a standard normal sample until the image encoder has encoded the pixels.
     """
@@ -40,6 +41,7 @@ class ImageSegment(Segment):
     data: Any = None
     size: int = 0
     max_t: float = 1.0
+    is_given: bool = False
     latents: np.ndarray | None = None
     noise: np.ndarray | None = None
     t: float = 0.0

@@ -42,7 +42,7 @@ Inputs = namedtuple(
     "Inputs", "tokens patch_index positions row_start row_end latents noise t image_start image_size"
 )
 """The fields of a PackedBatch that the model reads."""
-Targets = namedtuple("Targets", "labels latents noise t image_start num_text_targets num_images image_size")
+Targets = namedtuple("Targets", "labels latents noise t has_loss num_text_targets num_images image_size")
 """The fields of a PackedBatch that the losses read."""
 
 
@@ -58,8 +58,9 @@ class PackedBatch:
     image_start int32 [B, N]: position of each image's first patch, -1 for an unused slot;
     image_size int64 [B, N]: index of each image's size. P is the largest size's number of patches, H and W
     are the largest height and width, and an image lies at the top left, padded with zeros;
+    has_loss bool [B, N]: the slot holds an image that is denoised, and not one that is given;
     pixels uint8 [B, N, 3, H, W] or empty; has_pixels bool [B, N]: latents are still to be encoded from them.
-    num_text_targets, num_images int64 []: of the whole global batch, the losses' denominators.
+    num_text_targets, num_images (with a loss) int64 []: of the whole global batch, the losses' denominators.
     """
 
     tokens: Tensor
@@ -73,6 +74,7 @@ class PackedBatch:
     t: Tensor
     image_start: Tensor
     image_size: Tensor
+    has_loss: Tensor
     pixels: Tensor
     has_pixels: Tensor
     num_text_targets: Tensor = ZERO
@@ -104,8 +106,8 @@ class PackedBatch:
         return PackedBatch(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
     def counts(self) -> Tensor:
-        """int64 [2]: text targets and images in these rows alone."""
-        return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.image_start >= 0).sum()])
+        """int64 [2]: text targets and images with a loss in these rows alone."""
+        return torch.stack([(self.labels != IGNORED_LABEL).sum(), self.has_loss.sum()])
 
 
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
@@ -128,6 +130,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         "t": np.zeros(slots, np.float32),
         "image_start": np.full(slots, -1, np.int32),
         "image_size": np.zeros(slots, np.int64),
+        "has_loss": np.zeros(slots, bool),
         "pixels": np.zeros((slots, 3, *bounding_size(shape.image_sizes)), np.uint8),
         "has_pixels": np.zeros(slots, bool),
     }
@@ -151,6 +154,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
             row["t"][slot] = image.t
             row["image_start"][slot] = start + image_start
             row["image_size"][slot] = image.size
+            row["has_loss"][slot] = not image.is_given
             if image.kind == "pixels":
                 height, width = image.data.shape[1:]
                 row["pixels"][slot, :, :height, :width] = image.data

@@ -10,13 +10,11 @@ from megafusion.storage import file_sha256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, used unchanged."""
+    """A SentencePiece model, used unchanged; image ids follow its pieces."""
 
     file_name = "tokenizer.model"
 
     def __init__(self, path: Path):
-        if not path.is_file():
-            raise UserError(f"{path}: no such tokenizer; give the path of a SentencePiece .model file")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError as error:

@@ -22,7 +22,7 @@ class Metrics:
     def __init__(
         self, config: TelemetryConfig, folder: Path, num_steps: int, stops_on_write_error: bool, silent: bool
     ):
-        self._config, self._folder, self._num_steps = config, folder, num_steps
+        self._config, self._folder = config, folder
         self._stops_on_write_error, self._silent = stops_on_write_error, silent
         self._progress = progress_bar(disable=silent)
         self._task = self._progress.add_task("training", total=num_steps, losses="")
@@ -43,9 +43,6 @@ class Metrics:
         try:
             with self._progress:
                 self.advance(first_step)
-                if first_step:
-                    state = "is finished" if first_step >= self._num_steps else "resumes"
-                    self.say(f"{self._folder}: {state} after step {first_step}")
                 yield
         finally:
             self._close()

@@ -75,7 +75,7 @@ def _state(run: Path, attempts: list[dict], lines: list[dict]) -> tuple[str, int
 
 def _ended(attempt: dict) -> str:
     descriptions = {
-        "preempted": "preempted after a checkpoint (start it again to resume)",
+        "preempted": "preempted (start it again to resume)",
         "stopped": "stopped by --stop-after",
     }
     text = descriptions.get(attempt["ended"], attempt["ended"])

@@ -34,6 +34,13 @@ class Components:
     sources: dict[str, Source]
     loader: DataLoader
 
+    def warnings(self, config: RunConfig) -> list[str]:
+        """Values of the configuration that cannot do what they say with these inputs."""
+        has_pixels = any(s.folder.manifest.image_kind == "pixels" for s in self.sources.values())
+        if has_pixels or (config.data.crop == 1 and not config.data.flip):
+            return []
+        return ["warning: data.flip and data.crop change no image, because every source holds latents"]
+
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
     """Open and check everything that a run needs, before anything is written."""

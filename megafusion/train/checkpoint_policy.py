@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+from megafusion.device import default_device
+
 import torch
 import torch.distributed as dist
 
 from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import DAMAGED, DamagedCheckpoint, complete_checkpoints, quarantine
 from megafusion.checkpoint.manager import CheckpointManager, SaveFailed
-from megafusion.engine.process_group import local_device
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 
@@ -97,6 +98,6 @@ class CheckpointPolicy:
 
     def _is_any_saving(self) -> bool:
         """Whether any rank is still writing: ranks finish at different times, and all must decide alike."""
-        saving = torch.tensor([int(self._manager.is_saving)], device=local_device())
+        saving = torch.tensor([int(self._manager.is_saving)], device=default_device())
         dist.all_reduce(saving, dist.ReduceOp.MAX)
         return bool(saving)

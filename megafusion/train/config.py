@@ -1,5 +1,6 @@
 """RunConfig: the configuration of a run, composed of the sections of its components. Imports no torch."""
 
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -70,6 +71,33 @@ class RunConfig(Config):
                 f"{self.checkpoint.every}: sheets are drawn from checkpoints"
             )
         return self
+
+    def warnings(self) -> list[str]:
+        """Values that cannot do what they say, and what happens instead."""
+        optimizer, num_steps, warnings = self.optimizer, self.train.num_steps, []
+        if optimizer.num_warmup_steps >= num_steps:
+            last = optimizer.learning_rate * num_steps / optimizer.num_warmup_steps
+            warnings.append(
+                f"optimizer.num_warmup_steps {optimizer.num_warmup_steps} is not below train.num_steps "
+                f"{num_steps}: the learning rate only rises, to {last:.3g} at the last step"
+            )
+        if optimizer.final_learning_rate > optimizer.learning_rate and optimizer.schedule != "constant":
+            warnings.append(
+                f"optimizer.final_learning_rate {optimizer.final_learning_rate:.3g} is above "
+                f"optimizer.learning_rate {optimizer.learning_rate:.3g}: it rises after the warm-up, too"
+            )
+        every, keep_every = self.checkpoint.every, self.checkpoint.keep_every
+        if keep_every % every:
+            warnings.append(
+                f"checkpoint.keep_every {keep_every} is not a multiple of checkpoint.every {every}: steps "
+                f"that are a multiple of {lcm(every, keep_every)} are kept"
+            )
+        if self.sampling.guidance_scale != 1 and not self.data.caption_dropout:
+            warnings.append(
+                f"data.caption_dropout 0 trains no image without its caption, so sampling.guidance_scale "
+                f"{self.sampling.guidance_scale} guides by what was never trained; set it to 1"
+            )
+        return [f"warning: {warning}" for warning in warnings]
 
     @property
     def sequence_shape(self) -> "SequenceShape":

@@ -7,13 +7,15 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal
 
+from megafusion.device import default_device
+
 import torch.distributed as dist
 from rich.filesize import decimal
 
 from megafusion.checkpoint.folder import complete_checkpoints, newest_step
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
-from megafusion.engine.process_group import local_device, start_process_group
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.objective.losses import Losses
 from megafusion.parallel.errors import raise_on_all_ranks
@@ -185,14 +187,16 @@ class Run:
             self._components = build_components(config, self._mesh)
             self._loader = self._components.loader
             if self._is_rank0:
-                changed = freeze(config)
+                parts = self._components
+                changed = freeze(config, parts.tokenizer.hash, parts.codec.hash)
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
-                for sentence in describe_changes(config, changed, step):
+                warnings = config.warnings() + parts.warnings(config)
+                for sentence in warnings + describe_changes(config, changed, step):
                     self._metrics.say(sentence)
         self._watchdog.beat(0, "self-test")
-        return self_test(config.out, local_device(), self._signals.requested)
+        return self_test(config.out, default_device(), self._signals.requested)
 
     def _start(self, hosts: list[str]) -> None:
         """Build the engine, load the latest checkpoint, open the outputs."""
@@ -221,6 +225,8 @@ class Run:
         self._outputs.enter_context(self._loader)
         with raise_on_all_ranks():
             self._outputs.enter_context(self._metrics.open(self.step))
+        if self.step:
+            self._metrics.say(f"{config.out}: {self._standing()}")
         if dist.get_world_size() > 1:
             self._metrics.say(self._layout())
         num_tokens = config.train.global_batch_size * config.data.sequence_length
@@ -288,6 +294,16 @@ class Run:
         folder = self._config.out / "pipeline"
         sampler.load(complete_checkpoints(self._manager.folder)[-1]).save_pretrained(folder)
         self._metrics.say(f"{folder}: the model; megafusion generate {self._config.out}")
+
+    def _standing(self) -> str:
+        """Where a resumed run stands."""
+        if self.step >= self._config.train.num_steps:
+            return f"is finished after step {self.step}; a larger train.num_steps makes it longer"
+        if self.step >= self._last_step:
+            return (
+                f"is at step {self.step}, so --stop-after {self._last_step} trains nothing; name a later step"
+            )
+        return f"resumes after step {self.step}"
 
     def _layout(self) -> str:
         """The ranks along each axis, and the bytes of state on rank 0."""

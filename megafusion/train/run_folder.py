@@ -2,9 +2,9 @@
 
 import json
 import platform
+import re
 import subprocess
 import time
-from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,17 +40,20 @@ RECIPE_KEYS = ("train.num_steps", "optimizer.learning_rate", "optimizer.gradient
 """Keys that may also change, to make a run longer, to save one that diverges or to use another kernel;
 starts.json records it."""
 
+_LOCATION = re.compile(r"data\.(tokenizer|vae|sources\..+\.path)")
+"""Keys that may name another place of the same files, by the hashes that the run recorded."""
+
 
 def changed_recipe(config: RunConfig) -> dict[str, list] | None:
-    """Recipe keys that a resumed run changes: by key, the value that it began with and the new one.
+    """Recipe keys and locations that a resumed run changes: by key, the run's value and the new one.
 
     None if the folder holds no run yet. Raises UserError if other keys differ, or the run is longer already.
     """
     if not (config.out / "config.yaml").is_file():
         return None
-    began = load_run_config(config.out)
-    changed = [key for key in changed_keys(began, config) if not key.startswith(FREE_KEYS)]
-    refused = [key for key in changed if key not in RECIPE_KEYS]
+    changed = changed_keys(load_run_config(config.out), config)
+    changed = {key: values for key, values in changed.items() if not key.startswith(FREE_KEYS)}
+    refused = [key for key in changed if key not in RECIPE_KEYS and not _LOCATION.fullmatch(key)]
     if refused:
         raise UserError(
             f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
@@ -61,14 +64,19 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
             f"{config.out}: has trained {step} steps, more than train.num_steps {config.train.num_steps}; "
             f"give at least {step}"
         )
-    return {key: [_value(began, key), _value(config, key)] for key in changed}
+    return changed
 
 
 def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> list[str]:
     """A sentence for each changed key, and one if they change the learning rate of the next update."""
-    said = [f"resumes with {key} {now} instead of {before}" for key, (before, now) in changed.items()]
-    if changed:
-        began, end = load_run_config(config.out), config.train.num_steps
+    end = config.train.num_steps
+    without_effect = ", without effect: all steps are made" if step >= end else ""
+    said = [
+        f"resumes with {key} {now} instead of {before}{without_effect if key in RECIPE_KEYS else ''}"
+        for key, (before, now) in changed.items()
+    ]
+    if changed and step < end:
+        began = load_run_config(config.out)
         before = learning_rate(step, began.train.num_steps, began.optimizer)
         now, last = (learning_rate(each, end, config.optimizer) for each in (step, end))
         if now != before:
@@ -79,24 +87,34 @@ def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> 
     return [f"{config.out}: {sentence}" for sentence in said]
 
 
-def freeze(config: RunConfig) -> dict[str, list]:
+def freeze(config: RunConfig, tokenizer_hash: str, vae_hash: str) -> dict[str, list]:
     """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`."""
     changed = changed_recipe(config)
-    if changed is not None:
-        _check_shards(config)
-        return changed
-    # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
-    beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
-    refuse_foreign(config.out, "config.yaml", beside)
-    record = _environment() | {"shards": _shard_hashes(config)}
+    hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
+    path = config.out / "config.yaml"
+    if changed is None:
+        # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
+        beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
+        refuse_foreign(config.out, path.name, beside)
+        _write(config.out / "environment.json", json.dumps(_environment() | hashes, indent=1) + "\n")
+        _write(path, dump_config(config))
+        return {}
+    _check_inputs(config, changed, hashes)
+    if any(map(_LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
+        began, now = load_run_config(config.out), config.data
+        moved = {"tokenizer": now.tokenizer, "vae": now.vae, "sources": now.sources}
+        data = began.data.model_copy(update=moved)
+        _write(path, dump_config(began.model_copy(update={"data": data})))
+    return changed
+
+
+def _write(path: Path, content: str) -> None:
     try:
-        write_file(config.out / "environment.json", json.dumps(record, indent=1) + "\n")
-        write_file(config.out / "config.yaml", dump_config(config))
+        write_file(path, content)
     except OSError as error:
         raise UserError(
-            f"{config.out}: cannot be written ({error.strerror or error}); free space, or choose another out="
+            f"{path.parent}: cannot be written ({error.strerror or error}); free space or choose another out="
         ) from error
-    return {}
 
 
 def _environment() -> dict:
@@ -129,19 +147,20 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _value(config: RunConfig, key: str) -> object:
-    """The value at a dotted key."""
-    return reduce(getattr, key.split("."), config)
-
-
-def _check_shards(config: RunConfig) -> None:
-    """Raise UserError if a resumed run would read other shards than before."""
-    recorded = json.loads((config.out / "environment.json").read_text())["shards"]
-    for name, hashes in _shard_hashes(config).items():
-        if hashes != recorded[name]:
+def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
+    """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
+    recorded = json.loads((config.out / "environment.json").read_text())
+    began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
+    found = {f"data.sources.{name}": each for name, each in hashes["shards"].items()}
+    for name in ("tokenizer", "vae"):
+        found[key := f"data.{name}"] = hashes[name]
+        # Earlier versions recorded the shards alone.
+        began[key] = recorded.get(name, None if key in changed else hashes[name])
+    for key, value in found.items():
+        if value != began[key]:
             raise UserError(
-                f"data.sources.{name}: other shards than {config.out} was started with; restore those, or "
-                "choose another out= to train on these"
+                f"{key}: other files than {config.out} was started with; restore those, or choose another "
+                "out= to train on these"
             )
 
 

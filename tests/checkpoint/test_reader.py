@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from megafusion.checkpoint.folder import FORMAT
-from megafusion.checkpoint.reader import _Unpickler
+from megafusion.checkpoint.tensor_list import _Unpickler, read_tensor_list
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 from tests.support.checkpoints import load_full_tensors
@@ -35,7 +35,7 @@ class Attribute:
 def test_enumeration_members_pickled_by_older_pythons_are_read():
     for member in _MEM_FORMAT_ENCODING:
         content = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
-        assert _Unpickler(io.BytesIO(content)).load() is member
+        assert _Unpickler(io.BytesIO(content), with_torch=True).load() is member
 
 
 # A name of torch, in another module.
@@ -64,6 +64,8 @@ def test_metadata_that_names_other_code_is_refused(tmp_path, monkeypatch, conten
     written = {"bytes": len(content), "sha256": file_sha256(metadata)}
     manifest = {"format": FORMAT, "files": {"tensors/.metadata": written}}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with pytest.raises(UserError, match=r"\.metadata: damaged"):
+        read_tensor_list(checkpoint)
     with pytest.raises(UserError, match=r"\.metadata: damaged"):
         load_full_tensors(checkpoint, {"x": torch.Size([1])}, "ema")
     assert not Path("evil-was-here").exists()

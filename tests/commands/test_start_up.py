@@ -17,6 +17,7 @@ HEAVY = {
     "diffusers",
     "scipy",
     "pyarrow",
+    "tokenizers",
     "webdataset",
 }
 RUN_COMMAND = """

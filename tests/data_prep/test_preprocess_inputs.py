@@ -7,7 +7,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_prep.readers.interleaved import document_segments
+from data_prep.readers.interleaved import GivenImage, document_segments
+from data_prep.readers.records import BadRecord
 from megafusion.data.config import DataConfig
 from megafusion.data.loader import DataLoader
 from megafusion.data.logical_stream import LogicalStream
@@ -172,9 +173,62 @@ def test_images_of_mmc4_are_placed_before_their_sentences(make, tmp_path, tokeni
 
 
 def test_the_examples_of_the_docs_are_read_as_described():
-    obelics, mmc4 = re.findall(r"```json\n(.*)\n```", (ROOT / "docs/data.md").read_text())
+    obelics, mmc4, edit = re.findall(r"```json\n(.*)\n```", (ROOT / "docs/data.md").read_text())
     assert document_segments(json.loads(obelics), str.encode) == ["Fold it.", b"fold.png", "Cut it."]
     assert document_segments(json.loads(mmc4), str.encode) == ["Fold it.", b"cut.png", "Cut it."]
+    source, *rest = document_segments(json.loads(edit), str.encode)
+    assert isinstance(source, GivenImage)
+    assert [source, *rest] == [b"red.png", "Make it blue.", b"blue.png"]
+    assert not isinstance(rest[1], GivenImage)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_edits_give_their_source(make, tmp_path, tokenizer, form):
+    named = {"red.png": png("red"), "blue.png": png("blue")}
+    edits = [("red.png", "make it blue", "blue.png"), ("blue.png", "make it red", "red.png")]
+    rows = [dict(zip(("source", "instruction", "target"), edit, strict=True)) for edit in edits]
+    path = tmp_path / f"edits.{form}"
+    if form == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+        write_members(tmp_path / "named", list(named.items()))
+        make(documents=(path,), document_images=tmp_path / "named")
+    else:
+        rows = [row | {side: {"bytes": named[row[side]]} for side in ("source", "target")} for row in rows]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        make(documents=(path,))
+    folder = tmp_path / "out/interleaved"
+    assert texts(folder, tokenizer) == [[None, "make it blue", None], [None, "make it red", None]]
+    assert [document.metadata["given"] for document in documents(folder)] == [[0], [0]]
+
+
+def test_given_images_keep_their_mark_where_a_document_is_split(make, tmp_path):
+    row = {
+        "texts": [None, "a", None, "b", None, "c"],
+        "images": [png(), None, png("blue"), None, png("green"), None],
+        "given": [True, None, False, None, True, None],
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "docs.parquet")
+    make(documents=(tmp_path / "docs.parquet",), split={"images": 2})
+    found = documents(tmp_path / "out/interleaved")
+    assert [document.metadata.get("given") for document in found] == [[0], [0]]
+    assert [document.metadata.get("after_text") for document in found] == [None, True]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": "a", "instruction": " ", "target": "b"}, "an edit without an instruction"),
+        ({"source": None, "instruction": "x", "target": "b"}, "an edit without its source or target image"),
+        ({"source": "a", "instruction": "x", "target": {"bytes": None, "path": None}}, "or target image"),
+        ({"texts": ["a"], "images": [None], "given": [True]}, "`given` is true where there is no image"),
+        ({"texts": ["a"], "images": [None], "given": []}, "`given` is not a list of true, false and null"),
+        ({"texts": ["a"], "images": [None], "given": [1]}, "`given` is not a list of true, false and null"),
+        ({"source": "a", "target": "b"}, "nor `source`, `instruction` and `target`"),
+    ],
+)
+def test_what_is_not_an_edit_or_not_given_is_named(values, message):
+    with pytest.raises(BadRecord, match=message):
+        document_segments(values, str.encode)
 
 
 def test_published_obelics_needs_images_named_by_their_urls(make, tmp_path, tokenizer):

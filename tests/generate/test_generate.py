@@ -261,6 +261,14 @@ def test_eoi_is_never_chosen_as_text(pipeline, begin):
         assert pipeline.tokenizer.eoi not in output
 
 
+def test_rows_of_a_padded_vocabulary_are_never_chosen(run_config, tokenizer, codec):
+    pipeline = make_pipeline(run_config, tokenizer, codec, num_steps=2, vocab_size=2100)
+    always_prefer(pipeline, 2099)
+    for output in run_generation(pipeline, ["apple", "x"], pipeline.config.sampling, 0, 1, "text"):
+        assert output
+        assert all(isinstance(part, Image.Image) or part < 2048 for part in output)
+
+
 def test_begin_allows_or_defers_eos(pipeline):
     always_prefer(pipeline, pipeline.tokenizer.eos)
     assert pipeline([["apple"]]) == [[]]

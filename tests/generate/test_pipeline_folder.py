@@ -98,6 +98,21 @@ def test_a_tokenizer_of_another_size_is_refused(pipeline, codec):
         TransfusionPipeline(pipeline.model, other, codec, pipeline.config)
 
 
+@pytest.mark.parametrize(
+    ("num_text_ids", "is_padded"), [(1022, True), (1021, False), (2046, True), (2047, False)]
+)
+def test_a_padded_vocabulary(pipeline, codec, num_text_ids, is_padded):
+    """Of 2,048 rows, at most 1,024 more than ids."""
+    other = Tokenizer(Path("other.model"), "hash", num_text_ids, bos=1, eos=2)
+    if is_padded:
+        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)
+        return
+    with pytest.raises(
+        UserError, match=rf"2048, but .* {num_text_ids + 2} ids .*up to {num_text_ids + 1026} where"
+    ):
+        TransfusionPipeline(pipeline.model, other, codec, pipeline.config)
+
+
 def test_importing_the_pipeline_imports_no_slow_package_but_torch():
     code = "import sys; from megafusion import TransfusionPipeline; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from megafusion.cli import app, main
@@ -20,6 +23,7 @@ from megafusion.errors import UserError
 from megafusion.launch.site import Site
 from megafusion.resilience.attempts import START, Attempts, read_attempts
 from megafusion.resilience.exit_status import ExitStatus
+from tests.support.container import program
 from tests.support.small import ROOT
 
 LAUNCHERS = ROOT / "launchers"
@@ -149,8 +153,8 @@ def test_a_refused_launch_changes_no_file_of_earlier_jobs(config_file, run_value
         return {str(path): path.read_text() for path in run.rglob("*") if path.is_file()}
 
     before = files()
-    with pytest.raises(UserError, match=r"holds a run with other values of train.num_steps \(see its"):
-        launch(str(config_file), "train.num_steps=7", "--site", "local-test")
+    with pytest.raises(UserError, match=r"holds a run with other values of seed \(see its"):
+        launch(str(config_file), "seed=7", "--site", "local-test")
     assert files() == before
     with pytest.raises(UserError, match=r"sbatch refused the job, .*: [^$]*configuration file"):
         launch(str(config_file), "telemetry.log_every=2", "--site", "local-test")
@@ -162,8 +166,10 @@ def test_a_refused_launch_changes_no_file_of_earlier_jobs(config_file, run_value
     [
         ("two words", "2: 'two words' is not of the form KEY=VALUE"),
         ("A='open", "2: No closing quotation; quote values"),
-        ("HOME2=$HOME", r"2: '\$' in the value of HOME2; nothing is expanded here"),
+        ("HOME2=$HOME", r"2: '\$' in the value of HOME2; nothing but ~ is expanded"),
         ("A='`touch evil`'", "2: '`' in the value of A"),
+        ("A='~/x'", "2: ~ in the value of A is expanded at its start, without quotes; write it out"),
+        ("A=/x:~/y", "2: ~ in the value of A is expanded at its start"),
         ("SBATCH_WRAP=evil", "2: SBATCH_WRAP: a site sets account, .*, and not wrap"),
         ("SBATCH_PARTITION='a b'", "2: 'a b' is not a valid value of sbatch's --partition"),
         ("WORLD_SIZE=8", "2: WORLD_SIZE is set by the launcher"),
@@ -192,18 +198,93 @@ def test_a_name_that_only_resembles_a_secret_is_accepted(tmp_path):
     assert Site.load(str(path)).environment.keys() >= {"NCCL_IB_PKEY", "TOKENIZERS_PARALLELISM"}
 
 
+def assert_a_shell_reads_alike(site: Path) -> None:
+    """read_site of the launchers and Site.load find the same values."""
+    expected = Site.load(str(site)).environment
+    line = f'. "{LAUNCHERS}/common.sh"; MEGAFUSION_ROOT={ROOT}; read_site && env -0'
+    environment = {"MEGAFUSION_SITE": str(site), "HOME": os.environ["HOME"], "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", "-euc", line], env=environment, capture_output=True, check=True)
+    found = dict(pair.split("=", 1) for pair in done.stdout.decode().split("\0") if pair)
+    assert expected == {name: found[name] for name in expected}
+
+
 @pytest.mark.parametrize("site", sorted(LAUNCHERS.glob("sites/*.env")), ids=lambda path: path.stem)
 def test_a_shell_reads_a_site_file_alike(site):
-    expected = Site.load(site.stem).environment
+    assert_a_shell_reads_alike(site)
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="$`\\~"))
+values_of_a_site = st.one_of(
+    texts.map(shlex.quote),
+    texts.map(lambda text: '"' + text.replace('"', " ") + '"'),
+    st.from_regex(r"~/[\w./+:=,-]*", fullmatch=True),
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(values_of_a_site), st.sampled_from(["\n", "\r\n"]), st.sampled_from(["", "\ufeff"]))
+def test_a_shell_reads_any_site_file_alike(tmp_path_factory, values, line_end, mark):
+    lines = ["# A comment", "MEGAFUSION_RANKS_PER_NODE=1", *(f"V{n}={v}" for n, v in enumerate(values)), ""]
+    site = tmp_path_factory.mktemp("site") / "site.env"
+    site.write_bytes((mark + line_end.join(lines)).encode())
+    assert_a_shell_reads_alike(site)
+
+
+def test_a_site_is_found_below_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.env").write_text("MEGAFUSION_RANKS_PER_NODE=3\nMEGAFUSION_PYTHON=~/venv/bin/python\n")
+    monkeypatch.setenv("MEGAFUSION_SITE", "~/mine.env")
+    monkeypatch.setenv("MEGAFUSION_SETUP", "~/setup.sh")
+    (tmp_path / "setup.sh").write_text("export WAS_SET_UP=yes\n")
+    assert Site.load("~/mine.env").environment["MEGAFUSION_PYTHON"] == f"{tmp_path}/venv/bin/python"
+    output = common(f"MEGAFUSION_ROOT={ROOT}; read_site; echo $MEGAFUSION_PYTHON $WAS_SET_UP").stdout
+    assert output.split() == [f"{tmp_path}/venv/bin/python", "yes"]
+
+
+def test_a_site_file_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "site.env").write_bytes(b"# caf\xe9\n")
+    with pytest.raises(UserError, match=r"site\.env: is not UTF-8"):
+        Site.load(str(tmp_path / "site.env"))
+
+
+@pytest.mark.parametrize("cpus", [None, "16"])
+@pytest.mark.parametrize(
+    ("script", "launcher", "factor"),
+    [("train", "srun", 1), ("train", "deepspeed", 4), ("evaluate", "", 1), ("preprocess", "", 1)],
+)
+def test_every_job_hands_its_environment_and_cores_to_srun(tmp_path, script, launcher, factor, cpus):
+    """srun inherits neither --cpus-per-task (since SLURM 22.05) nor, after sbatch --export, variables."""
+    program(tmp_path / "bin/srun", 'printf "%s\\n" "$@"\n')
+    program(tmp_path / "bin/scontrol", "echo JobState=COMPLETED\n")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "MEGAFUSION_ROOT": str(ROOT)}
+    slurm |= {"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "4"}
+    slurm |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2", "MEGAFUSION_LAUNCHER": launcher}
+    slurm |= {"MEGAFUSION_RUN": str(tmp_path / "run"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    slurm |= {"SLURM_CPUS_PER_TASK": cpus} if cpus else {}
     done = subprocess.run(
-        ["bash", "-c", 'set -a; . "$0"; env -0', str(site)],
-        env={},
+        ["bash", LAUNCHERS / f"slurm/{script}.sbatch", "config.yaml"],
+        env=ENVIRONMENT | slurm,
         capture_output=True,
         text=True,
-        check=True,
+        timeout=60,
     )
-    found = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if pair)
-    assert expected == {name: found[name] for name in expected}
+    options = done.stdout.splitlines()
+    assert "--export=ALL" in options, done.stderr
+    given_cpus = [option for option in options if option.startswith("--cpus-per-task")]
+    assert given_cpus == ([f"--cpus-per-task={16 * factor}"] if cpus else [])
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "preprocess"])
+def test_a_job_without_arguments_shows_where_its_own_are_described(tmp_path, script):
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "MEGAFUSION_ROOT": str(ROOT)}
+    done = subprocess.run(
+        ["bash", LAUNCHERS / f"slurm/{script}.sbatch"],
+        env=ENVIRONMENT | slurm,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"see the head of launchers/slurm/{script}.sbatch" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -369,13 +450,19 @@ def test_deepspeed_sh_refuses_white_space(config_file, tmp_path):
         ({"MEGAFUSION_SITE": "nowhere.env"}, "MEGAFUSION_SITE: nowhere.env: no such site file"),
         ({"MEGAFUSION_SETUP": "./setup.sh"}, "MEGAFUSION_SETUP: ./setup.sh: no such file"),
         ({"MEGAFUSION_SETUP": "failing"}, "MEGAFUSION_SETUP: failing: ended with status 3"),
+        (
+            {"MEGAFUSION_SETUP": "windows"},
+            "MEGAFUSION_SETUP: windows: has Windows line ends; convert them: sed",
+        ),
     ],
 )
 @pytest.mark.parametrize(
-    "script", ["local.sh", "deepspeed.sh", "slurm/train.sbatch", "slurm/evaluate.sbatch"]
+    "script",
+    ["local.sh", "deepspeed.sh", "slurm/train.sbatch", "slurm/evaluate.sbatch", "slurm/preprocess.sbatch"],
 )
 def test_a_site_that_cannot_be_read_ends_every_launcher(config_file, tmp_path, script, values, message):
     (tmp_path / "failing").write_text(": ${NOT_SET_AT_ALL}\nreturn 3\n")
+    (tmp_path / "windows").write_bytes(b"export A=b\r\n")
     (tmp_path / "hosts").write_text("localhost slots=1\n")
     first = {"local.sh": ["1"], "deepspeed.sh": ["hosts"]}.get(script, [])
     slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "MEGAFUSION_ROOT": str(ROOT)}

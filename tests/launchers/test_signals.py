@@ -72,6 +72,7 @@ exec {sys.executable if name == "python3" else shutil.which(name)} "$@"
     ("program_name", "number", "signal_name"),
     [
         pytest.param("touch", 1, "TERM", id="before the first start"),
+        pytest.param("touch", 1, "HUP", id="before the first start, a closed terminal"),
         pytest.param("python3", 2, "USR1", id="before the ranks are started"),
         pytest.param("python3", 4, "USR1", id="before the ranks are restarted"),
     ],
@@ -94,7 +95,7 @@ def test_local_sh_loses_no_signal_of_a_start(endless, tmp_path, program_name, nu
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("signal_name", ["TERM", "USR1"])
+@pytest.mark.parametrize("signal_name", ["TERM", "USR1", "HUP"])
 def test_deepspeed_sh_starts_nothing_after_a_signal(endless, tmp_path, signal_name):
     (tmp_path / "hosts").write_text("localhost slots=1\n")
     environment = ENVIRONMENT | {"PATH": signal_during(tmp_path, "mktemp", 1, signal_name)}
@@ -136,6 +137,79 @@ def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
             kill_group(process.pid)
     assert not (tmp_path / "run/metrics.jsonl").exists()
     assert list((tmp_path / "run/launch").iterdir()) == []
+
+
+def rank_program(folder: Path, ends_on: str) -> Path:
+    """A Python whose `megafusion train` and DeepSpeed only wait for a signal, and then end as a trainer."""
+    (folder / "rank.py").write_text(f"""\
+import os, signal
+signal.signal(signal.{ends_on}, lambda *_: (os.rename("{folder}/ready", "{folder}/saved"), exit(75)))
+open("{folder}/ready", "w").close()
+signal.pause()
+""")
+    rank = f"{sys.executable} {folder / 'rank.py'}"
+    lines = f'case "$*" in *megafusion.cli*) exec {rank};; *) exec {sys.executable} "$@";; esac\n'
+    return program(folder / "bin" / "python-of-ranks", lines)
+
+
+def end_by(command: list, environment: dict, folder: Path, number: int, whole_group: bool) -> None:
+    """Signal a launcher while its rank runs, alone or with its process group: both end as they should."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while not (folder / "ready").exists():
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.02)
+            (os.killpg if whole_group else os.kill)(process.pid, number)
+            assert process.wait(30) == ExitStatus.RETRY
+        finally:
+            kill_group(process.pid)
+    assert (folder / "saved").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_local_sh_forwards_a_signal_to_itself_alone(endless, tmp_path, number):
+    environment = ENVIRONMENT | {"MEGAFUSION_PYTHON": str(rank_program(tmp_path, "SIGTERM"))}
+    command = [LAUNCHERS / "local.sh", "1", endless]
+    end_by(command, environment, tmp_path, number, whole_group=False)
+
+
+def test_node_sh_turns_sighup_into_a_signal_that_ranks_handle(endless, tmp_path):
+    """DeepSpeed's launcher must not get it, so the ranks ignore it too, as under nohup."""
+    environment = node_environment(tmp_path) | {"MEGAFUSION_PYTHON": str(rank_program(tmp_path, "SIGUSR1"))}
+    command = [LAUNCHERS / "slurm/node.sh", tmp_path / "run", "-m", "megafusion.cli", "train", endless]
+    end_by(command, environment, tmp_path, signal.SIGHUP, whole_group=True)
+
+
+def test_deepspeed_sh_ends_its_runner_when_the_terminal_is_closed(endless, tmp_path):
+    """The runner would die of the signal, and leave the ranks of the other machines."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    environment = ENVIRONMENT | {"MEGAFUSION_PYTHON": str(rank_program(tmp_path, "SIGTERM"))}
+    command = [LAUNCHERS / "deepspeed.sh", tmp_path / "hosts", endless]
+    end_by(command, environment, tmp_path, signal.SIGHUP, whole_group=True)
+
+
+@pytest.mark.parametrize("command", ["preprocess", "train-vae"])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+def test_commands_that_resume_end_with_75(command, number, tmp_path):
+    config = "configs/preprocess/quickstart.yaml" if command == "preprocess" else "configs/vae/emoji.yaml"
+    arguments = [sys.executable, "-m", "megafusion.cli", command, config, f"out={tmp_path / 'out'}"]
+    with subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 30
+        while not handles(process.pid, number):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == ExitStatus.RETRY, said
+    assert f"stopped by {number.name}; the same command resumes" in said
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has installed a handler."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
 def commands_of(pid: int) -> Iterator[str]:

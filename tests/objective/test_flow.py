@@ -34,7 +34,9 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction):
     t, start = torch.tensor([[0.2, 0.5, 0.9]]).double(), torch.tensor([[0, 4, 9]])
     objective = Objective(ObjectiveConfig(noise_process={"kind": "flow", "prediction_type": prediction}))
     flow, counts = objective.noise_process, (torch.tensor(1), torch.tensor(3))
-    targets = Targets(torch.full((1, 3), -100), latents, noise, t, start, *counts, torch.zeros_like(start))
+    targets = Targets(
+        torch.full((1, 3), -100), latents, noise, t, start >= 0, *counts, torch.zeros_like(start)
+    )
     noised = flow.add_noise(latents, noise, t)
     error = flow.velocity(wrong, noised, t) - flow.velocity(flow.target(latents, noise, t), noised, t)
     image = objective(torch.randn(1, 3, 7), wrong, targets).image

@@ -86,7 +86,7 @@ def test_losses_are_means_over_the_global_counts():
     image = (errors[0, 0] + errors[1, 0] + errors[1, 1]) / 6
     t, start = torch.zeros(2, 2), torch.tensor([[3, -1], [0, 7]])
     counts = torch.tensor(10), torch.tensor(6)
-    targets = Targets(labels, latents, noise, t, start, *counts, torch.zeros_like(start))
+    targets = Targets(labels, latents, noise, t, start >= 0, *counts, torch.zeros_like(start))
     losses = Objective(ObjectiveConfig())(logits, prediction, targets)
     torch.testing.assert_close(losses.text, text)
     torch.testing.assert_close(losses.image, image)
@@ -107,7 +107,7 @@ def test_images_of_every_size_have_equal_weight():
         errors.append((error**2).mean())
     start = torch.tensor([[3, 9]])
     labels, counts = torch.full((1, 3), -100), (torch.tensor(1), torch.tensor(4))
-    targets = Targets(labels, latents, noise, torch.zeros(1, 2), start, *counts, torch.tensor([[0, 1]]))
+    targets = Targets(labels, latents, noise, torch.zeros(1, 2), start >= 0, *counts, torch.tensor([[0, 1]]))
     losses = Objective(ObjectiveConfig(), sizes)(torch.randn(1, 3, 7), prediction, targets)
     torch.testing.assert_close(losses.image, sum(errors) / 4)
 
@@ -117,7 +117,7 @@ def test_a_batch_without_targets_has_no_loss():
         torch.full((1, 3), -100),
         *torch.randn(2, 1, 1, 2, 2, 2),
         torch.zeros(1, 1),
-        torch.tensor([[-1]]),
+        torch.tensor([[False]]),
         torch.tensor(0),
         torch.tensor(0),
         torch.zeros(1, 1, dtype=torch.int64),

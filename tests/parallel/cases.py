@@ -34,8 +34,9 @@ class Outcome:
 
 
 class Batches:
-    """The emoji stream. Of five batches one has only text, one only images, and one has text in half of its
-    rows, images in the others and an empty last row, so that ranks differ in what they have.
+    """The emoji stream. Of five batches one has only text, one only images, half of them given, and one has
+    text in half of its rows, images in the others and an empty last row, so that ranks differ in what they
+    have.
     """
 
     def __init__(self, values: dict, mesh: Mesh):
@@ -55,7 +56,7 @@ class Batches:
             case 3:
                 return text.next()
             case 4:
-                return images.next()
+                return [_some_given(batch) for batch in images.next()]
             case 0:
                 halves = zip(text.next(), images.next(), strict=True)
                 return [self._lopsided(number, *pair) for number, pair in enumerate(halves)]
@@ -71,6 +72,13 @@ class Batches:
             empty,
             _by_row(rows < train.global_batch_size // 2, text, images),
         )
+
+
+def _some_given(batch: PackedBatch) -> PackedBatch:
+    """Every other image of a row as a condition without a loss."""
+    for field in (batch.has_loss, batch.noise, batch.t):
+        field[:, 1::2] = 0
+    return batch
 
 
 def _by_row(chosen: Tensor, first: PackedBatch, second: PackedBatch) -> PackedBatch:

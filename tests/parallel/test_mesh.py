@@ -2,9 +2,10 @@
 
 import pytest
 import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from megafusion.config import parse_config
-from megafusion.engine.grid import make_grid
+from megafusion.engine.engine import make_topology
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.degrees import check_degrees
@@ -19,7 +20,7 @@ def coordinates() -> tuple[tuple[int, ...], list[int], list[int], int, int]:
     mesh = make_mesh(ParallelConfig(pipeline=2, ulysses=2, tensor=2))
     groups = (mesh.group("tensor"), mesh.tensor_context_group)
     tensor, tensor_context = (dist.get_process_group_ranks(group) for group in groups)
-    grid = make_grid(mesh)
+    grid = PipelineParallelGrid(make_topology(mesh))
     own = tuple(mesh.rank(axis) for axis in AXES)
     return own, tensor, tensor_context, grid.get_stage_id(), grid.get_data_parallel_id()
 

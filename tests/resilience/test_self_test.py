@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megafusion.errors import UserError
+from megafusion.processes import STOP_SIGNALS
 from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.self_test import self_test
 from megafusion.resilience.signals import StopSignals
@@ -93,25 +94,27 @@ def test_a_read_only_disk_is_named(tmp_path):
     assert "read-only cannot be written (Read-only file system)" in first
 
 
-def test_signals_are_recorded_and_further_ones_have_no_effect():
-    (requested,) = run_workers(signalled, 1)
+@pytest.mark.parametrize("number", set(STOP_SIGNALS) - {signal.SIGINT})
+def test_signals_are_recorded_and_further_ones_have_no_effect(number):
+    (requested,) = run_workers(signalled, 1, number)
     assert requested == [False, True, True]
 
 
 def signalled_while_ignored() -> list[bool]:
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    for number in numbers:
         signal.signal(number, signal.SIG_IGN)
     signals = StopSignals().listen()
     signals.begin()
     requested = []
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in numbers:
         signal.raise_signal(number)
         requested.append(signals.requested)
     return requested
 
 
-def test_signals_that_a_launcher_ignores_are_handled_except_sigint():
-    assert run_workers(signalled_while_ignored, 1) == [[False, True]]
+def test_signals_that_a_launcher_ignores_are_handled_except_those_of_background_jobs_and_nohup():
+    assert run_workers(signalled_while_ignored, 1) == [[False, False, True]]
 
 
 def interrupted_twice() -> list[bool]:
@@ -141,11 +144,11 @@ def test_a_signal_ends_a_process_that_waits_for_other_ranks():
         run_workers(signalled_early, 1, timeout=20)
 
 
-def signalled() -> list[bool]:
+def signalled(first: int) -> list[bool]:
     signals = StopSignals().listen()
     signals.begin()
     seen = [signals.requested]
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in (first, signal.SIGTERM):
         os.kill(os.getpid(), number)
         time.sleep(0.01)
         seen.append(signals.requested)

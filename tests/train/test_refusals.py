@@ -43,7 +43,7 @@ def test_other_shards_under_a_run_are_refused(run_values, own_shards):
     documents = [source.read(i) for i in (1, 0, *range(2, 8))]
     manifest = source.manifest.model_dump(include={"kind", "tokenizer_sha256", "provenance"})
     write_shards(own_shards / "text", documents, 8, **manifest)
-    with pytest.raises(UserError, match=r"data\.sources\.text: other shards than .* was started with"):
+    with pytest.raises(UserError, match=r"data\.sources\.text: other files than .* was started with"):
         start(run_values)
     assert len(read_metrics(run)) == 2
 
@@ -107,12 +107,16 @@ def test_a_line_of_metrics_that_a_kill_cut_short_is_written_anew(run_values):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": {"a": {}}}'])
-def test_a_damaged_manifest_of_a_checkpoint_is_named(run_values, content):
+def test_a_damaged_manifest_of_a_checkpoint_is_named_with_the_earlier_one_if_there_is_one(
+    run_values, content
+):
     run = start(run_values, stop_after=1)
-    (checkpoint,) = complete_checkpoints(run / "checkpoints")
-    (checkpoint / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match=r"manifest\.json: damaged: .*use the previous checkpoint"):
-        verify_checkpoint(checkpoint)
+    start(run_values, stop_after=2)
+    first, second = complete_checkpoints(run / "checkpoints")
+    for checkpoint, way_out in ((second, "use the previous checkpoint"), (first, "restore this one from a")):
+        (checkpoint / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=rf"manifest\.json: damaged: .*{way_out}"):
+            verify_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_of_another_model_is_named(run_values):

@@ -1,5 +1,6 @@
 """A run: resumed equals uninterrupted, what does not fit is refused at start, what breaks is survived."""
 
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
+from megafusion.checkpoint.manager import SaveFailed, disk_errors
 from megafusion.config import parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
@@ -244,6 +246,44 @@ def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
         {},
         {"optimizer.learning_rate": [3e-3, 1e-3]},
     ]
+
+
+def test_a_start_that_trains_nothing_says_so(run_values, capsys):
+    run = start(run_values, stop_after=3)
+    assert "resumes" not in capsys.readouterr().err
+    start(run_values, stop_after=2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{run}: is at step 3, so --stop-after 2 trains nothing; name a later step" in said
+    start(run_values)
+    assert f"{run}: resumes after step 3" in " ".join(capsys.readouterr().err.split())
+    run_values["optimizer"]["learning_rate"] = 1e-3
+    start(run_values)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "learning_rate 0.001 instead of 0.003, without effect: all steps are made" in said
+    assert "is finished after step 6; a larger train.num_steps makes it longer" in said
+    assert "the learning rate of step" not in said
+    assert len(losses(run)) == 6
+
+
+def test_values_that_cannot_do_what_they_say_are_warned_of_at_the_start(run_values, capsys):
+    start(run_values, stop_after=1)
+    assert "warning" not in capsys.readouterr().err
+    run_values["optimizer"]["num_warmup_steps"] = 60
+    run_values["data"]["flip"] = 0.5
+    start(run_values, stop_after=1, out=run_values["out"] + "-2")
+    said = capsys.readouterr().err
+    assert "warning: optimizer.num_warmup_steps 60 is not below train.num_steps 6" in said
+    assert "warning: data.flip and data.crop change no image, because every source holds latents" in said
+
+
+def test_a_checkpoint_that_cannot_be_written_says_what_the_run_resumes_from(tmp_path):
+    start_process_group()
+    for then in ("has no earlier checkpoint, and begins anew", "resumes from step-00000002"):
+        message = rf"rank 0: No space left .*free space and start again: the run {then}"
+        with pytest.raises(SaveFailed, match=message), disk_errors(tmp_path / "step-00000005"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        (tmp_path / "step-00000002").mkdir(exist_ok=True)
+        (tmp_path / "step-00000002" / "manifest.json").touch()
 
 
 @pytest.mark.parametrize("left", ["environment.json", ".environment.json.x1y2", ".config.yaml.x1y2"])

@@ -1,0 +1,104 @@
+"""A resumed run knows its inputs by their hashes: moved ones are read, others are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megafusion.config import parse_config
+from megafusion.errors import UserError
+from megafusion.resilience.attempts import read_attempts
+from megafusion.train.config import RunConfig
+from megafusion.train.loop import train
+from megafusion.train.open_model import open_checkpoint
+from megafusion.train.run_folder import freeze
+from tests.support.small import TOKENIZER
+
+
+def start(values: dict, stop_after: int | None = None) -> Path:
+    config = parse_config(RunConfig, values, "test")
+    train(config, stop_after)
+    return config.out
+
+
+@pytest.fixture
+def inputs(run_values, shards, vae_folder, tmp_path) -> dict[str, Path]:
+    """A run's inputs in places of their own, by the key that names them."""
+    places = {f"data.sources.{name}.path": shards / name for name in ("pairs", "text")}
+    places |= {"data.tokenizer": TOKENIZER, "data.vae": vae_folder}
+    for key, original in places.items():
+        place = tmp_path / "first" / key
+        place.parent.mkdir(exist_ok=True)
+        shutil.copytree(original, place) if original.is_dir() else shutil.copy(original, place)
+        places[key] = place
+    point_at(run_values, places)
+    return places
+
+
+def point_at(values: dict, places: dict[str, Path]) -> None:
+    for key, place in places.items():
+        *parents, name = key.split(".")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section[name] = str(place)
+
+
+def test_moved_inputs_are_read_and_the_move_is_told_recorded_and_known_to_other_commands(
+    run_values, inputs, tmp_path, capsys
+):
+    run = start(run_values, stop_after=2)
+    (tmp_path / "first").rename(tmp_path / "second")
+    moved = {key: tmp_path / "second" / key for key in inputs}
+    point_at(run_values, moved)
+    capsys.readouterr()
+    start(run_values, stop_after=3)
+    said = capsys.readouterr().err
+    for key, place in moved.items():
+        assert f"{run}: resumes with {key} {place} instead of {inputs[key]}\n" in said
+    changed = {key: [str(inputs[key]), str(place)] for key, place in moved.items()}
+    assert [attempt["changed"] for attempt in read_attempts(run)] == [{}, changed]
+    assert open_checkpoint(run / "checkpoints/step-00000003", "ema").sizes == [(32, 32)]
+    start(run_values, stop_after=4)
+    assert "instead of" not in capsys.readouterr().err
+
+
+def test_a_move_keeps_the_recipe_that_the_run_began_with(run_values, inputs, tmp_path):
+    run = start(run_values, stop_after=1)
+    (tmp_path / "first").rename(tmp_path / "second")
+    point_at(run_values, {key: tmp_path / "second" / key for key in inputs})
+    run_values["optimizer"]["learning_rate"] = 1e-3
+    start(run_values, stop_after=2)
+    frozen = yaml.safe_load((run / "config.yaml").read_text())
+    assert frozen["optimizer"]["learning_rate"] == 3e-3
+    assert frozen["data"]["tokenizer"] == str(tmp_path / "second/data.tokenizer")
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "vae"])
+@pytest.mark.parametrize("where", ["moved", "in place", "not recorded"])
+def test_other_files_are_refused_wherever_they_are(run_values, which, where):
+    config = parse_config(RunConfig, run_values, "test")
+    hashes = {"tokenizer": "a" * 64, "vae": "b" * 64}
+    freeze(config, **{f"{name}_hash": value for name, value in hashes.items()})
+    if where == "not recorded":  # by an earlier version: then only the same place is known to be the same
+        record = config.out / "environment.json"
+        record.write_text(json.dumps({"shards": json.loads(record.read_text())["shards"]}))
+        freeze(config, "c" * 64, "c" * 64)
+    else:
+        hashes[which] = "c" * 64
+    if where != "in place":
+        run_values["data"][which] = "elsewhere"
+        config = parse_config(RunConfig, run_values, "test")
+    before = (config.out / "config.yaml").read_text()
+    with pytest.raises(UserError, match=rf"data\.{which}: other files than .* was started with"):
+        freeze(config, **{f"{name}_hash": value for name, value in hashes.items()})
+    assert (config.out / "config.yaml").read_text() == before
+
+
+def test_another_source_is_another_recipe(run_values):
+    start(run_values, stop_after=1)
+    run_values["data"]["sources"]["more"] = run_values["data"]["sources"]["text"]
+    with pytest.raises(UserError, match=r"other values of data\.sources\.more"):
+        start(run_values)
