@@ -14,9 +14,9 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from megafusion.data.index import INDEX
 from megafusion.data.manifest import ShardEntry
 from megafusion.data.remote import fetch
+from megafusion.data.shards import INDEX
 from megafusion.errors import UserError
 
 PARTIAL = ".part"

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from megafusion.data.decode import decode, first_images
 from megafusion.data.document_format import StoredDocument
-from megafusion.data.index import INDEX, document_offsets
 from megafusion.data.reader import ShardFolder
+from megafusion.data.shards import INDEX, document_offsets
 from megafusion.errors import UserError
 from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.progress import progress_bar

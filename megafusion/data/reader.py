@@ -10,9 +10,9 @@ import numpy as np
 
 from megafusion.data.cache import CacheFull, ShardCache
 from megafusion.data.document_format import BadDocument, CorruptBytes, StoredDocument, parse_document
-from megafusion.data.index import INDEX, document_offsets, load_index, npy
 from megafusion.data.manifest import MANIFEST, ShardEntry, load_manifest
 from megafusion.data.remote import is_remote
+from megafusion.data.shards import INDEX, document_offsets, load_index, npy
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 

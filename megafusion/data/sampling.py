@@ -1,12 +1,12 @@
 """Samples what is random about a document: order of segments, caption dropout, crops, latents, noise, t."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from megafusion.data.augment import augment, image_size
 from megafusion.data.config import DataConfig
+from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
 from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import nearest_size
 from megafusion.objective.noise_process import NoiseProcess
@@ -21,25 +21,22 @@ with np.errstate(over="ignore", invalid="ignore"):
 
 
 def sample_layout(
-    segments: Sequence[Segment],
+    stored: StoredDocument,
     manifest: Manifest,
     config: DataConfig,
     shape: SequenceShape,
     generator: np.random.Generator,
-    is_after_text: bool = False,
-    given: Collection[int] = (),
 ) -> list[Segment]:
     """The segments of a document in the order in which the model sees them, noise not yet sampled.
 
-    given: indices, among the document's images, of those that are given. An image without text before it has
-    max_t data.image_first_max_t, unless its document continues another with text (is_after_text). Raises
-    BadImage for pixels that do not decode.
+    An image without text before it has max_t data.image_first_max_t, unless its document continues another
+    with text. Raises BadImage for pixels that do not decode.
     """
-    segments = [_sized(segment, shape, config, generator) for segment in segments]
-    if given:
-        images = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
-        for index in given:
-            segments[images[index]] = replace(segments[images[index]], is_given=True)
+    segments = [_sized(segment, shape, config, generator) for segment in stored.segments]
+    images = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
+    for index in stored.metadata.get(GIVEN, ()):
+        segments[images[index]] = replace(segments[images[index]], is_given=True)
+    is_after_text = stored.metadata.get(AFTER_TEXT, False)
     if manifest.kind == "pair":
         text, image = segments
         if generator.random() >= config.caption_first:
