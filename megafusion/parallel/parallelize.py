@@ -73,10 +73,9 @@ def parallelize(
             stage.stem.adapter = ImageParallelDown(stage.stem.adapter, image_shard)
         if stage.tail:
             stage.tail.adapter = ImageParallelUp(stage.tail.adapter, image_shard)
-    materialize(stage, model.config.num_layers, seed, device)
+    materialize(stage, mesh, seed, device)
     if model.config.tie_embeddings and stage.stem and stage.tail:
         tie_embeddings(stage.stem, stage.tail)
-    _mark(stage, mesh)
     if mesh.size("tensor") > 1:
         sum_partial_gradients(stage, mesh)
     for name, block in stage.blocks.items():
@@ -87,25 +86,21 @@ def parallelize(
     return stage
 
 
-def materialize(stage: nn.Module, num_layers: int, seed: int, device: torch.device) -> None:
-    """Give every parameter storage and its shard of the random start that its name and the seed define."""
+def materialize(stage: Stage, mesh: Mesh, seed: int, device: torch.device) -> None:
+    """Give every parameter storage and its shard of the random start that its name and the seed define.
+
+    Marks tell DeepSpeed which parameters are sharded, and which count in this rank's gradient norm.
+    """
     for weight in list(named_weights(stage)):
         empty = getattr(weight.owner, weight.key)
         spec = shard_spec_of(empty)
         whole = weight._replace(name=canonical_name(weight.name))
-        value = spec.shard(initial_value(whole, spec.shape, num_layers, seed))
+        value = spec.shard(initial_value(whole, spec.shape, stage.config.num_layers, seed))
         parameter = nn.Parameter(value.to(device))
-        parameter.__dict__.update(empty.__dict__)
+        is_sharded, is_first = hasattr(empty, "shard_spec"), mesh.rank("tensor") == 0
+        marks = {"tensor_model_parallel": is_sharded, "model_parallel": is_sharded or is_first}
+        parameter.__dict__.update(empty.__dict__ | marks)
         setattr(weight.owner, weight.key, parameter)
-
-
-def _mark(stage: Stage, mesh: Mesh) -> None:
-    """Tell DeepSpeed which parameters count in this rank's gradient norm, and which are sharded."""
-    for parameter in stage.parameters():
-        is_sharded = hasattr(parameter, "shard_spec")
-        if is_sharded:
-            parameter.tensor_model_parallel = True
-        parameter.model_parallel = is_sharded or mesh.rank("tensor") == 0
 
 
 def shard_objective(config: ObjectiveConfig, model: ModelConfig, mesh: Mesh) -> Objective:
