@@ -1,6 +1,7 @@
 """Error reporting that the builders' command lines share."""
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -8,10 +9,10 @@ from megafusion.errors import UserError
 from megafusion.resilience.exit_status import ExitStatus
 
 
-def run_command(app: typer.Typer) -> None:
-    """Run a command; print a UserError without a traceback and exit with status 2."""
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command line; print a UserError without a traceback and exit with status 2."""
     try:
-        app()
+        command()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(ExitStatus.REFUSED)

@@ -125,10 +125,6 @@ def starter_keys(captions: dict[str, str], concepts: list[str]) -> list[str]:
     return [by_caption[caption] for caption in selected]
 
 
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
 def build(
     packages: Annotated[Path, typer.Option(help="Folder with the three npm tarballs (see README.md).")],
     out: Annotated[Path, typer.Option(help="Folder to write emoji-000000.tar and starter.txt to.")],
@@ -147,4 +143,4 @@ def build(
 
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(lambda: typer.run(build))

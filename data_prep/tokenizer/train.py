@@ -8,8 +8,8 @@ import sentencepiece
 import typer
 
 from data_prep.command import run_command
+from data_prep.emoji.pack import read_keys, read_pack
 from data_prep.images import decode_caption
-from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError
 from megafusion.storage import write_file
 
@@ -22,24 +22,7 @@ STARTER_WEIGHT = 100
 words should be single tokens."""
 
 
-def read_captions(pack: Path) -> dict[str, str]:
-    """Caption by key, in the order of a webdataset tar."""
-    if not pack.is_file():
-        raise UserError(f"{pack}: no such file; build it with python -m data_prep.emoji.build")
-    return {pair.key: decode_caption(pair.caption) for pair in tar_pairs(pack)}
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file. UserError if it is missing or empty."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; data_prep/README.md says how to build it")
-    lines = path.read_text().splitlines()
-    if not lines:
-        raise UserError(f"{path}: is empty")
-    return lines
-
-
-def train_tokenizer(sentences: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> bytes:
+def train_tokenizer(sentences: list[str]) -> bytes:
     """A SentencePiece BPE model; the same sentences give the same bytes.
 
     Ids: 0 unk, 1 bos, 2 eos, 3 to 258 the bytes, then pieces. No padding. UserError if the sentences
@@ -52,7 +35,7 @@ def train_tokenizer(sentences: list[str], vocabulary_size: int = VOCABULARY_SIZE
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocabulary_size,
+            vocab_size=VOCABULARY_SIZE,
             byte_fallback=True,
             character_coverage=0.99995,
             normalization_rule_name="identity",
@@ -71,7 +54,7 @@ def train_tokenizer(sentences: list[str], vocabulary_size: int = VOCABULARY_SIZE
         )
     except RuntimeError as error:
         raise UserError(
-            f"cannot train {vocabulary_size} pieces on {len(sentences)} lines: {error}; give more text"
+            f"cannot train {VOCABULARY_SIZE} pieces on {len(sentences)} lines: {error}; give more text"
         ) from error
     return model.getvalue()
 
@@ -81,10 +64,6 @@ def mean_tokens(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str
     return sum(len(ids) for ids in tokenizer.encode(texts)) / len(texts)
 
 
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
 def train(
     pack: Annotated[Path, typer.Option(help="The emoji pack, for its captions.")],
     keys: Annotated[Path, typer.Option(help="Keys of the starter split, whose captions are repeated most.")],
@@ -92,24 +71,20 @@ def train(
     out: Annotated[Path, typer.Option(help="SentencePiece model to write.")],
 ) -> None:
     """Train the tokenizer and print the mean number of tokens of a caption and a gloss."""
-    captions, glosses = read_captions(pack), read_lines(text)
-    missing = [key for key in read_lines(keys) if key not in captions]
-    if missing:
-        raise UserError(
-            f"{keys}: keys not in {pack}: {missing[:5]}; build both with python -m data_prep.emoji.build"
-        )
-    starter = [captions[key] for key in read_lines(keys)]
+    if not text.is_file():
+        raise UserError(f"{text}: no such file; data_prep/README.md says how to build it")
+    if not (glosses := text.read_text().splitlines()):
+        raise UserError(f"{text}: is empty")
+    captions = {key: decode_caption(pair.caption) for key, pair in read_pack(pack).items()}
+    starter = [captions[key] for key in read_keys(keys, captions)]
     model = train_tokenizer(list(captions.values()) * CAPTION_WEIGHT + starter * STARTER_WEIGHT + glosses)
     write_file(out, model)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
-    for name, texts in (
-        ("starter caption", starter),
-        ("caption", list(captions.values())),
-        ("gloss", glosses),
-    ):
-        typer.echo(f"{mean_tokens(tokenizer, texts):.2f} tokens per {name}")
+    texts = {"starter caption": starter, "caption": list(captions.values()), "gloss": glosses}
+    for name, some in texts.items():
+        typer.echo(f"{mean_tokens(tokenizer, some):.2f} tokens per {name}")
     typer.echo(f"{tokenizer.vocab_size()} pieces, {len(model)} bytes")
 
 
 if __name__ == "__main__":
-    run_command(app)
+    run_command(lambda: typer.run(train))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from megafusion.data.augment import decode_pixels
 from megafusion.data.document_format import StoredDocument
-from megafusion.images.processor import postprocess_images
+from megafusion.images.processor import postprocess_images, resize_and_crop
 from megafusion.images.sizes import Size, nearest_size
 from megafusion.sequence.document import Segment
 
@@ -31,18 +30,11 @@ def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] =
     sizes: heights and widths in pixels. Pixels are cropped about the centre to the one nearest in aspect, as
     training does without augmentation; without sizes they are returned as kept.
     """
-    if images[0].kind == "pixels":
-        return [_fit(decode_pixels(image.data), sizes) for image in images]
-    decoded: dict[int, Image.Image] = {}
-    for shape in dict.fromkeys(image.data.shape for image in images):
-        indices = [index for index, image in enumerate(images) if image.data.shape == shape]
-        means = torch.from_numpy(np.stack([images[index].data[0] for index in indices])).float()
-        decoded |= zip(indices, postprocess_images(codec.decode(means.to(codec.model.device))), strict=True)
-    return [decoded[index] for index in range(len(images))]
-
-
-def _fit(image: Image.Image, sizes: Sequence[Size]) -> Image.Image:
+    if images[0].kind == "moments":
+        device = codec.model.device
+        means = (torch.tensor(image.data[:1], dtype=torch.float32, device=device) for image in images)
+        return [shown for mean in means for shown in postprocess_images(codec.decode(mean))]
+    kept = [decode_pixels(image.data) for image in images]
     if not sizes:
-        return image
-    height, width = sizes[nearest_size(image.height, image.width, sizes)]
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        return kept
+    return [resize_and_crop(image, *sizes[nearest_size(image.height, image.width, sizes)]) for image in kept]

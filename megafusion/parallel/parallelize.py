@@ -8,7 +8,7 @@ from megafusion.model.transfusion import Transfusion, tie_embeddings
 from megafusion.model.weights import initial_value, named_weights
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective, cross_entropy
-from megafusion.parallel.activation_checkpointing import CheckpointedBlock
+from megafusion.parallel.activation_checkpointing import checkpointed
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.parallel.config import Recompute
 from megafusion.parallel.fp8 import Fp8Block
@@ -80,7 +80,7 @@ def parallelize(
         sum_partial_gradients(stage, mesh)
     for name, block in stage.blocks.items():
         if recompute != "none":
-            stage.blocks[name] = CheckpointedBlock(block, recompute)
+            stage.blocks[name] = checkpointed(block, recompute)
         if compile:
             stage.blocks[name].compile()
     return stage

@@ -9,6 +9,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.emoji.pack import read_pack
+from data_prep.images import decode_caption
 from data_prep.text import build
 from data_prep.tokenizer import train
 from megafusion.errors import UserError
@@ -81,7 +83,7 @@ def test_tokenizer_has_llamas_ids_and_2046_of_them():
 
 
 def test_captions_round_trip_in_few_tokens():
-    captions = train.read_captions(PACK)
+    captions = {key: decode_caption(pair.caption) for key, pair in read_pack(PACK).items()}
     texts = list(captions.values())
     assert TOKENIZER.decode(TOKENIZER.encode(texts)) == texts
     assert train.mean_tokens(TOKENIZER, texts) < 6.5
