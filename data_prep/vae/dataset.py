@@ -60,23 +60,11 @@ def training_batches(
 
     A resumed run skips its first `num_skipped` batches, without decoding them.
     """
-    batch: list[Tensor] = []
-    num_images_to_skip = num_skipped * batch_size
-    for epoch in count():
-        rng = random.Random(f"{seed}/{epoch}")
-        sample = None
-        for sample in _shuffled(config, shards, rng):
-            flip = config.horizontal_flip and rng.random() < 0.5
-            if num_images_to_skip:
-                num_images_to_skip -= 1
-                continue
-            pixels = preprocess_images([_decode(sample)], config.image_size, config.image_size)[0]
-            batch.append(pixels.flip(-1) if flip else pixels)
-            if len(batch) == batch_size:
-                yield torch.stack(batch)
-                batch = []
-        if sample is None:
-            raise UserError(f"data.shards: {', '.join(map(str, shards))}: no image left to train on")
+    samples = islice(_training_samples(config, shards, seed), num_skipped * batch_size, None)
+    while True:
+        batch, flips = zip(*islice(samples, batch_size), strict=True)
+        pixels = preprocess_images(list(map(_decode, batch)), config.image_size, config.image_size)
+        yield torch.where(torch.tensor(flips)[:, None, None, None], pixels.flip(-1), pixels)
 
 
 def hash_shards(shards: list[Path]) -> str:
@@ -89,12 +77,19 @@ def hash_shards(shards: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _shuffled(config: ImageDataConfig, shards: list[Path], rng: random.Random) -> Iterator[Sample]:
-    """One epoch of training images: shards in random order, then a shuffle buffer."""
-    order = rng.sample(shards, len(shards))
-    samples = (s for s in _samples(order) if not is_held_out(s[0], config.held_out_fraction))
-    size = config.shuffle_buffer
-    return webdataset.filters.shuffle(size, initial=size, rng=rng)(samples)
+def _training_samples(
+    config: ImageDataConfig, shards: list[Path], seed: int
+) -> Iterator[tuple[Sample, bool]]:
+    """Endless training images, and whether to flip each: shards in random order, then a shuffle buffer."""
+    for epoch in count():
+        rng = random.Random(f"{seed}/{epoch}")
+        order = rng.sample(shards, len(shards))
+        samples = (s for s in _samples(order) if not is_held_out(s[0], config.held_out_fraction))
+        sample, size = None, config.shuffle_buffer
+        for sample in webdataset.filters.shuffle(size, initial=size, rng=rng)(samples):
+            yield sample, config.horizontal_flip and rng.random() < 0.5
+        if sample is None:
+            raise UserError(f"data.shards: {', '.join(map(str, shards))}: no image left to train on")
 
 
 def _samples(shards: list[Path]) -> Iterator[Sample]:

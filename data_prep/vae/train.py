@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from megafusion.device import default_device
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -17,8 +19,7 @@ from data_prep.vae.config import AutoencoderConfig, OptimizationConfig
 from data_prep.vae.dataset import find_shards, hash_shards, held_out_images, training_batches
 from data_prep.vae.evaluation import contact_sheet, latent_statistics, measure
 from data_prep.vae.losses import AutoencoderLoss
-from data_prep.vae.model import build_model
-from data_prep.vae.output import check_output, write_autoencoder
+from data_prep.vae.model import build_model, check_output, write_autoencoder
 from megafusion.config import changed_keys, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec, decode, encode
@@ -186,10 +187,8 @@ def learning_rate(options: OptimizationConfig, step: int) -> float:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=default_device() if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r}: not available here ({error})") from error
 

@@ -13,8 +13,6 @@ functional collectives, which torch.compile and selective checkpointing understa
 gradients of `all_gather` and `reduce_scatter`.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -88,8 +86,3 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 def all_gather_replicated(x: Tensor, group: Group) -> Tensor:
     """The ranks' slices of dimension 0 concatenated, for the same work on every rank."""
     return _AllGatherReplicated.apply(x, group)
-
-
-def sum_over(group: Group) -> Callable[[Tensor], Tensor]:
-    """A gradient hook for a replicated parameter of which each rank has a partial gradient."""
-    return lambda gradient: _sum(gradient, group)

@@ -174,4 +174,5 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
         partial.add(Replicated("positions"))
     for weight in named_weights(model):
         if weight.sharding in partial:
-            getattr(weight.owner, weight.key).register_hook(collectives.sum_over(mesh.group("tensor")))
+            hook = partial(collectives.all_reduce, group=mesh.group("tensor"))
+            getattr(weight.owner, weight.key).register_hook(hook)
