@@ -1,6 +1,7 @@
 """Activation checkpointing: a block's backward pass recomputes activations instead of keeping them."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +24,9 @@ _SAVED = {
 
 def checkpointed(block: nn.Module, recompute: Recompute) -> nn.Module:
     """A block that saves its input alone ("full"), or matrix products and collectives too ("selective")."""
-    selective = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
-    options = selective if recompute == "selective" else {}
+    options: dict[str, Any] = {}
+    if recompute == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint_wrapper(block, preserve_rng_state=False, **options)
 
 

@@ -51,7 +51,7 @@ class Fp8Block(Wrapper):
 
 
 def _in_fp8(linear: nn.Linear) -> nn.Module:
-    """A transformer-engine layer to replace one of ours, with the same weight shape, declaration and region."""
+    """A transformer-engine layer to replace one of ours, with the same weight shapes and declaration."""
     from transformer_engine.pytorch import Linear
 
     layer = Linear(

@@ -169,10 +169,10 @@ def _vocab_spec(whole: Tensor, vocab_shard: range) -> ShardSpec:
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
     """All-reduce over the tensor group the gradients of replicated weights that are partial on each rank."""
-    partial = {Replicated("heads"), Replicated("images")}
+    declared = {Replicated("heads"), Replicated("images")}
     if mesh.config.sequence:
-        partial.add(Replicated("positions"))
+        declared.add(Replicated("positions"))
     for weight in named_weights(model):
-        if weight.sharding in partial:
+        if weight.sharding in declared:
             hook = partial(collectives.all_reduce, group=mesh.group("tensor"))
             getattr(weight.owner, weight.key).register_hook(hook)
