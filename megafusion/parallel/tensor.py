@@ -5,6 +5,8 @@ Column-parallel layers begin a region and row-parallel layers end it. With Megat
 (arXiv 2205.05198) the residual stream and its norms, outside the regions, are sharded by positions.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
