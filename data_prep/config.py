@@ -7,11 +7,20 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megafusion.config import Config
+from megafusion.data.manifest import FOLDERS, Kind
 from megafusion.images.sizes import Size, format_sizes
 
 Pixels = Annotated[int, Field(gt=0)]
-KEYS_WITHOUT_EFFECT = {"out", "num_workers", "max_skip_rate"}
+KEYS_WITHOUT_EFFECT = {"out", "num_workers", "max_skip_rate", "overwrite"}
 """Keys of PreprocessConfig that change no byte of a shard."""
+_KEYS_OF_ALL = ("filters", "documents_per_shard", "on_error")
+_KEYS_OF_IMAGES = ("image_sizes", "image_storage", "batch_size", *_KEYS_OF_ALL)
+KEYS_OF_KIND: dict[Kind, tuple[str, ...]] = {
+    "pair": ("images", "keys", "image_column", "caption_column", *_KEYS_OF_IMAGES),
+    "text": ("texts", "text_column", *_KEYS_OF_ALL),
+    "interleaved": ("documents", "document_images", "split", *_KEYS_OF_IMAGES),
+}
+"""Keys that its shards depend on, besides the tokenizer and the autoencoder."""
 
 
 class ScoreRange(Config):
@@ -76,10 +85,10 @@ class PreprocessConfig(Config):
     vae: Path
     """diffusers AutoencoderKL folder."""
     images: tuple[Path, ...] = ()
-    """Captioned images: webdataset tars with an image and a .txt caption per key (img2dataset's output),
-    parquet files, folders of these or of images with .txt files beside them."""
+    """Captioned images: webdataset tars with an image and a .txt caption per key, parquet files, images with
+    .txt files beside them, folders of these, or patterns of paths."""
     keys: Path | None = None
-    """File of the keys of images to keep, one per line; all by default."""
+    """UTF-8 file of the keys of images to keep, one per line; all by default."""
     image_sizes: tuple[tuple[Pixels, Pixels], ...] = Field(((64, 64),), min_length=1)
     """Heights and widths in pixels. Each image goes to the size whose aspect ratio is nearest to its own, is
     resized to cover it and cropped about the centre. For images stored as pixels this only says how large: a
@@ -88,13 +97,13 @@ class PreprocessConfig(Config):
     """latents: encoded once, now. pixels: stored as WebP, resized to cover one of image_sizes, and encoded
     whenever a run reads them; it may then crop and flip them."""
     texts: tuple[Path, ...] = ()
-    """Text files, or folders of them: .parquet, .jsonl, and others in UTF-8 with one document per line."""
+    """Parquet, JSON Lines, text files in UTF-8 with one document per line, folders of these, or patterns."""
     documents: tuple[Path, ...] = ()
-    """Files of interleaved documents, or folders of them. OBELICS: .jsonl or .parquet with two lists of equal
-    length, `texts` and `images`; each index holds a text, an image, or both in this order, the other null. A
-    third list, `given`, is true for images that are conditions: clean, and without a loss. Edits: .jsonl or
-    .parquet with `source` (an image, given), `instruction` and `target`. MMC4: .jsonl with `text_list` and
-    `image_info`."""
+    """Files of interleaved documents, folders of them, or patterns. OBELICS: JSON Lines or parquet with two
+    lists of equal length, `texts` and `images`; each index holds a text, an image, or both in this order, the
+    other null. A third list, `given`, is true for images that are conditions: clean, and without a loss.
+    Edits: JSON Lines or parquet with `source` (an image, given), `instruction` and `target`. MMC4: JSON Lines
+    with `text_list` and `image_info`."""
     document_images: Path | None = None
     """Tar or folder of the images that documents name; parquet may hold their bytes itself."""
     text_column: str = "text"
@@ -118,6 +127,18 @@ class PreprocessConfig(Config):
     command, or skip and count it."""
     max_skip_rate: float = Field(0.01, gt=0, le=1)
     """Maximum fraction of bad inputs; the command stops when it is exceeded by more than chance explains."""
+    overwrite: bool = False
+    """Whether shards in `out` that were made with other values of these keys may be replaced."""
+
+    @property
+    def inputs(self) -> dict[Kind, tuple[Path, ...]]:
+        """Input paths by kind."""
+        return {"pair": self.images, "text": self.texts, "interleaved": self.documents}
+
+    @property
+    def output_folders(self) -> list[Path]:
+        """Folders of shards that may be written, which are never an input."""
+        return [self.out / name for name in FOLDERS.values()]
 
     @model_validator(mode="after")
     def _sizes_differ(self) -> "PreprocessConfig":

@@ -1,6 +1,7 @@
 """Filters: which records are kept, and the hashes by which duplicates are found."""
 
 import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import imagehash
@@ -9,6 +10,7 @@ from data_prep.config import FilterConfig
 from data_prep.images import check_image, decode_caption, open_rgb
 from data_prep.readers.records import Dropped, RawPair
 from megafusion.sequence.text import clean_text
+from megafusion.storage import read_lines
 
 
 class RecordInfo(NamedTuple):
@@ -22,6 +24,16 @@ class RecordInfo(NamedTuple):
     """Pixels of a pair's image, upright."""
     height: int = 0
     """Pixels of a pair's image, upright."""
+
+
+def read_keys(path: Path) -> set[str]:
+    """The keys in a file, one per line."""
+    return {plain_key(key) for key in read_lines(path)}
+
+
+def plain_key(key: str) -> str:
+    """A key by which records are selected: that of a tar packed as `tar -c .` begins with `./`."""
+    return key.removeprefix("./")
 
 
 def inspect_record(raw: Any, filters: FilterConfig) -> RecordInfo:

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from megafusion.device import default_device
 
+import yaml
+
 import megafusion
-from data_prep.config import KEYS_WITHOUT_EFFECT, PreprocessConfig
-from data_prep.readers.splits import InputSplit, split_files
+from data_prep.config import KEYS_OF_KIND, KEYS_WITHOUT_EFFECT, PreprocessConfig
+from data_prep.readers.files import walk
+from data_prep.readers.splits import Inputs
 from data_prep.scan import file_stat
 from data_prep.write import CHANGED
 from megafusion.config import dump_config
-from megafusion.data.manifest import Kind
+from megafusion.data.manifest import Kind, Manifest
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
@@ -29,16 +33,30 @@ class InputFingerprint:
     A file counts as unchanged while its size and modification time are, else by its hash.
     """
 
-    def __init__(self, kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, splits: list[InputSplit]):
+    def __init__(self, kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, inputs: Inputs):
         self.fields = manifest_fields(kind, config, tokenizer)
         self._config = dump_config(config, KEYS_WITHOUT_EFFECT)
-        self._paths, extra_files = _input_paths(kind, config)
-        files = [file for split in splits for file in split_files(split)] + extra_files
+        self._files: dict[Path, list[Path]] = {path: [] for path in config.inputs[kind]}
+        self._files |= _other_files(kind, config)
+        for split in inputs.splits:
+            self._files[split.source] += split.files
+        files = [file for found in self._files.values() for file in found]
         self._stats = {str(file): list(file_stat(file)) for file in files}
         values = [self.fields, self._config, self._stats]
         # Tables of a partial folder are numbered by splits.
-        values += [spans] if (spans := [split.span for split in splits if split.span]) else []
+        values += [spans] if (spans := [split.span for split in inputs.splits if split.span]) else []
         self.digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+    def changed_keys(self, manifest: Manifest) -> list[str]:
+        """Keys that matter to a kind of input, and are not those that its shards were made with."""
+        earlier, now = (yaml.safe_load(c) for c in (manifest.provenance.get("config", "{}"), self._config))
+        changed = [key for key in KEYS_OF_KIND[manifest.kind] if earlier.get(key) != now[key]]
+        hashes = {"tokenizer": "tokenizer_sha256", "vae": "vae_sha256"}
+        return changed + [
+            key
+            for key, name in hashes.items()
+            if name in self.fields and self.fields[name] != getattr(manifest, name)
+        ]
 
     def is_current(self, folder: Path) -> bool:
         """Whether a folder holds complete shards of these inputs and settings."""
@@ -49,11 +67,12 @@ class InputFingerprint:
         manifest = shards.manifest
         if any(getattr(manifest, name) != value for name, value in self.fields.items()):
             return False
-        if manifest.provenance.get("config") != self._config:
+        if self.changed_keys(manifest):
             return False
         known = folder / INPUTS
         hashes = self.hash_files(json.loads(known.read_bytes()) if known.is_file() else {})
-        return manifest.provenance == self.provenance(hashes) and shards.is_intact()
+        provenance = self.provenance(hashes) | {"config": manifest.provenance.get("config")}
+        return manifest.provenance == provenance and shards.is_intact()
 
     def hash_files(self, known: dict[str, list]) -> dict[str, list]:
         """Size, modification time and hash of each file; hashes anew those that differ from `known`."""
@@ -72,9 +91,10 @@ class InputFingerprint:
     def provenance(self, hashes: dict[str, list]) -> dict[str, str]:
         """The version, the settings, and a hash of each configured input path."""
         found = {"megafusion": megafusion.__version__, "config": self._config}
-        for path in self._paths:
-            inside = [name for name in hashes if Path(name).is_relative_to(path)]
-            lines = [f"{Path(name).relative_to(path)} {hashes[name][2]}" for name in sorted(inside)]
+        for path, files in self._files.items():
+            inside = [name for name in hashes if Path(name).is_relative_to(path)] or list(map(str, files))
+            relative = {name: os.path.relpath(name, path) if path.exists() else name for name in inside}
+            lines = [f"{relative[name]} {hashes[name][2]}" for name in sorted(set(inside))]
             is_file = inside == [str(path)]
             folder_hash = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
             found[str(path)] = hashes[str(path)][2] if is_file else folder_hash
@@ -104,16 +124,16 @@ def manifest_fields(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer) 
     return fields
 
 
-def _input_paths(kind: Kind, config: PreprocessConfig) -> tuple[list[Path], list[Path]]:
-    """Configured input paths of a kind, and those of their files that do not belong to a split."""
-    if kind == "text":
-        return list(config.texts), []
-    paths, extra = (
-        (config.images, config.keys) if kind == "pair" else (config.documents, config.document_images)
-    )
+def _other_files(kind: Kind, config: PreprocessConfig) -> dict[Path, list[Path]]:
+    """A configured path whose files belong to no split, and these files."""
+    extra = {"pair": config.keys, "text": None, "interleaved": config.document_images}[kind]
     if extra is None:
-        return list(paths), []
+        return {}
     if not extra.exists():
         raise UserError(f"{extra}: no such file or folder")
-    files = sorted(p for p in extra.rglob("*") if p.is_file()) if extra.is_dir() else [extra]
-    return [*paths, extra], files
+    found = (
+        walk(extra, set(map(os.path.realpath, config.output_folders)), {})
+        if extra.is_dir()
+        else [(extra, None)]
+    )
+    return {extra: sorted(path for path, _ in found if path.is_file())}

@@ -14,7 +14,7 @@ import pyarrow
 from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
-from data_prep.filters import Deduplicator, RecordInfo
+from data_prep.filters import Deduplicator, RecordInfo, plain_key
 from data_prep.readers.records import Record
 from data_prep.readers.splits import InputSplit
 from megafusion.data.document_format import exceeds_error_budget
@@ -62,14 +62,15 @@ def make_plan(
     skipped: Counter[str] = Counter()
     sides: Counter[int] = Counter()
     examples: dict[str, list[str]] = {}
-    deduplicator, found, total = Deduplicator(config.filters), set(), 0
+    found: set[str] = set()
+    deduplicator, total = Deduplicator(config.filters), 0
     tables = list(tables)
     offsets = line_offsets(splits, tables)
     for split, path in zip(splits, tables, strict=True):
         table = parquet.read_table(path)
         total += len(table)
         if selected_keys is not None:
-            found.update(table.column("key").to_pylist())
+            found.update(map(plain_key, table.column("key").to_pylist()))
         reasons, is_bad = table.column("reason").to_pylist(), table.column("is_bad").to_pylist()
         if config.filters.duplicates != "keep":
             _mark_duplicates(table, reasons, deduplicator)

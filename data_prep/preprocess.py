@@ -9,7 +9,6 @@ resumes where it was, and the bytes of a shard do not depend on the process that
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,12 @@ from pyarrow import parquet
 from rich.progress import Progress
 
 from data_prep.config import PreprocessConfig
+from data_prep.filters import read_keys
 from data_prep.fingerprint import InputFingerprint, write_hashes
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import Pool, Throughput
-from data_prep.readers.splits import find_splits
-from data_prep.report import summary_line, write_report, write_sheet
+from data_prep.readers.splits import Inputs
+from data_prep.report import format_counts, summary_line, write_report, write_sheet
 from data_prep.scan import table_path
 from data_prep.worker import ShardTask, WorkerSettings
 from data_prep.write import read_summary, summary_path
@@ -55,19 +55,16 @@ def preprocess(config: PreprocessConfig, shard_range: ShardRange | None = None) 
     shard_range: each of several tasks writes its own shards, and the last to finish the manifests; the others
     return fewer. Raises UserError for bad input if on_error=fail, a full disk, and a folder that is not ours.
     """
-    inputs: dict[Kind, Sequence[Path]] = {
-        "pair": config.images,
-        "text": config.texts,
-        "interleaved": config.documents,
-    }
-    if not any(inputs.values()):
+    kinds = [kind for kind, paths in config.inputs.items() if paths]
+    if not kinds:
         raise UserError("nothing to preprocess: set `images`, `texts` or `documents`")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"{config.out}: is a file; name a folder")
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     with progress_bar() as progress:
-        kinds = [kind for kind, paths in inputs.items() if paths]
         jobs = [_Job(kind, config, tokenizer, progress, shard_range) for kind in kinds]
+        for job in jobs:
+            job.refuse_other_shards()
         manifests = {job.folder: job.run() for job in jobs}
     for folder, manifest in manifests.items():
         if manifest:
@@ -88,19 +85,35 @@ class _Job:
     ):
         self.folder = config.out / FOLDERS[kind]
         self._kind, self._config, self._progress, self._shard_range = kind, config, progress, shard_range
-        self._splits = find_splits(kind, config)
-        self._fingerprint = InputFingerprint(kind, config, tokenizer, self._splits)
-        self._selected_keys = set(config.keys.read_text().split()) if kind == "pair" and config.keys else None
+        self._inputs = Inputs(
+            kind, config.inputs[kind], config.output_folders, config.text_column, config.image_column
+        )
+        self._splits = self._inputs.splits
+        self._fingerprint = InputFingerprint(kind, config, tokenizer, self._inputs)
+        self._selected_keys = read_keys(config.keys) if kind == "pair" and config.keys else None
         # Named by the fingerprint, so that concurrent tasks of other inputs never delete each other's work.
         self._partial = self.folder.with_name(f"{self.folder.name}.{self._fingerprint.digest}.partial")
         self._work = self._partial / "work"
+
+    def refuse_other_shards(self) -> None:
+        """UserError where the folder holds anything but shards that were made with the same keys."""
+        refuse_foreign(self.folder, MANIFEST)
+        try:
+            manifest = load_manifest(self.folder)
+        except UserError:  # no shards, or none that can be used
+            return
+        changed = self._fingerprint.changed_keys(manifest)
+        if changed and not self._config.overwrite:
+            raise UserError(
+                f"{self.folder}: holds {manifest.num_documents} documents made with other values of "
+                f"{', '.join(changed)}; choose another out, or set overwrite=true to replace them"
+            )
 
     def run(self) -> Manifest | None:
         """The manifest of the folder; None where other tasks have shards left to write."""
         if self._fingerprint.is_current(self.folder):
             self._print(f"{self.folder}: up to date")
             return self._finished()
-        refuse_foreign(self.folder, MANIFEST)
         try:
             return self._run()
         except OSError as error:
@@ -132,7 +145,10 @@ class _Job:
             per_shard = self._config.documents_per_shard
             num_shards = plan.num_shards(per_shard)
             if not num_shards:
-                raise UserError(f"{self.folder}: the inputs hold no valid document; nothing is written")
+                raise UserError(
+                    f"{self.folder}: the inputs hold no valid document; nothing is written; files ignored: "
+                    f"{format_counts(self._inputs.ignored)}"
+                )
             tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(task, num_shards, num_tasks)]
             self._map(pool, "write", tasks, sum(len(task.rows) for task in tasks))
         return self._finish(plan, num_shards)
@@ -174,9 +190,9 @@ class _Job:
         write_hashes(self._partial, hashes)
         fields = self._fingerprint.fields | {"provenance": self._fingerprint.provenance(hashes)}
         manifest = write_manifest(self._partial, summaries, fields)
-        write_report(self._partial, plan, manifest)
+        write_report(self._partial, plan, self._inputs.ignored, manifest)
         self._replace()
-        self._print(summary_line(self.folder, plan, manifest))
+        self._print(summary_line(self.folder, plan, self._inputs.ignored, manifest))
         return self._finished()
 
     def _tables(self) -> list[Path]:

@@ -13,13 +13,14 @@ REPORT, SHEET = "report.json", "sheet.png"
 NUM_IMAGES_SHOWN = 32
 
 
-def write_report(folder: Path, plan: Plan, manifest: Manifest) -> None:
-    """Write report.json: counts of kept, dropped and bad records, by reason."""
+def write_report(folder: Path, plan: Plan, ignored: dict[str, int], manifest: Manifest) -> None:
+    """Write report.json: counts of kept, dropped and bad records by reason, and of ignored files by kind."""
     values = {
         "inputs": plan.num_records,
         "kept": len(plan.rows),
         "dropped": plan.dropped,
         "bad": plan.skipped,
+        "ignored": dict(sorted(ignored.items())),
         "examples": plan.examples,
         "documents": manifest.num_documents,
         "tokens": manifest.num_tokens,
@@ -36,14 +37,17 @@ def write_sheet(folder: Path, manifest: Manifest, vae: Path) -> None:
         inspect_shards(folder, vae, folder / SHEET, NUM_IMAGES_SHOWN)
 
 
-def summary_line(folder: Path, plan: Plan, manifest: Manifest) -> str:
+def format_counts(counts: dict[str, int]) -> str:
+    """Numbers by reason as text."""
+    return ", ".join(f"{number} x {reason}" for reason, number in sorted(counts.items())) or "none"
+
+
+def summary_line(folder: Path, plan: Plan, ignored: dict[str, int], manifest: Manifest) -> str:
     """The report in one line."""
     num_shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
-    bad, dropped = (
-        ", ".join(f"{n} x {reason}" for reason, n in counts.items()) or "none"
-        for counts in (plan.skipped, plan.dropped)
-    )
+    bad, dropped, others = map(format_counts, (plan.skipped, plan.dropped, ignored))
     return (
         f"{folder}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, {manifest.num_images} "
-        f"images in {num_shards}; bad: {bad}; dropped: {dropped}"
+        f"images in {num_shards}; bad: {bad}; dropped: {dropped}; "
+        f"files ignored: {others}"
     )

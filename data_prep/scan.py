@@ -11,10 +11,10 @@ import pyarrow
 from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
-from data_prep.filters import RecordInfo, inspect_record
+from data_prep.filters import RecordInfo, inspect_record, plain_key
 from data_prep.readers.jsonl import count_lines
 from data_prep.readers.records import BadRecord, Dropped, Reader, Record
-from data_prep.readers.splits import InputSplit, split_files
+from data_prep.readers.splits import InputSplit
 from data_prep.readers.webdataset import NO_IMAGE
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
@@ -46,7 +46,7 @@ def scan_split(
 
     selected_keys: keys of the records to inspect; None: all. Raises UserError for a bad record, by on_error.
     """
-    read = split_files(split) if split.opens_file else []
+    read = split.files if split.opens_file else ()
     files = {str(file): [*file_stat(file), file_sha256(file)] for file in read}
     rows = []
     for record, info, error in _inspect_records(split, open_reader, config, selected_keys):
@@ -81,7 +81,7 @@ def _inspect_records(
         yield Record(""), no_info, error
         return
     for record in reader.records(*split.span):
-        if selected_keys is not None and record.key and record.key not in selected_keys:
+        if selected_keys is not None and record.key and plain_key(record.key) not in selected_keys:
             continue
         try:
             if record.problem == NO_IMAGE:
@@ -99,13 +99,13 @@ def _inspect_records(
 
 def _num_lines(split: InputSplit) -> int:
     """Number of lines in a part of a text file, by which the next parts' lines are renumbered; else 0."""
-    is_lines = split.span and split.files[0].suffix.lower() != ".parquet"
+    is_lines = split.span and split.form != "parquet"
     return count_lines(split.files[0], *split.span) if is_lines else 0
 
 
 def _renumbered(split: InputSplit, record: Record) -> Record:
     """A record whose key is its number in the complete file."""
-    if not split.span or split.opens_file or split.files[0].suffix.lower() == ".parquet":
+    if not split.span or split.opens_file or split.form == "parquet":
         return record
     return Record(str(int(record.key) + count_lines(split.files[0], 0, split.span[0])), record.location)
 

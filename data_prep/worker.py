@@ -11,7 +11,7 @@ import torch
 from data_prep.config import PreprocessConfig
 from data_prep.plan import line_offsets, records_at
 from data_prep.readers.interleaved import NamedImages
-from data_prep.readers.records import BadRecord, Reader, Record
+from data_prep.readers.records import BadRecord, Dropped, Reader, Record
 from data_prep.readers.splits import InputSplit, open_reader
 from data_prep.scan import scan_split, table_path
 from data_prep.write import CHANGED, DocumentBuilder, write_shard_once
@@ -75,18 +75,21 @@ class Worker:
             lambda: self._builder.documents(self._records(task)),
         )
 
-    def _records(self, task: ShardTask) -> Iterator[tuple[Record, Any, str]]:
+    def _records(self, task: ShardTask) -> Iterator[tuple[Record, Any, str, dict]]:
+        is_one_file = len({split.files for split in self._settings.splits}) == 1
         for split in np.unique(task.splits):
             path = table_path(self._settings.work, int(split))
             for record in records_at(path, task.rows[task.splits == split], self._line_offsets[split]):
                 reader = self._reader(int(split))
                 try:
                     raw = reader.read(record)
-                except BadRecord as error:
+                except (BadRecord, Dropped) as error:
                     raise UserError(
                         f"{reader.where(record)}: {CHANGED} ({error.reason}); start again"
                     ) from error
-                yield record, raw, reader.where(record)
+                # Of one file, documents are known by their line, and the manifest names it.
+                origin = {} if is_one_file else {"file": str(self._settings.splits[split].files[0])}
+                yield record, raw, reader.where(record), origin
                 self._count(1)
 
     def _reader(self, split: int) -> Reader:

@@ -77,13 +77,13 @@ class DocumentBuilder:
     def __init__(self, config: PreprocessConfig, tokenizer: Tokenizer, codec: ImageCodec | None):
         self._config, self._tokenizer, self._codec = config, tokenizer, codec
 
-    def documents(self, records: Iterator[tuple[Record, Any, str]]) -> Iterator[StoredDocument]:
-        """Documents of (record, what its reader returns, where it is)."""
+    def documents(self, records: Iterator[tuple[Record, Any, str, dict]]) -> Iterator[StoredDocument]:
+        """Documents of (record, what its reader returns, where it is, metadata of a text)."""
         batch: list[tuple[dict, list[RawSegment]]] = []
         num_images = 0
-        for record, raw, where in records:
+        for record, raw, where, origin in records:
             try:
-                parsed = self._parse(record, raw)
+                parsed = self._parse(record, raw, origin)
             except UserError as error:
                 raise UserError(f"{where}: {CHANGED} ({error}); start again") from error
             for metadata, segments in parsed:
@@ -94,14 +94,14 @@ class DocumentBuilder:
                     batch, num_images = [], 0
         yield from self._encode(batch)
 
-    def _parse(self, record: Record, raw: Any) -> list[tuple[dict, list[RawSegment]]]:
+    def _parse(self, record: Record, raw: Any, origin: dict) -> list[tuple[dict, list[RawSegment]]]:
         """Metadata and segments of the documents that a record becomes; images are not encoded yet."""
         if isinstance(raw, RawPair):
             caption = decode_caption(raw.caption)
             segments = [self._tokens(caption), self._image(raw.image)]
             return [({"key": record.key, "caption": caption}, segments)]
         if isinstance(raw, str):
-            return [({"line": int(record.key)}, [self._tokens(clean_text(raw))])]
+            return [({"line": int(record.key)} | origin, [self._tokens(clean_text(raw))])]
         segments = [self._image(s) if isinstance(s, bytes) else self._tokens(s) for s in raw]
         metadata = {"key": record.key, "caption": _caption_preview(raw)}
         given = iter([isinstance(s, GivenImage) for s in raw if isinstance(s, bytes)])

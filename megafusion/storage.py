@@ -27,6 +27,24 @@ def expand_path(path: str | Path) -> str:
     return expanded
 
 
+def read_text(path: Path) -> str:
+    """Text of a file that a user wrote, without a byte order mark. UserError where it is not UTF-8."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 from byte {error.start} on; save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a user's file, stripped; empty ones are skipped. UserError where there are none."""
+    lines = [line for raw in read_text(path).split("\n") if (line := raw.strip())]
+    if not lines:
+        raise UserError(f"{path}: is empty")
+    return lines
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: a reader never sees a part of it. Makes the folder if needed.
 

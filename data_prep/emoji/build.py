@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from data_prep.command import run_command
 from data_prep.npm import NpmPackage, read_package
 from megafusion.errors import UserError
+from megafusion.resilience.exit_status import exit_on_user_error
 from megafusion.storage import write_file
 
 FLUENT = NpmPackage(
@@ -143,4 +143,5 @@ def build(
 
 
 if __name__ == "__main__":
-    run_command(lambda: typer.run(build))
+    with exit_on_user_error():
+        typer.run(build)

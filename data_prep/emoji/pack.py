@@ -6,6 +6,7 @@ from pathlib import Path
 from data_prep.readers.records import RawPair
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError
+from megafusion.storage import read_lines
 
 
 def read_pack(pack: Path) -> dict[str, RawPair]:
@@ -17,10 +18,7 @@ def read_pack(pack: Path) -> dict[str, RawPair]:
 
 def read_keys(path: Path, pack_keys: Collection[str]) -> list[str]:
     """Keys of a file, one per line; UserError naming those that the pack lacks."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the keys of the concepts, one per line")
-    keys = path.read_text().split()
-    missing = [key for key in keys if key not in pack_keys]
-    if missing or not keys:
-        raise UserError(f"{path}: {f'not in the pack: {missing[:5]}' if missing else 'names no keys'}")
+    keys = read_lines(path)
+    if missing := [key for key in keys if key not in pack_keys]:
+        raise UserError(f"{path}: not in the pack: {missing[:5]}")
     return keys

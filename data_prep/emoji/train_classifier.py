@@ -10,13 +10,13 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_prep.command import run_command
 from data_prep.emoji.classifier import IMAGE_SIZE, OTHER, REJECTION_COSINE, ImageClassifier
 from data_prep.emoji.distortions import CORRUPTIONS, augment, blends
 from data_prep.emoji.pack import read_keys, read_pack
 from data_prep.images import open_rgb
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
+from megafusion.resilience.exit_status import exit_on_user_error
 
 LOGIT_SCALE = 16.0
 
@@ -145,4 +145,5 @@ def _print(metrics: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(app)
+    with exit_on_user_error():
+        app()

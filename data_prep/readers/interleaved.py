@@ -92,7 +92,7 @@ def _read_in_folder(folder: Path, name: str, missing: str) -> bytes:
             return path.read_bytes()
     except (OSError, ValueError) as error:
         raise BadRecord(missing) from error
-    raise BadRecord("an image's name is a path that leads out of document_images")
+    raise BadRecord("an image's name is a path or link that leads out of document_images")
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, tuple[int, int] | str]]:
@@ -114,7 +114,8 @@ def document_segments(values: dict, named_images: Callable[[str], bytes]) -> lis
     elif SENTENCES in values and MATCHES in values:
         segments = _mmc4_segments(values[SENTENCES], values[MATCHES], named_images)
     elif set(EDIT) <= set(values):
-        segments = _edit_segments(*(values[name] for name in EDIT), named_images)
+        source, instruction, target = (values[name] for name in EDIT)
+        segments = _edit_segments(source, instruction, target, named_images)
     else:
         found = ascii(sorted(values)[:8])[:100]
         raise BadRecord(

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
-from data_prep.readers.records import BadRecord, RawPair, Record
+from data_prep.readers.records import BadRecord, Dropped, RawPair, Record
 from data_prep.readers.webdataset import NO_IMAGE
 from megafusion.errors import UserError
 
@@ -107,9 +107,11 @@ class ParquetTexts(ParquetReader):
 
 
 def image_bytes(value: Any) -> bytes:
-    """An encoded image, plain or as Hugging Face's {bytes, path}. Raises BadRecord."""
-    if isinstance(value, dict):
+    """An encoded image, plain or as Hugging Face's {bytes, path}. Raises BadRecord, or Dropped for none."""
+    if isinstance(value, dict) and (value.get("bytes") is not None or value.get("path") is None):
         value = value.get("bytes")
+    if value is None:  # as img2dataset writes where a download failed
+        raise Dropped(NO_IMAGE)
     if not isinstance(value, bytes):
-        raise BadRecord(NO_IMAGE)
+        raise BadRecord("image is not bytes")
     return value

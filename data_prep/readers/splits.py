@@ -1,35 +1,50 @@
 """Input splits: the units that the scan distributes over processes, fixed by the input files alone."""
 
-import re
-from collections.abc import Iterator
-from itertools import chain
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+from pyarrow import parquet
+
 from data_prep.config import PreprocessConfig
-from data_prep.readers.image_folder import ImageFolderReader, sidecar_files
-from data_prep.readers.interleaved import JsonlDocuments, NamedImages, ParquetDocuments
+from data_prep.readers.files import FORMS, Form, expand, form_of, walk
+from data_prep.readers.image_folder import SIDECAR_SUFFIXES, ImageFiles, ImageFolderReader, group_images
+from data_prep.readers.interleaved import (
+    EDIT,
+    SENTENCES,
+    TEXTS,
+    JsonlDocuments,
+    NamedImages,
+    ParquetDocuments,
+)
 from data_prep.readers.jsonl import JsonlReader, TextReader, byte_ranges
 from data_prep.readers.parquet import ParquetPairs, ParquetTexts, row_group_ranges
 from data_prep.readers.records import Reader
-from data_prep.readers.webdataset import IMAGE_SUFFIXES, TarReader
+from data_prep.readers.webdataset import TarReader
 from megafusion.data.manifest import Kind
 from megafusion.errors import UserError
 
 IMAGES_PER_SPLIT = 512
 BYTES_PER_SPLIT = 64 << 20
-COMPRESSED_SUFFIXES = {".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"}
 
 
 class InputSplit(NamedTuple):
     """The input that one process scans at a time: a file, a part of one, or images of a folder."""
 
     number: int
-    folder: Path | None
-    """The folder of the images; None: one file of many records."""
+    source: Path
+    """The configured path by which it was found."""
+    form: Form
     files: tuple[Path, ...]
+    """Every file that is read: one of many records, or images with the files beside them."""
     span: tuple[int, int] | tuple[()] = ()
     """First and end, of a part of a large file: the bytes in which its lines begin, or its row groups."""
+    folder: Path | None = None
+    """Of images: the folder to which their keys are relative."""
+    images: tuple[ImageFiles, ...] = ()
 
     @property
     def opens_file(self) -> bool:
@@ -37,78 +52,114 @@ class InputSplit(NamedTuple):
         return not self.span or self.span[0] == 0
 
 
-def find_splits(kind: Kind, config: PreprocessConfig) -> list[InputSplit]:
-    """Every split of a kind's inputs, in order. UserError for a missing path."""
-    paths = {"pair": config.images, "text": config.texts, "interleaved": config.documents}[kind]
-    found: list[tuple] = []
-    for path in paths:
-        if path.is_dir():
-            found += _of_folder(kind, path)
-        elif path.is_file():
-            found += _of_file(kind, path)
-        else:
-            raise UserError(f"{path}: no such file or folder to preprocess")
-    return [InputSplit(number, *split) for number, split in enumerate(found)]
+class Inputs:
+    """Every split of some inputs, in order."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        paths: Sequence[Path],
+        own: Iterable[Path] = (),
+        text_column: str = "text",
+        image_column: str = "image",
+    ):
+        """own: folders that the command writes. UserError for what is missing, of no use, or named twice."""
+        self.splits: list[InputSplit] = []
+        self.ignored: Counter[str] = Counter()
+        """Files and folders in the inputs' folders that are not read, by reason or suffix."""
+        self._kind, self._image_column = kind, image_column
+        self._keys = {"pair": (), "text": (text_column,), "interleaved": (TEXTS, SENTENCES, EDIT[1])}[kind]
+        self._own = {os.path.realpath(path) for path in own}
+        self._seen: dict[str, Path] = {}
+        for source in paths:
+            found, files = expand(source), []
+            for path, is_named in found:
+                if path.is_dir():
+                    files += self._files_in(path)
+                elif path.is_file():
+                    files.append((path, is_named))
+                else:
+                    raise UserError(f"{path}: not a file or folder")
+            parents = [source] if source.is_dir() else [path.parent for path, _ in found]
+            self._add(source, Path(os.path.commonpath(parents)), files)
+
+    def _files_in(self, folder: Path) -> list[tuple[Path, bool]]:
+        found = list(walk(folder, self._own, self._seen))
+        self.ignored.update(reason for _, reason in found if reason)
+        return [(path, False) for path in sorted(path for path, reason in found if not reason)]
+
+    def _add(self, source: Path, folder: Path, files: list[tuple[Path, bool]]) -> None:
+        """Add the splits of some files; those of images come last.
+
+        files: each with whether it is named. folder: that to which the keys of images are relative.
+        """
+        forms = {path: self._form(path, is_named) for path, is_named in files}
+        self._refuse_twice([(path, is_named) for path, is_named in files if forms[path]])
+        tars = {path.with_suffix("") for path, form in forms.items() if form == "tar"}
+        for path, form in forms.items():
+            if form == "parquet" and self._is_statistics(path, tars):
+                self.ignored["table of img2dataset"] += 1
+            elif form and form != "image":
+                for span in _spans(path, form):
+                    self.splits.append(InputSplit(len(self.splits), source, form, (path,), span))
+        images = group_images([path for path, form in forms.items() if form == "image"])
+        for first in range(0, len(images), IMAGES_PER_SPLIT):
+            some = tuple(images[first : first + IMAGES_PER_SPLIT])
+            read = tuple(path for image in some for path in image.paths)
+            self.splits.append(InputSplit(len(self.splits), source, "image", read, (), folder, some))
+        unused = {path for path, form in forms.items() if not form}.difference(*(i.paths for i in images))
+        self.ignored.update(path.suffix or "no suffix" for path in unused)
+
+    def _form(self, path: Path, is_named: bool) -> Form | None:
+        """UserError for a file that is named, but of no form that is read."""
+        if self._kind == "pair" and not is_named and path.suffix.lower() in SIDECAR_SUFFIXES:
+            return None
+        form = form_of(path, self._kind, is_named, self._keys)
+        if is_named and not form:
+            raise UserError(f"{path}: not a file of the forms {', '.join(FORMS[self._kind])}; remove it")
+        return form
+
+    def _refuse_twice(self, files: list[tuple[Path, bool]]) -> None:
+        """UserError for a file that was already found. In a folder, links to one file are several files."""
+        folders = {folder: os.path.realpath(folder) for folder in {path.parent for path, _ in files}}
+        for path, is_named in files:
+            real = os.path.realpath(path) if is_named else f"{folders[path.parent]}/{path.name}"
+            if self._seen.setdefault(real, path) is not path:
+                raise UserError(f"{path}: is an input twice, also as {self._seen[real]}; name it once")
+
+    def _is_statistics(self, path: Path, tars: set[Path]) -> bool:
+        """Whether it is img2dataset's table of a tar or a folder of its name, without images."""
+        stem = path.with_suffix("")
+        if self._kind != "pair" or stem in tars or not stem.is_dir():
+            return stem in tars
+        try:
+            return self._image_column not in parquet.read_schema(path).names
+        except (OSError, pyarrow.ArrowException):
+            return False
 
 
 def open_reader(kind: Kind, split: InputSplit, config: PreprocessConfig, named_images: NamedImages) -> Reader:
     """The reader of a split. Raises UserError or BadRecord where a file does not open as its suffix says."""
     if split.folder:
-        return ImageFolderReader(split.folder, split.files)
+        return ImageFolderReader(split.folder, split.images)
     (path,) = split.files
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED_SUFFIXES:
-        raise _compressed(path)
+    is_parquet = split.form == "parquet"
     if kind == "pair":
         columns = (config.image_column, config.caption_column, list(config.filters.scores))
-        return ParquetPairs(path, *columns) if suffix == ".parquet" else TarReader(path)
+        return ParquetPairs(path, *columns) if is_parquet else TarReader(path)
     if kind == "interleaved":
-        if suffix == ".parquet":
-            return ParquetDocuments(path, named_images)
-        return JsonlDocuments(path, named_images)
-    if suffix == ".parquet":
+        return ParquetDocuments(path, named_images) if is_parquet else JsonlDocuments(path, named_images)
+    if is_parquet:
         return ParquetTexts(path, config.text_column)
-    return JsonlReader(path, config.text_column) if suffix == ".jsonl" else TextReader(path)
+    return JsonlReader(path, config.text_column) if split.form == "jsonl" else TextReader(path)
 
 
-def split_files(split: InputSplit) -> list[Path]:
-    """Every file that a split reads."""
-    sidecars = chain.from_iterable(map(sidecar_files, split.files)) if split.folder else ()
-    return [*split.files, *(path for path in sidecars if path.is_file())]
-
-
-def _compressed(path: Path) -> UserError:
-    return UserError(f"{path}: is compressed, but records are read by their offset; unpack it first")
-
-
-def _of_file(kind: Kind, path: Path) -> Iterator[tuple]:
-    """A file, or the parts of a large one: row groups, or lines by their bytes.
+def _spans(path: Path, form: Form) -> list[tuple[int, int] | tuple[()]]:
+    """Parts of a large file: row groups, or lines by their bytes; else one that is the complete file.
 
     Tars are never cut: a duplicate key is known by all keys before it, a member's start by the one before.
     """
     spans: list[tuple[int, int]] = []
-    if path.stat().st_size <= BYTES_PER_SPLIT:
-        pass
-    elif path.suffix.lower() == ".parquet":
-        spans = row_group_ranges(path, BYTES_PER_SPLIT)
-    elif kind != "pair":
-        spans = byte_ranges(path, BYTES_PER_SPLIT)
-    for span in spans if len(spans) > 1 else [()]:
-        yield None, (path,), span
-
-
-def _of_folder(kind: Kind, folder: Path) -> Iterator[tuple]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if kind != "pair":
-        yield from chain.from_iterable(_of_file(kind, file) for file in files)
-        return
-    if found := next((f for f in files if f.suffix == ".tgz" or re.search(r"\.tar\.\w+$", f.name)), None):
-        raise _compressed(found)
-    tars = {file.with_suffix("") for file in files if file.suffix == ".tar"}
-    for file in files:
-        # img2dataset writes a .parquet of statistics beside each tar, without images.
-        if file.suffix == ".tar" or (file.suffix == ".parquet" and file.with_suffix("") not in tars):
-            yield from _of_file(kind, file)
-    images = [file for file in files if file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES]
-    for first in range(0, len(images), IMAGES_PER_SPLIT):
-        yield folder, tuple(images[first : first + IMAGES_PER_SPLIT])
+    if path.stat().st_size > BYTES_PER_SPLIT and form != "tar":
+        spans = (row_group_ranges if form == "parquet" else byte_ranges)(path, BYTES_PER_SPLIT)
+    return list(spans) if len(spans) > 1 else [()]

@@ -7,12 +7,14 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.readers.files import HEAD_BYTES, IMAGE_SUFFIXES, MAGIC
 from data_prep.readers.records import BadRecord, RawPair, Record
 
-IMAGE_SUFFIXES = {"webp", "png", "jpg", "jpeg", "gif", "bmp", "tif", "tiff"}
 CORRUPT_TAR = "not readable as a tar to its end (truncated, compressed or corrupt); fetch it again"
 DUPLICATE_KEY = "the tar has this key twice"
 NO_IMAGE = "no image"
+OTHER_IMAGE = "image of another suffix"
+ROLES = ("image", "txt", "json", OTHER_IMAGE)
 # webdataset's own rule: the key ends at the first dot of the file's name.
 NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
@@ -65,15 +67,23 @@ class TarReader:
                 key, members, problem = match[1], {}, None
             suffix = match[2].lower()
             role = "image" if suffix in IMAGE_SUFFIXES else suffix
-            if role in ("image", "txt", "json"):
+            if role not in ROLES and "." not in suffix and self._is_image(*member):
+                role = OTHER_IMAGE
+            if role in ROLES:
                 if role in members:
                     problem = DUPLICATE_KEY
                 members[role] = member
         if key is not None:
             yield _record(key, members, problem)
 
+    def _is_image(self, offset: int, size: int) -> bool:
+        head = os.pread(self._file.fileno(), min(size, HEAD_BYTES), offset)
+        return MAGIC["image"].match(head) is not None
+
 
 def _record(key: str, members: dict[str, tuple[int, int]], problem: str | None) -> Record:
+    if other := members.pop(OTHER_IMAGE, None):
+        members.setdefault("image", other)
     if "image" not in members:
         problem = problem or NO_IMAGE
     return Record(key, members, problem)
@@ -120,7 +130,7 @@ def parse_scores(content: bytes | None) -> dict:
         return {}
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRecord("its .json is not valid JSON") from error
     return values if isinstance(values, dict) else {}
 

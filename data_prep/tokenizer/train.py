@@ -7,11 +7,11 @@ from typing import Annotated
 import sentencepiece
 import typer
 
-from data_prep.command import run_command
 from data_prep.emoji.pack import read_keys, read_pack
 from data_prep.images import decode_caption
 from megafusion.errors import UserError
-from megafusion.storage import write_file
+from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.storage import read_lines, write_file
 
 VOCABULARY_SIZE = 2046
 """The model's vocabulary adds BOI and EOI, which makes 2,048."""
@@ -71,10 +71,7 @@ def train(
     out: Annotated[Path, typer.Option(help="SentencePiece model to write.")],
 ) -> None:
     """Train the tokenizer and print the mean number of tokens of a caption and a gloss."""
-    if not text.is_file():
-        raise UserError(f"{text}: no such file; data_prep/README.md says how to build it")
-    if not (glosses := text.read_text().splitlines()):
-        raise UserError(f"{text}: is empty")
+    glosses = read_lines(text)
     captions = {key: decode_caption(pair.caption) for key, pair in read_pack(pack).items()}
     starter = [captions[key] for key in read_keys(keys, captions)]
     model = train_tokenizer(list(captions.values()) * CAPTION_WEIGHT + starter * STARTER_WEIGHT + glosses)
@@ -87,4 +84,5 @@ def train(
 
 
 if __name__ == "__main__":
-    run_command(lambda: typer.run(train))
+    with exit_on_user_error():
+        typer.run(train)

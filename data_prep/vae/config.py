@@ -1,7 +1,7 @@
 """Configuration of the autoencoder's training."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,8 +11,13 @@ from megafusion.config import Config
 class ImageDataConfig(Config):
     """The images that the autoencoder is trained on."""
 
-    shards: list[str] = Field(min_length=1)
-    """Paths or globs of webdataset tars with an image per key."""
+    renamed_keys: ClassVar[dict[str, str]] = {"shards": "images"}
+
+    images: tuple[Path, ...] = Field(min_length=1)
+    """Images as in preprocessing, captioned or not: webdataset tars, parquet files, image files, folders of
+    these, or patterns of paths."""
+    image_column: str = "image"
+    """Parquet column of an image's bytes, plain or as Hugging Face's {bytes, path}."""
     image_size: int = Field(64, gt=0)
     """Height and width in pixels, after center crop and resize."""
     held_out_fraction: float = Field(0.05, gt=0, lt=1)
@@ -103,6 +108,8 @@ class AutoencoderConfig(Config):
 
     out: Path
     """Folder to write; must not exist, or hold only an earlier autoencoder."""
+    overwrite: bool = False
+    """Whether an earlier autoencoder in `out` may be replaced."""
     data: ImageDataConfig
     network: NetworkConfig
     loss: LossConfig = LossConfig()

@@ -1,9 +1,9 @@
-"""Images of webdataset tars: a deterministic held-out part, and endless shuffled training batches."""
+"""Images of an autoencoder's training: a deterministic held-out part, and endless shuffled batches."""
 
-import glob
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.images import open_rgb
-from data_prep.readers.records import BadRecord
+from data_prep.readers.image_folder import ImageFolderReader
+from data_prep.readers.parquet import ParquetReader, image_bytes
+from data_prep.readers.records import BadRecord, Dropped, RawPair, Reader, Record
+from data_prep.readers.splits import Inputs, InputSplit
 from data_prep.readers.webdataset import NO_IMAGE, TarReader
 from data_prep.vae.config import ImageDataConfig
 from megafusion.errors import UserError
@@ -23,15 +26,9 @@ Sample = tuple[str, str, bytes]
 """Key, where it is for error messages, and encoded image."""
 
 
-def find_shards(config: ImageDataConfig) -> list[Path]:
-    """The shards that the patterns match, sorted; UserError for a pattern without a match."""
-    shards: set[str] = set()
-    for pattern in config.shards:
-        found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (patterns may be absolute)
-        if not found:
-            raise UserError(f"data.shards: {pattern}: no such shard; build it or correct the path")
-        shards.update(found)
-    return [Path(name) for name in sorted(shards)]
+def find_images(config: ImageDataConfig, own: Sequence[Path] = ()) -> Inputs:
+    """The images' files, except those in folders that the command writes. UserError for what is missing."""
+    return Inputs("pair", config.images, own, image_column=config.image_column)
 
 
 def is_held_out(key: str, fraction: float) -> bool:
@@ -40,69 +37,89 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64 < fraction
 
 
-def held_out_images(config: ImageDataConfig, shards: list[Path]) -> tuple[list[str], Tensor]:
-    """Keys and pixels, float [N, 3, H, W] in [-1, 1], of the held-out images, in the shards' order."""
-    held_out = (s for s in _samples(shards) if is_held_out(s[0], config.held_out_fraction))
+def held_out_images(config: ImageDataConfig, splits: list[InputSplit]) -> tuple[list[str], Tensor]:
+    """Keys and pixels, float [N, 3, H, W] in [-1, 1], of the held-out images, in the inputs' order."""
+    held_out = (s for s in _samples(config, splits) if is_held_out(s[0], config.held_out_fraction))
     chosen = list(islice(held_out, config.max_held_out))
     if not chosen:
         raise UserError(
             f"data.held_out_fraction {config.held_out_fraction}: holds out no image of "
-            f"{', '.join(map(str, shards))}; raise it or add images"
+            f"{', '.join(map(str, config.images))}; raise it or add images"
         )
     images = [_decode(sample) for sample in chosen]
     return [key for key, _, _ in chosen], preprocess_images(images, config.image_size, config.image_size)
 
 
 def training_batches(
-    config: ImageDataConfig, shards: list[Path], batch_size: int, seed: int, num_skipped: int = 0
+    config: ImageDataConfig, splits: list[InputSplit], batch_size: int, seed: int, num_skipped: int = 0
 ) -> Iterator[Tensor]:
     """Endless float [N, 3, H, W] in [-1, 1]; order and flips depend on `seed` alone.
 
     A resumed run skips its first `num_skipped` batches, without decoding them.
     """
-    samples = islice(_training_samples(config, shards, seed), num_skipped * batch_size, None)
+    samples = islice(_training_samples(config, splits, seed), num_skipped * batch_size, None)
     while True:
         batch, flips = zip(*islice(samples, batch_size), strict=True)
         pixels = preprocess_images(list(map(_decode, batch)), config.image_size, config.image_size)
         yield torch.where(torch.tensor(flips)[:, None, None, None], pixels.flip(-1), pixels)
 
 
-def hash_shards(shards: list[Path]) -> str:
-    """sha256 of the shards' bytes, in order."""
+def hash_files(splits: list[InputSplit]) -> str:
+    """sha256 of the bytes of the files, in order."""
     digest = hashlib.sha256()
-    for shard in shards:
-        with shard.open("rb") as file:
+    for path in dict.fromkeys(path for split in splits for path in split.files):
+        with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def _training_samples(
-    config: ImageDataConfig, shards: list[Path], seed: int
+    config: ImageDataConfig, splits: list[InputSplit], seed: int
 ) -> Iterator[tuple[Sample, bool]]:
-    """Endless training images, and whether to flip each: shards in random order, then a shuffle buffer."""
+    """Endless training images, and whether to flip each: splits in random order, then a shuffle buffer."""
     for epoch in count():
         rng = random.Random(f"{seed}/{epoch}")
-        order = rng.sample(shards, len(shards))
-        samples = (s for s in _samples(order) if not is_held_out(s[0], config.held_out_fraction))
+        order = rng.sample(splits, len(splits))
+        samples = (s for s in _samples(config, order) if not is_held_out(s[0], config.held_out_fraction))
         sample, size = None, config.shuffle_buffer
         for sample in webdataset.filters.shuffle(size, initial=size, rng=rng)(samples):
             yield sample, config.horizontal_flip and rng.random() < 0.5
         if sample is None:
-            raise UserError(f"data.shards: {', '.join(map(str, shards))}: no image left to train on")
+            raise UserError(f"data.images: {', '.join(map(str, config.images))}: no image left to train on")
 
 
-def _samples(shards: list[Path]) -> Iterator[Sample]:
-    """Images of the shards in order; UserError naming the first corrupt shard or invalid member."""
-    for shard in shards:
-        reader = TarReader(shard)
-        for record in reader.records():
-            if record.problem == NO_IMAGE:
-                continue
-            where = reader.where(record)
-            if record.problem:
-                raise UserError(f"{where}: {record.problem}")
-            yield record.key, where, reader.read(record).image
+class _ParquetImages(ParquetReader):
+    """Reads a parquet column of images, which needs no captions."""
+
+    def read(self, record: Record) -> RawPair:
+        (image,) = self.row(record).values()
+        return RawPair(record.key, image_bytes(image), None, {})
+
+
+def _samples(config: ImageDataConfig, splits: list[InputSplit]) -> Iterator[Sample]:
+    """Images of the splits in order; UserError naming the first corrupt file or invalid record."""
+    for split in splits:
+        where = str(split.files[0])
+        try:
+            reader = _open(config, split)
+            for record in reader.records(*split.span):
+                where = reader.where(record)
+                if record.problem not in (None, NO_IMAGE):
+                    raise BadRecord(record.problem)
+                with suppress(Dropped):
+                    if not record.problem:
+                        yield record.key, where, reader.read(record).image
+        except BadRecord as error:
+            raise UserError(f"{where}: {error.reason}; fix or remove it") from error
+
+
+def _open(config: ImageDataConfig, split: InputSplit) -> Reader:
+    if split.folder:
+        return ImageFolderReader(split.folder, split.images)
+    if split.form == "parquet":
+        return _ParquetImages(split.files[0], [config.image_column])
+    return TarReader(split.files[0])
 
 
 def _decode(sample: Sample) -> Image.Image:

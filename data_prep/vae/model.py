@@ -39,19 +39,23 @@ def build_model(config: NetworkConfig) -> AutoencoderKL:
     )
 
 
-def check_output(out: Path) -> None:
-    """UserError, before hours of training, for a folder that holds other files: writing would delete them."""
+def check_output(out: Path, overwrite: bool) -> None:
+    """UserError, before hours of training, for a folder that holds what writing would delete."""
     foreign = [p.name for p in out.iterdir() if p.name not in FILES] if out.is_dir() else []
     if foreign or (out.exists() and not out.is_dir()):
         raise UserError(f"out {out}: holds other files {foreign[:3] or ''}; name a new folder")
     refuse_foreign(out, CONFIG_NAME)
+    if (out / CONFIG_NAME).is_file() and not overwrite:
+        raise UserError(
+            f"out {out}: holds an autoencoder; choose another, or set overwrite=true to replace it"
+        )
 
 
 def write_autoencoder(
     config: AutoencoderConfig, model: AutoencoderKL, report: dict, sheet: Image.Image
 ) -> None:
     """Write the folder atomically; an earlier autoencoder is replaced."""
-    check_output(config.out)
+    check_output(config.out, config.overwrite)
     with new_folder(config.out, CONFIG_NAME) as folder:
         model.save_pretrained(folder, safe_serialization=True)
         (folder / "recipe.yaml").write_text(dump_config(config), encoding="utf-8")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_prep.vae.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from data_prep.vae.config import AutoencoderConfig, OptimizationConfig
-from data_prep.vae.dataset import find_shards, hash_shards, held_out_images, training_batches
+from data_prep.vae.dataset import find_images, hash_files, held_out_images, training_batches
 from data_prep.vae.evaluation import contact_sheet, latent_statistics, measure
 from data_prep.vae.losses import AutoencoderLoss
 from data_prep.vae.model import build_model, check_output, write_autoencoder
@@ -30,7 +30,7 @@ STATISTICS_BATCH_SIZE = 64
 """Training images from which the latents' scale and shift are computed: so many batches of so many."""
 LOG_EVERY = 10
 """Steps between updates of the progress bar."""
-FREE_ON_RESUME = ("out", "device", "num_threads", "optimization.checkpoint_every")
+FREE_ON_RESUME = ("out", "overwrite", "device", "num_threads", "optimization.checkpoint_every")
 """Keys that may change on resume, because later steps do not depend on them."""
 
 
@@ -38,10 +38,10 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
     """Train, evaluate on held-out images, and write the autoencoder's folder; returns the report.
 
     Calling it again resumes a stopped training from its last checkpoint, with a bitwise identical result.
-    UserError for invalid shards, sizes, weights or output folder.
+    UserError for invalid images, sizes, weights or output folder.
     """
     started = time.perf_counter()
-    check_output(config.out)
+    check_output(config.out, config.overwrite)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
@@ -49,17 +49,18 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
     model = build_model(config.network).to(device)
     latent_shape = ImageCodec(model).latent_shape(config.data.image_size, config.data.image_size)
     loss = AutoencoderLoss(config.loss).to(device)
-    shards = find_shards(config.data)
-    keys, held_out = held_out_images(config.data, shards)
+    folder = config.out.with_name(f"{config.out.name}.training")
+    inputs = find_images(config.data, (config.out, folder))
+    keys, held_out = held_out_images(config.data, inputs.splits)
 
-    training = _Training(config, model, loss, device)
+    training = _Training(config, model, loss, device, folder)
     batches = training_batches(
-        config.data, shards, config.optimization.batch_size, config.seed, training.num_done
+        config.data, inputs.splits, config.optimization.batch_size, config.seed, training.num_done
     )
     training.run(batches, held_out)
 
     averaged = training.averaged
-    batches = training_batches(config.data, shards, STATISTICS_BATCH_SIZE, config.seed)
+    batches = training_batches(config.data, inputs.splits, STATISTICS_BATCH_SIZE, config.seed)
     scale, shift = latent_statistics(averaged, islice(batches, NUM_STATISTICS_BATCHES))
     averaged.register_to_config(scaling_factor=scale, shift_factor=shift)
     codec = ImageCodec(averaged)
@@ -74,7 +75,8 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
         "num_parameters": sum(p.numel() for p in averaged.parameters()),
         "num_steps": config.optimization.num_steps,
         "seconds": round(training.seconds_before + time.perf_counter() - started, 1),
-        "data_sha256": hash_shards(shards),
+        "data_sha256": hash_files(inputs.splits),
+        "ignored": dict(inputs.ignored),
         "codec_sha256": codec.hash,
         "history": training.history,
     }
@@ -87,7 +89,12 @@ class _Training:
     """The training loop's state; it continues from the checkpoint in OUT.training if there is one."""
 
     def __init__(
-        self, config: AutoencoderConfig, model: AutoencoderKL, loss: AutoencoderLoss, device: torch.device
+        self,
+        config: AutoencoderConfig,
+        model: AutoencoderKL,
+        loss: AutoencoderLoss,
+        device: torch.device,
+        folder: Path,
     ):
         options = config.optimization
         self._config, self._options = config, options
@@ -104,7 +111,7 @@ class _Training:
             self._optimizers["discriminator"] = torch.optim.Adam(
                 loss.discriminator.parameters(), config.loss.discriminator_learning_rate, (0.5, 0.9)
             )
-        self.folder = config.out.with_name(f"{config.out.name}.training")
+        self.folder = folder
         self.num_done, self.seconds_before, self.history = 0, 0.0, []
         if (meta := read_meta(self.folder)) is not None:
             _check_same_training(config, meta["config"], self.folder)

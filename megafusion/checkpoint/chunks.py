@@ -80,7 +80,7 @@ class Chunks:
     """
 
     def __init__(self, fragment: Tensor, start: int, shard_spec: ShardSpec):
-        self.shape, self.dtype = shard_spec.shape, fragment.dtype
+        self.fragment, self.start, self.shard_spec = fragment, start, shard_spec
         self.chunks: list[Chunk] = []
         local_shape = list(shard_spec.shape)
         if local_shape:
@@ -93,15 +93,15 @@ class Chunks:
 
     def size(self) -> torch.Size:
         """Shape of the whole tensor."""
-        return self.shape
+        return self.shard_spec.shape
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
+        properties = TensorProperties(dtype=self.fragment.dtype)
         return [
             WriteItem(
                 MetadataIndex(name, chunk.offsets),
                 WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.shape),
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
             )
             for chunk in self.__create_chunk_list__()
         ]

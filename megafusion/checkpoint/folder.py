@@ -143,8 +143,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def quarantine(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is no longer found; returns its new path."""
+def quarantine(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is no longer found."""
     quarantined = path.with_name(path.name + DAMAGED)
     shutil.rmtree(quarantined, ignore_errors=True)
-    return path.rename(quarantined)
+    path.rename(quarantined)

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megafusion.checkpoint.chunks import Chunks
@@ -35,7 +34,7 @@ from megafusion.checkpoint.folder import (
 from megafusion.checkpoint.planners import ChunkSavePlanner
 from megafusion.checkpoint.reader import CheckpointReader, read_chunks
 from megafusion.engine.ema import Ema
-from megafusion.engine.optimizer_state import OptimizerShard, OptimizerState
+from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.errors import UserError
 from megafusion.parallel.errors import raise_on_all_ranks
 
@@ -56,13 +55,14 @@ class CheckpointManager:
 
     def __init__(self, folder: Path, optimizer_state: OptimizerState, ema: Ema, config: CheckpointConfig):
         self.folder, self._optimizer_state, self._config = folder, optimizer_state, config
-        self._fragments: dict[str, tuple[OptimizerShard, Tensor]] = {}
-        """By tensor name: the shard that says where a fragment belongs, and the fragment on the device."""
+        self._on_device: dict[str, Chunks] = {}
+        """By tensor name: what this rank's optimizer owns, in its own storage."""
         for shard, average in zip(optimizer_state.shards, ema.fragments, strict=True):
             values = (shard.weight, average, shard.exp_avg, shard.exp_avg_sq)
             for kind, fragment in zip(KINDS, values, strict=True):
-                self._fragments[f"{kind}.{shard.name}"] = (shard, fragment)
-        self._host_fragments: list[Tensor] = []
+                self._on_device[f"{kind}.{shard.name}"] = Chunks(fragment, shard.start, shard.shard_spec)
+        self._on_host: dict[str, Chunks] = {}
+        """Copies of the same, allocated at the first save and used again."""
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
@@ -124,29 +124,25 @@ class CheckpointManager:
         """
         with raise_on_all_ranks(self._group):
             verify_checkpoint(path, dist.get_rank(), dist.get_world_size())
-        chunks = self._chunks([fragment for _, fragment in self._fragments.values()])
         parts: list[dict] = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, {name: entry.shape for name, entry in chunks.items()}, self._group)
+        own = {name: chunks.size() for name, chunks in self._on_device.items()}
+        dist.all_gather_object(parts, own, self._group)
         shapes = {name: shape for part in parts for name, shape in part.items()}
         state = json.loads((path / "state.json").read_text())
         with raise_on_all_ranks(self._group):
-            read_chunks(CheckpointReader(path), chunks, shapes)
+            read_chunks(CheckpointReader(path), self._on_device, shapes)
         self._optimizer_state.sync_model_from_master(state["step"])
         return state
 
-    def _chunks(self, fragments: list[Tensor]) -> dict[str, Chunks]:
-        """The same fragments, on the device or on the host, as chunks by tensor name."""
-        shards = zip(self._fragments.items(), fragments, strict=True)
-        return {name: Chunks(f, shard.start, shard.shard_spec) for (name, (shard, _)), f in shards}
-
     def _copy_to_host(self) -> None:
-        """Fill the host's copies, which are allocated at the first save and used again."""
         on_gpu = torch.cuda.is_available()
-        if not self._host_fragments:
-            lengths = [len(fragment) for _, fragment in self._fragments.values()]
-            self._host_fragments = list(torch.empty(sum(lengths), pin_memory=on_gpu).split(lengths))
-        for copy, (_, fragment) in zip(self._host_fragments, self._fragments.values(), strict=True):
-            copy.copy_(fragment, non_blocking=True)
+        if not self._on_host:
+            lengths = [len(chunks.fragment) for chunks in self._on_device.values()]
+            copies = torch.empty(sum(lengths), pin_memory=on_gpu).split(lengths)
+            for (name, chunks), copy in zip(self._on_device.items(), copies, strict=True):
+                self._on_host[name] = Chunks(copy, chunks.start, chunks.shard_spec)
+        for name, chunks in self._on_device.items():
+            self._on_host[name].fragment.copy_(chunks.fragment, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize()
 
@@ -171,9 +167,9 @@ class CheckpointManager:
                     )
             # No copying ahead: DCP would do it with a CUDA stream, on the first device.
             writer = _Writer(partial / "tensors", per_thread_copy_ahead=0)
-            chunks = self._chunks(self._host_fragments)
+            planner = ChunkSavePlanner()
             with raise_on_all_ranks(group), disk_errors(path):
-                dcp.save(chunks, storage_writer=writer, planner=ChunkSavePlanner(), process_group=group)
+                dcp.save(self._on_host, storage_writer=writer, planner=planner, process_group=group)
             with raise_on_all_ranks(group), disk_errors(path):
                 own = hash_files(partial, f"tensors/__{rank}_*.distcp")
             dist.gather_object(own, parts if is_first else None, group=group)
@@ -191,8 +187,8 @@ class CheckpointManager:
 
     def _check_finite(self, path: Path) -> None:
         """SaveFailed if a weight is not finite: such a checkpoint must not push out a good one."""
-        for name, copy in zip(self._fragments, self._host_fragments, strict=True):
-            if name.partition(".")[0] in ("model", "ema") and not torch.isfinite(copy).all():
+        for name, chunks in self._on_host.items():
+            if name.partition(".")[0] in ("model", "ema") and not chunks.fragment.isfinite().all():
                 way_out = "start again with a lower optimizer.learning_rate"
                 raise SaveFailed(f"{path}: not saved: {name} contains NaN or Inf; {way_out}")
 

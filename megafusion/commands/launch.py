@@ -38,22 +38,13 @@ def launch(
 
     Example: megafusion launch configs/7b.yaml parallel.tensor=8 --site example --nodes 16 --dry-run
     """
-    from megafusion.launch.job import make_job, render
-    from megafusion.launch.submit import submit
-    from megafusion.parallel.degrees import check_degrees
+    from megafusion.launch.job import make_job, render, submit
     from megafusion.train.config import RunConfig
     from megafusion.train.run_folder import changed_recipe
 
     values = load_config(RunConfig, config, overrides or [])
     job = make_job(values.out, site, nodes, launcher, time_limit)
-    check_degrees(
-        values.model,
-        values.parallel,
-        sequence_length=values.data.sequence_length,
-        global_batch_size=values.train.global_batch_size,
-        micro_batch_size=values.train.micro_batch_size,
-        world_size=job.world_size,
-    )
+    values.check_degrees(job.world_size)
     changed_recipe(values)
     for missing in _missing_inputs(values.data):
         print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)

@@ -33,10 +33,7 @@ def sample_layout(
     with text. Raises BadImage for pixels that do not decode.
     """
     segments = [_sized(segment, shape, config, generator) for segment in stored.segments]
-    images = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
-    for index in stored.metadata.get(GIVEN, ()):
-        segments[images[index]] = replace(segments[images[index]], is_given=True)
-    is_after_text = stored.metadata.get(AFTER_TEXT, False)
+    is_after_text, given = stored.metadata.get(AFTER_TEXT, False), stored.metadata.get(GIVEN, ())
     if manifest.kind == "pair":
         text, image = segments
         if generator.random() >= config.caption_first:
@@ -44,12 +41,15 @@ def sample_layout(
         else:
             is_after_text = True
             segments = [image] if generator.random() < config.caption_dropout else [text, image]
-    ordered = []
+    ordered: list[Segment] = []
+    num_images = 0
     for segment in segments:
-        if not isinstance(segment, ImageSegment):
+        if isinstance(segment, ImageSegment):
+            max_t = segment.max_t if is_after_text else config.image_first_max_t
+            segment = replace(segment, max_t=max_t, is_given=num_images in given)
+            num_images += 1
+        else:
             is_after_text = True
-        elif not is_after_text:
-            segment = replace(segment, max_t=config.image_first_max_t)
         ordered.append(segment)
     return ordered
 

@@ -1,8 +1,10 @@
-"""A SLURM job of a run, and its script: launchers/slurm/train.sbatch with the job's options and values."""
+"""A SLURM job of a run, its script (launchers/slurm/train.sbatch with options and values), its submission."""
 
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +13,7 @@ from pathlib import Path
 from megafusion.errors import UserError
 from megafusion.launch.run_folder import plain_path
 from megafusion.launch.site import CONTAINERS, Site, check_launcher
+from megafusion.storage import write_file
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "launchers" / "slurm" / "train.sbatch"
@@ -85,3 +88,58 @@ def render(job: Job) -> str:
     before, marker, after = TEMPLATE.read_text().partition(MARKER)
     assert marker, f"{TEMPLATE}: the line {MARKER!r} is gone"
     return before + "\n".join(lines) + "\n" + after
+
+
+def submit(job: Job, script: str, config: str) -> str:
+    """Write a job's script and frozen configuration (YAML) and submit it; returns how to follow it.
+
+    Raises UserError if there is no sbatch or it refuses the job; the files that the run's other jobs read are
+    then unchanged.
+    """
+    if not shutil.which("sbatch"):
+        raise UserError(
+            "sbatch is not on the PATH: launch from a login node, or look at the job with --dry-run"
+        )
+    (job.run / "logs").mkdir(parents=True, exist_ok=True)
+    write_file(job.config, config)
+    write_file(job.script, script)
+    queued = _run("squeue", "--noheader", "--me", "--format=%A", f"--name={job.name}").stdout.split()
+    job_id = _sbatch(job)
+    # A job that ends reads here whether a newer one has replaced it.
+    write_file(job.run / "launch" / "job", f"{job_id}\n")
+    return _instructions(job, job_id, queued)
+
+
+def _sbatch(job: Job) -> str:
+    done = _run("sbatch", "--parsable", str(job.script))
+    if done.returncode:
+        shutil.rmtree(job.script.parent)
+        raise UserError(f"sbatch refused the job, which --dry-run shows: {done.stderr.strip()}")
+    job_id = done.stdout.strip().split(";")[0]  # "id" or "id;cluster"
+    if not re.fullmatch(r"\d+", job_id):
+        raise RuntimeError(f"sbatch answered {done.stdout!r}, which is not a job id")
+    return job_id
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _instructions(job: Job, job_id: str, queued: list[str]) -> str:
+    """queued: ids of this run's jobs that were queued or running before."""
+    lines = [
+        f"job {job_id}: {job.world_size} ranks on {job.nodes} nodes, {job.run}",
+        "follow it:",
+        f"  squeue --job {job_id}",
+        f"  tail -F {job.run}/logs/rank-00000.log    # job-{job_id}.log beside it has starts and ends",
+        f"  megafusion status {job.run}",
+        "save and requeue, or cancel:",
+        f"  scancel --signal=USR1 {job_id}",
+        f"  scancel {job_id}",
+    ]
+    for older in queued:
+        lines.append(
+            f"job {older} of this run is still queued or running; {job_id} starts when it has ended. To end "
+            f"that job with a checkpoint: scancel --signal=USR1 {older}"
+        )
+    return "\n".join(lines)

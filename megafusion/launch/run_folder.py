@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megafusion.errors import UserError
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.resilience.exit_status import exit_on_user_error
 from megafusion.storage import expand_path
 from megafusion.yaml_values import load_values
 
@@ -34,8 +34,5 @@ def plain_path(path: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         print(run_folder(Path(sys.argv[1]), sys.argv[2:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(ExitStatus.REFUSED)

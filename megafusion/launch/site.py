@@ -10,27 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megafusion.errors import UserError
-from megafusion.resilience.exit_status import ExitStatus
-from megafusion.storage import expand_path
+from megafusion.processes import RANK_VARIABLES
+from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.storage import expand_path, read_text
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"
 
 # Options of sbatch that a site may set; the job sets the others.
 SBATCH_OPTIONS = (
-    "account",
-    "constraint",
-    "cpus-per-task",
-    "exclude",
-    "exclusive",
-    "gpus-per-node",
-    "gres",
-    "mem",
-    "nodelist",
-    "partition",
-    "qos",
-    "reservation",
-    "signal",
-    "time",
+    "account, constraint, cpus-per-task, exclude, exclusive, gpus-per-node, gres, mem, nodelist, partition, "
+    "qos, reservation, signal, time"
 )
 LAUNCHERS = ("srun", "deepspeed")
 CONTAINERS = ("none", "apptainer", "enroot")
@@ -40,16 +29,7 @@ _OPTION_VALUE = re.compile(r"[\w@%+=:,./\[\]-]+")
 # A whole word of the name must match: NCCL_IB_PKEY and TOKENIZERS_PARALLELISM do not.
 _SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD)S?(_|$)", re.IGNORECASE)
 # Set by the job for every process.
-_RESERVED = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "MEGAFUSION_RUN",
-    "MEGAFUSION_ROOT",
-    "MEGAFUSION_START",
-)
+_RESERVED = (*RANK_VARIABLES, "MEGAFUSION_RUN", "MEGAFUSION_ROOT", "MEGAFUSION_START")
 
 
 @dataclass(frozen=True)
@@ -72,12 +52,8 @@ class Site:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in SITES.glob("*.env")))
             raise UserError(f"{path}: no such site file; there are {known}: copy example.env and fill it in")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from error
         options, environment = {}, {}
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             if not (pair := _pair(line, f"{path}:{number}")):
                 continue
             key, value = pair
@@ -120,7 +96,9 @@ def _pair(line: str, where: str) -> tuple[str, str] | None:
     if key == "MEGAFUSION_MAX_STARTS":
         raise UserError(f"{where}: {key} was replaced by the run's key resilience.max_crashes; remove it")
     if key in _RESERVED:
-        raise UserError(f"{where}: {key} is set by the launcher" + _hint(key))
+        is_address = key == "MASTER_ADDR"
+        way_out = "; name the first node's address in MEGAFUSION_MASTER_ADDR" if is_address else ""
+        raise UserError(f"{where}: {key} is set by the launcher{way_out}")
     if _SECRET.search(key):
         raise UserError(
             f"{where}: {key} looks like a secret, and a site's values are written into job scripts: "
@@ -130,14 +108,10 @@ def _pair(line: str, where: str) -> tuple[str, str] | None:
     return key, value
 
 
-def _hint(key: str) -> str:
-    return "; name the first node's address in MEGAFUSION_MASTER_ADDR" if key == "MASTER_ADDR" else ""
-
-
 def _option(key: str, value: str, where: str) -> str:
     option = key.removeprefix("SBATCH_").lower().replace("_", "-")
-    if option not in SBATCH_OPTIONS:
-        raise UserError(f"{where}: {key}: a site sets {', '.join(SBATCH_OPTIONS)}, and not {option}")
+    if option not in SBATCH_OPTIONS.split(", "):
+        raise UserError(f"{where}: {key}: a site sets {SBATCH_OPTIONS}, and not {option}")
     if not _OPTION_VALUE.fullmatch(value):
         raise UserError(f"{where}: {value!r} is not a valid value of sbatch's --{option}")
     return option
@@ -166,9 +140,6 @@ def _check_container(path: Path, environment: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         for name, value in Site.load(sys.argv[1]).environment.items():
             print(f"{name}={value}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(ExitStatus.REFUSED)

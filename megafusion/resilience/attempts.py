@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 from megafusion.resilience.exit_status import ExitStatus
 from megafusion.storage import write_file
 
@@ -71,12 +71,10 @@ class Attempts:
         Raises UserError if another process keeps the lock (FAILED; RETRY if it is on another machine), or the
         folder cannot be written.
         """
-        try:
+        with refuse_os_errors(f"{self._folder}: cannot be written"):
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
             if not _lock(self._step_file):
                 self._wait_for_lock(self._step_file)
-        except OSError as error:
-            raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
         self._attempts = read_attempts(self._folder)
         for attempt in self._attempts:
             attempt.pop("is_open", None)  # this process is the run now

@@ -1,7 +1,12 @@
 """Exit statuses of every command, and what each tells a launcher or a queue. Imports no torch."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+
+from megafusion.errors import UserError
 
 
 class ExitStatus(IntEnum):
@@ -16,3 +21,13 @@ class ExitStatus(IntEnum):
     RETRY = os.EX_TEMPFAIL
     """75: preempted, after a checkpoint if training had begun, or a rank was lost. The same command
     resumes."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the process with the message of a UserError of the block, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status or ExitStatus.REFUSED)

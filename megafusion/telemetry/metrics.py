@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 from megafusion.progress import progress_bar
 from megafusion.telemetry.config import TelemetryConfig
 from megafusion.telemetry.metrics_file import truncate_metrics
@@ -34,12 +34,10 @@ class Metrics:
 
         Raises UserError if the run folder cannot be written.
         """
-        try:
-            if not self._silent:
+        if not self._silent:
+            with refuse_os_errors(f"{self._folder}: cannot be written"):
                 truncate_metrics(self._folder, first_step)
                 self._trackers = open_trackers(self._config, self._folder, first_step)
-        except OSError as error:
-            raise UserError(f"{self._folder}: cannot be written ({error.strerror or error})") from error
         try:
             with self._progress:
                 self.advance(first_step)

@@ -17,7 +17,6 @@ from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import format_sizes
 from megafusion.model.attention import check_backend
 from megafusion.model.transfusion import Transfusion
-from megafusion.parallel.degrees import check_degrees
 from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.mesh import Mesh
 from megafusion.sequence.tokenizer import Tokenizer
@@ -44,14 +43,7 @@ class Components:
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
     """Open and check everything that a run needs, before anything is written."""
-    check_degrees(
-        config.model,
-        config.parallel,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        world_size=dist.get_world_size(),
-    )
+    config.check_degrees(dist.get_world_size())
     check_trackers(config.telemetry)
     if config.train.precision == "fp8":
         check_fp8()

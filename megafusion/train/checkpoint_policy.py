@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import DAMAGED, DamagedCheckpoint, complete_checkpoints, quarantine
 from megafusion.checkpoint.manager import CheckpointManager, SaveFailed
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 from megafusion.parallel.errors import raise_on_all_ranks
 
 
@@ -36,20 +36,19 @@ class CheckpointPolicy:
         """
         said = ""
         while True:
-            complete = complete_checkpoints(self._folder)
-            damaged = sorted(path.name for path in self._folder.glob(f"step-*{DAMAGED}"))
-            found = [(complete[-1] if complete else None, len(complete) > 1, damaged)]
+            found = [(complete_checkpoints(self._folder), sorted(self._folder.glob(f"step-*{DAMAGED}")))]
             dist.broadcast_object_list(found)  # what rank 0 sees, because all ranks must load the same
-            path, has_another, damaged = found[0]
-            if path is None and damaged:
+            complete, damaged = found[0]
+            if damaged and not complete:
+                names = ", ".join(path.name for path in damaged)
                 raise UserError(
-                    f"{self._folder}: only damaged checkpoints are left ({', '.join(damaged)}{said}); "
-                    "restore one from a backup, under its name without the suffix, or choose another out= "
-                    "to start from scratch",
+                    f"{self._folder}: only damaged checkpoints are left ({names}{said}); restore one from a "
+                    "backup, under its name without the suffix, or choose another out= to start from scratch",
                     on_every_rank=True,
                 )
-            if path is None:
+            if not complete:
                 return None
+            *others, path = complete
             try:
                 state = self._manager.load(path)
             except DamagedCheckpoint as error:
@@ -57,17 +56,11 @@ class CheckpointPolicy:
             else:
                 self._saved = (state["step"], state["data"]["batch_number"])
                 return state
-            quarantined = None
-            with raise_on_all_ranks():
+            with raise_on_all_ranks(), refuse_os_errors(f"{path}: damaged, and cannot be renamed"):
                 if dist.get_rank() == 0:
-                    try:
-                        quarantined = quarantine(path)
-                    except OSError as error:
-                        raise UserError(
-                            f"{path}: damaged, and cannot be renamed ({error.strerror or error})"
-                        ) from error
-            then = "resuming from the previous checkpoint" if has_another else "it was the last checkpoint"
-            self._say(f"{said[2:]}; quarantined as {quarantined}; {then}")
+                    quarantine(path)
+            then = "resuming from the previous checkpoint" if others else "it was the last checkpoint"
+            self._say(f"{said[2:]}; quarantined as {path.name}{DAMAGED}; {then}")
 
     def save(self, state: dict, stream_state: dict, is_last: bool = False) -> None:
         """Begin to save, unless this state is saved already. The last save is never skipped.

@@ -13,6 +13,7 @@ from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.model.config import ModelConfig
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.parallel.config import ParallelConfig
+from megafusion.parallel.degrees import check_degrees
 from megafusion.resilience.config import ResilienceConfig
 from megafusion.telemetry.config import TelemetryConfig
 
@@ -98,6 +99,17 @@ class RunConfig(Config):
                 f"{self.sampling.guidance_scale} guides by what was never trained; set it to 1"
             )
         return [f"warning: {warning}" for warning in warnings]
+
+    def check_degrees(self, world_size: int) -> None:
+        """Raise UserError if the degrees of parallelism do not divide what they shard on so many ranks."""
+        check_degrees(
+            self.model,
+            self.parallel,
+            sequence_length=self.data.sequence_length,
+            global_batch_size=self.train.global_batch_size,
+            micro_batch_size=self.train.micro_batch_size,
+            world_size=world_size,
+        )
 
     @property
     def sequence_shape(self) -> "SequenceShape":

@@ -16,7 +16,8 @@ def train(config: RunConfig, stop_after: int | None = None, signals: StopSignals
     ranks then finish the step, save and return "preempted". Called by every rank. Raises UserError before the
     first step if configuration, data, devices and run folder do not fit together.
     """
-    with Run(config, stop_after, signals or StopSignals()) as run:
+    run = Run(config, stop_after, signals or StopSignals())
+    with run.attempt():
         for step in run.steps():
             micro_batches = run.next_batch()
             rate = learning_rate(step, config.train.num_steps, config.optimizer)

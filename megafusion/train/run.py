@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Literal
 
 from megafusion.device import default_device
@@ -43,12 +42,7 @@ Outcome = Literal["finished", "stopped", "preempted"]
 
 
 class Run:
-    """One attempt at a run, on every rank. A context manager around the loop over `steps()`.
-
-    Entering joins the ranks, checks everything, builds the engine and loads the latest checkpoint. Leaving
-    saves if steps are left, waits for the last checkpoint and publishes a finished model; `outcome` then
-    tells which. Every way out is recorded in the run folder.
-    """
+    """One attempt at a run, on every rank: `with run.attempt():` around the loop over `steps()`."""
 
     outcome: Outcome = "preempted"
 
@@ -58,12 +52,16 @@ class Run:
         self._attempts = Attempts(config.out)
         self.step = 0
         """Updates made so far, over all attempts."""
-        self._is_open = self._stops = False
+        self._stops = False
 
-    def __enter__(self) -> "Run":
-        with ExitStack() as stack:
-            self._watchdog = stack.enter_context(self._join())
-            stack.enter_context(self._recorded())
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Join the ranks, check everything, build the engine and load the latest checkpoint; after the block
+        save if steps are left, wait for the last checkpoint and publish a finished model.
+
+        `outcome` then tells which. Every way out is recorded in the run folder.
+        """
+        with self._join() as self._watchdog, self._recorded():
             self._is_rank0 = dist.get_rank() == 0
             self._metrics = Metrics(
                 self._config.telemetry,
@@ -73,27 +71,20 @@ class Run:
                 silent=not self._is_rank0,
             )
             hosts, is_asked_to_stop = self._check()
-            self._outputs = stack.enter_context(ExitStack())
-            if not is_asked_to_stop:
+            if is_asked_to_stop:
+                self._stops = True
+                yield
+                return
+            with ExitStack() as self._outputs:
                 self._start(hosts)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if kind is not None or not self._is_open:
-            return self._stack.__exit__(kind, error, trace)
-        with self._stack:
-            with self._outputs:
+                yield
                 self._finish()
             if self.outcome == "finished" and self._sampler:
                 self._publish(self._sampler)
-        return None
 
     def steps(self) -> Iterator[int]:
         """Yield the number of updates made, until the last step or a stop request."""
-        while self._is_open and self.step < self._last_step and not self._stops:
+        while self.step < self._last_step and not self._stops:
             self._watchdog.beat(self.step + 1, "train")
             self._attempts.at(self.step + 1)
             yield self.step
@@ -236,7 +227,6 @@ class Run:
         self._stragglers = StragglerMonitor(
             self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
         )
-        self._is_open = True
 
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config

@@ -12,7 +12,7 @@ from megafusion.checkpoint.folder import newest_step
 from megafusion.config import changed_keys, dump_config, load_config
 from megafusion.data.manifest import load_manifest
 from megafusion.engine.optimizer import learning_rate
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
@@ -92,29 +92,23 @@ def freeze(config: RunConfig, tokenizer_hash: str, vae_hash: str) -> dict[str, l
     changed = changed_recipe(config)
     hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
     path = config.out / "config.yaml"
+    unwritable = f"{config.out}: cannot be written", "; free space or choose another out="
     if changed is None:
         # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
         beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
         refuse_foreign(config.out, path.name, beside)
-        _write(config.out / "environment.json", json.dumps(_environment() | hashes, indent=1) + "\n")
-        _write(path, dump_config(config))
+        with refuse_os_errors(*unwritable):
+            write_file(config.out / "environment.json", json.dumps(_environment() | hashes, indent=1) + "\n")
+            write_file(path, dump_config(config))
         return {}
     _check_inputs(config, changed, hashes)
     if any(map(_LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
         began, now = load_run_config(config.out), config.data
         moved = {"tokenizer": now.tokenizer, "vae": now.vae, "sources": now.sources}
         data = began.data.model_copy(update=moved)
-        _write(path, dump_config(began.model_copy(update={"data": data})))
+        with refuse_os_errors(*unwritable):
+            write_file(path, dump_config(began.model_copy(update={"data": data})))
     return changed
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        write_file(path, content)
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot be written ({error.strerror or error}); free space or choose another out="
-        ) from error
 
 
 def _environment() -> dict:

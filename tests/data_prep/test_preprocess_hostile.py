@@ -162,8 +162,8 @@ BAD_DOCUMENTS = {
     "of half a layout": ({"texts": ["a"]}, "not two lists of equal length"),
     "of no layout": (
         {"text": "a", "image_list": []},
-        r"has neither `texts` and `images` \(OBELICS\) nor `text_list` and `image_info` \(MMC4\)"
-        r"; its keys are \['image_list', 'text'\]",
+        r"has neither `texts` and `images` \(OBELICS\), `text_list` and `image_info` \(MMC4\), nor `source`, "
+        r"`instruction` and `target` \(edits\); its keys are \['image_list', 'text'\]",
     ),
     "of half of MMC4's": ({"text_list": ["a"]}, r"its keys are \['text_list'\]"),
     "with keys that are markup": ({"[/x]": 1, "\x1b[31m": 2}, r"its keys are \['\\x1b\[31m', '\[/x\]'\]"),

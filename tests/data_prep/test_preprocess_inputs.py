@@ -72,7 +72,7 @@ def test_parquet_of_images_with_captions(make, tmp_path, form):
     found = [document.metadata for document in documents(tmp_path / "out/pairs")]
     assert found == [{"key": str(i), "caption": c} for i, c in enumerate(["red", "blue", "green"])]
     with pytest.raises(UserError, match=r"in\.parquet: has no column 'caption'; its columns are jpg, alt"):
-        make(images=(tmp_path / "in.parquet",), image_column="jpg")
+        make(images=(tmp_path / "in.parquet",), image_column="jpg", out=tmp_path / "other")
 
 
 def test_texts_of_json_lines_and_parquet(make, tmp_path, tokenizer):

@@ -102,7 +102,10 @@ def test_the_same_sizes_are_up_to_date_and_others_rewrite_the_shards(make, input
     capsys.readouterr()
     make(**inputs)
     assert "up to date" in " ".join(capsys.readouterr().err.split())
-    make(**inputs | {"image_sizes": PIXELS[:2]})
+    with pytest.raises(UserError, match=r"out/pairs: holds 24 documents made with other.* image_sizes"):
+        make(**inputs | {"image_sizes": PIXELS[:2]})
+    assert made_files(tmp_path / "out/pairs") == first
+    make(**inputs | {"image_sizes": PIXELS[:2]}, overwrite=True)
     assert made_files(tmp_path / "out/pairs") != first
 
 

@@ -61,7 +61,7 @@ def test_any_cut_of_the_files_gives_the_same_bytes(make, settings, large, tmp_pa
     for num_bytes, num_workers in ((97, 0), (400, 2)):
         monkeypatch.setattr(splits, "BYTES_PER_SPLIT", num_bytes)
         for kind in ("pair", "text", "interleaved"):
-            found = splits.find_splits(kind, PreprocessConfig(**settings | large))
+            found = splits.Inputs(kind, PreprocessConfig(**settings | large).inputs[kind]).splits
             assert len(found) >= 3 * len({split.files for split in found})
         out = tmp_path / f"parts of {num_bytes}"
         make(**large, out=out, num_workers=num_workers)

@@ -8,7 +8,6 @@ from megafusion.config import parse_config
 from megafusion.engine.engine import make_topology
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig
-from megafusion.parallel.degrees import check_degrees
 from megafusion.parallel.mesh import AXES, make_mesh
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
@@ -94,15 +93,7 @@ def test_what_cannot_be_is_refused(run_values, changes, world, message):
 
 
 def check(values: dict, world: int) -> None:
-    config = parse_config(RunConfig, values, "test")
-    check_degrees(
-        config.model,
-        config.parallel,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        world_size=world,
-    )
+    parse_config(RunConfig, values, "test").check_degrees(world)
 
 
 def refuse(values: dict) -> str:

@@ -5,19 +5,22 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pyarrow import parquet
 
 from data_prep.vae import train
 from data_prep.vae.config import AutoencoderConfig, ImageDataConfig
-from data_prep.vae.dataset import find_shards, held_out_images, is_held_out, training_batches
+from data_prep.vae.dataset import find_images, held_out_images, is_held_out, training_batches
 from data_prep.vae.evaluation import measure
 from data_prep.vae.model import FILES, build_model
 from data_prep.vae.train import learning_rate, train_autoencoder
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec
+from megafusion.images.processor import preprocess_images
 from tests.support.raw import strange_images
 from tests.support.tars import add_members
 
@@ -58,7 +61,7 @@ def config(tmp_path: Path, shard: Path):
     def make(**changes) -> AutoencoderConfig:
         values = {
             "out": str(tmp_path / "vae"),
-            "data": {"shards": [str(shard)], "image_size": 32, "held_out_fraction": 0.15},
+            "data": {"images": [str(shard)], "image_size": 32, "held_out_fraction": 0.15},
             "network": {
                 "unshuffle": 4,
                 "channels": [16],
@@ -100,7 +103,7 @@ def test_a_short_training_learns_and_writes_its_folder(config):
 
     codec = ImageCodec.from_pretrained(out)
     assert codec.hash == report["codec_sha256"]
-    keys, held_out = held_out_images(config().data, find_shards(config().data))
+    keys, held_out = held_out_images(config().data, find_images(config().data).splits)
     assert len(keys) == report["num_held_out_images"]
     measured, reconstructions = measure(codec, held_out)
     assert measured == {key: report[key] for key in measured}
@@ -169,28 +172,26 @@ def test_both_styles_of_a_concept_are_held_out_together():
 
 
 def test_an_epoch_has_every_training_image_once(shard):
-    config = ImageDataConfig(
-        shards=[str(shard)], image_size=32, held_out_fraction=0.15, horizontal_flip=False
-    )
-    _, held_out = held_out_images(config, [shard])
+    config = ImageDataConfig(images=(shard,), image_size=32, held_out_fraction=0.15, horizontal_flip=False)
+    splits = find_images(config).splits
+    _, held_out = held_out_images(config, splits)
     num_training = 48 - len(held_out)
-    stream = training_batches(config, [shard], num_training, seed=0)
+    stream = training_batches(config, splits, num_training, seed=0)
     first, second = next(stream), next(stream)
     assert not torch.equal(first, second)
     seen = [sorted(image.numpy().tobytes() for image in batch) for batch in (first, second)]
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == num_training
     assert not set(seen[0]) & {image.numpy().tobytes() for image in held_out}
-    torch.testing.assert_close(
-        next(training_batches(config, [shard], num_training, 0, num_skipped=1)), second
-    )
+    torch.testing.assert_close(next(training_batches(config, splits, num_training, 0, num_skipped=1)), second)
 
 
 def test_about_half_of_the_images_are_flipped(shard):
-    options = {"shards": [str(shard)], "image_size": 32, "held_out_fraction": 0.15}
-    flipped = next(training_batches(ImageDataConfig(**options), [shard], 40, 0))
+    options = {"images": (shard,), "image_size": 32, "held_out_fraction": 0.15}
+    splits = find_images(ImageDataConfig(**options)).splits
+    flipped = next(training_batches(ImageDataConfig(**options), splits, 40, 0))
     images = [disc(i) for i in range(48)]
-    plain = held_out_images(ImageDataConfig(**options | {"held_out_fraction": 0.999999}), [shard])[1]
+    plain = held_out_images(ImageDataConfig(**options | {"held_out_fraction": 0.999999}), splits)[1]
     assert len(plain) == len(images)
     upright = sum(any(torch.equal(x, p) for p in plain) for x in flipped)
     mirrored = sum(any(torch.equal(x.flip(-1), p) for p in plain) for x in flipped)
@@ -208,20 +209,60 @@ def test_learning_rate_rises_linearly_and_falls_to_zero(config):
 
 
 def test_bad_shards_are_named(config, tmp_path, shard):
-    with pytest.raises(UserError, match=r"nowhere-\*\.tar: no such shard"):
-        train_autoencoder(config(data={"shards": [str(tmp_path / "nowhere-*.tar")]}))
+    with pytest.raises(UserError, match=r"nowhere-\*\.tar: no such file"):
+        train_autoencoder(config(data={"images": [str(tmp_path / "nowhere-*.tar")]}))
     cut = tmp_path / "cut.tar"
     cut.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 + 700])
     with pytest.raises(UserError, match=r"cut\.tar: not readable as a tar"):
-        train_autoencoder(config(data={"shards": [str(cut)]}))
+        train_autoencoder(config(data={"images": [str(cut)]}))
     junk = write_shard(tmp_path / "junk.tar", {f"{i:04X}-flat": b"no image" for i in range(40)})
     with pytest.raises(UserError, match=r"junk\.tar, key '.*-flat': image does not decode"):
-        train_autoencoder(config(data={"shards": [str(junk)]}))
+        train_autoencoder(config(data={"images": [str(junk)]}))
     lone = write_shard(tmp_path / "lone.tar", {"0001-flat": png(disc(1))})
     with pytest.raises(UserError, match=r"held_out_fraction.*holds out no image of .*lone\.tar"):
-        train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 1e-9}))
+        train_autoencoder(config(data={"images": [str(lone)], "held_out_fraction": 1e-9}))
     with pytest.raises(UserError, match="no image left to train on"):
-        train_autoencoder(config(data={"shards": [str(lone)], "held_out_fraction": 0.999999}))
+        train_autoencoder(config(data={"images": [str(lone)], "held_out_fraction": 0.999999}))
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet", "folder", "pattern"])
+def test_images_are_read_in_every_form_that_preprocessing_reads(config, tmp_path, form):
+    images = {f"{i:04X}-flat": png(disc(i)) for i in range(20)}
+    folder = tmp_path / "images"
+    folder.mkdir()
+    if form == "tar":
+        write_shard(folder / "a.tar", images)
+    elif form == "parquet":
+        table = pyarrow.table({"img": [None, *images.values()]})
+        parquet.write_table(table, folder / "a.parquet", row_group_size=7)
+    else:
+        for key, content in images.items():
+            (folder / f"{key}.png").write_bytes(content)
+    (folder / "README.md").write_text("x")
+    paths = [Path(f"{folder}/*.png" if form == "pattern" else folder)]
+    data = ImageDataConfig(images=tuple(paths), image_size=32, held_out_fraction=0.2, image_column="img")
+    inputs = find_images(data)
+    assert inputs.ignored == ({} if form == "pattern" else {".md": 1})
+    held_out = held_out_images(data, inputs.splits)[1]
+    assert 0 < len(held_out) < 20
+    batch = next(training_batches(data, inputs.splits, 20 - len(held_out), 0))
+    found = {image.numpy().tobytes() for image in torch.cat([batch, batch.flip(-1), held_out])}
+    assert all(
+        image.numpy().tobytes() in found for image in preprocess_images([disc(i) for i in range(20)], 32, 32)
+    )
+
+
+def test_a_training_reads_no_output_of_its_own_and_replaces_none_unasked(config, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:04X}.png").write_bytes(png(disc(number)))
+    values = {"out": str(folder / "vae"), "data": {"images": [str(folder)]}, "optimization": {"num_steps": 2}}
+    report = train_autoencoder(config(**values))
+    with pytest.raises(UserError, match=r"images/vae: holds an autoencoder; .* set overwrite=true"):
+        train_autoencoder(config(**values))
+    again = train_autoencoder(config(**values, overwrite=True))
+    assert again | {"seconds": 0} == report | {"seconds": 0, "ignored": {"folder of outputs": 1}}
 
 
 def test_strange_images_are_read_as_in_preprocessing(tmp_path):
@@ -229,8 +270,8 @@ def test_strange_images_are_read_as_in_preprocessing(tmp_path):
     shard = write_shard(
         tmp_path / "strange.tar", {str(i): content for i, content in enumerate(images.values())}
     )
-    config = ImageDataConfig(shards=[str(shard)], image_size=8, held_out_fraction=0.999999)
-    keys, pixels = held_out_images(config, [shard])
+    config = ImageDataConfig(images=(shard,), image_size=8, held_out_fraction=0.999999)
+    keys, pixels = held_out_images(config, find_images(config).splits)
     assert len(keys) == len(images)
     green = pixels[:, :, 4, 4]
     expected = torch.tensor([[-1, 1, -1]] * 3 + [[0, 0, 0], [1, 1, 1]])
@@ -268,8 +309,8 @@ def test_the_committed_autoencoder_matches_its_report():
     assert recipe == load_config(AutoencoderConfig, ROOT / "configs/vae/emoji.yaml")
     codec = ImageCodec.from_pretrained(folder)
     assert codec.hash == report["codec_sha256"]
-    shards = [ROOT / "data_prep/emoji/emoji-000000.tar"]
-    _, held_out = held_out_images(recipe.data, shards)
+    images = find_images(ImageDataConfig(images=(ROOT / "data_prep/emoji/emoji-000000.tar",)))
+    _, held_out = held_out_images(recipe.data, images.splits)
     assert len(held_out) == report["num_held_out_images"]
     measured, _ = measure(codec, held_out)
     assert measured["psnr"] == pytest.approx(report["psnr"], abs=0.02)
