@@ -111,10 +111,7 @@ def pack(pairs: dict[str, tuple[bytes, str]]) -> bytes:
 
 
 def starter_keys(captions: dict[str, str], concepts: list[str]) -> list[str]:
-    """Keys of the concepts in both styles, in the order of the concepts.
-
-    Raises UserError for a concept that the pack lacks in one of the styles.
-    """
+    """Keys of the concepts in both styles, in their order. UserError for one that the pack lacks."""
     by_caption = {caption: key for key, caption in captions.items()}
     selected = [f"{concept}, {style} style" for concept in concepts for style in ("3d", "flat")]
     missing = [caption for caption in selected if caption not in by_caption]

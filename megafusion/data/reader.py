@@ -52,10 +52,7 @@ class ShardFolder:
         return self.__dict__ | {"_open": OrderedDict()}
 
     def read(self, document: int) -> StoredDocument:
-        """One document.
-
-        Raises BadDocument naming the shard if its bytes are bad, and UserError if they cannot be read.
-        """
+        """One document. Raises BadDocument if its bytes are bad, and UserError if they cannot be read."""
         shard = int(np.searchsorted(self.starts, document, side="right")) - 1
         position = document - int(self.starts[shard])
         file, offsets = self._opened(shard)

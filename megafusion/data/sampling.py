@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from megafusion.data.augment import augment, image_size
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
+from megafusion.data.images import augment, image_size
 from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import nearest_size
 from megafusion.objective.noise_process import NoiseProcess
@@ -73,10 +73,7 @@ def sample_noise(
     noise_process: NoiseProcess,
     generator: np.random.Generator,
 ) -> FlatDocument:
-    """The document with latents, noise and t of each image sampled, in order.
-
-    generator: the one that `sample_layout` used.
-    """
+    """The document with latents, noise and t of each image sampled, by the generator of `sample_layout`."""
     images = []
     for image in document.images:
         size = (2, shape.latent_channels, *shape.sizes[image.size])

@@ -2,8 +2,8 @@
 
 A document is a tar member `KEY.json` (its metadata) followed by its segments in order: `KEY.0.tokens.npy`
 int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and log-variance of an image's
-latents, or `KEY.1.picture.webp` for its pixels. The index `shard-000000.index.npy` holds int64 [n + 1]
-offsets, so any document is one read away and no archive is ever scanned.
+latents, or `KEY.1.picture.webp` for its pixels. The index `shard-000000.index.npy`, int64 [n + 1], says where
+each document starts and the last one ends, so any is one read away and no archive is ever scanned.
 """
 
 import io
@@ -58,10 +58,7 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
 
 
 def document_offsets(path: Path) -> np.ndarray:
-    """The index that a shard's bytes give: where each document starts, and where the last one ends.
-
-    Raises CorruptBytes if the file is not a tar of plain files. Reads only the headers.
-    """
+    """The index of a shard, from its headers. Raises CorruptBytes if it is not a tar of plain files."""
     offsets, previous, end = [], None, 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for member in tar_members(content):
