@@ -120,7 +120,7 @@ class PreprocessConfig(Config):
     """Documents per tar."""
     batch_size: int = Field(64, gt=0)
     """Images encoded at a time."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=1024)
     """Worker processes; 0 and 1: this process alone. Changes no byte of a shard."""
     on_error: Literal["fail", "skip"] = "fail"
     """On bad input (an image that does not decode, a caption that is not UTF-8, a corrupt tar): stop the

@@ -84,7 +84,7 @@ def make_plan(
                 if len(examples.setdefault(reason, [])) < NUM_EXAMPLES:
                     key = renumber(table.column("key")[row].as_py(), offsets[split.number])
                     examples[reason].append(_where(split, key))
-    _check_keys(config, selected_keys, found)
+    check_keys(config, selected_keys, found)
     _check_skip_rate(config, skipped, examples, total)
     empty = np.zeros(0, np.int32)
     return Plan(
@@ -136,7 +136,8 @@ def _where(split: InputSplit, key: str) -> str:
     return f"{path}, {key}" if key else path
 
 
-def _check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: set[str]) -> None:
+def check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: set[str]) -> None:
+    """UserError for selected keys that were not found."""
     missing = sorted((selected_keys or set()) - found)
     if missing:
         raise UserError(

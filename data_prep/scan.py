@@ -5,7 +5,9 @@ So it is known which documents there are, and in which shard each belongs, befor
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow
 from pyarrow import parquet
@@ -19,6 +21,8 @@ from data_prep.readers.webdataset import NO_IMAGE
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 
+T = TypeVar("T")
+NO_INFO = RecordInfo(b"")
 WAY_OUT = "fix or remove it, or set on_error=skip"
 SCHEMA = pyarrow.schema(
     [
@@ -49,11 +53,12 @@ def scan_split(
     read = split.files if split.opens_file else ()
     files = {str(file): [*file_stat(file), file_sha256(file)] for file in read}
     rows = []
-    for record, info, error in _inspect_records(split, open_reader, config, selected_keys):
+    inspect = partial(inspect_record, filters=config.filters)
+    for record, info, error in read_records(split, open_reader, inspect, config.on_error, selected_keys):
         count(1)
         reason = error.reason if error else None
         is_bad = isinstance(error, BadRecord)  # and not Dropped by a filter
-        rows.append((record.key, json.dumps(record.location), reason, is_bad, *info))
+        rows.append((record.key, json.dumps(record.location), reason, is_bad, *(info or NO_INFO)))
     table = pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
     sink = pyarrow.BufferOutputStream()
     metadata = {"files": json.dumps(files), "lines": json.dumps(_num_lines(split))}
@@ -66,19 +71,23 @@ def table_path(work: Path, split: int) -> Path:
     return work / "scan" / f"{split:06d}.parquet"
 
 
-def _inspect_records(
+def read_records(
     split: InputSplit,
     open_reader: Callable[[], Reader],
-    config: PreprocessConfig,
+    inspect: Callable[[Any], T],
+    on_error: str,
     selected_keys: set[str] | None,
-) -> Iterator[tuple[Record, RecordInfo, BadRecord | Dropped | None]]:
-    no_info = RecordInfo(b"")
+) -> Iterator[tuple[Record, T | None, BadRecord | Dropped | None]]:
+    """Each record with what `inspect` makes of it, or with why it is bad or dropped.
+
+    Raises UserError for a bad one if on_error is "fail".
+    """
     try:
         reader = open_reader()
     except BadRecord as error:
-        if config.on_error == "fail":
+        if on_error == "fail":
             raise UserError(f"{split.files[0]}: {error.reason}; {WAY_OUT}") from error
-        yield Record(""), no_info, error
+        yield Record(""), None, error
         return
     for record in reader.records(*split.span):
         if selected_keys is not None and record.key and plain_key(record.key) not in selected_keys:
@@ -88,13 +97,13 @@ def _inspect_records(
                 raise Dropped(record.problem)
             if record.problem:
                 raise BadRecord(record.problem)
-            yield record, inspect_record(reader.read(record), config.filters), None
+            yield record, inspect(reader.read(record)), None
         except BadRecord as error:
-            if config.on_error == "fail":
+            if on_error == "fail":
                 raise UserError(f"{reader.where(_renumbered(split, record))}: {error}; {WAY_OUT}") from error
-            yield record, no_info, error
+            yield record, None, error
         except Dropped as error:
-            yield record, no_info, error
+            yield record, None, error
 
 
 def _num_lines(split: InputSplit) -> int:

@@ -18,6 +18,7 @@ from megafusion.commands.preprocess import preprocess
 from megafusion.commands.report import report
 from megafusion.commands.status import status
 from megafusion.commands.train import listen_for_signals, train
+from megafusion.commands.train_tokenizer import train_tokenizer
 from megafusion.commands.train_vae import train_vae
 from megafusion.errors import UserError
 from megafusion.processes import exit_on_stop_signals
@@ -40,7 +41,7 @@ app = typer.Typer(
     "The usual order: `preprocess`, `train`, `generate`. Configurations are YAML files in configs/; any key "
     "can be overridden after the file, as in `train.num_steps=50`.",
 )
-for command in (preprocess, train_vae, train, status, generate, report, launch, keys):
+for command in (train_tokenizer, preprocess, train_vae, train, status, generate, report, launch, keys):
     app.command()(expand_paths(command))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")

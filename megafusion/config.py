@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from megafusion.errors import UserError
@@ -14,13 +14,11 @@ from megafusion.storage import expand_path
 from megafusion.suggestions import suggest
 from megafusion.yaml_values import dump_yaml, load_values
 
-MAX_INTEGER = 2**63 - 1
-
 
 class Config(BaseModel):
     """Base of every component's configuration: immutable, strict in types, closed to unknown keys.
 
-    In paths, ~ and $NAME are expanded. Integers fit in 64 bits.
+    In paths, ~ and $NAME are expanded.
     """
 
     model_config = ConfigDict(
@@ -34,13 +32,20 @@ class Config(BaseModel):
     moved_values: ClassVar[dict[tuple[str, str], str]] = {}
     """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
 
+    max_integer: ClassVar[int] = 2**63 - 1
+    """Largest integer of a key without a limit of its own."""
+
     @field_validator("*")
     @classmethod
-    def _checked(cls, value: Any) -> Any:
+    def _checked(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, tuple):
-            return tuple(map(cls._checked, value))
-        if isinstance(value, int) and abs(value) > MAX_INTEGER:
-            raise ValueError(f"{value} is out of range; the largest integer is {MAX_INTEGER}")
+            return tuple(cls._checked(each, info) for each in value)
+        if (
+            isinstance(value, int)
+            and abs(value) > cls.max_integer
+            and "<" not in _limits(cls, info.field_name)
+        ):
+            raise ValueError(f"{value} is out of range; it must be at most {cls.max_integer}")
         return Path(expand_path(value)) if isinstance(value, Path) else value
 
 
@@ -162,16 +167,21 @@ def _way_out(cls: type[Config], detail: ErrorDetails) -> str:
     if kind == "bool_type" and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
         return "; write true or false"
     if kind.startswith(("greater_than", "less_than")):
-        field = _resolve(cls, detail["loc"][:-1])[0].model_fields.get(str(detail["loc"][-1]))
-        names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-        bounds = [
-            f"{words} {getattr(bound, name)}"
-            for bound in (field.metadata if field else ())
-            for name, words in names.items()
-            if hasattr(bound, name)
-        ]
-        return f"; it must be {' and '.join(bounds)}" if len(bounds) > 1 else ""
+        limits = _limits(_resolve(cls, detail["loc"][:-1])[0], detail["loc"][-1])
+        return f"; it must be {limits}" if " and " in limits else ""
     return ""
+
+
+def _limits(cls: type[Config], key: str | int | None) -> str:
+    """Limits of a key that is a number, such as `>= 0 and < 1`; empty without any."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    field = cls.model_fields.get(str(key))
+    return " and ".join(
+        f"{sign} {getattr(limit, name)}"
+        for limit in (field.metadata if field else ())
+        for name, sign in signs.items()
+        if hasattr(limit, name)
+    )
 
 
 def _path(cls: type[Config], location: Sequence[str | int]) -> str:

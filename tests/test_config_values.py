@@ -95,9 +95,7 @@ def test_integers_out_of_range_are_refused_with_the_range(cls):
                 parse_config(cls, nested(path.replace("NAME", "a"), value), "test")
             (said,) = [line for line in str(refused.value).splitlines() if "required" not in line]
             assert path in said
-            assert any(
-                words in said for words in ("largest integer is 9223372036854775807", "than", "must be")
-            )
+            assert any(words in said for words in ("must be at most", "than", "must be"))
 
 
 def annotations(cls: type[Config], parent: str = ""):
@@ -116,9 +114,7 @@ def nested(path: str, value: object) -> dict:
 
 
 def test_a_seed_out_of_range_names_both_ends():
-    message = (
-        r"key 'seed': .* \(got 18446744073709551615\); it must be at least 0 and below 9223372036854775808"
-    )
+    message = r"key 'seed': .* \(got 18446744073709551615\); it must be >= 0 and < 9223372036854775808"
     with pytest.raises(UserError, match=message):
         load_config(RunConfig, QUICKSTART, ["seed=18446744073709551615"])
 

@@ -14,8 +14,8 @@ from PIL import Image
 from rich.progress import Progress
 
 from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
-from data_prep.emoji.pack import read_pack
 from data_prep.images import open_rgb
+from data_prep.readers.webdataset import tar_pairs
 from megafusion.data.config import DataConfig
 from megafusion.data.source import open_folder
 from megafusion.errors import UserError
@@ -87,7 +87,7 @@ def training_pairs(config: DataConfig, tar: Path) -> list[Pair]:
     folder = next((f for f in folders if f.manifest.kind == "pair"), None)
     if folder is None:
         raise UserError("the run has no source of pairs, so there is nothing to draw or describe")
-    raw_pairs = read_pack(tar)
+    raw_pairs = {pair.key: pair for pair in tar_pairs(tar)}
     pairs = []
     for document in range(len(folder)):
         metadata = folder.read(document).metadata

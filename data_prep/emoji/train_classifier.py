@@ -12,24 +12,36 @@ from torch.nn import functional as F
 
 from data_prep.emoji.classifier import IMAGE_SIZE, OTHER, REJECTION_COSINE, ImageClassifier
 from data_prep.emoji.distortions import CORRUPTIONS, augment, blends
-from data_prep.emoji.pack import read_keys, read_pack
 from data_prep.images import open_rgb
+from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError
 from megafusion.progress import progress_bar
 from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.storage import read_lines
 
 LOGIT_SCALE = 16.0
 
 
-def read_images(pack: Path) -> dict[str, Tensor]:
+def read_pack(pack: Path) -> dict[str, Tensor]:
     """Images [3, 64, 64] in [0, 1] by key, from a webdataset tar."""
+    if not pack.is_file():
+        raise UserError(f"{pack}: no such file; build it with python -m data_prep.emoji.build")
     images = {}
-    for key, pair in read_pack(pack).items():
+    for pair in tar_pairs(pack):
         pixels = np.array(open_rgb(pair.image))
         if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise UserError(f"{pack}: {key} is not 64 x 64 pixels; rebuild the pack")
-        images[key] = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+            raise UserError(f"{pack}: {pair.key} is not 64 x 64 pixels; rebuild the pack")
+        images[pair.key] = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     return images
+
+
+def read_keys(path: Path, images_by_key: dict[str, Tensor]) -> list[str]:
+    """Keys of a file, one per line; UserError naming those that the pack lacks."""
+    keys = read_lines(path)
+    missing = [key for key in keys if key not in images_by_key]
+    if missing:
+        raise UserError(f"{path}: not in the pack: {missing[:5]}")
+    return keys
 
 
 def split_others(images_by_key: dict[str, Tensor], keys: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -54,15 +66,15 @@ def plain_images(num: int, random: torch.Generator) -> Tensor:
 
 
 def train_classifier(
-    images_by_key: dict[str, Tensor], keys: Sequence[str], num_steps: int
+    images_by_key: dict[str, Tensor], keys: Sequence[str], num_steps: int, seed: int = 0
 ) -> ImageClassifier:
     """Train the network and the references: the concepts' images to their keys, the rest to `other`.
 
     `other` is a class with the fixed logit of a cosine of REJECTION_COSINE, so the threshold is trained.
     Half-blends have both images as targets. The same arguments give bitwise identical weights.
     """
-    torch.manual_seed(0)
-    random = torch.Generator().manual_seed(0)
+    torch.manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
     classifier = ImageClassifier(keys)
     images = torch.stack([images_by_key[key] for key in keys])
     others, _ = split_others(images_by_key, keys)
@@ -124,7 +136,7 @@ def train(
     num_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 700,
 ) -> None:
     """Train on the real images, print the metrics, and store them with the weights."""
-    images_by_key = read_images(pack)
+    images_by_key = read_pack(pack)
     classifier = train_classifier(images_by_key, read_keys(keys, images_by_key), num_steps)
     classifier.metrics = measure(classifier, images_by_key)
     classifier.save(out)
@@ -136,7 +148,7 @@ def measure_command(
     pack: PackOption, weights: Annotated[Path, typer.Option(help="safetensors file that `train` wrote.")]
 ) -> None:
     """Measure stored weights again."""
-    _print(measure(ImageClassifier.load(weights), read_images(pack)))
+    _print(measure(ImageClassifier.load(weights), read_pack(pack)))
 
 
 def _print(metrics: dict[str, float]) -> None:

@@ -1,1 +1,1 @@
-"""The small default tokenizer and its training."""
+"""The small default tokenizer, and the training of such tokenizers."""

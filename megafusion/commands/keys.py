@@ -7,7 +7,7 @@ import typer
 from megafusion.config import Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
 
-Command = Literal["train", "preprocess", "train-vae"]
+Command = Literal["train", "preprocess", "train-tokenizer", "train-vae"]
 REGENERATE = "python -m megafusion.commands.keys > docs/configuration.md"
 
 
@@ -32,9 +32,11 @@ def reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key of the three configuration files. NAME is a name of your choice.",
+        "Every key of the configuration files. NAME is a name of your choice.",
         "Values after the file override it: `megafusion train configs/quickstart.yaml train.num_steps=50`.",
-        "An unknown key is refused with the nearest valid name. `megafusion keys train data.` prints a part.",
+        "Keys are text, each once; `true` and `false` alone are booleans; `yes`, `010` and `12:30` are text.",
+        "In paths, `~` and `$NAME` are expanded.",
+        "An unknown key is refused with the nearest valid ones. `megafusion keys train data.` prints a part.",
         "",
         f"Generated from the configuration classes: `{REGENERATE}`.",
     ]
@@ -69,6 +71,10 @@ def _config_class(command: str) -> type[Config]:
         from data_prep.config import PreprocessConfig
 
         return PreprocessConfig
+    if command == "train-tokenizer":
+        from data_prep.tokenizer.config import TokenizerConfig
+
+        return TokenizerConfig
     from data_prep.vae.config import AutoencoderConfig
 
     return AutoencoderConfig

@@ -25,6 +25,7 @@ class DataConfig(Config):
         "look_ahead": "packing_buffer_size",
         "image_first_max_timestep": "image_first_max_t",
     }
+    max_integer: ClassVar[int] = 2**24
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """The mixture, by name."""
@@ -52,7 +53,7 @@ class DataConfig(Config):
     """Probability that an image is mirrored, left to right, each time it is used."""
     packing_buffer_size: int = Field(16, gt=0)
     """Documents to choose from when a sequence is packed (best fit)."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=1024)
     """Processes of a rank that read and pack ahead; 0: the trainer does. Does not change the data."""
     prefetch: int = Field(2, gt=0)
     """Global batches that workers build ahead; each is held in memory."""
@@ -63,5 +64,5 @@ class DataConfig(Config):
     """Share of documents skipped beyond which, by more than chance explains, the run stops."""
     cache_dir: Path = Path("data/cache")
     """Folder on a local disk that caches the shards of URLs, shared by all processes of a machine."""
-    cache_bytes: int = Field(100_000_000_000, gt=0)
+    cache_bytes: int = Field(100_000_000_000, gt=0, lt=2**63)
     """Maximum size of the cache; the least recently opened shards are evicted first."""

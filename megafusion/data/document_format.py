@@ -69,7 +69,7 @@ class Member(NamedTuple):
 
 
 def tar_members(content: bytes | mmap) -> Iterator[Member]:
-    """The members of a tar, or of its part from a header on. Raises CorruptBytes for other than plain files."""
+    """The members of a tar, or of a part that starts at a header. CorruptBytes for other than plain files."""
     offset, end = 0, len(content)
     while offset + BLOCK <= end:
         header = bytes(content[offset : offset + BLOCK])

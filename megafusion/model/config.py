@@ -46,8 +46,9 @@ class ModelConfig(Config):
         "latent_shape": "latent_channels latent_downsampling image_sizes",
         "more_sizes": "image_sizes",
     }
+    max_integer: ClassVar[int] = 2**20
 
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=4096)
     """Transformer blocks."""
     hidden_size: int = Field(gt=0)
     """Size D of the residual stream."""

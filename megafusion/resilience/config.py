@@ -21,6 +21,6 @@ class ResilienceConfig(Config):
     max_crashes: int = Field(3, ge=0)
     """Consecutive attempts that crashed without a new checkpoint, after which the run is not restarted; 0
     for no limit."""
-    timeout_seconds: float = Field(600.0, gt=0)
+    timeout_seconds: float = Field(600.0, gt=0, le=1e8)
     """Longest time without progress in one step, checkpoint or start-up before every rank dumps its stacks
     and exits."""

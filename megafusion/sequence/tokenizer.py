@@ -39,19 +39,16 @@ class Tokenizer:
         """Load a SentencePiece model, a tokenizer.json, or the one of them that a folder holds."""
         path = Path(path)
         if path.is_dir():
-            found = [path / name for name in FILE_NAMES if (path / name).is_file()]
-            if len(found) != 1:
-                holds = "holds " + (" and ".join(FILE_NAMES) if found else f"no {' or '.join(FILE_NAMES)}")
-                way_out = (
-                    "give the path of one of them"
-                    if found
-                    else (
-                        "give the folder or the file of a tokenizer (transformers' save_pretrained writes a "
-                        "tokenizer.json from older files)"
+            match [path / name for name in FILE_NAMES if (path / name).is_file()]:
+                case [found]:
+                    path = found
+                case []:
+                    raise UserError(
+                        f"{path}: holds no {' or '.join(FILE_NAMES)}; give the path of a tokenizer, or have "
+                        "transformers' save_pretrained write a tokenizer.json from its older files"
                     )
-                )
-                raise UserError(f"{path}: {holds}; {way_out}")
-            (path,) = found
+                case _:
+                    raise UserError(f"{path}: holds {' and '.join(FILE_NAMES)}; give the path of one of them")
         if not path.is_file():
             raise UserError(
                 f"{path}: no such tokenizer; give a SentencePiece .model file or a tokenizer.json"

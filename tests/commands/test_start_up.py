@@ -46,8 +46,12 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
         ["--help"],
         ["keys", "train"],
         ["keys", "preprocess"],
+        ["keys", "train-tokenizer"],
         ["keys", "train-vae"],
-        *[[command, "--help"] for command in ("train", "preprocess", "train-vae", "generate", "launch")],
+        *[
+            [command, "--help"]
+            for command in ("train", "preprocess", "train-tokenizer", "train-vae", "generate", "launch")
+        ],
     ],
     ids=" ".join,
 )
@@ -60,6 +64,7 @@ def test_help_and_keys_import_nothing_heavy(arguments):
     [
         ("train", "quickstart.yaml"),
         ("preprocess", "preprocess/quickstart.yaml"),
+        ("train-tokenizer", "tokenizer/emoji.yaml"),
         ("train-vae", "vae/emoji.yaml"),
         ("launch", "quickstart.yaml"),
     ],

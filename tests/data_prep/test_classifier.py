@@ -20,7 +20,7 @@ WEIGHTS = ROOT / "data_prep/emoji/classifier.safetensors"
 
 @pytest.fixture(scope="module")
 def images_by_key() -> dict[str, torch.Tensor]:
-    return module.read_images(PACK)
+    return module.read_pack(PACK)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_invalid_input_is_refused_by_name(classifier, images_by_key, tmp_path):
         with pytest.raises(UserError, match=r"bad\.safetensors: not classifier weights"):
             ImageClassifier.load(path)
     with pytest.raises(UserError, match=r"no\.tar: no such file"):
-        module.read_images(tmp_path / "no.tar")
+        module.read_pack(tmp_path / "no.tar")
     (tmp_path / "keys.txt").write_text("1F34E-3d\nFFFF-3d\n")
     with pytest.raises(UserError, match=r"keys\.txt: not in the pack: \['FFFF-3d'\]"):
         module.read_keys(tmp_path / "keys.txt", images_by_key)

@@ -1,7 +1,5 @@
 """The committed glosses and tokenizer, and their builders."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,13 +7,16 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.emoji.pack import read_pack
 from data_prep.images import decode_caption
+from data_prep.readers.webdataset import tar_pairs
 from data_prep.text import build
-from data_prep.tokenizer import train
+from data_prep.tokenizer.config import TokenizerConfig
+from data_prep.tokenizer.train import train_tokenizer
+from megafusion.config import load_config
 from megafusion.errors import UserError
 
-DATA_PREP = Path(__file__).parents[2] / "data_prep"
+ROOT = Path(__file__).parents[2]
+DATA_PREP = ROOT / "data_prep"
 PACK = DATA_PREP / "emoji/emoji-000000.tar"
 STARTER = DATA_PREP / "emoji/starter.txt"
 GLOSSES = DATA_PREP / "text/glosses.txt"
@@ -83,11 +84,13 @@ def test_tokenizer_has_llamas_ids_and_2046_of_them():
 
 
 def test_captions_round_trip_in_few_tokens():
-    captions = {key: decode_caption(pair.caption) for key, pair in read_pack(PACK).items()}
+    captions = {pair.key: decode_caption(pair.caption) for pair in tar_pairs(PACK)}
     texts = list(captions.values())
     assert TOKENIZER.decode(TOKENIZER.encode(texts)) == texts
-    assert train.mean_tokens(TOKENIZER, texts) < 6.5
-    assert train.mean_tokens(TOKENIZER, [captions[key] for key in STARTER.read_text().split()]) < 4.5
+    lengths = {key: len(TOKENIZER.encode(caption)) for key, caption in captions.items()}
+    assert sum(lengths.values()) < 6.5 * len(lengths)
+    starter = STARTER.read_text().split()
+    assert sum(lengths[key] for key in starter) < 4.5 * len(starter)
     assert TOKENIZER.encode("red apple, 3d style", out_type=str) == ["▁red", "▁apple", ",", "▁3d", "▁style"]
 
 
@@ -106,29 +109,6 @@ def test_any_unicode_round_trips_without_unk(text):
 
 def test_training_reproduces_the_committed_bytes(tmp_path):
     out = tmp_path / "tokenizer.model"
-    train.train(pack=PACK, keys=STARTER, text=GLOSSES, out=out)
+    config = load_config(TokenizerConfig, ROOT / "configs/tokenizer/emoji.yaml", [f"out={out}"])
+    assert "2046 pieces from 53540 lines (records left out: none)" in train_tokenizer(config)
     assert out.read_bytes() == MODEL.read_bytes()
-
-
-def test_too_little_text_is_refused():
-    with pytest.raises(UserError, match="give more text"):
-        train.train_tokenizer(["one line", "and another"])
-
-
-def test_command_reports_a_missing_file_without_a_traceback(tmp_path, monkeypatch, capsys):
-    arguments = [
-        "--pack",
-        PACK,
-        "--keys",
-        STARTER,
-        "--text",
-        tmp_path / "nothing.txt",
-        "--out",
-        tmp_path / "out",
-    ]
-    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-    monkeypatch.delitem(sys.modules, train.__name__)
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_module(train.__name__, run_name="__main__")
-    assert stopped.value.code == 2
-    assert "nothing.txt: no such file" in capsys.readouterr().err
