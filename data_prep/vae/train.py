@@ -147,7 +147,10 @@ class _Training:
                         text += f"  held-out {self.history[-1]['psnr']:.2f} dB"
                     bar.update(task, completed=step, losses=text)
                 if saves:
-                    self._save(step, self.seconds_before + time.perf_counter() - started)
+                    seconds = self.seconds_before + time.perf_counter() - started
+                    values = self._config.model_dump(mode="json")
+                    meta = {"step": step, "seconds": seconds, "history": self.history, "config": values}
+                    save_checkpoint(self.folder, self._modules, self._optimizers, meta)
 
     def _step(self, step: int, images_N3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """One update of autoencoder, discriminator and average: the loss terms and the gradient norm."""
@@ -177,11 +180,6 @@ class _Training:
         # The decay rises, so that the average forgets the random initial weights.
         decay = min(self._options.ema_decay, step / (step + 10))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self._model.parameters()), 1 - decay)
-
-    def _save(self, step: int, seconds: float) -> None:
-        config = self._config.model_dump(mode="json")
-        meta = {"step": step, "seconds": seconds, "history": self.history, "config": config}
-        save_checkpoint(self.folder, self._modules, self._optimizers, meta)
 
 
 def learning_rate(options: OptimizationConfig, step: int) -> float:

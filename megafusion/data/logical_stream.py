@@ -35,7 +35,7 @@ class LogicalStream:
         noise_process: NoiseProcess,
     ):
         self.number, self._sources, self._config, self._shape = number, sources, config, shape
-        self.state = StreamState.at_start(sources)
+        self.state = StreamState(dict.fromkeys(sources, Cursor(0, 0, 0)), dict.fromkeys(sources, 0))
         self.warnings: list[str] = []
         """Documents skipped since the list was last cleared."""
         self._documents = StreamDocuments(number, sources, config, shape, tokenizer, noise_process)

@@ -22,7 +22,7 @@ from megafusion.parallel.tensor import (
     sum_partial_gradients,
     vocab_range,
 )
-from megafusion.parallel.ulysses import SequenceParallelCrossEntropy, SequenceShard, UlyssesAttention
+from megafusion.parallel.ulysses import SequenceParallelCrossEntropy, SequenceShard, ulysses_attention
 from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.packing import SequenceShape
 
@@ -65,7 +65,7 @@ def parallelize(
     for name, block in stage.blocks.items():
         if mesh.size("ulysses") > 1:
             attention = block.attention
-            attention.attend = UlyssesAttention(attention.attend, mesh.group("ulysses"))
+            attention.attend = ulysses_attention(attention.attend, mesh.group("ulysses"))
         if precision == "fp8":
             stage.blocks[name] = Fp8Block(block, mesh.group("tensor"))
     if image_shard.num_ranks > 1:

@@ -82,9 +82,11 @@ class VocabularyParallelEmbedding(nn.Embedding):
     Ulysses ranks hold the same shard. Each embeds only a part of it, so that their sum has each token once.
     """
 
-    def __init__(self, embedding: nn.Embedding, vocab_shard: range, embedded_range: range):
+    def __init__(self, embedding: nn.Embedding, vocab_shard: range, mesh: Mesh):
         super().__init__(len(vocab_shard), embedding.embedding_dim, device=embedding.weight.device)
-        self.vocab_shard, self.embedded_range = vocab_shard, embedded_range
+        rank, num_ranks = mesh.rank("ulysses"), mesh.size("ulysses")
+        start, stop = (len(vocab_shard) * i // num_ranks for i in (rank, rank + 1))
+        self.vocab_shard, self.embedded_range = vocab_shard, vocab_shard[start:stop]
         set_shard_spec(self.weight, _vocab_spec(embedding.weight, vocab_shard))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.
     match module.weight_spec.sharding:
         case "vocab" if isinstance(module, nn.Embedding):
             vocab_shard = vocab_range(module.num_embeddings, region.rank, region.num_ranks)
-            return VocabularyParallelEmbedding(module, vocab_shard, _embedded_range(vocab_shard, mesh))
+            return VocabularyParallelEmbedding(module, vocab_shard, mesh)
         case _ if region.num_ranks == 1:
             return module
         case "column":
@@ -156,13 +158,6 @@ def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.
             return VocabularyParallelLinear(module, vocab_shard)
         case Replicated():
             return module
-
-
-def _embedded_range(vocab_shard: range, mesh: Mesh) -> range:
-    """The part of a shard that this Ulysses rank embeds."""
-    rank, num_ranks = mesh.rank("ulysses"), mesh.size("ulysses")
-    start, stop = (len(vocab_shard) * i // num_ranks for i in (rank, rank + 1))
-    return vocab_shard[start:stop]
 
 
 def _vocab_spec(whole: Tensor, vocab_shard: range) -> ShardSpec:
