@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from braceexpand import braceexpand
-
 from megafusion.data.index import INDEX
+
 from megafusion.data.manifest import FOLDERS, MANIFEST, Kind
 from megafusion.errors import UserError
 
