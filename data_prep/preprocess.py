@@ -146,8 +146,8 @@ class _Job:
             num_shards = plan.num_shards(per_shard)
             if not num_shards:
                 raise UserError(
-                    f"{self.folder}: the inputs hold no valid document: {describe_unused(plan)}; nothing is written; "
-                    f"files ignored: {format_counts(self._inputs.ignored)}"
+                    f"{self.folder}: the inputs hold no valid document: {describe_unused(plan)}; nothing is "
+                    f"written; files ignored: {format_counts(self._inputs.ignored)}"
                 )
             tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(task, num_shards, num_tasks)]
             self._map(pool, "write", tasks, sum(len(task.rows) for task in tasks))
