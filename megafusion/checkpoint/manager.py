@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from megafusion.checkpoint.chunks import Chunks
+from megafusion.checkpoint.chunks import Chunks, ChunkSavePlanner
 from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import (
     KINDS,
@@ -31,7 +31,6 @@ from megafusion.checkpoint.folder import (
     step_of,
     verify_checkpoint,
 )
-from megafusion.checkpoint.planners import ChunkSavePlanner
 from megafusion.checkpoint.reader import CheckpointReader, TensorSource, read_chunks
 from megafusion.engine.ema import Ema
 from megafusion.engine.optimizer_state import OptimizerState
@@ -99,8 +98,7 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait for the running save. Called by every rank.
 
-        Raises SaveFailed on every rank, naming the folder and the rank, if the save failed; its partial
-        checkpoint is then deleted.
+        Raises SaveFailed on every rank if it failed; its partial checkpoint is then deleted.
         """
         saving, self._saving = self._saving, None
         with raise_on_all_ranks(self._group):

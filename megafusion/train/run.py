@@ -15,13 +15,12 @@ from megafusion.checkpoint.folder import complete_checkpoints, newest_step, veri
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
 from megafusion.engine.process_group import start_process_group
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import AXES, make_mesh
 from megafusion.resilience.attempts import CRASHED, Attempts
-from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.rollback import Rollback
 from megafusion.resilience.self_test import self_test
 from megafusion.resilience.signals import StopSignals
@@ -168,10 +167,7 @@ class Run:
         self._attempts.end(self.outcome)
 
     def _check(self) -> tuple[list[str], bool]:
-        """Refuse what does not fit together, claim the run folder, test the devices.
-
-        Returns the ranks' hosts, and whether a rank was asked to stop meanwhile.
-        """
+        """Refuse what does not fit together, claim the run folder, test the devices; see `self_test`."""
         config = self._config
         with raise_on_all_ranks():
             self._mesh = make_mesh(config.parallel)
@@ -180,7 +176,9 @@ class Run:
             self._loader = self._components.loader
             if self._is_rank0:
                 parts = self._components
-                changed = freeze(config, parts.tokenizer.hash, parts.codec.hash, parts.started_from)
+                tokenizer = parts.tokenizer  # whose bos and eos may stand in a file beside the hashed one
+                identity = f"{tokenizer.hash} bos {tokenizer.bos} eos {tokenizer.eos}"
+                changed = freeze(config, identity, parts.codec.hash, parts.started_from)
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
