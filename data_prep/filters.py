@@ -64,8 +64,10 @@ def _inspect_pair(pair: RawPair, filters: FilterConfig) -> RecordInfo:
         raise Dropped("caption longer than filters.max_caption")
     for name, limits in filters.scores.items():
         score = pair.scores.get(name)
-        if isinstance(score, bool) or not isinstance(score, int | float):
+        if score is None:
             raise Dropped(f"no score {name}")
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise Dropped(f"score {name} is not a number")
         if not limits.min <= score <= limits.max:
             raise Dropped(f"score {name} out of range")
     if filters.duplicates == "perceptual":

@@ -14,7 +14,7 @@ import megafusion
 from data_prep.config import KEYS_OF_KIND, KEYS_WITHOUT_EFFECT, PreprocessConfig
 from data_prep.readers.files import walk
 from data_prep.readers.splits import Inputs
-from data_prep.scan import file_stat
+from data_prep.scan import SCHEMA, file_stat
 from data_prep.write import CHANGED
 from megafusion.config import dump_config
 from megafusion.data.manifest import Kind, Manifest
@@ -42,7 +42,7 @@ class InputFingerprint:
             self._files[split.source] += split.files
         files = [file for found in self._files.values() for file in found]
         self._stats = {str(file): list(file_stat(file)) for file in files}
-        values = [self.fields, self._config, self._stats]
+        values = [self.fields, self._config, self._stats, SCHEMA.names]
         # Tables of a partial folder are numbered by splits.
         values += [spans] if (spans := [split.span for split in inputs.splits if split.span]) else []
         self.digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

@@ -5,9 +5,10 @@ It depends on the scan's tables alone, not on how the scan was distributed.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -15,7 +16,7 @@ from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
 from data_prep.filters import Deduplicator, RecordInfo, plain_key
-from data_prep.readers.records import Record
+from data_prep.readers.records import UNKNOWN, Record
 from data_prep.readers.splits import InputSplit
 from megafusion.data.error_budget import exceeds_error_budget
 from megafusion.errors import UserError
@@ -36,6 +37,8 @@ class Plan(NamedTuple):
     """Records that filters dropped, by reason."""
     skipped: dict[str, int]
     """Bad records, by reason."""
+    estimated: dict[str, int]
+    """Those of them that files which are cut have lost, by file: see `_estimate_lost`."""
     examples: dict[str, list[str]]
     """The first dropped or skipped records, by reason."""
     shorter_sides: dict[str, int]
@@ -62,13 +65,16 @@ def make_plan(
     skipped: Counter[str] = Counter()
     sides: Counter[int] = Counter()
     examples: dict[str, list[str]] = {}
+    deduplicator = Deduplicator(config.filters)
     found: set[str] = set()
-    deduplicator, total = Deduplicator(config.filters), 0
+    held: Counter[Path] = Counter()
+    cut: dict[Path, str] = {}
     tables = list(tables)
     offsets = line_offsets(splits, tables)
     for split, path in zip(splits, tables, strict=True):
         table = parquet.read_table(path)
-        total += len(table)
+        num_lost = table.column("num_lost").to_pylist()
+        held[split.files[0]] += sum(num_lost)
         if selected_keys is not None:
             found.update(map(plain_key, table.column("key").to_pylist()))
         reasons, is_bad = table.column("reason").to_pylist(), table.column("is_bad").to_pylist()
@@ -80,12 +86,18 @@ def make_plan(
         sides.update(Counter((1 << np.log2(shorter[shorter > 0]).astype(int)).tolist()))
         for row, reason in enumerate(reasons):
             if reason is not None:
-                (skipped if is_bad[row] else dropped)[reason] += 1
+                (skipped if is_bad[row] else dropped)[reason] += num_lost[row]
+                if num_lost[row] == UNKNOWN:
+                    cut[split.files[0]] = reason
                 if len(examples.setdefault(reason, [])) < NUM_EXAMPLES:
                     key = renumber(table.column("key")[row].as_py(), offsets[split.number])
                     examples[reason].append(_where(split, key))
     check_keys(config, selected_keys, found)
-    _check_skip_rate(config, skipped, examples, total)
+    estimated = _estimate_lost(held, cut.keys())
+    for path, number in estimated.items():
+        skipped[cut[path]] += number
+    total = held.total() + sum(estimated.values())
+    _check_skip_rate(config, skipped, estimated, examples, total)
     empty = np.zeros(0, np.int32)
     return Plan(
         np.concatenate([empty, *(np.full(len(rows), number, np.int32) for number, rows in kept)]),
@@ -93,6 +105,7 @@ def make_plan(
         total,
         dict(sorted(dropped.items())),
         dict(sorted(skipped.items())),
+        {str(path): number for path, number in estimated.items()},
         examples,
         {f"{side} to {2 * side - 1}": count for side, count in sorted(sides.items())},
     )
@@ -145,12 +158,37 @@ def check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: 
         )
 
 
-def _check_skip_rate(config: PreprocessConfig, skipped: Counter, examples: dict, total: int) -> None:
+def _estimate_lost(held: Counter[Path], cut: Set[Path]) -> dict[Path, int]:
+    """Inputs that each file has lost which is cut and does not tell: an estimate, at least one.
+
+    As many as it holds fewer than the median of the complete files of its kind in its folder; without such,
+    as many as it still holds.
+    """
+    complete: dict[tuple[Path, str], list[int]] = {}
+    for path in held.keys() - cut:
+        complete.setdefault((path.parent, path.suffix), []).append(held[path])
+    expected = {kind: int(median(numbers)) for kind, numbers in complete.items()}
+    return {
+        path: max(1, expected.get((path.parent, path.suffix), 2 * held[path]) - held[path]) for path in cut
+    }
+
+
+def _check_skip_rate(
+    config: PreprocessConfig, skipped: Counter, estimated: dict[Path, int], examples: dict, total: int
+) -> None:
     """UserError for a rate above max_skip_rate by more than chance explains, as in training."""
     if exceeds_error_budget(skipped.total(), total, config.max_skip_rate):
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items()))
         first = examples[min(skipped)][0]
         raise UserError(
-            f"{skipped.total()} of {total} inputs are bad ({reasons}), more than max_skip_rate "
-            f"{config.max_skip_rate}; one is {first}; fix the inputs, or raise it"
+            f"{skipped.total()} of {total} inputs are bad ({reasons}){describe_estimate(estimated)}, more "
+            f"than max_skip_rate {config.max_skip_rate}; one is {first}; fix the inputs, or raise it"
         )
+
+
+def describe_estimate(estimated: Mapping[Any, int]) -> str:
+    """How many of the bad inputs are an estimate, and why; empty if none is."""
+    if not estimated:
+        return ""
+    names = ", ".join(map(str, list(estimated)[:NUM_EXAMPLES])) + ", ..." * (len(estimated) > NUM_EXAMPLES)
+    return f", {sum(estimated.values())} of them by estimate: {names} cannot be read to the end"

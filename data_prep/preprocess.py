@@ -21,7 +21,7 @@ from data_prep.fingerprint import InputFingerprint, write_hashes
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import Pool, Throughput
 from data_prep.readers.splits import Inputs
-from data_prep.report import format_counts, summary_line, write_report, write_sheet
+from data_prep.report import describe_unused, format_counts, summary_line, write_report, write_sheet
 from data_prep.scan import table_path
 from data_prep.worker import ShardTask, WorkerSettings
 from data_prep.write import read_summary, summary_path
@@ -146,8 +146,8 @@ class _Job:
             num_shards = plan.num_shards(per_shard)
             if not num_shards:
                 raise UserError(
-                    f"{self.folder}: the inputs hold no valid document; nothing is written; files ignored: "
-                    f"{format_counts(self._inputs.ignored)}"
+                    f"{self.folder}: the inputs hold no valid document: {describe_unused(plan)}; nothing is "
+                    f"written; files ignored: {format_counts(self._inputs.ignored)}"
                 )
             tasks = [ShardTask(n, *plan.shard(n, per_shard)) for n in range(task, num_shards, num_tasks)]
             self._map(pool, "write", tasks, sum(len(task.rows) for task in tasks))

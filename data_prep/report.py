@@ -1,9 +1,10 @@
 """The report of a folder of shards: report.json, and a sheet of its images."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
-from data_prep.plan import Plan
+from data_prep.plan import Plan, describe_estimate
 from megafusion.data.inspect import inspect_shards
 from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import format_sizes
@@ -20,6 +21,7 @@ def write_report(folder: Path, plan: Plan, ignored: dict[str, int], manifest: Ma
         "kept": len(plan.rows),
         "dropped": plan.dropped,
         "bad": plan.skipped,
+        "bad_by_estimate": plan.estimated,
         "ignored": dict(sorted(ignored.items())),
         "examples": plan.examples,
         "documents": manifest.num_documents,
@@ -37,6 +39,13 @@ def write_sheet(folder: Path, manifest: Manifest, vae: Path) -> None:
         inspect_shards(folder, vae, folder / SHEET, NUM_IMAGES_SHOWN)
 
 
+def describe_unused(plan: Plan) -> str:
+    """The inputs that are not kept, by reason, with an example of each."""
+    counts = Counter(plan.skipped) + Counter(plan.dropped)
+    reasons = [f"{n} x {reason} (one is {plan.examples[reason][0]})" for reason, n in counts.most_common()]
+    return f"of {plan.num_records} inputs {', '.join(reasons) or 'none'}"
+
+
 def format_counts(counts: dict[str, int]) -> str:
     """Numbers by reason as text."""
     return ", ".join(f"{number} x {reason}" for reason, number in sorted(counts.items())) or "none"
@@ -48,6 +57,6 @@ def summary_line(folder: Path, plan: Plan, ignored: dict[str, int], manifest: Ma
     bad, dropped, others = map(format_counts, (plan.skipped, plan.dropped, ignored))
     return (
         f"{folder}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, {manifest.num_images} "
-        f"images in {num_shards}; bad: {bad}; dropped: {dropped}; "
+        f"images in {num_shards}; bad: {bad}{describe_estimate(plan.estimated)}; dropped: {dropped}; "
         f"files ignored: {others}"
     )

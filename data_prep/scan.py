@@ -30,6 +30,7 @@ SCHEMA = pyarrow.schema(
         ("location", pyarrow.string()),
         ("reason", pyarrow.string()),
         ("is_bad", pyarrow.bool_()),
+        ("num_lost", pyarrow.int64()),
         ("content_hash", pyarrow.binary()),
         ("phash", pyarrow.uint64()),
         ("width", pyarrow.int32()),
@@ -58,7 +59,8 @@ def scan_split(
         count(1)
         reason = error.reason if error else None
         is_bad = isinstance(error, BadRecord)  # and not Dropped by a filter
-        rows.append((record.key, json.dumps(record.location), reason, is_bad, *(info or NO_INFO)))
+        num_lost = error.num_lost if isinstance(error, BadRecord) else 1
+        rows.append((record.key, json.dumps(record.location), reason, is_bad, num_lost, *(info or NO_INFO)))
     table = pyarrow.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
     sink = pyarrow.BufferOutputStream()
     metadata = {"files": json.dumps(files), "lines": json.dumps(_num_lines(split))}
@@ -86,7 +88,7 @@ def read_records(
         reader = open_reader()
     except BadRecord as error:
         if on_error == "fail":
-            raise UserError(f"{split.files[0]}: {error.reason}; {WAY_OUT}") from error
+            raise UserError(f"{split.files[0]}: {error}; {WAY_OUT}") from error
         yield Record(""), None, error
         return
     for record in reader.records(*split.span):
@@ -96,7 +98,7 @@ def read_records(
             if record.problem == NO_IMAGE:
                 raise Dropped(record.problem)
             if record.problem:
-                raise BadRecord(record.problem)
+                raise BadRecord(record.problem, num_lost=record.num_lost)
             yield record, inspect(reader.read(record)), None
         except BadRecord as error:
             if on_error == "fail":

@@ -4,7 +4,7 @@
 
 umask o-w  # no file of a run is world-writable
 
-# Exit statuses, as in megafusion/resilience/exit_status.py.
+# Exit statuses, as in megafusion/errors.py.
 # shellcheck disable=SC2034 # for the scripts that source this file
 EXIT_FAILED=1 EXIT_REFUSED=2 EXIT_RETRY=75
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import sys
-import time
 from typing import Annotated
 
 import typer
@@ -11,7 +10,9 @@ import typer
 from megafusion import __version__
 from megafusion.commands import checkpoint, data
 from megafusion.commands.arguments import expand_paths
+from megafusion.commands.export import export
 from megafusion.commands.generate import generate
+from megafusion.commands.import_model import import_model
 from megafusion.commands.keys import keys
 from megafusion.commands.launch import launch
 from megafusion.commands.preprocess import preprocess
@@ -20,10 +21,8 @@ from megafusion.commands.status import status
 from megafusion.commands.train import listen_for_signals, train
 from megafusion.commands.train_tokenizer import train_tokenizer
 from megafusion.commands.train_vae import train_vae
-from megafusion.errors import UserError
-from megafusion.processes import exit_on_stop_signals
-from megafusion.resilience.exit_status import ExitStatus
-from megafusion.resilience.lenient_streams import ignore_write_errors
+from megafusion.errors import UserError, exit_on_user_error
+from megafusion.processes import exit_on_stop_signals, ignore_write_errors
 
 # Busy-waiting CPU threads slow a step down sevenfold when anything else runs on a core. torch reads this when
 # it is imported, which no command has done yet.
@@ -41,8 +40,20 @@ app = typer.Typer(
     "The usual order: `preprocess`, `train`, `generate`. Configurations are YAML files in configs/; any key "
     "can be overridden after the file, as in `train.num_steps=50`.",
 )
-for command in (train_tokenizer, preprocess, train_vae, train, status, generate, report, launch, keys):
+for command in (
+    train_tokenizer,
+    preprocess,
+    train_vae,
+    train,
+    status,
+    generate,
+    export,
+    report,
+    launch,
+    keys,
+):
     app.command()(expand_paths(command))
+app.command("import")(expand_paths(import_model))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 
@@ -53,22 +64,17 @@ def main() -> None:
     if sys.argv[1:2] == ["train"]:
         listen_for_signals()
     elif sys.argv[1:2] in (["preprocess"], ["train-vae"]):
-        exit_on_stop_signals(ExitStatus.RETRY)
+        exit_on_stop_signals()
+    if sys.argv[1:2] in (["train"], ["preprocess"], ["train-vae"]):
         ignore_write_errors()
-    try:
-        app()
-    except UserError as error:
-        if error.on_every_rank and int(os.environ.get("RANK") or 0):
-            time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
-        else:
-            typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_status or ExitStatus.REFUSED)
-    except OSError as error:
-        if error.errno not in DISK_REFUSALS:
-            raise
-        where = error.filename or "the disk"
-        typer.echo(f"error: {where}: {error.strerror}; make room, or choose another folder", err=True)
-        sys.exit(ExitStatus.REFUSED)
+    with exit_on_user_error():
+        try:
+            app()
+        except OSError as error:
+            if error.errno not in DISK_REFUSALS:
+                raise
+            where, way_out = error.filename or "the disk", "make room, or choose another folder"
+            raise UserError(f"{where}: {error.strerror}; {way_out}") from error
 
 
 def process() -> None:

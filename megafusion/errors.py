@@ -1,7 +1,25 @@
-"""The exception for errors that the user can fix."""
+"""Errors that the user can fix, and the exit statuses of every command."""
 
+import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """The launchers restart a run after RETRY or a signal alone; launchers/common.sh has the same numbers."""
+
+    OK = 0
+    """Finished, or stopped by --stop-after."""
+    FAILED = 1
+    """An error that the same command meets again although its configuration is valid."""
+    REFUSED = 2
+    """Bad input: a configuration, data, a disk. The message names the way out."""
+    RETRY = os.EX_TEMPFAIL
+    """75: preempted, after a checkpoint if training had begun, or a rank was lost. The same command
+    resumes."""
 
 
 class UserError(ValueError):
@@ -9,10 +27,12 @@ class UserError(ValueError):
 
     The message names the fault and the way out. The command line prints it without a traceback; any other
     exception that escapes is a bug and keeps its traceback. on_every_rank: every rank of a run raises this
-    error with the same message, which rank 0 prints. exit_status: an ExitStatus; None for REFUSED.
+    error with the same message, which rank 0 prints.
     """
 
-    def __init__(self, message: str, *, on_every_rank: bool = False, exit_status: int | None = None):
+    def __init__(
+        self, message: str, *, on_every_rank: bool = False, exit_status: ExitStatus = ExitStatus.REFUSED
+    ):
         super().__init__(message)
         self.on_every_rank, self.exit_status = on_every_rank, exit_status
 
@@ -24,3 +44,16 @@ def refuse_os_errors(fault: str, way_out: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{fault} ({error.strerror or error}){way_out}") from error
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the process with the message and the exit status of a UserError of the block."""
+    try:
+        yield
+    except UserError as error:
+        if error.on_every_rank and int(os.environ.get("RANK") or 0):
+            time.sleep(10)  # a launcher kills rank 0, which has the message, as soon as another rank ends
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)

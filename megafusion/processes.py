@@ -1,22 +1,24 @@
-"""Signals, ranks and lifetime of the processes that a command starts."""
+"""Signals, standard streams, ranks and lifetime of the processes that a command starts."""
 
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from contextlib import suppress
 from types import FrameType
+from typing import Any, TextIO
 
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Requests to stop, from Ctrl-C, a queue, a launcher or a closed terminal. The trainer handles them, its
 worker processes ignore them."""
 
 
-def exit_on_stop_signals(status: int) -> None:
-    """Let SIGTERM, SIGUSR1 and SIGHUP end this process by an exit status, as an exception would.
+def exit_on_stop_signals() -> None:
+    """Let SIGTERM, SIGUSR1 and SIGHUP end this process with RETRY, as an exception would.
 
     For commands that resume by themselves; one that is ignored, as by nohup, stays so.
     """
@@ -24,11 +26,35 @@ def exit_on_stop_signals(status: int) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         with suppress(OSError):  # of a closed terminal
             os.write(2, f"\nstopped by {signal.Signals(number).name}; the same command resumes\n".encode())
-        raise SystemExit(status)
+        raise SystemExit(ExitStatus.RETRY)
 
     for number in STOP_SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
+
+
+class _LenientStream:
+    """A stream that drops text it cannot write: a log on a full disk must not end a run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def ignore_write_errors() -> None:
+    """Make standard output and error of this process drop text they cannot write."""
+    sys.stdout, sys.stderr = _LenientStream(sys.stdout), _LenientStream(sys.stderr)
 
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

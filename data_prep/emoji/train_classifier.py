@@ -14,9 +14,8 @@ from data_prep.emoji.classifier import IMAGE_SIZE, OTHER, REJECTION_COSINE, Imag
 from data_prep.emoji.distortions import CORRUPTIONS, augment, blends
 from data_prep.images import open_rgb
 from data_prep.readers.webdataset import tar_pairs
-from megafusion.errors import UserError
+from megafusion.errors import UserError, exit_on_user_error
 from megafusion.progress import progress_bar
-from megafusion.resilience.exit_status import exit_on_user_error
 from megafusion.storage import read_lines
 
 LOGIT_SCALE = 16.0

@@ -48,7 +48,7 @@ class ParquetDocuments(ParquetReader):
     """Reads documents of parquet, whose images are bytes, or names in a tar or folder."""
 
     def __init__(self, path: Path, named_images: "NamedImages"):
-        super().__init__(path, [], [TEXTS, IMAGES, GIVEN, *EDIT])
+        super().__init__(path, {}, [TEXTS, IMAGES, GIVEN, *EDIT])
         if not any(set(layout) <= set(self._columns) for layout in ((TEXTS, IMAGES), EDIT)):
             raise UserError(
                 f"{path}: has neither columns {TEXTS!r} and {IMAGES!r} nor {', '.join(map(repr, EDIT))}; its "
@@ -98,7 +98,7 @@ def _read_in_folder(folder: Path, name: str, missing: str) -> bytes:
 def _tar_members(path: Path) -> Iterator[tuple[str, tuple[int, int] | str]]:
     names = set()
     for name, member in tar_files(path):
-        if member is None:
+        if isinstance(member, int):
             raise UserError(f"{path}: is corrupt, or not an uncompressed tar; fetch or pack it again")
         if name in names:
             raise UserError(f"{path}: has {name!r} twice; pack it again")

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.readers.records import BadRecord, Record
+from data_prep.readers.records import UNKNOWN, BadRecord, Record
+
+NO_KEY = object()
 
 
 class LineReader:
@@ -34,7 +36,8 @@ class LineReader:
             # Some programs write a byte order mark before the first line.
             return os.pread(self._file.fileno(), size, offset).decode("utf-8" if offset else "utf-8-sig")
         except UnicodeDecodeError as error:
-            raise BadRecord("not UTF-8") from error
+            is_cut = error.reason == "unexpected end of data"
+            raise BadRecord("not UTF-8", num_lost=UNKNOWN if is_cut else 1) from error
 
     def where(self, record: Record) -> str:
         """The file and the line."""
@@ -57,11 +60,11 @@ class JsonlReader(LineReader):
         self._key = key
 
     def read(self, record: Record) -> str:
-        """A text. Raises BadRecord."""
-        value = parse_json_line(self.line(record)).get(self._key)
-        if not isinstance(value, str):
+        """A text; a null is an empty one. Raises BadRecord."""
+        value = parse_json_line(self.line(record)).get(self._key, NO_KEY)
+        if not isinstance(value, str | None):
             raise BadRecord(f"no string under {self._key!r}")
-        return value
+        return value or ""
 
 
 def byte_ranges(path: Path, num_bytes: int) -> list[tuple[int, int]]:
@@ -94,8 +97,12 @@ def parse_json_line(line: str) -> dict:
     """The JSON object of a line. Raises BadRecord."""
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("not valid JSON") from error
+    except json.JSONDecodeError as error:
+        if line.endswith("\n"):
+            raise BadRecord("not valid JSON") from error
+        raise BadRecord("not valid JSON: the file ends in this line", num_lost=UNKNOWN) from error
+    except (ValueError, RecursionError) as error:  # limits of this reader
+        raise BadRecord("JSON nested too deeply, or with a number of thousands of digits") from error
     if "\\u" in line:  # only an escape can hold an unpaired surrogate
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -5,16 +5,19 @@ from typing import Any, NamedTuple, Protocol
 
 from megafusion.errors import UserError
 
+UNKNOWN = 0
+
 
 class BadRecord(UserError):
     """An invalid input, and why; the caller adds where it is.
 
-    reason: counted in the report, so one of few. detail: added to the message alone.
+    reason: counted in the report, so one of few. detail: added to the message alone. num_lost: inputs that
+    are lost with it; UNKNOWN where a file is cut, and does not tell.
     """
 
-    def __init__(self, reason: str, detail: str = ""):
+    def __init__(self, reason: str, detail: str = "", num_lost: int = 1):
         super().__init__(f"{reason}; {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.num_lost = reason, num_lost
 
 
 class Dropped(Exception):
@@ -26,11 +29,15 @@ class Dropped(Exception):
 
 
 class Record(NamedTuple):
-    """One input: its key or line, its location in the file, and a problem that is known before it is read."""
+    """One input: its key or line, its location in the file, and a problem that is known before it is read.
+
+    num_lost: see BadRecord.
+    """
 
     key: str
     location: Any = None
     problem: str | None = None
+    num_lost: int = 1
 
 
 class RawPair(NamedTuple):
@@ -46,7 +53,7 @@ class Reader(Protocol):
     """Reads the records of an input split: lists them in order, and reads each by its location."""
 
     def records(self, *span: Any, **_: Any) -> Iterator[Record]:
-        """Records in the file's order; a corrupt one has a problem.
+        """Records in the file's order; a corrupt one, or several, have a problem.
 
         span: first and end, of a reader of files that are scanned in parts. Lines are numbered within it.
         """

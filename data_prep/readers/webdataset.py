@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.readers.files import HEAD_BYTES, IMAGE_SUFFIXES, MAGIC
-from data_prep.readers.records import BadRecord, RawPair, Record
+from data_prep.readers.records import UNKNOWN, BadRecord, RawPair, Record
 
 CORRUPT_TAR = "not readable as a tar to its end (truncated, compressed or corrupt); fetch it again"
 DUPLICATE_KEY = "the tar has this key twice"
 NO_IMAGE = "no image"
+DOTTED_KEY = "no image of this key, which ends at a name's first dot (webdataset's rule); replace the others"
 OTHER_IMAGE = "image of another suffix"
 ROLES = ("image", "txt", "json", OTHER_IMAGE)
 # webdataset's own rule: the key ends at the first dot of the file's name.
@@ -51,9 +52,10 @@ class TarReader:
     def _groups(self) -> Iterator[Record]:
         key, problem = None, None
         members: dict[str, tuple[int, int]] = {}
+        num_groups, start = 0, 0
         for name, member in tar_files(self.path):
-            if member is None:
-                yield Record("", None, name)  # the unfinished group may lack members: it is dropped too
+            if isinstance(member, int):  # the unfinished group may lack members: it is lost, too
+                yield Record("", None, name, self._num_lost(member, num_groups, start))
                 return
             if isinstance(member, str):
                 yield Record(name, None, member)
@@ -64,8 +66,11 @@ class TarReader:
             if match[1] != key:
                 if key is not None:
                     yield _record(key, members, problem)
-                key, members, problem = match[1], {}, None
+                    num_groups += 1
+                key, members, problem, start = match[1], {}, None, member[0]
             suffix = match[2].lower()
+            if suffix.rpartition(".")[2] in IMAGE_SUFFIXES and "." in suffix:
+                problem = problem or DOTTED_KEY
             role = "image" if suffix in IMAGE_SUFFIXES else suffix
             if role not in ROLES and "." not in suffix and self._is_image(*member):
                 role = OTHER_IMAGE
@@ -75,6 +80,13 @@ class TarReader:
                 members[role] = member
         if key is not None:
             yield _record(key, members, problem)
+
+    def _num_lost(self, corrupt: int, num_groups: int, num_bytes: int) -> int:
+        """Records from a corrupt header on, by the bytes of the groups before it; UNKNOWN at the end."""
+        size = self.path.stat().st_size
+        if corrupt + tarfile.BLOCKSIZE > size or not num_groups:  # cut, so that nothing tells
+            return UNKNOWN
+        return -(-(size - num_bytes) * num_groups // num_bytes)
 
     def _is_image(self, offset: int, size: int) -> bool:
         head = os.pread(self._file.fileno(), min(size, HEAD_BYTES), offset)
@@ -86,29 +98,32 @@ def _record(key: str, members: dict[str, tuple[int, int]], problem: str | None) 
         members.setdefault("image", other)
     if "image" not in members:
         problem = problem or NO_IMAGE
+    elif problem == DOTTED_KEY:
+        problem = None  # a further image of this key
     return Record(key, members, problem)
 
 
-def tar_files(path: Path) -> Iterator[tuple[str, tuple[int, int] | str | None]]:
+def tar_files(path: Path) -> Iterator[tuple[str, tuple[int, int] | str | int]]:
     """Name, and offset and size, of each regular file of a tar; or name and problem of an invalid member.
 
-    A corrupt tar ends with (problem, None).
+    A corrupt tar ends with (problem, where its first header that is corrupt or missing should be).
     """
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all of them in memory
+                end = tar.offset
                 if member.isdir():
                     continue
                 yield plain_name(member.name), _problem(member) or (member.offset_data, member.size)
-            end = tar.offset
         with path.open("rb") as file:
             file.seek(end)
             # tarfile takes an invalid or missing header for the end.
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                yield CORRUPT_TAR, None
+                yield CORRUPT_TAR, end
     except (EOFError, ValueError, tarfile.TarError):
-        yield CORRUPT_TAR, None
+        yield CORRUPT_TAR, end
 
 
 def _problem(member: tarfile.TarInfo) -> str | None:
@@ -131,7 +146,7 @@ def parse_scores(content: bytes | None) -> dict:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BadRecord("its .json is not valid JSON") from error
+        raise BadRecord("its .json is not valid JSON, or nested too deeply") from error
     return values if isinstance(values, dict) else {}
 
 

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from data_prep.npm import NpmPackage, read_package
-from megafusion.errors import UserError
-from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.errors import UserError, exit_on_user_error
 from megafusion.storage import write_file
 
 WORDNET = NpmPackage(

@@ -3,16 +3,32 @@
 ZeRO splits flattened parameters at any element; torch.distributed.checkpoint (DCP) stores n-dimensional
 chunks of whole tensors. A range is at most 2 n - 1 chunks (part of a row, whole rows, part of a row; and so
 on inward), for each span of its ShardSpec. Chunks are views: reading into one fills the optimizer's storage.
+
+DCP's own planners accept only tensors, reject overlapping chunks, and unpickle objects that are not tensors.
 """
 
+import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from math import prod
+from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megafusion.parallel.sharding import ShardSpec
 
@@ -91,6 +107,17 @@ class Chunks:
             used += prod(sizes)
             self.chunks += _to_whole(offsets, values, shard_spec)
 
+    def first_rows(self, num_rows: int) -> "Chunks":
+        """The part of these chunks in the first rows of the whole tensor, as chunks of a tensor of those."""
+        first = copy(self)
+        first.shard_spec = replace(self.shard_spec, shape=torch.Size([num_rows, *self.size()[1:]]))
+        first.chunks = [
+            Chunk(chunk.offsets, chunk.values[: num_rows - chunk.offsets[0]])
+            for chunk in self.chunks
+            if chunk.offsets[0] < num_rows
+        ]
+        return first
+
     def size(self) -> torch.Size:
         """Shape of the whole tensor."""
         return self.shard_spec.shape
@@ -125,3 +152,47 @@ def _to_whole(offsets: tuple[int, ...], values: Tensor, shard_spec: ShardSpec) -
             whole = (*offsets[:dim], span.whole_start + low - span.local_start, *offsets[dim + 1 :])
             chunks.append(Chunk(whole, values.narrow(dim, low - begin, high - low)))
     return chunks
+
+
+class ChunkSavePlanner(DefaultSavePlanner):
+    """Writes each rank's chunks, equal ones once.
+
+    Tensor-parallel ranks hold equal copies of a replicated parameter, and ZeRO may split each copy elsewhere.
+    Chunks of such copies overlap. Their values are equal, so either may be written and read, and overlap is
+    allowed. DCP identifies a chunk by name and offsets, and of chunks with equal offsets keeps one, short or
+    long. This leaves no gap: where the kept one ends, the next chunk of its own copy begins.
+    """
+
+    def __init__(self):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans = self._dedup_save_plans(all_plans)
+        plans, metadata = create_default_global_save_plan(plans)
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata), name
+            chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+            assert is_covered(tuple(entry.size), chunks), f"{name}: the chunks of all ranks do not cover it"
+        return plans, metadata
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+class ChunkLoadPlanner(DefaultLoadPlanner):
+    """Reads tensors, and nothing else, into chunks."""
+
+    def __init__(self):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Chunks], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # DCP's own replaces everything that is not a tensor by None.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> NoReturn:
+        raise AssertionError(f"{read_item.dest_index.fqn}: pickled bytes, which are never loaded")
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)

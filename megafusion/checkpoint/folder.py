@@ -22,12 +22,19 @@ class DamagedCheckpoint(UserError):
     """A file of a checkpoint is missing, or differs from the manifest."""
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is that of a checkpoint, complete or not."""
+    return path.is_dir() and re.fullmatch(r"step-\d+", path.name) is not None
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, complete or not, oldest first."""
+    return sorted(filter(is_checkpoint, folder.glob("step-*")), key=step_of)
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
-    found = [
-        p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()
-    ]
-    return sorted(found, key=step_of)
+    return [path for path in all_checkpoints(folder) if (path / MANIFEST).is_file()]
 
 
 def latest_checkpoint(run: Path) -> Path:

@@ -1,7 +1,6 @@
 """Reads the tensors of a checkpoint, or of another source, into chunks."""
 
 import warnings
-from collections.abc import Container
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from megafusion.checkpoint.chunks import Chunks
-from megafusion.checkpoint.folder import KINDS
-from megafusion.checkpoint.planners import ChunkLoadPlanner
+from megafusion.checkpoint.chunks import ChunkLoadPlanner, Chunks
 from megafusion.checkpoint.tensor_list import read_shapes, read_tensor_list
 from megafusion.errors import UserError
 from megafusion.parallel.sharding import shard_spec_of
@@ -31,9 +28,9 @@ class TensorSource(Protocol):
 class CheckpointReader(FileSystemReader):
     """The tensors `KIND.PARAMETER` of a checkpoint, a TensorSource. Runs no code that the files name."""
 
-    def __init__(self, checkpoint: Path, kinds: Container[str] = KINDS):
+    def __init__(self, checkpoint: Path):
         super().__init__(checkpoint / "tensors")
-        self._checkpoint, self._kinds = checkpoint, kinds
+        self._checkpoint = checkpoint
 
     def __str__(self) -> str:
         return str(self._checkpoint)
@@ -45,8 +42,7 @@ class CheckpointReader(FileSystemReader):
         return metadata
 
     def shapes(self) -> dict[str, torch.Size]:
-        shapes = read_shapes(self._checkpoint).items()
-        return {name: torch.Size(shape) for name, shape in shapes if name.partition(".")[0] in self._kinds}
+        return {name: torch.Size(shape) for name, shape in read_shapes(self._checkpoint).items()}
 
     def read(self, chunks: dict[str, Chunks]) -> None:
         with warnings.catch_warnings():
@@ -76,16 +72,17 @@ class CheckpointWeights:
     """The tensors of one kind (of KINDS) in a checkpoint by parameter name, a TensorSource."""
 
     def __init__(self, checkpoint: Path, kind: str):
-        self._reader, self._kind = CheckpointReader(checkpoint, (kind,)), kind
+        self._reader, self._prefix = CheckpointReader(checkpoint), f"{kind}."
 
     def __str__(self) -> str:
         return str(self._reader)
 
     def shapes(self) -> dict[str, torch.Size]:
-        return {name.partition(".")[2]: shape for name, shape in self._reader.shapes().items()}
+        shapes = self._reader.shapes().items()
+        return {n.removeprefix(self._prefix): shape for n, shape in shapes if n.startswith(self._prefix)}
 
     def read(self, chunks: dict[str, Chunks]) -> None:
-        self._reader.read({f"{self._kind}.{name}": part for name, part in chunks.items()})
+        self._reader.read({self._prefix + name: part for name, part in chunks.items()})
 
 
 def fill_tensors(source: TensorSource, tensors: dict[str, Tensor]) -> None:

@@ -1,7 +1,4 @@
-"""The list of tensors in a checkpoint, which DCP pickles, read without trusting it.
-
-Imports torch only to build DCP's own classes; the shapes are read without them.
-"""
+"""A checkpoint's list of tensors, which DCP pickles, read without trusting it; the shapes without torch."""
 
 import pickle
 from collections.abc import Iterator

@@ -1,7 +1,6 @@
 """`megafusion checkpoint`: show, verify and export a run's checkpoints."""
 
 import json
-import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -13,8 +12,11 @@ from megafusion.checkpoint.folder import (
     KINDS,
     MANIFEST,
     DamagedCheckpoint,
+    all_checkpoints,
+    is_checkpoint,
     latest_checkpoint,
     read_manifest,
+    step_of,
     verify_checkpoint,
 )
 from megafusion.checkpoint.tensor_list import read_shapes
@@ -39,23 +41,24 @@ def show(path: RunOrCheckpoint) -> None:
 
     Example: megafusion checkpoint show runs/quickstart
     """
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         print("\n".join(_describe(path)))
         return
     rows = [("step", "bytes", "complete", "saved by")]
     for checkpoint in _checkpoints(path):
-        step = checkpoint.name.removeprefix("step-").lstrip("0") or "0"
-        if (checkpoint / MANIFEST).is_file():
-            try:
-                files = read_manifest(checkpoint)
-            except DamagedCheckpoint:
-                rows.append((step, "", "damaged", ""))
-                continue
-            size = sum(entry["bytes"] for entry in files.values())
-            whole = all(_size(checkpoint / name) == entry["bytes"] for name, entry in files.items())
-            rows.append((step, f"{size:,}", "yes" if whole else "damaged", _topology(_state(checkpoint))))
-        else:
+        step = str(step_of(checkpoint))
+        if not (checkpoint / MANIFEST).is_file():
             rows.append((step, "", "no", ""))
+            continue
+        try:
+            files = read_manifest(checkpoint)
+        except DamagedCheckpoint:
+            rows.append((step, "", "damaged", ""))
+            continue
+        paths = {checkpoint / name: entry["bytes"] for name, entry in files.items()}
+        is_whole = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+        state = "yes" if is_whole else "damaged"
+        rows.append((step, f"{sum(paths.values()):,}", state, _topology(_state(checkpoint))))
     print("\n".join(_table(rows)))
 
 
@@ -67,7 +70,7 @@ def verify(path: RunOrCheckpoint) -> None:
     Example: megafusion checkpoint verify runs/quickstart/checkpoints/step-00000900
     """
     bad = []
-    for checkpoint in [path] if _is_checkpoint(path) else _checkpoints(path):
+    for checkpoint in [path] if is_checkpoint(path) else _checkpoints(path):
         try:
             verify_checkpoint(checkpoint)
         except UserError as error:
@@ -94,30 +97,20 @@ def export(
     from megafusion.train.open_model import open_checkpoint
 
     checkpoint = path
-    if not _is_checkpoint(path):
+    if not is_checkpoint(path):
         _checkpoints(path)  # refuses what is not a run
         checkpoint = latest_checkpoint(path)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and re.fullmatch(r"step-\d+", path.name) is not None
-
-
 def _checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, complete or not, oldest first."""
-    folder = run / "checkpoints"
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: neither a run folder nor a checkpoint (RUN/checkpoints/step-*)")
-    found = sorted(filter(_is_checkpoint, folder.glob("step-*")), key=lambda p: int(p.name[len("step-") :]))
-    if not found:
+    if not (found := all_checkpoints(run / "checkpoints")):
         raise UserError(f"{run}: the run has no checkpoint yet; train it further")
     return found
-
-
-def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
 
 
 def _state(checkpoint: Path) -> dict:

@@ -8,9 +8,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from megafusion.commands.arguments import ConfigFile, Overrides
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.processes import world_size
-from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.signals import StopSignals
 
 stop_signals = StopSignals()
@@ -44,10 +43,8 @@ def train(
     from megafusion.checkpoint.folder import newest_step
     from megafusion.config import load_config
     from megafusion.resilience.attempts import refuse_crash_loop
-    from megafusion.resilience.lenient_streams import ignore_write_errors
     from megafusion.train.config import RunConfig
 
-    ignore_write_errors()
     is_alone = world_size() == 1
     try:
         values = load_config(RunConfig, config, overrides or [])

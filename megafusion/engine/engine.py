@@ -28,8 +28,7 @@ from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage
 from megafusion.resilience.config import ResilienceConfig
-from megafusion.resilience.consensus import StepConsensus
-from megafusion.resilience.spikes import SpikeDetector
+from megafusion.resilience.consensus import SpikeDetector, StepConsensus
 from megafusion.sequence.packing import PackedBatch, SequenceShape, with_counts
 
 
@@ -56,8 +55,7 @@ class Engine:
     def forward_backward(self, micro_batches: list[PackedBatch]) -> None:
         """Accumulate the gradients of a global batch, reduced over data ranks.
 
-        `consensus` then tells whether a rank asked to stop. Raises UserError on every rank before computing
-        anything if a rank deferred one; that rank may pass [].
+        UserError on every rank, before anything is computed, if a rank deferred one; that rank may pass [].
         """
         counts = self.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
         batches = (with_counts(batch.to(self.device), counts) for batch in micro_batches)
@@ -67,10 +65,7 @@ class Engine:
             self._accumulate(batches, len(micro_batches))
 
     def clip_and_step(self, learning_rate: float) -> Losses:
-        """Clip the gradients and update the weights; returns the losses of the global batch, on the device.
-
-        `consensus` then tells whether the update was skipped on all ranks.
-        """
+        """Clip and update, or skip on all ranks, as `consensus` tells; returns the losses, on the device."""
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self._update.make_or_skip()

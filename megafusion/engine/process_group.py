@@ -16,8 +16,7 @@ from megafusion.processes import world_size
 def start_process_group(timeout_seconds: float = 600.0) -> None:
     """Join the launcher's process group, or form one of this single process; select this rank's GPU.
 
-    timeout_seconds: how long a collective waits for another rank. Raises UserError for an environment of
-    ranks that is incomplete.
+    timeout_seconds: how long a collective waits. UserError for an incomplete environment of ranks.
     """
     if dist.is_initialized():
         return

@@ -60,7 +60,7 @@ def make_job(out: Path, site_name: str, nodes: int, launcher: str | None, time: 
     site = Site.load(site_name)
     if time is not None and not _TIME.fullmatch(time):
         raise UserError(f"--time {time!r}: write minutes, H:MM:SS or D-HH:MM:SS")
-    launcher = check_launcher(launcher or site.launcher, "--launcher")
+    check_launcher(launcher := launcher or site.launcher, "--launcher")
     submission = f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     return Job(plain_path(out, "out"), site, nodes, launcher, time, submission)
 
@@ -93,8 +93,7 @@ def render(job: Job) -> str:
 def submit(job: Job, script: str, config: str) -> str:
     """Write a job's script and frozen configuration (YAML) and submit it; returns how to follow it.
 
-    Raises UserError if there is no sbatch or it refuses the job; the files that the run's other jobs read are
-    then unchanged.
+    UserError without sbatch, or if it refuses the job; the files of the run's other jobs are then unchanged.
     """
     if not shutil.which("sbatch"):
         raise UserError(

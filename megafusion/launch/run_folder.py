@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megafusion.errors import UserError
-from megafusion.resilience.exit_status import exit_on_user_error
+from megafusion.errors import UserError, exit_on_user_error
 from megafusion.storage import expand_path
 from megafusion.yaml_values import load_values
 

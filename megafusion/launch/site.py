@@ -9,9 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megafusion.errors import UserError
+from megafusion.errors import UserError, exit_on_user_error
 from megafusion.processes import RANK_VARIABLES
-from megafusion.resilience.exit_status import exit_on_user_error
 from megafusion.storage import expand_path, read_text
 
 SITES = Path(__file__).parents[2] / "launchers" / "sites"
@@ -36,7 +35,6 @@ _RESERVED = (*RANK_VARIABLES, "MEGAFUSION_RUN", "MEGAFUSION_ROOT", "MEGAFUSION_S
 class Site:
     """The validated values of a site file."""
 
-    path: Path
     options: dict[str, str]
     """sbatch's options, without dashes."""
     environment: dict[str, str]
@@ -62,15 +60,14 @@ class Site:
             else:
                 environment[key] = value
         _check_container(path, environment)
-        return cls(
-            path,
-            options,
-            environment,
-            _whole_number(path, environment, "MEGAFUSION_RANKS_PER_NODE"),
-            check_launcher(
-                environment.get("MEGAFUSION_LAUNCHER", LAUNCHERS[0]), f"{path}: MEGAFUSION_LAUNCHER"
-            ),
-        )
+        key, num_ranks = "MEGAFUSION_RANKS_PER_NODE", environment.get("MEGAFUSION_RANKS_PER_NODE", "")
+        if not num_ranks.isdecimal() or int(num_ranks) == 0:
+            raise UserError(
+                f"{path}: {key} is required, a number such as the GPUs of a node (got {num_ranks!r})"
+            )
+        launcher = environment.get("MEGAFUSION_LAUNCHER", LAUNCHERS[0])
+        check_launcher(launcher, f"{path}: MEGAFUSION_LAUNCHER")
+        return cls(options, environment, int(num_ranks), launcher)
 
 
 def _pair(line: str, where: str) -> tuple[str, str] | None:
@@ -117,18 +114,10 @@ def _option(key: str, value: str, where: str) -> str:
     return option
 
 
-def _whole_number(path: Path, environment: dict[str, str], key: str) -> int:
-    value = environment.get(key, "")
-    if not value.isdecimal() or int(value) == 0:
-        raise UserError(f"{path}: {key} is required, a number such as the GPUs of a node (got {value!r})")
-    return int(value)
-
-
-def check_launcher(value: str, origin: str) -> str:
-    """Return a launcher's name. Raises UserError for any other value."""
+def check_launcher(value: str, origin: str) -> None:
+    """Raise UserError unless a value names a launcher."""
     if value not in LAUNCHERS:
         raise UserError(f"{origin} is {' or '.join(LAUNCHERS)}, not {value!r}")
-    return value
 
 
 def _check_container(path: Path, environment: dict[str, str]) -> None:

@@ -14,8 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megafusion.errors import UserError, refuse_os_errors
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.errors import ExitStatus, UserError, refuse_os_errors
 from megafusion.storage import write_file
 
 ATTEMPTS, STEP = "starts.json", "step"
@@ -65,11 +64,9 @@ class Attempts:
         self._has_begun = False
 
     def claim(self) -> None:
-        """Lock the run folder until `end` or the end of this process: two attempts would overwrite each
-        other.
+        """Lock the run folder until `end` or the end of this process.
 
-        Raises UserError if another process keeps the lock (FAILED; RETRY if it is on another machine), or the
-        folder cannot be written.
+        UserError if another process keeps the lock (RETRY if it is on another machine, else FAILED).
         """
         with refuse_os_errors(f"{self._folder}: cannot be written"):
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -97,9 +94,7 @@ class Attempts:
             )
 
     def begin(self, world_size: int, newest_step: int, changed: dict[str, list] | None = None) -> None:
-        """Add an attempt. newest_step: of the checkpoint that it will load. changed: by key, the run's first
-        value and the present one.
-        """
+        """Add an attempt. newest_step: of the checkpoint to load. changed: old and new values by key."""
         attempt = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         attempt |= {"start": os.environ.get(START, ""), "world_size": world_size, "changed": changed or {}}
         self._attempts.append(attempt | {"resumed_at": newest_step, "step": newest_step, "ended": None})

@@ -1,17 +1,12 @@
 """Counts of skipped steps, and the decision to roll back to a checkpoint."""
 
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.resilience.config import ResilienceConfig
 from megafusion.resilience.consensus import StepConsensus
-from megafusion.resilience.exit_status import ExitStatus
 
 
 class Rollback:
-    """Counts skipped steps, spikes and rollbacks; checkpoints hold them, with the losses of the spike
-    detector.
-
-    Every rank has the same counts, because they depend on the consensus alone.
-    """
+    """Counts skipped steps, spikes and rollbacks, which checkpoints hold. Every rank has the same counts."""
 
     def __init__(self, config: ResilienceConfig, consensus: StepConsensus):
         self._max_in_a_row, self._consensus = config.roll_back_after, consensus

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megafusion.errors import UserError
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.errors import ExitStatus, UserError
 from megafusion.resilience.watchdog.failures import format_ranks
 
 DISK_BYTES = 1 << 16

@@ -5,15 +5,14 @@ import signal
 import threading
 from types import FrameType
 
+from megafusion.errors import ExitStatus
 from megafusion.processes import STOP_SIGNALS
-from megafusion.resilience.exit_status import ExitStatus
 
 MESSAGE = b"\nmegafusion: saves a checkpoint after this step and exits; Ctrl-C again exits now, without one\n"
 
 
 class StopSignals:
-    """Records that this process was asked to stop. The step continues; all ranks agree on the stop at its
-    end.
+    """Records that this process was asked to stop. All ranks agree on the stop at the end of the step.
 
     Further signals have no effect, because queues repeat them; but a second SIGINT raises KeyboardInterrupt.
     Until `begin` there is nothing to save, so the process exits at once with RETRY.

@@ -30,10 +30,7 @@ class Metrics:
 
     @contextmanager
     def open(self, first_step: int) -> Iterator[None]:
-        """Open the outputs of a run that has done `first_step` steps, for the duration of the block.
-
-        Raises UserError if the run folder cannot be written.
-        """
+        """Open the outputs of a run after `first_step` steps. UserError if they cannot be written."""
         if not self._silent:
             with refuse_os_errors(f"{self._folder}: cannot be written"):
                 truncate_metrics(self._folder, first_step)

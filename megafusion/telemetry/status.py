@@ -21,15 +21,25 @@ LAUNCHED = ("launch", "logs")
 SILENCE_SECONDS = 60.0
 """A run on another machine counts as silent if its step is older than this, and than three steps take."""
 
+SKIPPED = {
+    "skipped_steps": "steps",
+    "rollbacks": "rollbacks",
+    "loss_spikes": "loss spikes",
+    "documents_skipped": "documents",
+    "save_errors": "failed saves",
+    "saves_skipped": "skipped saves",
+}
+"""Words for the counts in a line of metrics."""
+
 
 def show_status(run: Path, console: Console | None = None) -> None:
     """Print the screen. Raises UserError for a folder that is not a run's."""
-    config = run / "config.yaml"
-    if not config.is_file() and any((run / name).is_dir() for name in LAUNCHED):
-        (console or Console()).print(f"{run}: not started yet: in the queue, or starting; see {run / 'logs'}")
-        return
+    config, console = run / "config.yaml", console or Console()
     if not config.is_file():
-        raise UserError(f"{run}: not a run folder (no config.yaml); `megafusion train` makes one")
+        if not any((run / name).is_dir() for name in LAUNCHED):
+            raise UserError(f"{run}: not a run folder (no config.yaml); `megafusion train` makes one")
+        console.print(f"{run}: not started yet: in the queue, or starting; see {run / 'logs'}")
+        return
     lines = read_metrics(run) if (run / METRICS).is_file() else []
     attempts = read_attempts(run)
     changed = attempts[-1].get("changed", {}) if attempts else {}
@@ -38,28 +48,30 @@ def show_status(run: Path, console: Console | None = None) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    state, step = _state(run, attempts, lines)
+    last = lines[-1] if lines else {}
+    state, step = _state(run, attempts, last)
     table.add_row("run", f"{run}: {state}")
     table.add_row("progress", f"step {step:,} of {num_steps:,} ({step / num_steps:.1%})")
     table.add_row("", ProgressBar(total=num_steps, completed=step, width=40))
-    last = lines[-1] if lines else {}
     for name, text in _figures(last, num_steps - step):
         table.add_row(name, text)
     table.add_row("last checkpoint", _checkpoint(run))
-    table.add_row("skipped", _skipped(last))
-    table.add_row("attempts", _attempts(attempts))
-    (console or Console()).print(table)
+    table.add_row("skipped", ", ".join(f"{last.get(key, 0):,} {name}" for key, name in SKIPPED.items()))
+    ends = [attempt["ended"] for attempt in attempts if not attempt.get("is_open")]
+    counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+    table.add_row("attempts", f"{len(attempts)}" + (f" (ended: {counts})" if counts else ""))
+    console.print(table)
 
 
-def _state(run: Path, attempts: list[dict], lines: list[dict]) -> tuple[str, int]:
+def _state(run: Path, attempts: list[dict], last: dict) -> tuple[str, int]:
     """State of the run, and the last step that is done or running."""
-    recorded = lines[-1]["step"] if lines else 0
+    recorded = last.get("step", 0)
     if not attempts:
         return "has not started training", recorded
     latest = attempts[-1]
-    if not latest.get("is_open"):
-        return _ended(latest), max(recorded, latest["step"])
     step = max(recorded, latest["step"])
+    if not latest.get("is_open"):
+        return _ended(latest), step
     try:
         age = time.time() - (run / STEP).stat().st_mtime
     except OSError:
@@ -69,16 +81,13 @@ def _state(run: Path, attempts: list[dict], lines: list[dict]) -> tuple[str, int
         if is_running(run):
             return f"training, {began}", step
         return f"its process is gone, {began}; start it again to resume", step
-    limit = max(SILENCE_SECONDS, 3 * (lines[-1]["step_seconds"] if lines else 0))
+    limit = max(SILENCE_SECONDS, 3 * last.get("step_seconds", 0))
     return f"training on {latest['host']}, {began}" if age < limit else f"silent, {began}", step
 
 
 def _ended(attempt: dict) -> str:
-    descriptions = {
-        "preempted": "preempted (start it again to resume)",
-        "stopped": "stopped by --stop-after",
-    }
-    text = descriptions.get(attempt["ended"], attempt["ended"])
+    more = {"preempted": " (start it again to resume)", "stopped": " by --stop-after"}
+    text = attempt["ended"] + more.get(attempt["ended"], "")
     return f"{text} at step {attempt['step']:,}" + (f": {attempt['error']}" if "error" in attempt else "")
 
 
@@ -113,24 +122,6 @@ def _checkpoint(run: Path) -> str:
         age = time.time() - found[-1].stat().st_mtime
         text = f"step {step_of(found[-1]):,}, {_duration(age)} ago, {decimal(size)}; {len(found)} kept"
     return text + (f", {damaged} damaged and quarantined" if damaged else "")
-
-
-def _skipped(last: dict) -> str:
-    names = {
-        "skipped_steps": "steps",
-        "rollbacks": "rollbacks",
-        "loss_spikes": "loss spikes",
-        "documents_skipped": "documents",
-        "save_errors": "failed saves",
-        "saves_skipped": "skipped saves",
-    }
-    return ", ".join(f"{last.get(key, 0):,} {name}" for key, name in names.items())
-
-
-def _attempts(attempts: list[dict]) -> str:
-    ends = [attempt["ended"] for attempt in attempts if not attempt.get("is_open")]
-    counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
-    return f"{len(attempts)}" + (f" (ended: {counts})" if counts else "")
 
 
 def _duration(seconds: float) -> str:

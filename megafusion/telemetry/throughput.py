@@ -47,18 +47,15 @@ def throughput(
 
 
 class PackingMonitor:
-    """Fill of the rows of all ranks and the share of each source, since the last reading.
-
-    sources: names. num_tokens: positions of a global batch. Every rank makes one and reads it.
-    """
+    """Fill of all ranks' rows, and the share of each source. num_tokens: positions of a global batch."""
 
     def __init__(self, sources: Iterable[str], num_tokens: int, engine: Engine, state: dict):
         self._names, self._num_tokens, self._engine = list(sources), num_tokens, engine
         self._before = self._counts(state)
 
     def read(self, state: dict) -> dict[str, float]:
-        """Fractions of the positions that are real and padding; each source's share of the real ones; number
-        of documents skipped since the run began."""
+        """Fractions of the positions since the last reading: real, padding, of each source among the real
+        ones; documents skipped since the run began."""
         counts = self._counts(state)
         *packed, _, batches = (counts - self._before).tolist()
         self._before = counts

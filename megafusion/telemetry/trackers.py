@@ -110,11 +110,7 @@ class Wandb(Tracker):
 
 
 class Prometheus(Tracker):
-    """RUN/metrics.prom in Prometheus' text format, replaced whole at each line. Opens no port.
-
-    To scrape it, link it into the folder of node_exporter's textfile collector
-    (--collector.textfile.directory).
-    """
+    """RUN/metrics.prom in Prometheus' text format, replaced whole at each line. Opens no port."""
 
     def __init__(self, folder: Path):
         self._path, self._run = folder / "metrics.prom", folder.resolve().name

@@ -15,10 +15,7 @@ from megafusion.parallel.errors import raise_on_all_ranks
 
 
 class CheckpointPolicy:
-    """Saves and loads by the configuration. Called by every rank at the same steps.
-
-    say: prints a line, on rank 0.
-    """
+    """Saves and loads by the configuration, on every rank at the same steps. say: prints a line on rank 0."""
 
     def __init__(self, config: CheckpointConfig, manager: CheckpointManager, say: Callable[[str], None]):
         self._folder, self._manager, self._say = manager.folder, manager, say

@@ -12,10 +12,7 @@ from megafusion.sequence.packing import PackedBatch
 
 
 class ImageEncoder:
-    """Encodes the pixels of a batch; the codec is copied to the device only if a batch has any.
-
-    sizes: heights and widths of latents.
-    """
+    """Encodes the pixels of a batch, with a copy of the codec on the device. sizes: of latents."""
 
     def __init__(self, codec: ImageCodec, sizes: Sequence[Size], device: torch.device | str):
         self._codec, self._sizes, self._device = codec, sizes, device

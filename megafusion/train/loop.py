@@ -29,9 +29,6 @@ def train(config: RunConfig, stop_after: int | None = None, signals: StopSignals
 
 
 def train_step(engine: Engine, micro_batches: list[PackedBatch], learning_rate: float) -> Losses:
-    """Make one update of the weights; returns the losses of the global batch, on the device.
-
-    Raises UserError on every rank, before anything is computed, if a rank deferred one.
-    """
+    """Make one update of the weights; returns the losses of the global batch, on the device."""
     engine.forward_backward(micro_batches)  # accumulates, and reduces over ranks; 1F1B with a pipeline
     return engine.clip_and_step(learning_rate)  # AdamW, unless any rank's loss or gradient is not finite

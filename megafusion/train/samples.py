@@ -55,10 +55,7 @@ class Sampler:
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:
-        """Draw the captions, describe the images and write the sheet to the run folder.
-
-        Returns the checkpoint's step, the sheet, the generated captions.
-        """
+        """Draw, describe and write the sheet; returns the checkpoint's step, the sheet, the captions."""
         pipeline = self.load(checkpoint).to(self._device)
         captions, images = self._pairs
         drawn, described = pipeline.draw(captions), pipeline.describe(images)

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafusion.checkpoint.chunks import Chunks, chunk_bounds, is_covered
-from megafusion.checkpoint.planners import ChunkSavePlanner
+from megafusion.checkpoint.chunks import Chunks, ChunkSavePlanner, chunk_bounds, is_covered
 from megafusion.parallel.sharding import ShardSpan, ShardSpec
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)

@@ -179,7 +179,7 @@ def test_each_layout_of_img2dataset_is_read(make, tmp_path, layout):
 def test_an_image_that_is_only_a_path_is_bad_input(make, tmp_path):
     rows = [{"image": {"bytes": None, "path": "a.png"}, "caption": "x"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, row 0: image is not bytes"):
+    with pytest.raises(UserError, match=r"a\.parquet, row 0: image is a path without bytes"):
         make(images=(tmp_path / "a.parquet",))
 
 

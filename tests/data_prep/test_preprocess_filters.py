@@ -50,7 +50,7 @@ def test_each_filter_drops_and_counts_its_records(make, tmp_path):
         "caption longer than filters.max_caption": 1,
         "caption shorter than filters.min_caption": 1,
         "image smaller than filters.min_side": 1,
-        "no score beauty": 1,
+        "score beauty is not a number": 1,
         "score beauty out of range": 1,
         "score risk out of range": 1,
     }

@@ -71,7 +71,8 @@ def test_parquet_of_images_with_captions(make, tmp_path, form):
     make(images=(tmp_path / "in.parquet",), image_column="jpg", caption_column="alt")
     found = [document.metadata for document in documents(tmp_path / "out/pairs")]
     assert found == [{"key": str(i), "caption": c} for i, c in enumerate(["red", "blue", "green"])]
-    with pytest.raises(UserError, match=r"in\.parquet: has no column 'caption'; its columns are jpg, alt"):
+    message = r"in\.parquet: has no column 'caption'; set caption_column to one of its columns: jpg, alt"
+    with pytest.raises(UserError, match=message):
         make(images=(tmp_path / "in.parquet",), image_column="jpg", out=tmp_path / "other")
 
 

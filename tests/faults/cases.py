@@ -15,9 +15,8 @@ from statistics import median
 import psutil
 
 from megafusion.checkpoint.folder import PARTIAL, complete_checkpoints, step_of, verify_checkpoint
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.resilience.attempts import read_attempts
-from megafusion.resilience.exit_status import ExitStatus
 from megafusion.telemetry.metrics_file import read_metrics
 from tests.faults.injections import nan_gradients, slow_disk, with_reference, without_batches
 from tests.faults.job import Job, newest, same_bits, step_of_run

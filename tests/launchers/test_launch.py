@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from megafusion.cli import app, main
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.launch.site import Site
 from megafusion.resilience.attempts import START, Attempts, read_attempts
-from megafusion.resilience.exit_status import ExitStatus
 from tests.support.container import program
 from tests.support.small import ROOT
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import yaml
 
+from megafusion.errors import ExitStatus
 from megafusion.resilience.attempts import Attempts
-from megafusion.resilience.exit_status import ExitStatus
 from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS, common
 from tests.support.container import make_image, program
 from tests.support.small import ROOT

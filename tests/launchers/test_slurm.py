@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.errors import ExitStatus
 from tests.support.cluster import Cluster, local_cluster, missing_programs
 from tests.support.container import make_image, program
 from tests.support.small import ROOT

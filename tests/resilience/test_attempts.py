@@ -9,10 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.resilience import attempts as attempts_module
 from megafusion.resilience.attempts import START, Attempts, read_attempts, refuse_crash_loop
-from megafusion.resilience.exit_status import ExitStatus
 
 HOLDER = """
 import sys, time

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.resilience.config import ResilienceConfig
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.resilience.consensus import SpikeDetector
 from megafusion.resilience.rollback import Rollback
-from megafusion.resilience.spikes import SpikeDetector
 
 
 def detector(**config) -> SpikeDetector:

@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.processes import STOP_SIGNALS
-from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.self_test import self_test
 from megafusion.resilience.signals import StopSignals
 from tests.support.workers import WorkersFailed, run_workers

@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megafusion.engine.process_group import start_process_group
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.parallel.errors import raise_on_all_ranks
-from megafusion.resilience.exit_status import ExitStatus
 from megafusion.resilience.watchdog.failures import format_ranks
 from megafusion.resilience.watchdog.heartbeat import LocalState
 from megafusion.resilience.watchdog.shutdown import _dump_stacks, _publish

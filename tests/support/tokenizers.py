@@ -42,8 +42,8 @@ def make_llama3(folder: Path, num_reserved: int = 4) -> Path:
     bos = ("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))
     template = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    config = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": {"content": "<|end_of_text|>"}}
-    return _save(tokenizer, folder, config)
+    bos_token = {"__type": "AddedToken", "content": "<|begin_of_text|>", "normalized": False}
+    return _save(tokenizer, folder, {"bos_token": bos_token, "eos_token": "<|end_of_text|>"})
 
 
 def make_llama2(folder: Path) -> Path:

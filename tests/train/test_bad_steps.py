@@ -11,9 +11,8 @@ from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.cli import app
 from megafusion.config import parse_config
 from megafusion.engine.engine import Engine
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
-from megafusion.resilience.exit_status import ExitStatus
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train import loop as run_module
 from megafusion.train.config import RunConfig

@@ -91,8 +91,7 @@ class Peers:
             time.sleep(0.05)
 
     def exchange(self, seconds: float, reason: str = "") -> str:
-        """Write this rank's heartbeat and read the others'; returns the reason to shut down, if any rank has
-        written one.
+        """Write this rank's heartbeat and read the others'; returns the reason to shut down, or "".
 
         reason: to be written, unless another is. Raises StoreUnavailable, also if it takes longer.
         """

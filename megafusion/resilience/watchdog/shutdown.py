@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from megafusion.resilience.exit_status import ExitStatus
+from megafusion.errors import ExitStatus
 from megafusion.resilience.watchdog.failures import format_ranks
 from megafusion.resilience.watchdog.heartbeat import Heartbeat, LocalState
 from megafusion.resilience.watchdog.peers import Peers, StoreUnavailable, call_with_timeout
@@ -61,10 +61,7 @@ def _shut_down_other(reason: str, local: LocalState, peers: Peers) -> None:
 def format_report(
     reason: str, last_heartbeats: dict[int, Heartbeat | None], silent: list[int], folder: Path
 ) -> str:
-    """The reason, then for each rank where it is: silent, ended, waiting in a collective, or outside of one.
-
-    silent: ranks that do not answer. folder: of the stacks.
-    """
+    """The reason, then for each rank where it is. silent: ranks that do not answer. folder: of the stacks."""
     all_run = not silent and all(h and not h.end for h in last_heartbeats.values())
     any_waits = all_run and any(h and h.waits for h in last_heartbeats.values())
     states: dict[str, list[int]] = {}

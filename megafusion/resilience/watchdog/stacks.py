@@ -39,10 +39,7 @@ class CodeLocation(NamedTuple):
 
 
 def locate_process(main: int) -> CodeLocation:
-    """Location of the thread `main`, or of another that waits in a collective if `main` does not.
-
-    Backward passes on a device run in autograd's threads.
-    """
+    """Location of the thread `main`, or of another (autograd's) that waits in a collective if it does not."""
     stacks = [list(traceback.walk_stack(frame)) for frame in _frames(main).values()]  # innermost first
     location, *rest = [_locate(stack) for stack in stacks]
     for other in rest:

@@ -15,13 +15,10 @@ from megafusion.resilience.watchdog.shutdown import shut_down
 
 
 class Watchdog:
-    """Context manager that watches the process while its block runs. Made on every rank, after the process
-    group.
+    """Watches the process while its block runs. Made on every rank, after the process group.
 
-    folder: the run folder; stacks go to stacks/rank-00000.txt and so on, the message to
-    stacks/report-TIME.txt. timeout_seconds: longest time between two beats, to within an interval.
-    interval_seconds: between two heartbeats. silence_seconds: a rank without a heartbeat for so long counts
-    as lost.
+    folder: of the run; stacks go to stacks/rank-00000.txt and so on, the message to stacks/report-TIME.txt.
+    timeout_seconds: longest time between two beats, to within an interval. The others: see LocalState.
 
     An exception of the block propagates and the other ranks are told; but one that means that a peer is lost
     exits the process with RETRY. A single process watches its own beats alone.
