@@ -15,7 +15,11 @@ WORDS = st.lists(
 
 @pytest.fixture
 def sampler(run_config, tokenizer, codec) -> Sampler:
-    return Sampler(run_config, Components(tokenizer, codec, {}, None), torch.device("cpu"))
+    return Sampler(
+        run_config,
+        Components(tokenizer, codec, sources={}, loader=None, started_from=None),
+        torch.device("cpu"),
+    )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
