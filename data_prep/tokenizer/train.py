@@ -47,10 +47,10 @@ def train_tokenizer(config: TokenizerConfig) -> str:
     lines = chain.from_iterable(_lines(name, config, left_out) for name in config.inputs)
     sample = sample_lines(lines, config.max_lines)
     write_file(config.out, train_model(sample, config))
-    others = ", ".join(f"{n} x {reason}" for reason, n in left_out.items()) or "none"
     return (
-        f"{config.out}: {config.vocab_size} pieces from {len(sample)} lines (records left out: {others}); "
-        f"model.vocab_size is {config.vocab_size + 2} with one image size, one more for each further size"
+        f"{config.out}: {config.vocab_size} pieces from {len(sample)} lines (records left out: "
+        f"{_describe(left_out)}); model.vocab_size is {config.vocab_size + 2} with one image size, "
+        "one more for each further size"
     )
 
 
@@ -67,7 +67,8 @@ def _lines(name: str, config: TokenizerConfig, left_out: Counter[str]) -> Iterat
             reader = partial(open_reader, kind, split, inputs, _NoImages(None))
             for record, texts, error in read_records(split, reader, _texts_of, config.on_error, selected):
                 found |= {plain_key(record.key)} if selected else set()
-                left_out.update([error.reason] if error else [])
+                if error:
+                    left_out[error.reason] += getattr(error, "num_lost", 1) or 1
                 lines = [line for text in texts or () for line in text.splitlines()]
                 parts = [line[i : i + MAX_LENGTH] for line in lines for i in range(0, len(line), MAX_LENGTH)]
                 is_empty &= not parts
@@ -75,8 +76,13 @@ def _lines(name: str, config: TokenizerConfig, left_out: Counter[str]) -> Iterat
     check_keys(inputs, keys, found)
     if is_empty:
         raise UserError(
-            f"inputs.{name}: holds no text; set its images, texts or documents to files with some"
+            f"inputs.{name}: holds no text; set its images, texts or documents to files with some "
+            f"(records left out: {_describe(left_out)})"
         )
+
+
+def _describe(left_out: Counter[str]) -> str:
+    return ", ".join(f"{number} x {reason}" for reason, number in left_out.items()) or "none"
 
 
 def _texts_of(raw: Any) -> list[str]:

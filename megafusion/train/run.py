@@ -176,7 +176,9 @@ class Run:
             self._loader = self._components.loader
             if self._is_rank0:
                 parts = self._components
-                changed = freeze(config, parts.tokenizer.hash, parts.codec.hash, parts.started_from)
+                tokenizer = parts.tokenizer  # whose bos and eos may stand in a file beside the hashed one
+                identity = f"{tokenizer.hash} bos {tokenizer.bos} eos {tokenizer.eos}"
+                changed = freeze(config, identity, parts.codec.hash, parts.started_from)
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)

@@ -131,7 +131,16 @@ def _environment() -> dict:
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
-    packages = ("megafusion", "torch", "deepspeed", "diffusers", "numpy", "sentencepiece", "webdataset")
+    packages = (
+        "megafusion",
+        "torch",
+        "deepspeed",
+        "diffusers",
+        "numpy",
+        "sentencepiece",
+        "tokenizers",
+        "webdataset",
+    )
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),

@@ -171,6 +171,7 @@ def test_a_resumed_run_continues_without_what_it_started_from(run_values, traine
     values["train"]["init_from"] = str(tmp_path)
     assert train(parsed(values)) == "finished"
     shutil.rmtree(run / "checkpoints")  # without one, it would start from something else
+    values["train"]["init_from"] = str(trained)
     with pytest.raises(UserError, match=r"other values of train\.init_from"):
         train(parsed(values))
 

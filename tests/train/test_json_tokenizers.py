@@ -74,6 +74,10 @@ def test_preprocess_train_generate(make, tmp_path, maker, vocab_size, file):
     again = open_checkpoint(latest_checkpoint(config.out), "ema")
     assert again.tokenizer.path == tmp_path / "tokenizer/tokenizer.json"
     assert again.describe([image]) == pipeline.describe([image])
+    if maker is make_qwen:
+        (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        with pytest.raises(UserError, match=r"data\.tokenizer: other files than .* was started with"):
+            train(config)
     values["data"]["tokenizer"] = str(TOKENIZER)
     values["model"]["vocab_size"] = 2048
     with pytest.raises(
