@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from braceexpand import braceexpand
-from megafusion.data.index import INDEX
+from megafusion.data.shards import INDEX
 
 from megafusion.data.manifest import FOLDERS, MANIFEST, Kind
 from megafusion.errors import UserError
