@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from braceexpand import braceexpand
-from megafusion.data.shards import INDEX
 
 from megafusion.data.manifest import FOLDERS, MANIFEST, Kind
+from megafusion.data.shards import INDEX
 from megafusion.errors import UserError
 
 IMAGE_SUFFIXES = {"webp", "png", "jpg", "jpeg", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif"}
