@@ -33,6 +33,8 @@ class ImageDataConfig(Config):
 class NetworkConfig(Config):
     """Architecture of the diffusers AutoencoderKL."""
 
+    max_integer: ClassVar[int] = 2**20
+
     unshuffle: int = Field(1, gt=0)
     """Side of the pixel blocks that become channels before the first convolution; 1 for none."""
     channels: list[int] = Field(min_length=1)
@@ -114,9 +116,30 @@ class AutoencoderConfig(Config):
     network: NetworkConfig
     loss: LossConfig = LossConfig()
     optimization: OptimizationConfig
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of initial weights, image order, flips and latent noise."""
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1, ... or auto, the first GPU if there is one."""
     num_threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 for torch's default."""
+
+    def warnings(self) -> list[str]:
+        """Values that cannot do what they say, and what happens instead."""
+        optimization, loss = self.optimization, self.loss
+        num_steps, warmup, start = (
+            optimization.num_steps,
+            optimization.warmup_steps,
+            loss.adversarial_start_step,
+        )
+        warnings = []
+        if warmup >= num_steps:
+            warnings.append(
+                f"optimization.warmup_steps {warmup} is not below optimization.num_steps {num_steps}: the "
+                "learning rate only rises"
+            )
+        if loss.adversarial_weight and start > num_steps:
+            warnings.append(
+                f"loss.adversarial_start_step {start} is after optimization.num_steps {num_steps}: the "
+                "adversarial term is never used"
+            )
+        return [f"warning: {warning}" for warning in warnings]

@@ -14,6 +14,8 @@ def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
     from megafusion.config import load_config
 
     values = load_config(AutoencoderConfig, config, overrides or [])
+    for warning in values.warnings():
+        typer.echo(warning, err=True)
     from data_prep.vae.train import train_autoencoder
 
     report = train_autoencoder(values)

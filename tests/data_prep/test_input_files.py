@@ -319,7 +319,8 @@ def test_output_inside_an_input_is_never_read(make, tmp_path, capsys):
         make(**inputs, out=folder / "shards")
         assert keys_in(folder / "shards/pairs") == ["a", "b"]
         assert len(ShardFolder(folder / "shards/text")) == 4
-        assert ("shards/pairs: up to date" in " ".join(capsys.readouterr().err.split())) == again
+        # The console wraps long paths anywhere.
+        assert ("shards/pairs:uptodate" in "".join(capsys.readouterr().err.split())) == again
     partial = folder / "shards/pairs.0123456789ab.partial"
     os.renames(folder / "shards/pairs", partial)  # as a killed command leaves it
     (partial / "manifest.json").unlink()
