@@ -9,7 +9,8 @@ DCP's own planners accept only tensors, reject overlapping chunks, and unpickle 
 
 import io
 from bisect import bisect_left
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NoReturn
 
@@ -95,6 +96,17 @@ class Chunks:
             values = fragment[used : used + prod(sizes)].view(sizes)
             used += prod(sizes)
             self.chunks += _to_whole(offsets, values, shard_spec)
+
+    def first_rows(self, num_rows: int) -> "Chunks":
+        """The part of these chunks in the first rows of the whole tensor, as chunks of a tensor of those."""
+        first = copy(self)
+        first.shard_spec = replace(self.shard_spec, shape=torch.Size([num_rows, *self.size()[1:]]))
+        first.chunks = [
+            Chunk(chunk.offsets, chunk.values[: num_rows - chunk.offsets[0]])
+            for chunk in self.chunks
+            if chunk.offsets[0] < num_rows
+        ]
+        return first
 
     def size(self) -> torch.Size:
         """Shape of the whole tensor."""

@@ -31,7 +31,7 @@ from megafusion.checkpoint.folder import (
     step_of,
     verify_checkpoint,
 )
-from megafusion.checkpoint.reader import CheckpointReader, read_chunks
+from megafusion.checkpoint.reader import CheckpointReader, TensorSource, read_chunks
 from megafusion.engine.ema import Ema
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.errors import UserError
@@ -131,6 +131,23 @@ class CheckpointManager:
             read_chunks(CheckpointReader(path), self._on_device, shapes)
         self._optimizer_state.sync_model_from_master(state["step"])
         return state
+
+    def initialize(self, source: TensorSource) -> None:
+        """Fill weights and averages with a source's tensors, by parameter name, before the first step.
+
+        Weights, and last rows of weights, that the source does not have keep their values. A UserError of one
+        rank is raised on every rank.
+        """
+        shapes = source.shapes()
+        own = {
+            name: self._on_device[f"model.{name}"] for name in shapes if f"model.{name}" in self._on_device
+        }
+        with raise_on_all_ranks(self._group):
+            source.read({name: chunks.first_rows(shapes[name][0]) for name, chunks in own.items()})
+        for name, chunks in self._on_device.items():
+            if name.startswith("ema."):
+                chunks.fragment.copy_(self._on_device[name.replace("ema.", "model.", 1)].fragment)
+        self._optimizer_state.sync_model_from_master(0)
 
     def _copy_to_host(self) -> None:
         on_gpu = torch.cuda.is_available()

@@ -57,6 +57,8 @@ def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
     from data_prep.vae.config import AutoencoderConfig
 
     values = load_config(AutoencoderConfig, config, overrides or [])
+    for warning in values.warnings():
+        typer.echo(warning, err=True)
     from data_prep.vae.train import train_autoencoder
 
     report = train_autoencoder(values)
