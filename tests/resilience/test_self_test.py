@@ -150,6 +150,9 @@ def signalled(first: int) -> list[bool]:
     seen = [signals.requested]
     for number in (first, signal.SIGTERM):
         os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while not signals.requested and time.monotonic() < deadline:
+            time.sleep(0.01)  # another thread may have taken the signal
         time.sleep(0.01)
         seen.append(signals.requested)
     return seen
