@@ -170,9 +170,8 @@ class CheckpointManager:
         parts: list[dict] = [{}] * dist.get_world_size()
         dist.gather_object(stream_state["streams"], parts if is_first else None, group=group)
         try:
-            with raise_on_all_ranks(group):
-                self._check_finite(path)
             with raise_on_all_ranks(group), disk_errors(path):
+                self._check_finite(path)
                 if is_first:
                     streams = {number: stream for part in parts for number, stream in part.items()}
                     shutil.rmtree(partial, ignore_errors=True)
@@ -185,7 +184,6 @@ class CheckpointManager:
             planner = ChunkSavePlanner()
             with raise_on_all_ranks(group), disk_errors(path):
                 dcp.save(self._on_host, storage_writer=writer, planner=planner, process_group=group)
-            with raise_on_all_ranks(group), disk_errors(path):
                 own = hash_files(partial, f"tensors/__{rank}_*.distcp")
             dist.gather_object(own, parts if is_first else None, group=group)
             with raise_on_all_ranks(group), disk_errors(path):

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import check_components
@@ -14,6 +12,7 @@ from megafusion.images.sizes import Size
 from megafusion.model.config import ModelConfig
 from megafusion.sequence.tokenizer import FILE_NAMES, Tokenizer
 from megafusion.storage import write_file
+from megafusion.yaml_values import dump_yaml
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -40,16 +39,12 @@ def import_config(folder: Path, out: Path, sizes: list[Size], vae: Path, patch_s
     }
     check_components(parse_config(ModelConfig, keys, str(folder)), tokenizer, codec)
     head = [] if keys["tie_embeddings"] else [HEAD]
-    text = OmegaConf.to_yaml(
-        OmegaConf.create(
-            {
-                "data": {"tokenizer": str(tokenizer.path), "vae": str(vae)},
-                "model": keys,
-                "train": {"init_from": str(folder), "init_new": ["*.adapter.*", EMBEDDING, *head]},
-            }
-        )
-    )
-    write_file(out, text)
+    section = {
+        "data": {"tokenizer": str(tokenizer.path), "vae": str(vae)},
+        "model": keys,
+        "train": {"init_from": str(folder), "init_new": ["*.adapter.*", EMBEDDING, *head]},
+    }
+    write_file(out, dump_yaml(section))
     window = sliding_window(values)
     return (
         f"{out}: add out, data.sources, data.sequence_length"
