@@ -45,6 +45,14 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
+def checkpoint_at(path: Path) -> Path | None:
+    """The absolute path of a checkpoint, or of a run folder's latest complete one; None for another path."""
+    path = Path(os.path.normpath(path.absolute()))  # names are read, also those of "." and ".."
+    if (path / "config.yaml").is_file():
+        return latest_checkpoint(path)
+    return path if is_checkpoint(path) else None
+
+
 def newest_step(run: Path) -> int:
     """Step of the newest complete checkpoint of a run folder; 0 without one."""
     return max(map(step_of, complete_checkpoints(run / "checkpoints")), default=0)

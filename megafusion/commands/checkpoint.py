@@ -13,8 +13,8 @@ from megafusion.checkpoint.folder import (
     MANIFEST,
     DamagedCheckpoint,
     all_checkpoints,
+    checkpoint_at,
     is_checkpoint,
-    latest_checkpoint,
     read_manifest,
     step_of,
     verify_checkpoint,
@@ -29,6 +29,7 @@ app = typer.Typer(
     "Example: megafusion checkpoint show runs/quickstart",
 )
 
+NEITHER = "neither a run folder nor a checkpoint (RUN/checkpoints/step-*)"
 RunOrCheckpoint = Annotated[
     Path, typer.Argument(help="Run folder, or one of its checkpoints/step-*.", metavar="RUN_OR_CHECKPOINT")
 ]
@@ -96,10 +97,8 @@ def export(
     """
     from megafusion.train.open_model import open_checkpoint
 
-    checkpoint = path
-    if not is_checkpoint(path):
-        _checkpoints(path)  # refuses what is not a run
-        checkpoint = latest_checkpoint(path)
+    if not (checkpoint := checkpoint_at(path)):
+        raise UserError(f"{path}: {NEITHER}")
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 
@@ -107,7 +106,7 @@ def export(
 def _checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, complete or not, oldest first."""
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: neither a run folder nor a checkpoint (RUN/checkpoints/step-*)")
+        raise UserError(f"{run}: {NEITHER}")
     if not (found := all_checkpoints(run / "checkpoints")):
         raise UserError(f"{run}: the run has no checkpoint yet; train it further")
     return found

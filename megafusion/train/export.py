@@ -19,7 +19,8 @@ from megafusion.train.run_folder import ENVIRONMENT, load_run_config
 
 def export_text(model: Path, out: Path, dtype: Dtype | None, license: str | None) -> None:
     """Export the model of a pipeline folder, a run or a checkpoint; see `megafusion export`."""
-    run = next((p for p in (model, model.parent, model.parent.parent) if (p / "config.yaml").is_file()), None)
+    here = model.absolute()
+    run = next((p for p in (here, here.parent, here.parent.parent) if (p / "config.yaml").is_file()), None)
     pipeline = TransfusionPipeline.from_pretrained(model)
     base = (text_config_of(run) if run else None) or {}
     base.setdefault("max_position_embeddings", pipeline.config.sequence_length)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megafusion.checkpoint.chunks import Chunks
-from megafusion.checkpoint.folder import latest_checkpoint
+from megafusion.checkpoint.folder import checkpoint_at
 from megafusion.checkpoint.reader import CheckpointWeights, TensorSource, describe_misfit
 from megafusion.checkpoint.safetensors_reader import SafetensorsWeights, open_safetensors
 from megafusion.config import parse_config
@@ -49,10 +49,8 @@ def open_origin(config: RunConfig) -> Origin:
     """Open `train.init_from`, reading headers alone. UserError if it is none of the folders that serve."""
     assert config.train.init_from is not None
     path, raw = config.train.init_from, config.train.init_weights == "raw"
-    if (path / "config.yaml").is_file():
-        path = latest_checkpoint(path)
-    if path.name.startswith("step-"):
-        run = path.parent.parent
+    if checkpoint := checkpoint_at(path):
+        path, run = checkpoint, checkpoint.parent.parent
         began = load_run_config(run)
         source = CheckpointWeights(path, "model" if raw else "ema")
         tokenizer = Tokenizer.from_pretrained(began.data.tokenizer).path

@@ -1,10 +1,9 @@
 """Opening the model of a run or a checkpoint. Imports torch."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
-from megafusion.checkpoint.folder import latest_checkpoint, verify_checkpoint
+from megafusion.checkpoint.folder import checkpoint_at, verify_checkpoint
 from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.codec import ImageCodec
@@ -15,10 +14,8 @@ from megafusion.train.run_folder import load_run_config
 
 def open_run(path: Path) -> TransfusionPipeline | None:
     """Open the newest checkpoint of a run folder, or one checkpoint; None for any other path."""
-    path = Path(os.path.normpath(path.absolute()))  # its names are read, also those of ".."
-    if (path / "config.yaml").is_file():
-        path = latest_checkpoint(path)
-    return open_checkpoint(path, "ema") if path.name.startswith("step-") else None
+    checkpoint = checkpoint_at(path)
+    return open_checkpoint(checkpoint, "ema") if checkpoint else None
 
 
 def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPipeline:
