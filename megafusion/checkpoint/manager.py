@@ -9,7 +9,7 @@ nothing in a step samples from a global generator.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,21 +132,21 @@ class CheckpointManager:
         self._optimizer_state.sync_model_from_master(state["step"])
         return state
 
-    def initialize(self, source: TensorSource) -> None:
-        """Fill weights and averages with a source's tensors, by parameter name, before the first step.
+    def initialize(self, source: TensorSource, names: Collection[str]) -> None:
+        """Fill weights of these names, and all averages, before the first step.
 
-        Weights, and last rows of weights, that the source does not have keep their values. A UserError of one
-        rank is raised on every rank.
+        Where the source has fewer rows, the others keep their values. A UserError of one rank is raised on
+        every rank.
         """
-        shapes = source.shapes()
-        own = {
-            name: self._on_device[f"model.{name}"] for name in shapes if f"model.{name}" in self._on_device
-        }
+        shapes, chunks = source.shapes(), {}
+        for name in names:
+            if own := self._on_device.get(f"model.{name}"):
+                chunks[name] = own.first_rows(shapes[name][0])
         with raise_on_all_ranks(self._group):
-            source.read({name: chunks.first_rows(shapes[name][0]) for name, chunks in own.items()})
-        for name, chunks in self._on_device.items():
+            source.read(chunks)
+        for name, own in self._on_device.items():
             if name.startswith("ema."):
-                chunks.fragment.copy_(self._on_device[name.replace("ema.", "model.", 1)].fragment)
+                own.fragment.copy_(self._on_device[name.replace("ema.", "model.", 1)].fragment)
         self._optimizer_state.sync_model_from_master(0)
 
     def _copy_to_host(self) -> None:

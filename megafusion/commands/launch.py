@@ -48,7 +48,7 @@ def launch(
     changed_recipe(values)
     for warning in values.warnings():
         print(warning, file=sys.stderr)
-    for missing in _missing_inputs(values.data):
+    for missing in _missing_inputs(values.data, values.train.init_from):
         print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)
     script = render(job)
     if dry_run:
@@ -58,7 +58,7 @@ def launch(
         typer.echo(submit(job, script, frozen))
 
 
-def _missing_inputs(data: "DataConfig") -> Iterator[str]:
+def _missing_inputs(data: "DataConfig", init_from: Path | None) -> Iterator[str]:
     """Inputs that this machine does not see. A login node need not see all that the nodes do."""
     from megafusion.data.manifest import MANIFEST
 
@@ -69,3 +69,5 @@ def _missing_inputs(data: "DataConfig") -> Iterator[str]:
         yield f"data.tokenizer {data.tokenizer}"
     if not data.vae.is_dir():
         yield f"data.vae {data.vae}"
+    if init_from and not init_from.is_dir():
+        yield f"train.init_from {init_from}"

@@ -25,9 +25,14 @@ from megafusion.storage import file_sha256
 from megafusion.train.config import RunConfig
 from megafusion.train.run_folder import ENVIRONMENT, load_run_config
 
-FUNCTION = ("num_heads", "kv_heads", "head_size", "norm_eps")
-"""What decides a model's function and shows in no shape."""
-CONTEXT = ("rope_theta", "rope_scaling", "image_sizes")
+FIXED = {
+    "num_heads": "num_heads",
+    "num_kv_heads": "kv_heads",
+    "head_dim": "head_size",
+    "norm_eps": "norm_eps",
+}
+"""Model keys that decide what weights compute and show in no shape, with the attribute of each."""
+CHANGEABLE = ("rope_theta", "rope_scaling", "image_sizes")
 """The same, where a change is part of a recipe: for longer rows or other images."""
 
 
@@ -35,7 +40,7 @@ class Origin(NamedTuple):
     """Weights to start from, with the model and the tokenizer that they belong to.
 
     tokenizers: files of the same tokenizer. checkpoint: whose files are to be verified. text_config: of the
-    Hugging Face model that they began as.
+    Hugging Face model that they began as. names: of the run's weights that the source has, or has rows of.
     """
 
     source: TensorSource
@@ -43,6 +48,7 @@ class Origin(NamedTuple):
     tokenizers: list[Path]
     checkpoint: Path | None = None
     text_config: dict[str, Any] | None = None
+    names: frozenset[str] = frozenset()
 
 
 def open_origin(config: RunConfig) -> Origin:
@@ -74,10 +80,11 @@ def open_origin(config: RunConfig) -> Origin:
         )
     else:
         origin = _open_hub(path, config)
-    names = _shapes(config)
-    if HEAD in names and HEAD not in origin.source.shapes():
+    if origin.model.tie_embeddings and not config.model.tie_embeddings:
         origin = origin._replace(source=UntiedHead(origin.source))
-    return origin
+    stored = origin.source.shapes()
+    fitting = (name for name, here in _shapes(config).items() if _fits(name, stored.get(name), here))
+    return origin._replace(names=frozenset(fitting))
 
 
 def _open_hub(path: Path, config: RunConfig) -> Origin:
@@ -109,7 +116,7 @@ class UntiedHead:
 
     def shapes(self) -> dict[str, torch.Size]:
         shapes = self._source.shapes()
-        return shapes | {HEAD: shapes[EMBEDDING]}
+        return shapes | ({HEAD: shapes[EMBEDDING]} if EMBEDDING in shapes else {})
 
     def read(self, chunks: dict[str, Chunks]) -> None:
         self._source.read({name: part for name, part in chunks.items() if name != HEAD})
@@ -126,9 +133,10 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
             f"data.tokenizer {tokenizer.path}: not the tokenizer of train.init_from, so its ids are other "
             f"tokens; set it to {names}"
         )
-    was, now = ({k: getattr(m, k) for k in FUNCTION + CONTEXT} for m in (origin.model, config.model))
-    if differing := [f"{key} {now[key]} instead of {was[key]}" for key in FUNCTION if now[key] != was[key]]:
-        raise UserError(f"model: {', '.join(differing)}, which {path} was trained with; use its model keys")
+    was, now = origin.model, config.model
+    fixed = {key: (getattr(was, name), getattr(now, name)) for key, name in FIXED.items()}
+    if differing := [f"model.{key} {b} instead of {a}" for key, (a, b) in fixed.items() if a != b]:
+        raise UserError(f"{', '.join(differing)}, which {path} was trained with; use its model keys")
     wanted, stored = _shapes(config), origin.source.shapes()
     if (rows := stored.get(EMBEDDING, [tokenizer.num_text_ids])[0]) < tokenizer.num_text_ids:
         raise UserError(
@@ -140,11 +148,13 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
         raise UserError(f"train.init_new {unknown[0]!r}: no weight of the model has such a name")
     new, misfits = [], Counter[str]()
     for name in sorted(wanted.keys() | stored.keys()):
-        here, there = wanted.get(name), stored.get(name)
-        lacks = here and (there is None or (there[1:] == here[1:] and there[0] < here[0]))
-        if lacks and any(fnmatchcase(name, pattern) for pattern in patterns):
-            new.append(name)
-        elif misfit := describe_misfit(name, there, here):
+        there, here = stored.get(name), wanted.get(name)
+        misfit = describe_misfit(name, there, here)
+        lacks_ids = name in (EMBEDDING, HEAD) and there is None  # no pattern means all of them
+        if misfit and not lacks_ids and any(fnmatchcase(name, pattern) for pattern in patterns):
+            rows = f" from row {there[0]}" if name in origin.names and there else ""
+            new += [name + rows] if here else []
+        elif misfit:
             misfits[_of_all_blocks(misfit)] += 1
     if misfits:
         lines = [f"  {text}" + (f" ({count} blocks)" if count > 1 else "") for text, count in misfits.items()]
@@ -152,7 +162,8 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
             f"train.init_from {path}: does not fit the model; name in train.init_new what may start at "
             "random, weights or their last rows:\n" + "\n".join(lines)
         )
-    changed = {f"model.{key}": [str(was[key]), str(now[key])] for key in CONTEXT if now[key] != was[key]}
+    recipe = {f"model.{key}": [str(getattr(m, key)) for m in (was, now)] for key in CHANGEABLE}
+    changed = {key: values for key, values in recipe.items() if values[0] != values[1]}
     return {"path": str(origin.source), "new": new, "changed": changed, "text_config": origin.text_config}
 
 
@@ -173,6 +184,12 @@ def _shapes(config: RunConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         weights = Transfusion(config.model, config.objective).weights()
     return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def _fits(name: str, there: torch.Size | None, here: torch.Size) -> bool:
+    """Whether a tensor is the model's, or its first rows where rows are token ids."""
+    has_rows = there is not None and there[1:] == here[1:] and there[0] < here[0]
+    return there == here or (has_rows and name in (EMBEDDING, HEAD))
 
 
 def _of_all_blocks(text: str) -> str:

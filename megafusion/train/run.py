@@ -237,7 +237,7 @@ class Run:
             origin = open_origin(self._config)
             if origin.checkpoint:
                 verify_checkpoint(origin.checkpoint, dist.get_rank(), dist.get_world_size())
-        self._manager.initialize(origin.source)
+        self._manager.initialize(origin.source, origin.names)
 
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config

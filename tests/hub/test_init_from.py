@@ -84,7 +84,9 @@ def step_from_hub(values: dict) -> tuple[list, list]:
     loader = build_components(config, mesh).loader
     engine = build_engine(config, mesh)
     state = engine.optimizer_state
-    CheckpointManager(config.out, state, Ema(state.shards, 0.9), 1).initialize(open_origin(config).source)
+    origin = open_origin(config)
+    manager = CheckpointManager(config.out, state, Ema(state.shards, 0.9), config.checkpoint)
+    manager.initialize(origin.source, origin.names)
     weights = weights_of(engine)
     return weights, [float(loss) for loss in train_step(engine, loader.next(), 1e-3)][:2]
 
@@ -275,6 +277,10 @@ BAD = {
         r"blocks\.\*\.feed_forward\.gate_up\.weight is missing there, but has shape \[128, 32\] in this "
         r"model\n  model\.layers\.1\.mlp\.gate_proj\.weight has shape \[64, 32\] there, but is missing",
     ),
+    "no head": (
+        lambda f: without(f, "lm_head.weight"),
+        r"tail\.head\.weight is missing there, but has shape \[2048, 32\] in this model",
+    ),
     "a tensor more": (
         lambda f: without(f, "lm_head.weight", {"model.layers.2.mlp.down_proj.weight": torch.zeros(32, 64)}),
         r"model\.layers\.2\.mlp\.down_proj\.weight has shape \[32, 64\] there, but is missing in this model",
@@ -326,7 +332,7 @@ def test_a_bad_shard_is_named(run_values, tmp_path):
         (
             {"num_heads": 8, "head_dim": 4, "num_kv_heads": 8},
             {},
-            r"num_heads 8 instead of 4, kv_heads 8 .*head_size 4",
+            r"num_heads 8 instead of 4, model\.num_kv_heads 8 .*model\.head_dim 4",
         ),
         ({"norm_eps": 1e-3}, {}, r"norm_eps 0\.001 instead of 1e-06, which .* was trained with"),
         ({"num_layers": 3}, {}, r"blocks\.\*\.attention\.out\.weight is missing there"),
@@ -370,6 +376,19 @@ def test_a_damaged_checkpoint_is_refused(run_values, trained, tmp_path):
         train(parsed(next_run(run_values, copied)))
 
 
+def test_another_adapter_starts_at_random_and_the_rest_does_not(run_values, trained):
+    values = next_run(run_values, trained, init_new=["*.adapter.*"])
+    values["model"] |= {"adapter": "unet", "unet_channels": 8}
+    train(parsed(values), stop_after=1)
+    pipeline = TransfusionPipeline.from_pretrained(trained / "pipeline")
+    model = Transfusion(parsed(values).model, pipeline.config.objective)
+    initialize(model, 2, seed=5)
+    for name, tensor in model.weights().items():
+        if ".adapter." not in name:
+            tensor.copy_(pipeline.model.weights()[name])
+    assert first_losses(Path(values["out"])) == pytest.approx(evaluate(model, values), abs=1e-6)
+
+
 def test_a_pipeline_of_fewer_image_sizes_gives_its_rows(run_values, trained):
     """The boi of a second size is a new id, whose row may start at random."""
     values = next_run(
@@ -378,7 +397,7 @@ def test_a_pipeline_of_fewer_image_sizes_gives_its_rows(run_values, trained):
     values["model"] |= {"image_sizes": [[32, 32], [16, 16]], "vocab_size": 2049}
     train(parsed(values), stop_after=1)
     record = json.loads((Path(values["out"]) / "environment.json").read_text())["init_from"]
-    assert record["new"] == ["stem.embedding.weight", "tail.head.weight"]
+    assert record["new"] == ["stem.embedding.weight from row 2048", "tail.head.weight from row 2048"]
     assert record["changed"] == {"model.image_sizes": ["((32, 32),)", "((32, 32), (16, 16))"]}
     pipeline = TransfusionPipeline.from_pretrained(trained / "pipeline")
     with torch.no_grad():
