@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 
 CHECKPOINT_NAME = "state.safetensors"
 
@@ -32,10 +32,11 @@ def save_checkpoint(
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{CHECKPOINT_NAME}.new"
-    save_file(tensors, temporary, {"meta": json.dumps(meta)})
-    temporary.replace(folder / CHECKPOINT_NAME)
+    with refuse_os_errors(f"{folder}: cannot be written", "; free space: the same command resumes"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, {"meta": json.dumps(meta)})
+        temporary.replace(folder / CHECKPOINT_NAME)
 
 
 def read_meta(folder: Path) -> dict | None:
