@@ -11,7 +11,7 @@ pinned() { grep -E "^$1==" requirements.txt; }
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps -w "$folder" "$(pinned deepspeed)" .
 names=()
 for package in annotated-doc annotated-types braceexpand diffusers einops execnet hjson hypothesis ImageHash importlib_metadata \
-  iniconfig lazy-importer msgpack ninja omegaconf pluggy py-cpuinfo pydantic pydantic_core pytest pytest-timeout \
+  iniconfig lazy-importer msgpack ninja pluggy py-cpuinfo pydantic pydantic_core pytest pytest-timeout \
   pytest-xdist PyWavelets shellingham sortedcontainers typer typing-inspection webdataset zipp; do
   names+=("$(pinned "$package")")
 done

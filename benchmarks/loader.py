@@ -159,7 +159,8 @@ def batches(readers: dict[str, Iterator], manifest: Manifest) -> Iterator[int]:
         generator = counter_generator(0, 0, number, 0, 0)
         number += 1
         about = manifest if kind == "pairs" else texts
-        parts = sample_layout(next(readers[kind]), about, config, SHAPE, generator)
+        stored = StoredDocument({}, tuple(next(readers[kind])))
+        parts = sample_layout(stored, about, config, SHAPE, generator)
         whole = flatten(parts, TOKENIZER, SHAPE.patches)
         packed[kind] += len(whole)
         pieces = [sample_noise(whole, about, SHAPE, noise_process, generator)]

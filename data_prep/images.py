@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from data_prep.readers.records import BadRecord, RawPair
+from data_prep.readers.records import BadRecord
 from megafusion.images import reader
 from megafusion.images.reader import BadImage, read_image
 from megafusion.sequence.text import clean_text
@@ -13,11 +13,6 @@ from megafusion.sequence.text import clean_text
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16
 MAX_WEBP_SIDE = 16_383
-
-
-def decode_pair(pair: RawPair) -> tuple[str, Image.Image]:
-    """Caption, and image as upright RGB on white. Raises BadRecord."""
-    return decode_caption(pair.caption), open_rgb(pair.image)
 
 
 def decode_caption(caption: bytes | str | None) -> str:

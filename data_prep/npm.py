@@ -1,11 +1,11 @@
 """npm tarballs as sources: read from a folder and verified by checksum."""
 
-import hashlib
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from megafusion.errors import UserError
+from megafusion.storage import file_sha256
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,14 @@ def read_package(package: NpmPackage, folder: Path, prefix: str) -> dict[str, by
 
     UserError naming the tarball if it is missing or not the pinned release.
     """
-    path = Path(folder) / package.filename
+    path = folder / package.filename
     fetch = f"get it with: npm pack {package.name}@{package.version} --pack-destination {folder}"
     if not path.is_file():
         raise UserError(f"{path}: no such file; {fetch}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != package.sha256:
+    if (digest := file_sha256(path)) != package.sha256:
         raise UserError(f"{path}: sha256 is {digest}, expected {package.sha256}; {fetch}")
     root = f"package/{prefix}"
     with tarfile.open(path) as archive:
-        members = [m for m in archive if m.isfile() and m.name.startswith(root)]
-        files = {m.name.removeprefix(root): archive.extractfile(m) for m in members}
-        found = {name: file.read() for name, file in files.items() if file}
-    return dict(sorted(found.items()))
+        members = [m for m in archive if m.name.startswith(root)]
+        files = {m.name.removeprefix(root): archive.extractfile(m) for m in members}  # None for a folder
+        return {name: file.read() for name, file in sorted(files.items()) if file}

@@ -18,7 +18,7 @@ from data_prep.config import PreprocessConfig
 from data_prep.filters import Deduplicator, RecordInfo, plain_key
 from data_prep.readers.records import UNKNOWN, Record
 from data_prep.readers.splits import InputSplit
-from megafusion.data.error_budget import exceeds_error_budget
+from megafusion.data.document_format import exceeds_error_budget
 from megafusion.errors import UserError
 
 NUM_EXAMPLES = 3

@@ -13,6 +13,7 @@ from data_prep.plan import line_offsets, records_at
 from data_prep.readers.interleaved import NamedImages
 from data_prep.readers.records import BadRecord, Dropped, Reader, Record
 from data_prep.readers.splits import InputSplit, open_reader
+from data_prep.readers.webdataset import plain_name
 from data_prep.scan import scan_split, table_path
 from data_prep.write import CHANGED, DocumentBuilder, write_shard_once
 from megafusion.data.manifest import Kind
@@ -88,7 +89,9 @@ class Worker:
                         f"{reader.where(record)}: {CHANGED} ({error.reason}); start again"
                     ) from error
                 # Of one file, documents are known by their line, and the manifest names it.
-                origin = {} if is_one_file else {"file": str(self._settings.splits[split].files[0])}
+                origin = (
+                    {} if is_one_file else {"file": plain_name(str(self._settings.splits[split].files[0]))}
+                )
                 yield record, raw, reader.where(record), origin
                 self._count(1)
 

@@ -11,7 +11,7 @@ unset MEGAFUSION_STOPPED
 stopped='' interrupted='' ranks=() follower=''
 trap 'stop TERM' INT TERM HUP
 trap 'stop USR1' USR1
-trap 'rm -f "${MEGAFUSION_STOPPED:-}"; [ -z "$follower" ] || kill "$follower" 2> /dev/null' EXIT
+trap 'rm -f "${MEGAFUSION_STOPPED:-}"; [ -z "$follower" ] || kill "$follower" 2> /dev/null || true' EXIT
 
 # stop SIGNAL: signals the ranks. One that is starting does not handle signals yet, and finds a file instead.
 stop() {

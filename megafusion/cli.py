@@ -10,15 +10,14 @@ import typer
 from megafusion import __version__
 from megafusion.commands import checkpoint, data
 from megafusion.commands.arguments import expand_paths
+from megafusion.commands.data_prep import preprocess, report, train_tokenizer, train_vae
+from megafusion.commands.export import export
 from megafusion.commands.generate import generate
+from megafusion.commands.import_model import import_model
 from megafusion.commands.keys import keys
 from megafusion.commands.launch import launch
-from megafusion.commands.preprocess import preprocess
-from megafusion.commands.report import report
 from megafusion.commands.status import status
 from megafusion.commands.train import listen_for_signals, train
-from megafusion.commands.train_tokenizer import train_tokenizer
-from megafusion.commands.train_vae import train_vae
 from megafusion.errors import UserError, exit_on_user_error
 from megafusion.processes import exit_on_stop_signals, ignore_write_errors
 
@@ -38,8 +37,20 @@ app = typer.Typer(
     "The usual order: `preprocess`, `train`, `generate`. Configurations are YAML files in configs/; any key "
     "can be overridden after the file, as in `train.num_steps=50`.",
 )
-for command in (train_tokenizer, preprocess, train_vae, train, status, generate, report, launch, keys):
+for command in (
+    train_tokenizer,
+    preprocess,
+    train_vae,
+    train,
+    status,
+    generate,
+    export,
+    report,
+    launch,
+    keys,
+):
     app.command()(expand_paths(command))
+app.command("import")(expand_paths(import_model))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 

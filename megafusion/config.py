@@ -38,8 +38,8 @@ class Config(BaseModel):
     @field_validator("*")
     @classmethod
     def _checked(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cls._checked(each, info) for each in value)
+        if isinstance(value, tuple | list):
+            return type(value)(cls._checked(each, info) for each in value)
         if (
             isinstance(value, int)
             and abs(value) > cls.max_integer

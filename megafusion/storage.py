@@ -34,7 +34,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 from byte {error.start} on; save it as UTF-8") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import yaml
 
 from megafusion.errors import UserError
+from megafusion.storage import expand_path
 
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(
@@ -65,7 +66,7 @@ def dump_yaml(values: dict) -> str:
 
 def load_values(path: Path | str, overrides: Sequence[str] = ()) -> dict:
     """Plain values of a YAML file with dotted overrides. Raises UserError if it cannot be read."""
-    path = Path(path)
+    path = Path(expand_path(path))
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; see the ones in configs/")
     values = _parse(path.read_bytes(), str(path))

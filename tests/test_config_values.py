@@ -187,6 +187,9 @@ def test_a_slip_of_a_letter_finds_the_key_from_any_section(cls, data):
             ["data.caption_dropout=0"],
             "caption_dropout 0 trains no image without its caption, so sampling.guidance",
         ),
+        (["optimization.num_steps=100", "loss.adversarial_weight=0"], "warmup_steps 5000 is not below"),
+        (["optimization.num_steps=9000", "loss.adversarial_weight=1"], "the adversarial term is never used"),
+        (["optimization.num_steps=900000"], None),
         ([], None),
         (["data.caption_dropout=0", "sampling.guidance_scale=1"], None),
         (["optimizer.learning_rate=1e-6", "optimizer.schedule=constant"], None),
@@ -194,7 +197,9 @@ def test_a_slip_of_a_letter_finds_the_key_from_any_section(cls, data):
     ],
 )
 def test_values_that_cannot_do_what_they_say_are_warned_of(changes, warning):
-    said = load_config(RunConfig, QUICKSTART, changes).warnings()
+    vae = any("optimization" in change for change in changes)
+    cls, path = (AutoencoderConfig, ROOT / "configs/vae/paper.yaml") if vae else (RunConfig, QUICKSTART)
+    said = load_config(cls, path, changes).warnings()
     assert len(said) == (warning is not None)
     if warning:
         assert re.match(f"warning: .*{warning}", said[0])

@@ -110,10 +110,7 @@ def pack(pairs: dict[str, tuple[bytes, str]]) -> bytes:
 
 
 def starter_keys(captions: dict[str, str], concepts: list[str]) -> list[str]:
-    """Keys of the concepts in both styles, in the order of the concepts.
-
-    Raises UserError for a concept that the pack lacks in one of the styles.
-    """
+    """Keys of the concepts in both styles, in their order. UserError for one that the pack lacks."""
     by_caption = {caption: key for key, caption in captions.items()}
     selected = [f"{concept}, {style} style" for concept in concepts for style in ("3d", "flat")]
     missing = [caption for caption in selected if caption not in by_caption]
@@ -124,10 +121,6 @@ def starter_keys(captions: dict[str, str], concepts: list[str]) -> list[str]:
     return [by_caption[caption] for caption in selected]
 
 
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
 def build(
     packages: Annotated[Path, typer.Option(help="Folder with the three npm tarballs (see README.md).")],
     out: Annotated[Path, typer.Option(help="Folder to write emoji-000000.tar and starter.txt to.")],
@@ -147,4 +140,4 @@ def build(
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        app()
+        typer.run(build)

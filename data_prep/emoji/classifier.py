@@ -30,10 +30,7 @@ METADATA_KEY = "classifier"
 
 
 class ImageClassifier(nn.Module):
-    """Names images after the nearest of K references.
-
-    `metrics` are those measured when the weights were trained.
-    """
+    """Names images after the nearest of K references; metrics: measured when the weights were trained."""
 
     def __init__(self, keys: Sequence[str], metrics: dict[str, float] | None = None) -> None:
         super().__init__()

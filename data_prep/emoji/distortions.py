@@ -13,25 +13,18 @@ CORRUPTIONS = ("clean", "blur", "noise", "blur and noise", "shift")
 
 def corrupt(images_N3HW: Tensor, corruption: str, seed: int = 0) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] under one of CORRUPTIONS, at the strength that is measured."""
+    if corruption not in CORRUPTIONS:
+        raise ValueError(f"corruption {corruption!r}: use one of {', '.join(CORRUPTIONS)}")
     random = torch.Generator().manual_seed(seed)
     images = images_N3HW
-    match corruption:
-        case "clean":
-            pass
-        case "blur":
-            images = blur(images, BLUR_SIGMA)
-        case "noise":
-            images = images + NOISE_STD * torch.randn(images.shape, generator=random)
-        case "blur and noise":
-            images = blur(images, BLUR_SIGMA) + NOISE_STD * torch.randn(images.shape, generator=random)
-        case "shift":
-            padded = F.pad(images, (SHIFT_PIXELS,) * 4, value=1.0)
-            offsets = (2 * SHIFT_PIXELS * torch.randint(0, 2, (len(images), 2), generator=random)).tolist()
-            height, width = images.shape[-2:]
-            moved = [p[:, y : y + height, x : x + width] for p, (y, x) in zip(padded, offsets, strict=True)]
-            images = torch.stack(moved)
-        case _:
-            raise ValueError(f"corruption {corruption!r}: use one of {', '.join(CORRUPTIONS)}")
+    if "blur" in corruption:
+        images = blur(images, BLUR_SIGMA)
+    if "noise" in corruption:
+        images = images + NOISE_STD * torch.randn(images.shape, generator=random)
+    if corruption == "shift":
+        signs = 2 * torch.randint(0, 2, (len(images), 2), generator=random) - 1
+        moved = zip(images, (SHIFT_PIXELS * signs).tolist(), strict=True)
+        images = torch.stack([F.pad(p, (-x, x, -y, y), value=1.0) for p, (y, x) in moved])
     return images.clamp(0, 1)
 
 

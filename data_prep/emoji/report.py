@@ -14,7 +14,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
-from data_prep.images import decode_pair
+from data_prep.images import open_rgb
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.data.config import DataConfig
 from megafusion.data.source import open_folder
@@ -92,7 +92,7 @@ def training_pairs(config: DataConfig, tar: Path) -> list[Pair]:
         metadata = folder.read(document).metadata
         if metadata["key"] not in raw_pairs:
             raise UserError(f"{tar}: has no image {metadata['key']!r}, which the run was trained on")
-        _, image = decode_pair(raw_pairs[metadata["key"]])
+        image = open_rgb(raw_pairs[metadata["key"]].image)
         pairs.append(Pair(metadata["key"], metadata["caption"], image))
     return pairs
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 from braceexpand import braceexpand
 
-from megafusion.data.index import INDEX
 from megafusion.data.manifest import FOLDERS, MANIFEST, Kind
+from megafusion.data.shards import INDEX
 from megafusion.errors import UserError
 
 IMAGE_SUFFIXES = {"webp", "png", "jpg", "jpeg", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif"}
@@ -72,6 +72,8 @@ def form_of(path: Path, kind: Kind, is_named: bool, keys: Collection[str]) -> Fo
     by_suffix = FORM_OF_SUFFIX.get(suffix)
     if kind == "pair" and by_suffix == "image":
         return "image"  # without opening a million of them
+    if path.name.startswith("_") and not (by_suffix or is_named):
+        return None  # Spark's _metadata is parquet without rows of its own
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -138,8 +140,7 @@ def walk(folder: Path, own: Collection[str], seen: dict[str, Path]) -> Iterator[
                 yield here / child, "folder of outputs"
         for file in files:
             path = here / file
-            is_file = path.is_file()
-            yield (
-                path,
-                "hidden" if file.startswith(".") else None if is_file else "neither a file nor a folder",
-            )
+            if file.startswith("."):
+                yield path, "hidden"
+            else:
+                yield path, None if path.is_file() else "neither a file nor a folder"

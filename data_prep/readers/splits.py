@@ -1,6 +1,7 @@
 """Input splits: the units that the scan distributes over processes, fixed by the input files alone."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from megafusion.errors import UserError
 
 IMAGES_PER_SPLIT = 512
 BYTES_PER_SPLIT = 64 << 20
+SUFFIX = re.compile(r"\.\w{1,12}")
+"""Suffixes by which ignored files are counted, so that the counts are few."""
 
 
 class InputSplit(NamedTuple):
@@ -94,7 +97,7 @@ class Inputs:
         files: each with whether it is named. folder: that to which the keys of images are relative.
         """
         forms = {path: self._form(path, is_named) for path, is_named in files}
-        self._refuse_twice([(path, is_named) for path, is_named in files if forms[path]])
+        self._refuse_twice({path: form for path, form in forms.items() if form})
         tars = {path.with_suffix("") for path, form in forms.items() if form == "tar"}
         for path, form in forms.items():
             if form == "parquet" and self._is_statistics(path, tars):
@@ -108,7 +111,9 @@ class Inputs:
             read = tuple(path for image in some for path in image.paths)
             self.splits.append(InputSplit(len(self.splits), source, "image", read, (), folder, some))
         unused = {path for path, form in forms.items() if not form}.difference(*(i.paths for i in images))
-        self.ignored.update(path.suffix or "no suffix" for path in unused)
+        self.ignored.update(
+            path.suffix.lower() if SUFFIX.fullmatch(path.suffix) else "no suffix" for path in unused
+        )
 
     def _form(self, path: Path, is_named: bool) -> Form | None:
         """UserError for a file that is named, but of no form that is read."""
@@ -119,11 +124,12 @@ class Inputs:
             raise UserError(f"{path}: not a file of the forms {', '.join(FORMS[self._kind])}; remove it")
         return form
 
-    def _refuse_twice(self, files: list[tuple[Path, bool]]) -> None:
-        """UserError for a file that was already found. In a folder, links to one file are several files."""
-        folders = {folder: os.path.realpath(folder) for folder in {path.parent for path, _ in files}}
-        for path, is_named in files:
-            real = os.path.realpath(path) if is_named else f"{folders[path.parent]}/{path.name}"
+    def _refuse_twice(self, forms: dict[Path, Form]) -> None:
+        """UserError for a file that was already found. Links to one image may each have a caption."""
+        folders = {folder: os.path.realpath(folder) for folder in {path.parent for path in forms}}
+        for path, form in forms.items():
+            in_folder = f"{folders[path.parent]}/{path.name}"
+            real = in_folder if form == "image" else os.path.realpath(in_folder)
             if self._seen.setdefault(real, path) is not path:
                 raise UserError(f"{path}: is an input twice, also as {self._seen[real]}; name it once")
 

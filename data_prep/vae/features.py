@@ -41,30 +41,26 @@ class VGG16Features(_Features):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        self.outputs: set[int] = set()
         in_channels = 3
         for out_channels, num_convolutions in zip(self.channels, (2, 2, 3, 3, 3), strict=True):
             for _ in range(num_convolutions):
                 layers += [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.ReLU()]
                 in_channels = out_channels
-            self.outputs.add(len(layers) - 1)
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])
 
     def forward(self, images_N3HW: Tensor) -> list[Tensor]:
         x = self.normalized(images_N3HW)
         found = []
-        for index, layer in enumerate(self.features):
-            x = layer(x)
-            if index in self.outputs:
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
                 found.append(x)
-        return found
+            x = layer(x)
+        return [*found, x]
 
 
 class ResNet50Features(_Features):
     """Images [N, 3, H, W] in [-1, 1] to the outputs of the four stages."""
-
-    channels = (256, 512, 1024, 2048)
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,11 +107,14 @@ class _Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(x)) + shortcut)
 
 
-def load_weights(network: nn.Module, path: Path, key: str) -> None:
+def load_weights(network: nn.Module, path: Path | None, key: str) -> None:
     """Load and freeze a feature network; other tensors of the file (a classifier) are ignored.
 
-    UserError, naming the file and the configuration's `key`, if it is unreadable or lacks a weight.
+    UserError, naming the file and the configuration's `key`, if there is none or it lacks a weight.
     """
+    if path is None:
+        weight = key.removesuffix("s")
+        raise UserError(f"{weight} is above 0, so {key} must name a safetensors file; or set {weight}=0")
     weights = _read(path, key)
     for name, own in network.state_dict().items():
         # Many exports lack batch norm's batch count, which evaluation does not use.
@@ -127,11 +126,11 @@ def load_weights(network: nn.Module, path: Path, key: str) -> None:
     network.eval().requires_grad_(False)
 
 
-def load_heads(path: Path, channels: tuple[int, ...], key: str) -> list[Tensor]:
-    """LPIPS' learned weights, one [C] per level: lin0.model.1.weight [1, C, 1, 1] and so on."""
+def load_heads(path: Path, key: str) -> list[Tensor]:
+    """LPIPS' learned weights for VGG-16, one [C] per level: lin0.model.1.weight [1, C, 1, 1] and so on."""
     weights = _read(path, key)
     heads = []
-    for level, num in enumerate(channels):
+    for level, num in enumerate(VGG16Features.channels):
         name = f"lin{level}.model.1.weight"
         if name not in weights or weights[name].numel() != num:
             raise UserError(f"{key}: {path}: lacks {name} of {num} numbers")

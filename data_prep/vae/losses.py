@@ -4,8 +4,6 @@ The paper's objective is L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL. A term o
 nor computed.
 """
 
-from pathlib import Path
-
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
@@ -13,7 +11,6 @@ from torch.nn import functional as F
 
 from data_prep.vae.config import LossConfig
 from data_prep.vae.features import ResNet50Features, VGG16Features, load_heads, load_weights
-from megafusion.errors import UserError
 
 
 class AutoencoderLoss(nn.Module):
@@ -33,18 +30,15 @@ class AutoencoderLoss(nn.Module):
         self.heads: list[Tensor] | None = None
         if config.perceptual_weight:
             self.perceptual = VGG16Features()
-            _load_frozen(self.perceptual, config.perceptual_weights, "perceptual")
+            load_weights(self.perceptual, config.perceptual_weights, "loss.perceptual_weights")
             if config.perceptual_heads:
-                self.heads = load_heads(
-                    config.perceptual_heads, VGG16Features.channels, "loss.perceptual_heads"
-                )
+                self.heads = load_heads(config.perceptual_heads, "loss.perceptual_heads")
         if config.identity_weight:
             self.identity = ResNet50Features()
-            _load_frozen(self.identity, config.identity_weights, "identity")
+            load_weights(self.identity, config.identity_weights, "loss.identity_weights")
         if config.adversarial_weight:
-            self.discriminator = PatchDiscriminator(
-                config.discriminator_channels, config.discriminator_layers
-            )
+            sizes = config.discriminator_channels, config.discriminator_layers
+            self.discriminator = PatchDiscriminator(*sizes)
 
     def is_adversarial_at(self, step: int) -> bool:
         """Whether this step trains the discriminator and has an adversarial term."""
@@ -63,9 +57,8 @@ class AutoencoderLoss(nn.Module):
             distance = feature_distance(self.perceptual, images, reconstructions, self.heads)
             terms["perceptual"] = config.perceptual_weight * distance
         if self.identity is not None:
-            terms["identity"] = config.identity_weight * feature_distance(
-                self.identity, images, reconstructions
-            )
+            distance = feature_distance(self.identity, images, reconstructions)
+            terms["identity"] = config.identity_weight * distance
         if self.discriminator is not None and self.is_adversarial_at(step):
             terms["adversarial"] = config.adversarial_weight * -self.discriminator(reconstructions).mean()
         return terms
@@ -105,7 +98,7 @@ def _unit(features_NCHW: Tensor) -> Tensor:
 class PatchDiscriminator(nn.Sequential):
     """PatchGAN of pix2pix (arXiv 1611.07004): images [N, 3, H, W] to logits of patches [N, 1, h, w]."""
 
-    def __init__(self, channels: int = 64, num_layers: int = 3) -> None:
+    def __init__(self, channels: int, num_layers: int) -> None:
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         in_channels = channels
         for level in range(1, num_layers + 1):
@@ -121,12 +114,3 @@ class PatchDiscriminator(nn.Sequential):
         for module in self:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
-
-
-def _load_frozen(network: nn.Module, path: Path | None, name: str) -> None:
-    if path is None:
-        raise UserError(
-            f"loss.{name}_weight is above 0, so loss.{name}_weights must name a safetensors file; "
-            f"or set loss.{name}_weight=0"
-        )
-    load_weights(network, path, f"loss.{name}_weights")

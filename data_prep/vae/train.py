@@ -2,22 +2,24 @@
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from megafusion.device import default_device
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from data_prep.vae.checkpoint import load_checkpoint, read_meta, remove_checkpoint, save_checkpoint
+from data_prep.vae.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from data_prep.vae.config import AutoencoderConfig, OptimizationConfig
 from data_prep.vae.dataset import find_images, hash_files, held_out_images, training_batches
 from data_prep.vae.evaluation import contact_sheet, latent_statistics, measure
 from data_prep.vae.losses import AutoencoderLoss
-from data_prep.vae.model import build_model
-from data_prep.vae.output import check_output, write_autoencoder
+from data_prep.vae.model import build_model, check_output, write_autoencoder
 from megafusion.config import changed_keys, parse_config
 from megafusion.errors import UserError
 from megafusion.images.codec import ImageCodec, decode, encode
@@ -78,8 +80,8 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
         "codec_sha256": codec.hash,
         "history": training.history,
     }
-    write_autoencoder(config, averaged, report, contact_sheet(held_out, reconstructions))
-    remove_checkpoint(training.folder)
+    write_autoencoder(config, averaged, report, contact_sheet(keys, held_out, reconstructions))
+    shutil.rmtree(training.folder, ignore_errors=True)
     return report
 
 
@@ -94,10 +96,10 @@ class _Training:
         device: torch.device,
         folder: Path,
     ):
-        self._config, self._options = config, config.optimization
+        options = config.optimization
+        self._config, self._options = config, options
         self._model, self._loss, self._device = model.train(), loss, device
         self.averaged = copy.deepcopy(model).requires_grad_(False)
-        options = self._options
         self._modules = {"model": model, "averaged": self.averaged}
         self._optimizers: dict[str, torch.optim.Optimizer] = {
             "model": torch.optim.AdamW(
@@ -145,7 +147,10 @@ class _Training:
                         text += f"  held-out {self.history[-1]['psnr']:.2f} dB"
                     bar.update(task, completed=step, losses=text)
                 if saves:
-                    self._save(step, self.seconds_before + time.perf_counter() - started)
+                    seconds = self.seconds_before + time.perf_counter() - started
+                    values = self._config.model_dump(mode="json")
+                    meta = {"step": step, "seconds": seconds, "history": self.history, "config": values}
+                    save_checkpoint(self.folder, self._modules, self._optimizers, meta)
 
     def _step(self, step: int, images_N3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """One update of autoencoder, discriminator and average: the loss terms and the gradient norm."""
@@ -176,11 +181,6 @@ class _Training:
         decay = min(self._options.ema_decay, step / (step + 10))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self._model.parameters()), 1 - decay)
 
-    def _save(self, step: int, seconds: float) -> None:
-        config = self._config.model_dump(mode="json")
-        meta = {"step": step, "seconds": seconds, "history": self.history, "config": config}
-        save_checkpoint(self.folder, self._modules, self._optimizers, meta)
-
 
 def learning_rate(options: OptimizationConfig, step: int) -> float:
     """Learning rate of step 1, 2, ...: linear warmup, then cosine decay to zero after the last step."""
@@ -192,10 +192,8 @@ def learning_rate(options: OptimizationConfig, step: int) -> float:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=default_device() if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r}: not available here ({error})") from error
 

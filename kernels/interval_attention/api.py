@@ -39,9 +39,7 @@ def interval_attention(
     `prepared_attention` in each layer. The backward pass is deterministic. Raises ValueError for a case that
     the kernels do not serve.
     """
-    if k.ndim != 4:
-        raise ValueError(f"k must be of shape (batch, keys, heads, head_dim), got {list(k.shape)}")
-    prepared = prepare(row_start, row_end, k.shape[1])
+    prepared = prepare(row_start, row_end, k.shape[1] if k.ndim == 4 else None)
     return prepared_attention(q, k, v, prepared, scale=scale, return_lse=return_lse)
 
 

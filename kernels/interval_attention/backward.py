@@ -101,25 +101,18 @@ def dkdv_kernel(
     # One loop over the steps of all query heads of the group: a loop in a loop makes these kernels spill.
     delta += b * num_heads * num_rows
     lse2 += b * num_heads * num_rows
-    num_full = (full_high - full_low) // BLOCK_M
-    for i in range(0, num_full * group):
-        head = (kv_head * group + i // num_full).to(tl.int64)
-        first = full_low + i % num_full * BLOCK_M
-        dk_ND, dv_ND = _add_dkdv(
-            dk_ND, dv_ND, k_ND, v_ND, at_head(q, b, head, s_qb, s_qh, TMA),
-            at_head(do, b, head, s_gb, s_gh, TMA), delta + head * num_rows, lse2 + head * num_rows, b, head,
-            row_start, row_end, keys, first, high, num_keys, scale2,
-            s_qs, s_qd, s_gs, s_gd, False, TMA, BLOCK_M, HEAD_DIM,
-        )  # fmt: skip
-    for i in range(0, num_edges * group):
-        head = (kv_head * group + i // num_edges).to(tl.int64)
-        first = edge_step(i % num_edges, low, full_high, num_left, BLOCK_M)
-        dk_ND, dv_ND = _add_dkdv(
-            dk_ND, dv_ND, k_ND, v_ND, at_head(q, b, head, s_qb, s_qh, TMA),
-            at_head(do, b, head, s_gb, s_gh, TMA), delta + head * num_rows, lse2 + head * num_rows, b, head,
-            row_start, row_end, keys, first, high, num_keys, scale2,
-            s_qs, s_qd, s_gs, s_gd, True, TMA, BLOCK_M, HEAD_DIM,
-        )  # fmt: skip
+    for masked in tl.static_range(2):  # the full steps, then the edge steps
+        num_steps = num_edges if masked else (full_high - full_low) // BLOCK_M
+        for i in range(0, num_steps * group):
+            head = (kv_head * group + i // num_steps).to(tl.int64)
+            n = i % num_steps
+            first = edge_step(n, low, full_high, num_left, BLOCK_M) if masked else full_low + n * BLOCK_M
+            dk_ND, dv_ND = _add_dkdv(
+                dk_ND, dv_ND, k_ND, v_ND, at_head(q, b, head, s_qb, s_qh, TMA),
+                at_head(do, b, head, s_gb, s_gh, TMA), delta + head * num_rows, lse2 + head * num_rows,
+                b, head, row_start, row_end, keys, first, high, num_keys, scale2,
+                s_qs, s_qd, s_gs, s_gd, masked, TMA, BLOCK_M, HEAD_DIM,
+            )  # fmt: skip
 
     at = ((b * num_keys + keys64) * num_kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(dk + at, (dk_ND * scale).to(dk.dtype.element_ty), mask=inside)
@@ -178,17 +171,12 @@ def dq_kernel(
     delta_M = tl.load(delta + at, mask=inside, other=0.0)
     scale2 = scale * 1.4426950408889634
     dq_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for i in range(0, (full_high - full_low) // BLOCK_N):
-        first = full_low + i * BLOCK_N
-        dq_MD = _add_dq(
-            dq_MD, q_MD, do_MD, lse2_M, delta_M, k, v, b, kv_head, first, high, start, end, scale2,
-            s_kt, s_kd, s_vt, s_vd, False, TMA, BLOCK_N, HEAD_DIM,
-        )  # fmt: skip
-    for i in range(0, num_edges):
-        first = edge_step(i, low, full_high, num_left, BLOCK_N)
-        dq_MD = _add_dq(
-            dq_MD, q_MD, do_MD, lse2_M, delta_M, k, v, b, kv_head, first, high, start, end, scale2,
-            s_kt, s_kd, s_vt, s_vd, True, TMA, BLOCK_N, HEAD_DIM,
-        )  # fmt: skip
+    for masked in tl.static_range(2):  # the full steps, then the edge steps
+        for i in range(0, num_edges if masked else (full_high - full_low) // BLOCK_N):
+            first = edge_step(i, low, full_high, num_left, BLOCK_N) if masked else full_low + i * BLOCK_N
+            dq_MD = _add_dq(
+                dq_MD, q_MD, do_MD, lse2_M, delta_M, k, v, b, kv_head, first, high, start, end, scale2,
+                s_kt, s_kd, s_vt, s_vd, masked, TMA, BLOCK_N, HEAD_DIM,
+            )  # fmt: skip
     dq_at = dq + ((b * num_rows + rows64) * num_heads + head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(dq_at, (dq_MD * scale).to(dq.dtype.element_ty), mask=inside[:, None])

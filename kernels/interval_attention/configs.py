@@ -1,7 +1,4 @@
-"""Stored tiles per architecture, head_dim and number of rows: nothing is tuned at run time.
-
-`stored_tiles.json` holds them and records which were measured.
-"""
+"""Tiles per architecture, head_dim and number of rows, from stored_tiles.json: none is tuned at run time."""
 
 import json
 from collections.abc import Iterator

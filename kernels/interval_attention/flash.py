@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from interval_attention.blocks import BlockLists, block_lists
+from interval_attention.intervals import transpose
 
 Package = Literal["flash-attn-4", "flash-attn"]
 # The values of head_dim for which flash-attention 4 takes blocks of 128 keys, forward and backward.
@@ -49,10 +50,7 @@ def flash_prepare(row_start: Tensor, row_end: Tensor, num_keys: int, package: Pa
     by_rows, start, end = block_lists(row_start, row_end, num_keys, block_rows, BLOCK_KEYS)
     by_keys = None
     if num_rows == num_keys:
-        key = torch.arange(num_keys, dtype=torch.int32, device=start.device).repeat(len(start), 1)
-        first = torch.searchsorted(end, key, right=True, out_int32=True)
-        last = torch.searchsorted(start, key, right=True, out_int32=True)
-        by_keys, _, _ = block_lists(first, last, num_rows, BLOCK_KEYS, block_rows)
+        by_keys, _, _ = block_lists(*transpose(start, end, num_keys), num_rows, BLOCK_KEYS, block_rows)
     return FlashPrepared(package, start, end, block_rows, by_rows, by_keys)
 
 

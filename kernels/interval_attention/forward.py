@@ -58,18 +58,13 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for i in range(0, (full_high - full_low) // BLOCK_N):
-        first = full_low + i * BLOCK_N
-        acc, total, peak = _attend(
-            acc, total, peak, q_MD, k, v, b, kv_head, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
-            False, TMA, BLOCK_N, HEAD_DIM,
-        )  # fmt: skip
-    for i in range(0, num_edges):
-        first = edge_step(i, low, full_high, num_left, BLOCK_N)
-        acc, total, peak = _attend(
-            acc, total, peak, q_MD, k, v, b, kv_head, first, high, start, end, scale2, s_kt, s_kd, s_vt, s_vd,
-            True, TMA, BLOCK_N, HEAD_DIM,
-        )  # fmt: skip
+    for masked in tl.static_range(2):  # the full steps, then the edge steps
+        for i in range(0, num_edges if masked else (full_high - full_low) // BLOCK_N):
+            first = edge_step(i, low, full_high, num_left, BLOCK_N) if masked else full_low + i * BLOCK_N
+            acc, total, peak = _attend(
+                acc, total, peak, q_MD, k, v, b, kv_head, first, high, start, end, scale2,
+                s_kt, s_kd, s_vt, s_vd, masked, TMA, BLOCK_N, HEAD_DIM,
+            )  # fmt: skip
 
     some = start < end
     acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)

@@ -51,12 +51,17 @@ def prepare(
     if check:
         _check(row_start, row_end, num_keys)
     row_start, row_end = row_start.contiguous(), row_end.contiguous()
-    key = torch.arange(num_keys, dtype=torch.int32, device=row_start.device)
-    key = key.expand(len(row_start), -1).contiguous()
-    first_row = torch.searchsorted(row_end, key, right=True, out_int32=True)
-    last_row = torch.searchsorted(row_start, key, right=True, out_int32=True)
+    first_row, last_row = transpose(row_start, row_end, num_keys)
     row_order, key_order = _longest_first(row_start, row_end), _longest_first(first_row, last_row)
     return Prepared(row_start, row_end, first_row, last_row, row_order, key_order)
+
+
+def transpose(row_start: Tensor, row_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """(first_row, last_row) int32 [B, T]: the rows that see a key, of bounds that do not decrease along S."""
+    key = torch.arange(num_keys, dtype=torch.int32, device=row_start.device).repeat(len(row_start), 1)
+    first_row = torch.searchsorted(row_end, key, right=True, out_int32=True)
+    last_row = torch.searchsorted(row_start, key, right=True, out_int32=True)
+    return first_row, last_row
 
 
 def _longest_first(start: Tensor, end: Tensor) -> Tensor:

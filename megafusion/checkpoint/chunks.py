@@ -8,11 +8,13 @@ DCP's own planners accept only tensors, reject overlapping chunks, and unpickle 
 """
 
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_left
+from copy import copy
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import (
@@ -55,29 +57,18 @@ def chunk_bounds(shape: tuple[int, ...], start: int, stop: int) -> list[Bounds]:
     return chunks + (in_row(last, 0, stop % inner) if stop % inner else [])
 
 
-def is_covered(shape: tuple[int, ...], chunks: Iterable[Bounds]) -> bool:
+def is_covered(shape: tuple[int, ...], chunks: list[Bounds]) -> bool:
     """Whether chunks, which may overlap, cover a tensor."""
-    uncovered = [((0,) * len(shape), tuple(shape))]
-    for chunk in sorted(chunks):  # in order, so that few pieces are left at a time
-        uncovered = [piece for rest in uncovered for piece in _without(rest, chunk)]
-    return not uncovered
-
-
-def _without(bounds: Bounds, covered: Bounds) -> list[Bounds]:
-    """The difference of two chunks, in chunks."""
-    offsets, sizes = bounds
-    begins = [max(a, b) for a, b in zip(offsets, covered[0], strict=True)]
-    ends = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, *covered, strict=True)]
-    if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
-        return [bounds]
-    pieces = []
-    for dim, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        for low, high in ((offsets[dim], begin), (end, offsets[dim] + sizes[dim])):
-            if low < high:
-                piece = (*begins[:dim], low, *offsets[dim + 1 :])
-                lengths = [e - b for b, e in zip(begins[:dim], ends[:dim], strict=True)]
-                pieces.append((piece, (*lengths, high - low, *sizes[dim + 1 :])))
-    return pieces
+    boxes = [[(low, low + size) for low, size in zip(*chunk, strict=True)] for chunk in chunks]
+    # Cut along the edges of all chunks: each cell is in a chunk as a whole, or outside of it.
+    edges = [
+        sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)
+    ]
+    covered = np.zeros([len(cuts) - 1 for cuts in edges], dtype=bool)
+    for box in boxes:
+        spans = [[bisect_left(cuts, edge) for edge in span] for cuts, span in zip(edges, box, strict=True)]
+        covered[tuple(slice(*span) for span in spans)] = True
+    return bool(covered.all())
 
 
 @dataclass(frozen=True)
@@ -105,6 +96,17 @@ class Chunks:
             values = fragment[used : used + prod(sizes)].view(sizes)
             used += prod(sizes)
             self.chunks += _to_whole(offsets, values, shard_spec)
+
+    def first_rows(self, num_rows: int) -> "Chunks":
+        """The part of these chunks in the first rows of the whole tensor, as chunks of a tensor of those."""
+        first = copy(self)
+        first.shard_spec = replace(self.shard_spec, shape=torch.Size([num_rows, *self.size()[1:]]))
+        first.chunks = [
+            Chunk(chunk.offsets, chunk.values[: num_rows - chunk.offsets[0]])
+            for chunk in self.chunks
+            if chunk.offsets[0] < num_rows
+        ]
+        return first
 
     def size(self) -> torch.Size:
         """Shape of the whole tensor."""

@@ -31,7 +31,7 @@ from megafusion.checkpoint.folder import (
     step_of,
     verify_checkpoint,
 )
-from megafusion.checkpoint.reader import CheckpointReader, read_chunks
+from megafusion.checkpoint.reader import CheckpointReader, TensorSource, read_chunks
 from megafusion.engine.ema import Ema
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.errors import UserError
@@ -132,6 +132,23 @@ class CheckpointManager:
         self._optimizer_state.sync_model_from_master(state["step"])
         return state
 
+    def initialize(self, source: TensorSource) -> None:
+        """Fill weights and averages with a source's tensors, by parameter name, before the first step.
+
+        Weights, and last rows of weights, that the source does not have keep their values. A UserError of one
+        rank is raised on every rank.
+        """
+        shapes = source.shapes()
+        own = {
+            name: self._on_device[f"model.{name}"] for name in shapes if f"model.{name}" in self._on_device
+        }
+        with raise_on_all_ranks(self._group):
+            source.read({name: chunks.first_rows(shapes[name][0]) for name, chunks in own.items()})
+        for name, chunks in self._on_device.items():
+            if name.startswith("ema."):
+                chunks.fragment.copy_(self._on_device[name.replace("ema.", "model.", 1)].fragment)
+        self._optimizer_state.sync_model_from_master(0)
+
     def _copy_to_host(self) -> None:
         on_gpu = torch.cuda.is_available()
         if not self._on_host:
@@ -153,9 +170,8 @@ class CheckpointManager:
         parts: list[dict] = [{}] * dist.get_world_size()
         dist.gather_object(stream_state["streams"], parts if is_first else None, group=group)
         try:
-            with raise_on_all_ranks(group):
-                self._check_finite(path)
             with raise_on_all_ranks(group), disk_errors(path):
+                self._check_finite(path)
                 if is_first:
                     streams = {number: stream for part in parts for number, stream in part.items()}
                     shutil.rmtree(partial, ignore_errors=True)
@@ -168,7 +184,6 @@ class CheckpointManager:
             planner = ChunkSavePlanner()
             with raise_on_all_ranks(group), disk_errors(path):
                 dcp.save(self._on_host, storage_writer=writer, planner=planner, process_group=group)
-            with raise_on_all_ranks(group), disk_errors(path):
                 own = hash_files(partial, f"tensors/__{rank}_*.distcp")
             dist.gather_object(own, parts if is_first else None, group=group)
             with raise_on_all_ranks(group), disk_errors(path):

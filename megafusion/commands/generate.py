@@ -121,11 +121,11 @@ def generate(
     print("\n".join(lines))
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     """Height and width of HxW in pixels. UserError for anything else."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal()):
-        raise UserError(f"--size {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
+        raise UserError(f"{option} {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
     return int(height), int(width)
 
 

@@ -40,17 +40,15 @@ def reference() -> str:
         "",
         f"Generated from the configuration classes: `{REGENERATE}`.",
     ]
+    renamed = ["", "## Renamed keys", "", "Keys of version 0.1. They are refused with their new name.", ""]
+    renamed += ["| command | key of 0.1 | now |", "|---|---|---|"]
     for command in get_args(Command):
+        cls = _config_class(command)
         lines += ["", f"## megafusion {command}", "", "| key | default | meaning |", "|---|---|---|"]
-        lines += map(_row, keys_of(_config_class(command)))
-    lines += ["", "## Renamed keys", ""]
-    lines += ["Keys of version 0.1. They are refused with their new name.", ""]
-    lines += ["| command | key of 0.1 | now |", "|---|---|---|"]
-    lines += [
-        f"| {command} | `{old}` | {', '.join(f'`{name}`' for name in new)} |"
-        for command in get_args(Command)
-        for old, new in renamed_keys_of(_config_class(command))
-    ]
+        lines += map(_row, keys_of(cls))
+        for old, new in renamed_keys_of(cls):
+            renamed.append(f"| {command} | `{old}` | {', '.join(f'`{name}`' for name in new)} |")
+    lines += renamed
     return "\n".join(lines) + "\n"
 
 

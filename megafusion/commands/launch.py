@@ -46,6 +46,8 @@ def launch(
     job = make_job(values.out, site, nodes, launcher, time_limit)
     values.check_degrees(job.world_size)
     changed_recipe(values)
+    for warning in values.warnings():
+        print(warning, file=sys.stderr)
     for missing in _missing_inputs(values.data):
         print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)
     script = render(job)

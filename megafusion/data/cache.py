@@ -14,9 +14,9 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from megafusion.data.index import INDEX
 from megafusion.data.manifest import ShardEntry
 from megafusion.data.remote import fetch
+from megafusion.data.shards import INDEX
 from megafusion.errors import UserError
 
 PARTIAL = ".part"
@@ -37,10 +37,7 @@ class ShardCache:
             raise UserError(f"data.cache_dir: {folder}: cannot be made ({error.strerror})") from error
 
     def open(self, url: str, entry: ShardEntry) -> FileIO:
-        """A shard, fetched if it is missing; it stays in the cache until it is closed.
-
-        Raises CacheFull if there is no room, and UserError if it cannot be fetched.
-        """
+        """A shard, fetched if it is missing, and kept until it is closed. Raises CacheFull and UserError."""
         while True:
             if file := self._open_existing(entry.sha256):
                 return file

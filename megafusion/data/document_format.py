@@ -7,6 +7,7 @@ and np.load would take longer than sampling the noise does.
 
 import ast
 import json
+import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ KINDS: dict[str, Any] = {ending: kind for kind, ending in MEMBER_ENDINGS.items()
 ARRAYS: dict[str, Any] = {"tokens": (np.dtype("<i4"), 1), "moments": (np.dtype("<f2"), 4)}
 """By kind of segment: type and number of axes, where it is an array."""
 NUMBER = re.compile("0|[1-9][0-9]{0,8}")
+AFTER_TEXT = "after_text"
+"""Key of a document's metadata: it continues another document, which has text."""
+GIVEN = "given"
+"""Key of a document's metadata: the indices, among its images, of those that are given."""
 
 
 class BadDocument(UserError):
@@ -40,10 +45,10 @@ class CorruptBytes(ValueError):
     """Why bytes are not a document; the caller knows where they are."""
 
 
-AFTER_TEXT = "after_text"
-"""Key of a document's metadata: it continues another document, which has text."""
-GIVEN = "given"
-"""Key of a document's metadata: the indices, among its images, of those that are given."""
+def exceeds_error_budget(num_skipped: int, num_seen: int, max_rate: float) -> bool:
+    """Whether `num_skipped` exceeds what `max_rate` predicts by three standard deviations plus three."""
+    expected = max_rate * num_seen
+    return num_skipped > expected + 3 * math.sqrt(expected) + 3
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,7 @@ class Member(NamedTuple):
 
 
 def tar_members(content: bytes | mmap) -> Iterator[Member]:
-    """The members of a tar, or of a part of one that starts at a header.
-
-    Raises CorruptBytes unless all are plain files.
-    """
+    """The members of a tar, or of a part that starts at a header. CorruptBytes for other than plain files."""
     offset, end = 0, len(content)
     while offset + BLOCK <= end:
         header = bytes(content[offset : offset + BLOCK])

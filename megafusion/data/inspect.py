@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from megafusion.data.decode import decode, first_images
 from megafusion.data.document_format import StoredDocument
-from megafusion.data.index import INDEX, document_offsets
+from megafusion.data.images import decode, first_images
 from megafusion.data.reader import ShardFolder
+from megafusion.data.shards import INDEX, document_offsets
 from megafusion.errors import UserError
 from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.progress import progress_bar

@@ -113,17 +113,11 @@ class DataLoader:
         return [batch.pinned() for batch in micro_batches] if torch.cuda.is_available() else micro_batches
 
     def state_dict(self) -> dict:
-        """Plain values for a checkpoint: the batch's number and the state of each stream of this rank.
-
-        It is the state after the last batch that `next` returned, however far ahead the workers are.
-        """
+        """The state after the last batch that `next` returned, in plain values for a checkpoint."""
         return {"format": FORMAT, "batch_number": self._batch_number, "streams": dict(self._states)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Resume from a state, which may hold more streams than this rank needs.
-
-        Raises UserError if it has another format or other sources, or lacks a stream.
-        """
+        """Resume from a state. Raises UserError for another format or other sources, or a missing stream."""
         if state.get("format") != FORMAT:
             raise UserError(
                 f"the checkpoint's data state has format {state.get('format', 1)}, and this version reads "

@@ -9,8 +9,7 @@ stream's state is a few integers: the documents that are not packed yet, and whe
 import math
 
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import BadDocument
-from megafusion.data.error_budget import exceeds_error_budget
+from megafusion.data.document_format import BadDocument, exceeds_error_budget
 from megafusion.data.source import PHASE, Source, counter_generator
 from megafusion.data.stream_documents import StreamDocuments
 from megafusion.data.stream_state import Cursor, DocumentKey, Pending, StreamState
@@ -36,7 +35,7 @@ class LogicalStream:
         noise_process: NoiseProcess,
     ):
         self.number, self._sources, self._config, self._shape = number, sources, config, shape
-        self.state = StreamState.at_start(sources)
+        self.state = StreamState(dict.fromkeys(sources, Cursor(0, 0, 0)), dict.fromkeys(sources, 0))
         self.warnings: list[str] = []
         """Documents skipped since the list was last cleared."""
         self._documents = StreamDocuments(number, sources, config, shape, tokenizer, noise_process)

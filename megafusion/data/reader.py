@@ -4,24 +4,21 @@ import os
 from collections import OrderedDict
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from megafusion.data.cache import CacheFull, ShardCache
 from megafusion.data.document_format import BadDocument, CorruptBytes, StoredDocument, parse_document
-from megafusion.data.index import INDEX, document_offsets, load_index, npy
 from megafusion.data.manifest import MANIFEST, ShardEntry, load_manifest
 from megafusion.data.remote import is_remote
+from megafusion.data.shards import INDEX, document_offsets, load_index, npy
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256, write_file
 
 MAX_OPEN = 64
-
-
-class _OpenShard(NamedTuple):
-    file: FileIO
-    offsets: np.ndarray
+OpenShard = tuple[FileIO, np.ndarray]
+"""A shard's file and its index."""
 
 
 class ShardFolder:
@@ -37,7 +34,7 @@ class ShardFolder:
         self.starts = np.cumsum([0] + [entry.num_documents for entry in self.manifest.shards])
         """Index of each shard's first document; last the number of documents."""
         self._cache = cache
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         for entry in self.manifest.shards:
             if not cache:
                 self._check_size(entry)
@@ -55,17 +52,14 @@ class ShardFolder:
         return self.__dict__ | {"_open": OrderedDict()}
 
     def read(self, document: int) -> StoredDocument:
-        """One document.
-
-        Raises BadDocument naming the shard if its bytes are bad, and UserError if they cannot be read.
-        """
+        """One document. Raises BadDocument if its bytes are bad, and UserError if they cannot be read."""
         shard = int(np.searchsorted(self.starts, document, side="right")) - 1
         position = document - int(self.starts[shard])
-        opened = self._opened(shard)
+        file, offsets = self._opened(shard)
         where = f"{self.folder}/{self.manifest.shards[shard].name}"
-        start, end = map(int, opened.offsets[position : position + 2])
+        start, end = map(int, offsets[position : position + 2])
         try:
-            content = os.pread(opened.file.fileno(), end - start, start)
+            content = os.pread(file.fileno(), end - start, start)
         except OSError as error:
             raise UserError(f"{where}: cannot be read ({error.strerror})") from error
         if len(content) != end - start:
@@ -82,7 +76,7 @@ class ShardFolder:
     def close(self) -> None:
         """Close every shard; reading opens them again."""
         while self._open:
-            self._open.popitem()[1].file.close()
+            self._open.popitem()[1][0].close()
 
     def _check_size(self, entry: ShardEntry) -> None:
         """Raises UserError if a shard is missing or has another size."""
@@ -99,22 +93,22 @@ class ShardFolder:
                 "altered; copy it again or preprocess again"
             )
 
-    def _opened(self, shard: int) -> _OpenShard:
+    def _opened(self, shard: int) -> OpenShard:
         if shard not in self._open:
             entry = self.manifest.shards[shard]
             self._open[shard] = self._open_cached(entry) if self._cache else self._open_local(entry)
             if len(self._open) > MAX_OPEN:
-                self._open.popitem(last=False)[1].file.close()
+                self._open.popitem(last=False)[1][0].close()
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def _open_local(self, entry: ShardEntry) -> _OpenShard:
+    def _open_local(self, entry: ShardEntry) -> OpenShard:
         path = self.folder / entry.name
         self._check_size(entry)
         offsets = load_index(path.with_suffix(INDEX), entry, path)
-        return _OpenShard(path.open("rb", buffering=0), offsets)
+        return path.open("rb", buffering=0), offsets
 
-    def _open_cached(self, entry: ShardEntry) -> _OpenShard:
+    def _open_cached(self, entry: ShardEntry) -> OpenShard:
         """Open a shard in the cache. Its index is computed here, from the bytes whose hash was checked."""
         url, cache = f"{self.folder}/{entry.name}", self._cache
         assert cache
@@ -127,7 +121,7 @@ class ShardFolder:
         try:
             if not index.is_file():
                 write_file(index, npy(document_offsets(cache.folder / entry.sha256)))
-            return _OpenShard(file, load_index(index, entry, url))
+            return file, load_index(index, entry, url)
         except CorruptBytes as error:
             file.close()
             raise UserError(f"{url}: not a tar of documents ({error}); preprocess again") from error

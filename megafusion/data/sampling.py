@@ -1,12 +1,12 @@
 """Samples what is random about a document: order of segments, caption dropout, crops, latents, noise, t."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from megafusion.data.augment import augment, image_size
 from megafusion.data.config import DataConfig
+from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
+from megafusion.data.images import augment, image_size
 from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import nearest_size
 from megafusion.objective.noise_process import NoiseProcess
@@ -21,21 +21,19 @@ with np.errstate(over="ignore", invalid="ignore"):
 
 
 def sample_layout(
-    segments: Sequence[Segment],
+    stored: StoredDocument,
     manifest: Manifest,
     config: DataConfig,
     shape: SequenceShape,
     generator: np.random.Generator,
-    is_after_text: bool = False,
-    given: Collection[int] = (),
 ) -> list[Segment]:
     """The segments of a document in the order in which the model sees them, noise not yet sampled.
 
-    given: indices, among the document's images, of those that are given. An image without text before it has
-    max_t data.image_first_max_t, unless its document continues another with text (is_after_text). Raises
-    BadImage for pixels that do not decode.
+    An image without text before it has max_t data.image_first_max_t, unless its document continues another
+    with text. Raises BadImage for pixels that do not decode.
     """
-    segments = [_sized(segment, shape, config, generator) for segment in segments]
+    segments = [_sized(segment, shape, config, generator) for segment in stored.segments]
+    is_after_text, given = stored.metadata.get(AFTER_TEXT, False), stored.metadata.get(GIVEN, ())
     if manifest.kind == "pair":
         text, image = segments
         if generator.random() >= config.caption_first:
@@ -75,10 +73,7 @@ def sample_noise(
     noise_process: NoiseProcess,
     generator: np.random.Generator,
 ) -> FlatDocument:
-    """The document with latents, noise and t of each image sampled, in order.
-
-    generator: the one that `sample_layout` used.
-    """
+    """The document with latents, noise and t of each image sampled, by the generator of `sample_layout`."""
     images = []
     for image in document.images:
         size = (2, shape.latent_channels, *shape.sizes[image.size])

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megafusion.data.config import DataConfig
-from megafusion.data.document_format import AFTER_TEXT, GIVEN, BadDocument, CorruptBytes
+from megafusion.data.document_format import BadDocument
 from megafusion.data.sampling import sample_layout, sample_noise
 from megafusion.data.source import DOCUMENT, Source, counter_generator
 from megafusion.data.stream_state import DocumentKey
@@ -60,16 +60,8 @@ class StreamDocuments:
         where = f"{source.folder.folder}, document {index}"
         source.check(stored, where)
         try:
-            segments = sample_layout(
-                stored.segments,
-                source.folder.manifest,
-                self._config,
-                self._shape,
-                generator,
-                is_after_text=bool(stored.metadata.get(AFTER_TEXT)),
-                given=stored.metadata.get(GIVEN, ()),
-            )
-        except (CorruptBytes, BadImage) as error:
+            segments = sample_layout(stored, source.folder.manifest, self._config, self._shape, generator)
+        except BadImage as error:
             raise BadDocument(where, str(error)) from error
         texts = (segment.data for segment in segments if segment.kind == "tokens")
         if max((text.max(initial=0) for text in texts), default=0) >= self._tokenizer.vocab_size:

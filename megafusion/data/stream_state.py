@@ -1,6 +1,5 @@
 """State of a logical stream: a few integers for each source and waiting document, saved with checkpoints."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -46,11 +45,6 @@ class StreamState:
     """Documents read so far, skipped ones included."""
     skipped: dict[str, int] = field(default_factory=dict)
     """By reason: documents skipped so far."""
-
-    @classmethod
-    def at_start(cls, sources: Iterable[str]) -> "StreamState":
-        """The state of a stream that has read nothing."""
-        return cls(dict.fromkeys(sources, Cursor(0, 0, 0)), dict.fromkeys(sources, 0))
 
     @classmethod
     def from_state_dict(cls, state: dict) -> "StreamState":

@@ -1,5 +1,6 @@
 """How a training step is computed, and the optimizer. Imports no torch."""
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -51,6 +52,14 @@ class TrainConfig(Config):
         "timeout_seconds": ".resilience.timeout_seconds",
     }
 
+    init_from: Path | None = None
+    """Weights to start from, in place of random ones: a pipeline folder, a run, a checkpoint (step-*) or a
+    Hugging Face folder of safetensors. A resumed run continues from its own checkpoint."""
+    init_weights: Literal["ema", "raw"] = "ema"
+    """Which weights of a run or checkpoint to start from: averaged or raw. Other folders hold one kind."""
+    init_new: tuple[str, ...] = ()
+    """Patterns, such as *.adapter.*, of the weights that may start at random where init_from lacks them or
+    their last rows (new token ids)."""
     num_steps: int = Field(gt=0)
     """Optimizer steps."""
     global_batch_size: int = Field(gt=0)

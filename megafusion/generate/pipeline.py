@@ -89,13 +89,10 @@ class TransfusionPipeline:
     @classmethod
     def _load(cls, folder: Path) -> "TransfusionPipeline":
         """Load a folder that `save_pretrained` wrote, of safetensors alone."""
-        path = folder / CONFIG
+        config = read_pipeline_config(folder)
         try:
-            config = parse_config(PipelineConfig, json.loads(path.read_text()), str(path))
             weights = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, UserError):
-                raise
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
         model = Transfusion(config.model, config.objective)
         shapes = {name: tensor.shape for name, tensor in model.weights().items()}
@@ -213,6 +210,15 @@ class TransfusionPipeline:
         if reason := self.model.objective.noise_process.refusal(sampling):
             raise UserError(reason)
         return sampling
+
+
+def read_pipeline_config(folder: Path) -> PipelineConfig:
+    """config.json of a pipeline folder."""
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
+    return parse_config(PipelineConfig, values, str(folder / CONFIG))
 
 
 def _checked(given: Iterable, kinds: tuple[type, ...], call: str) -> list:

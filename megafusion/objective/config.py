@@ -30,9 +30,9 @@ class SamplingConfig(Config):
     sampler: Literal["ddim", "dpm++", "euler", "heun"] | None = None
     """Of kind ddpm: ddim (arXiv 2010.02502, the default) or dpm++, second-order DPM-Solver++ (arXiv
     2211.01095). Of kind flow: euler (the default) or heun, which calls the model twice a step."""
-    num_inference_steps: int = Field(250, gt=0)
+    num_inference_steps: int = Field(250, gt=0, le=1_000_000)
     """Denoising steps; dpm++, euler and heun need about a tenth of ddim's."""
     guidance_scale: float = Field(3.0, ge=0)
     """Classifier-free guidance (arXiv 2207.12598); 1 turns it off."""
-    max_new_tokens: int = Field(128, ge=0)
+    max_new_tokens: int = Field(128, ge=0, le=1_000_000)
     """Maximum text tokens in an answer."""

@@ -4,15 +4,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from megafusion.parallel.config import Recompute
-from megafusion.parallel.wrapper import Wrapper
 
 # Costly to compute or to communicate again; everything else in a block is cheap or, as attention, large.
 # (Ulysses' all-to-alls write into buffers, which cannot be saved: they are sent again.)
@@ -26,23 +22,12 @@ _SAVED = {
 }
 
 
-class CheckpointedBlock(Wrapper):
+def checkpointed(block: nn.Module, recompute: Recompute) -> nn.Module:
     """A block that saves its input alone ("full"), or matrix products and collectives too ("selective")."""
-
-    def __init__(self, block: nn.Module, recompute: Recompute):
-        super().__init__(block)
-        self.options: dict[str, Any] = {}
-        if recompute == "selective":
-            self.options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-
-    def forward(self, *arguments: object) -> Tensor:
-        return checkpoint(
-            self._wrapped_module,
-            *arguments,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            **self.options,
-        )
+    options: dict[str, Any] = {}
+    if recompute == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint_wrapper(block, preserve_rng_state=False, **options)
 
 
 def _policy(context: object, operation: object, *arguments: object, **options: object) -> CheckpointPolicy:

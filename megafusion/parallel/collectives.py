@@ -9,10 +9,9 @@
 | `all_gather_replicated` | all-gather | slice | gather_from_tensor_model_parallel_region |
 
 See arXiv 1909.08053, section 3, and for sequence parallelism arXiv 2205.05198, section 4.2. They call torch's
-functional collectives, which torch.compile and selective checkpointing understand.
+functional collectives, which torch.compile and selective checkpointing understand, and which have the
+gradients of `all_gather` and `reduce_scatter`.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,20 +22,22 @@ Group = dist.ProcessGroup
 _FUNCTIONAL = torch.ops._c10d_functional
 
 
-def _sum(x: Tensor, group: Group) -> Tensor:
-    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_reduce(x.contiguous(), "sum", group.group_name))
-
-
-def _concatenate(x: Tensor, group: Group, dim: int) -> Tensor:
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The ranks' slices concatenated, for different work on each rank, whose gradients are summed."""
     size = group.size()
     rows = _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_gather_into_tensor(x.contiguous(), size, group.group_name))
     return rows if dim == 0 else torch.cat(rows.chunk(size), dim)
 
 
-def _sum_slice(x: Tensor, group: Group, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's slice of the sum over ranks."""
     size = group.size()
     rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(size, dim))
     return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.reduce_scatter_tensor(rows, "sum", size, group.group_name))
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
 class _Copy(torch.autograd.Function):
@@ -60,33 +61,11 @@ class _AllReduce(torch.autograd.Function):
         return gradient, None
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _concatenate(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_slice(gradient, ctx.group, ctx.dim), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _sum_slice(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _concatenate(gradient, ctx.group, ctx.dim), None, None
-
-
 class _AllGatherReplicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:
         ctx.group, ctx.length = group, x.shape[0]
-        return _concatenate(x, group, 0)
+        return all_gather(x, group, 0)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
@@ -104,21 +83,6 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     return _AllReduce.apply(x, group)
 
 
-def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
-    """The ranks' slices concatenated, for different work on each rank, whose gradients are summed."""
-    return _AllGather.apply(x, group, dim)
-
-
-def reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
-    """This rank's slice of the sum over ranks."""
-    return _ReduceScatter.apply(x, group, dim)
-
-
 def all_gather_replicated(x: Tensor, group: Group) -> Tensor:
     """The ranks' slices of dimension 0 concatenated, for the same work on every rank."""
     return _AllGatherReplicated.apply(x, group)
-
-
-def sum_over(group: Group) -> Callable[[Tensor], Tensor]:
-    """A gradient hook for a replicated parameter of which each rank has a partial gradient."""
-    return lambda gradient: _sum(gradient, group)

@@ -31,48 +31,45 @@ def check_degrees(
     heads = parallel.tensor * parallel.ulysses
     slices = parallel.ulysses * (parallel.tensor if parallel.sequence else 1)
     named_heads = f"parallel.tensor {parallel.tensor} x parallel.ulysses {parallel.ulysses} = {heads}"
-    rules = [
-        (
-            model.num_heads % heads == 0,
-            f"model.num_heads {model.num_heads} is not a multiple of {named_heads}",
-        ),
-        (
-            model.kv_heads % heads == 0,
+    broken = []
+    if model.num_heads % heads:
+        broken.append(f"model.num_heads {model.num_heads} is not a multiple of {named_heads}")
+    if model.kv_heads % heads:
+        broken.append(
             f"model.num_kv_heads {model.kv_heads} is not a multiple of {named_heads}; key and value heads "
-            "are sharded, not replicated",
-        ),
-        (
-            model.ffn_size % parallel.tensor == 0,
-            f"model.ffn_hidden_size {model.ffn_size} is not a multiple of parallel.tensor {parallel.tensor}",
-        ),
-        (
-            model.vocab_size > vocab_shard_size(model.vocab_size, parallel.tensor) * (parallel.tensor - 1),
-            f"model.vocab_size {model.vocab_size} is too small for parallel.tensor {parallel.tensor}",
-        ),
-        (
-            sequence_length % slices == 0,
+            "are sharded, not replicated"
+        )
+    if model.ffn_size % parallel.tensor:
+        broken.append(
+            f"model.ffn_hidden_size {model.ffn_size} is not a multiple of parallel.tensor {parallel.tensor}"
+        )
+    if model.vocab_size <= vocab_shard_size(model.vocab_size, parallel.tensor) * (parallel.tensor - 1):
+        broken.append(
+            f"model.vocab_size {model.vocab_size} is too small for parallel.tensor {parallel.tensor}"
+        )
+    if sequence_length % slices:
+        broken.append(
             f"data.sequence_length {sequence_length} is not a multiple of the {slices} slices of positions "
-            "(parallel.ulysses, times parallel.tensor with parallel.sequence)",
-        ),
-        (
-            model.num_layers >= parallel.pipeline,
+            "(parallel.ulysses, times parallel.tensor with parallel.sequence)"
+        )
+    if model.num_layers < parallel.pipeline:
+        broken.append(
             f"model.num_layers {model.num_layers} is less than the stages of parallel.pipeline "
-            f"{parallel.pipeline}",
-        ),
-        (
-            not model.tie_embeddings or parallel.pipeline == 1,
+            f"{parallel.pipeline}"
+        )
+    if model.tie_embeddings and parallel.pipeline > 1:
+        broken.append(
             "model.tie_embeddings: the embedding and the head are in different stages of parallel.pipeline "
             f"{parallel.pipeline}; set it to false (from tied weights, both then start as copies) or "
-            "parallel.pipeline to 1",
-        ),
-        (
-            global_batch_size % (micro_batch_size * data) == 0,
+            "parallel.pipeline to 1"
+        )
+    if global_batch_size % (micro_batch_size * data):
+        broken.append(
             f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
             f"{micro_batch_size} x {data} data-parallel ranks (a world of {world_size} / "
-            f"{world_size // data})",
-        ),
-    ]
-    if broken := [message for holds, message in rules if not holds]:
+            f"{world_size // data})"
+        )
+    if broken:
         raise UserError("\n".join(broken))
 
 

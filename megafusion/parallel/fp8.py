@@ -4,8 +4,6 @@ Each tensor is scaled by its current maximum (current scaling), so a checkpoint 
 This project has not yet run it on a GPU: see docs/parallelism.md.
 """
 
-from functools import cache
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,40 +51,22 @@ class Fp8Block(Wrapper):
 
 
 def _in_fp8(linear: nn.Linear) -> nn.Module:
-    """A transformer-engine layer to replace one of ours, with the same weight shape and declaration."""
-    layer = _kinds()[type(linear)](
+    """A transformer-engine layer to replace one of ours, with the same weight shapes and declaration."""
+    from transformer_engine.pytorch import Linear
+
+    layer = Linear(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
         params_dtype=torch.bfloat16,
         device=linear.weight.device,
     )
-    layer.sizes, layer.region = getattr(linear, "sizes", None), getattr(linear, "region", None)
     for name, parameter in linear.named_parameters():
         set_shard_spec(getattr(layer, name), shard_spec_of(parameter))
+    if isinstance(linear, ColumnParallelLinear):
+        layer.register_forward_pre_hook(lambda _, inputs: linear.region.gather_or_copy(*inputs))
+    if isinstance(linear, FusedLinear):
+        layer.register_forward_hook(lambda _, inputs, output: output.split(linear.sizes, dim=-1))
+    if isinstance(linear, RowParallelLinear):
+        layer.register_forward_hook(lambda _, inputs, output: linear.region.reduce_or_scatter(output))
     return declare(layer, linear.weight_spec.sharding, linear.weight_spec.init)
-
-
-@cache
-def _kinds() -> dict[type, type]:
-    """Our layers and transformer-engine's, whose package is imported at the first call."""
-    from transformer_engine.pytorch import Linear
-
-    class Fused(Linear):
-        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            return super().forward(x).split(self.sizes, dim=-1)
-
-    class ColumnParallel(Fused):
-        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            return super().forward(self.region.gather_or_copy(x))
-
-    class RowParallel(Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.region.reduce_or_scatter(super().forward(x))
-
-    return {
-        nn.Linear: Linear,
-        FusedLinear: Fused,
-        ColumnParallelLinear: ColumnParallel,
-        RowParallelLinear: RowParallel,
-    }

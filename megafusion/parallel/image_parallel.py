@@ -7,6 +7,7 @@ A slot beyond the last repeats the last, and its result is dropped.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from megafusion.model.adapters import DownAdapter, Skips, UpAdapter
 from megafusion.parallel import collectives
@@ -31,11 +32,8 @@ class ImageShard:
 
     def pad(self, local: Tensor, num_slots: int) -> Tensor:
         """[N, ...] with this rank's slots at their indices and zeros for the others'."""
-        before = min(self.rank * local.shape[0], num_slots)
-        kept = local[: num_slots - before]
-        after = num_slots - before - kept.shape[0]
-        zeros = local.new_zeros
-        return torch.cat([zeros(before, *local.shape[1:]), kept, zeros(after, *local.shape[1:])])
+        before, after = (len(local) * num_ranks for num_ranks in (self.rank, self.num_ranks - 1 - self.rank))
+        return F.pad(local, [0, 0] * (local.ndim - 1) + [before, after])[:num_slots]
 
     def all_gather(self, local: Tensor, num_slots: int) -> Tensor:
         """[N, ...] from all ranks; each keeps the gradient of its own slots."""

@@ -18,10 +18,7 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(stage: Stage, mesh: Mesh, bytes_per_weight: int) -> StateBytes:
-    """The formula, without padding: ZeRO shards over the ranks that hold the same stage.
-
-    bytes_per_weight: 4 in fp32, 2 in bf16.
-    """
+    """The formula, without padding. bytes_per_weight: 4 in fp32, 2 in bf16."""
     sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in stage.parameters()]
     total = sum(sizes)
     replicas, zero = mesh.size("data") * mesh.size("ulysses"), mesh.config.zero_stage

@@ -38,16 +38,6 @@ class Mesh:
         """The ranks whose coordinates differ from this one's along an axis alone."""
         return self.device_mesh[axis].get_group()
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank has the first pipeline stage."""
-        return self.rank("pipeline") == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank has the last pipeline stage."""
-        return self.rank("pipeline") == self.size("pipeline") - 1
-
     def __str__(self) -> str:
         return ", ".join(f"{axis} {self.rank(axis)} of {self.size(axis)}" for axis in AXES)
 

@@ -8,13 +8,13 @@ from megafusion.model.transfusion import Transfusion, tie_embeddings
 from megafusion.model.weights import initial_value, named_weights
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective, cross_entropy
-from megafusion.parallel.activation_checkpointing import CheckpointedBlock
+from megafusion.parallel.activation_checkpointing import checkpointed
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.parallel.config import Recompute
 from megafusion.parallel.fp8 import Fp8Block
 from megafusion.parallel.image_parallel import ImageParallelDown, ImageParallelUp, ImageShard
 from megafusion.parallel.mesh import Mesh
-from megafusion.parallel.pipeline import MicroBatchShape, Stage
+from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import (
     VocabularyParallelCrossEntropy,
@@ -22,7 +22,7 @@ from megafusion.parallel.tensor import (
     sum_partial_gradients,
     vocab_range,
 )
-from megafusion.parallel.ulysses import SequenceParallelCrossEntropy, SequenceShard, UlyssesAttention
+from megafusion.parallel.ulysses import SequenceParallelCrossEntropy, SequenceShard, ulysses_attention
 from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.packing import SequenceShape
 
@@ -59,14 +59,13 @@ def parallelize(
     stages = stage_blocks(layer_flops(model.config, shape), mesh.size("pipeline"))
     num_local = image_shard.num_local(micro_batch_size * shape.num_images)
     skips = model.tail.adapter.skip_shapes(num_local)
-    micro_batch = MicroBatchShape(micro_batch_size, shape.length, shape.num_images, skips)
-    stage = Stage(model, stages[mesh.rank("pipeline")], mesh, micro_batch)
+    stage = Stage(model, stages[mesh.rank("pipeline")], mesh, shape, micro_batch_size, skips)
     if image_shard.num_ranks > 1:
         shard_weights(stage, mesh)
     for name, block in stage.blocks.items():
         if mesh.size("ulysses") > 1:
             attention = block.attention
-            attention.attend = UlyssesAttention(attention.attend, mesh.group("ulysses"))
+            attention.attend = ulysses_attention(attention.attend, mesh.group("ulysses"))
         if precision == "fp8":
             stage.blocks[name] = Fp8Block(block, mesh.group("tensor"))
     if image_shard.num_ranks > 1:
@@ -74,39 +73,34 @@ def parallelize(
             stage.stem.adapter = ImageParallelDown(stage.stem.adapter, image_shard)
         if stage.tail:
             stage.tail.adapter = ImageParallelUp(stage.tail.adapter, image_shard)
-    materialize(stage, model.config.num_layers, seed, device)
+    materialize(stage, mesh, seed, device)
     if model.config.tie_embeddings and stage.stem and stage.tail:
         tie_embeddings(stage.stem, stage.tail)
-    _mark(stage, mesh)
     if mesh.size("tensor") > 1:
         sum_partial_gradients(stage, mesh)
     for name, block in stage.blocks.items():
         if recompute != "none":
-            stage.blocks[name] = CheckpointedBlock(block, recompute)
+            stage.blocks[name] = checkpointed(block, recompute)
         if compile:
             stage.blocks[name].compile()
     return stage
 
 
-def materialize(stage: nn.Module, num_layers: int, seed: int, device: torch.device) -> None:
-    """Give every parameter storage and its shard of the random start that its name and the seed define."""
+def materialize(stage: Stage, mesh: Mesh, seed: int, device: torch.device) -> None:
+    """Give every parameter storage and its shard of the random start that its name and the seed define.
+
+    Marks tell DeepSpeed which parameters are sharded, and which count in this rank's gradient norm.
+    """
     for weight in list(named_weights(stage)):
         empty = getattr(weight.owner, weight.key)
         spec = shard_spec_of(empty)
         whole = weight._replace(name=canonical_name(weight.name))
-        value = spec.shard(initial_value(whole, spec.shape, num_layers, seed))
+        value = spec.shard(initial_value(whole, spec.shape, stage.config.num_layers, seed))
         parameter = nn.Parameter(value.to(device))
-        parameter.__dict__.update(empty.__dict__)
+        is_sharded, is_first = hasattr(empty, "shard_spec"), mesh.rank("tensor") == 0
+        marks = {"tensor_model_parallel": is_sharded, "model_parallel": is_sharded or is_first}
+        parameter.__dict__.update(empty.__dict__ | marks)
         setattr(weight.owner, weight.key, parameter)
-
-
-def _mark(stage: Stage, mesh: Mesh) -> None:
-    """Tell DeepSpeed which parameters count in this rank's gradient norm, and which are sharded."""
-    for parameter in stage.parameters():
-        is_sharded = hasattr(parameter, "shard_spec")
-        if is_sharded:
-            parameter.tensor_model_parallel = True
-        parameter.model_parallel = is_sharded or mesh.rank("tensor") == 0
 
 
 def shard_objective(config: ObjectiveConfig, model: ModelConfig, mesh: Mesh) -> Objective:

@@ -6,8 +6,6 @@ change, so that DeepSpeed allocates its buffers once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -21,33 +19,29 @@ from megafusion.parallel.tensor import TensorParallelRegion
 from megafusion.parallel.ulysses import SequenceShard
 from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.intervals import Intervals
-from megafusion.sequence.packing import Inputs, PackedBatch, Targets
-
-
-@dataclass(frozen=True)
-class MicroBatchShape:
-    """The shapes in a micro-batch, the same for all."""
-
-    num_rows: int
-    """Rows B."""
-    length: int
-    """Positions S of a row."""
-    num_slots: int
-    """Image slots N of a row."""
-    skips: tuple[torch.Size, ...]
-    """The adapter's skips for this rank's images."""
+from megafusion.sequence.packing import Inputs, PackedBatch, SequenceShape, Targets
 
 
 class Stage(nn.Module):
     """Consecutive layers of a model, whose parameters have the names that they have there.
 
     blocks: indices of the blocks. The first stage has the stem too, Megatron's pre_process; the last has the
-    tail, its post_process.
+    tail, its post_process. num_rows: rows B of a micro-batch. skip_shapes: shapes of the adapter's skips for
+    this rank's images.
     """
 
-    def __init__(self, model: Transfusion, blocks: range, mesh: Mesh, shape: MicroBatchShape):
+    def __init__(
+        self,
+        model: Transfusion,
+        blocks: range,
+        mesh: Mesh,
+        shape: SequenceShape,
+        num_rows: int,
+        skip_shapes: Sequence[torch.Size],
+    ):
         super().__init__()
-        self.shape, self.config = shape, model.config
+        self.shape, self.num_rows, self.skip_shapes = shape, num_rows, skip_shapes
+        self.config = model.config
         self.stem = model.stem if blocks.start == 0 else None
         self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
@@ -75,8 +69,7 @@ class Stage(nn.Module):
             x_BSD = block(x_BSD, context)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        image_start, t_bits, image_size = slots_3BN
-        return self._end(self.tail, x_BSD, image_start, t_bits, image_size, skips)
+        return self._end(self.tail, x_BSD, slots_3BN, skips)
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters with their canonical names, which checkpoints use."""
@@ -95,9 +88,8 @@ class Stage(nn.Module):
         slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
-    def _end(
-        self, tail: Tail, x_BSD: Tensor, image_start: Tensor, t_bits: Tensor, image_size: Tensor, skips: Skips
-    ) -> tuple[Tensor, Tensor]:
+    def _end(self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips) -> tuple[Tensor, Tensor]:
+        image_start, t_bits, image_size = slots_3BN
         hidden_BSD = tail(x_BSD)
         if self.region is not None:
             hidden_BSD = self.region.gather_or_copy(hidden_BSD)
@@ -107,17 +99,15 @@ class Stage(nn.Module):
         return tail.head(self.sequence_shard.shard(hidden_BSD)), images
 
     def _unpack(self, floats: Tensor) -> tuple[Tensor, Skips]:
-        sizes = [prod(shape) for shape in self.shape.skips]
+        sizes = [shape.numel() for shape in self.skip_shapes]
         x, *skips = floats.split([floats.numel() - sum(sizes), *sizes])
-        shaped = tuple(skip.view(shape) for skip, shape in zip(skips, self.shape.skips, strict=True))
-        return x.view(self.shape.num_rows, -1, self.config.hidden_size), shaped
+        shaped = tuple(skip.view(shape) for skip, shape in zip(skips, self.skip_shapes, strict=True))
+        return x.view(self.num_rows, -1, self.config.hidden_size), shaped
 
     def _unpack_integers(self, integers: Tensor) -> tuple[Tensor, Tensor]:
-        rows = 3 * self.shape.num_rows * self.shape.length
-        return (
-            integers[:rows].view(3, self.shape.num_rows, self.shape.length),
-            integers[rows:].view(3, self.shape.num_rows, self.shape.num_slots),
-        )
+        num_rows, length, num_slots = self.num_rows, self.shape.length, self.shape.num_images
+        rows, slots = integers.split([3 * num_rows * length, 3 * num_rows * num_slots])
+        return rows.view(3, num_rows, length), slots.view(3, num_rows, num_slots)
 
 
 class ModelWithLoss(nn.Module):

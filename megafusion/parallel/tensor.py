@@ -5,6 +5,8 @@ Column-parallel layers begin a region and row-parallel layers end it. With Megat
 (arXiv 2205.05198) the residual stream and its norms, outside the regions, are sharded by positions.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -80,9 +82,11 @@ class VocabularyParallelEmbedding(nn.Embedding):
     Ulysses ranks hold the same shard. Each embeds only a part of it, so that their sum has each token once.
     """
 
-    def __init__(self, embedding: nn.Embedding, vocab_shard: range, embedded_range: range):
+    def __init__(self, embedding: nn.Embedding, vocab_shard: range, mesh: Mesh):
         super().__init__(len(vocab_shard), embedding.embedding_dim, device=embedding.weight.device)
-        self.vocab_shard, self.embedded_range = vocab_shard, embedded_range
+        rank, num_ranks = mesh.rank("ulysses"), mesh.size("ulysses")
+        start, stop = (len(vocab_shard) * i // num_ranks for i in (rank, rank + 1))
+        self.vocab_shard, self.embedded_range = vocab_shard, vocab_shard[start:stop]
         set_shard_spec(self.weight, _vocab_spec(embedding.weight, vocab_shard))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.
     match module.weight_spec.sharding:
         case "vocab" if isinstance(module, nn.Embedding):
             vocab_shard = vocab_range(module.num_embeddings, region.rank, region.num_ranks)
-            return VocabularyParallelEmbedding(module, vocab_shard, _embedded_range(vocab_shard, mesh))
+            return VocabularyParallelEmbedding(module, vocab_shard, mesh)
         case _ if region.num_ranks == 1:
             return module
         case "column":
@@ -156,22 +160,16 @@ def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.
             return module
 
 
-def _embedded_range(vocab_shard: range, mesh: Mesh) -> range:
-    """The part of a shard that this Ulysses rank embeds."""
-    rank, num_ranks = mesh.rank("ulysses"), mesh.size("ulysses")
-    start, stop = (len(vocab_shard) * i // num_ranks for i in (rank, rank + 1))
-    return vocab_shard[start:stop]
-
-
 def _vocab_spec(whole: Tensor, vocab_shard: range) -> ShardSpec:
     return ShardSpec(whole.shape, 0, (ShardSpan(0, vocab_shard.start, len(vocab_shard)),))
 
 
 def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
     """All-reduce over the tensor group the gradients of replicated weights that are partial on each rank."""
-    partial = {Replicated("heads"), Replicated("images")}
+    declared = {Replicated("heads"), Replicated("images")}
     if mesh.config.sequence:
-        partial.add(Replicated("positions"))
+        declared.add(Replicated("positions"))
     for weight in named_weights(model):
-        if weight.sharding in partial:
-            getattr(weight.owner, weight.key).register_hook(collectives.sum_over(mesh.group("tensor")))
+        if weight.sharding in declared:
+            hook = partial(collectives.all_reduce, group=mesh.group("tensor"))
+            getattr(weight.owner, weight.key).register_hook(hook)

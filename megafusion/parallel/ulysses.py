@@ -21,14 +21,10 @@ BATCH, HEADS = 0, 2  # dimensions of q_BSHK
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # a backend's `attend`
 
 
-class UlyssesAttention:
+def ulysses_attention(attend: Attend, group: dist.ProcessGroup) -> Attend:
     """An attention backend between two exchanges: positions for heads, and back."""
-
-    def __init__(self, attend: Attend, group: dist.ProcessGroup):
-        self.attention = DistributedAttention(attend, group, HEADS, POSITIONS)
-
-    def __call__(self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
-        return self.attention(q_BSHK, k_BSGK, v_BSGK, BATCH, None, mask)
+    attention = DistributedAttention(attend, group, HEADS, POSITIONS)
+    return lambda q_BSHK, k_BSGK, v_BSGK, mask: attention(q_BSHK, k_BSGK, v_BSGK, BATCH, None, mask)
 
 
 class SequenceShard:

@@ -1,8 +1,8 @@
 """Modules around modules, whose parameters keep the names that they have in the whole model."""
 
-from torch import nn
+import re
 
-_LEVEL = "_wrapped_module."
+from torch import nn
 
 
 class Wrapper(nn.Module):
@@ -14,5 +14,5 @@ class Wrapper(nn.Module):
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name without the levels of wrappers: its name in checkpoints."""
-    return name.replace(_LEVEL, "")
+    """A parameter's name without the levels of wrappers, torch's too: its name in checkpoints."""
+    return re.sub(r"_(checkpoint_)?wrapped_module\.", "", name)

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from megafusion.errors import ExitStatus, UserError, refuse_os_errors
 from megafusion.storage import write_file
@@ -99,14 +100,13 @@ class Attempts:
         attempt |= {"start": os.environ.get(START, ""), "world_size": world_size, "changed": changed or {}}
         self._attempts.append(attempt | {"resumed_at": newest_step, "step": newest_step, "ended": None})
         self._has_begun = True
-        self._write()
+        self._record()
         self.at(newest_step)
 
     def resumed(self, step: int) -> None:
         """Record the step of the checkpoint that was loaded: an older one if the newest is damaged."""
         if self._has_begun and self._attempts[-1]["resumed_at"] != step:
-            self._attempts[-1] |= {"resumed_at": step, "step": step}
-            self._write()
+            self._record(resumed_at=step, step=step)
             self.at(step)
 
     def at(self, step: int) -> None:
@@ -119,13 +119,12 @@ class Attempts:
         """Record how this attempt ended: "finished", "preempted", "stopped", "refused", "interrupted" or
         "crashed"."""
         if self._has_begun:
-            self._attempts[-1] |= {"step": _step(self._folder), "ended": ended, "until": time.time()}
-            if error:
-                self._attempts[-1]["error"] = error
-            self._write()
+            more = {"error": error} if error else {}
+            self._record(step=_step(self._folder), ended=ended, until=time.time(), **more)
         self._release()
 
-    def _write(self) -> None:
+    def _record(self, **values: Any) -> None:
+        self._attempts[-1] |= values
         with suppress(OSError):  # the self-test names a disk that cannot be written
             write_file(self._folder / ATTEMPTS, json.dumps(self._attempts, indent=1))
 

@@ -64,8 +64,8 @@ class StepConsensus:
         self.is_finite, self.is_spike = True, False
         # Tensor and Ulysses ranks compute the same rows; one of them adds these to the sums.
         is_leader = mesh.rank("tensor") == mesh.rank("ulysses") == 0
-        self._adds_counts = is_leader and mesh.is_first
-        self._adds_losses = is_leader and mesh.is_last
+        self._adds_counts = is_leader and mesh.rank("pipeline") == 0
+        self._adds_losses = is_leader and mesh.rank("pipeline") == mesh.size("pipeline") - 1
         self._device = device
         self._micro_batch_losses: list[Tensor] = []
         self._error: UserError | None = None

@@ -59,6 +59,10 @@ class HuggingFaceTokenizer(Tokenizer):
         num_ids = 1 + max(self._model.get_vocab().values())
         super().__init__(path, file_sha256(path), num_ids, eos if bos is None else bos, eos, reserved)
 
+    def transformers_config(self) -> dict:
+        tokens = {f"{name}_token": self._model.id_to_token(getattr(self, name)) for name in ("bos", "eos")}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+
     def encode(self, text: str) -> list[int]:
         ids = self._model.encode(text, add_special_tokens=False).ids
         if set(self.reserved).isdisjoint(ids):

@@ -1,9 +1,9 @@
 """Documents packed into rows of one length and one number of image slots."""
 
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,32 +38,12 @@ class SequenceShape:
         return tuple((height * factor, width * factor) for height, width in self.sizes)
 
 
-class Inputs(NamedTuple):
-    """The fields of a PackedBatch that the model reads."""
-
-    tokens: Tensor
-    patch_index: Tensor
-    positions: Tensor
-    row_start: Tensor
-    row_end: Tensor
-    latents: Tensor
-    noise: Tensor
-    t: Tensor
-    image_start: Tensor
-    image_size: Tensor
-
-
-class Targets(NamedTuple):
-    """The fields of a PackedBatch that the losses read."""
-
-    labels: Tensor
-    latents: Tensor
-    noise: Tensor
-    t: Tensor
-    has_loss: Tensor
-    num_text_targets: Tensor
-    num_images: Tensor
-    image_size: Tensor
+Inputs = namedtuple(
+    "Inputs", "tokens patch_index positions row_start row_end latents noise t image_start image_size"
+)
+"""The fields of a PackedBatch that the model reads."""
+Targets = namedtuple("Targets", "labels latents noise t has_loss num_text_targets num_images image_size")
+"""The fields of a PackedBatch that the losses read."""
 
 
 @dataclass

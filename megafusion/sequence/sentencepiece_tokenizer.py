@@ -22,6 +22,11 @@ class SentencePieceTokenizer(Tokenizer):
         ids = self._model.vocab_size(), self._model.bos_id(), self._model.eos_id()
         super().__init__(path, file_sha256(path), *ids)
 
+    def transformers_config(self) -> dict:
+        names = ("bos", "eos", "unk")
+        tokens = {f"{n}_token": self._model.id_to_piece(getattr(self._model, f"{n}_id")()) for n in names}
+        return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, **tokens}
+
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 

@@ -68,6 +68,10 @@ class Tokenizer:
             if (companion := self.path.with_name(name)).is_file():
                 shutil.copyfile(companion, Path(folder) / name)
 
+    def transformers_config(self) -> dict:
+        """tokenizer_config.json with which transformers loads the file, where none stands beside it."""
+        raise NotImplementedError
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos; never an image id."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from megafusion.checkpoint.folder import newest_step
 from megafusion.data.loader import DataLoader
 from megafusion.data.manifest import Manifest
 from megafusion.data.source import Source, open_sources
@@ -22,6 +23,7 @@ from megafusion.parallel.mesh import Mesh
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.telemetry.trackers import check_trackers
 from megafusion.train.config import RunConfig
+from megafusion.train.init_from import check_origin, open_origin
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Components:
     codec: ImageCodec
     sources: dict[str, Source]
     loader: DataLoader
+    started_from: dict | None
+    """What a new run records of `train.init_from`."""
 
     def warnings(self, config: RunConfig) -> list[str]:
         """Values of the configuration that cannot do what they say with these inputs."""
@@ -74,7 +78,10 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         rows_of_rank(config.train.global_batch_size, mesh),
         config.train.micro_batch_size,
     )
-    return Components(tokenizer, codec, sources, loader)
+    started_from = None
+    if config.train.init_from and not newest_step(config.out):
+        started_from = check_origin(open_origin(config), config, tokenizer)
+    return Components(tokenizer, codec, sources, loader, started_from)
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:

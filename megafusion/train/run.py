@@ -11,7 +11,7 @@ from megafusion.device import default_device
 import torch.distributed as dist
 from rich.filesize import decimal
 
-from megafusion.checkpoint.folder import complete_checkpoints, newest_step
+from megafusion.checkpoint.folder import complete_checkpoints, newest_step, verify_checkpoint
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
 from megafusion.engine.process_group import start_process_group
@@ -34,6 +34,7 @@ from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
+from megafusion.train.init_from import describe_start, open_origin
 from megafusion.train.run_folder import describe_changes, freeze
 from megafusion.train.samples import Sampler
 
@@ -177,13 +178,15 @@ class Run:
                 parts = self._components
                 tokenizer = parts.tokenizer  # whose bos and eos may stand in a file beside the hashed one
                 identity = f"{tokenizer.hash} bos {tokenizer.bos} eos {tokenizer.eos}"
-                changed = freeze(config, identity, parts.codec.hash)
+                changed = freeze(config, identity, parts.codec.hash, parts.started_from)
                 self._attempts.claim()
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
                 warnings = config.warnings() + parts.warnings(config)
                 for sentence in warnings + describe_changes(config, changed, step):
                     self._metrics.say(sentence)
+                if parts.started_from:
+                    self._metrics.say(f"{config.out}: {describe_start(parts.started_from)}")
         self._watchdog.beat(0, "self-test")
         return self_test(config.out, default_device(), self._signals.requested)
 
@@ -202,6 +205,8 @@ class Run:
         state = self._checkpoints.load_latest()
         self._began = time.monotonic()
         """When the run would have begun if it had trained without a break."""
+        if state is None and config.train.init_from:
+            self._initialize()
         if state is not None:
             self.step = state["step"]
             self._loader.load_state_dict(state["data"])
@@ -225,6 +230,14 @@ class Run:
         self._stragglers = StragglerMonitor(
             self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
         )
+
+    def _initialize(self) -> None:
+        """Start from the weights of `train.init_from`."""
+        with raise_on_all_ranks():
+            origin = open_origin(self._config)
+            if origin.checkpoint:
+                verify_checkpoint(origin.checkpoint, dist.get_rank(), dist.get_world_size())
+        self._manager.initialize(origin.source)
 
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config

@@ -19,6 +19,8 @@ from megafusion.errors import UserError, refuse_os_errors
 from megafusion.storage import refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
+ENVIRONMENT = "environment.json"
+
 # Keys that a resumed run may change: they change no number of a step that is not skipped.
 FREE_KEYS = (
     "out",
@@ -55,14 +57,17 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     if not (config.out / "config.yaml").is_file():
         return None
     changed = changed_keys(load_run_config(config.out), absolute_paths(config))
-    changed = {key: values for key, values in changed.items() if not key.startswith(FREE_KEYS)}
+    step = newest_step(config.out)
+    # What a run started from is without effect once it has a checkpoint.
+    free = (*FREE_KEYS, "train.init_") if step else FREE_KEYS
+    changed = {key: values for key, values in changed.items() if not key.startswith(free)}
     refused = [key for key in changed if key not in RECIPE_KEYS and not _LOCATION.fullmatch(key)]
     if refused:
         raise UserError(
             f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
             "a run keeps its recipe: choose another out="
         )
-    if "train.num_steps" in changed and (step := newest_step(config.out)) > config.train.num_steps:
+    if "train.num_steps" in changed and step > config.train.num_steps:
         raise UserError(
             f"{config.out}: has trained {step} steps, more than train.num_steps {config.train.num_steps}; "
             f"give at least {step}"
@@ -90,18 +95,24 @@ def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> 
     return [f"{config.out}: {sentence}" for sentence in said]
 
 
-def freeze(config: RunConfig, tokenizer_hash: str, vae_hash: str) -> dict[str, list]:
-    """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`."""
+def freeze(
+    config: RunConfig, tokenizer_hash: str, vae_hash: str, started_from: dict | None = None
+) -> dict[str, list]:
+    """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`.
+
+    started_from: what `train.init_from` gave, of `check_origin`.
+    """
     changed = changed_recipe(config)
     hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
     path = config.out / "config.yaml"
     unwritable = f"{config.out}: cannot be written", "; free space or choose another out="
     if changed is None:
         # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
-        beside = ("stacks", "launch", "logs", "environment.json", ".environment.json.*", ".config.yaml.*")
+        beside = ("stacks", "launch", "logs", ENVIRONMENT, ".environment.json.*", ".config.yaml.*")
         refuse_foreign(config.out, path.name, beside)
         with refuse_os_errors(*unwritable):
-            write_file(config.out / "environment.json", json.dumps(_environment() | hashes, indent=1) + "\n")
+            record = _environment() | hashes | {"init_from": started_from}
+            write_file(config.out / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
             write_file(path, dump_config(absolute_paths(config)))
         return {}
     _check_inputs(config, changed, hashes)
@@ -155,7 +166,7 @@ def _git(*arguments: str) -> str | None:
 
 def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
     """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
-    recorded = json.loads((config.out / "environment.json").read_text())
+    recorded = json.loads((config.out / ENVIRONMENT).read_text())
     began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
     found = {f"data.sources.{name}": each for name, each in hashes["shards"].items()}
     for name in ("tokenizer", "vae"):
@@ -208,4 +219,7 @@ def _with_paths(config: RunConfig, out: Path, change: Callable[[Path], Path]) ->
         for name, source in data.sources.items()
     }
     paths = {"tokenizer": change(data.tokenizer), "vae": change(data.vae), "sources": sources}
-    return config.model_copy(update={"out": out, "data": data.model_copy(update=paths)})
+    data, train = data.model_copy(update=paths), config.train
+    if train.init_from:
+        train = train.model_copy(update={"init_from": change(train.init_from)})
+    return config.model_copy(update={"out": out, "data": data, "train": train})

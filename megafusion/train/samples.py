@@ -8,7 +8,7 @@ from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
 from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
-from megafusion.data.decode import decode, first_images
+from megafusion.data.images import decode, first_images
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.storage import write_file

@@ -52,6 +52,8 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
             [command, "--help"]
             for command in ("train", "preprocess", "train-tokenizer", "train-vae", "generate", "launch")
         ],
+        ["import", "--help"],
+        ["export", "--help"],
     ],
     ids=" ".join,
 )

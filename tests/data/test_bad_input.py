@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from megafusion.config import parse_config
 from megafusion.data.config import SourceConfig
 from megafusion.data.document_format import BadDocument
-from megafusion.data.index import npy
 from megafusion.data.loader import packed_and_skipped
 from megafusion.data.manifest import load_manifest
 from megafusion.data.reader import ShardFolder
+from megafusion.data.shards import npy
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 from tests.support.rows import LATENTS, digest, stream_of, write_pairs, write_texts

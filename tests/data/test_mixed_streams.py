@@ -209,7 +209,7 @@ def losses(values: dict) -> list[float]:
 
 def test_pixels_and_their_latents_give_the_same_losses(mixed_values, codec, tokenizer, tmp_path):
     """Pixels are cropped to the size nearest in aspect, and encoded as preprocessing would have."""
-    from megafusion.data.augment import augment
+    from megafusion.data.images import augment
 
     shapes = (((32, 32), 0), ((60, 36), 1), ((20, 60), 2), ((30, 33), 0))
     kept, latents = [], []

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from megafusion.config import parse_config
-from megafusion.data.augment import augment
 from megafusion.data.config import DataConfig
+from megafusion.data.images import augment
 from megafusion.errors import UserError
 from megafusion.images.reader import BadImage
 from megafusion.telemetry.metrics_file import read_metrics

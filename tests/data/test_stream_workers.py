@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megafusion.errors import UserError
+from megafusion.processes import STOP_SIGNALS
 from tests.support.marks import full
 from tests.support.rows import digest, stream_of, write_pairs
 
@@ -167,7 +168,7 @@ def test_workers_end_with_their_parent_however_it_ends(sources, how):
 def test_workers_ignore_stop_signals(sources):
     with reading(sources["pairs"][0]) as (process, started):
         for other in started:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in STOP_SIGNALS:
                 other.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1.5)

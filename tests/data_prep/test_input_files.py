@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
+from data_prep.config import KEYS_OF_KIND, KEYS_WITHOUT_EFFECT, PreprocessConfig
 from data_prep.filters import read_keys
 from data_prep.readers.splits import Inputs
 from megafusion.data.reader import ShardFolder
@@ -246,12 +247,14 @@ def test_linked_folders_are_followed(make, tmp_path):
 
 @pytest.mark.parametrize(
     "again",
-    ["in", "in/../in", "in/deep", "in/a.png", "link", "i[n]", "in/*", "in/{a,a}.png", "in/deep/b.png"],
+    ["in", "in/../in", "in/deep", "in/a.png", "link", "i[n]", "in/*", "in/{a,a}.png", "link.tar"],
 )
 def test_an_input_named_twice_is_refused(make, tmp_path, again):
     folder_of_images(tmp_path / "in", "a")
     folder_of_images(tmp_path / "in/deep", "b")
+    write_tar(tmp_path / "in/t.tar", {})
     (tmp_path / "link").symlink_to(tmp_path / "in")
+    (tmp_path / "link.tar").symlink_to(tmp_path / "in/t.tar")
     with pytest.raises(UserError, match=r"is the same folder as|is an input twice"):
         make(images=(tmp_path / "in", tmp_path / again))
 
@@ -283,10 +286,12 @@ def test_images_are_known_by_content_and_captions_by_a_suffix_of_any_case(make, 
 
 
 def test_masks_beside_an_image_are_not_images_of_the_pair(make, tmp_path):
-    members = {"jpg": image("JPEG"), "seg": png("blue"), "mask.png": png("blue"), "txt": b"red"}
-    make(images=(write_tar(tmp_path / "a.tar", {"a": members}),))
-    assert report(tmp_path / "out/pairs")["bad"] == {}
-    assert keys_in(tmp_path / "out/pairs") == ["a"]
+    plain = {"png": png(), "txt": b"red"}
+    make(images=(write_tar(tmp_path / "plain.tar", {"a": plain}),), out=tmp_path / "plain")
+    masks = {"seg": png("blue"), "mask.png": png("blue")}
+    make(images=(write_tar(tmp_path / "a.tar", {"a": masks | plain}),))
+    moments = [ShardFolder(tmp_path / name / "pairs").read(0).segments[1].data for name in ("plain", "out")]
+    assert (moments[0] == moments[1]).all()
 
 
 def test_invisible_characters_are_no_caption(make, tmp_path, tokenizer):
@@ -319,7 +324,8 @@ def test_output_inside_an_input_is_never_read(make, tmp_path, capsys):
         make(**inputs, out=folder / "shards")
         assert keys_in(folder / "shards/pairs") == ["a", "b"]
         assert len(ShardFolder(folder / "shards/text")) == 4
-        assert ("shards/pairs: up to date" in " ".join(capsys.readouterr().err.split())) == again
+        # The console wraps long paths anywhere.
+        assert ("shards/pairs:uptodate" in "".join(capsys.readouterr().err.split())) == again
     partial = folder / "shards/pairs.0123456789ab.partial"
     os.renames(folder / "shards/pairs", partial)  # as a killed command leaves it
     (partial / "manifest.json").unlink()
@@ -362,6 +368,35 @@ def test_single_images_and_patterns_are_expanded(make, tmp_path, pattern, expect
         make(images=(tmp_path / "in/{a,z}.png",), out=tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl.gz", b"x"), ("a.txt", b"\x1f\x8b\x08"), ("a.ndjson", b"PK\x03\x04"), ("a.PARQUET.zst", b"x")],
+)
+def test_compressed_texts_in_a_folder_are_refused(make, tmp_path, name, content):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: is compressed.*unpack it first"):
+        make(texts=(tmp_path / "in",))
+
+
+def test_a_folder_as_spark_writes_it(tmp_path):
+    folder = tmp_path / "a.parquet"
+    folder.mkdir()
+    for name in ("part-0.snappy.parquet", "_metadata"):
+        (folder / name).write_bytes(CONTENTS["parquet"])
+    for name in ("_SUCCESS", ".part-0.crc", "backup.ZIP", "notes of 3.5 and more"):
+        (folder / name).write_bytes(b"PK\x03\x04")
+    inputs = Inputs("text", [folder])
+    assert [split.files for split in inputs.splits] == [(folder / "part-0.snappy.parquet",)]
+    assert inputs.ignored == {"no suffix": 3, ".zip": 1, "hidden": 1}
+
+
+def test_every_key_is_known_to_matter_or_not():
+    kinds = set().union(*KEYS_OF_KIND.values())
+    assert kinds | KEYS_WITHOUT_EFFECT | {"tokenizer", "vae"} == set(PreprocessConfig.model_fields)
+    assert not kinds & KEYS_WITHOUT_EFFECT
+
+
 def test_shards_of_another_recipe_are_replaced_only_where_that_is_said(make, tmp_path):
     (tmp_path / "t.txt").write_text("one\n")
     images = write_tar(tmp_path / "a.tar", {"a": {"png": png(), "txt": b"x"}})
@@ -375,5 +410,9 @@ def test_shards_of_another_recipe_are_replaced_only_where_that_is_said(make, tmp
         with pytest.raises(UserError, match=rf"out/pairs: holds 1 documents .*{name}.* set overwrite=true"):
             make(images=(images,), texts=(tmp_path / "t.txt",), **change)
         assert shard.stat().st_ino == written
+    with pytest.raises(
+        UserError, match=r"out/text: holds 1 documents made with other values of text_column;"
+    ):
+        make(texts=(tmp_path / "t.txt",))
     make(images=(images,), image_sizes=((16, 16),), overwrite=True)
     assert shard.stat().st_ino != written

@@ -18,7 +18,7 @@ from data_prep.preprocess import ShardRange, preprocess
 from data_prep.write import to_webp
 from megafusion.cli import app
 from megafusion.config import load_config, parse_config
-from megafusion.data.augment import decode_pixels
+from megafusion.data.images import decode_pixels
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.images.processor import preprocess_images

@@ -77,10 +77,10 @@ MUTATIONS = {
         "forward.py", "kv_head = head // group", "kv_head = head % (num_heads // group)"
     ),
     "wrong head group in dK and dV": Mutation(
-        "backward.py", "head = (kv_head * group + i // num_full)", "head = (kv_head + i // num_full)"
+        "backward.py", "head = (kv_head * group + i // num_steps)", "head = (kv_head + i // num_steps)"
     ),
     "only the group's first head adds to dK and dV": Mutation(
-        "backward.py", "range(0, num_edges * group)", "range(0, num_edges)"
+        "backward.py", "range(0, num_steps * group)", "range(0, num_steps)"
     ),
     "scale missing in dQ": Mutation("backward.py", "dq_MD * scale", "dq_MD"),
     "scale missing in dK": Mutation("backward.py", "dk_ND * scale", "dk_ND"),
@@ -125,7 +125,7 @@ MUTATIONS = {
         "clamped_start + at_clamped, s",
     ),
     "lists by keys one row off": Mutation(
-        "flash.py", "torch.searchsorted(end, key, right=True", "torch.searchsorted(end, key, right=False"
+        "flash.py", "transpose(start, end, num_keys)", "transpose(start, end - 1, num_keys)"
     ),
     "images accepted as text": Mutation("flash.py", "row_end != position + 1", "row_end < position + 1"),
     "last stride assumed to be 1": Mutation("tiles.py", "[None, :] * stride_d", "[None, :]"),

@@ -91,9 +91,11 @@ def test_the_job_script_is_complete_and_has_no_value_of_the_configuration(config
 
 
 def test_missing_files_are_reported_before_the_job_is_submitted(config_file):
-    changes = ["data.vae=no/vae", "data.sources.text.path=no/text", "--site", "local-test", "--dry-run"]
+    changes = ["data.vae=no/vae", "data.sources.text.path=no/text", "train.num_steps=2"]
+    changes += ["--site", "local-test", "--dry-run"]
     result = CliRunner().invoke(app, ["launch", str(config_file), *changes])
-    assert [line.partition(" not found")[0] for line in result.stderr.splitlines()] == [
+    assert [re.split(" not (found|below)", line)[0] for line in result.stderr.splitlines()] == [
+        "warning: optimizer.num_warmup_steps 2 is",
         "warning: data.sources.text.path no/text",
         "warning: data.vae no/vae",
     ]

@@ -139,11 +139,12 @@ def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
     assert list((tmp_path / "run/launch").iterdir()) == []
 
 
-def rank_program(folder: Path, ends_on: str) -> Path:
+def rank_program(folder: Path, *ends_on: str) -> Path:
     """A Python whose `megafusion train` and DeepSpeed only wait for a signal, and then end as a trainer."""
     (folder / "rank.py").write_text(f"""\
 import os, signal
-signal.signal(signal.{ends_on}, lambda *_: (os.rename("{folder}/ready", "{folder}/saved"), exit(75)))
+for name in {ends_on!r}:
+    signal.signal(getattr(signal, name), lambda *_: (open("{folder}/saved", "w"), os._exit(75)))
 open("{folder}/ready", "w").close()
 signal.pause()
 """)
@@ -169,10 +170,11 @@ def end_by(command: list, environment: dict, folder: Path, number: int, whole_gr
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
-def test_local_sh_forwards_a_signal_to_itself_alone(endless, tmp_path, number):
-    environment = ENVIRONMENT | {"MEGAFUSION_PYTHON": str(rank_program(tmp_path, "SIGTERM"))}
-    command = [LAUNCHERS / "local.sh", "1", endless]
-    end_by(command, environment, tmp_path, number, whole_group=False)
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_local_sh_ends_its_ranks_and_then_with_75(endless, tmp_path, number, whole_group):
+    """A closed terminal signals the whole group, also what shows the log."""
+    environment = ENVIRONMENT | {"MEGAFUSION_PYTHON": str(rank_program(tmp_path, "SIGTERM", "SIGHUP"))}
+    end_by([LAUNCHERS / "local.sh", "1", endless], environment, tmp_path, number, whole_group)
 
 
 def test_node_sh_turns_sighup_into_a_signal_that_ranks_handle(endless, tmp_path):

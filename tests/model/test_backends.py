@@ -98,6 +98,7 @@ def test_auto_is_sdpa_on_a_cpu(dtype):
 
 def test_head_dims_that_the_kernels_lack_are_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     with pytest.raises(UserError, match=r"head_dim 24 is not served; served are 16, .*use auto or sdpa"):
         check_backend("interval", 24)
 

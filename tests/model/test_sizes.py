@@ -176,7 +176,7 @@ def test_each_image_has_the_loss_of_a_model_of_its_size_only(adapter, prediction
         single = Transfusion(ModelConfig(**MODEL | only, adapter=adapter), objective)
         single.load_state_dict(net.state_dict())
         only_ids = copy(IDS)
-        only_ids.boi = IDS.boi_of_size(size)
+        only_ids.reserved = (IDS.boi_of_size(size), IDS.eoi)
         flat = flat_document([image(size, number, as_only_size=True)], only_ids, (PATCHES[size],))
         row = pack_row([flat], SequenceShape(len(flat), 1, (PATCHES[size],), CHANNELS, (SIZES[size],)))
         results.append(losses_and_gradients(single, with_counts(collate([row]), mixed.counts())))

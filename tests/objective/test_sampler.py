@@ -59,7 +59,7 @@ def test_timesteps_are_diffusers_where_those_are_right(numbers, sampler, schedul
         assert most % steps or timesteps == theirs.timesteps.tolist()
 
 
-@given(counts(100), st.sampled_from(SCHEDULES))
+@given(counts(40), st.sampled_from(SCHEDULES))
 def test_a_ddim_step_ends_at_the_noise_where_the_next_begins(numbers, schedule):
     """The model knows image and noise, so each step must land on the next timestep's mixture of them."""
     most, steps = numbers

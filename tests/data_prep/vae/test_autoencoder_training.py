@@ -11,11 +11,11 @@ import torch
 from PIL import Image, ImageDraw
 from pyarrow import parquet
 
-from data_prep.vae import output, train
+from data_prep.vae import train
 from data_prep.vae.config import AutoencoderConfig, ImageDataConfig
 from data_prep.vae.dataset import find_images, held_out_images, is_held_out, training_batches
 from data_prep.vae.evaluation import measure
-from data_prep.vae.model import build_model
+from data_prep.vae.model import FILES, build_model
 from data_prep.vae.train import learning_rate, train_autoencoder
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
@@ -91,7 +91,7 @@ def config(tmp_path: Path, shard: Path):
 def test_a_short_training_learns_and_writes_its_folder(config):
     report = train_autoencoder(config())
     out = config().out
-    assert sorted(p.name for p in out.iterdir()) == sorted(output.FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
     assert [p.name for p in out.parent.iterdir() if "vae" in p.name] == ["vae"]  # nothing unfinished left
     assert json.loads((out / "report.json").read_text()) == report
     first, last = report["history"]

@@ -1,10 +1,23 @@
-"""Images kept as pixels: decoded from compressed bytes, cropped and mirrored each time they are used."""
+"""Images of shards: as training reads them (pixels are cropped and mirrored), and as people see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from megafusion.data.config import DataConfig
+from megafusion.data.document_format import StoredDocument
+from megafusion.images.processor import postprocess_images, resize_and_crop
 from megafusion.images.reader import open_image
+from megafusion.images.sizes import Size, nearest_size
+from megafusion.sequence.document import Segment
+
+if TYPE_CHECKING:  # the codec imports diffusers
+    from megafusion.images.codec import ImageCodec
 
 
 def decode_pixels(content: bytes) -> Image.Image:
@@ -36,3 +49,25 @@ def augment(
     if config.flip and generator.random() < config.flip:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def first_images(documents: Iterable[StoredDocument]) -> list[Segment]:
+    """The first image of each document that has one."""
+    images = ([s for s in document.segments if s.kind != "tokens"] for document in documents)
+    return [found[0] for found in images if found]
+
+
+def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] = ()) -> list[Image.Image]:
+    """Images, all of one kind, as PIL images: the means of latents decoded, or pixels.
+
+    sizes: heights and widths in pixels. Pixels are cropped about the centre to the one nearest in aspect, as
+    training does without augmentation; without sizes they are returned as kept.
+    """
+    if images[0].kind == "moments":
+        device = codec.model.device
+        means = (torch.tensor(image.data[:1], dtype=torch.float32, device=device) for image in images)
+        return [shown for mean in means for shown in postprocess_images(codec.decode(mean))]
+    kept = [decode_pixels(image.data) for image in images]
+    if not sizes:
+        return kept
+    return [resize_and_crop(image, *sizes[nearest_size(image.height, image.width, sizes)]) for image in kept]

@@ -1,0 +1,97 @@
+"""`megafusion export`: a model's text path as transformers loads it, with a card from its run folder."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from megafusion.data.manifest import load_manifest
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.hub.export import Dtype, export_text_model
+from megafusion.sequence.sentencepiece_tokenizer import SentencePieceTokenizer
+from megafusion.telemetry.metrics_file import METRICS, read_metrics
+from megafusion.train.config import RunConfig
+from megafusion.train.init_from import text_config_of
+from megafusion.train.run_folder import ENVIRONMENT, load_run_config
+
+
+def export_text(model: Path, out: Path, dtype: Dtype | None, license: str | None) -> None:
+    """Export the model of a pipeline folder, a run or a checkpoint; see `megafusion export`."""
+    run = next((p for p in (model, model.parent, model.parent.parent) if (p / "config.yaml").is_file()), None)
+    pipeline = TransfusionPipeline.from_pretrained(model)
+    base = (text_config_of(run) if run else None) or {}
+    base.setdefault("max_position_embeddings", pipeline.config.sequence_length)
+    if base["max_position_embeddings"] is None:
+        raise UserError(
+            f"{model}: a pipeline of version 0.1, without its number of positions; export its run"
+        )
+    is_qwen = pipeline.config.model.attention_bias or pipeline.config.model.qk_norm
+    if is_qwen and isinstance(pipeline.tokenizer, SentencePieceTokenizer):
+        raise UserError(
+            f"{model}: with model.attention_bias or model.qk_norm it is a Qwen model to transformers, which "
+            "reads no SentencePiece tokenizer for those; export a model with another tokenizer"
+        )
+    dtype = dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
+    if dtype not in get_args(Dtype):
+        raise UserError(f"the text model that {model} began as has weights of {dtype}; give --dtype")
+    export_text_model(pipeline, out, base, model_card(out.name, run, license), dtype)
+
+
+def model_card(name: str, run: Path | None, license: str | None) -> str:
+    """README.md: what the model is, its licence, and how a run trained it, on what, with which figures."""
+    data = ModelCardData(license=license, library_name="transformers", pipeline_tag="text-generation")
+    lines = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        "The text path of a Transfusion model (arXiv 2408.11039), trained with MegaFusion. The weights that "
+        "read and draw images are not in it.",
+        f"Licence: {license or 'not stated; those of its data and of its origin apply'}.",
+    ]
+    return "\n\n".join(lines + (_facts(load_run_config(run), run) if run else [])) + "\n"
+
+
+def _facts(config: RunConfig, run: Path) -> list[str]:
+    train, optimizer, length = config.train, config.optimizer, config.data.sequence_length
+    environment = _read_json(run / ENVIRONMENT)
+    last = read_metrics(run)[-1] if (run / METRICS).is_file() else {}
+    training = {
+        "began as": _origin(train.init_from) if train.init_from else "random weights",
+        "steps": f"{last.get('step', 0)} of {train.num_steps}",
+        "batch": f"{train.global_batch_size} rows of {length} positions",
+        "learning rate": f"{optimizer.learning_rate:g}, {optimizer.num_warmup_steps} warm-up steps, "
+        f"{optimizer.schedule}",
+        "precision": train.precision,
+        "seed": config.seed,
+        "devices": f"{environment.get('world_size')} x {environment.get('device')}",
+        "software": ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items()),
+    }
+    figures = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
+    figures |= _read_json(run / "report.json")
+    sources = {name: _source(source.path, source.weight) for name, source in config.data.sources.items()}
+    return ["## Training", _table(training), "## Data", _table(sources), "## Figures", _table(figures)]
+
+
+def _origin(path: Path) -> str:
+    readme = path / "README.md"
+    license = ModelCard.load(readme).data.license if readme.is_file() else None
+    return f"{path} (licence {license})" if license else str(path)
+
+
+def _source(path: str, weight: float) -> str:
+    manifest = load_manifest(path)
+    made_from = "; ".join(f"{key} {value}" for key, value in manifest.provenance.items())
+    return (
+        f"{manifest.kind}, weight {weight:g}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} "
+        f"tokens, {manifest.num_images:,} images; {made_from}"
+    )
+
+
+def _table(rows: dict[str, Any]) -> str:
+    cells = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *cells])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,189 @@
+"""What a run starts from in place of random weights: `train.init_from`."""
+
+import json
+from collections import Counter
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megafusion.checkpoint.chunks import Chunks
+from megafusion.checkpoint.folder import latest_checkpoint
+from megafusion.checkpoint.reader import CheckpointWeights, TensorSource, describe_misfit
+from megafusion.checkpoint.safetensors_reader import SafetensorsWeights, open_safetensors
+from megafusion.config import parse_config
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import read_pipeline_config
+from megafusion.hub.config import model_keys, read_hub_config, sliding_window
+from megafusion.hub.folder import tokenizer_files
+from megafusion.hub.weights import EMBEDDING, HEAD, open_hub_weights
+from megafusion.model.config import ModelConfig
+from megafusion.model.transfusion import Transfusion
+from megafusion.sequence.tokenizer import Tokenizer
+from megafusion.storage import file_sha256
+from megafusion.train.config import RunConfig
+from megafusion.train.run_folder import ENVIRONMENT, load_run_config
+
+FUNCTION = ("num_heads", "kv_heads", "head_size", "norm_eps")
+"""What decides a model's function and shows in no shape."""
+CONTEXT = ("rope_theta", "rope_scaling", "image_sizes")
+"""The same, where a change is part of a recipe: for longer rows or other images."""
+
+
+class Origin(NamedTuple):
+    """Weights to start from, with the model and the tokenizer that they belong to.
+
+    tokenizers: files of the same tokenizer. checkpoint: whose files are to be verified. text_config: of the
+    Hugging Face model that they began as.
+    """
+
+    source: TensorSource
+    model: ModelConfig
+    tokenizers: list[Path]
+    checkpoint: Path | None = None
+    text_config: dict[str, Any] | None = None
+
+
+def open_origin(config: RunConfig) -> Origin:
+    """Open `train.init_from`, reading headers alone. UserError if it is none of the folders that serve."""
+    assert config.train.init_from is not None
+    path, raw = config.train.init_from, config.train.init_weights == "raw"
+    if (path / "config.yaml").is_file():
+        path = latest_checkpoint(path)
+    if path.name.startswith("step-"):
+        run = path.parent.parent
+        began = load_run_config(run)
+        source = CheckpointWeights(path, "model" if raw else "ema")
+        tokenizer = Tokenizer.from_pretrained(began.data.tokenizer).path
+        origin = Origin(source, began.model, [tokenizer], path, text_config_of(run))
+    elif not (path / "config.json").is_file():
+        raise UserError(
+            f"train.init_from {path}: neither a pipeline folder, a run folder, a checkpoint (step-*) nor a "
+            "Hugging Face folder"
+        )
+    elif raw:
+        raise UserError(
+            f"train.init_weights raw: {path} has one kind of weights; leave it out, or name a run"
+        )
+    elif "format" in _json(path / "config.json"):
+        parts = {name: [tensor] for name, tensor in open_safetensors(path).items()}
+        origin = Origin(
+            SafetensorsWeights(path, parts),
+            read_pipeline_config(path).model,
+            tokenizer_files(path),
+            text_config=text_config_of(path.parent),
+        )
+    else:
+        origin = _open_hub(path, config)
+    names = _shapes(config)
+    if HEAD in names and HEAD not in origin.source.shapes():
+        origin = origin._replace(source=UntiedHead(origin.source))
+    return origin
+
+
+def _open_hub(path: Path, config: RunConfig) -> Origin:
+    values = read_hub_config(path)
+    file = path / "config.json"
+    window, length = sliding_window(values), config.data.sequence_length
+    if window is not None and window < length:
+        raise UserError(
+            f"{file}: sliding_window {window} is less than data.sequence_length {length}, and windows are "
+            f"not served; set data.sequence_length to at most {window}"
+        )
+    # Of images it says nothing: they are this run's.
+    keys = config.model.model_dump(mode="json") | model_keys(values, file)
+    model = parse_config(ModelConfig, keys, str(file))
+    source = open_hub_weights(path, _shapes(config), model.tie_embeddings)
+    if (shape := source.shapes().get(EMBEDDING)) and shape[0] != values["vocab_size"]:
+        raise UserError(f"{file}: vocab_size {values['vocab_size']}, but the embedding has {shape[0]} rows")
+    return Origin(source, model, tokenizer_files(path), text_config=values)
+
+
+class UntiedHead:
+    """A TensorSource of tied embeddings for a model with a head of its own, which starts as a copy."""
+
+    def __init__(self, source: TensorSource):
+        self._source = source
+
+    def __str__(self) -> str:
+        return str(self._source)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        shapes = self._source.shapes()
+        return shapes | {HEAD: shapes[EMBEDDING]}
+
+    def read(self, chunks: dict[str, Chunks]) -> None:
+        self._source.read({name: part for name, part in chunks.items() if name != HEAD})
+        if HEAD in chunks:
+            self._source.read({EMBEDDING: chunks[HEAD]})
+
+
+def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run folder records of its start. UserError with every tensor that does not fit."""
+    path = config.train.init_from
+    if tokenizer.hash not in map(file_sha256, origin.tokenizers):
+        names = " or ".join(map(str, origin.tokenizers)) or "a copy of the right one"
+        raise UserError(
+            f"data.tokenizer {tokenizer.path}: not the tokenizer of train.init_from, so its ids are other "
+            f"tokens; set it to {names}"
+        )
+    was, now = ({k: getattr(m, k) for k in FUNCTION + CONTEXT} for m in (origin.model, config.model))
+    if differing := [f"{key} {now[key]} instead of {was[key]}" for key in FUNCTION if now[key] != was[key]]:
+        raise UserError(f"model: {', '.join(differing)}, which {path} was trained with; use its model keys")
+    wanted, stored = _shapes(config), origin.source.shapes()
+    if (rows := stored.get(EMBEDDING, [tokenizer.num_text_ids])[0]) < tokenizer.num_text_ids:
+        raise UserError(
+            f"train.init_from {path}: {rows} token ids, but its tokenizer {tokenizer.path} has "
+            f"{tokenizer.num_text_ids}; give the tokenizer that it was trained with"
+        )
+    patterns = config.train.init_new
+    if unknown := [p for p in patterns if not any(fnmatchcase(name, p) for name in wanted)]:
+        raise UserError(f"train.init_new {unknown[0]!r}: no weight of the model has such a name")
+    new, misfits = [], Counter[str]()
+    for name in sorted(wanted.keys() | stored.keys()):
+        here, there = wanted.get(name), stored.get(name)
+        lacks = here and (there is None or (there[1:] == here[1:] and there[0] < here[0]))
+        if lacks and any(fnmatchcase(name, pattern) for pattern in patterns):
+            new.append(name)
+        elif misfit := describe_misfit(name, there, here):
+            misfits[_of_all_blocks(misfit)] += 1
+    if misfits:
+        lines = [f"  {text}" + (f" ({count} blocks)" if count > 1 else "") for text, count in misfits.items()]
+        raise UserError(
+            f"train.init_from {path}: does not fit the model; name in train.init_new what may start at "
+            "random, weights or their last rows:\n" + "\n".join(lines)
+        )
+    changed = {f"model.{key}": [str(was[key]), str(now[key])] for key in CONTEXT if now[key] != was[key]}
+    return {"path": str(origin.source), "new": new, "changed": changed, "text_config": origin.text_config}
+
+
+def describe_start(record: dict[str, Any]) -> str:
+    """A line about what a run starts from."""
+    changed = "".join(f"; {key} {now} instead of {was}" for key, (was, now) in record["changed"].items())
+    new = f"; at random {', '.join(record['new'])}" if record["new"] else ""
+    return f"starts from {record['path']}{changed}{new}"
+
+
+def text_config_of(run: Path) -> dict[str, Any] | None:
+    """config.json of the Hugging Face model that a run, or the first before it, began as, if any."""
+    path = run / ENVIRONMENT
+    return (_json(path).get("init_from") or {}).get("text_config") if path.is_file() else None
+
+
+def _shapes(config: RunConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        weights = Transfusion(config.model, config.objective).weights()
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def _of_all_blocks(text: str) -> str:
+    head, *rest = text.split(".", 2)
+    return ".".join([head, "*", rest[1]]) if head == "blocks" else text
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
