@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import tarfile
 from contextlib import suppress
 
@@ -23,7 +24,7 @@ from data_prep.readers.records import UNKNOWN, BadRecord, RawPair, Record
 from data_prep.readers.webdataset import TarReader
 from data_prep.write import DocumentBuilder
 from megafusion.errors import UserError
-from tests.support.raw import encoded, png, write_tar
+from tests.support.raw import drawing, encoded, png, write_tar
 
 within_a_test = hypothesis_settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25
@@ -319,3 +320,18 @@ def test_latents_that_are_not_finite_are_named(make, tmp_path, vae_folder):
     model.save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match=r"vae: gives latents with NaN or Inf for key 'k000'; use another"):
         make(images=(write_tar(tmp_path / "in.tar", pairs(2)),), vae=tmp_path / "vae")
+
+
+@pytest.mark.parametrize("scale", [0.05, 4.0])
+def test_latents_far_from_unit_deviation_are_a_warning_in_the_report(
+    make, tmp_path, vae_folder, scale, capfd
+):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": scale}))
+    images = {f"k{i}": {"png": encoded(drawing(i)), "txt": b"x"} for i in range(20)}
+    make(images=(write_tar(tmp_path / "in.tar", images),), vae=tmp_path / "vae")
+    found = report_of(tmp_path / "out/pairs")["normalized_latents"]
+    is_far = not 0.5 <= found["standard_deviation"] <= 2
+    assert is_far == (scale == 0.05)
+    assert bool(found["warning"]) == is_far == ("warning: " in capfd.readouterr().out)
