@@ -1,5 +1,7 @@
 """Latents far from zero mean and unit deviation are judged, and the factors that mend them are right."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -64,10 +66,8 @@ def test_what_is_far_from_them_is_a_warning(scale, shift, is_far):
     assert found is not None
     assert (found.warning is not None) == is_far
     if scale == 0.039:
-        assert "standard deviation 0.039" in found.warning.replace("0.0389", "0.039").replace(
-            "0.0391", "0.039"
-        )
-        assert "set scaling_factor to 1.0" in found.warning.replace(" 0.99", " 1.0")
+        assert re.search(r"standard deviation 0\.03[89]\d*, far", found.warning)
+        assert re.search(r"set scaling_factor to (1|1\.0\d*|0\.99\d*) and", found.warning)
 
 
 def test_documents_without_latents_are_not_judged():

@@ -1,4 +1,4 @@
-"""Keys of the model that a configuration leaves out are taken from the data, and messages give key and value."""
+"""Keys of the model that a configuration leaves out are taken from the data; messages give key and value."""
 
 import json
 import shutil
