@@ -1,5 +1,6 @@
 """Packed rows without a data set: documents of random tokens and latents, laid out as real ones."""
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,9 +17,7 @@ class RandomTokens(Tokenizer):
     """The ids of a vocabulary, which stands for no text."""
 
     def __init__(self, vocab_size: int, num_sizes: int):
-        self.bos, self.eos = 1, 2
-        self.boi, self.eoi = vocab_size - num_sizes - 1, vocab_size - num_sizes
-        self.vocab_size = vocab_size
+        super().__init__(Path("random"), "", vocab_size - num_sizes - 1, bos=1, eos=2)
 
 
 class SyntheticRows:

@@ -195,7 +195,7 @@ def test_from_a_folder_of_images_to_images_of_each_size(settings, inputs, mixed_
         out = tmp_path / f"{height}x{width}"
         megafusion("generate", run, "--prompt", "x", "--size", f"{height}x{width}", "--out", out)
         assert Image.open(out / "0-x.png").size == (width, height)
-    with pytest.raises(UserError, match="size 40x24: the model has 32x32, 24x40, 48x16"):
+    with pytest.raises(UserError, match=r"size \(40, 24\): the model has 32x32, 24x40, 48x16"):
         megafusion("generate", run, "--prompt", "x", "--size", "40x24", "--out", tmp_path / "none")
     with pytest.raises(UserError, match="--size is for drawn images"):
         megafusion("generate", run, "--image", page, "--size", "32x32", "--out", tmp_path / "none")

@@ -78,7 +78,7 @@ def load_each(values: dict, checkpoints: dict[str, Path], folder: Path) -> dict[
     training = Training(values, folder)
     for name, checkpoint in checkpoints.items():
         training.load(checkpoint)
-        training.manager._folder = folder / name
+        training.manager.folder = folder / name
         training.save()
         losses[name] = training.run(NUM_AFTER)
     return losses
