@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import imagehash
 
-from data_prep.config import FilterConfig
-from data_prep.images import check_image, decode_caption, open_rgb
-from data_prep.readers.records import Dropped, RawPair
+from data_prep.config import FilterConfig, PreprocessConfig
+from data_prep.images import MAX_WEBP_SIDE, check_image, covering_size, decode_caption, open_rgb
+from data_prep.readers.records import BadRecord, Dropped, RawPair
+from megafusion.images.sizes import nearest_size
 from megafusion.sequence.text import clean_text
 from megafusion.storage import read_lines
 
@@ -36,28 +37,28 @@ def plain_key(key: str) -> str:
     return key.removeprefix("./")
 
 
-def inspect_record(raw: Any, filters: FilterConfig) -> RecordInfo:
+def inspect_record(raw: Any, config: PreprocessConfig) -> RecordInfo:
     """RecordInfo of a RawPair, a text, or a document's segments. Raises BadRecord, or Dropped by a filter."""
     if isinstance(raw, RawPair):
-        return _inspect_pair(raw, filters)
+        return _inspect_pair(raw, config)
     if isinstance(raw, str):
         if not (text := clean_text(raw)):
             raise Dropped("empty text")
         return RecordInfo(_hash([text]))
     for segment in raw:
         if isinstance(segment, bytes):
-            _check_size(*check_image(segment), filters)
+            _check_size(*check_image(segment), config)
     return RecordInfo(_hash(raw))
 
 
-def _inspect_pair(pair: RawPair, filters: FilterConfig) -> RecordInfo:
-    caption, phash = decode_caption(pair.caption), 0
+def _inspect_pair(pair: RawPair, config: PreprocessConfig) -> RecordInfo:
+    filters, caption, phash = config.filters, decode_caption(pair.caption), 0
     if filters.duplicates == "perceptual":
         image = open_rgb(pair.image)
         width, height = image.size
     else:
         width, height = check_image(pair.image)
-    _check_size(width, height, filters)
+    _check_size(width, height, config)
     if len(caption) < filters.min_caption:
         raise Dropped("caption shorter than filters.min_caption")
     if filters.max_caption and len(caption) > filters.max_caption:
@@ -75,12 +76,16 @@ def _inspect_pair(pair: RawPair, filters: FilterConfig) -> RecordInfo:
     return RecordInfo(_hash([pair.image]), phash, width, height)
 
 
-def _check_size(width: int, height: int, filters: FilterConfig) -> None:
-    short, long = sorted((width, height))
+def _check_size(width: int, height: int, config: PreprocessConfig) -> None:
+    filters, (short, long) = config.filters, sorted((width, height))
     if short < filters.min_side:
         raise Dropped("image smaller than filters.min_side")
     if filters.max_aspect and long > filters.max_aspect * short:
         raise Dropped("aspect ratio above filters.max_aspect")
+    if config.image_storage == "pixels":
+        size = config.image_sizes[nearest_size(height, width, config.image_sizes)]
+        if max(covering_size(width, height, *size)) > MAX_WEBP_SIDE:
+            raise BadRecord(f"image too long for WebP: more than {MAX_WEBP_SIDE:,} pixels when resized")
 
 
 def _hash(segments: list[str | bytes]) -> bytes:

@@ -12,6 +12,7 @@ from megafusion.sequence.text import clean_text
 
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16
+MAX_WEBP_SIDE = 16_383
 
 
 def decode_caption(caption: bytes | str | None) -> str:
@@ -37,6 +38,12 @@ def open_rgb(content: bytes) -> Image.Image:
 def check_image(content: bytes) -> tuple[int, int]:
     """Width and height that `open_rgb` would give. Raises BadRecord for whatever it would raise it for."""
     return _read(reader.check_image, content)
+
+
+def covering_size(width: int, height: int, to_height: int, to_width: int) -> tuple[int, int]:
+    """Width and height of an image downscaled to the smallest size that covers another; never upscaled."""
+    scale = min(1, max(to_width / width, to_height / height))
+    return max(min(width, to_width), round(width * scale)), max(min(height, to_height), round(height * scale))
 
 
 def _read(read: Callable[[bytes], T], content: bytes) -> T:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from data_prep.plan import Plan, describe_estimate
 from megafusion.data.inspect import inspect_shards
+from megafusion.data.latent_statistics import latent_statistics, spread_documents
 from megafusion.data.manifest import Manifest
+from megafusion.data.reader import ShardFolder
 from megafusion.images.sizes import format_sizes
 from megafusion.storage import write_file
 
@@ -30,6 +32,12 @@ def write_report(folder: Path, plan: Plan, ignored: dict[str, int], manifest: Ma
         "images_by_size_of_latents": {format_sizes([size]): n for size, n in manifest.count_by_size.items()},
         "images_by_shorter_side": plan.shorter_sides,
     }
+    if found := latent_statistics(spread_documents(ShardFolder(folder)), manifest):
+        values["normalized_latents"] = {
+            "mean": round(found.mean, 4),
+            "standard_deviation": round(found.deviation, 4),
+            "warning": found.warning,
+        }
     write_file(folder / REPORT, json.dumps(values, indent=1) + "\n")
 
 

@@ -54,7 +54,7 @@ def scan_split(
     read = split.files if split.opens_file else ()
     files = {str(file): [*file_stat(file), file_sha256(file)] for file in read}
     rows = []
-    inspect = partial(inspect_record, filters=config.filters)
+    inspect = partial(inspect_record, config=config)
     for record, info, error in read_records(split, open_reader, inspect, config.on_error, selected_keys):
         count(1)
         reason = error.reason if error else None

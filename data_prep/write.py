@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data_prep.config import PreprocessConfig, SplitConfig
-from data_prep.images import decode_caption, open_rgb
+from data_prep.images import covering_size, decode_caption, open_rgb
 from data_prep.readers.interleaved import GivenImage
 from data_prep.readers.records import RawPair, Record
 from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
@@ -133,7 +133,13 @@ class DocumentBuilder:
                 moments |= zip(some, self._moments([images[index] for index in some]), strict=True)
         in_order = (moments[index] for index in range(len(images)))
         for metadata, segments in batch:
-            yield StoredDocument(metadata, tuple(_stored(segment, in_order) for segment in segments))
+            stored = tuple(_stored(segment, in_order) for segment in segments)
+            if not all(np.isfinite(segment.data).all() for segment in stored if segment.kind == "moments"):
+                raise UserError(
+                    f"{self._config.vae}: gives latents with NaN or Inf for key {metadata['key']!r}; use "
+                    "another autoencoder, or remove the image"
+                )
+            yield StoredDocument(metadata, stored)
 
     def _moments(self, images: list[Image.Image]) -> np.ndarray:
         """Mean and log-variance, float16 [n, 2, C, h, w], of at most batch_size images of one size."""
@@ -150,9 +156,7 @@ def _stored(segment: RawSegment, moments: Iterator[np.ndarray]) -> Segment:
 
 def to_webp(image: Image.Image, height: int, width: int) -> bytes:
     """An image as WebP, downscaled to the smallest size that covers height x width; never upscaled."""
-    scale = max(width / image.width, height / image.height)
-    if scale < 1:
-        size = [max(a, round(b * scale)) for a, b in zip((width, height), image.size, strict=True)]
+    if (size := covering_size(*image.size, height, width)) != image.size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=WEBP_QUALITY)

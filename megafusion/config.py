@@ -14,6 +14,8 @@ from megafusion.storage import expand_path
 from megafusion.suggestions import suggest
 from megafusion.yaml_values import dump_yaml, load_values
 
+REQUIRED, FROM_DATA = "required", "from the data"
+
 
 class Config(BaseModel):
     """Base of every component's configuration: immutable, strict in types, closed to unknown keys.
@@ -31,6 +33,9 @@ class Config(BaseModel):
 
     moved_values: ClassVar[dict[tuple[str, str], str]] = {}
     """(key, value) of earlier versions where the key has another meaning now: refused with what to write."""
+
+    keys_from_data: ClassVar[tuple[str, ...]] = ()
+    """Required keys that a configuration file may leave out, because `train` takes them from the data."""
 
     max_integer: ClassVar[int] = 2**63 - 1
     """Largest integer of a key without a limit of its own."""
@@ -95,7 +100,7 @@ def changed_keys(old: Config, new: Config) -> dict[str, list]:
 
 
 class Key(NamedTuple):
-    """Of a configuration: its dotted path, its default (or "required"), its choices if any, its sentence."""
+    """Of a configuration: its dotted path, its default (REQUIRED, FROM_DATA), its choices, its sentence."""
 
     path: str
     default: str
@@ -113,7 +118,8 @@ def keys_of(cls: type[Config], parent: str = "") -> Iterator[Key]:
                     config, f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}."
                 )
             continue
-        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        required = FROM_DATA if name in cls.keys_from_data else REQUIRED
+        default = required if field.is_required() else json.dumps(field.default, default=str)
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         yield Key(path, default, choices, " ".join((field.description or "").split()))
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
+from safetensors import SafetensorError
+
 
 class ExitStatus(IntEnum):
     """The launchers restart a run after RETRY or a signal alone; launchers/common.sh has the same numbers."""
@@ -39,11 +41,14 @@ class UserError(ValueError):
 
 @contextmanager
 def refuse_os_errors(fault: str, way_out: str = "") -> Iterator[None]:
-    """Raise an OSError of the block as a UserError. fault: a file or folder, and that it cannot be ..."""
+    """Raise an OSError of the block as a UserError. fault: a file or folder, and that it cannot be ...
+
+    So is what safetensors raises in its place.
+    """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{fault} ({error.strerror or error}){way_out}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{fault} ({getattr(error, 'strerror', None) or error}){way_out}") from error
 
 
 @contextmanager

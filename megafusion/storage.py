@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 
 
 def file_sha256(path: Path) -> str:
@@ -72,15 +72,12 @@ def new_folder(folder: Path, marker: str) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from error
+        with refuse_os_errors(f"{folder}: cannot be written", "; free space or choose another folder"):
+            partial.mkdir(parents=True)
+            yield partial
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

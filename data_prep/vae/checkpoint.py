@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megafusion.errors import UserError
+from megafusion.errors import UserError, refuse_os_errors
 
 CHECKPOINT_NAME = "state.safetensors"
 
@@ -30,11 +30,12 @@ def save_checkpoint(
     for owner, optimizer in optimizers.items():
         for index, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{owner}/{index}/{key}": value for key, value in values.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{CHECKPOINT_NAME}.new"
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, {"meta": json.dumps(meta)})
-    temporary.replace(folder / CHECKPOINT_NAME)
+    with refuse_os_errors(f"{folder}: cannot be written", "; free space: the same command resumes"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, temporary, {"meta": json.dumps(meta)})
+        temporary.replace(folder / CHECKPOINT_NAME)
 
 
 def read_meta(folder: Path) -> dict | None:

@@ -9,7 +9,8 @@ from PIL import Image
 from data_prep.vae.config import AutoencoderConfig, NetworkConfig
 from megafusion.config import dump_config
 from megafusion.errors import UserError
-from megafusion.images.codec import CONFIG_NAME, WEIGHTS_NAME
+from megafusion.images.codec import WEIGHTS_NAME
+from megafusion.images.codec_config import CONFIG_NAME
 from megafusion.storage import new_folder, refuse_foreign
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "recipe.yaml", "report.json", "reconstructions.png")

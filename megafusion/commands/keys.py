@@ -4,7 +4,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from megafusion.config import Config, Key, keys_of, renamed_keys_of
+from megafusion.config import FROM_DATA, REQUIRED, Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
 
 Command = Literal["train", "preprocess", "train-tokenizer", "train-vae"]
@@ -56,7 +56,7 @@ def _row(key: Key) -> str:
     about = key.about
     if key.choices:
         about += f" Choices: {', '.join(f'`{choice}`' for choice in key.choices)}."
-    default = key.default if key.default == "required" else f"`{key.default}`"
+    default = key.default if key.default in (REQUIRED, FROM_DATA) else f"`{key.default}`"
     return f"| `{key.path}` | {default} | {about.replace('|', chr(92) + '|')} |"
 
 

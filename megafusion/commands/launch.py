@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megafusion.commands.arguments import ConfigFile, Overrides
-from megafusion.config import dump_config, load_config
+from megafusion.config import dump_config
 
 if TYPE_CHECKING:
     from megafusion.data.config import DataConfig
@@ -39,10 +39,10 @@ def launch(
     Example: megafusion launch configs/7b.yaml parallel.tensor=8 --site example --nodes 16 --dry-run
     """
     from megafusion.launch.job import make_job, render, submit
-    from megafusion.train.config import RunConfig
+    from megafusion.train.from_data import load_training_config
     from megafusion.train.run_folder import changed_recipe
 
-    values = load_config(RunConfig, config, overrides or [])
+    values = load_training_config(config, overrides or [])
     job = make_job(values.out, site, nodes, launcher, time_limit)
     values.check_degrees(job.world_size)
     changed_recipe(values)

@@ -41,13 +41,12 @@ def train(
     On 8 GPUs: deepspeed --num_gpus 8 --no_local_rank --module megafusion.cli train CONFIG parallel.tensor=4
     """
     from megafusion.checkpoint.folder import newest_step
-    from megafusion.config import load_config
     from megafusion.resilience.attempts import refuse_crash_loop
-    from megafusion.train.config import RunConfig
+    from megafusion.train.from_data import load_training_config
 
     is_alone = world_size() == 1
     try:
-        values = load_config(RunConfig, config, overrides or [])
+        values = load_training_config(config, overrides or [])
     except UserError as error:
         if is_alone:
             raise

@@ -4,13 +4,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from megafusion.data.document_format import StoredDocument
 from megafusion.data.images import decode, first_images
+from megafusion.data.latent_statistics import LatentStatistics, latent_statistics, spread_documents
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import INDEX, document_offsets
 from megafusion.errors import UserError
@@ -26,9 +26,11 @@ def inspect_shards(folder: Path, vae: Path, out: Path, num_documents: int) -> No
     latents.
     """
     shards = ShardFolder(folder)
-    num_documents = min(num_documents, len(shards))
-    chosen = [shards.read(len(shards) * i // num_documents) for i in range(num_documents)]
-    Console().print(_table(shards, chosen))
+    chosen = spread_documents(shards, num_documents)
+    statistics = latent_statistics(chosen, shards.manifest)
+    Console().print(_table(shards, chosen, statistics))
+    if statistics and statistics.warning:
+        print(f"warning: {folder}: {statistics.warning}")
     if shards.manifest.num_images:
         every = map(shards.read, range(len(shards)))
         with_images = filter(_has_image, chosen if any(map(_has_image, chosen)) else every)
@@ -67,7 +69,7 @@ def _check_index(path: Path) -> None:
         raise UserError(f"{index}: is not the index of {path.name}; copy it again or preprocess again")
 
 
-def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
+def _table(shards: ShardFolder, chosen: list[StoredDocument], statistics: LatentStatistics | None) -> Table:
     manifest = shards.manifest
     lengths = sorted(sum(len(s.data) for s in d.segments if s.kind == "tokens") for d in chosen)
     table = Table("", "", title=str(shards.folder), show_header=False)
@@ -81,13 +83,11 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument]) -> Table:
     if images and manifest.image_kind == "pixels":
         mean_bytes = sum(len(image.data) for image in images) // len(images)
         table.add_row("images", f"pixels, WebP of {decimal(mean_bytes)} each")
-    elif images:
-        numbers = np.concatenate([image.data[0].ravel() for image in images])
-        latents = (torch.from_numpy(numbers).float() - manifest.latent_shift) * manifest.latent_scale
+    elif statistics:
         shapes = [" x ".join(map(str, shape)) for shape in manifest.latent_shapes]
         for shape, count in zip(shapes, manifest.count_by_size.values(), strict=True):
             table.add_row("latents" if shape == shapes[0] else "", f"{shape}: {count:,} images")
-        deviation = f"mean {latents.mean():.3f}, standard deviation {latents.std():.3f}"
+        deviation = f"mean {statistics.mean:.3f}, standard deviation {statistics.deviation:.3f}"
         table.add_row("", f"normalized as in training: {deviation}")
     for name, value in manifest.provenance.items():
         if name != "config":

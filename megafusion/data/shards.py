@@ -28,15 +28,13 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
     from webdataset import TarWriter  # a run reads shards without it
 
     path = folder / f"shard-{number:06d}.tar"
-    with path.open("wb") as file:
-        writer = TarWriter(file, encoder=False, mtime=0)
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
         for position, document in enumerate(documents):
             members = {"json": json.dumps(document.metadata, sort_keys=True).encode()}
             for order, segment in enumerate(document.segments):
                 content = segment.data if segment.kind == "pixels" else npy(segment.data)
                 members[f"{order}.{MEMBER_ENDINGS[segment.kind]}"] = content
             writer.write({"__key__": f"{number:06d}-{position:06d}", **members})
-        writer.close()
     np.save(path.with_suffix(INDEX), document_offsets(path))
     tokens = [sum(len(s.data) for s in d.segments if s.kind == "tokens") for d in documents]
     images = [sum(s.kind != "tokens" for s in d.segments) for d in documents]

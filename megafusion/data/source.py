@@ -1,5 +1,6 @@
 """A folder of shards as M ranges of documents, one for each logical stream, reshuffled every epoch."""
 
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -114,7 +115,9 @@ def open_folder(config: DataConfig, name: str) -> ShardFolder:
 
 def _check_origin(key: str, folder: ShardFolder, what: str, made_with: str | None, given: str) -> None:
     if made_with != given:
+        path = re.search(rf"^{what}: (.+)$", folder.manifest.provenance.get("config", ""), re.MULTILINE)
         raise UserError(
             f"{key}: {folder.folder} was made with a {what} of hash {str(made_with)[:12]}, but data.{what} "
             f"has {given[:12]}; preprocess again with it, or give the one that made the shards"
+            + (f" (then {path[1]})" if path else "")
         )

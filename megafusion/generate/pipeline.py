@@ -249,9 +249,12 @@ def check_components(model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec
         beside = f", and a boi for each of the {num_more} further model.image_sizes"
         raise UserError(
             f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {num_ids} ids (its tokens, boi "
-            f"and eoi{beside if num_more else ''}); set model.vocab_size to that (up to {max_ids} where the "
-            "vocabulary is padded) or give the tokenizer of the model"
+            f"and eoi{beside if num_more else ''}); set model.vocab_size: {num_ids} (up to {max_ids} where "
+            "the vocabulary is padded), leave it out, or give the tokenizer of the model"
         )
     for key, found in (("channels", codec.latent_channels), ("downsampling", codec.downsampling)):
         if (wanted := getattr(model, f"latent_{key}")) != found:
-            raise UserError(f"model.latent_{key} is {wanted}, but the autoencoder's is {found}; set that")
+            raise UserError(
+                f"model.latent_{key} is {wanted}, but the autoencoder's is {found}; set model.latent_{key}: "
+                f"{found}, leave it out, or give the autoencoder of the model"
+            )

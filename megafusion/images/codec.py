@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megafusion.errors import UserError
+from megafusion.images.codec_config import CONFIG_NAME, CodecConfig, read_codec_config
 from megafusion.images.processor import postprocess_images, preprocess_images
 from megafusion.images.sizes import Size
 
@@ -29,31 +30,18 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-DEFAULTS = {
+HASHED_KEYS = {
     "act_fn": "silu",
-    "block_out_channels": (64,),
     "down_block_types": ("DownEncoderBlock2D",),
-    "in_channels": 3,
-    "latent_channels": 4,
     "norm_num_groups": 32,
-    "out_channels": 3,
     "scaling_factor": 0.18215,
     "shift_factor": None,
     "up_block_types": ("UpDecoderBlock2D",),
 }
-"""AutoencoderKL's defaults of the keys that are read here, which older folders leave out."""
-# Configuration that the names and shapes of the weights do not imply. Listed, because later versions of
-# diffusers add keys with defaults, which must not change the hash of the same autoencoder.
-HASHED_KEYS = (
-    "act_fn",
-    "down_block_types",
-    "norm_num_groups",
-    "scaling_factor",
-    "shift_factor",
-    "up_block_types",
-)
+"""Configuration that the names and shapes of the weights do not imply, with AutoencoderKL's defaults, because
+older folders leave keys out. Listed, because later versions of diffusers add keys with defaults, which must
+not change the hash of the same autoencoder."""
 
 
 class ImageCodec:
@@ -64,16 +52,12 @@ class ImageCodec:
     """
 
     def __init__(self, model: AutoencoderKL) -> None:
-        self._read(model.config)
+        self._read(CodecConfig.parse(model.config, "autoencoder"))
         self.model = model.eval()
 
-    def _read(self, config: Mapping[str, Any]) -> None:
-        self.unshuffle = unshuffle_factor(config)
-        num_halvings = len(config["block_out_channels"]) - 1
-        self.downsampling = self.unshuffle * 2**num_halvings
-        self.latent_channels: int = config["latent_channels"]
-        self.scaling_factor: float = config["scaling_factor"]
-        self.shift_factor: float = config["shift_factor"] or 0.0
+    def _read(self, config: CodecConfig) -> None:
+        self.downsampling, self.latent_channels = config.downsampling, config.latent_channels
+        self.scaling_factor, self.shift_factor = config.scaling_factor, config.shift_factor or 0.0
 
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> ImageCodec:
@@ -127,9 +111,9 @@ class _SavedCodec(ImageCodec):
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
         self._path, self._device = path, device
-        self._config = DEFAULTS | _read_config(path)
+        self._config = read_codec_config(path)
+        self._read(CodecConfig.parse(self._config, str(path / CONFIG_NAME)))
         with _user_errors(path), safe_open(path / WEIGHTS_NAME, "pt") as weights:
-            self._read(self._config)
             # Names of old versions, which diffusers renames.
             self._is_renamed = any(".proj_attn." in name for name in weights.keys())  # noqa: SIM118
 
@@ -152,7 +136,7 @@ class _SavedCodec(ImageCodec):
 
 
 def _hash(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    described = {key: config[key] for key in HASHED_KEYS}
+    described = {key: config.get(key, default) for key, default in HASHED_KEYS.items()}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -172,41 +156,15 @@ def _user_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: not loadable as an AutoencoderKL: {error}") from error
 
 
-def unshuffle_factor(config: Mapping[str, Any]) -> int:
-    """f where the model's input has 3 f^2 channels. Raises UserError for any other count."""
-    channels = config["in_channels"]
-    factor = round((channels / 3) ** 0.5)
-    if 3 * factor**2 != channels or config["out_channels"] != channels:
-        raise UserError(
-            f"autoencoder in_channels {channels}, out_channels {config['out_channels']}: "
-            "both must be the same 3 f^2 (3, 12, 27, 48, ...)"
-        )
-    return factor
-
-
 def encode(model: AutoencoderKL, pixels_N3HW: Tensor) -> DiagonalGaussianDistribution:
     """The posterior of pixels in [-1, 1], raw and with gradients."""
-    return model.encode(F.pixel_unshuffle(pixels_N3HW, unshuffle_factor(model.config))).latent_dist
+    return model.encode(F.pixel_unshuffle(pixels_N3HW, _unshuffle(model))).latent_dist
 
 
 def decode(model: AutoencoderKL, latents_NCHW: Tensor) -> Tensor:
     """Raw latents to pixels in about [-1, 1], not clamped, with gradients."""
-    return F.pixel_shuffle(model.decode(latents_NCHW).sample, unshuffle_factor(model.config))
+    return F.pixel_shuffle(model.decode(latents_NCHW).sample, _unshuffle(model))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The config.json of an AutoencoderKL folder with safetensors weights. Raises UserError for another."""
-    advice = "name a diffusers AutoencoderKL folder (config.json and safetensors), or train one: train-vae"
-    config_path = path / CONFIG_NAME
-    if not config_path.is_file():
-        raise UserError(f"{path}: no {CONFIG_NAME} there; {advice}")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        found = config["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{config_path}: names no model class; {advice}") from error
-    if found != "AutoencoderKL":
-        raise UserError(f"{config_path}: a {found}, not an AutoencoderKL; {advice}")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: no safetensors weights there; pickled ones are not read; {advice}")
-    return config
+def _unshuffle(model: AutoencoderKL) -> int:
+    return CodecConfig.parse(model.config, "autoencoder").unshuffle

@@ -46,6 +46,12 @@ class ModelConfig(Config):
         "latent_shape": "latent_channels latent_downsampling image_sizes",
         "more_sizes": "image_sizes",
     }
+    keys_from_data: ClassVar[tuple[str, ...]] = (
+        "latent_channels",
+        "latent_downsampling",
+        "image_sizes",
+        "vocab_size",
+    )
     max_integer: ClassVar[int] = 2**20
 
     num_layers: int = Field(gt=0, le=4096)
@@ -66,15 +72,17 @@ class ModelConfig(Config):
     """Size of the feed-forward's hidden layer; 8/3 of hidden_size, rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
     """The tokenizer's ids with boi and eoi, and one boi more for each image size but the first; or more: a
-    padded vocabulary."""
+    padded vocabulary. If left out, those of data.tokenizer."""
     tie_embeddings: bool = False
     """Whether the language head is the embedding's weight; not with parallel.pipeline."""
     latent_channels: int = Field(gt=0)
-    """Channels of an image's latents."""
+    """Channels of an image's latents. If left out, those of data.vae."""
     latent_downsampling: int = Field(gt=0)
-    """Pixels per latent along a side: the downsampling factor of the autoencoder."""
+    """Pixels per latent along a side: the downsampling factor of the autoencoder. If left out, that of
+    data.vae."""
     image_sizes: tuple[tuple[Positive, Positive], ...] = Field(min_length=1)
-    """Heights and widths of images in pixels. Each size has a begin-of-image token of its own."""
+    """Heights and widths of images in pixels. Each size has a begin-of-image token of its own. If left out,
+    those of the sources' latents."""
     patch_size: Literal[1, 2, 4, 8]
     """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
     adapter: AdapterName = "linear"

@@ -2,14 +2,17 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from megafusion.checkpoint.folder import newest_step
+from megafusion.data.latent_statistics import latent_statistics, spread_documents
 from megafusion.data.loader import DataLoader
 from megafusion.data.manifest import Manifest
+from megafusion.data.remote import is_remote
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
@@ -39,10 +42,19 @@ class Components:
 
     def warnings(self, config: RunConfig) -> list[str]:
         """Values of the configuration that cannot do what they say with these inputs."""
+        found = []
         has_pixels = any(s.folder.manifest.image_kind == "pixels" for s in self.sources.values())
-        if has_pixels or (config.data.crop == 1 and not config.data.flip):
-            return []
-        return ["warning: data.flip and data.crop change no image, because every source holds latents"]
+        if not has_pixels and (config.data.crop < 1 or config.data.flip):
+            found.append("data.flip and data.crop change no image, because every source holds latents")
+        for name, source in self.sources.items():
+            shards = source.folder
+            if is_remote(config.data.sources[name].path):
+                continue  # its shards are fetched when they are due
+            with suppress(UserError):  # a corrupt document, for which data.on_error is
+                statistics = latent_statistics(spread_documents(shards), shards.manifest)
+                if statistics and statistics.warning:
+                    found.append(f"data.sources.{name}: {statistics.warning}")
+        return [f"warning: {sentence}" for sentence in found]
 
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
@@ -111,17 +123,16 @@ def _check_compiler() -> None:
 def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
     """Raise UserError if a source's latents do not fit the model."""
     model = config.model
-    if manifest.latent_shape and manifest.latent_shape[0] != model.latent_channels:
-        raise UserError(
-            f"{key}: latents have {manifest.latent_shape[0]} channels, but model.latent_channels is "
-            f"{model.latent_channels}"
-        )
     sizes = [shape[1:] for shape in manifest.latent_shapes]
     if not set(sizes) <= set(model.latent_sizes):
+        factor = model.latent_downsampling
+        wanted = [list(size) for size in model.image_sizes]
+        wanted += [[h * factor, w * factor] for h, w in sizes if (h, w) not in model.latent_sizes]
         raise UserError(
             f"{key}: latents of {format_sizes(sizes)}, but the model's are "
-            f"{format_sizes(model.latent_sizes)} (model.image_sizes / model.latent_downsampling); "
-            "a model may have more sizes than its shards, not fewer"
+            f"{format_sizes(model.latent_sizes)} (model.image_sizes / model.latent_downsampling); a model "
+            "may have more sizes than its shards, not fewer: set model.image_sizes: "
+            f"{wanted}, or leave it out"
         )
 
 

@@ -1,24 +1,34 @@
-"""What damage costs is counted in inputs, not in pieces; what a reader cannot do is not told as damage."""
+"""Losses count in inputs, limits are not told as damage, and what the scan accepts can be written."""
 
 import json
 import os
 import random
+import shutil
 import tarfile
 from contextlib import suppress
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import HealthCheck, assume, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet
 
+from data_prep.config import PreprocessConfig
+from data_prep.filters import inspect_record
 from data_prep.readers.parquet import BATCH_BYTES, ParquetPairs, ParquetTexts
-from data_prep.readers.records import UNKNOWN, BadRecord
+from data_prep.readers.records import UNKNOWN, BadRecord, RawPair, Record
 from data_prep.readers.webdataset import TarReader
+from data_prep.write import DocumentBuilder
 from megafusion.errors import UserError
-from tests.support.raw import png, write_tar
+from tests.support.raw import drawing, encoded, png, write_tar
 
-within_a_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+within_a_test = hypothesis_settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25
+)
 
 
 def report_of(folder) -> dict:
@@ -263,3 +273,65 @@ def test_a_refusal_of_all_inputs_gives_the_reasons_with_an_example_of_each(make,
         make(images=(tmp_path / "dots.tar",), on_error="skip")
     with pytest.raises(UserError, match=r"no valid document: of 0 inputs none"):
         make(images=(write_tar(tmp_path / "empty.tar", {}),))
+
+
+SIDES = st.sampled_from([1, 2, 33, 64, 1000, 16_383, 16_384, 17_000, 40_000])
+
+
+@within_a_test
+@given(
+    width=SIDES, height=SIDES, storage=st.sampled_from(["pixels", "latents"]), size=st.sampled_from([32, 64])
+)
+def test_what_the_scan_accepts_can_be_written(settings, tokenizer, codec, width, height, storage, size):
+    assume(width * height < 3_000_000)
+    config = PreprocessConfig(
+        **settings | {"image_storage": storage, "image_sizes": ((size, size), (32, 48))}
+    )
+    content = encoded(Image.new("1", (width, height)))
+    builder = DocumentBuilder(config, tokenizer, codec if storage == "latents" else None)
+    try:
+        inspect_record(RawPair("k", content, "a line", {}), config)
+    except BadRecord:
+        assert storage == "pixels"
+        assert max(width, height) > 16_383
+        return
+    (document,) = builder.documents(iter([(Record("k"), RawPair("k", content, "a line", {}), "here", {})]))
+    assert document.segments[1].kind == ("pixels" if storage == "pixels" else "moments")
+
+
+def test_an_image_that_is_too_long_is_bad_input_at_the_scan(make, tmp_path):
+    long = encoded(Image.new("1", (64, 17_000)))
+    tar = write_tar(tmp_path / "in.tar", pairs(3) | {"long": {"png": long, "txt": b"x"}})
+    values = {"images": (tar,), "image_storage": "pixels"}
+    with pytest.raises(
+        UserError, match=r"in\.tar, key 'long': image too long for WebP: more than 16,383 pixels .*; fix"
+    ):
+        make(**values, image_sizes=((64, 64),))
+    (made,) = make(**values, image_sizes=((64, 64),), on_error="skip")
+    assert made.num_documents == 3
+    (made,) = make(**values, image_sizes=((32, 32),), out=tmp_path / "smaller")
+    assert made.num_documents == 4
+
+
+def test_latents_that_are_not_finite_are_named(make, tmp_path, vae_folder):
+    model = AutoencoderKL.from_pretrained(vae_folder)
+    with torch.no_grad():
+        model.quant_conv.bias += 1e6  # beyond float16
+    model.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=r"vae: gives latents with NaN or Inf for key 'k000'; use another"):
+        make(images=(write_tar(tmp_path / "in.tar", pairs(2)),), vae=tmp_path / "vae")
+
+
+@pytest.mark.parametrize("scale", [0.05, 4.0])
+def test_latents_far_from_unit_deviation_are_a_warning_in_the_report(
+    make, tmp_path, vae_folder, scale, capfd
+):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": scale}))
+    images = {f"k{i}": {"png": encoded(drawing(i)), "txt": b"x"} for i in range(20)}
+    make(images=(write_tar(tmp_path / "in.tar", images),), vae=tmp_path / "vae")
+    found = report_of(tmp_path / "out/pairs")["normalized_latents"]
+    is_far = not 0.5 <= found["standard_deviation"] <= 2
+    assert is_far == (scale == 0.05)
+    assert bool(found["warning"]) == is_far == ("warning: " in capfd.readouterr().out)

@@ -230,9 +230,10 @@ def test_an_input_that_changes_before_the_manifest_is_named(make, tmp_path, monk
 def test_a_full_disk_is_reported_and_finished_work_kept(settings, inputs, tmp_path, uninterrupted):
     """A limit on file sizes, which fails as a full disk does, in a process of its own."""
     config = PreprocessConfig(**settings | inputs)
-    message = tmp_path / "message"
+    message, said = tmp_path / "message", tmp_path / "stderr"
 
     def limited() -> None:
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
         try:
@@ -245,6 +246,7 @@ def test_a_full_disk_is_reported_and_finished_work_kept(settings, inputs, tmp_pa
     run.join()
     assert f"{tmp_path}/out/pairs: cannot be written" in message.read_text()
     assert "free space or choose another folder" in message.read_text()
+    assert "Exception ignored" not in said.read_text()
     assert not (tmp_path / "out/pairs").exists()
     assert list((tmp_path / "out").glob("pairs.*.partial/work/scan/*"))
     preprocess(config)

@@ -1,5 +1,6 @@
 """The codec over AutoencoderKL folders."""
 
+import hashlib
 import json
 
 import pytest
@@ -118,6 +119,52 @@ def test_invalid_sizes_and_channels_are_refused():
         ImageCodec(tiny()).encode(torch.zeros(1, 3, 18, 16))
     with pytest.raises(UserError, match="in_channels 4"):
         ImageCodec(tiny(in_channels=4))
+
+
+REFUSED_KEYS = {
+    "scaling_factor": [0, 0.0, -1.0, None, "0.18", float("nan"), float("inf"), True, [1.0]],
+    "shift_factor": ["0", float("nan"), [0.0] * 4],
+    "latents_mean": [[0.0] * 4],
+    "latents_std": [[1.0] * 4],
+    "latent_channels": [0, None, "4"],
+    "block_out_channels": [[], None, 8],
+    "in_channels": [0, None, 4, 12.0],
+}
+
+
+@pytest.mark.parametrize("key", REFUSED_KEYS)
+def test_keys_that_matter_are_refused_by_name(tmp_path, key):
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    for value in REFUSED_KEYS[key]:
+        path.write_text(json.dumps(values | {key: value}))
+        with pytest.raises(UserError, match=rf"config\.json: (key )?'?{key}'?"):
+            ImageCodec.from_pretrained(tmp_path)
+    model = tiny()
+    model.register_to_config(**{key: REFUSED_KEYS[key][0]})
+    with pytest.raises(UserError, match=rf"autoencoder: (key )?'?{key}'?"):
+        ImageCodec(model)
+
+
+def test_the_hash_of_an_autoencoder_is_that_of_earlier_versions(tmp_path):
+    """Shards name their autoencoder by it. Keys that say nothing do not change it."""
+    tiny(scaling_factor=2.0, shift_factor=0.5).save_pretrained(tmp_path)
+    described = {
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"],
+        "norm_num_groups": 4,
+        "scaling_factor": 2.0,
+        "shift_factor": 0.5,
+        "up_block_types": ["UpDecoderBlock2D"],
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, weight in sorted(load_file(tmp_path / "diffusion_pytorch_model.safetensors").items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + weight.numpy().tobytes())
+    assert ImageCodec.from_pretrained(tmp_path).hash == digest.hexdigest()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents_mean": None, "another_key": 1}))
+    assert ImageCodec.from_pretrained(tmp_path).hash == digest.hexdigest()
 
 
 def test_invalid_autoencoder_folders_are_refused(tmp_path):
