@@ -25,7 +25,9 @@ def load_training_config(path: Path | str, overrides: Sequence[str] = ()) -> Run
     """The configuration of a run to start or resume, in full. Raises UserError as load_config does."""
     values = load_values(path, overrides)
     model = values.get("model") if isinstance(values, dict) else None
-    missing = [key for key in KEYS if key not in model] if isinstance(model, dict) else []
+    if not isinstance(model, dict):
+        return parse_config(RunConfig, values, str(path))
+    missing = [key for key in KEYS if key not in model]
     if missing and "latent_shape" not in model:  # which earlier versions had in their place
         given = {key: value for key, value in values.items() if key == "data"}
         data = parse_config(_Data, given, str(path)).data

@@ -152,8 +152,8 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
         misfit = describe_misfit(name, there, here)
         lacks_ids = name in (EMBEDDING, HEAD) and there is None  # no pattern means all of them
         if misfit and not lacks_ids and any(fnmatchcase(name, pattern) for pattern in patterns):
-            rows = f" from row {there[0]}" if name in origin.names and there else ""
-            new += [name + rows] if here else []
+            start = f" from row {there[0]}" if name in origin.names and there else ""
+            new += [name + start] if here else []
         elif misfit:
             misfits[_of_all_blocks(misfit)] += 1
     if misfits:
