@@ -25,7 +25,7 @@ def exit_on_stop_signals() -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         with suppress(OSError):  # of a closed terminal
-            os.write(2, f"\nstopped by {signal.Signals(number).name}; the same command resumes\n".encode())
+            os.write(2, f"\nstopped by {signal.Signals(number).name}; run the same command again\n".encode())
         raise SystemExit(ExitStatus.RETRY)
 
     for number in STOP_SIGNALS:

@@ -25,9 +25,7 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
     if on_gpu:
         local_rank, num_gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
         if local_rank >= num_gpus:
-            raise UserError(
-                f"LOCAL_RANK {local_rank}: this machine has {num_gpus} GPUs; start fewer ranks on it"
-            )
+            raise UserError(f"LOCAL_RANK {local_rank}: this process sees {num_gpus} GPUs; start fewer ranks")
         torch.cuda.set_device(local_rank)
     backend = "nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)

@@ -56,7 +56,11 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     """
     if not (config.out / "config.yaml").is_file():
         return None
-    changed = changed_keys(load_run_config(config.out), absolute_paths(config))
+    began = load_run_config(config.out)
+    changed = changed_keys(began, absolute_paths(config))
+    order_began, order = (list(each.data.sources) for each in (began, config))
+    if order_began != order:  # what is sampled depends on it
+        changed["data.sources"] = [order_began, order]
     step = newest_step(config.out)
     # What a run started from is without effect once it has a checkpoint.
     free = (*FREE_KEYS, "train.init_") if step else FREE_KEYS

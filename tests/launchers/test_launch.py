@@ -225,7 +225,7 @@ values_of_a_site = st.one_of(
 @settings(max_examples=40)
 @given(st.lists(values_of_a_site), st.sampled_from(["\n", "\r\n"]), st.sampled_from(["", "\ufeff"]))
 def test_a_shell_reads_any_site_file_alike(tmp_path_factory, values, line_end, mark):
-    lines = ["# A comment", "MEGAFUSION_RANKS_PER_NODE=1", *(f"V{n}={v}" for n, v in enumerate(values)), ""]
+    lines = ["MEGAFUSION_RANKS_PER_NODE=1", "# A comment", *(f"V{n}={v}" for n, v in enumerate(values)), ""]
     site = tmp_path_factory.mktemp("site") / "site.env"
     site.write_bytes((mark + line_end.join(lines)).encode())
     assert_a_shell_reads_alike(site)

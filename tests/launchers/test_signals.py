@@ -205,7 +205,7 @@ def test_commands_that_resume_end_with_75(command, number, tmp_path):
         process.send_signal(number)
         said = process.communicate(timeout=30)[1]
     assert process.returncode == ExitStatus.RETRY, said
-    assert f"stopped by {number.name}; the same command resumes" in said
+    assert f"stopped by {number.name}; run the same command again" in said
 
 
 def handles(pid: int, number: int) -> bool:

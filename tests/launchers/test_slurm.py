@@ -177,7 +177,7 @@ def test_a_signal_before_the_ranks_and_an_absent_controller_lose_no_job(run_valu
         wait_for_step(run, 1, 5)
         cluster.wait_for(job, {"COMPLETED"}, 180)
         assert cluster.job(job)["Restarts"] == "2"
-    assert "asked to stop before the ranks were started: requeued" in log.read_text()
+    assert "asked to stop before the ranks were started: requeueing" in log.read_text()
     attempts = json.loads((run / "starts.json").read_text())
     assert [attempt["ended"] for attempt in attempts] == ["preempted", "finished"]
 
@@ -198,7 +198,7 @@ def test_a_killed_deepspeed_launcher_is_not_a_finished_run(run_values, tmp_path)
         cluster.wait_for(job, {"COMPLETED"}, 180)
         assert cluster.job(job)["Restarts"] == "1"
     assert re.search(
-        r"start 1: exit status 0 at checkpoint \S+, unfinished: requeued",
+        r"start 1: exit status 0 at checkpoint \S+, unfinished: requeueing",
         (run / f"logs/job-{job}.log").read_text(),
     )
     attempts = json.loads((run / "starts.json").read_text())

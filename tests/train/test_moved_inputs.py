@@ -97,8 +97,13 @@ def test_other_files_are_refused_wherever_they_are(run_values, which, where):
     assert (config.out / "config.yaml").read_text() == before
 
 
-def test_another_source_is_another_recipe(run_values):
+def test_another_source_or_another_order_is_another_recipe(run_values):
     start(run_values, stop_after=1)
+    sources = run_values["data"]["sources"]
+    run_values["data"]["sources"] = dict(reversed(sources.items()))
+    with pytest.raises(UserError, match=r"other values of data\.sources \(see"):
+        start(run_values)
+    run_values["data"]["sources"] = sources
     run_values["data"]["sources"]["more"] = run_values["data"]["sources"]["text"]
     with pytest.raises(UserError, match=r"other values of data\.sources\.more"):
         start(run_values)
