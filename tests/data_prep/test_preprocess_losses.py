@@ -322,7 +322,7 @@ def test_latents_that_are_not_finite_are_named(make, tmp_path, vae_folder):
         make(images=(write_tar(tmp_path / "in.tar", pairs(2)),), vae=tmp_path / "vae")
 
 
-@pytest.mark.parametrize("scale", [0.05, 4.0])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 4.0])
 def test_latents_far_from_unit_deviation_are_a_warning_in_the_report(
     make, tmp_path, vae_folder, scale, capfd
 ):
@@ -333,5 +333,5 @@ def test_latents_far_from_unit_deviation_are_a_warning_in_the_report(
     make(images=(write_tar(tmp_path / "in.tar", images),), vae=tmp_path / "vae")
     found = report_of(tmp_path / "out/pairs")["normalized_latents"]
     is_far = not 0.5 <= found["standard_deviation"] <= 2
-    assert is_far == (scale == 0.05)
+    assert is_far == (scale != 1.0)
     assert bool(found["warning"]) == is_far == ("warning: " in capfd.readouterr().out)

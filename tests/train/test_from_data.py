@@ -17,6 +17,8 @@ from megafusion.errors import UserError
 from megafusion.model.config import ModelConfig
 from megafusion.train.config import RunConfig
 from megafusion.train.from_data import load_training_config
+from megafusion.train.loop import train
+from tests.support.small import make_shards, small_run
 
 KEYS = ModelConfig.keys_from_data
 
@@ -91,13 +93,20 @@ def test_keys_says_where_they_come_from():
     assert "model.patch_size: required" in said
 
 
-def test_a_frozen_configuration_has_them(run_values, tmp_path, capfd):
-    """It trains, and warns of the latents of a random autoencoder: their deviation is not about 1."""
+def test_a_frozen_configuration_has_them(run_values, tmp_path):
     path = write(tmp_path / "run.yaml", without_keys(run_values))
     assert CliRunner().invoke(app, ["train", str(path), "train.num_steps=3"]).exit_code == 0
     frozen = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert {key: frozen["model"][key] for key in KEYS} == {key: run_values["model"][key] for key in KEYS}
-    assert "warning: data.sources.pairs: normalized latents have mean" in "".join(capfd.readouterr())
+
+
+def test_latents_far_from_unit_deviation_are_warned_of_at_the_start(vae_folder, tmp_path, capsys):
+    vae = shutil.copytree(vae_folder, tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.05}))
+    values = small_run(make_shards(tmp_path / "shards", vae), vae, tmp_path / "run")
+    train(parse_config(RunConfig, values, "test"), stop_after=1)
+    assert "warning: data.sources.pairs: normalized latents have mean" in capsys.readouterr().err
 
 
 def test_shards_of_another_autoencoder_are_named_with_its_path(run_config, shards, tokenizer):
