@@ -5,7 +5,8 @@
 Text: `decode` greedily continues prompts of 16 random tokens by so many, without ending at eos, beside
 transformers' `generate` on the model that `megafusion export --to hf` writes of the same pipeline, in
 alternate runs of one process; the tokens must be equal. `no cache` is one forward pass over the whole row
-for each token. Images: draws of the pipeline's sampler with guidance. Medians of --runs runs after one to warm up.
+for each token. Images: draws of the pipeline's sampler with guidance. Medians of --runs runs after one to
+warm up.
 """
 
 import argparse
@@ -24,8 +25,9 @@ import torch
 
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.events import ImagePreview, TextDelta
-from megafusion.generate.generation import Generation, Request
+from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.generate.row import Request
 from megafusion.sequence.document import Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.train.export import export_text

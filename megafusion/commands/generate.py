@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from megafusion.generate.events import Event
-    from megafusion.generate.generation import Part
+    from megafusion.generate.row import Part
 
 BATCH_SIZE = 16
 """Prompts of a file that are drawn together."""

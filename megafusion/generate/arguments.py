@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from megafusion.errors import UserError
-from megafusion.generate.generation import Begin, Part
+from megafusion.generate.row import Begin, Part
 from megafusion.images.reader import read_image
 
 MAX_SEED = 2**63 - 1

@@ -1,36 +1,24 @@
 """Rows that are decoded together until each has ended, as a stream of events."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from megafusion.errors import UserError
+from megafusion.generate.cache import KVCache
 from megafusion.generate.decoder import Decoder, Guide
 from megafusion.generate.events import Event, ImageDone, ImagePreview, ImageStep, RowDone, TextDelta
-from megafusion.generate.text import (
-    TextStream,
-    choose_tokens,
-    cut_at_stop,
-    process_logits,
-    uniform_source,
-)
+from megafusion.generate.row import Part, Request, Row, read_image, text_segments
+from megafusion.generate.text import TextStream, choose_tokens, process_logits
 from megafusion.images.codec import ImageCodec
-from megafusion.images.reader import convert_to_rgb
-from megafusion.images.sizes import nearest_size
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.config import SamplingConfig
-from megafusion.sequence.document import FlatDocument, ImageSegment, Segment, flatten
+from megafusion.sequence.document import FlatDocument, Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
-from megafusion.sequence.text import clean_text
 from megafusion.sequence.tokenizer import Tokenizer
 
-Part = str | Image.Image
-Begin = Literal["free", "text", "image"]
 UNKNOWN_LENGTH = 1_000_000
 """Positions of a row where the length in training is not known."""
 FIRST_CAPACITY = 512
@@ -43,47 +31,6 @@ TEXT_KEYS = {"max_new_tokens", "stop", "negative_prompt"} | {
     "repetition_penalty",
 }
 """Of SamplingConfig: rows that differ in others are not denoised together."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row to generate.
-
-    begin, max_images: as in `TransfusionPipeline.generate`. seed: of the row's noise and tokens, whatever its
-    batch; noise: a generator of the noise in place of the seed's. size: index of the size of drawn images;
-    None lets the model choose by its begin-of-image (boi) token.
-    """
-
-    prompt: Sequence[Part]
-    sampling: SamplingConfig
-    seed: int = 0
-    begin: Begin = "free"
-    max_images: int = 1
-    size: int | None = None
-    noise: torch.Generator | None = None
-
-
-@dataclass
-class _Row:
-    """A row in the making. output: images, and token ids that are not decoded to text yet."""
-
-    number: int
-    request: Request
-    segments: list[Segment]
-    generator: torch.Generator
-    images_left: int
-    text: TextStream
-    uniform: np.random.Generator
-    output: list[Any] = field(default_factory=list)
-    steps: int = 0
-    is_cancelled: bool = False
-
-    def append(self, token: int) -> None:
-        self.output.append(token)
-        if self.segments and self.segments[-1].kind == "tokens":
-            self.segments[-1].data.append(token)
-        else:
-            self.segments.append(Segment("tokens", [token]))
 
 
 class Generation:
@@ -117,7 +64,7 @@ class Generation:
         documents = [flatten(row.segments, tokenizer, config.patches) for row in self.rows]
         for row, document in zip(self.rows, documents, strict=True):
             self._check_length(row, f"prompt {row.number}", len(document))
-            negative = self._text_segments(row.request.sampling.negative_prompt)
+            negative = text_segments(row.request.sampling.negative_prompt, tokenizer)
             self._check_length(row, "negative_prompt", len(flatten(negative, tokenizer, config.patches)))
         longest = max(len(document) for document in documents)
         room = max(r.max_images * self.image_positions + r.sampling.max_new_tokens for r in requests)
@@ -127,8 +74,7 @@ class Generation:
         """Rows that have not ended, in the order of the cache and of the logits."""
         # A document ends in eos; a prompt does not.
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
-        batch = collate([pack_row([document], self._shape(documents)) for document in documents])
-        self.logits = self.decoder.read_prompts(self.cache, batch.to(self.device), lengths)
+        self.logits = self._prefill(self.cache, documents, lengths)
 
     @property
     def outputs(self) -> list[list[Any]]:
@@ -141,7 +87,7 @@ class Generation:
 
     def answers(self) -> list[list[Part]]:
         """Of each row, texts and images so far."""
-        return [self._to_parts(row) for row in self.rows]
+        return [row.parts(self.tokenizer) for row in self.rows]
 
     def run(self) -> list[list[Part]]:
         """Decode until every row has ended."""
@@ -172,7 +118,7 @@ class Generation:
                 yield RowDone(row.number, reason)
         self._keep([index for index, reason in enumerate(reasons) if not reason])
 
-    def _reason(self, row: _Row, length: int) -> Any:
+    def _reason(self, row: Row, length: int) -> Any:
         if row.is_cancelled:
             return "cancelled"
         if row.text.is_stopped:
@@ -192,7 +138,7 @@ class Generation:
         for row, token, appends in zip(self.live, tokens, is_text, strict=True):
             row.steps += 1
             if appends:
-                row.append(token)
+                row.add_token(token)
                 if (self.streams_text or row.request.sampling.stop) and (text := row.text.push(token)):
                     yield TextDelta(row.number, text)
         if any(is_text):
@@ -260,7 +206,7 @@ class Generation:
         noise = torch.stack(
             [torch.randn(shape, generator=r.generator, device=r.generator.device).cpu() for r in rows]
         ).to(self.device)
-        guides = self._guides(rows, size)
+        guides = self._guides(cache, rows, size)
         generators = [row.generator for row in rows]
         latents = noise
         for state in self.decoder.denoise(cache, guides, noise, sampling, generators):
@@ -274,13 +220,10 @@ class Generation:
         self.cache.assign(index, cache)
         self._read([self.tokenizer.eoi] * len(self.live), chosen)
         for row, image, own in zip(rows, self.codec.decode_images(latents), latents, strict=True):
-            row.output.append(image)
-            row.images_left -= 1
-            values = own.cpu().numpy()
-            row.segments.append(ImageSegment(size=size, latents=values, noise=np.zeros_like(values)))
+            row.add_image(image, own.cpu().numpy(), size)
             yield ImageDone(row.number, image)
 
-    def _guides(self, rows: list[_Row], size: int) -> list[Guide]:
+    def _guides(self, cache: KVCache, rows: list[Row], size: int) -> list[Guide]:
         """What images of these rows are guided away from, each up to its boi.
 
         One scale: a document without anything but the negative prompt. Two scales: the row without its texts
@@ -288,33 +231,40 @@ class Generation:
         """
         sampling = rows[0].request.sampling
         text_scale, image_scale = sampling.guidance_scale, sampling.image_guidance_scale
-        is_image = [[s for s in row.segments if isinstance(s, ImageSegment)] for row in rows]
-        negative = [self._text_segments(row.request.sampling.negative_prompt) for row in rows]
         guides = []
         if text_scale != 1:
-            kept = is_image if image_scale is not None else [[] for _ in rows]
-            contexts = [a + b for a, b in zip(kept, negative, strict=True)]
-            guides.append(Guide(self._context(contexts, size), text_scale))
-        if image_scale not in (None, 1):
-            texts = [[s for s in row.segments if not isinstance(s, ImageSegment)] for row in rows]
-            guides.append(Guide(self._context(texts, size), image_scale))
+            negative = [text_segments(r.request.sampling.negative_prompt, self.tokenizer) for r in rows]
+            kept = [[] if image_scale is None else row.images for row in rows]
+            without_text = [a + b for a, b in zip(kept, negative, strict=True)]
+            guides.append(Guide(self._context(cache, rows, without_text, size), text_scale))
+        if image_scale is not None and image_scale != 1:
+            without_images = [row.texts for row in rows]
+            guides.append(Guide(self._context(cache, rows, without_images, size), image_scale))
         return guides
 
-    def _context(self, contexts: list[list[Segment]], size: int) -> Any:
-        """A cache of documents, up to a boi."""
+    def _context(self, cache: KVCache, rows: list[Row], contexts: list[list[Segment]], size: int) -> KVCache:
+        """A cache of other documents of some rows, up to a boi; cache: of the rows themselves."""
         boi = torch.tensor([self.boi_ids[size]], device=self.device)
+        every = torch.arange(len(rows), device=self.device)
         if not any(contexts):  # the same for all: computed once
-            cache = self.decoder.new_cache(1, self.cache.capacity)
+            made = self.decoder.new_cache(1, self.cache.capacity)
             for token in (torch.full_like(boi, self.tokenizer.bos), boi):
-                self.decoder.read_tokens(cache, token)
-            return cache.select(torch.zeros(len(contexts), dtype=torch.int64, device=self.device))
+                self.decoder.read_tokens(made, token)
+            return made.select(every * 0)
         documents = [flatten(segments, self.tokenizer, self.config.patches) for segments in contexts]
-        cache = self.decoder.new_cache(len(contexts), self.cache.capacity)
-        batch = collate([pack_row([document], self._shape(documents)) for document in documents])
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
-        self.decoder.read_prompts(cache, batch.to(self.device), lengths)
-        self.decoder.read_tokens(cache, boi.expand(len(contexts)))
-        return cache
+        if all(row.begins_with(context) for row, context in zip(rows, contexts, strict=True)):
+            made = cache.select(every)  # an image before its instruction: the row's own beginning
+            made.lengths = lengths
+        else:
+            made = self.decoder.new_cache(len(rows), self.cache.capacity)
+            self._prefill(made, documents, lengths)
+        self.decoder.read_tokens(made, boi.expand(len(rows)))
+        return made
+
+    def _prefill(self, cache: KVCache, documents: list[FlatDocument], lengths: Tensor) -> Tensor:
+        batch = collate([pack_row([document], self._shape(documents)) for document in documents])
+        return self.decoder.read_prompts(cache, batch.to(self.device), lengths)
 
     def _read(self, tokens: list[int], is_read: list[bool]) -> None:
         """Append a token to some live rows, and update their logits."""
@@ -322,38 +272,21 @@ class Generation:
         logits = self.decoder.read_tokens(self.cache, torch.tensor(tokens, device=self.device), mask)
         self.logits = torch.where(mask[:, None], logits, self.logits)
 
-    def _flush(self, row: _Row) -> Iterator[Event]:
+    def _flush(self, row: Row) -> Iterator[Event]:
         """The text that a row's stream has held back, at the end of a run of tokens."""
         if text := row.text.flush():
             yield TextDelta(row.number, text)
         if not row.text.is_stopped:
             row.text = TextStream(self.tokenizer, row.request.sampling.stop)
 
-    def _row(self, number: int, request: Request) -> _Row:
+    def _row(self, number: int, request: Request) -> Row:
         segments: list[Segment] = []
         for part in request.prompt:
-            segments += self._text_segments(part) if isinstance(part, str) else [self._image_segment(part)]
-        return _Row(
-            number,
-            request,
-            segments,
-            # One generator per row: its noise does not depend on the other rows of the batch.
-            request.noise or torch.Generator().manual_seed(request.seed),
-            request.max_images,
-            TextStream(self.tokenizer, request.sampling.stop),
-            uniform_source(request.seed),
-        )
-
-    def _text_segments(self, text: str) -> list[Segment]:
-        ids = self.tokenizer.encode(clean_text(text))
-        return [Segment("tokens", list(ids))] if ids else []
-
-    def _image_segment(self, image: Image.Image) -> ImageSegment:
-        """An image of a prompt: clean, at the model's nearest size."""
-        image, sizes = convert_to_rgb(image), self.config.image_sizes
-        size = nearest_size(image.height, image.width, sizes)
-        latents = self.codec.encode_images([image], sizes[size])[0].cpu().numpy()
-        return ImageSegment(size=size, latents=latents, noise=np.zeros_like(latents))
+            if isinstance(part, str):
+                segments += text_segments(part, self.tokenizer)
+            else:
+                segments.append(read_image(part, self.codec, self.config.image_sizes))
+        return Row.of(number, request, segments, self.tokenizer)
 
     def _shape(self, documents: Sequence[FlatDocument]) -> SequenceShape:
         return SequenceShape(
@@ -364,7 +297,7 @@ class Generation:
             sizes=self.config.latent_sizes,
         )
 
-    def _check_length(self, row: _Row, name: str, length: int) -> None:
+    def _check_length(self, row: Row, name: str, length: int) -> None:
         """length: of a document, which ends in eos."""
         drawn = self.image_positions if row.request.begin == "image" else 0
         if length + drawn > self.limit + 1:
@@ -373,14 +306,3 @@ class Generation:
                 f"{name} takes {length} positions{beside}, but the model was trained on sequences of "
                 f"{self.limit + 1}; shorten it"
             )
-
-    def _to_parts(self, row: _Row) -> list[Part]:
-        """Decode each run of token ids to one text."""
-        parts: list[Part] = []
-        for is_token, run in groupby(row.output, lambda part: isinstance(part, int)):
-            found: list[Any] = list(run)
-            if is_token:
-                text = cut_at_stop(self.tokenizer.decode(found), row.request.sampling.stop)
-                found = [text] if text or not row.text.is_stopped else []
-            parts += found
-        return parts

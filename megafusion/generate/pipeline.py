@@ -22,8 +22,9 @@ from megafusion.generate.folder import (
     load_model,
     read_pipeline_config,
 )
-from megafusion.generate.generation import Begin, Generation, Part, Request
+from megafusion.generate.generation import Generation
 from megafusion.generate.openers import openers
+from megafusion.generate.row import Begin, Part, Request
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import Size, format_sizes
 from megafusion.model.transfusion import Transfusion

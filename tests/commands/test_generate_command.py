@@ -85,7 +85,7 @@ def test_a_text_of_an_interleaved_prompt_may_begin_with_an_at_sign(folder, tmp_p
         asked.extend(prompts)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr(TransfusionPipeline, "__call__", call)
+    monkeypatch.setattr(TransfusionPipeline, "generate", call)
     Image.new("RGB", (4, 4)).save(tmp_path / "@a.png")
     parts = ["@@home", "@@@b", f"@{tmp_path}/@a.png", "a@b"]
     generate(folder, *(each for part in parts for each in ("--interleave", part)), "--out", tmp_path / "out")

@@ -8,8 +8,8 @@ from PIL import Image
 from megafusion.commands.generate import parse_size
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
-from megafusion.generate.generation import Generation, Request
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.generate.row import read_image
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from tests.support.generation import (
     CAPTIONS,
@@ -196,10 +196,8 @@ def test_images_are_read_at_the_nearest_size(pipeline):
     turned.getexif()[0x0112] = 6  # a quarter turn: shown, it is upright
     rubbish = drawing(3, (60, 100))
     rubbish.info["exif"] = b"Exif\0\0rubbish"
-    request = Request(["x"], pipeline.config.sampling)
-    generation = Generation(pipeline.model, pipeline.tokenizer, pipeline.codec, [request])
     shown = [*images, turned, rubbish]
-    sizes = [generation._image_segment(image).size for image in shown]
+    sizes = [read_image(image, pipeline.codec, PIXELS).size for image in shown]
     assert sizes == [0, 1, 2, 0, 2, 0]
     assert pipeline.codec.encode_images(images[1:2], PIXELS[1]).shape == (1, 4, 6, 10)
     assert pipeline.describe(images) == [pipeline.describe([image])[0] for image in images]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
-from megafusion.generate.generation import Generation, Request
+from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.generate.row import Request
 from megafusion.sequence.document import flatten
 from megafusion.sequence.text import clean_text
 from megafusion.train.build import make_pipeline as make_run_pipeline

@@ -92,14 +92,14 @@ def test_every_sampler_ends_at_the_image_of_a_model_that_knows_it(numbers, named
     else:
         config = FlowConfig(prediction_type=("velocity", "sample")[is_second])
     sampler, process = make_sampler(config, name, steps), config.build()
-    image, noise = torch.randn(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    image, noise = torch.randn(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     latents, generators = noise, [torch.Generator().manual_seed(1)]
     for step, (timestep, t) in enumerate(zip(sampler.timesteps, sampler.times, strict=True)):
         zero = process.add_noise(torch.zeros_like(image), torch.ones_like(image), t[None])
         mean = process.add_noise(image, torch.zeros_like(image), t[None])
         own_noise = (latents - mean) / zero
         if name not in STOCHASTIC and step and not (kind is FlowConfig and t > 0.99):
-            torch.testing.assert_close(own_noise, noise, rtol=0, atol=2e-2)
+            torch.testing.assert_close(own_noise, noise, rtol=0, atol=5e-2)
         output = process.target(image, own_noise, t[None])
         torch.testing.assert_close(
             process.clean(output, latents, t[None]), image, rtol=0, atol=0.01 / (1.0001 - float(t))

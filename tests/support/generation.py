@@ -4,8 +4,9 @@ import torch
 
 from megafusion.generate.decoder import Guide
 from megafusion.generate.folder import PipelineConfig
-from megafusion.generate.generation import Generation, Request
+from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.generate.row import Request
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import initialize
