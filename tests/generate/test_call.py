@@ -152,6 +152,6 @@ def test_a_pipeline_is_opened_in_a_dtype(pipeline, tmp_path):
     assert (
         TransfusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype="float16").dtype == torch.float16
     )
-    for dtype in (torch.int8, "float", 5):
+    for dtype in (torch.int8, "int8", 5):
         with pytest.raises(UserError, match=r"torch_dtype=.*: give one of torch\.float32"):
             TransfusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=dtype)

@@ -85,7 +85,7 @@ def test_another_seed_is_another_text(pipeline):
 def test_events_tell_the_answers_of_generate(pipeline):
     prefer_images(pipeline)
     prompts, options = [[c] for c in CAPTIONS], {"seed": 5, "max_images": 2}
-    sampling = SamplingConfig(num_inference_steps=5, temperature=1.0, max_new_tokens=12)
+    sampling = SamplingConfig(num_inference_steps=5, temperature=1.0, max_new_tokens=5)
     expected = pipeline.generate(prompts, sampling=sampling, **options)
     stream = pipeline.stream(prompts, sampling=sampling, preview_every=2, **options)
     told: list[list] = [[] for _ in prompts]

@@ -110,11 +110,11 @@ def test_every_sampler_ends_at_the_image_of_a_model_that_knows_it(numbers, named
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_stochastic_samplers_reach_the_deviations_of_the_data(sampler):
-    """The exact prediction for Gaussian data, 2,000 samples of each deviation; within 3 % at 200 steps."""
+    """The exact prediction for Gaussian data, 2,000 samples of each deviation; within 6 % at all steps."""
     config = DDPMConfig()
     alphas, deviation = scheduler(config).alphas_cumprod, DEVIATIONS.view(-1, 1, 1, 1)
     errors = []
-    for steps in (10, 200):
+    for steps in (10, 100, 1000):
         made = make_sampler(config, sampler, steps)
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(DEVIATIONS))]
         x = torch.randn(len(DEVIATIONS), 1, 40, 50, generator=torch.Generator().manual_seed(99))
@@ -123,7 +123,8 @@ def test_stochastic_samplers_reach_the_deviations_of_the_data(sampler):
             noise = sigma * x / (alpha**2 * deviation**2 + sigma**2)
             x = made.step(noise, timestep, x, generators).prev_sample
         errors.append((x.std((1, 2, 3)) / DEVIATIONS - 1).abs().max().item())
-    assert errors[1] < 0.06 < errors[0]
+    assert errors[0] > errors[1] > errors[2], errors
+    assert errors[2] < 0.06, errors
 
 
 def sampling_error(config: DDPMConfig | FlowConfig, sampler: str, steps: int) -> float:
