@@ -221,6 +221,24 @@ def test_a_longer_run_equals_one_that_was_so_from_the_start(long_values, tmp_pat
         start(long_values, train=lengths[10], out=str(parts))
 
 
+# The quick case is the test above, of 8 and 4.
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_sixty_steps_and_forty_more_equal_a_hundred(long_values, tmp_path, schedule):
+    long_values["optimizer"] |= {"schedule": schedule, "num_warmup_steps": 10}
+    long_values["checkpoint"]["every"] = 20
+    lengths = {n: long_values["train"] | {"num_steps": n} for n in (60, 100)}
+    whole = start(long_values, train=lengths[100], out=str(tmp_path / "whole"))
+    out = str(tmp_path / "parts")
+    if schedule == "constant":
+        start(long_values, train=lengths[60], out=out)
+    else:  # a run of 60 would decay, so a longer one stops there
+        start(long_values, 60, train=lengths[60] | {"num_steps": 80}, out=out)
+    parts = start(long_values, train=lengths[100], out=out)
+    assert len(losses(whole)) >= 10
+    assert_same_run(whole, parts)
+
+
 def test_a_longer_cosine_says_how_the_rate_goes_on(run_values, capsys):
     run_values["optimizer"] |= {"learning_rate": 1e-3, "final_learning_rate": 0, "num_warmup_steps": 0}
     run = start(run_values)
