@@ -5,7 +5,7 @@
 The pairs are 32 concepts of the emoji pack in two styles, none of them the quickstart's. Both runs have the
 same seed, data and keys: the quickstart's, with a constant learning rate, so that no step depends on how many
 there are. Every so many steps `megafusion report` draws 32 captions and describes all 64 images; a run ends
-when its concept_top1 and its caption_exact are both 0.9. The classifier of these concepts is trained first, as
+when its concept_top1 and caption_exact are both 0.9. The classifier of these concepts is trained first, as
 the committed one was, and must name all the real images.
 """
 
