@@ -22,21 +22,8 @@ from megafusion.storage import write_file
 
 PACK = Path("data_prep/emoji")
 STYLES = ("3d", "flat")
-COLORED = re.compile(r"(.+) (heart|circle|square), (3d|flat) style")
-COLORS = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "light blue",
-    "blue",
-    "purple",
-    "brown",
-    "black",
-    "white",
-    "pink",
-    "grey",
-)
+COLORS = "red|orange|yellow|green|light blue|blue|purple|brown|black|white|pink|grey"
+COLORED = re.compile(rf"({COLORS}) (heart|circle|square), (3d|flat) style")
 
 
 def style_edits(keys: set[str]) -> list[dict]:
