@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from rich.console import Console
@@ -292,6 +294,21 @@ def test_values_that_cannot_do_what_they_say_are_warned_of_at_the_start(run_valu
     said = capsys.readouterr().err
     assert "warning: optimizer.num_warmup_steps 60 is not below train.num_steps 6" in said
     assert "warning: data.flip and data.crop change no image, because every source holds latents" in said
+
+
+def test_a_run_leaves_nothing_in_its_process(run_values):
+    """Neither threads of process groups nor open shards: a further run adds none to what libraries keep."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len([*Path("/proc/self/task").iterdir()]), len([*Path("/proc/self/fd").iterdir()])
+
+    counts = []
+    for name in "abc":
+        start(run_values, stop_after=1, out=f"{run_values['out']}-{name}")
+        counts.append(held())
+    assert counts[1] == counts[2]
+    assert not dist.is_initialized()
 
 
 def test_a_checkpoint_that_cannot_be_written_says_what_the_run_resumes_from(tmp_path):
