@@ -13,7 +13,8 @@ from megafusion.objective.flow import FlowConfig
 SAMPLERS = ("ddim", "dpm++")
 NAMES = {DDPMConfig: ddpm.SAMPLERS, FlowConfig: flow.SAMPLERS}
 STOCHASTIC = ("DDPM", "EulerAncestralDiscrete")
-DETERMINISTIC = tuple(name for name in ddpm.SAMPLERS if name not in STOCHASTIC)
+DETERMINISTIC = tuple(name for name in ddpm.SAMPLERS if name[0].isupper() and name not in STOCHASTIC)
+"""Not the short names, which are others of these."""
 SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 
 
@@ -166,7 +167,12 @@ def assert_no_more_error(config: DDPMConfig | FlowConfig, sampler: str, counts: 
     ("config", "sampler"),
     [
         *((DDPMConfig(num_train_timesteps=48), name) for name in DETERMINISTIC if name != "UniPCMultistep"),
-        *((FlowConfig(shift=shift), name) for shift in (1.0, 3.0) for name in flow.SAMPLERS),
+        *(
+            (FlowConfig(shift=shift), name)
+            for shift in (1.0, 3.0)
+            for name in flow.SAMPLERS
+            if name[0].isupper()
+        ),
     ],
 )
 def test_a_step_more_leaves_no_more_error(config, sampler):
