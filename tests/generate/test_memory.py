@@ -18,10 +18,10 @@ def test_memory_does_not_grow_over_a_thousand_generations(run_config, tokenizer,
     for number in range(1001):
         begin = ("image", "text", "free")[number % 3]
         stream = pipeline.stream([["apple " * (1 + number % 9)]], begin=begin, seed=number, sampling=sampling)
-        for event in stream:
+        for _event in stream:
             if number % 10 == 0:
                 break
-        del stream, event
+        del stream, _event
         if number in (300, 1000):
             gc.collect()
             used.append(process.memory_info().rss / 2**20)
