@@ -15,6 +15,7 @@ from megafusion.generate.row import Part, Request, Row, read_image, text_segment
 from megafusion.generate.text import TextStream, choose_tokens, process_logits
 from megafusion.images.codec import ImageCodec
 from megafusion.model.transfusion import Transfusion
+from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
@@ -156,29 +157,34 @@ class Generation:
         logits[:, tokenizer.eoi] = -torch.inf
         logits[:, tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # rows of a padded vocabulary
         lengths = self.cache.lengths.tolist()
+        banned: list[tuple[int, int]] = []
+        groups: dict[SamplingConfig, list[int]] = {}
         for index, row in enumerate(self.live):
-            size, own = row.request.size, logits[index]
+            groups.setdefault(row.request.sampling, []).append(index)
+            size = row.request.size
             if size is not None:  # a boi of any size counts as one of the requested size
-                own[self.boi_ids[size]] = own[self.boi_ids].amax()
+                logits[index, self.boi_ids[size]] = logits[index, self.boi_ids].amax()
             has_room = row.images_left > 0 and self.limit - lengths[index] >= self.image_positions
-            for other, token in enumerate(self.boi_ids):
-                if not has_room or size not in (None, other):
-                    own[token] = -torch.inf
+            allowed = range(len(self.boi_ids)) if size is None else (size,)
+            banned += [
+                (index, token)
+                for other, token in enumerate(self.boi_ids)
+                if not has_room or other not in allowed
+            ]
             if row.request.begin == "text" and not row.output:
-                own[tokenizer.eos] = -torch.inf
+                banned.append((index, tokenizer.eos))
+        if banned:
+            logits[tuple(zip(*banned, strict=True))] = -torch.inf
         tokens = [0] * len(self.live)
-        keys = [row.request.sampling for row in self.live]
-        for sampling in dict.fromkeys(keys):
-            group = [index for index, key in enumerate(keys) if key == sampling]
-            rows = [self.live[index] for index in group]
-            seen = torch.zeros_like(logits[group], dtype=torch.bool)
+        for sampling, group in groups.items():
+            rows, own = [self.live[index] for index in group], logits[group]
+            seen = None
             if sampling.repetition_penalty != 1:
-                for i, row in enumerate(rows):
-                    seen[i, [t for s in row.segments if s.kind == "tokens" for t in s.data]] = True
+                seen = torch.zeros_like(own, dtype=torch.bool)
+                for index, row in enumerate(rows):
+                    seen[index, [token for text in row.texts for token in text.data]] = True
             uniform = [row.uniform.random() for row in rows]
-            chosen = choose_tokens(
-                process_logits(logits[group], sampling, seen), sampling.temperature, uniform
-            )
+            chosen = choose_tokens(process_logits(own, sampling, seen), sampling.temperature, uniform)
             for index, token in zip(group, chosen.tolist(), strict=True):
                 tokens[index] = token
         return tokens

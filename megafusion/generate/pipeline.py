@@ -321,10 +321,11 @@ class TransfusionPipeline:
         max_images = given.as_integer("max_images", max_images, 1 if begin == "image" else 0, 2**31 - 1)
         index = None if size is None else self.size_index(size)
         if not isinstance(sampling, list | tuple):
-            sampling = [sampling] * len(rows)
-        elif len(sampling) != len(rows):
+            samplings = [self._sampling(sampling)] * len(rows)
+        elif len(sampling) == len(rows):
+            samplings = [self._sampling(each) for each in sampling]
+        else:
             raise UserError(f"sampling has {len(sampling)} values for {len(rows)} prompts; give one each")
-        samplings = [self._sampling(each) for each in sampling]
         return [
             Request(row, own, row_seed, begin, max_images, index)
             for row, own, row_seed in zip(rows, samplings, seeds, strict=True)
