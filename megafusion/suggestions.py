@@ -69,5 +69,10 @@ def suggest(path: str, section: Sequence[str], keys: Sequence[str]) -> str:
     return f"valid keys: {', '.join(sorted(here))}"
 
 
+def nearest(name: str, known: Sequence[str], number: int = 3) -> str:
+    """The known names that are most like a name, in words."""
+    return ", ".join(difflib.get_close_matches(name, known, number, 0.0))
+
+
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]

@@ -1,5 +1,6 @@
 """How a training step is computed, and the optimizer. Imports no torch."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -60,6 +61,9 @@ class TrainConfig(Config):
     init_new: tuple[str, ...] = ()
     """Patterns, such as *.adapter.*, of the weights that may start at random where init_from lacks them or
     their last rows (new token ids)."""
+    freeze: tuple[str, ...] = ()
+    """Patterns, such as stem.* or blocks.*.attention.*, of the weights that stay as they start: without
+    gradients, moments, float32 masters and average. They are saved all the same."""
     num_steps: int = Field(gt=0)
     """Optimizer steps."""
     global_batch_size: int = Field(gt=0)
@@ -76,3 +80,7 @@ class TrainConfig(Config):
     """Whether torch.compile fuses the blocks' operations."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the averaged weights; (1 + step) / (10 + step) where that is smaller."""
+
+    def trains(self, name: str) -> bool:
+        """Whether the weight of this canonical name is trained, not frozen."""
+        return not any(fnmatchcase(name, pattern) for pattern in self.freeze)

@@ -110,6 +110,7 @@ def make_engine(
         compile=train.compile,
         seed=seed,
         device=device,
+        trains=train.trains,
     )
     losses = shard_objective(objective, model, mesh).to(device)
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))

@@ -18,6 +18,7 @@ def make_optimizer(model: "torch.nn.Module", config: OptimizerConfig) -> "torch.
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # DeepSpeed flattens no empty one
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
     )

@@ -121,6 +121,8 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
     batches = Batches(values, make_mesh(config.parallel))
     model = Transfusion(config.model, config.objective)
     initialize(model, config.model.num_layers, config.seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(config.train.trains(name))
     optimizer = make_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE

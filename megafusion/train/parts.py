@@ -1,0 +1,59 @@
+"""Which weights a run trains: the patterns of the configuration against the names of its model."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from megafusion.errors import UserError
+from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.balance import layer_flops, stage_blocks
+from megafusion.suggestions import nearest
+from megafusion.train.config import RunConfig
+
+
+def weight_shapes(config: RunConfig) -> dict[str, torch.Size]:
+    """Shapes of the whole model's weights by canonical name."""
+    with torch.device("meta"):
+        weights = Transfusion(config.model, config.objective).weights()
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """UserError for a pattern that matches no weight, with the nearest names."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"{key} {pattern!r}: no weight of the model has such a name; the nearest are "
+                f"{nearest(pattern, names)}"
+            )
+
+
+def check_parts(config: RunConfig) -> None:
+    """UserError if what is frozen is not there, or leaves a pipeline stage nothing to train."""
+    names, train = list(weight_shapes(config)), config.train
+    check_patterns("train.freeze", train.freeze, names)
+    if not train.freeze:
+        return
+    if not any(map(train.trains, names)):
+        raise UserError(
+            f"train.freeze {list(train.freeze)}: matches every weight of the model, so nothing is left to "
+            "train; leave some out"
+        )
+    num_stages = config.parallel.pipeline
+    stages = stage_blocks(layer_flops(config.model, config.sequence_shape), num_stages)
+    for number, blocks in enumerate(stages):
+        own = [name for name in names if _is_in_stage(name, blocks, config.model.num_layers)]
+        if not any(map(train.trains, own)):
+            raise UserError(
+                f"train.freeze {list(train.freeze)}: leaves nothing to train in stage {number} of "
+                f"parallel.pipeline {num_stages} (blocks {blocks.start} to {blocks.stop - 1}); use fewer "
+                "stages, or tensor parallelism"
+            )
+
+
+def _is_in_stage(name: str, blocks: range, num_layers: int) -> bool:
+    part, *rest = name.split(".")
+    if part == "blocks":
+        return int(rest[0]) in blocks
+    return blocks.start == 0 if part == "stem" else blocks.stop == num_layers
