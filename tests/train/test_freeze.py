@@ -1,4 +1,4 @@
-"""Frozen weights: as they started, saved all the same, without moments and average; what cannot be is refused."""
+"""Frozen weights stay as they started, and are saved without moments and average."""
 
 from pathlib import Path
 
