@@ -17,6 +17,9 @@ class OptimizerConfig(Config):
 
     learning_rate: float = Field(3e-4, gt=0)
     """Peak learning rate, reached after the warm-up."""
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """Peak learning rates of weights whose names match a pattern, such as {"*.adapter.*": 1e-3}; the others
+    have learning_rate. The schedule scales all alike, final_learning_rate too."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """The learning rate after the warm-up: cosine, to the last step; constant; wsd (warm-up, stable, decay:
     arXiv 2404.06395), constant and then linear. constant, and wsd before its decay, do not depend on
@@ -35,6 +38,11 @@ class OptimizerConfig(Config):
     """Weight decay of matrices and convolutions; vectors (biases, norms) have none."""
     gradient_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
+
+    def learning_rate_scale(self, name: str) -> float:
+        """A weight's learning rate over `learning_rate`. name: canonical."""
+        own = (rate for pattern, rate in self.learning_rates.items() if fnmatchcase(name, pattern))
+        return next(own, self.learning_rate) / self.learning_rate
 
 
 class TrainConfig(Config):

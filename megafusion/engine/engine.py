@@ -18,7 +18,7 @@ from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.engine.held_update import HeldUpdate
-from megafusion.engine.optimizer import make_optimizer
+from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
@@ -66,8 +66,7 @@ class Engine:
 
     def clip_and_step(self, learning_rate: float) -> Losses:
         """Clip and update, or skip on all ranks, as `consensus` tells; returns the losses, on the device."""
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._deepspeed.optimizer, learning_rate)
         self._update.make_or_skip()
         return Losses(*self.consensus.losses.unbind())
 

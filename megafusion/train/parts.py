@@ -1,6 +1,6 @@
 """Which weights a run trains: the patterns of the configuration against the names of its model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -19,28 +19,43 @@ def weight_shapes(config: RunConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
-def check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+def check_patterns(
+    key: str, patterns: Iterable[str], names: Sequence[str], what: str = "weight of the model"
+) -> None:
     """UserError for a pattern that matches no weight, with the nearest names."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
-                f"{key} {pattern!r}: no weight of the model has such a name; the nearest are "
-                f"{nearest(pattern, names)}"
+                f"{key} {pattern!r}: no {what} has such a name; the nearest are {nearest(pattern, names)}"
             )
 
 
 def check_parts(config: RunConfig) -> None:
-    """UserError if what is frozen is not there, or leaves a pipeline stage nothing to train."""
-    names, train = list(weight_shapes(config)), config.train
-    check_patterns("train.freeze", train.freeze, names)
-    if not train.freeze:
-        return
+    """UserError for a pattern that matches no weight, or frozen weights that leave nothing to train."""
+    names = list(weight_shapes(config))
+    check_patterns("train.freeze", config.train.freeze, names)
+    if config.train.freeze:
+        _check_stages(config, names)
+    _check_rates(config.optimizer.learning_rates, list(filter(config.train.trains, names)))
+
+
+def _check_rates(rates: Iterable[str], trained: Sequence[str]) -> None:
+    check_patterns("optimizer.learning_rates", rates, trained, "trained weight")
+    for name in trained:
+        if len(own := [pattern for pattern in rates if fnmatchcase(name, pattern)]) > 1:
+            raise UserError(
+                f"optimizer.learning_rates: {' and '.join(map(repr, own))} match {name}; let one match it"
+            )
+
+
+def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
+    """UserError if a pipeline stage has no trained weight: DeepSpeed needs a gradient from each."""
+    train, num_stages = config.train, config.parallel.pipeline
     if not any(map(train.trains, names)):
         raise UserError(
             f"train.freeze {list(train.freeze)}: matches every weight of the model, so nothing is left to "
             "train; leave some out"
         )
-    num_stages = config.parallel.pipeline
     stages = stage_blocks(layer_flops(config.model, config.sequence_shape), num_stages)
     for number, blocks in enumerate(stages):
         own = [name for name in names if _is_in_stage(name, blocks, config.model.num_layers)]

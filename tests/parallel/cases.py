@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megafusion.config import parse_config
 from megafusion.engine.engine import Engine, rows_of_rank
-from megafusion.engine.optimizer import make_optimizer
+from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.process_group import start_process_group
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import initialize
@@ -124,8 +124,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(config.train.trains(name))
     optimizer = make_optimizer(model, config.optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
+    set_learning_rate(optimizer, LEARNING_RATE)
     losses = []
     for _ in range(num_steps):
         micro_batches = batches.next()
