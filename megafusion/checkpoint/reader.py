@@ -99,5 +99,15 @@ class CheckpointWeights:
 
 def fill_tensors(source: TensorSource, tensors: dict[str, Tensor]) -> None:
     """Fill whole tensors by name, in one process. UserError if the source has other tensors."""
-    chunks = {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}
-    read_chunks(source, chunks, {name: tensor.shape for name, tensor in tensors.items()})
+    read_chunks(source, _whole(tensors), {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def read_tensors(source: TensorSource, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Some of a source's tensors, whole, in float32. shapes: theirs, by name."""
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    source.read(_whole(tensors))
+    return tensors
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Chunks]:
+    return {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}

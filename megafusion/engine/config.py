@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from megafusion.config import Config
+from megafusion.model.config import LoraConfig, is_lora_weight
 from megafusion.parallel.config import Recompute
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -72,6 +73,7 @@ class TrainConfig(Config):
     freeze: tuple[str, ...] = ()
     """Patterns, such as stem.* or blocks.*.attention.*, of the weights that stay as they start: without
     gradients, moments, float32 masters and average. They are saved all the same."""
+    lora: LoraConfig | None = None
     num_steps: int = Field(gt=0)
     """Optimizer steps."""
     global_batch_size: int = Field(gt=0)
@@ -91,4 +93,6 @@ class TrainConfig(Config):
 
     def trains(self, name: str) -> bool:
         """Whether the weight of this canonical name is trained, not frozen."""
+        if self.lora:
+            return is_lora_weight(name)
         return not any(fnmatchcase(name, pattern) for pattern in self.freeze)

@@ -21,6 +21,7 @@ from megafusion.engine.held_update import HeldUpdate
 from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.model.config import ModelConfig
+from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses
@@ -98,6 +99,8 @@ def make_engine(
     """This rank's part of a randomly initialized model, under DeepSpeed. Called by every rank."""
     with torch.device("meta"):
         whole_model = Transfusion(model, objective)
+        if train.lora:
+            add_lora(whole_model, train.lora)
     device = default_device()
     stage = parallelize(
         whole_model,

@@ -25,7 +25,6 @@ from megafusion.parallel.tensor import (
     vocab_range,
 )
 from megafusion.parallel.ulysses import SequenceParallelCrossEntropy, SequenceShard, ulysses_attention
-from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.packing import SequenceShape
 
 
@@ -99,9 +98,8 @@ def materialize(
     for weight in list(named_weights(stage)):
         empty = getattr(weight.owner, weight.key)
         spec = shard_spec_of(empty)
-        whole = weight._replace(name=canonical_name(weight.name))
-        value = spec.shard(initial_value(whole, spec.shape, stage.config.num_layers, seed))
-        parameter = nn.Parameter(value.to(device), requires_grad=trains(whole.name))
+        value = spec.shard(initial_value(weight, spec.shape, stage.config.num_layers, seed))
+        parameter = nn.Parameter(value.to(device), requires_grad=trains(weight.name))
         is_sharded, is_first = hasattr(empty, "shard_spec"), mesh.rank("tensor") == 0
         marks = {"tensor_model_parallel": is_sharded, "model_parallel": is_sharded or is_first}
         parameter.__dict__.update(empty.__dict__ | marks)

@@ -10,15 +10,17 @@ import torch
 
 from megafusion.checkpoint.chunks import Chunks
 from megafusion.checkpoint.folder import checkpoint_at
-from megafusion.checkpoint.reader import CheckpointWeights, TensorSource, describe_misfit
+from megafusion.checkpoint.lora import open_weights
+from megafusion.checkpoint.reader import TensorSource, describe_misfit
 from megafusion.checkpoint.safetensors_reader import SafetensorsWeights, open_safetensors
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import read_pipeline_config
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
 from megafusion.hub.folder import tokenizer_files
-from megafusion.hub.weights import EMBEDDING, HEAD, open_hub_weights
+from megafusion.hub.weights import open_hub_weights
 from megafusion.model.config import ModelConfig
+from megafusion.model.hub_names import EMBEDDING, HEAD
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256
 from megafusion.train.config import RunConfig
@@ -58,7 +60,7 @@ def open_origin(config: RunConfig) -> Origin:
     if checkpoint := checkpoint_at(path):
         path, run = checkpoint, checkpoint.parent.parent
         began = load_run_config(run)
-        source = CheckpointWeights(path, "model" if raw else "ema")
+        source = open_weights(path, "model" if raw else "ema", began.train.lora)
         tokenizer = Tokenizer.from_pretrained(began.data.tokenizer).path
         origin = Origin(source, began.model, [tokenizer], path, text_config_of(run))
     elif not (path / "config.json").is_file():

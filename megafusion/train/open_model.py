@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from megafusion.checkpoint.folder import checkpoint_at, verify_checkpoint
-from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
+from megafusion.checkpoint.lora import open_weights
+from megafusion.checkpoint.reader import fill_tensors
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer
@@ -25,5 +26,5 @@ def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPip
     codec = ImageCodec.from_pretrained(config.data.vae)
     pipeline = make_pipeline(config, tokenizer, codec)
     verify_checkpoint(path)
-    fill_tensors(CheckpointWeights(path, kind), pipeline.model.weights())
+    fill_tensors(open_weights(path, kind, config.train.lora), pipeline.model.weights())
     return pipeline

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 import torch
 
 from megafusion.errors import UserError
+from megafusion.model.config import LoraConfig
+from megafusion.model.lora import add_lora, lora_layers
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.balance import layer_flops, stage_blocks
 from megafusion.suggestions import nearest
@@ -31,12 +33,28 @@ def check_patterns(
 
 
 def check_parts(config: RunConfig) -> None:
-    """UserError for a pattern that matches no weight, or frozen weights that leave nothing to train."""
-    names = list(weight_shapes(config))
+    """UserError for a pattern that matches nothing, or a part that leaves nothing to train."""
+    names, lora = list(weight_shapes(config)), config.train.lora
     check_patterns("train.freeze", config.train.freeze, names)
-    if config.train.freeze:
+    if lora:
+        with torch.device("meta"):
+            model = Transfusion(config.model, config.objective)
+        _check_targets(lora, list(lora_layers(model)))
+        names = list(add_lora(model, lora).weights())
+    if config.train.freeze or lora:
         _check_stages(config, names)
     _check_rates(config.optimizer.learning_rates, list(filter(config.train.trains, names)))
+
+
+def _check_targets(lora: LoraConfig, layers: Sequence[str]) -> None:
+    ends = list(dict.fromkeys(name.split(".", 2)[2] for name in layers))
+    for target in lora.targets:
+        if not any(map(lora.model_copy(update={"targets": (target,)}).adapts, layers)):
+            known = layers if target.startswith("blocks.") else ends
+            raise UserError(
+                f"train.lora.targets {target!r}: no linear layer of the blocks has such a name; the nearest is "
+                f"{nearest(target, known, 1)}"
+            )
 
 
 def _check_rates(rates: Iterable[str], trained: Sequence[str]) -> None:
@@ -51,6 +69,11 @@ def _check_rates(rates: Iterable[str], trained: Sequence[str]) -> None:
 def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
     """UserError if a pipeline stage has no trained weight: DeepSpeed needs a gradient from each."""
     train, num_stages = config.train, config.parallel.pipeline
+    key = (
+        f"train.lora.targets {list(train.lora.targets)}"
+        if train.lora
+        else f"train.freeze {list(train.freeze)}"
+    )
     if not any(map(train.trains, names)):
         raise UserError(
             f"train.freeze {list(train.freeze)}: matches every weight of the model, so nothing is left to "
@@ -61,7 +84,7 @@ def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
         own = [name for name in names if _is_in_stage(name, blocks, config.model.num_layers)]
         if not any(map(train.trains, own)):
             raise UserError(
-                f"train.freeze {list(train.freeze)}: leaves nothing to train in stage {number} of "
+                f"{key}: leaves nothing to train in stage {number} of "
                 f"parallel.pipeline {num_stages} (blocks {blocks.start} to {blocks.stop - 1}); use fewer "
                 "stages, or tensor parallelism"
             )
