@@ -119,8 +119,8 @@ def _fit(updates: dict[str, Update], model: Transfusion, folder: Path) -> Adapte
         shapes = [list(factor.shape) for factor in update[:2]]
         if shapes != [[rank, num_inputs], [num_outputs, rank]]:
             raise UserError(
-                f"{folder}: {name} has A {shapes[0]} and B {shapes[1]}, but the model's layer has {num_inputs} "
-                f"inputs and {num_outputs} outputs; load it into the model that it adapts"
+                f"{folder}: {name} has A {shapes[0]} and B {shapes[1]}, but the model's layer has "
+                f"{num_inputs} inputs and {num_outputs} outputs; load it into the model that it adapts"
             )
         found.setdefault(weight, []).append((own, update))
     return found

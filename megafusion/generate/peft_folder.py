@@ -84,9 +84,7 @@ def read_peft_folder(folder: Path) -> dict[str, Update]:
     try:
         values = dict(json.loads(path.read_text()))
     except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no {CONFIG}; name a folder that PEFT or a run with train.lora wrote"
-        ) from error
+        raise UserError(f"{folder}: no {CONFIG}; name a folder that PEFT or a LoRA run wrote") from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); fetch it again") from error
     for key, served in SERVED.items():
@@ -100,14 +98,12 @@ def read_peft_folder(folder: Path) -> dict[str, Update]:
         raise UserError(f"{folder / WEIGHTS}: truncated or damaged ({error}); fetch it again") from error
     if other := sorted(name for name in tensors if not (name.startswith(PREFIX) and name.endswith((A, B)))):
         raise UserError(f"{folder / WEIGHTS}: {other[0]} is not the update of a linear layer, and not served")
-    layers = sorted({name.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for name in tensors})
-    if missing := [
-        PREFIX + name + end for name in layers for end in (A, B) if PREFIX + name + end not in tensors
-    ]:
-        raise UserError(f"{folder / WEIGHTS}: {missing[0]} is missing; fetch it again")
-    return {
-        name: _update(tensors[PREFIX + name + A], tensors[PREFIX + name + B], values, path) for name in layers
-    }
+    found = {}
+    for layer in sorted({name.removesuffix(A).removesuffix(B) for name in tensors}):
+        if missing := [layer + end for end in (A, B) if layer + end not in tensors]:
+            raise UserError(f"{folder / WEIGHTS}: {missing[0]} is missing; fetch it again")
+        found[layer.removeprefix(PREFIX)] = _update(tensors[layer + A], tensors[layer + B], values, path)
+    return found
 
 
 def _update(a: Tensor, b: Tensor, values: dict[str, Any], path: Path) -> Update:

@@ -52,8 +52,8 @@ def _check_targets(lora: LoraConfig, layers: Sequence[str]) -> None:
         if not any(map(lora.model_copy(update={"targets": (target,)}).adapts, layers)):
             known = layers if target.startswith("blocks.") else ends
             raise UserError(
-                f"train.lora.targets {target!r}: no linear layer of the blocks has such a name; the nearest is "
-                f"{nearest(target, known, 1)}"
+                f"train.lora.targets {target!r}: no linear layer of the blocks has such a name; the nearest "
+                f"is {nearest(target, known, 1)}"
             )
 
 
@@ -69,11 +69,9 @@ def _check_rates(rates: Iterable[str], trained: Sequence[str]) -> None:
 def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
     """UserError if a pipeline stage has no trained weight: DeepSpeed needs a gradient from each."""
     train, num_stages = config.train, config.parallel.pipeline
-    key = (
-        f"train.lora.targets {list(train.lora.targets)}"
-        if train.lora
-        else f"train.freeze {list(train.freeze)}"
-    )
+    key, patterns = "train.freeze", train.freeze
+    if train.lora:
+        key, patterns = "train.lora.targets", train.lora.targets
     if not any(map(train.trains, names)):
         raise UserError(
             f"train.freeze {list(train.freeze)}: matches every weight of the model, so nothing is left to "
