@@ -4,8 +4,8 @@ A checkpoint is a folder `step-00000400` with `tensors/` (torch.distributed.chec
 and exp_avg_sq by parameter name, in the shapes of the whole parameters; every rank writes what it owns. Of a
 frozen parameter there is `model` alone, in the type in which the forward reads it), `state.json` (step,
 stream states, and the state of the run) and, written last, `manifest.json` with the size and hash of every
-file. It is written under another name and then renamed. No random state is saved, because
-nothing in a step samples from a global generator.
+file. It is written under another name and then renamed. No random state is saved: nothing in a step samples
+from a global generator but dropout, which each batch seeds.
 """
 
 import json

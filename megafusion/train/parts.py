@@ -82,9 +82,9 @@ def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
         own = [name for name in names if _is_in_stage(name, blocks, config.model.num_layers)]
         if not any(map(train.trains, own)):
             raise UserError(
-                f"{key}: leaves nothing to train in stage {number} of "
-                f"parallel.pipeline {num_stages} (blocks {blocks.start} to {blocks.stop - 1}); use fewer "
-                "stages, or tensor parallelism"
+                f"{key} {list(patterns)}: leaves nothing to train in stage {number} of parallel.pipeline "
+                f"{num_stages} (blocks {blocks.start} to {blocks.stop - 1}); use fewer stages, or tensor "
+                "parallelism"
             )
 
 

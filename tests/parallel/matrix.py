@@ -127,6 +127,15 @@ FROZEN_TOPOLOGIES = {
 }
 
 
+LORA = {"rank": 3, "alpha": 12.0}
+LORA_TOPOLOGIES = FROZEN_TOPOLOGIES | {
+    "dp2-zero1": (2, {"zero_stage": 1}),
+    "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+    "tp2-sp-zero3": (4, {"tensor": 2, "sequence": True, "zero_stage": 3}),
+    "ulysses2-tp2-sp": MIXED["ulysses2-tp2-sp"],
+}
+
+
 def make_cases() -> list[Case]:
     """All cases."""
     cases = [Case("one", 1, {}), Case("one-unet", 1, {}, "unet")]
@@ -165,6 +174,8 @@ def make_cases() -> list[Case]:
         degrees = {"zero_stage": stage}
         frozen = {"train": {"freeze": FROZEN}}
         cases.append(Case(f"dp2-zero{stage}-frozen-bf16", 2, degrees, train=bf16, recipe=frozen))
+    for name, (world, degrees) in LORA_TOPOLOGIES.items():
+        cases.append(Case(f"{name}-lora", world, degrees, recipe={"train": {"lora": LORA}}))
     return [
         case if case.adapter == "unet" else replace(case, recipe=case.recipe | {"model": model})
         for case in cases
