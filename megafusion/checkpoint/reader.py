@@ -91,7 +91,7 @@ class CheckpointWeights:
 
     def _keys(self, stored: Iterable[str]) -> dict[str, str]:
         """The tensor of each parameter."""
-        keys = {}
+        keys: dict[str, str] = {}
         for kind in ("model", self._kind):  # the second replaces the first
             keys |= {key.partition(".")[2]: key for key in stored if key.startswith(f"{kind}.")}
         return keys

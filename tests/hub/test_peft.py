@@ -17,6 +17,7 @@ from megafusion.train.loop import train
 from tests.hub.test_init_from import from_hub
 from tests.support.generation import full_hidden
 from tests.support.hub import PIECES, make_folder
+from tests.support.marks import full
 from tests.support.small import small_run
 from tests.support.texts import documents, pack, text_logits
 
@@ -34,7 +35,7 @@ def our_logits(pipeline: TransfusionPipeline) -> torch.Tensor:
     return pipeline.model.tail.head(hidden)[..., :PIECES]
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2.5"])
+@pytest.fixture(scope="module", params=["llama3", *full("qwen2.5")])
 def runs(request, shards, vae_folder, tmp_path_factory) -> tuple[Path, Path, Path]:
     """A text model's folder, a run that is the same model, and a LoRA run from the folder."""
     folder = tmp_path_factory.mktemp("peft")
@@ -113,10 +114,13 @@ def cut(folder: Path) -> None:
         (lambda f: (f / "adapter_config.json").write_text("{"), r"cannot be read as JSON"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors"),
         (cut, r"truncated or damaged"),
-        (lambda f: rename(f, "q_proj", "w_proj"), r"adapts model\.layers\.0.*w_proj.* nearest is .*q_proj"),
+        (
+            lambda f: rename(f, "q_proj", "w_proj"),
+            r"adapts model\.layers\.0.*w_proj.* nearest is .*[qv]_proj",
+        ),
         (lambda f: rename(f, "lora_A.weight", "lora_magnitude"), r"lora_magnitude is not the update of"),
         (lambda f: rename(f, "0.self_attn.q_proj.lora_A", "9.x.lora_A"), r"is missing; fetch it again"),
-        (lambda f: rename(f, "o_proj", "down_proj"), r"down_proj has A .* the model's layer has"),
+        (lambda f: rename(f, "up_proj", "down_proj"), r"down_proj has A .* the model's layer has"),
     ],
 )
 def test_an_adapter_that_cannot_be_used_is_refused(runs, tmp_path, damage, message):
