@@ -116,7 +116,7 @@ def cut(folder: Path) -> None:
         (cut, r"truncated or damaged"),
         (
             lambda f: rename(f, "q_proj", "w_proj"),
-            r"adapts model\.layers\.0.*w_proj.* nearest is .*[qv]_proj",
+            r"adapts model\.layers.*w_proj.* nearest is .*_proj",
         ),
         (lambda f: rename(f, "lora_A.weight", "lora_magnitude"), r"lora_magnitude is not the update of"),
         (lambda f: rename(f, "0.self_attn.q_proj.lora_A", "9.x.lora_A"), r"is missing; fetch it again"),

@@ -61,6 +61,7 @@ def test_a_resumed_run_may_change_them(run_values, tmp_path, capsys):
     assert losses(run)[4] != losses(whole)[4]
 
 
+@pytest.mark.full
 def test_they_resume_bit_for_bit(run_values, tmp_path):
     run_values["optimizer"] |= {"learning_rates": {"tail.*": 1e-3}}
     whole = start(run_values)

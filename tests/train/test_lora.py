@@ -22,6 +22,7 @@ from megafusion.train.loop import train, train_step
 from megafusion.train.parts import check_parts
 from megafusion.train.run_folder import load_run_config
 from tests.parallel.cases import Batches, weights_of
+from tests.support.marks import full
 from tests.support.small import small_run
 from tests.support.texts import text_logits
 from tests.support.workers import run_workers
@@ -131,9 +132,9 @@ def test_exports(base, adapted, tmp_path):
         export_adapter(base, tmp_path / "none")
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dropout": 0.5, "targets": ["qkv"]}])
+@pytest.mark.parametrize("options", [{"dropout": 0.5, "targets": ["qkv", "down"]}, *full({})])
 def test_a_run_resumes_bit_for_bit(run_values, tmp_path, options):
-    run_values["train"] |= {"lora": LORA | options, "recompute": "full" if options else "none"}
+    run_values["train"] |= {"lora": LORA | options, "recompute": "full"}
     whole = start(run_values)
     again = run_values | {"out": str(tmp_path / "again")}
     start(again, stop_after=2)
@@ -151,6 +152,7 @@ def steps_with_dropout(values: dict) -> list[tuple[str, ShardSpec, torch.Tensor]
     return weights_of(engine)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sequence", [False, True])
 def test_tensor_ranks_drop_alike_and_recomputation_drops_again(shards, vae_folder, tmp_path, sequence):
     values = small_run(shards, vae_folder, tmp_path / "run")
