@@ -18,9 +18,10 @@ from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.engine.held_update import HeldUpdate
-from megafusion.engine.optimizer import make_optimizer
+from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.model.config import ModelConfig
+from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses
@@ -66,8 +67,7 @@ class Engine:
 
     def clip_and_step(self, learning_rate: float) -> Losses:
         """Clip and update, or skip on all ranks, as `consensus` tells; returns the losses, on the device."""
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._deepspeed.optimizer, learning_rate)
         self._update.make_or_skip()
         return Losses(*self.consensus.losses.unbind())
 
@@ -104,6 +104,8 @@ def make_engine(
     """This rank's part of a randomly initialized model, under DeepSpeed. Called by every rank."""
     with torch.device("meta"):
         whole_model = Transfusion(model, objective)
+        if train.lora:
+            add_lora(whole_model, train.lora)
     device = default_device()
     stage = parallelize(
         whole_model,
@@ -115,6 +117,7 @@ def make_engine(
         compile=train.compile,
         seed=seed,
         device=device,
+        trains=train.trains,
     )
     losses = shard_objective(objective, model, mesh).to(device)
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))

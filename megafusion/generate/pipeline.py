@@ -23,6 +23,7 @@ from megafusion.generate.folder import (
     read_pipeline_config,
 )
 from megafusion.generate.generation import Generation
+from megafusion.generate.lora import LoraPipeline
 from megafusion.generate.openers import openers
 from megafusion.generate.row import Begin, Part, Request
 from megafusion.images.codec import ImageCodec
@@ -45,7 +46,7 @@ class TransfusionPipelineOutput:
     images: Any
 
 
-class TransfusionPipeline:
+class TransfusionPipeline(LoraPipeline):
     """A trained model with its tokenizer and autoencoder; takes and returns PIL images and strings.
 
     >>> pipeline = TransfusionPipeline.from_pretrained("runs/quickstart")

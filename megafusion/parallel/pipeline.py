@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from megafusion.model.adapters import Skips
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Stem, Tail, Transfusion
+from megafusion.model.wrapper import canonical_name
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import TensorParallelRegion
 from megafusion.parallel.ulysses import SequenceShard
-from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import Inputs, PackedBatch, SequenceShape, Targets
 

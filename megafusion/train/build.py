@@ -28,6 +28,7 @@ from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.telemetry.trackers import check_trackers
 from megafusion.train.config import RunConfig
 from megafusion.train.init_from import check_origin, open_origin
+from megafusion.train.parts import check_parts
 
 
 @dataclass
@@ -70,6 +71,7 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
+    check_parts(config)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
     shape = config.sequence_shape
     if config.samples.every and not any(s.folder.manifest.kind == "pair" for s in sources.values()):

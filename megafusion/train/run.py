@@ -17,6 +17,7 @@ from megafusion.engine.ema import Ema
 from megafusion.engine.process_group import process_group
 from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
+from megafusion.parallel.dropout import seed_dropout
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import AXES, make_mesh
@@ -35,6 +36,7 @@ from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
 from megafusion.train.init_from import describe_start, open_origin
+from megafusion.train.open_model import export_lora
 from megafusion.train.run_folder import describe_changes, freeze
 from megafusion.train.samples import Sampler
 
@@ -101,6 +103,8 @@ class Run:
             with self._stragglers.waiting_for_data():
                 batch = self._loader.next()
             micro_batches = self._encoder.encode(batch)
+        if self._config.train.lora and self._config.train.lora.dropout:
+            seed_dropout(self._config.seed, self._loader.state_dict()["batch_number"], self._mesh)
         return micro_batches
 
     def rejects_step(self) -> bool:
@@ -295,10 +299,13 @@ class Run:
             self.outcome = "finished" if self.step == self._config.train.num_steps else "stopped"
 
     def _publish(self, sampler: Sampler) -> None:
-        """Write the averaged model of the last checkpoint as a pipeline folder."""
-        folder = self._config.out / "pipeline"
-        sampler.load(complete_checkpoints(self._manager.folder)[-1]).save_pretrained(folder)
+        """Write the averaged model of the last checkpoint as a pipeline folder, and its LoRA adapter."""
+        folder, checkpoint = self._config.out / "pipeline", complete_checkpoints(self._manager.folder)[-1]
+        sampler.load(checkpoint).save_pretrained(folder)
         self._metrics.say(f"{folder}: the model; megafusion generate {self._config.out}")
+        if self._config.train.lora:
+            export_lora(self._config, checkpoint, self._config.out / "lora")
+            self._metrics.say(f"{self._config.out / 'lora'}: the LoRA adapter, as PEFT reads it")
 
     def _standing(self) -> str:
         """Where a resumed run stands."""

@@ -41,7 +41,13 @@ FREE_KEYS = (
     "samples.",
 )
 
-RECIPE_KEYS = ("train.num_steps", "optimizer.learning_rate", "optimizer.gradient_clip", "model.attention")
+RECIPE_KEYS = (
+    "train.num_steps",
+    "optimizer.learning_rate",
+    "optimizer.learning_rates",
+    "optimizer.gradient_clip",
+    "model.attention",
+)
 """Keys that may also change, to make a run longer, to save one that diverges or to use another kernel;
 starts.json records it."""
 
@@ -65,7 +71,7 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     # What a run started from is without effect once it has a checkpoint.
     free = (*FREE_KEYS, "train.init_") if step else FREE_KEYS
     changed = {key: values for key, values in changed.items() if not key.startswith(free)}
-    refused = [key for key in changed if key not in RECIPE_KEYS and not _LOCATION.fullmatch(key)]
+    refused = [key for key in changed if not _is_recipe(key) and not _LOCATION.fullmatch(key)]
     if refused:
         raise UserError(
             f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
@@ -79,12 +85,16 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     return changed
 
 
+def _is_recipe(key: str) -> bool:
+    return key.startswith(tuple(f"{each}." for each in RECIPE_KEYS)) or key in RECIPE_KEYS
+
+
 def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> list[str]:
     """A sentence for each changed key, and one if they change the learning rate of the next update."""
     end = config.train.num_steps
     without_effect = ", without effect: all steps are made" if step >= end else ""
     said = [
-        f"resumes with {key} {now} instead of {before}{without_effect if key in RECIPE_KEYS else ''}"
+        f"resumes with {key} {now} instead of {before}{without_effect if _is_recipe(key) else ''}"
         for key, (before, now) in changed.items()
     ]
     if changed and step < end:
