@@ -322,7 +322,7 @@ class TransfusionPipeline(LoraPipeline):
         max_images = given.as_integer("max_images", max_images, 1 if begin == "image" else 0, 2**31 - 1)
         index = None if size is None else self.size_index(size)
         if not isinstance(sampling, list | tuple):
-            samplings = [self._sampling(sampling)] * len(rows)
+            samplings = [self._sampling(sampling)] * len(rows) if rows else []
         elif len(sampling) == len(rows):
             samplings = [self._sampling(each) for each in sampling]
         else:
