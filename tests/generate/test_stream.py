@@ -43,7 +43,7 @@ def options_of(row: int) -> SamplingConfig:
     return SamplingConfig(
         sampler=("ddim", "EulerAncestralDiscrete", "UniPCMultistep")[row % 3],
         num_inference_steps=3 + row % 2,
-        guidance_scale=(3.0, 1.0)[row % 2],
+        guidance_scale=(3.0, 1.0, 2.0)[row // 3],
         negative_prompt=("", "grey", "blue sky")[row % 3],
         max_new_tokens=(5, 9, 14)[row % 3],
         temperature=(1.0, 0.0, 1.5)[row % 3],
@@ -52,19 +52,15 @@ def options_of(row: int) -> SamplingConfig:
     )
 
 
-def test_a_request_alone_equals_itself_among_eight_others_at_any_place(pipeline):
+@pytest.mark.parametrize("begin", ["free", "image"])
+def test_a_request_alone_equals_itself_among_eight_others_at_any_place(pipeline, begin):
     prefer_images(pipeline)
     rows = [([CAPTIONS[row % 6]], 100 + row, options_of(row)) for row in range(9)]
 
     def generate(order):
         prompts, seeds, samplings = zip(*(rows[row] for row in order), strict=True)
-        return dict(
-            zip(
-                order,
-                pipeline.generate(list(prompts), seed=seeds, sampling=samplings, max_images=2),
-                strict=True,
-            )
-        )
+        options = {"seed": seeds, "sampling": samplings, "max_images": 2, "begin": begin}
+        return dict(zip(order, pipeline.generate(list(prompts), **options), strict=True))
 
     together, other = generate(range(9)), generate([4, 8, 1, 0, 7, 2, 6, 3, 5])
     assert len({str(together[row]) for row in range(9)}) >= 6
