@@ -75,11 +75,9 @@ class KVCache:
 
     def _resize(self, capacity: int) -> None:
         """Add slots until there are `capacity`."""
-        if more := capacity - self.capacity:
-            self.capacity = capacity
-            for layer in self.layers:
-                layer.keys = F.pad(layer.keys, (0, 0, 0, 0, 0, more))
-                layer.values = F.pad(layer.values, (0, 0, 0, 0, 0, more))
+        self.capacity = capacity
+        for layer in self.layers:
+            layer.keys, layer.values = _padded(layer.keys, capacity), _padded(layer.values, capacity)
 
     def advance(self, counts_B: Tensor) -> None:
         """Add the first `counts` positions of the last pass to each row."""
@@ -92,18 +90,29 @@ class KVCache:
 
     def assign(self, rows: Tensor, other: "KVCache") -> None:
         """Overwrite some rows with those of another cache."""
+        self._resize(max(self.capacity, other.capacity))
         self.lengths[rows] = other.lengths
         for layer, source in zip(self.layers, other.layers, strict=True):
-            layer.keys[rows], layer.values[rows] = source.keys, source.values
+            layer.keys[rows, : other.capacity] = source.keys
+            layer.values[rows, : other.capacity] = source.values
 
     def concatenate(self, other: "KVCache") -> "KVCache":
         """A copy of the rows of both, this cache's first."""
         capacity = max(self.capacity, other.capacity)
-        self._resize(capacity)
-        other._resize(capacity)
         # The slots of the last passes, of unequal lengths, are dropped: the next pass allocates its own.
         layers = [
-            _Layer(torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values]), self.lengths.new_zeros(0, 0))
+            _Layer(
+                torch.cat([_padded(a.keys, capacity), _padded(b.keys, capacity)]),
+                torch.cat([_padded(a.values, capacity), _padded(b.values, capacity)]),
+                self.lengths.new_zeros(0, 0),
+            )
             for a, b in zip(self.layers, other.layers, strict=True)
         ]
         return KVCache(capacity, torch.cat([self.lengths, other.lengths]), layers)
+
+
+def _padded(x_BTGK: Tensor, capacity: int) -> Tensor:
+    """Keys or values with `capacity` slots, which are no fewer."""
+    return (
+        F.pad(x_BTGK, (0, 0, 0, 0, 0, capacity - x_BTGK.shape[1])) if x_BTGK.shape[1] < capacity else x_BTGK
+    )

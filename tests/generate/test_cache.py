@@ -21,5 +21,4 @@ def test_a_cache_that_grows_gives_what_a_large_one_gives(run_config, tokenizer, 
         assert cache.lengths.tolist() == [35, 32]
         both = cache.concatenate(decoder.new_cache(1, 3 * size))
         assert both.capacity == max(cache.capacity, 3 * size)
-        assert cache.capacity == both.capacity
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

@@ -70,6 +70,17 @@ def test_a_request_alone_equals_itself_among_eight_others_at_any_place(pipeline,
         assert_equal_answers(generate([row])[row], together[row])
 
 
+def test_answers_do_not_depend_on_the_slots_that_a_cache_begins_with(pipeline, monkeypatch):
+    prefer_images(pipeline)
+    sampling = SamplingConfig(num_inference_steps=2, temperature=1.0, max_new_tokens=40)
+    options = {"seed": 3, "max_images": 4, "sampling": sampling}
+    expected = pipeline.generate([[c] for c in CAPTIONS], **options)
+    assert sum(not isinstance(part, str) for answer in expected for part in answer) >= 6
+    monkeypatch.setattr("megafusion.generate.generation.FIRST_CAPACITY", 1)
+    for found, answer in zip(pipeline.generate([[c] for c in CAPTIONS], **options), expected, strict=True):
+        assert_equal_answers(found, answer)
+
+
 def test_another_seed_is_another_text(pipeline):
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=20)
     image = pipeline.draw(["x"])[0]
