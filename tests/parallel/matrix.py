@@ -127,7 +127,7 @@ FROZEN_TOPOLOGIES = {
 }
 
 
-TEXT_PATH = ["stem.embedding.*", "blocks.*", "tail.norm.*", "tail.head.*"]
+TEXT_PATH = ["stem.embedding.*", "blocks.*", "tail.[nh]*"]
 """Patterns that freeze all but the image adapters: no tensor rank but the first counts a trained weight."""
 
 ADAPTER_TOPOLOGIES = {
