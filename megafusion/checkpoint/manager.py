@@ -25,6 +25,7 @@ from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import (
     KINDS,
     PARTIAL,
+    best_checkpoint,
     complete_checkpoints,
     hash_files,
     publish,
@@ -214,9 +215,10 @@ class CheckpointManager:
                 raise SaveFailed(f"{path}: not saved: {name} contains NaN or Inf; {way_out}")
 
     def _delete_old(self) -> None:
-        keep_every = self._config.keep_every
-        for old in complete_checkpoints(self.folder)[: -self._config.keep_last]:
-            if not keep_every or step_of(old) % keep_every:
+        keep_every, complete = self._config.keep_every, complete_checkpoints(self.folder)
+        best = best_checkpoint(complete) if self._config.keep_best else None
+        for old in complete[: -self._config.keep_last]:
+            if old != best and (not keep_every or step_of(old) % keep_every):
                 remove(old)
 
 

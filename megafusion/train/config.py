@@ -72,6 +72,17 @@ class RunConfig(Config):
             )
         if reason := self.objective.noise_process.build().refusal(self.sampling):
             raise ValueError(reason)
+        validation, log_every = self.data.validation, self.telemetry.log_every
+        if validation and validation.every % log_every:
+            raise ValueError(
+                f"data.validation.every {validation.every} is not a multiple of telemetry.log_every "
+                f"{log_every}: its losses are in the lines of metrics"
+            )
+        if self.checkpoint.keep_best and not (validation and self.checkpoint.every % validation.every == 0):
+            raise ValueError(
+                f"checkpoint.keep_best needs data.validation, and checkpoint.every {self.checkpoint.every} "
+                "to be a multiple of data.validation.every"
+            )
         if self.samples.every % self.checkpoint.every:
             raise ValueError(
                 f"samples.every {self.samples.every} is not a multiple of checkpoint.every "

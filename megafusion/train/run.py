@@ -39,6 +39,7 @@ from megafusion.train.init_from import describe_start, open_origin
 from megafusion.train.open_model import export_lora
 from megafusion.train.run_folder import describe_changes, freeze
 from megafusion.train.samples import Sampler
+from megafusion.train.validation import Validation
 
 Outcome = Literal["finished", "stopped", "preempted"]
 
@@ -55,6 +56,8 @@ class Run:
         self.step = 0
         """Updates made so far, over all attempts."""
         self._stops = False
+        self._validated: tuple[int, float] | None = None
+        """Step and total loss of the latest validation."""
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -232,6 +235,7 @@ class Run:
         if dist.get_world_size() > 1:
             self._metrics.say(self._layout())
         num_tokens = config.train.global_batch_size * config.data.sequence_length
+        self._validation = self._open_validation()
         self._packing = PackingMonitor(
             config.data.sources, num_tokens, self.engine, self._loader.state_dict()
         )
@@ -247,6 +251,24 @@ class Run:
                 verify_checkpoint(origin.checkpoint, dist.get_rank(), dist.get_world_size())
         self._manager.initialize(origin.source, origin.names)
 
+    def _open_validation(self) -> Validation | None:
+        config, loader = self._config, self._components.validation_loader
+        if not (config.data.validation and loader):
+            return None
+        parts, weight = self._components, config.objective.image_weight
+        return Validation(config.data.validation, loader, parts.tokenizer, self.engine, self._encoder, weight)
+
+    def _validate(self) -> dict[str, float]:
+        """The losses on held-out documents if they are due."""
+        config = self._config.data.validation
+        if not (config and self._validation and self._is_due(config.every)):
+            return {}
+        self._watchdog.beat(self.step, "validate")
+        with self._stragglers.paused():
+            figures = self._validation.measure()
+        self._validated = self.step, figures["validation_loss"]
+        return figures
+
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config
         speed, warning = self._stragglers.read()
@@ -259,6 +281,7 @@ class Run:
         }
         figures |= self._packing.read(self._loader.state_dict()) | speed
         figures |= throughput(speed["step_seconds"], config.train, config.model, config.sequence_shape)
+        figures |= self._validate()
         with self.engine.consensus.defer_errors():
             self._metrics.log(self.step, figures | self._rollback.counts | self._checkpoints.counts)
         if warning:
@@ -272,6 +295,8 @@ class Run:
             "topology": {"world_size": dist.get_world_size(), **self._config.parallel.model_dump()},
             "health": self._rollback.state_dict(),
         }
+        if self._validated and self._validated[0] == self.step:
+            state["validation_loss"] = self._validated[1]
         is_last |= self.step == self._last_step
         self._checkpoints.save(state, self._loader.state_dict(), is_last=is_last)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
 from megafusion.config import changed_keys, dump_config, load_config
+from megafusion.data.config import SourceConfig
 from megafusion.data.manifest import load_manifest
 from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
@@ -24,6 +25,7 @@ ENVIRONMENT = "environment.json"
 # Keys that a resumed run may change: they change no number of a step that is not skipped.
 FREE_KEYS = (
     "out",
+    "data.validation",
     "data.num_workers",
     "data.prefetch",
     "data.on_error",
@@ -226,13 +228,19 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 def _with_paths(config: RunConfig, out: Path, change: Callable[[Path], Path]) -> RunConfig:
     """A copy with other paths; URLs stay."""
     data = config.data
-    sources = {
-        name: source
-        if is_remote(source.path)
-        else source.model_copy(update={"path": change(Path(source.path))})
-        for name, source in data.sources.items()
-    }
-    paths = {"tokenizer": change(data.tokenizer), "vae": change(data.vae), "sources": sources}
+
+    def changed(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        return {
+            name: source
+            if is_remote(source.path)
+            else source.model_copy(update={"path": change(Path(source.path))})
+            for name, source in sources.items()
+        }
+
+    paths = {"tokenizer": change(data.tokenizer), "vae": change(data.vae), "sources": changed(data.sources)}
+    if data.validation:
+        held_out = changed(data.validation.sources)
+        paths["validation"] = data.validation.model_copy(update={"sources": held_out})
     data, train = data.model_copy(update=paths), config.train
     if train.init_from:
         train = train.model_copy(update={"init_from": change(train.init_from)})
