@@ -49,7 +49,7 @@ def main(pipeline_folder: str, path: Path) -> None:
     if classify([images[target] for target in wanted]) != wanted:
         sys.exit("error: the classifier does not name the real targets, so it cannot judge")
     pipeline = TransfusionPipeline.from_pretrained(pipeline_folder)
-    answers = pipeline([[images[edit["source"]], edit["instruction"]] for edit in edits])
+    answers = pipeline.generate([[images[edit["source"]], edit["instruction"]] for edit in edits])
     drawn = [next((part for part in answer if not isinstance(part, str)), NOTHING) for answer in answers]
     found = classify(drawn)
     is_style = [edit["instruction"].endswith("style:") for edit in edits]
