@@ -1,0 +1,122 @@
+"""A plan as tables."""
+
+from rich.console import Console
+from rich.table import Table
+
+from megafusion.plan.job import token_flops, whole_weights
+from megafusion.plan.runs import Run, RunPlan
+
+GIB = 2**30
+PREDICTION = "A prediction by arithmetic: nothing here has been measured on a GPU."
+
+
+def show(found: RunPlan, console: Console) -> None:
+    """Print the recommended layout in full, and the others a line each."""
+    best, chip, configured = found.best, found.chip, found.configured
+    console.print(f"[bold]{found.job.world_size} x {chip.about}[/]. {PREDICTION}")
+    console.print(_model_table(best))
+    console.print(_parts("GiB a rank", best.plan.memory.parts(), GIB, chip.memory_gib))
+    console.print(_parts("seconds a step", best.plan.step.seconds, 1.0, None))
+    console.print(_traffic_table(best))
+    console.print(_length_table(best))
+    table = Table("", "layout", "GiB", "s a step", "tokens/s", "MFU", "days", "bound by")
+    names = ["recommended" if best.plan.fits else "needs least", "next", "third"]
+    lines = list(zip(names, found.runs, strict=False))
+    if isinstance(configured, Run):
+        lines.append(("as configured", configured))
+    for name, run in lines:
+        table.add_row(name, *_cells(run))
+    console.print(table)
+    if isinstance(configured, str):
+        console.print(f"as configured: {configured}", highlight=False)
+    console.print(found.reason, highlight=False)
+    if found.traced:
+        console.print(_traced_table(found.traced))
+    console.print(" ".join(best.plan.overrides()), soft_wrap=True, highlight=False)
+
+
+def layout_name(run: Run) -> str:
+    """The degrees of a layout in short."""
+    job = run.plan.job
+    parallel = job.parallel
+    degrees = {"data": job.data} | {
+        name: getattr(parallel, name) for name in ("pipeline", "tensor", "ulysses")
+    }
+    named = " x ".join(f"{name} {size}" for name, size in degrees.items() if size > 1) or "one rank"
+    return (
+        f"{named}, ZeRO {parallel.zero_stage}, {job.micro_batches} x {job.train.micro_batch_size} rows, "
+        f"recompute {job.train.recompute}"
+    )
+
+
+def _cells(run: Run) -> list[str]:
+    plan = run.plan
+    over = "" if plan.fits else f" ({-plan.spare / GIB:.1f} over)"
+    return [
+        layout_name(run) + ("" if plan.job.train.compile else ", eager") + f", {plan.job.train.precision}",
+        f"{plan.memory.total / GIB:.1f}{over}",
+        f"{plan.step.total:.3g}",
+        f"{plan.step.tokens_per_second:,.0f}",
+        f"{plan.step.mfu:.1%}",
+        f"{run.days:,.1f}",
+        plan.step.bound,
+    ]
+
+
+def _model_table(run: Run) -> Table:
+    job = run.plan.job
+    weights, flops = whole_weights(job.model), token_flops(job)
+    table = Table("", *flops, "all", title=f"{sum(weights.values()) / 1e9:.3g}B parameters")
+    counts = weights | {"attention": 0, "head": weights["head"] + weights["embedding"]}
+    millions = [f"{counts[part] / 1e6:,.1f}" for part in flops]
+    table.add_row("million parameters", *millions, f"{sum(weights.values()) / 1e6:,.1f}")
+    giga = [f"{value / 1e9:.3g}" for value in flops.values()]
+    table.add_row("GFLOP a token, forward and backward", *giga, f"{sum(flops.values()) / 1e9:.3g}")
+    return table
+
+
+def _parts(title: str, parts: dict[str, float], unit: float, limit: float | None) -> Table:
+    table = Table("", title, "share")
+    total = sum(parts.values())
+    for name, value in sorted(parts.items(), key=lambda part: -part[1]):
+        if value / total >= 0.001:
+            table.add_row(name, f"{value / unit:.3g}", f"{value / total:.1%}")
+    table.add_row("all", f"{total / unit:.3g}" + (f" of {limit:.1f}" if limit else ""), "", style="bold")
+    return table
+
+
+def _traffic_table(run: Run) -> Table:
+    table = Table("communication of a rank, a step", "GB", "link", "seconds if nothing hides it")
+    for found in run.plan.step.traffic:
+        table.add_row(found.kind, f"{found.bytes / 1e9:.3g}", found.link, f"{found.seconds:.3g}")
+    return table
+
+
+def _length_table(run: Run) -> Table:
+    goodput, table = run.goodput, Table("the whole run", "")
+    share = f"{goodput.share:.1%}"
+    rows = {
+        "days, GPU-hours, dollars": f"{run.days:,.1f}, {run.gpu_hours:,.0f}, {run.dollars:,.0f}",
+        "dollars of a GPU-hour": f"{run.dollars / run.gpu_hours:.2f}" if run.gpu_hours else "",
+        "pipeline bubble": f"{run.plan.step.bubble:.1%}",
+        "a failure every": f"{goodput.failure_seconds / 3600:,.0f} hours",
+        "save, restart": f"{goodput.stall:.2g} s, {goodput.restart:.0f} s",
+        "best checkpoint.every": f"{goodput.every} steps ({goodput.every * run.plan.step.total / 60:.3g} minutes)",
+        "share of time that trains": share,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _traced_table(traced: dict) -> Table:
+    table = Table("traced in the real code, a rank", *traced)
+    for row in ("weights", "saved"):
+        table.add_row(
+            row,
+            *(
+                f"{found[row] / GIB:.3f} GiB, planned {found[f'planned_{row}'] / GIB:.3f}"
+                for found in traced.values()
+            ),
+        )
+    return table
