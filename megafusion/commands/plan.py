@@ -2,16 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from megafusion.commands.arguments import ConfigFile, Overrides
-
-if TYPE_CHECKING:
-    from megafusion.plan.job import Job
-    from megafusion.plan.rows import RowKind
-    from megafusion.train.config import RunConfig
 
 
 def plan(
@@ -56,7 +51,7 @@ def plan(
     if ceilings:
         chip = with_ceilings(chip, ceilings)
     found = plan_run(
-        job_of(values, gpus, rows),
+        values.job(gpus, rows),
         chip,
         num_steps=values.train.num_steps,
         gpu_hour=chip.gpu_hour if gpu_hour is None else gpu_hour,
@@ -71,18 +66,3 @@ def plan(
         typer.echo(json.dumps(found.describe(), indent=1))
     else:
         show(found, Console())
-
-
-def job_of(values: "RunConfig", world_size: int, rows: "RowKind" = "mixed") -> "Job":
-    """The sections of a run that a plan needs."""
-    from megafusion.plan.job import Job
-
-    return Job(
-        values.model,
-        values.train,
-        values.parallel,
-        values.data.sequence_length,
-        values.data.images_per_row,
-        world_size,
-        rows,
-    )

@@ -1,4 +1,4 @@
-"""Assignment of blocks to pipeline stages so that the slowest stage is as fast as possible. Imports no torch."""
+"""Assignment of blocks to pipeline stages so that the slowest is as fast as possible. Imports no torch."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate

@@ -1,1 +1,1 @@
-"""What a run would need and take on some GPUs, by arithmetic: memory, step time, cost. A plan is a prediction."""
+"""Memory, step time and cost of a run on some GPUs, predicted by arithmetic."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 HOURS = 54 * 24.0
 FAILURES_PER_GPU_HOUR = 419 / (HOURS * 16_384)
-"""419 unexpected interruptions in 54 days on 16,384 GPUs: Llama 3's report, arXiv 2407.21783, section 3.3.4."""
+"""419 unexpected interruptions in 54 days on 16,384 GPUs: Llama 3's report, arXiv 2407.21783."""
 STALL_BYTES_PER_SECOND = 55_984_174 / 0.00884
 """A rank's copy of its state while training waits: benchmarks/results/2026-11-25-checkpoint-2-cores.json."""
 RESTART_SECONDS = 69.0

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
-from megafusion.plan.activations import block_peak, saved_by_block, saved_by_tail
+from megafusion.plan.activations import backward_of_block, saved_by_block, saved_by_tail, saved_once
 from megafusion.plan.adapters import num_features
 from megafusion.plan.job import Job
 from megafusion.plan.software import Software
 
 CONTEXT_BYTES = 2.0 * 2**30
-"""CUDA's context, NCCL's buffers and the libraries' work space: 1.5 to 2.5 GB as published for other trainers."""
+"""CUDA's context, NCCL's buffers and libraries' work space: an estimate, 1.5 to 2.5 GiB."""
 FRAGMENTATION = 0.04
-"""Of what a step allocates: 3 to 5% as published."""
+"""Of what a step allocates: an estimate, 3 to 5%."""
+MAX_LIVE_NUMBERS = 1e9
+"""Weights that DeepSpeed's ZeRO 3 keeps gathered (stage3_max_live_parameters)."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Memory:
     """Master weights and both moments."""
     average: float
     activations: float
-    """Saved by blocks, stem and tail, of all micro-batches in flight, with one block's backward pass."""
+    """Saved by blocks and tail, of all micro-batches in flight."""
+    backward: float
+    """One block's backward pass, beyond what the loss needs before it."""
     adapters: float
     """Saved by the adapters."""
     logits: float
@@ -59,30 +63,32 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
     is_first, is_last = stage == 0, stage == len(job.stages) - 1
     tensors = [size for part in job.tensors(stage).values() for size in part]
     held = state_bytes(job, software, tensors)
-    in_flight = min(job.micro_batches, len(job.stages) - stage)
+    in_flight: float = min(job.micro_batches, len(job.stages) - stage)
     per_token = len(job.stages[stage]) * saved_by_block(job, software)
     if software.schedule_chunks > 1 and len(job.stages) > 1:  # more warm-up micro-batches of smaller chunks
         in_flight *= 1 + (len(job.stages) - 1) / (len(job.stages) * software.schedule_chunks)
     elif not is_last:
         per_token += job.model.hidden_size / (parallel.tensor if parallel.sequence else 1)  # what is sent
-    saved = in_flight * job.tokens * per_token + (saved_by_tail(job) if is_last else 0)
+    saved = in_flight * (number * job.tokens * per_token + saved_once(job, software))
+    saved += number * saved_by_tail(job, software) * is_last
     features = num_features(job.adapter.down) * is_first + num_features(job.adapter.up) * is_last
     adapters = in_flight * features * job.local_slots * number
     logits = 0.0
     if is_last:
-        logits = job.tokens * software.logit_bytes * job.model.vocab_size / parallel.tensor
+        each = software.logit_bytes + (4 if parallel.tensor > 1 else 0)  # one float32 copy more
+        if len(job.stages) > 1:
+            each += 2 * number  # the pipeline's two buffers of outputs
+        logits = job.tokens * each * job.model.vocab_size / parallel.tensor
     # Backward of a block comes after that of the loss.
-    peak = max(0.0, number * job.tokens * block_peak(job, software) - logits)
-    activations = number * saved + peak
-    buffers = _buffers(job, software, tensors, stage)
-    dynamic = activations + adapters + logits + buffers
-    return Memory(
-        stage, *held, activations, adapters, logits, buffers, CONTEXT_BYTES, FRAGMENTATION * dynamic
-    )
+    backward = max(0.0, number * job.tokens * backward_of_block(job, software) - logits)
+    buffers = _buffers(job, software, tensors)
+    dynamic = saved + backward + adapters + logits + buffers
+    fragmentation = FRAGMENTATION * dynamic
+    return Memory(stage, *held, saved, backward, adapters, logits, buffers, CONTEXT_BYTES, fragmentation)
 
 
 def state_bytes(job: Job, software: Software, tensors: list[int]) -> tuple[float, float, float, float]:
-    """Weights, gradients, optimizer and average, as megafusion.parallel.memory measures the first and last."""
+    """Weights, gradients, optimizer and average; see docs/parallelism.md."""
     parallel, zero = job.parallel, job.parallel.zero_stage
     total = sum(tensors)
     number, replicas = job.bytes_per_number, job.replicas
@@ -100,7 +106,7 @@ def state_bytes(job: Job, software: Software, tensors: list[int]) -> tuple[float
     return weights, gradients, optimizer, average if software.keeps_average else 0.0
 
 
-def _buffers(job: Job, software: Software, tensors: list[int], stage: int) -> float:
+def _buffers(job: Job, software: Software, tensors: list[int]) -> float:
     """Reduce buckets that are live in backward, and what ZeRO 3 gathers."""
     zero, number = job.parallel.zero_stage, job.bytes_per_number
     largest = max(tensors)
@@ -108,6 +114,5 @@ def _buffers(job: Job, software: Software, tensors: list[int], stage: int) -> fl
         return (number + 4.0) * largest  # a gradient before it is added to the sums
     if zero < 3:
         return 2 * number * software.bucket_numbers  # two buckets, for overlap
-    block = job.num_weights(stage) and sum(job.tensors(stage)["blocks"]) / len(job.stages[stage])
-    gathered = number * (2 * block + largest)
+    gathered = number * min(sum(tensors), MAX_LIVE_NUMBERS)
     return 4.0 * software.bucket_numbers + gathered

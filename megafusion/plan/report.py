@@ -5,6 +5,7 @@ from rich.table import Table
 
 from megafusion.plan.job import token_flops, whole_weights
 from megafusion.plan.runs import Run, RunPlan
+from megafusion.plan.search import Plan
 
 GIB = 2**30
 PREDICTION = "A prediction by arithmetic: nothing here has been measured on a GPU."
@@ -35,9 +36,18 @@ def show(found: RunPlan, console: Console) -> None:
     console.print(" ".join(best.plan.overrides()), soft_wrap=True, highlight=False)
 
 
-def layout_name(run: Run) -> str:
+def one_line(plan: Plan) -> str:
+    """A layout, and what is predicted of it."""
+    step = plan.step
+    return (
+        f"{layout_name(plan)}: {plan.memory.total / GIB:.1f} GiB a rank, {step.total:.3g} s a step, "
+        f"{step.tokens_per_second:,.0f} tokens/s, MFU {step.mfu:.1%}, bound by {step.bound} (a prediction)"
+    )
+
+
+def layout_name(plan: Plan) -> str:
     """The degrees of a layout in short."""
-    job = run.plan.job
+    job = plan.job
     parallel = job.parallel
     degrees = {"data": job.data} | {
         name: getattr(parallel, name) for name in ("pipeline", "tensor", "ulysses")
@@ -53,7 +63,7 @@ def _cells(run: Run) -> list[str]:
     plan = run.plan
     over = "" if plan.fits else f" ({-plan.spare / GIB:.1f} over)"
     return [
-        layout_name(run) + ("" if plan.job.train.compile else ", eager") + f", {plan.job.train.precision}",
+        layout_name(plan) + ("" if plan.job.train.compile else ", eager") + f", {plan.job.train.precision}",
         f"{plan.memory.total / GIB:.1f}{over}",
         f"{plan.step.total:.3g}",
         f"{plan.step.tokens_per_second:,.0f}",
@@ -94,15 +104,15 @@ def _traffic_table(run: Run) -> Table:
 
 def _length_table(run: Run) -> Table:
     goodput, table = run.goodput, Table("the whole run", "")
-    share = f"{goodput.share:.1%}"
+    minutes = goodput.every * run.plan.step.total / 60
     rows = {
         "days, GPU-hours, dollars": f"{run.days:,.1f}, {run.gpu_hours:,.0f}, {run.dollars:,.0f}",
         "dollars of a GPU-hour": f"{run.dollars / run.gpu_hours:.2f}" if run.gpu_hours else "",
         "pipeline bubble": f"{run.plan.step.bubble:.1%}",
         "a failure every": f"{goodput.failure_seconds / 3600:,.0f} hours",
         "save, restart": f"{goodput.stall:.2g} s, {goodput.restart:.0f} s",
-        "best checkpoint.every": f"{goodput.every} steps ({goodput.every * run.plan.step.total / 60:.3g} minutes)",
-        "share of time that trains": share,
+        "best checkpoint.every": f"{goodput.every} steps ({minutes:.3g} minutes)",
+        "share of time that trains": f"{goodput.share:.1%}",
     }
     for name, value in rows.items():
         table.add_row(name, value)

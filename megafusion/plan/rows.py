@@ -19,8 +19,8 @@ class RowStatistics(NamedTuple):
 
 @cache
 def row_statistics(kind: RowKind, length: int, patches: int, slots: int) -> RowStatistics:
-    """Rows as benchmarks/train.py packs them: texts (log-normal, about 1,100 tokens), captions of 8 to 60 tokens
-    with an image, or half of each; whole: one causal text a row."""
+    """Rows as benchmarks/train.py packs them: texts (log-normal, about 1,100 tokens), captions of 8 to 60
+    tokens with an image, or half of each; whole: one causal text a row."""
     if kind == "whole":
         return RowStatistics((length + 1) / 2, 0)
     sampled = random.Random(0)

@@ -123,8 +123,8 @@ def _no_layout(job: Job, chip: Chip) -> str:
         if len(near) >= 2:
             break
     return (
-        f"no degrees divide it: the data-parallel ranks must divide train.global_batch_size {batch}, and tensor "
-        f"ranks the {job.model.num_heads} heads; the nearest numbers that work are "
+        f"no degrees divide it: the data-parallel ranks must divide train.global_batch_size {batch}, and "
+        f"tensor ranks the {job.model.num_heads} heads; the nearest numbers that work are "
         f"{' and '.join(map(str, sorted(near)[:2]))}, or change train.global_batch_size"
     )
 
@@ -132,7 +132,7 @@ def _no_layout(job: Job, chip: Chip) -> str:
 def what_would_fit(smallest: Plan, chip: Chip) -> str:
     """By how much the plan that needs least memory does not fit, and what would."""
     job, missing = smallest.job, -smallest.spare / 2**30
-    text = f"nothing fits: the layout that needs least is {missing:.1f} GiB over the {chip.memory_gib:.1f} of a GPU"
+    text = f"nothing fits: the smallest layout is {missing:.1f} GiB over the {chip.memory_gib:.1f} of a GPU"
     larger = []
     for factor in (2, 4, 8, 16, 32, 64, 128):
         more = replace(job, world_size=job.world_size * factor)

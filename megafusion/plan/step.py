@@ -106,7 +106,7 @@ def _micro_batch(job: Job, chip: Chip, software: Software, stage: int) -> dict[s
     num, number = len(job.stages[stage]), job.bytes_per_number
     is_first, is_last = stage == 0, stage == len(job.stages) - 1
     recompute = job.train.recompute
-    # Forward is one of three passes over products; of attention's time two sevenths, of other traffic a third.
+    # Forward is a third of products and of other traffic, and two sevenths of attention.
     products = num * _block_products(job, chip, software) * (4 / 3 if recompute == "full" else 1)
     if recompute == "selective" and software.selective == "alternate":
         products *= 7 / 6

@@ -24,7 +24,6 @@ class SavedBytes:
     def __init__(self, parameters: set[int]):
         self._parameters, self._users = parameters, Counter()
         self.now = self.peak = 0
-        self.sizes: dict[tuple, int] = {}
 
     def pack(self, tensor: Tensor) -> "Kept":
         storage = tensor.untyped_storage()
@@ -54,21 +53,20 @@ class Kept:
 
 
 def storages(parameters: list) -> dict[int, int]:
-    """Bytes of every live storage, by address; buckets are left out."""
+    """Bytes of every live storage, by address, without the buckets."""
     gradients = [p.grad for p in parameters]  # which have a Python object from here on
     found = {}
     for each in gc.get_objects():
-        if isinstance(each, Tensor) and each.device.type == "cpu" and type(each) is not torch._subclasses.FakeTensor:
-            if each.layout == torch.strided and each.numel() != BUCKET_NUMBERS:
-                storage = each.untyped_storage()
-                if storage.nbytes() // each.element_size() != BUCKET_NUMBERS:
-                    found[storage.data_ptr()] = storage.nbytes()
+        if issubclass(type(each), Tensor) and each.device.type == "cpu" and each.layout == torch.strided:
+            storage = each.untyped_storage()
+            if storage.nbytes() != BUCKET_NUMBERS * each.element_size():
+                found[storage.data_ptr()] = storage.nbytes()
     del gradients
     return found
 
 
-def held(values: dict) -> dict[str, int]:
-    """Bytes of state, and of what backward needs at most, of this rank in its second step."""
+def held(values: dict) -> tuple[int, int]:
+    """Bytes of this rank's state after its second step's backward pass, and what autograd kept at most."""
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
     batches = Batches(values, mesh)
@@ -79,11 +77,10 @@ def held(values: dict) -> dict[str, int]:
     ema = Ema(engine.optimizer_state.shards, 0.9)
     train_step(engine, rows[0], 1e-3)
     parameters = list(engine.stage.parameters())
-    own = {p.untyped_storage()._cdata for p in parameters}
-    saved = SavedBytes(own)
+    saved = SavedBytes({p.untyped_storage()._cdata for p in parameters})
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
         engine.forward_backward(rows[1])
     gc.collect()
-    after = storages(parameters)
-    state = sum(size for address, size in after.items() if address not in before)
-    return {"state": state, "saved": saved.peak, "average": sum(f.numel() * 4 for f in ema.fragments)}
+    state = sum(size for address, size in storages(parameters).items() if address not in before)
+    assert ema.fragments
+    return state, saved.peak
