@@ -28,10 +28,6 @@ def plan(
     restart: Annotated[
         float | None, typer.Option(help="Seconds from a failure to the next step.", min=0)
     ] = None,
-    trace: Annotated[
-        bool,
-        typer.Option("--trace", help="Count the recommended layout's tensors in the real code (minutes)."),
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain values.")] = False,
 ) -> None:
     """Predict memory, speed and cost of a run on some GPUs, and recommend degrees of parallelism.
@@ -58,10 +54,6 @@ def plan(
         failures=FAILURES_PER_GPU_HOUR if failures is None else failures / 1000,
         restart=RESTART_SECONDS if restart is None else restart,
     )
-    if trace:
-        from megafusion.plan.trace import trace_in_process
-
-        found.traced = trace_in_process(values, found.best.plan.job)
     if as_json:
         typer.echo(json.dumps(found.describe(), indent=1))
     else:

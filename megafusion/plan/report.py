@@ -31,8 +31,6 @@ def show(found: RunPlan, console: Console) -> None:
     if isinstance(configured, str):
         console.print(f"as configured: {configured}", highlight=False)
     console.print(found.reason, highlight=False)
-    if found.traced:
-        console.print(_traced_table(found.traced))
     console.print(" ".join(best.plan.overrides()), soft_wrap=True, highlight=False)
 
 
@@ -116,17 +114,4 @@ def _length_table(run: Run) -> Table:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    return table
-
-
-def _traced_table(traced: dict) -> Table:
-    table = Table("traced in the real code, a rank", *traced)
-    for row in ("weights", "saved"):
-        table.add_row(
-            row,
-            *(
-                f"{found[row] / GIB:.3f} GiB, planned {found[f'planned_{row}'] / GIB:.3f}"
-                for found in traced.values()
-            ),
-        )
     return table

@@ -61,7 +61,6 @@ class RunPlan:
     """The layout as it is configured, or why its degrees are not possible."""
     reason: str
     """Why the first is the best, or what would fit."""
-    traced: dict[str, Any] | None = None
 
     @property
     def best(self) -> Run:
@@ -80,7 +79,6 @@ class RunPlan:
             "recommended": self.best.describe(),
             "next": [run.describe() for run in self.runs[1:]],
             "configured": configured,
-            "traced": self.traced,
         }
 
 
