@@ -48,10 +48,10 @@ def run_table(found: list[RunPlan]) -> str:
     head = "| GPUs | days | GPU-hours | dollars | a failure every | checkpoint.every | trains |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for each in found:
-        best = each.best
+        best, goodput = each.best, each.best.goodput
         lines.append(
             f"| {each.job.world_size:,} | {best.days:,.1f} | {best.gpu_hours:,.0f} | {best.dollars:,.0f} | "
-            f"{best.goodput.failure_seconds / 3600:,.0f} h | {best.goodput.every} | {best.goodput.share:.1%} |"
+            f"{goodput.failure_seconds / 3600:,.0f} h | {goodput.every} | {goodput.share:.1%} |"
         )
     return "\n".join(lines)
 

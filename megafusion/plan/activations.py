@@ -13,12 +13,11 @@ from megafusion.plan.software import Software
 def saved_by_block(job: Job, software: Software, recompute: Recompute | None = None) -> float:
     """Numbers for each of `Job.tokens` that a block keeps until its backward pass."""
     model, parallel = job.model, job.parallel
-    stream, ranks = model.hidden_size, parallel.tensor
+    stream, ranks = float(model.hidden_size), parallel.tensor
     queries = model.num_heads * model.head_size / ranks
     keys = model.kv_heads * model.head_size / ranks
     hidden = model.ffn_size / ranks
-    local = _local(job)
-    qkv = queries + 2 * keys
+    local, qkv = _local(job), queries + 2 * keys
     recompute = recompute or job.train.recompute
     if recompute == "full":
         return local

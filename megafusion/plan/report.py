@@ -20,13 +20,13 @@ def show(found: RunPlan, console: Console) -> None:
     console.print(_parts("seconds a step", best.plan.step.seconds, 1.0, None))
     console.print(_traffic_table(best))
     console.print(_length_table(best))
-    table = Table("", "layout", "GiB", "s a step", "tokens/s", "MFU", "days", "bound by")
+    table = Table("", "ranks", "ZeRO", "rows", "recompute", "GiB", "s a step", "tokens/s", "MFU", "bound by")
     names = ["recommended" if best.plan.fits else "needs least", "next", "third"]
     lines = list(zip(names, found.runs, strict=False))
     if isinstance(configured, Run):
         lines.append(("as configured", configured))
     for name, run in lines:
-        table.add_row(name, *_cells(run))
+        table.add_row(name, *_cells(run.plan))
     console.print(table)
     if isinstance(configured, str):
         console.print(f"as configured: {configured}", highlight=False)
@@ -38,7 +38,7 @@ def one_line(plan: Plan) -> str:
     """A layout, and what is predicted of it."""
     step = plan.step
     return (
-        f"{layout_name(plan)}: {plan.memory.total / GIB:.1f} GiB a rank, {step.total:.3g} s a step, "
+        f"{layout_name(plan)}: {plan.memory.total / GIB:.1f} GiB a rank, {_number(step.total)} s a step, "
         f"{step.tokens_per_second:,.0f} tokens/s, MFU {step.mfu:.1%}, bound by {step.bound} (a prediction)"
     )
 
@@ -46,29 +46,39 @@ def one_line(plan: Plan) -> str:
 def layout_name(plan: Plan) -> str:
     """The degrees of a layout in short."""
     job = plan.job
-    parallel = job.parallel
-    degrees = {"data": job.data} | {
-        name: getattr(parallel, name) for name in ("pipeline", "tensor", "ulysses")
-    }
-    named = " x ".join(f"{name} {size}" for name, size in degrees.items() if size > 1) or "one rank"
     return (
-        f"{named}, ZeRO {parallel.zero_stage}, {job.micro_batches} x {job.train.micro_batch_size} rows, "
-        f"recompute {job.train.recompute}"
+        f"{_ranks(plan)}, ZeRO {job.parallel.zero_stage}, {job.micro_batches} x {job.train.micro_batch_size} "
+        f"rows, recompute {job.train.recompute}"
     )
 
 
-def _cells(run: Run) -> list[str]:
-    plan = run.plan
+def _ranks(plan: Plan) -> str:
+    parallel = plan.job.parallel
+    degrees = {"data": plan.job.data} | {
+        name: getattr(parallel, name) for name in ("pipeline", "tensor", "ulysses")
+    }
+    return " x ".join(f"{name} {size}" for name, size in degrees.items() if size > 1) or "one"
+
+
+def _cells(plan: Plan) -> list[str]:
+    job, step = plan.job, plan.step
     over = "" if plan.fits else f" ({-plan.spare / GIB:.1f} over)"
+    eager = "" if job.train.compile else f" ({job.train.precision}, {job.model.attention}, eager)"
     return [
-        layout_name(plan) + ("" if plan.job.train.compile else ", eager") + f", {plan.job.train.precision}",
+        _ranks(plan) + eager,
+        str(job.parallel.zero_stage),
+        f"{job.micro_batches} x {job.train.micro_batch_size}",
+        job.train.recompute,
         f"{plan.memory.total / GIB:.1f}{over}",
-        f"{plan.step.total:.3g}",
-        f"{plan.step.tokens_per_second:,.0f}",
-        f"{plan.step.mfu:.1%}",
-        f"{run.days:,.1f}",
-        plan.step.bound,
+        _number(step.total),
+        f"{step.tokens_per_second:,.0f}",
+        f"{step.mfu:.1%}",
+        step.bound,
     ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _model_table(run: Run) -> Table:
@@ -88,8 +98,8 @@ def _parts(title: str, parts: dict[str, float], unit: float, limit: float | None
     total = sum(parts.values())
     for name, value in sorted(parts.items(), key=lambda part: -part[1]):
         if value / total >= 0.001:
-            table.add_row(name, f"{value / unit:.3g}", f"{value / total:.1%}")
-    table.add_row("all", f"{total / unit:.3g}" + (f" of {limit:.1f}" if limit else ""), "", style="bold")
+            table.add_row(name, _number(value / unit), f"{value / total:.1%}")
+    table.add_row("all", _number(total / unit) + (f" of {limit:.1f}" if limit else ""), "", style="bold")
     return table
 
 
@@ -109,7 +119,7 @@ def _length_table(run: Run) -> Table:
         "pipeline bubble": f"{run.plan.step.bubble:.1%}",
         "a failure every": f"{goodput.failure_seconds / 3600:,.0f} hours",
         "save, restart": f"{goodput.stall:.2g} s, {goodput.restart:.0f} s",
-        "best checkpoint.every": f"{goodput.every} steps ({minutes:.3g} minutes)",
+        "best checkpoint.every": f"{goodput.every} steps ({_number(minutes)} minutes)",
         "share of time that trains": f"{goodput.share:.1%}",
     }
     for name, value in rows.items():

@@ -1,12 +1,13 @@
 """Layouts of a run's ranks: which are possible, which fit, which is fastest, and what would fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 from megafusion.engine.config import TrainConfig
 from megafusion.errors import UserError
-from megafusion.parallel.config import ParallelConfig
+from megafusion.parallel.config import ParallelConfig, Recompute
 from megafusion.parallel.degrees import check_degrees
 from megafusion.plan.chip import Chip, chip_names, load_chip
 from megafusion.plan.job import Job
@@ -15,7 +16,8 @@ from megafusion.plan.software import Software, of_run
 from megafusion.plan.step import Step, step
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ def check_job(job: Job) -> None:
     )
 
 
-def layouts(job: Job, chip: Chip) -> Iterator[Job]:
+def layouts(
+    job: Job,
+    chip: Chip,
+    micro_batches: Sequence[int] = MICRO_BATCHES,
+    recompute: Sequence[Recompute] = RECOMPUTE,
+) -> Iterator[Job]:
     """Every layout of the same run that its degrees allow, in bf16, compiled, with attention of intervals."""
     train = job.train.model_dump() | {
         "precision": "bf16" if job.train.precision == "fp32" else job.train.precision,
@@ -76,11 +83,11 @@ def layouts(job: Job, chip: Chip) -> Iterator[Job]:
     if model.attention == "sdpa":
         model = model.model_copy(update={"attention": "auto"})
     trains = {
-        (size, recompute): TrainConfig(**train | {"micro_batch_size": size, "recompute": recompute})
-        for size, recompute in product(MICRO_BATCHES, RECOMPUTE)
+        (size, kind): TrainConfig(**train | {"micro_batch_size": size, "recompute": kind})
+        for size, kind in product(micro_batches, recompute)
     }
     for pipeline, tensor, ulysses, zero in product(
-        (1, 2, 4, 8, 16), (1, 2, 4, 8), sorted({1, job.parallel.ulysses}), (1, 2, 3)
+        (1, 2, 4, 8, 16), (1, 2, 4, 8), sorted({1, job.parallel.ulysses}), ZERO_STAGES
     ):
         others = pipeline * tensor * ulysses
         if job.world_size % others or (pipeline > 1 and zero > 1) or tensor * ulysses > chip.node_gpus:
@@ -118,7 +125,7 @@ def _no_layout(job: Job, chip: Chip) -> str:
     batch, near = job.train.global_batch_size, []
     for distance in range(1, job.world_size + 1):
         for number in (job.world_size - distance, job.world_size + distance):
-            if number and next(layouts(replace(job, world_size=number), chip), None):
+            if number and next(layouts(replace(job, world_size=number), chip, (1,), ("full",)), None):
                 near.append(number)
         if len(near) >= 2:
             break
@@ -137,10 +144,11 @@ def what_would_fit(smallest: Plan, chip: Chip) -> str:
     for factor in (2, 4, 8, 16, 32, 64, 128):
         more = replace(job, world_size=job.world_size * factor)
         try:
-            found = min((plan_job(each, chip) for each in layouts(more, chip)), key=lambda p: p.memory.total)
+            small = layouts(more, chip, (1,), ("full",))
+            found = min(memory(each, of_run(each.train, each.model.attention)).total for each in small)
         except ValueError:  # no layout
             continue
-        if found.fits:
+        if found <= chip.memory_bytes:
             larger.append(f"--gpus {more.world_size}")
             break
     for name in chip_names():
