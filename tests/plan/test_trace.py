@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megafusion.model.transformer import Block, block_context
 from megafusion.parallel.activation_checkpointing import checkpointed
@@ -20,7 +20,7 @@ LENGTH = 512
 
 def live_bytes(config, num_blocks: int) -> int:
     """Bytes of all tensors but weights that are alive after the forward pass of some blocks."""
-    with FakeTensorMode(), torch.device("cpu"):
+    with FakeTensorMode() as mode, torch.device("cpu"):
         torch.set_default_dtype(torch.bfloat16)
         try:
             blocks = torch.nn.ModuleList(Block(config.model) for _ in range(num_blocks))
@@ -40,9 +40,10 @@ def live_bytes(config, num_blocks: int) -> int:
             for block in blocks:
                 recompute = config.train.recompute
                 x = (block if recompute == "none" else checkpointed(block, recompute))(x, context)
+        gc.collect()
         found = {}
         for each in gc.get_objects():
-            if issubclass(type(each), Tensor):
+            if type(each) is FakeTensor and each.fake_mode is mode:
                 storage = each.untyped_storage()
                 if storage._cdata not in own:
                     found[storage._cdata] = storage.nbytes()
