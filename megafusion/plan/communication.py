@@ -52,12 +52,16 @@ def pipeline_traffic(job: Job, chip: Chip) -> Traffic:
     return Traffic("pipeline", sent, "node" if is_near else "network", seconds)
 
 
-def data_traffic(job: Job, chip: Chip, software: Software, weights: int) -> tuple[Traffic, Traffic]:
-    """What each micro-batch communicates (ZeRO 2 and 3), and what each step does. weights: of the rank."""
+def data_traffic(
+    job: Job, chip: Chip, software: Software, weights: int, trained: int
+) -> tuple[Traffic, Traffic]:
+    """What each micro-batch communicates (ZeRO 2 and 3), and what each step does, of a rank's weights."""
     zero, ranks = job.parallel.zero_stage, job.replicas
     stride = job.parallel.tensor  # Ulysses ranks are between data ranks, and in their group
     share = (ranks - 1) / ranks
-    reduced, gathered = software.reduced_bytes * weights * share, job.bytes_per_number * weights * share
+    reduced = software.reduced_bytes * trained * share
+    # Updated weights are gathered once a step; with ZeRO 3 all of them, in each pass.
+    gathered = job.bytes_per_number * (weights if zero == 3 else trained) * share
     by_stage = {
         0: (0.0, 2 * reduced),
         1: (0.0, (1 if software.shards_gradients_at_step else 2) * reduced + gathered),

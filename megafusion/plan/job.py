@@ -8,7 +8,7 @@ from megafusion.model.config import ModelConfig
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.degrees import data_degree, vocab_shard_size
 from megafusion.parallel.partition import stage_blocks
-from megafusion.plan.adapters import Adapter, adapter_layers, num_flops, num_weights
+from megafusion.plan.adapters import Adapter, Layer, adapter_layers, num_flops, num_weights
 from megafusion.plan.rows import RowKind, RowStatistics, row_statistics
 
 
@@ -76,36 +76,78 @@ class Job:
         tail += 2 * length * model.vocab_size * model.hidden_size
         return stage_blocks([stem, *[block] * model.num_layers, tail], self.parallel.pipeline)
 
-    def tensors(self, stage: int) -> dict[str, list[int]]:
-        """Numbers in each tensor of a stage's parameters on a tensor rank, the first, by part."""
-        model, ranks = self.model, self.parallel.tensor
-        kv, queries, size = (
-            model.kv_heads * model.head_size,
-            model.num_heads * model.head_size,
-            model.hidden_size,
-        )
-        block = [size * (queries + 2 * kv) // ranks, queries * size // ranks]
-        block += [size * 2 * model.ffn_size // ranks, model.ffn_size * size // ranks, size, size]
-        block += [(queries + 2 * kv) // ranks] if model.attention_bias else []
-        block += [model.head_size] * 2 if model.qk_norm else []
-        vocabulary = vocab_shard_size(model.vocab_size, ranks) * size
-        first, last = stage == 0, stage == len(self.stages) - 1
-        is_tied = model.tie_embeddings and first
-        return {
-            "blocks": block * len(self.stages[stage]),
-            "embedding": [vocabulary] if first else [],
-            "head": [*([] if is_tied else [vocabulary]), size] if last else [],
-            "adapter": [
-                number
-                for layers in (self.adapter.down * first, self.adapter.up * last)
-                for layer in layers
-                for number in layer.tensors
-            ],
+    def tensors(self, stage: int) -> dict[str, int]:
+        """Numbers in each of a stage's parameters, by name, on the first tensor rank.
+
+        The adapters' tensors are numbered in place of their modules' names.
+        """
+        model, size = self.model, self.model.hidden_size
+        is_first, is_last = stage == 0, stage == len(self.stages) - 1
+        found = {}
+        for number in self.stages[stage]:
+            found |= {f"blocks.{number}.{name}": numbers for name, numbers in self._block_tensors.items()}
+        vocabulary = vocab_shard_size(model.vocab_size, self.parallel.tensor) * size
+        if is_first:
+            found |= {"stem.embedding.weight": vocabulary} | _numbered("stem.adapter", self.adapter.down)
+        if is_last:
+            found |= {"tail.norm.weight": size} | _numbered("tail.adapter", self.adapter.up)
+            if not (model.tie_embeddings and is_first):
+                found["tail.head.weight"] = vocabulary
+        return found
+
+    @cached_property
+    def _block_tensors(self) -> dict[str, int]:
+        """Of one block, with the updates of LoRA."""
+        model, ranks, size = self.model, self.parallel.tensor, self.model.hidden_size
+        queries, kv = model.num_heads * model.head_size, model.kv_heads * model.head_size
+        columns = {
+            "attention.qkv": (queries, kv, kv),
+            "feed_forward.gate_up": (model.ffn_size, model.ffn_size),
         }
+        rows = {"attention.out": queries, "feed_forward.down": model.ffn_size}
+        found = {"attention_norm.weight": size, "feed_forward_norm.weight": size}
+        found |= {f"{name}.weight": size * sum(parts) // ranks for name, parts in columns.items()}
+        found |= {f"{name}.weight": size * inputs // ranks for name, inputs in rows.items()}
+        if model.attention_bias:
+            found["attention.qkv.bias"] = (queries + 2 * kv) // ranks
+        if model.qk_norm:
+            found |= {f"attention.{name}_norm.weight": model.head_size for name in "qk"}
+        if lora := self.train.lora:
+            for name, parts in columns.items():
+                if lora.adapts(f"blocks.0.{name}"):
+                    found[f"{name}.lora_a.weight"] = lora.rank * len(parts) * size
+                    for number, part in enumerate(parts):
+                        found[f"{name}.lora_b.{number}.weight"] = lora.rank * part // ranks
+            for name, inputs in rows.items():
+                if lora.adapts(f"blocks.0.{name}"):
+                    found[f"{name}.lora_a.weight"] = lora.rank * inputs // ranks
+                    found[f"{name}.lora_b.0.weight"] = lora.rank * size
+        return found
 
     def num_weights(self, stage: int) -> int:
         """Parameters of a stage on a tensor rank."""
-        return sum(map(sum, self.tensors(stage).values()))
+        return sum(self.tensors(stage).values())
+
+    def num_trained(self, stage: int) -> int:
+        """Those that are trained, not frozen."""
+        trains = self.train.trains
+        return sum(numbers for name, numbers in self.tensors(stage).items() if trains(name))
+
+    @property
+    def trains_matrices(self) -> bool:
+        """Whether the blocks' matrices have gradients of their own."""
+        return any(
+            self.train.trains(f"blocks.0.{name}")
+            for name in ("attention.qkv.weight", "feed_forward.down.weight")
+        )
+
+
+def _numbered(prefix: str, layers: tuple[Layer, ...]) -> dict[str, int]:
+    return {
+        f"{prefix}.{number}.{index}": numbers
+        for number, layer in enumerate(layers)
+        for index, numbers in enumerate(layer.tensors)
+    }
 
 
 def matrix_weights(model: ModelConfig) -> int:

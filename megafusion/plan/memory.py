@@ -61,8 +61,8 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
     """Bytes on a rank of one stage."""
     parallel, number = job.parallel, job.bytes_per_number
     is_first, is_last = stage == 0, stage == len(job.stages) - 1
-    tensors = [size for part in job.tensors(stage).values() for size in part]
-    held = state_bytes(job, software, tensors)
+    tensors = list(job.tensors(stage).values())
+    held = state_bytes(job, software, tensors, job.num_trained(stage))
     in_flight: float = min(job.micro_batches, len(job.stages) - stage)
     per_token = len(job.stages[stage]) * saved_by_block(job, software)
     if software.schedule_chunks > 1 and len(job.stages) > 1:  # more warm-up micro-batches of smaller chunks
@@ -87,19 +87,21 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
     return Memory(stage, *held, saved, backward, adapters, logits, buffers, CONTEXT_BYTES, fragmentation)
 
 
-def state_bytes(job: Job, software: Software, tensors: list[int]) -> tuple[float, float, float, float]:
+def state_bytes(
+    job: Job, software: Software, tensors: list[int], trained: int
+) -> tuple[float, float, float, float]:
     """Weights, gradients, optimizer and average; see docs/parallelism.md."""
     parallel, zero = job.parallel, job.parallel.zero_stage
     total = sum(tensors)
     number, replicas = job.bytes_per_number, job.replicas
-    share = total / replicas if zero else total
+    share = trained / replicas if zero else trained
     weights = float(number * total)
     if zero == 3:
         # Tensors of at most hidden_size numbers stay whole on every rank (param_persistence_threshold).
         whole = sum(size for size in tensors if size <= job.model.hidden_size)
         weights = number * ((total - whole) / replicas + whole) if software.keeps_weight_copy else 0.0
     # Accumulated in float32; ZeRO 0 and 1 keep the whole sums, 2 and 3 this rank's.
-    gradients = 4.0 * (total if zero < 2 else share)
+    gradients = 4.0 * (trained if zero < 2 else share)
     optimizer, average = (8.0 if zero == 0 else 12.0) * share, 4.0 * share
     if parallel.offload_optimizer:
         gradients, optimizer, average = gradients if zero < 2 else 0.0, 0.0, 0.0

@@ -94,7 +94,7 @@ def plan_run(
     """Search the layouts. failures: of a GPU in an hour. Raises UserError where no degrees are possible."""
 
     def over_the_run(plan: Plan) -> Run:
-        state = 16.0 * max(plan.job.num_weights(stage) for stage in range(len(plan.job.stages)))
+        state = 16.0 * max(plan.job.num_trained(stage) for stage in range(len(plan.job.stages)))
         kept = goodput(
             job.world_size,
             plan.step.total,

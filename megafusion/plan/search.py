@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-from megafusion.engine.config import TrainConfig
 from megafusion.errors import UserError
 from megafusion.parallel.config import ParallelConfig, Recompute
 from megafusion.parallel.degrees import check_degrees
@@ -75,17 +74,16 @@ def layouts(
     recompute: Sequence[Recompute] = RECOMPUTE,
 ) -> Iterator[Job]:
     """Every layout of the same run that its degrees allow, in bf16, compiled, with attention of intervals."""
-    train = job.train.model_dump() | {
-        "precision": "bf16" if job.train.precision == "fp32" else job.train.precision,
-        "compile": True,
-    }
+    precision = "bf16" if job.train.precision == "fp32" else job.train.precision
     model = job.model
     if model.attention == "sdpa":
         model = model.model_copy(update={"attention": "auto"})
-    trains = {
-        (size, kind): TrainConfig(**train | {"micro_batch_size": size, "recompute": kind})
+    trains = [
+        job.train.model_copy(
+            update={"precision": precision, "compile": True, "micro_batch_size": size, "recompute": kind}
+        )
         for size, kind in product(micro_batches, recompute)
-    }
+    ]
     for pipeline, tensor, ulysses, zero in product(
         (1, 2, 4, 8, 16), (1, 2, 4, 8), sorted({1, job.parallel.ulysses}), ZERO_STAGES
     ):
@@ -95,7 +93,7 @@ def layouts(
         parallel = ParallelConfig(
             pipeline=pipeline, tensor=tensor, sequence=tensor > 1, ulysses=ulysses, zero_stage=zero
         )
-        for each in trains.values():
+        for each in trains:
             candidate = replace(job, model=model, train=each, parallel=parallel)
             try:
                 check_job(candidate)

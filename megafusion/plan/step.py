@@ -67,13 +67,14 @@ def step(job: Job, chip: Chip, software: Software) -> Step:
     slots = (depth - 1) / software.schedule_chunks
     seconds["pipeline bubble"] = slots * sum(slowest.values())
     weights = max(job.num_weights(stage) for stage in range(depth))
-    every, once = data_traffic(job, chip, software, weights)
+    trained = max(job.num_trained(stage) for stage in range(depth))
+    every, once = data_traffic(job, chip, software, weights, trained)
     busy = sum(value for name, value in slowest.items() if name != "pipeline transfers")
     hidden = software.sharded_overlap * busy
     seconds["data parallelism"] = num * max(0.0, every.seconds - hidden)
     # Backward of the last micro-batch is two thirds of it.
     seconds["data parallelism"] += max(0.0, once.seconds - software.data_overlap * busy * 2 / 3)
-    seconds["optimizer and average"] = _update(job, chip, weights)
+    seconds["optimizer and average"] = _update(job, chip, trained)
     seconds["host"] = software.host_seconds
     passes = _passes(job)
     blocks = len(max(job.stages, key=len))
@@ -119,7 +120,7 @@ def _micro_batch(job: Job, chip: Chip, software: Software, stage: int) -> dict[s
         "products": products,
         "attention": attention,
         "elementwise": traffic / chip.memory_bandwidth,
-        "gradient sums": gradient * job.num_weights(stage) / chip.memory_bandwidth,
+        "gradient sums": gradient * job.num_trained(stage) / chip.memory_bandwidth,
         "head and loss": _head(job, chip, software) if is_last else 0.0,
     }
     flops = num_flops(job.adapter.down) * is_first + num_flops(job.adapter.up) * is_last
@@ -160,7 +161,7 @@ def _block_products(job: Job, chip: Chip, software: Software) -> float:
     return sum(
         _product(rows, columns, depth, rate, chip, number)
         + _product(rows, depth, columns, rate, chip, number)
-        + _product(columns, depth, rows, rate, chip, number)
+        + (_product(columns, depth, rows, rate, chip, number) if job.trains_matrices else 0)
         for columns, depth in shapes
     )
 

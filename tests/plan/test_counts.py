@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megafusion.config import load_config
+from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
+from megafusion.model.wrapper import canonical_name
 from megafusion.parallel.balance import layer_flops
 from megafusion.parallel.partition import stage_blocks
 from megafusion.plan.adapters import adapter_layers, num_flops
@@ -34,9 +36,29 @@ def test_parameters_are_those_of_the_model(name, overrides):
     assert whole_weights(config.model) == by_part
     job = config.job(1)
     assert job.num_weights(0) == sum(by_part.values())
-    assert sorted(size for part in job.tensors(0).values() for size in part) == sorted(
-        parameter.numel() for parameter in model.parameters()
-    )
+    tensors = job.tensors(0)
+    assert sorted(tensors.values()) == sorted(parameter.numel() for parameter in model.parameters())
+    own = {name: numbers for name, numbers in tensors.items() if ".adapter." not in name}
+    assert own == {
+        name: parameter.numel() for name, parameter in model.named_parameters() if ".adapter." not in name
+    }
+
+
+def test_trained_parameters_are_those_that_are_not_frozen():
+    given = "train.init_from=runs/before"
+    frozen = configuration("1.4b.yaml", given, "train.freeze=[blocks.*, stem.*]").job(1)
+    model = frozen.model
+    up = sum(sum(layer.tensors) for layer in frozen.adapter.up)
+    assert frozen.num_trained(0) == model.hidden_size * (model.vocab_size + 1) + up
+    config = configuration("1.4b.yaml", given, "model.num_layers=2", "train.lora.rank=8")
+    with torch.device("meta"):
+        adapted = add_lora(Transfusion(config.model, config.objective), config.train.lora)
+    sizes = {canonical_name(name): each.numel() for name, each in adapted.named_parameters()}
+    lora = {name: numbers for name, numbers in sizes.items() if config.train.trains(name)}
+    job = config.job(1)
+    assert {name: job.tensors(0)[name] for name in lora} == lora
+    assert job.num_trained(0) == sum(lora.values()) > 0
+    assert job.num_weights(0) == sum(sizes.values())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
