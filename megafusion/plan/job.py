@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megafusion.engine.config import TrainConfig
-from megafusion.model.config import ModelConfig
+from megafusion.model.config import LoraConfig, ModelConfig
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.degrees import data_degree, vocab_shard_size
 from megafusion.parallel.partition import stage_blocks
@@ -85,7 +85,9 @@ class Job:
         is_first, is_last = stage == 0, stage == len(self.stages) - 1
         found = {}
         for number in self.stages[stage]:
-            found |= {f"blocks.{number}.{name}": numbers for name, numbers in self._block_tensors.items()}
+            found |= {f"blocks.{number}.{name}": numbers for name, numbers in self._block.items()}
+            if self.train.lora:
+                found |= self._lora(self.train.lora, f"blocks.{number}")
         vocabulary = vocab_shard_size(model.vocab_size, self.parallel.tensor) * size
         if is_first:
             found |= {"stem.embedding.weight": vocabulary} | _numbered("stem.adapter", self.adapter.down)
@@ -96,42 +98,48 @@ class Job:
         return found
 
     @cached_property
-    def _block_tensors(self) -> dict[str, int]:
-        """Of one block, with the updates of LoRA."""
+    def _block(self) -> dict[str, int]:
+        """Tensors of one block."""
         model, ranks, size = self.model, self.parallel.tensor, self.model.hidden_size
-        queries, kv = model.num_heads * model.head_size, model.kv_heads * model.head_size
-        columns = {
-            "attention.qkv": (queries, kv, kv),
-            "feed_forward.gate_up": (model.ffn_size, model.ffn_size),
-        }
-        rows = {"attention.out": queries, "feed_forward.down": model.ffn_size}
         found = {"attention_norm.weight": size, "feed_forward_norm.weight": size}
-        found |= {f"{name}.weight": size * sum(parts) // ranks for name, parts in columns.items()}
-        found |= {f"{name}.weight": size * inputs // ranks for name, inputs in rows.items()}
+        for name, (inputs, parts, _) in _layers(model).items():
+            found[f"{name}.weight"] = inputs * sum(parts) // ranks
         if model.attention_bias:
-            found["attention.qkv.bias"] = (queries + 2 * kv) // ranks
+            found["attention.qkv.bias"] = sum(_layers(model)["attention.qkv"][1]) // ranks
         if model.qk_norm:
             found |= {f"attention.{name}_norm.weight": model.head_size for name in "qk"}
-        if lora := self.train.lora:
-            for name, parts in columns.items():
-                if lora.adapts(f"blocks.0.{name}"):
-                    found[f"{name}.lora_a.weight"] = lora.rank * len(parts) * size
-                    for number, part in enumerate(parts):
-                        found[f"{name}.lora_b.{number}.weight"] = lora.rank * part // ranks
-            for name, inputs in rows.items():
-                if lora.adapts(f"blocks.0.{name}"):
-                    found[f"{name}.lora_a.weight"] = lora.rank * inputs // ranks
-                    found[f"{name}.lora_b.0.weight"] = lora.rank * size
+        return found
+
+    def _lora(self, lora: LoraConfig, block: str) -> dict[str, int]:
+        """Tensors of a block's updates: A is sharded by inputs, or each B by outputs."""
+        ranks, found = self.parallel.tensor, {}
+        for layer, (inputs, parts, is_column) in _layers(self.model).items():
+            if lora.adapts(name := f"{block}.{layer}"):
+                a, b = (1, ranks) if is_column else (ranks, 1)
+                found[f"{name}.lora_a.weight"] = lora.rank * len(parts) * inputs // a
+                for number, part in enumerate(parts):
+                    found[f"{name}.lora_b.{number}.weight"] = lora.rank * part // b
         return found
 
     def num_weights(self, stage: int) -> int:
         """Parameters of a stage on a tensor rank."""
-        return sum(self.tensors(stage).values())
+        return self._counts[stage][0]
 
     def num_trained(self, stage: int) -> int:
         """Those that are trained, not frozen."""
-        trains = self.train.trains
-        return sum(numbers for name, numbers in self.tensors(stage).items() if trains(name))
+        return self._counts[stage][1]
+
+    @cached_property
+    def _counts(self) -> list[tuple[int, int]]:
+        """All and trained parameters of each stage."""
+        everything = not (self.train.lora or self.train.freeze)
+        counts = []
+        for stage in range(len(self.stages)):
+            tensors = self.tensors(stage)
+            total = sum(tensors.values())
+            trained = (numbers for name, numbers in tensors.items() if self.train.trains(name))
+            counts.append((total, total if everything else sum(trained)))
+        return counts
 
     @property
     def trains_matrices(self) -> bool:
@@ -140,6 +148,18 @@ class Job:
             self.train.trains(f"blocks.0.{name}")
             for name in ("attention.qkv.weight", "feed_forward.down.weight")
         )
+
+
+def _layers(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...], bool]]:
+    """A block's linear layers: inputs, outputs of each fused part, and whether tensor ranks share the outputs."""
+    size, hidden = model.hidden_size, model.ffn_size
+    queries, kv = model.num_heads * model.head_size, model.kv_heads * model.head_size
+    return {
+        "attention.qkv": (size, (queries, kv, kv), True),
+        "attention.out": (queries, (size,), False),
+        "feed_forward.gate_up": (size, (hidden, hidden), True),
+        "feed_forward.down": (hidden, (size,), False),
+    }
 
 
 def _numbered(prefix: str, layers: tuple[Layer, ...]) -> dict[str, int]:
