@@ -151,7 +151,7 @@ class Job:
 
 
 def _layers(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...], bool]]:
-    """A block's linear layers: inputs, outputs of each fused part, and whether tensor ranks share the outputs."""
+    """A block's linear layers: inputs, outputs of each fused part, and whether it is column-parallel."""
     size, hidden = model.hidden_size, model.ffn_size
     queries, kv = model.num_heads * model.head_size, model.kv_heads * model.head_size
     return {

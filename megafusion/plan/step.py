@@ -55,7 +55,9 @@ class Step:
         # A step whose products are most of it is bound by them.
         if self.seconds["products"] > 0.7 * self.total or share < 0.05:
             return f"matrix products ({self.seconds['products'] / self.total:.0%})"
-        return f"{name} ({share:.0%})"
+        links = {found.link for found in self.traffic if found.kind.split(",")[0] in name}
+        over = f" over the {' and the '.join(sorted(links))}" if links else ""
+        return f"{name}{over} ({share:.0%})"
 
 
 def step(job: Job, chip: Chip, software: Software) -> Step:
