@@ -55,7 +55,8 @@ class Step:
         # A step whose products are most of it is bound by them.
         if self.seconds["products"] > 0.7 * self.total or share < 0.05:
             return f"matrix products ({self.seconds['products'] / self.total:.0%})"
-        links = {found.link for found in self.traffic if found.kind.split(",")[0] in name}
+        kinds = name.replace("pipeline bubble", "")  # no link makes it
+        links = {found.link for found in self.traffic if found.kind.split(",")[0] in kinds}
         over = f" over the {' and the '.join(sorted(links))}" if links else ""
         return f"{name}{over} ({share:.0%})"
 
