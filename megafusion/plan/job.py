@@ -83,7 +83,7 @@ class Job:
         """
         model, size = self.model, self.model.hidden_size
         is_first, is_last = stage == 0, stage == len(self.stages) - 1
-        found = {}
+        found: dict[str, int] = {}
         for number in self.stages[stage]:
             found |= {f"blocks.{number}.{name}": numbers for name, numbers in self._block.items()}
             if self.train.lora:
@@ -112,7 +112,8 @@ class Job:
 
     def _lora(self, lora: LoraConfig, block: str) -> dict[str, int]:
         """Tensors of a block's updates: A is sharded by inputs, or each B by outputs."""
-        ranks, found = self.parallel.tensor, {}
+        ranks = self.parallel.tensor
+        found: dict[str, int] = {}
         for layer, (inputs, parts, is_column) in _layers(self.model).items():
             if lora.adapts(name := f"{block}.{layer}"):
                 a, b = (1, ranks) if is_column else (ranks, 1)
