@@ -161,16 +161,22 @@ def check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: 
 def _estimate_lost(held: Counter[Path], cut: Set[Path]) -> dict[Path, int]:
     """Inputs that each file has lost which is cut and does not tell: an estimate, at least one.
 
-    As many as it holds fewer than the median of the complete files of its kind in its folder; without such,
-    as many as it still holds.
+    As many as it holds fewer than the median of the complete files of its kind in its folder, or anywhere;
+    without such, as many as it still holds; if that is none, as many as its bytes hold in the other files.
     """
-    complete: dict[tuple[Path, str], list[int]] = {}
+    complete: dict[Any, list[int]] = {}
     for path in held.keys() - cut:
-        complete.setdefault((path.parent, path.suffix), []).append(held[path])
-    expected = {kind: int(median(numbers)) for kind, numbers in complete.items()}
-    return {
-        path: max(1, expected.get((path.parent, path.suffix), 2 * held[path]) - held[path]) for path in cut
-    }
+        for kind in ((path.parent, path.suffix), path.suffix):
+            complete.setdefault(kind, []).append(held[path])
+    rate = held.total() / max(1, sum(path.stat().st_size for path in held if held[path]))
+
+    def expected(path: Path) -> int:
+        for kind in ((path.parent, path.suffix), path.suffix):
+            if kind in complete:
+                return int(median(complete[kind]))
+        return 2 * held[path] or round(path.stat().st_size * rate)
+
+    return {path: max(1, expected(path) - held[path]) for path in cut}
 
 
 def _check_skip_rate(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megafusion.errors import UserError
-from megafusion.storage import write_file
+from megafusion.storage import expand_path, write_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -133,7 +133,7 @@ def _parse_part(part: str) -> "Part":
     """A part of --interleave: a text, or an image where it begins with one @."""
     if part.startswith("@@"):
         return part[1:]
-    return open_image(Path(part[1:])) if part.startswith("@") else part
+    return open_image(Path(expand_path(part[1:]))) if part.startswith("@") else part
 
 
 def open_image(path: Path) -> "Image.Image":
