@@ -162,21 +162,17 @@ def _estimate_lost(held: Counter[Path], cut: Set[Path]) -> dict[Path, int]:
     """Inputs that each file has lost which is cut and does not tell: an estimate, at least one.
 
     As many as it holds fewer than the median of the complete files of its kind in its folder, or anywhere;
-    without such, as many as it still holds; if that is none, as many as its bytes hold in the other files.
+    without such, as many as it still holds.
     """
     complete: dict[Any, list[int]] = {}
     for path in held.keys() - cut:
         for kind in ((path.parent, path.suffix), path.suffix):
             complete.setdefault(kind, []).append(held[path])
-    rate = held.total() / max(1, sum(path.stat().st_size for path in held if held[path]))
-
-    def expected(path: Path) -> int:
-        for kind in ((path.parent, path.suffix), path.suffix):
-            if kind in complete:
-                return int(median(complete[kind]))
-        return 2 * held[path] or round(path.stat().st_size * rate)
-
-    return {path: max(1, expected(path) - held[path]) for path in cut}
+    found = {}
+    for path in cut:
+        numbers = complete.get((path.parent, path.suffix)) or complete.get(path.suffix) or [2 * held[path]]
+        found[path] = max(1, int(median(numbers)) - held[path])
+    return found
 
 
 def _check_skip_rate(

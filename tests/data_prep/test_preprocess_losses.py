@@ -184,9 +184,9 @@ def test_no_text_of_another_encoding_is_learnt(make, tmp_path_factory, texts, en
         decode_caption(texts[0].encode(encoding))
 
 
-@pytest.mark.parametrize("damaged", ["a.parquet", "a.tar", "a.parquet alone", "a.tar alone"])
+@pytest.mark.parametrize("damaged", ["a.parquet", "a.tar"])
 def test_a_file_that_opens_no_more_counts_as_those_of_other_folders(make, tmp_path, damaged):
-    """Damaged at its start or its end, so that it holds nothing; alone: no other file is of its form."""
+    """Damaged at its start or its end, so that it holds nothing."""
     for name in "ab":
         (tmp_path / name).mkdir()
         content = encoded(drawing(0))
@@ -194,16 +194,13 @@ def test_a_file_that_opens_no_more_counts_as_those_of_other_folders(make, tmp_pa
         rows = [{"image": content, "caption": "x"}] * 60
         table = pyarrow.Table.from_pylist(rows)
         parquet.write_table(table, tmp_path / name / "a.parquet", use_dictionary=False, compression="none")
-    form = damaged.split()[0]
-    other = ("a.tar" if form == "a.parquet" else "a.parquet") if "alone" in damaged else form
-    path = tmp_path / "a" / form
-    damage(path, 148 if form == "a.tar" else path.stat().st_size - 6, b"garbage!"[:6])
+    path = tmp_path / "a" / damaged
+    damage(path, 148 if damaged == "a.tar" else path.stat().st_size - 6, b"garbage"[:6])
     with pytest.raises(
         UserError, match=r"(\d+) of (\d+) inputs are bad .*, \1 of them by estimate"
     ) as raised:
-        make(images=(path, tmp_path / "b" / other), on_error="skip")
-    lost = int(str(raised.value).split()[0])
-    assert lost == 60 if "alone" not in damaged else lost > 0
+        make(images=(path, tmp_path / "b" / damaged), on_error="skip")
+    assert str(raised.value).startswith("60 of 120 ")
 
 
 def test_an_unreadable_parquet_file_counts_as_its_neighbours(make, tmp_path):
