@@ -113,7 +113,7 @@ def test_samplers_follow_the_flow_of_a_normal_distribution(prediction, sampler, 
 
 
 def test_samplers_of_the_other_process_are_refused():
-    with pytest.raises(UserError, match=r"sampler ddim does not sample .*kind flow; use euler or heun"):
+    with pytest.raises(UserError, match=r"sampler ddim does not sample .*kind flow; use one of euler, heun"):
         FlowConfig().build().sampler(SamplingConfig(sampler="ddim"))
-    with pytest.raises(UserError, match=r"sampler euler does not sample .*kind ddpm; use ddim or dpm"):
-        ObjectiveConfig().noise_process.build().sampler(SamplingConfig(sampler="euler"))
+    with pytest.raises(UserError, match=r"sampler heun does not sample .*kind ddpm; use one of ddim, dpm"):
+        ObjectiveConfig().noise_process.build().sampler(SamplingConfig(sampler="heun"))
