@@ -56,8 +56,8 @@ class InputFingerprint:
         earlier, now = (yaml.safe_load(c) for c in (manifest.provenance.get("config", "{}"), self._config))
         changed = [key for key in KEYS_OF_KIND[manifest.kind] if earlier.get(key) != now[key]]
         if not PATHS_OF_INPUTS.isdisjoint(changed):
-            hashes = input_hashes(self.provenance(self._known_hashes(folder)))
-            if hashes == input_hashes(manifest.provenance):
+            found = self.provenance(self._known_hashes(folder))
+            if input_hashes(found) == input_hashes(manifest.provenance):
                 changed = [key for key in changed if key not in PATHS_OF_INPUTS]
         hashes = {"tokenizer": "tokenizer_sha256", "vae": "vae_sha256"}
         return changed + [
