@@ -67,7 +67,7 @@ def read_codec_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         found = config["_class_name"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path}: names no model class; {advice}") from error
+        raise UserError(f"{path}: names no model class ({error!r}); {advice}") from error
     if found != "AutoencoderKL":
         raise UserError(f"{path}: a {found}, not an AutoencoderKL; {advice}")
     if not any(folder.glob("*.safetensors")):

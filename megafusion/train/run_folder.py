@@ -182,8 +182,15 @@ def _git(*arguments: str) -> str | None:
 
 def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
     """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
-    recorded = json.loads((config.out / ENVIRONMENT).read_text())
-    began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
+    path = config.out / ENVIRONMENT
+    try:
+        recorded = json.loads(path.read_text())
+        began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error!r}), but tells which files the run was started with; restore "
+            "it, or choose another out="
+        ) from error
     found = {f"data.sources.{name}": each for name, each in hashes["shards"].items()}
     for name in ("tokenizer", "vae"):
         found[key := f"data.{name}"] = hashes[name]
