@@ -2,7 +2,7 @@
 
 With D the residual stream, H K the queries, G K the keys and F the feed-forward's hidden layer of a rank:
 4 D + 3 H K + 3 G K + 4 F (20 D + 8 F bytes in bf16 without grouped keys), with 3 F where blocks are compiled;
-with selective recompute 3 D + H K + 2 G K + 2 F, with full D. tests/plan/ holds it against what real ranks save.
+with selective recompute 3 D + H K + 2 G K + 2 F, with full D. tests/plan/ holds it against real ranks.
 """
 
 from megafusion.parallel.config import Recompute
