@@ -1,5 +1,6 @@
 """Errors that the user can fix, and the exit statuses of every command."""
 
+import copyreg
 import os
 import sys
 import time
@@ -37,6 +38,10 @@ class UserError(ValueError):
     ):
         super().__init__(message)
         self.on_every_rank, self.exit_status = on_every_rank, exit_status
+
+    def __reduce__(self) -> tuple:
+        """For another process: the message, not the arguments that a subclass makes it of."""
+        return copyreg.__newobj__, (type(self), str(self)), self.__dict__
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from megafusion.errors import UserError, refuse_os_errors
 
@@ -35,6 +37,15 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is not UTF-8 from byte {error.start} on; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
+    """The object in a JSON file. UserError for anything else; way_out: advice to the user."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        advice = f"; {way_out}" if way_out else ""
+        raise UserError(f"{path}: cannot be read as JSON ({error}){advice}") from error
 
 
 def read_lines(path: Path) -> list[str]:

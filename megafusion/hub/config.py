@@ -1,11 +1,11 @@
 """config.json of Hugging Face's text models, and the model keys that it stands for. Imports no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megafusion.errors import UserError
 from megafusion.model.config import ModelConfig, RopeScaling
+from megafusion.storage import read_json
 
 # Each architecture, and the model keys that it implies.
 ARCHITECTURES: dict[str, dict[str, bool]] = {
@@ -38,12 +38,12 @@ SERVED = {
 def read_hub_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder whose model is served. UserError naming what is not."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json; name a folder that transformers loads")
+    values = read_json(path)
     try:
-        values = dict(json.loads(path.read_text()))
         (architecture,) = values["architectures"]
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no config.json; name a folder that transformers loads") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the configuration of one transformers model ({error!r})") from error
     if architecture not in ARCHITECTURES:
         raise UserError(

@@ -134,5 +134,6 @@ class VelocitySampler:
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Any:
         """An object whose `prev_sample` is the latents after a step."""
-        velocity = self._flow.velocity(prediction, latents, timestep / NUM_TIMESTEPS)
+        t = (timestep / NUM_TIMESTEPS).to(latents.device)  # diffusers' timesteps are on the CPU
+        velocity = self._flow.velocity(prediction, latents, t)
         return self._scheduler.step(velocity, timestep, latents)

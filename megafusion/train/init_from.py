@@ -1,6 +1,5 @@
 """What a run starts from in place of random weights: `train.init_from`."""
 
-import json
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +20,7 @@ from megafusion.hub.weights import EMBEDDING, HEAD, open_hub_weights
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.sequence.tokenizer import Tokenizer
-from megafusion.storage import file_sha256
+from megafusion.storage import file_sha256, read_json
 from megafusion.train.config import RunConfig
 from megafusion.train.run_folder import ENVIRONMENT, load_run_config
 
@@ -70,7 +69,7 @@ def open_origin(config: RunConfig) -> Origin:
         raise UserError(
             f"train.init_weights raw: {path} has one kind of weights; leave it out, or name a run"
         )
-    elif "format" in _json(path / "config.json"):
+    elif "format" in read_json(path / "config.json"):
         parts = {name: [tensor] for name, tensor in open_safetensors(path).items()}
         origin = Origin(
             SafetensorsWeights(path, parts),
@@ -177,7 +176,7 @@ def describe_start(record: dict[str, Any]) -> str:
 def text_config_of(run: Path) -> dict[str, Any] | None:
     """config.json of the Hugging Face model that a run, or the first before it, began as, if any."""
     path = run / ENVIRONMENT
-    return (_json(path).get("init_from") or {}).get("text_config") if path.is_file() else None
+    return (read_json(path).get("init_from") or {}).get("text_config") if path.is_file() else None
 
 
 def _shapes(config: RunConfig) -> dict[str, torch.Size]:
@@ -195,10 +194,3 @@ def _fits(name: str, there: torch.Size | None, here: torch.Size) -> bool:
 def _of_all_blocks(text: str) -> str:
     head, *rest = text.split(".", 2)
     return ".".join([head, "*", rest[1]]) if head == "blocks" else text
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error

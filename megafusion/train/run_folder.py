@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
-from megafusion.config import changed_keys, dump_config, load_config
+from megafusion.config import changed_keys, dump_config, load_config, parse_config
 from megafusion.data.manifest import load_manifest
 from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError, refuse_os_errors
-from megafusion.storage import refuse_foreign, write_file
+from megafusion.resilience.attempts import read_attempts
+from megafusion.storage import read_json, refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
 ENVIRONMENT = "environment.json"
@@ -170,7 +171,7 @@ def _git(*arguments: str) -> str | None:
 
 def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
     """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
-    recorded = json.loads((config.out / ENVIRONMENT).read_text())
+    recorded = read_json(config.out / ENVIRONMENT, "restore it from a backup, or choose another out=")
     began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
     found = {f"data.sources.{name}": each for name, each in hashes["shards"].items()}
     for name in ("tokenizer", "vae"):
@@ -206,6 +207,17 @@ def load_run_config(folder: Path) -> RunConfig:
         return frozen if frozen.is_absolute() and (frozen.exists() or not beside.exists()) else beside
 
     return _with_paths(config, folder, find)
+
+
+def latest_config(folder: Path) -> RunConfig:
+    """The configuration of a run's latest attempt: the frozen one with the recipe keys that it changed."""
+    config, attempts = load_run_config(folder), read_attempts(folder)
+    values = config.model_dump(mode="json")
+    for key, (_, value) in (attempts[-1].get("changed", {}) if attempts else {}).items():
+        if key in RECIPE_KEYS:
+            section, name = key.split(".")
+            values[section][name] = value
+    return parse_config(RunConfig, values, str(folder))
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
