@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 # Without a GPU the kernels run under Triton's interpreter, which must be chosen before diffusers imports it.
@@ -24,6 +25,14 @@ from tests.support.small import TOKENIZER, make_shards, make_vae, small_run
 # A busy machine makes no test fail: how long things take is for the benchmarks.
 settings.register_profile("ours", deadline=None)
 settings.load_profile("ours")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """Each group has threads that wake a hundred times a second until it is destroyed."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

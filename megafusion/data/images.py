@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -30,23 +30,39 @@ def image_size(content: bytes) -> tuple[int, int]:
     return open_image(content, lambda image: (image.height, image.width), ("WEBP",))
 
 
-def augment(
-    content: bytes, size: tuple[int, int], config: DataConfig, generator: np.random.Generator
-) -> np.ndarray:
+class View(NamedTuple):
+    """What training shows of an image: the share of its sides that a crop keeps, where the crop lies, from 0
+    at the left and top to 1, and whether it is mirrored left to right."""
+
+    share: float
+    x: float
+    y: float
+    is_mirrored: bool
+
+
+def sample_view(config: DataConfig, generator: np.random.Generator) -> View:
+    """The centre; if `config.crop` is below 1, a random crop that keeps at least that share of the sides.
+
+    Mirrored with probability `config.flip`. Without either nothing is sampled, so the rest of the document is
+    as it is with stored latents.
+    """
+    scale, x, y = generator.random(3) if config.crop < 1 else (1.0, 0.5, 0.5)
+    is_mirrored = bool(config.flip and generator.random() < config.flip)
+    return View(config.crop + (1 - config.crop) * scale, x, y, is_mirrored)
+
+
+def augment(content: bytes, size: tuple[int, int], view: View) -> np.ndarray:
     """Decode an image of a shard, crop it, resize it to (height, width) and mirror it: uint8 [3, H, W].
 
-    The crop is the largest centred box of the aspect of `size`; if `config.crop` is below 1, a random box
-    that keeps at least that share of its sides. Mirrored with probability `config.flip`. Without either
-    nothing is sampled, so the rest of the document is as it is with stored latents. Raises BadImage.
+    The crop has the aspect of `size`. Raises BadImage.
     """
     height, width = size
     image = decode_pixels(content)
-    scale, x, y = generator.random(3) if config.crop < 1 else (1.0, 0.5, 0.5)
-    fit = min(image.width / width, image.height / height) * (config.crop + (1 - config.crop) * scale)
-    left, top = x * (image.width - fit * width), y * (image.height - fit * height)
+    fit = min(image.width / width, image.height / height) * view.share
+    left, top = view.x * (image.width - fit * width), view.y * (image.height - fit * height)
     box = (left, top, left + fit * width, top + fit * height)
     resized = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    if config.flip and generator.random() < config.flip:
+    if view.is_mirrored:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 

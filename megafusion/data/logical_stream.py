@@ -109,9 +109,12 @@ class LogicalStream:
         return min(lengths, key=lambda n: (2 * served[n] + lengths[n]) / self._config.sources[n].weight)
 
     def _may_cut(self, pending: Pending) -> bool:
-        """Whether a document may be cut to fill a row: texts and interleaved documents may."""
-        kind = self._sources[pending.key.source].folder.manifest.kind
-        return not pending.num_images or kind == "interleaved"
+        """Whether a document may be cut to fill a row: texts may, and interleaved documents, unless an image
+        is given: what follows would lose its condition."""
+        if not pending.num_images:
+            return True
+        is_interleaved = self._sources[pending.key.source].folder.manifest.kind == "interleaved"
+        return is_interleaved and not any(i.is_given for i in self._documents.get(pending.key).images)
 
     def _find_cut(self, pending: Pending, room: int, slots: int) -> int:
         """Where to cut a document so that it fits and no image is split; its start if nowhere."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
-from megafusion.data.images import augment, image_size
+from megafusion.data.images import View, augment, image_size, sample_view
 from megafusion.data.manifest import Manifest
 from megafusion.images.sizes import nearest_size
 from megafusion.objective.noise_process import NoiseProcess
@@ -30,10 +30,15 @@ def sample_layout(
     """The segments of a document in the order in which the model sees them, noise not yet sampled.
 
     An image without text before it has max_t data.image_first_max_t, unless its document continues another
-    with text. Raises BadImage for pixels that do not decode.
+    with text. Images of a document with given ones are cropped and mirrored alike, because they belong
+    together. Raises BadImage for pixels that do not decode.
     """
-    segments = [_sized(segment, shape, config, generator) for segment in stored.segments]
     is_after_text, given = stored.metadata.get(AFTER_TEXT, False), stored.metadata.get(GIVEN, ())
+    segments, view = [], None
+    for segment in stored.segments:
+        if segment.kind == "pixels" and not (given and view):
+            view = sample_view(config, generator)
+        segments.append(_sized(segment, shape, view))
     if manifest.kind == "pair":
         text, image = segments
         if generator.random() >= config.caption_first:
@@ -54,16 +59,15 @@ def sample_layout(
     return ordered
 
 
-def _sized(
-    segment: Segment, shape: SequenceShape, config: DataConfig, generator: np.random.Generator
-) -> Segment:
+def _sized(segment: Segment, shape: SequenceShape, view: View | None) -> Segment:
     """A text unchanged; an image with the size of its latents, or pixels at the size nearest to theirs."""
     if segment.kind == "tokens":
         return segment
     if segment.kind == "moments":
         return ImageSegment("moments", segment.data, shape.sizes.index(segment.data.shape[2:]))
+    assert view is not None
     size = nearest_size(*image_size(segment.data), shape.sizes) if len(shape.sizes) > 1 else 0
-    return ImageSegment("pixels", augment(segment.data, shape.image_sizes[size], config, generator), size)
+    return ImageSegment("pixels", augment(segment.data, shape.image_sizes[size], view), size)
 
 
 def sample_noise(

@@ -17,6 +17,9 @@ from megafusion.sequence.tokenizer import Tokenizer
 # Purpose of a generator: the last of its counters. Shard range n of a stream has SHARDS + n.
 DOCUMENT, SHARD_ORDER, PHASE, SHARDS = range(4)
 
+ShardOrder = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""A stream's range of each shard: their bounds, the epoch's permutation, starts in its order."""
+
 
 class Source:
     """A folder of shards split into M ranges of documents, one a stream, reshuffled every epoch.
@@ -34,6 +37,8 @@ class Source:
             )
         self.name, self.number, self.folder, self.seed = name, number, folder, seed
         self.num_streams = num_streams
+        self._orders: dict[int, tuple[int, ShardOrder]] = {}
+        """Of each stream, the epoch asked for last and its order."""
 
     def size(self, stream: int) -> int:
         """Documents of one stream."""
@@ -74,12 +79,15 @@ class Source:
         total = len(self.folder)
         return total * stream // self.num_streams, total * (stream + 1) // self.num_streams
 
-    @lru_cache(1024)  # noqa: B019 (a run keeps its sources)
-    def _order_shards(self, stream: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The stream's range of each shard: their bounds, the epoch's permutation, starts in its order."""
+    def _order_shards(self, stream: int, epoch: int) -> ShardOrder:
+        known = self._orders.get(stream)
+        if known and known[0] == epoch:
+            return known[1]
         bounds = np.unique(np.clip(self.folder.starts, *self._bounds(stream)))
         permutation = _permutation(len(bounds) - 1, self.seed, self.number, stream, epoch, SHARD_ORDER)
-        return bounds, permutation, np.cumsum([0, *np.diff(bounds)[permutation]])
+        order = bounds, permutation, np.cumsum([0, *np.diff(bounds)[permutation]])
+        self._orders[stream] = epoch, order
+        return order
 
 
 @lru_cache(1024)

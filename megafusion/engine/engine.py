@@ -80,6 +80,11 @@ class Engine:
             self._deepspeed.backward(losses.total * averaged_over)
             self._deepspeed.step()  # counts micro-batches; the update after the last one is held back
 
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks, which would keep all of this engine's memory until the process ends."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._deepspeed.destroy()
+
     def grad_norm(self) -> float:
         """Global gradient norm of the latest step, before clipping. Synchronises with the device."""
         return float(self._deepspeed.get_global_grad_norm())

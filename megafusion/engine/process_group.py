@@ -1,6 +1,8 @@
 """The process group of a run."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import megafusion.device  # noqa: F401 - before deepspeed
@@ -37,3 +39,19 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
     # DeepSpeed would compile its shared-memory collectives for CPUs, which needs a compiler; gloo suffices.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+@contextmanager
+def process_group(timeout_seconds: float) -> Iterator[None]:
+    """The process group for a block, destroyed after it if it was formed here.
+
+    After an error only a lone process's is, because the other ranks of a larger one may not answer.
+    """
+    is_ours, has_failed = not dist.is_initialized(), True
+    start_process_group(timeout_seconds)
+    try:
+        yield
+        has_failed = False
+    finally:
+        if is_ours and (dist.get_world_size() == 1 or not has_failed):
+            dist.destroy_process_group()

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from megafusion.checkpoint.folder import complete_checkpoints, newest_step, verify_checkpoint
 from megafusion.checkpoint.manager import CheckpointManager
 from megafusion.engine.ema import Ema
-from megafusion.engine.process_group import start_process_group
+from megafusion.engine.process_group import process_group
 from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
 from megafusion.parallel.errors import raise_on_all_ranks
@@ -61,7 +61,7 @@ class Run:
 
         `outcome` then tells which. Every way out is recorded in the run folder.
         """
-        with self._join() as self._watchdog, self._recorded():
+        with self._joined() as self._watchdog, self._recorded():
             self._is_rank0 = dist.get_rank() == 0
             self._metrics = Metrics(
                 self._config.telemetry,
@@ -81,6 +81,7 @@ class Run:
                 self._finish()
             if self.outcome == "finished" and self._sampler:
                 self._publish(self._sampler)
+            self.engine.close()
 
     def steps(self) -> Iterator[int]:
         """Yield the number of updates made, until the last step or a stop request."""
@@ -131,23 +132,26 @@ class Run:
     def _is_due(self, every: int) -> bool:
         return self.step == self._last_step or (every > 0 and self.step % every == 0)
 
-    def _join(self) -> Watchdog:
-        """Start the process group; the watchdog."""
+    @contextmanager
+    def _joined(self) -> Iterator[Watchdog]:
+        """The process group, and the watchdog in it."""
         timeout = self._config.resilience.timeout_seconds
-        try:
-            # A minute more than the watchdog's timeout, so that its message comes before torch's.
-            start_process_group(timeout + 60)
-            self._signals.begin()
-            return Watchdog(self._config.out, timeout)
-        except RuntimeError as error:
-            if not is_lost(error):
-                raise
-            reason = describe(error)
-            print(
-                f"megafusion: a process was lost before all ranks had connected ({reason}); start again",
-                file=sys.stderr,
-            )
-            raise SystemExit(ExitStatus.RETRY) from error
+        with ExitStack() as stack:
+            try:
+                # A minute more than the watchdog's timeout, so that its message comes before torch's.
+                stack.enter_context(process_group(timeout + 60))
+                self._signals.begin()
+                watchdog = stack.enter_context(Watchdog(self._config.out, timeout))
+            except RuntimeError as error:
+                if not is_lost(error):
+                    raise
+                print(
+                    f"megafusion: a process was lost before all ranks had connected ({describe(error)}); "
+                    "start again",
+                    file=sys.stderr,
+                )
+                raise SystemExit(ExitStatus.RETRY) from error
+            yield watchdog
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:

@@ -1,8 +1,12 @@
 """Images that are given: clean, without a loss, and seen by what follows."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megafusion.data.document_format import GIVEN, BadDocument
 from megafusion.sequence.packing import collate
@@ -21,6 +25,21 @@ def triple(number: int, metadata: dict):
 def rows_of(folder, documents, **changes):
     write_shards(folder, documents, 8, provenance={}, **FIELDS)
     return stream_of({"edits": (folder, 1.0)}, range(2), 2, num_streams=2, **changes)
+
+
+def pixel_edits(folder) -> Path:
+    """Edits whose source and target are the same ramp, red across and green down."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = 4 * np.arange(64), 4 * np.arange(64)[:, None]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=True)
+    ids = np.arange(5, 9, dtype=np.int32)
+    documents = [
+        stored({"key": str(n), GIVEN: [0]}, buffer.getvalue(), ids, buffer.getvalue()) for n in range(20)
+    ]
+    fields = {"kind": "interleaved", "images": "pictures", "tokenizer_sha256": "t", "provenance": {}}
+    write_shards(folder, documents, 8, **fields)
+    return folder
 
 
 def test_given_images_are_clean_and_have_no_loss(tmp_path):
@@ -55,3 +74,33 @@ def test_the_other_samples_are_those_of_a_document_without_given_images(tmp_path
 def test_what_is_no_list_of_its_images_is_refused(tmp_path, given):
     with pytest.raises(BadDocument, match="'given' is not a list of indices of its images"):
         rows_of(tmp_path / "edits", [triple(n, {GIVEN: given}) for n in (1, 2)]).next()
+
+
+@pytest.mark.parametrize(("metadata", "is_cut"), [({GIVEN: [0]}, False), ({}, True)])
+def test_an_edit_is_not_cut_to_fill_a_row(tmp_path, metadata, is_cut):
+    """Its target sees its source, where another document's images may be parted."""
+    stream = rows_of(tmp_path / "edits", [triple(n, metadata) for n in range(1, 20)], slots=8)
+    parted = 0
+    for row in (row for _ in range(10) for row in stream.next()):
+        starts, value = row.image_start[0], row.latents.flatten(2).mean(2)[0]
+        for target in starts[(starts >= 0) & (value < 0)].tolist():
+            document = row.row_start[0, target].item()
+            parted += not any(document <= start < target for start in starts.tolist())
+    assert (parted > 0) == is_cut
+
+
+def test_images_of_an_edit_are_cropped_and_mirrored_alike(tmp_path):
+    stream = stream_of(
+        {"edits": (pixel_edits(tmp_path / "edits"), 1.0)},
+        range(2),
+        2,
+        pixels_per_latent=8,
+        crop=0.5,
+        flip=0.5,
+    )
+    views = set()
+    for row in (row for _ in range(4) for row in stream.next()):
+        for source, target in row.pixels[0][row.has_pixels[0]].unflatten(0, (-1, 2)):
+            assert torch.equal(source, target)
+            views.add(source.numpy().tobytes())
+    assert len(views) > 8

@@ -209,7 +209,7 @@ def losses(values: dict) -> list[float]:
 
 def test_pixels_and_their_latents_give_the_same_losses(mixed_values, codec, tokenizer, tmp_path):
     """Pixels are cropped to the size nearest in aspect, and encoded as preprocessing would have."""
-    from megafusion.data.images import augment
+    from megafusion.data.images import augment, sample_view
 
     shapes = (((32, 32), 0), ((60, 36), 1), ((20, 60), 2), ((30, 33), 0))
     kept, latents = [], []
@@ -218,7 +218,7 @@ def test_pixels_and_their_latents_give_the_same_losses(mixed_values, codec, toke
         tokens = np.arange(5, 9 + number % 3, dtype=np.int32)
         content = webp(drawing(number, pixels))
         height, width = ((32, 32), (24, 40), (48, 16))[size]
-        shown = augment(content, (height, width), options(), np.random.default_rng(0))
+        shown = augment(content, (height, width), sample_view(options(), np.random.default_rng(0)))
         moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
         about = {"key": f"k{number}", "caption": ""}
         kept.append(stored(about, tokens, content))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
-from megafusion.data.images import augment
+from megafusion.data.images import View, augment, sample_view
 from megafusion.errors import UserError
 from megafusion.images.reader import BadImage
 from megafusion.telemetry.metrics_file import read_metrics
@@ -19,6 +19,8 @@ from megafusion.train.loop import train
 from tests.support.marks import full
 from tests.support.rows import digest, stored, stream_of, write_pairs, write_shards
 from tests.support.workers import run_workers
+
+CENTRE = View(1.0, 0.5, 0.5, is_mirrored=False)
 
 
 def webp(image: Image.Image) -> bytes:
@@ -55,7 +57,7 @@ def options(**values) -> DataConfig:
 
 
 def test_without_random_crops_the_crop_is_centred():
-    shown = augment(webp(ramp(100, 60)), (60, 60), options(), np.random.default_rng(0))
+    shown = augment(webp(ramp(100, 60)), (60, 60), sample_view(options(), np.random.default_rng(0)))
     assert shown.shape == (3, 60, 60)
     assert shown[0, 0].tolist() == list(range(20, 80))
     assert shown[1, :, 0].tolist() == list(range(60))
@@ -64,7 +66,7 @@ def test_without_random_crops_the_crop_is_centred():
 def test_crops_stay_inside_and_keep_the_minimum_share():
     generator, sides = np.random.default_rng(0), []
     for _ in range(200):
-        shown = augment(webp(ramp(100, 60)), (30, 30), options(crop=0.5), generator).astype(int)
+        shown = augment(webp(ramp(100, 60)), (30, 30), sample_view(options(crop=0.5), generator)).astype(int)
         across, down = np.ptp(shown[0, 0]), np.ptp(shown[1, :, 0])
         assert abs(across - down) <= 2  # square, as the size is
         sides.append(across)
@@ -74,7 +76,7 @@ def test_crops_stay_inside_and_keep_the_minimum_share():
 
 def test_images_are_mirrored_with_the_probability_of_flip():
     generator, content = np.random.default_rng(0), webp(ramp(40, 40))
-    shown = [augment(content, (40, 40), options(flip=0.3), generator) for _ in range(300)]
+    shown = [augment(content, (40, 40), sample_view(options(flip=0.3), generator)) for _ in range(300)]
     mirrored = sum(int(image[0, 0, 0]) == 39 for image in shown)
     assert 65 <= mirrored <= 115
 
@@ -86,20 +88,20 @@ def test_images_are_mirrored_with_the_probability_of_flip():
 )
 def test_bytes_that_do_not_decode_are_corrupt(content):
     with pytest.raises(BadImage, match="does not decode"):
-        augment(content, (8, 8), options(), np.random.default_rng(0))
+        augment(content, (8, 8), CENTRE)
 
 
 def test_an_image_of_another_format_is_corrupt():
     buffer = io.BytesIO()
     ramp(8, 8).save(buffer, "PNG")
     with pytest.raises(BadImage, match="does not decode"):
-        augment(buffer.getvalue(), (8, 8), options(), np.random.default_rng(0))
+        augment(buffer.getvalue(), (8, 8), CENTRE)
 
 
 def test_a_decompression_bomb_is_corrupt_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BadImage, match="too many pixels"):
-        augment(webp(ramp(40, 40)), (8, 8), options(), np.random.default_rng(0))
+        augment(webp(ramp(40, 40)), (8, 8), CENTRE)
 
 
 def test_rows_are_the_same_at_any_split_and_beside_latents(tmp_path):
@@ -172,7 +174,7 @@ def test_pixels_and_their_latents_give_the_same_losses(pixel_run, codec, tokeniz
     kept = ShardFolder(Path(pixel_run["data"]["sources"]["pixels"]["path"]))
     documents = []
     for document in map(kept.read, range(len(kept))):
-        shown = augment(document.segments[1].data, (32, 32), options(), np.random.default_rng(0))
+        shown = augment(document.segments[1].data, (32, 32), CENTRE)
         moments = torch.stack(codec.encode(torch.from_numpy(shown)[None].float() / 127.5 - 1), 1)[0]
         text = document.segments[0].data
         documents.append(stored(document.metadata, text, moments.half().numpy()))

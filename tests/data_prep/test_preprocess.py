@@ -28,7 +28,7 @@ def test_pairs_hold_the_encoded_image_and_its_caption(make, tmp_path, vae_folder
     assert folder.manifest.vae_sha256 == codec.hash
     assert folder.manifest.tokenizer_sha256 == tokenizer.hash
     assert folder.manifest.latent_shape == (4, 8, 8)
-    assert (folder.manifest.latent_scale, folder.manifest.latent_shift) == (2.0, 0.1)
+    assert (folder.manifest.latent_scale, folder.manifest.latent_shift) == (1.5, 0.1)
     document = folder.read(1)
     tokens, moments = (segment.data for segment in document.segments)
     assert document.metadata == {"key": "b", "caption": "café"}

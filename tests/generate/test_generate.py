@@ -177,11 +177,11 @@ def test_guidance_uses_the_prediction_of_a_document_without_text(pipeline, monke
 
 
 def test_images_are_normalised_when_encoded_and_denormalised_when_decoded(pipeline, codec, monkeypatch):
-    """The fixture's autoencoder has scaling_factor 2.0 and shift_factor 0.1."""
+    """The fixture's autoencoder has scaling_factor 1.5 and shift_factor 0.1."""
     shown = pil_image(0)
     mean, _ = codec.encode(preprocess_images([shown], 32, 32))
     latents = codec.encode_images([shown], (32, 32))
-    torch.testing.assert_close(latents, (mean - 0.1) * 2.0)
+    torch.testing.assert_close(latents, (mean - 0.1) * 1.5)
     (restored,), (expected,) = codec.decode_images(latents), postprocess_images(codec.decode(mean))
     assert np.abs(np.asarray(restored, int) - np.asarray(expected, int)).max() <= 1
 
@@ -193,8 +193,8 @@ def test_images_are_normalised_when_encoded_and_denormalised_when_decoded(pipeli
     draw = Decoder.draw
     monkeypatch.setattr(Decoder, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     pipeline([[shown, "apple"]], begin="image")
-    torch.testing.assert_close(read[0][0, 0], (mean[0] - 0.1) * 2.0)
-    torch.testing.assert_close(decoded[0], drawn[0] / 2.0 + 0.1)
+    torch.testing.assert_close(read[0][0, 0], (mean[0] - 0.1) * 1.5)
+    torch.testing.assert_close(decoded[0], drawn[0] / 1.5 + 0.1)
 
 
 def test_the_seed_and_the_caption_fix_the_image(pipeline):

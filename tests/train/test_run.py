@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from rich.console import Console
@@ -221,6 +223,24 @@ def test_a_longer_run_equals_one_that_was_so_from_the_start(long_values, tmp_pat
         start(long_values, train=lengths[10], out=str(parts))
 
 
+# The quick case is the test above, of 8 and 4.
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_sixty_steps_and_forty_more_equal_a_hundred(long_values, tmp_path, schedule):
+    long_values["optimizer"] |= {"schedule": schedule, "num_warmup_steps": 10}
+    long_values["checkpoint"]["every"] = 20
+    lengths = {n: long_values["train"] | {"num_steps": n} for n in (60, 100)}
+    whole = start(long_values, train=lengths[100], out=str(tmp_path / "whole"))
+    out = str(tmp_path / "parts")
+    if schedule == "constant":
+        start(long_values, train=lengths[60], out=out)
+    else:  # a run of 60 would decay, so a longer one stops there
+        start(long_values, 60, train=lengths[60] | {"num_steps": 80}, out=out)
+    parts = start(long_values, train=lengths[100], out=out)
+    assert len(losses(whole)) >= 10
+    assert_same_run(whole, parts)
+
+
 def test_a_longer_cosine_says_how_the_rate_goes_on(run_values, capsys):
     run_values["optimizer"] |= {"learning_rate": 1e-3, "final_learning_rate": 0, "num_warmup_steps": 0}
     run = start(run_values)
@@ -274,6 +294,21 @@ def test_values_that_cannot_do_what_they_say_are_warned_of_at_the_start(run_valu
     said = capsys.readouterr().err
     assert "warning: optimizer.num_warmup_steps 60 is not below train.num_steps 6" in said
     assert "warning: data.flip and data.crop change no image, because every source holds latents" in said
+
+
+def test_a_run_leaves_nothing_in_its_process(run_values):
+    """Neither threads of process groups nor open shards: a further run adds none to what libraries keep."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len([*Path("/proc/self/task").iterdir()]), len([*Path("/proc/self/fd").iterdir()])
+
+    counts = []
+    for name in "abc":
+        start(run_values, stop_after=1, out=f"{run_values['out']}-{name}")
+        counts.append(held())
+    assert counts[1] == counts[2]
+    assert not dist.is_initialized()
 
 
 def test_a_checkpoint_that_cannot_be_written_says_what_the_run_resumes_from(tmp_path):
