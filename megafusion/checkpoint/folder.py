@@ -15,6 +15,7 @@ KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
 FORMAT = "megafusion-checkpoint/1"
 PARTIAL = ".partial"
+OLDER = f".older{PARTIAL}"
 DAMAGED = ".damaged"
 
 
@@ -130,12 +131,22 @@ def publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
     for written in (partial / "state.json", partial / MANIFEST, partial / "tensors", partial):
         _sync(written)
     # A step may be saved again, with other counts; its older checkpoint stays complete until then.
-    older = path.with_name(f"{path.name}.older{PARTIAL}")
+    older = path.with_name(path.name + OLDER)
     if path.exists():
         path.rename(older)
     partial.rename(path)
     _sync(path.parent)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left behind; a checkpoint that it was about to replace is renamed back."""
+    for left_behind in folder.glob(f"step-*{PARTIAL}"):
+        path = left_behind.with_name(left_behind.name.removesuffix(OLDER))
+        if left_behind.name.endswith(OLDER) and not path.exists():
+            left_behind.rename(path)
+        else:
+            remove(left_behind)
 
 
 def remove(path: Path) -> None:

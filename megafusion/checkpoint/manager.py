@@ -24,6 +24,7 @@ from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import (
     KINDS,
     PARTIAL,
+    clean_up,
     complete_checkpoints,
     hash_files,
     publish,
@@ -66,8 +67,7 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
         if dist.get_rank() == 0:
-            for left_behind in folder.glob(f"step-*{PARTIAL}"):
-                remove(left_behind)
+            clean_up(folder)
 
     def __enter__(self) -> "CheckpointManager":
         return self

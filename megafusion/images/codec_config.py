@@ -1,5 +1,6 @@
 """config.json of an autoencoder: the keys that are read, and those that are refused. Imports no torch."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -16,11 +16,15 @@ from megafusion.data.remote import is_remote
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline, check_components
+from megafusion.generate.pipeline import (
+    PipelineConfig,
+    TransfusionPipeline,
+    build_model,
+    check_components,
+)
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import format_sizes
 from megafusion.model.attention import check_backend
-from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.mesh import Mesh
 from megafusion.sequence.tokenizer import Tokenizer
@@ -65,7 +69,8 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
-    check_backend(config.model.attention, config.model.head_size, training=True)
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    check_backend(config.model.attention, config.model.head_size, dtype, training=True)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
@@ -144,4 +149,4 @@ def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) ->
         sampling=config.sampling,
         sequence_length=config.data.sequence_length,
     )
-    return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)
+    return TransfusionPipeline(build_model(pipeline_config), tokenizer, codec, pipeline_config)

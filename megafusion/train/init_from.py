@@ -149,12 +149,15 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
     for name in sorted(wanted.keys() | stored.keys()):
         there, here = stored.get(name), wanted.get(name)
         misfit = describe_misfit(name, there, here)
-        lacks_ids = name in (EMBEDDING, HEAD) and there is None  # no pattern means all of them
-        if misfit and not lacks_ids and any(fnmatchcase(name, pattern) for pattern in patterns):
+        # Of token ids only the last rows may be new: no pattern means all of them.
+        may_be_new = name not in (EMBEDDING, HEAD) or name in origin.names
+        if misfit and may_be_new and any(fnmatchcase(name, pattern) for pattern in patterns):
             start = f" from row {there[0]}" if name in origin.names and there else ""
             new += [name + start] if here else []
         elif misfit:
-            misfits[_of_all_blocks(misfit)] += 1
+            has_more_rows = name in (EMBEDDING, HEAD) and there and here and there[0] > here[0]
+            way_out = f"; set model.vocab_size: {there[0]}" if has_more_rows and there else ""
+            misfits[_of_all_blocks(misfit + way_out)] += 1
     if misfits:
         lines = [f"  {text}" + (f" ({count} blocks)" if count > 1 else "") for text, count in misfits.items()]
         raise UserError(

@@ -35,7 +35,7 @@ from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
 from megafusion.train.init_from import describe_start, open_origin
-from megafusion.train.run_folder import describe_changes, freeze
+from megafusion.train.run_folder import check_run_folder, describe_changes, freeze
 from megafusion.train.samples import Sampler
 
 Outcome = Literal["finished", "stopped", "preempted"]
@@ -182,8 +182,9 @@ class Run:
                 parts = self._components
                 tokenizer = parts.tokenizer  # whose bos and eos may stand in a file beside the hashed one
                 identity = f"{tokenizer.hash} bos {tokenizer.bos} eos {tokenizer.eos}"
-                changed = freeze(config, identity, parts.codec.hash, parts.started_from)
+                check_run_folder(config)
                 self._attempts.claim()
+                changed = freeze(config, identity, parts.codec.hash, parts.started_from)
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
                 warnings = config.warnings() + parts.warnings(config)

@@ -16,7 +16,7 @@ from megafusion.data.manifest import load_manifest
 from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError, refuse_os_errors
-from megafusion.resilience.attempts import read_attempts
+from megafusion.resilience.attempts import STEP, read_attempts
 from megafusion.storage import read_json, refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
@@ -100,21 +100,26 @@ def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> 
     return [f"{config.out}: {sentence}" for sentence in said]
 
 
+def check_run_folder(config: RunConfig) -> None:
+    """Raise UserError for a folder of another recipe (`changed_recipe`), or of files that are not a run's."""
+    if changed_recipe(config) is None:
+        # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
+        beside = ("stacks", "launch", "logs", STEP, ENVIRONMENT, ".environment.json.*", ".config.yaml.*")
+        refuse_foreign(config.out, "config.yaml", beside)
+
+
 def freeze(
     config: RunConfig, tokenizer_hash: str, vae_hash: str, started_from: dict | None = None
 ) -> dict[str, list]:
     """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`.
 
-    started_from: what `train.init_from` gave, of `check_origin`.
+    To be called under the run's lock. started_from: what `train.init_from` gave, of `check_origin`.
     """
     changed = changed_recipe(config)
     hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
     path = config.out / "config.yaml"
     unwritable = f"{config.out}: cannot be written", "; free space or choose another out="
     if changed is None:
-        # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
-        beside = ("stacks", "launch", "logs", ENVIRONMENT, ".environment.json.*", ".config.yaml.*")
-        refuse_foreign(config.out, path.name, beside)
         with refuse_os_errors(*unwritable):
             record = _environment() | hashes | {"init_from": started_from}
             write_file(config.out / ENVIRONMENT, json.dumps(record, indent=1) + "\n")

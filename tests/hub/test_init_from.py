@@ -227,6 +227,15 @@ def fewer_ids(folder: Path) -> None:
     edit(folder, vocab_size=2000)
 
 
+def padded(folder: Path) -> None:
+    """More rows than token ids, as Qwen 2.5 has."""
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], torch.randn(54, 32)])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit(folder, vocab_size=2100)
+
+
 ROPE = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
 BAD = {
     "pickles": (pickled, r"weights are pickles.*python -c \"from transformers"),
@@ -272,6 +281,11 @@ BAD = {
         fewer_ids,
         r"2000 token ids, but its tokenizer .* has 2046; give the tokenizer that it was",
     ),
+    "more rows": (
+        padded,
+        r"(?s)stem\.embedding\.weight has shape \[2100, 32\] there, but has shape \[2048, 32\] in this .*; "
+        r"set model\.vocab_size: 2100.*tail\.head\.weight has shape .*; set model\.vocab_size: 2100",
+    ),
     "a tensor less": (
         lambda f: without(f, "model.layers.1.mlp.up_proj.weight"),
         r"blocks\.\*\.feed_forward\.gate_up\.weight is missing there, but has shape \[128, 32\] in this "
@@ -296,6 +310,15 @@ def test_a_bad_folder_is_refused(run_values, tmp_path, name):
     values = from_hub(run_values, folder)
     spoil(folder)
     refused(values, message)
+
+
+def test_a_padded_vocabulary_of_the_same_size_is_loaded_whole(run_values, tmp_path):
+    folder = tmp_path / "hub"
+    make_folder(folder, "llama2")
+    padded(folder)
+    train(parsed(from_hub(run_values, folder, vocab_size=2100)), stop_after=1)
+    record = json.loads((Path(run_values["out"]) / "environment.json").read_text())["init_from"]
+    assert not {"stem.embedding.weight", "tail.head.weight"} & set(record["new"])
 
 
 def refused(values: dict, message: str) -> None:

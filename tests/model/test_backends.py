@@ -77,7 +77,7 @@ def test_sdpa_reads_a_mask_of_the_model_dtype_without_nan():
 def test_a_backend_that_cannot_serve_here_is_refused_at_start_up(monkeypatch, backend, training):
     monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
     with pytest.raises(UserError, match=rf"model\.attention: {backend} .*(CPU|cpu).*use auto or sdpa"):
-        check_backend(backend, 16, training)
+        check_backend(backend, 16, training=training)
     for backend in ("auto", "sdpa", "flex"):
         check_backend(backend, 16)
 

@@ -112,6 +112,18 @@ def test_samplers_follow_the_flow_of_a_normal_distribution(prediction, sampler, 
     assert errors[-1] < max(floor, 0.02)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_latents_may_be_on_another_device_than_timesteps(prediction, sampler):
+    """diffusers keeps timesteps on the CPU. Meta stands for CUDA: it refuses the same operations."""
+    flow = FlowConfig(prediction_type=prediction).build()
+    run = flow.sampler(SamplingConfig(sampler=sampler, num_inference_steps=3))
+    latents = torch.zeros(2, 3, 4, 4, device="meta")
+    for timestep in run.timesteps:
+        latents = run.step(latents, timestep, latents).prev_sample
+    assert latents.is_meta
+
+
 def test_samplers_of_the_other_process_are_refused():
     with pytest.raises(UserError, match=r"sampler ddim does not sample .*kind flow; use euler or heun"):
         FlowConfig().build().sampler(SamplingConfig(sampler="ddim"))

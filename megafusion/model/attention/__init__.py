@@ -48,7 +48,12 @@ def refusal(
         return str(error)
 
 
-def check_backend(name: BackendName, head_dim: int, training: bool = False) -> None:
-    """Raise UserError if a backend cannot serve on this machine: there is no silent fallback."""
-    if reason := refusal(name, default_device(), torch.bfloat16, head_dim, training):
+def check_backend(
+    name: BackendName, head_dim: int, dtype: torch.dtype = torch.bfloat16, training: bool = False
+) -> None:
+    """Raise UserError if this machine's device does not support a backend: there is no silent fallback.
+
+    dtype: of queries, keys and values; the default is supported by every backend.
+    """
+    if reason := refusal(name, default_device(), dtype, head_dim, training):
         raise UserError(f"model.attention: {name} cannot serve ({reason}); use auto or sdpa")
