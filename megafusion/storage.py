@@ -41,11 +41,14 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
     """The object in a JSON file. UserError for anything else; way_out: advice to the user."""
+    advice = f"; {way_out}" if way_out else ""
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        advice = f"; {way_out}" if way_out else ""
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}){advice}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is not a JSON object{advice}")
+    return values
 
 
 def read_lines(path: Path) -> list[str]:

@@ -177,14 +177,14 @@ def _git(*arguments: str) -> str | None:
 def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
     """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
     recorded = read_json(config.out / ENVIRONMENT, "restore it from a backup, or choose another out=")
-    began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
+    began = {f"data.sources.{name}": each for name, each in recorded.get("shards", {}).items()}
     found = {f"data.sources.{name}": each for name, each in hashes["shards"].items()}
     for name in ("tokenizer", "vae"):
         found[key := f"data.{name}"] = hashes[name]
         # Earlier versions recorded the shards alone.
         began[key] = recorded.get(name, None if key in changed else hashes[name])
     for key, value in found.items():
-        if value != began[key]:
+        if value != began.get(key):
             raise UserError(
                 f"{key}: other files than {config.out} was started with; restore those, or choose another "
                 "out= to train on these"
@@ -215,10 +215,10 @@ def load_run_config(folder: Path) -> RunConfig:
 
 
 def latest_config(folder: Path) -> RunConfig:
-    """The configuration of a run's latest attempt: the frozen one with the recipe keys that it changed."""
-    config, attempts = load_run_config(folder), read_attempts(folder)
-    values = config.model_dump(mode="json")
-    for key, (_, value) in (attempts[-1].get("changed", {}) if attempts else {}).items():
+    """The frozen configuration, with the recipe keys that the latest attempt to make a step had changed."""
+    values = load_run_config(folder).model_dump(mode="json")
+    trained = (each for each in reversed(read_attempts(folder)) if each["step"] > each["resumed_at"])
+    for key, (_, value) in next(trained, {}).get("changed", {}).items():
         if key in RECIPE_KEYS:
             section, name = key.split(".")
             values[section][name] = value

@@ -20,6 +20,7 @@ from megafusion.data.shards import npy
 from megafusion.errors import UserError
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256
+from tests.support.damage import damage
 from tests.support.rows import IDS, LATENTS, digest, stream_of, write_pairs, write_texts
 from tests.support.tars import add_members, link
 
@@ -150,16 +151,6 @@ def test_locations_that_run_a_command_or_hide_something_are_refused(path):
         parse_config(SourceConfig, {"path": path}, "test")
     with pytest.raises(ValidationError):
         SourceConfig(path=path)
-
-
-def damage(folder: Path, documents: list[int], per_shard: int = 16) -> None:
-    """Overwrite the names of some documents' first members."""
-    for document in documents:
-        path = folder / f"shard-{document // per_shard:06d}.tar"
-        offsets = np.load(path.with_suffix(".index.npy"))
-        with path.open("r+b") as file:
-            file.seek(int(offsets[document % per_shard]))
-            file.write(b"\xff\xff")
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.telemetry.status import show_status
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
+from megafusion.train.export import model_card
 from megafusion.train.loop import train, train_step
 from tests.support.workers import run_workers
 
@@ -138,6 +139,19 @@ def test_a_run_that_another_process_trains_is_refused_and_untouched(run_values, 
         with pytest.raises(UserError, match="trains in this folder"):
             start(run_values)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_a_first_attempt_beside_another_writes_nothing(run_values, monkeypatch):
+    """Two starts of one new run at once, before either has frozen its configuration."""
+    monkeypatch.setattr(attempts, "WAIT_SECONDS", 0)
+    run = Path(run_values["out"])
+    other = attempts.Attempts(run)
+    other.claim()
+    with pytest.raises(UserError, match="trains in this folder"):
+        start(run_values)
+    assert [path.name for path in run.iterdir()] == [attempts.STEP]
+    other._release()
+    start(run_values, stop_after=1)  # what is left of it is no reason to refuse
 
 
 def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
@@ -251,8 +265,13 @@ def test_a_longer_cosine_says_how_the_rate_goes_on(run_values, capsys):
         capsys.readouterr().err
     )
     assert len(losses(run)) == 2 * steps
+    run_values["optimizer"]["learning_rate"] = 5e-4
+    start(run_values)  # trains nothing
     show_status(run, console := Console(record=True, width=200))
     assert f"step {2 * steps} of {2 * steps}" in console.export_text()
+    card = model_card("model", run, None)
+    assert f"| steps | {2 * steps} of {2 * steps} |" in card
+    assert "| learning rate | 0.001, 0 warm-up steps, cosine |" in card
 
 
 def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
@@ -260,6 +279,7 @@ def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
     run_values["optimizer"]["learning_rate"] = 1e-3
     start(run_values)
     assert "resumes with optimizer.learning_rate 0.001 instead of 0.003" in capsys.readouterr().err
+    assert "| learning rate | 0.001, 2 warm-up steps" in model_card("model", run, None)
     rates = [line["learning_rate"] for line in read_metrics(run)]
     assert rates[3] < 1e-3 < rates[2]
     assert [begun["changed"] for begun in attempts.read_attempts(run)] == [
