@@ -16,6 +16,7 @@ from megafusion.data.manifest import load_manifest
 from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError, refuse_os_errors
+from megafusion.processes import world_size
 from megafusion.resilience.attempts import STEP, read_attempts
 from megafusion.storage import read_json, refuse_foreign, write_file
 from megafusion.train.config import RunConfig
@@ -138,7 +139,6 @@ def freeze(
 def _environment() -> dict:
     """The environment of a run beside its configuration and data: versions, devices, git state."""
     import torch  # `launch` does without
-    import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
     packages = (
@@ -156,7 +156,7 @@ def _environment() -> dict:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
-        "world_size": dist.get_world_size(),
+        "world_size": world_size(),
         "num_threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in packages},
         "git_commit": _git("rev-parse", "HEAD"),

@@ -14,7 +14,6 @@ from megafusion.data.logical_stream import LogicalStream
 from megafusion.errors import UserError
 from megafusion.sequence.document import IGNORED_LABEL
 from tests.support.rows import (
-    IDS,
     MANY_IDS,
     NUM_PATCHES,
     arrays,
@@ -35,15 +34,17 @@ def logical_of(folder, **values) -> LogicalStream:
 
 def laid_out(segments) -> list[tuple[int, int]]:
     """Token and target of each position of a document, by the rules of docs/data.md."""
-    tokens = [IDS.bos]
+    tokens = [MANY_IDS.bos]
     for segment in segments:
         tokens += (
-            segment.data.tolist() if segment.kind == "tokens" else [IDS.boi, *[PATCH] * NUM_PATCHES, IDS.eoi]
+            segment.data.tolist()
+            if segment.kind == "tokens"
+            else [MANY_IDS.boi, *[PATCH] * NUM_PATCHES, MANY_IDS.eoi]
         )
-    tokens.append(IDS.eos)
+    tokens.append(MANY_IDS.eos)
     following = [*tokens[1:], IGNORED_LABEL]
     return [
-        (token, IGNORED_LABEL if token in (PATCH, IDS.boi) else label)
+        (token, IGNORED_LABEL if token in (PATCH, MANY_IDS.boi) else label)
         for token, label in zip(tokens, following, strict=True)
     ]
 
@@ -98,7 +99,7 @@ def found_in(row, positions: Counter, images: Counter, slots: int) -> None:
         here = slice(start, start + NUM_PATCHES)
         assert row["patch_index"][here].tolist() == list(range(slot * NUM_PATCHES, (slot + 1) * NUM_PATCHES))
         assert (row["row_end"][here] == here.stop).all()
-        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (IDS.boi, IDS.eoi)
+        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (MANY_IDS.boi, MANY_IDS.eoi)
         assert len(set(row["row_start"][start - 1 : here.stop + 1])) == 1
         images[round(float(row["latents"][slot].mean()))] += 1
 
@@ -260,8 +261,8 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_complete(tmp_pat
         cut |= {pending.key.order for pending in logical.state.pending if pending.start}
         row = arrays(logical.next_row())
         starts = row["image_start"][row["image_start"] >= 0]
-        assert (row["tokens"][starts - 1] == IDS.boi).all()
-        assert (row["tokens"][starts + NUM_PATCHES] == IDS.eoi).all()
+        assert (row["tokens"][starts - 1] == MANY_IDS.boi).all()
+        assert (row["tokens"][starts + NUM_PATCHES] == MANY_IDS.eoi).all()
     assert cut
     assert logical.state.position["pairs"][0] > 5
 

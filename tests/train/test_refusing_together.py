@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from megafusion.commands.train import raise_with_the_other_ranks
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.data.source import Source
@@ -55,10 +57,10 @@ def test_all_ranks_refuse_a_full_disk(run_values, at_batch):
     ("bad", "ranks", "workers", "min_step"),
     [
         (range(20, 40), 2, 0, 0),  # of rank 1's streams: its first batch
-        ([LAST], 2, 1, 1),
-        ([LAST], 1, 0, 1),
+        ([LAST], 2, 0, 1),
+        ([LAST], 1, 1, 1),
     ],
-    ids=["the first batch", "a later batch, of a worker", "a later batch, alone"],
+    ids=["the first batch", "a later batch", "a worker's batch"],
 )
 def test_all_ranks_refuse_a_corrupt_document_of_one(
     run_values, shards, tmp_path, bad, ranks, workers, min_step
@@ -69,9 +71,27 @@ def test_all_ranks_refuse_a_corrupt_document_of_one(
     damage(folder, bad, per_shard=8)
     run_values["data"]["sources"]["text"]["path"] = str(folder)
     run_values["data"]["num_workers"] = workers
-    answers = run_workers(refused, ranks, run_values)
+    answers = run_workers(refused, ranks, run_values) if ranks > 1 else [refused(run_values)]
     assert all(re.search(r"text/shard-00000\d\.tar, document \d: not readable \(", text) for text in answers)
     assert len(set(answers)) == 1
     (attempt,) = read_attempts(Path(run_values["out"]))
     assert attempt["ended"] == "refused"
     assert attempt["step"] >= min_step
+
+
+def one_refuses(values: dict, rank: int) -> str:
+    """A rank whose configuration is refused, as one is whose file differs, beside others that train."""
+    with pytest.raises(UserError) as found:
+        if dist.get_rank() == rank:
+            raise_with_the_other_ranks(UserError("the one rank's own: unknown key"))
+        train(parse_config(RunConfig, values, "test"))
+    assert found.value.on_every_rank
+    return str(found.value)
+
+
+@pytest.mark.parametrize("degrees", [{"tensor": 2}], ids=["2 x 2"])
+def test_a_configuration_that_one_rank_refuses_is_refused_by_all(run_values, degrees):
+    run_values["parallel"] = degrees
+    answers = run_workers(one_refuses, 4, run_values, 3, timeout=60)
+    assert answers == ["the one rank's own: unknown key"] * 4
+    assert not Path(run_values["out"]).exists()
