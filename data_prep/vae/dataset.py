@@ -57,7 +57,7 @@ def held_out_images(config: ImageDataConfig, splits: list[InputSplit]) -> tuple[
     if not chosen:
         raise UserError(
             f"data.held_out_fraction {config.held_out_fraction}: holds out no image of "
-            f"{', '.join(map(str, config.images))}; raise it or add images"
+            f"{', '.join(map(str, config.images))}; raise it or add images{_of_groups(config)}"
         )
     images = [_decode(sample) for sample in chosen]
     return [key for key, _, _ in chosen], preprocess_images(images, config.image_size, config.image_size)
@@ -108,7 +108,18 @@ def _training_samples(
             num_used += 1
             yield sample, config.horizontal_flip and rng.random() < 0.5, Position(epoch, num_used)
         if not num_used:
-            raise UserError(f"data.images: {', '.join(map(str, config.images))}: no image left to train on")
+            raise UserError(
+                f"data.images: {', '.join(map(str, config.images))}: no image left to train on; lower "
+                f"data.held_out_fraction or add images{_of_groups(config)}"
+            )
+
+
+def _of_groups(config: ImageDataConfig) -> str:
+    """Advice where images are held out in groups, which may be few."""
+    separator = config.group_separator
+    return (
+        f", or set data.group_separator (now {separator!r}) to '', if keys are no groups" if separator else ""
+    )
 
 
 class _ParquetImages(ParquetReader):

@@ -239,14 +239,14 @@ def _checked(given: Iterable, kinds: tuple[type, ...], call: str) -> list:
     return parts
 
 
-def _integer(name: str, value: int, least: int, most: int) -> int:
+def _integer(name: str, value: int, min_value: int, max_value: int) -> int:
     """An integer of Python or NumPy within bounds. Raises UserError for anything else."""
     try:
-        if least <= index(value) <= most:
+        if min_value <= index(value) <= max_value:
             return index(value)
     except TypeError:
         pass
-    raise UserError(f"{name}={value!r:.80}: give an integer from {least} to {most}")
+    raise UserError(f"{name}={value!r:.80}: give an integer from {min_value} to {max_value}")
 
 
 def check_components(model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec) -> None:

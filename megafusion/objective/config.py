@@ -28,8 +28,8 @@ class SamplingConfig(Config):
     }
 
     sampler: Literal["ddim", "dpm++", "euler", "heun"] | None = None
-    """Of kind ddpm: ddim (arXiv 2010.02502, the default) or dpm++, second-order DPM-Solver++ (arXiv
-    2211.01095). Of kind flow: euler (the default) or heun, which calls the model twice a step."""
+    """For the ddpm process: ddim (arXiv 2010.02502, the default) or dpm++, second-order DPM-Solver++ (arXiv
+    2211.01095). For the flow process: euler (the default) or heun, which calls the model twice a step."""
     num_inference_steps: int = Field(250, gt=0, le=1_000_000)
     """Denoising steps; dpm++, euler and heun need about a tenth of ddim's."""
     guidance_scale: float = Field(3.0, ge=0)

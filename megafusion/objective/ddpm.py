@@ -100,9 +100,9 @@ class DDPM:
             solver_order=2 if sampling.sampler == "dpm++" else 1,
             final_sigmas_type="zero",
         )
-        steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
+        steps, num_train = sampling.num_inference_steps, self.config.num_train_timesteps
         # Trailing spacing (arXiv 2305.08891): from T - 1, T / n apart.
-        sampler.set_timesteps(timesteps=[round(most * (steps - i) / steps) - 1 for i in range(steps)])
+        sampler.set_timesteps(timesteps=[round(num_train * (steps - i) / steps) - 1 for i in range(steps)])
         return sampler
 
     def refusal(self, sampling: SamplingConfig) -> str | None:
@@ -112,11 +112,11 @@ class DDPM:
                 f"sampling.sampler {sampling.sampler} does not sample objective.noise_process.kind ddpm; use "
                 "ddim or dpm++"
             )
-        steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
-        if steps <= most:
+        steps, num_train = sampling.num_inference_steps, self.config.num_train_timesteps
+        if steps <= num_train:
             return None
         return (
-            f"sampling.num_inference_steps {steps} exceeds the {most} timesteps of training "
+            f"sampling.num_inference_steps {steps} exceeds the {num_train} timesteps of training "
             "(objective.noise_process.num_train_timesteps); lower it"
         )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NUM_TIMESTEPS = 1000
 """Unit of the timestep embedding's input: t = 1 is 1000, as in diffusers' flow-matching schedulers."""
 MIN_DIVISOR = 0.05
-"""Least t or 1 - t in the weight of the loss (JiT, arXiv 2511.13720)."""
+"""Minimum t or 1 - t in the weight of the loss (JiT, arXiv 2511.13720)."""
 MAX_T = 1 - 2**-24
 """The largest float32 below 1."""
 

@@ -94,7 +94,7 @@ class Tokenizer:
         return [self._image_id(index) for index in range(num_image_sizes + 1)]
 
     def num_ids(self, num_image_sizes: int) -> int:
-        """Ids of the file and new ones, for so many image sizes: the least vocab_size of a model."""
+        """Ids of the file and new ones, for so many image sizes: the minimum vocab_size of a model."""
         return self.num_text_ids + max(0, num_image_sizes + 1 - len(self.reserved))
 
     def _image_id(self, index: int) -> int:

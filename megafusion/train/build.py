@@ -42,7 +42,7 @@ class Components:
     sources: dict[str, Source]
     loader: DataLoader
     started_from: dict | None
-    """What a new run records of `train.init_from`."""
+    """The record of `train.init_from` in a new run's folder."""
 
     def warnings(self, config: RunConfig) -> list[str]:
         """Values of the configuration that cannot do what they say with these inputs."""

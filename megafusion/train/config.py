@@ -55,8 +55,8 @@ class RunConfig(Config):
     def _consistent(self) -> "RunConfig":
         if self.train.precision != "fp32" and self.parallel.zero_stage == 0:
             raise ValueError(
-                f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 "
-                "has not; use 1"
+                f"train.precision {self.train.precision} needs float32 master weights, which ZeRO stage 0 "
+                "does not keep; set parallel.zero_stage: 1"
             )
         positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:

@@ -1,4 +1,4 @@
-"""What a run starts from in place of random weights: `train.init_from`."""
+"""Weights that a run starts from in place of random ones: `train.init_from`."""
 
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -124,7 +124,7 @@ class UntiedHead:
 
 
 def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a run folder records of its start. UserError with every tensor that does not fit."""
+    """Check an origin against the run; returns the record of its start for the run folder. UserError with every tensor that does not fit."""
     path = config.train.init_from
     if tokenizer.hash not in map(file_sha256, origin.tokenizers):
         names = " or ".join(map(str, origin.tokenizers)) or "a copy of the right one"

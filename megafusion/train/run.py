@@ -17,6 +17,7 @@ from megafusion.engine.ema import Ema
 from megafusion.engine.process_group import process_group
 from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
+from megafusion.parallel.degrees import data_degree
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import AXES, make_mesh
@@ -173,8 +174,10 @@ class Run:
     def _check(self) -> tuple[list[str], bool]:
         """Refuse what does not fit together, claim the run folder, test the devices; see `self_test`."""
         config = self._config
+        # Before the mesh makes groups: a rank whose configuration is refused joins this collective alone.
         with raise_on_all_ranks():
-            self._mesh = make_mesh(config.parallel)
+            data_degree(config.parallel, dist.get_world_size())
+        self._mesh = make_mesh(config.parallel)
         with raise_on_all_ranks():
             self._components = build_components(config, self._mesh)
             self._loader = self._components.loader

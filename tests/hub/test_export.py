@@ -35,7 +35,7 @@ TEXTS = ["red apple, 3d style", "two  spaces ", "Ein Läufer, 走る 🏃", "", 
 
 
 def run(*arguments: str) -> str:
-    """What a command prints, or the error that it ends with."""
+    """The output of a command, or the error that it ends with."""
     result = CliRunner().invoke(app, list(arguments))
     if isinstance(result.exception, UserError):
         return str(result.exception)

@@ -81,10 +81,10 @@ def test_all_ranks_refuse_a_corrupt_document_of_one(
 
 def one_refuses(values: dict, rank: int) -> str:
     """A rank whose configuration is refused, as one is whose file differs, beside others that train."""
+    error = UserError("the one rank's own: unknown key")
+    refuses = dist.get_rank() == rank
     with pytest.raises(UserError) as found:
-        if dist.get_rank() == rank:
-            raise_with_the_other_ranks(UserError("the one rank's own: unknown key"))
-        train(parse_config(RunConfig, values, "test"))
+        raise_with_the_other_ranks(error) if refuses else train(parse_config(RunConfig, values, "test"))
     assert found.value.on_every_rank
     return str(found.value)
 
