@@ -117,9 +117,7 @@ def _training_samples(
 def _of_groups(config: ImageDataConfig) -> str:
     """Advice where images are held out in groups, which may be few."""
     separator = config.group_separator
-    return (
-        f", or set data.group_separator (now {separator!r}) to '', if keys are no groups" if separator else ""
-    )
+    return f", or set data.group_separator: '' in place of {separator!r}" if separator else ""
 
 
 class _ParquetImages(ParquetReader):

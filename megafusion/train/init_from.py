@@ -124,7 +124,10 @@ class UntiedHead:
 
 
 def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Check an origin against the run; returns the record of its start for the run folder. UserError with every tensor that does not fit."""
+    """Check an origin against the run; returns the run folder's record of its start.
+
+    Raises UserError with every tensor that does not fit.
+    """
     path = config.train.init_from
     if tokenizer.hash not in map(file_sha256, origin.tokenizers):
         names = " or ".join(map(str, origin.tokenizers)) or "a copy of the right one"

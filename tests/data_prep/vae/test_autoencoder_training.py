@@ -173,6 +173,16 @@ def test_both_styles_of_a_concept_are_held_out_together():
     assert share == pytest.approx(0.1, abs=0.02)
 
 
+def test_images_of_one_group_are_refused_with_the_way_out(tmp_path):
+    images = {f"img-{number:04}": png(disc(number)) for number in range(8)}
+    paths, way_out = (write_shard(tmp_path / "own.tar", images),), r"set data\.group_separator: '' in place of '-'"
+    for fraction, fault in ((0.05, "holds out no image"), (0.99, "no image left to train on")):
+        config = ImageDataConfig(images=paths, held_out_fraction=fraction, group_separator="-")
+        splits = find_images(config).splits
+        with pytest.raises(UserError, match=rf"{fault}.*{way_out}"):
+            held_out_images(config, splits) if fraction < 0.5 else next(training_batches(config, splits, 4, 0))
+
+
 def of_concepts(fraction: float) -> ImageDataConfig:
     return ImageDataConfig(images=(Path(),), held_out_fraction=fraction, group_separator="-")
 
@@ -279,7 +289,7 @@ def test_images_are_read_in_every_form_that_preprocessing_reads(config, tmp_path
     assert inputs.ignored == ({} if form == "pattern" else {".md": 1})
     held_out = held_out_images(data, inputs.splits)[1]
     assert 0 < len(held_out) < 20
-    batch = next(training_batches(data, inputs.splits, 20 - len(held_out), 0))
+    batch, _ = next(training_batches(data, inputs.splits, 20 - len(held_out), 0))
     found = {image.numpy().tobytes() for image in torch.cat([batch, batch.flip(-1), held_out])}
     assert all(
         image.numpy().tobytes() in found for image in preprocess_images([disc(i) for i in range(20)], 32, 32)
