@@ -29,13 +29,15 @@ is_done() {
     grep '^ *"ended":' "$1/starts.json" 2> /dev/null | tail -n 1 | grep -Eq '"(finished|stopped)"'
 }
 
-# status_of PID: waits and sets `status`. A trapped signal, whose trap sets `interrupted`, does not end the wait.
+# status_of PID: waits and sets `status`. A trapped signal, whose trap sets `interrupted`, does not end the wait. For a
+# process that ends while the signal ends the wait, the next wait returns -1 (bash 5.2) or 127: then the status is that
+# of the first wait, 128 + n.
 status_of() {
     local known=0
     while :; do
         interrupted=''
         wait "$1" && status=0 || status=$?
-        [ "$status" -ne 127 ] || status=$known
+        [[ $status != @(-1|127) ]] || status=$known
         [ -n "$interrupted" ] || return 0
         known=$status  # the process's, unless the signal ended the wait; then the next wait returns it
     done

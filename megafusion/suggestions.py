@@ -19,6 +19,12 @@ num_steps: max_iters iterations epoch epochs num_epochs max_epochs num_train_epo
 precision: dtype amp bf16 fp16 fp8 mixed_precision
 recompute: gradient_checkpointing activation_checkpointing checkpoint_activations
 ema_decay: ema
+rank: r lora_r lora_rank
+alpha: lora_alpha
+dropout: lora_dropout
+targets: target_modules lora_targets
+freeze: frozen freeze_patterns frozen_layers
+learning_rates: lrs lr_groups param_groups
 out: output output_dir out_dir outdir save_dir run_dir log_dir logdir folder
 seed: random_seed manual_seed rng_seed
 num_workers: workers n_workers num_proc dataloader_num_workers
@@ -67,6 +73,11 @@ def suggest(path: str, section: Sequence[str], keys: Sequence[str]) -> str:
     if found:
         return f"did you mean {' or '.join(map(repr, found))}?"
     return f"valid keys: {', '.join(sorted(here))}"
+
+
+def nearest(name: str, known: Sequence[str], number: int = 3) -> str:
+    """The known names that are most like a name, in words."""
+    return ", ".join(difflib.get_close_matches(name, known, number, 0.0))
 
 
 def _leaf(path: str) -> str:

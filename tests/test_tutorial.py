@@ -48,10 +48,13 @@ def test_the_judge_is_right_on_every_image(monkeypatch):
     assert [judge["judge"](draw["draw"](combination)) for combination in some] == some
 
 
-def test_the_second_source_is_valid(tmp_path):
-    """The YAML that adds text fits the tutorial's training file."""
+def test_what_the_page_adds_is_valid(tmp_path):
+    """The YAML that adds a validation, and text, fits the tutorial's training file."""
     values = yaml.safe_load((ROOT / "docs/tutorial/train.yaml").read_text())
-    (added,) = [yaml.safe_load(block) for block in code_blocks(PAGE, "yaml")]
-    values["data"]["sources"] = added["data"]["sources"]
+    for added in map(yaml.safe_load, code_blocks(PAGE, "yaml")):
+        for section, keys in added.items():
+            values[section] |= keys
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    assert set(load_config(RunConfig, tmp_path / "run.yaml").data.sources) == {"pairs", "text"}
+    config = load_config(RunConfig, tmp_path / "run.yaml")
+    assert set(config.data.sources) == {"pairs", "text"}
+    assert config.checkpoint.keep_best

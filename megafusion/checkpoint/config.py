@@ -16,6 +16,9 @@ class CheckpointConfig(Config):
     """Number of latest checkpoints to keep; older ones are deleted once a newer one is complete."""
     keep_every: int = Field(0, ge=0)
     """Checkpoints of steps that are a multiple of this are never deleted; 0 for none."""
+    keep_best: bool = False
+    """Never delete the checkpoint with the lowest validation_loss; needs data.validation, measured at steps
+    that are saved."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """If a checkpoint cannot be written: stop; or continue, count it, and skip a save while the disk is still
     busy with the one before. The last checkpoint of a run is waited for in both cases."""

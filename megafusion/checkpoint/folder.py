@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megafusion.errors import UserError
@@ -36,6 +37,13 @@ def all_checkpoints(folder: Path) -> list[Path]:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
     return [path for path in all_checkpoints(folder) if (path / MANIFEST).is_file()]
+
+
+def best_checkpoint(checkpoints: Sequence[Path]) -> Path | None:
+    """The one with the lowest validation_loss, the later of equal ones; None if no loss was measured."""
+    losses = [json.loads((path / "state.json").read_text()).get("validation_loss") for path in checkpoints]
+    measured = [(loss, -index) for index, loss in enumerate(losses) if loss is not None]
+    return checkpoints[-min(measured)[1]] if measured else None
 
 
 def latest_checkpoint(run: Path) -> Path:

@@ -1,10 +1,11 @@
 """Saves and loads checkpoints of whole tensors by name, which any topology can load.
 
 A checkpoint is a folder `step-00000400` with `tensors/` (torch.distributed.checkpoint: model, ema, exp_avg
-and exp_avg_sq by parameter name, in the shapes of the whole parameters; every rank writes what it owns),
-`state.json` (step, stream states, and the state of the run) and, written last, `manifest.json` with the size
-and hash of every file. It is written under another name and then renamed. No random state is saved, because
-nothing in a step samples from a global generator.
+and exp_avg_sq by parameter name, in the shapes of the whole parameters; every rank writes what it owns. Of a
+frozen parameter there is `model` alone, in the type in which the forward reads it), `state.json` (step,
+stream states, and the state of the run) and, written last, `manifest.json` with the size and hash of every
+file. It is written under another name and then renamed. No random state is saved: nothing in a step samples
+from a global generator but dropout, which each batch seeds.
 """
 
 import json
@@ -24,6 +25,7 @@ from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import (
     KINDS,
     PARTIAL,
+    best_checkpoint,
     clean_up,
     complete_checkpoints,
     hash_files,
@@ -50,13 +52,18 @@ class CheckpointManager:
     group of its own, so that its collectives do not mix with those of training.
 
     folder: of the checkpoints. config: which ones to keep. Needs host memory for this rank's state: 16 bytes
-    a parameter.
+    a trained parameter.
     """
 
     def __init__(self, folder: Path, optimizer_state: OptimizerState, ema: Ema, config: CheckpointConfig):
         self.folder, self._optimizer_state, self._config = folder, optimizer_state, config
         self._on_device: dict[str, Chunks] = {}
         """By tensor name: what this rank's optimizer owns, in its own storage."""
+        self._frozen = {
+            f"model.{shard.name}": Chunks(shard.weight, shard.start, shard.shard_spec)
+            for shard in optimizer_state.frozen
+        }
+        """By tensor name: what this rank holds of frozen parameters, written from there: it never changes."""
         for shard, average in zip(optimizer_state.shards, ema.fragments, strict=True):
             values = (shard.weight, average, shard.exp_avg, shard.exp_avg_sq)
             for kind, fragment in zip(KINDS, values, strict=True):
@@ -123,12 +130,13 @@ class CheckpointManager:
         with raise_on_all_ranks(self._group):
             verify_checkpoint(path, dist.get_rank(), dist.get_world_size())
         parts: list[dict] = [{}] * dist.get_world_size()
-        own = {name: chunks.size() for name, chunks in self._on_device.items()}
+        on_device = self._on_device | self._frozen
+        own = {name: chunks.size() for name, chunks in on_device.items()}
         dist.all_gather_object(parts, own, self._group)
         shapes = {name: shape for part in parts for name, shape in part.items()}
         state = json.loads((path / "state.json").read_text())
         with raise_on_all_ranks(self._group):
-            read_chunks(CheckpointReader(path), self._on_device, shapes)
+            read_chunks(CheckpointReader(path), on_device, shapes)
         self._optimizer_state.sync_model_from_master(state["step"])
         return state
 
@@ -138,9 +146,9 @@ class CheckpointManager:
         Where the source has fewer rows, the others keep their values. A UserError of one rank is raised on
         every rank.
         """
-        shapes, chunks = source.shapes(), {}
+        shapes, chunks, on_device = source.shapes(), {}, self._on_device | self._frozen
         for name in names:
-            if own := self._on_device.get(f"model.{name}"):
+            if own := on_device.get(f"model.{name}"):
                 chunks[name] = own.first_rows(shapes[name][0])
         with raise_on_all_ranks(self._group):
             source.read(chunks)
@@ -183,7 +191,8 @@ class CheckpointManager:
             writer = _Writer(partial / "tensors", per_thread_copy_ahead=0)
             planner = ChunkSavePlanner()
             with raise_on_all_ranks(group), disk_errors(path):
-                dcp.save(self._on_host, storage_writer=writer, planner=planner, process_group=group)
+                tensors = self._on_host | self._frozen
+                dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
                 own = hash_files(partial, f"tensors/__{rank}_*.distcp")
             dist.gather_object(own, parts if is_first else None, group=group)
             with raise_on_all_ranks(group), disk_errors(path):
@@ -206,9 +215,10 @@ class CheckpointManager:
                 raise SaveFailed(f"{path}: not saved: {name} contains NaN or Inf; {way_out}")
 
     def _delete_old(self) -> None:
-        keep_every = self._config.keep_every
-        for old in complete_checkpoints(self.folder)[: -self._config.keep_last]:
-            if not keep_every or step_of(old) % keep_every:
+        keep_every, complete = self._config.keep_every, complete_checkpoints(self.folder)
+        best = best_checkpoint(complete) if self._config.keep_best else None
+        for old in complete[: -self._config.keep_last]:
+            if old != best and (not keep_every or step_of(old) % keep_every):
                 remove(old)
 
 

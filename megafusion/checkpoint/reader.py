@@ -1,8 +1,9 @@
 """Reads the tensors of a checkpoint, or of another source, into chunks."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -69,23 +70,44 @@ def describe_misfit(name: str, there: torch.Size | None, here: torch.Size | None
 
 
 class CheckpointWeights:
-    """The tensors of one kind (of KINDS) in a checkpoint by parameter name, a TensorSource."""
+    """Weights of a checkpoint by parameter name, averaged or raw: a TensorSource.
 
-    def __init__(self, checkpoint: Path, kind: str):
-        self._reader, self._prefix = CheckpointReader(checkpoint), f"{kind}."
+    Of a frozen parameter there is no average: its weight is read instead.
+    """
+
+    def __init__(self, checkpoint: Path, kind: Literal["ema", "model"]):
+        self._reader, self._kind = CheckpointReader(checkpoint), kind
 
     def __str__(self) -> str:
         return str(self._reader)
 
     def shapes(self) -> dict[str, torch.Size]:
-        shapes = self._reader.shapes().items()
-        return {n.removeprefix(self._prefix): shape for n, shape in shapes if n.startswith(self._prefix)}
+        stored = self._reader.shapes()
+        return {name: stored[key] for name, key in self._keys(stored).items()}
 
     def read(self, chunks: dict[str, Chunks]) -> None:
-        self._reader.read({self._prefix + name: part for name, part in chunks.items()})
+        keys = self._keys(self._reader.shapes())
+        self._reader.read({keys[name]: part for name, part in chunks.items()})
+
+    def _keys(self, stored: Iterable[str]) -> dict[str, str]:
+        """The tensor of each parameter."""
+        keys: dict[str, str] = {}
+        for kind in ("model", self._kind):  # the second replaces the first
+            keys |= {key.partition(".")[2]: key for key in stored if key.startswith(f"{kind}.")}
+        return keys
 
 
 def fill_tensors(source: TensorSource, tensors: dict[str, Tensor]) -> None:
     """Fill whole tensors by name, in one process. UserError if the source has other tensors."""
-    chunks = {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}
-    read_chunks(source, chunks, {name: tensor.shape for name, tensor in tensors.items()})
+    read_chunks(source, _whole(tensors), {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def read_tensors(source: TensorSource, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Some of a source's tensors, whole, in float32. shapes: theirs, by name."""
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    source.read(_whole(tensors))
+    return tensors
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Chunks]:
+    return {name: Chunks(tensor.view(-1), 0, shard_spec_of(tensor)) for name, tensor in tensors.items()}

@@ -11,18 +11,22 @@ from megafusion.checkpoint.folder import DamagedCheckpoint, way_out
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-# Every name in the list, by module; tensors are float32, and loaded with weights_only.
+# Every name in the list, by module; tensors are float32, frozen ones perhaps bfloat16, and loaded with
+# weights_only.
 _ALLOWED = {
     "builtins": "getattr",
     "collections": "OrderedDict",
     "pathlib": "PosixPath",
     "pathlib._local": "PosixPath",
-    "torch": "Size float32",
+    "torch": "Size float32 bfloat16",
     "torch.serialization": "_get_layout",
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.distributed.checkpoint.metadata": "_MEM_FORMAT_ENCODING ChunkStorageMetadata Metadata "
     "MetadataIndex StorageMeta TensorProperties TensorStorageMetadata",
 }
+
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class _Record:
@@ -47,6 +51,8 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint holds")
         if name == "getattr":
             return _member if self._with_torch else _Record
+        if name in ITEM_BYTES and not self._with_torch:
+            return name
         is_torch = module.partition(".")[0] == "torch"
         return _Record if is_torch and not self._with_torch else super().find_class(module, name)
 
@@ -69,10 +75,18 @@ def read_tensor_list(checkpoint: Path) -> "Metadata":
 
 def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors `KIND.PARAMETER`. Raises DamagedCheckpoint."""
+    return {name: shape for name, (shape, _) in read_shapes_and_types(checkpoint).items()}
+
+
+def read_shapes_and_types(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and types, of ITEM_BYTES, of the tensors `KIND.PARAMETER`. Raises DamagedCheckpoint."""
     with _opened(checkpoint) as file:
         entries = _Unpickler(file, with_torch=False).load().state["state_dict_metadata"]
-        shapes = {name: tuple(entry.state["size"].arguments[0]) for name, entry in entries.items()}
-    return shapes
+        found = {
+            name: (tuple(entry.state["size"].arguments[0]), entry.state["properties"].state[0])
+            for name, entry in entries.items()
+        }
+    return found
 
 
 @contextmanager

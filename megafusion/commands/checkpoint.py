@@ -19,7 +19,7 @@ from megafusion.checkpoint.folder import (
     step_of,
     verify_checkpoint,
 )
-from megafusion.checkpoint.tensor_list import read_shapes
+from megafusion.checkpoint.tensor_list import ITEM_BYTES, read_shapes_and_types
 from megafusion.commands.arguments import expand_paths
 from megafusion.errors import UserError
 
@@ -133,11 +133,13 @@ def _topology(state: dict) -> str:
 
 
 def _describe(checkpoint: Path) -> list[str]:
-    files, state, shapes = read_manifest(checkpoint), _state(checkpoint), read_shapes(checkpoint)
+    files, state = read_manifest(checkpoint), _state(checkpoint)
+    tensors = read_shapes_and_types(checkpoint)
     rows = [("step", f"{state['step']:,}", ""), ("saved by", _topology(state), "")]
     for kind in KINDS:
-        sizes = [prod(shape) for name, shape in shapes.items() if name.partition(".")[0] == kind]
-        rows.append((kind, f"{sum(sizes):,} parameters", f"{4 * sum(sizes):,} bytes"))
+        own = [(prod(shape), of) for name, (shape, of) in tensors.items() if name.partition(".")[0] == kind]
+        num_bytes = sum(size * ITEM_BYTES[of] for size, of in own)
+        rows.append((kind, f"{sum(size for size, _ in own):,} parameters", f"{num_bytes:,} bytes"))
     rows.append(("files", f"{len(files):,} files", f"{sum(e['bytes'] for e in files.values()):,} bytes"))
     return _table(rows)
 

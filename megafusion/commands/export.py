@@ -9,7 +9,17 @@ import typer
 def export(
     model: Annotated[Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[Literal["hf"], typer.Option(help="Format: hf, a folder that transformers loads.")],
+    to: Annotated[
+        Literal["hf", "peft", "pipeline"],
+        typer.Option(
+            help="Format: hf, the text path, which transformers loads; peft, the LoRA adapter of a run or "
+            "checkpoint; pipeline, which generate and from_pretrained load."
+        ),
+    ],
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="LoRA adapter (PEFT folder, or run with train.lora) to merge into the weights."),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Type of the weights; default: that of the text model it began as, else float32."),
@@ -18,11 +28,25 @@ def export(
         str | None, typer.Option(help="Licence for the model card, such as apache-2.0.")
     ] = None,
 ) -> None:
-    """Export a model's text path: config.json, safetensors, tokenizer, generation_config.json, README.md.
+    """Export a model: its text path for transformers, its LoRA adapter for PEFT, or all of it as a pipeline.
 
     Example: megafusion export runs/quickstart exported-text --to hf --license apache-2.0
     """
-    from megafusion.train.export import export_text
+    from megafusion.errors import UserError
+    from megafusion.train.export import export_adapter, export_pipeline, export_text
 
-    export_text(model, out, dtype, license)
-    typer.echo(f"{out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
+    adapters = list(merge or ())
+    if to == "hf":
+        export_text(model, out, dtype, license, adapters)
+        typer.echo(f"{out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
+        return
+    if dtype or license:
+        raise UserError(f"--dtype and --license are of --to hf; leave them out with --to {to}")
+    if to == "pipeline":
+        export_pipeline(model, out, adapters)
+        typer.echo(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
+        return
+    if adapters:
+        raise UserError("--merge is of --to hf and --to pipeline; leave it out with --to peft")
+    export_adapter(model, out)
+    typer.echo(f"{out}: PeftModel.from_pretrained(model, {str(out)!r}) loads it")

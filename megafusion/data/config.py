@@ -18,6 +18,17 @@ class SourceConfig(Config):
     """Share of the sequence positions that this source gets, relative to the other sources' weights."""
 
 
+class ValidationConfig(Config):
+    """Held-out documents, whose losses are measured while training on the same rows and the same noise."""
+
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    """Folders of shards, by name, mixed as those of training; captions are never dropped."""
+    every: int = Field(gt=0)
+    """Steps between two measurements, a multiple of telemetry.log_every; the last step is always measured."""
+    num_batches: int = Field(4, gt=0)
+    """Global batches of a measurement, packed at the start and kept in memory."""
+
+
 class DataConfig(Config):
     """The mixture of sources, and how documents are packed, sampled and read."""
 
@@ -29,6 +40,8 @@ class DataConfig(Config):
 
     sources: dict[str, SourceConfig] = Field(min_length=1)
     """The mixture, by name."""
+    validation: ValidationConfig | None = None
+    """Losses on held-out documents while training; null for none. Changes nothing in the training."""
     tokenizer: Path
     """SentencePiece model, tokenizer.json, or a folder with one of them; must be the one that the shards were
     made with."""

@@ -28,12 +28,21 @@ class Source:
     within a shard is sampled when the stream comes to it, so resuming costs the same anywhere in the data.
     """
 
-    def __init__(self, name: str, number: int, folder: ShardFolder, num_streams: int, seed: int):
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        folder: ShardFolder,
+        num_streams: int,
+        seed: int,
+        section: str = "data.sources",
+    ):
+        self.key = f"{section}.{name}"
         if len(folder) < num_streams:
             raise UserError(
-                f"data.sources.{name}: {folder.folder} holds {len(folder)} documents, fewer than "
-                f"data.num_streams {num_streams}; lower num_streams, and with it train.global_batch_size, "
-                "which must divide it"
+                f"{self.key}: {folder.folder} holds {len(folder)} documents, fewer than {num_streams} "
+                "logical streams; lower data.num_streams, and with it train.global_batch_size, which must "
+                "divide it"
             )
         self.name, self.number, self.folder, self.seed = name, number, folder, seed
         self.num_streams = num_streams
@@ -102,16 +111,18 @@ def counter_generator(seed: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, source], counter=[0, *rest]))
 
 
-def open_sources(config: DataConfig, tokenizer: Tokenizer, vae_sha256: str, seed: int) -> dict[str, Source]:
-    """Open every source. Raises UserError for shards of another tokenizer or autoencoder."""
+def open_sources(
+    config: DataConfig, tokenizer: Tokenizer, vae_sha256: str, seed: int, section: str = "data.sources"
+) -> dict[str, Source]:
+    """Open every source of a section. Raises UserError for shards of another tokenizer or autoencoder."""
     sources = {}
     for number, name in enumerate(config.sources):
         folder = open_folder(config, name)
-        manifest, key = folder.manifest, f"data.sources.{name}"
+        manifest, key = folder.manifest, f"{section}.{name}"
         _check_origin(key, folder, "tokenizer", manifest.tokenizer_sha256, tokenizer.hash)
         if manifest.num_images and manifest.image_kind == "moments":
             _check_origin(key, folder, "vae", manifest.vae_sha256, vae_sha256)
-        sources[name] = Source(name, number, folder, config.num_streams, seed)
+        sources[name] = Source(name, number, folder, config.num_streams, seed, section)
     return sources
 
 

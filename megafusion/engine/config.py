@@ -1,11 +1,13 @@
 """How a training step is computed, and the optimizer. Imports no torch."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from megafusion.config import Config
+from megafusion.model.config import LoraConfig, is_lora_weight
 from megafusion.parallel.config import Recompute
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -16,6 +18,9 @@ class OptimizerConfig(Config):
 
     learning_rate: float = Field(3e-4, gt=0)
     """Peak learning rate, reached after the warm-up."""
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """Peak learning rates of weights whose names match a pattern, such as {"*.adapter.*": 1e-3}; the others
+    have learning_rate. The schedule scales all alike, final_learning_rate too."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """The learning rate after the warm-up: cosine, to the last step; constant; wsd (warm-up, stable, decay:
     arXiv 2404.06395), constant and then linear. constant, and wsd before its decay, do not depend on
@@ -34,6 +39,11 @@ class OptimizerConfig(Config):
     """Weight decay of matrices and convolutions; vectors (biases, norms) have none."""
     gradient_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
+
+    def learning_rate_scale(self, name: str) -> float:
+        """A weight's learning rate over `learning_rate`. name: canonical."""
+        own = (rate for pattern, rate in self.learning_rates.items() if fnmatchcase(name, pattern))
+        return next(own, self.learning_rate) / self.learning_rate
 
 
 class TrainConfig(Config):
@@ -60,6 +70,10 @@ class TrainConfig(Config):
     init_new: tuple[str, ...] = ()
     """Patterns, such as *.adapter.*, of the weights that may start at random where init_from lacks them or
     their last rows (new token ids)."""
+    freeze: tuple[str, ...] = ()
+    """Patterns, such as stem.* or blocks.*.attention.*, of the weights that stay as they start: without
+    gradients, moments, float32 masters and average. They are saved all the same."""
+    lora: LoraConfig | None = None
     num_steps: int = Field(gt=0)
     """Optimizer steps."""
     global_batch_size: int = Field(gt=0)
@@ -76,3 +90,9 @@ class TrainConfig(Config):
     """Whether torch.compile fuses the blocks' operations."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the averaged weights; (1 + step) / (10 + step) where that is smaller."""
+
+    def trains(self, name: str) -> bool:
+        """Whether the weight of this canonical name is trained, not frozen."""
+        if self.lora:
+            return is_lora_weight(name)
+        return not any(fnmatchcase(name, pattern) for pattern in self.freeze)

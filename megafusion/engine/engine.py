@@ -18,9 +18,10 @@ from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
 from megafusion.engine.held_update import HeldUpdate
-from megafusion.engine.optimizer import make_optimizer
+from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.optimizer_state import OptimizerState
 from megafusion.model.config import ModelConfig
+from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses
@@ -66,8 +67,7 @@ class Engine:
 
     def clip_and_step(self, learning_rate: float) -> Losses:
         """Clip and update, or skip on all ranks, as `consensus` tells; returns the losses, on the device."""
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._deepspeed.optimizer, learning_rate)
         self._update.make_or_skip()
         return Losses(*self.consensus.losses.unbind())
 
@@ -79,6 +79,20 @@ class Engine:
             self.consensus.add_losses(losses)
             self._deepspeed.backward(losses.total * averaged_over)
             self._deepspeed.step()  # counts micro-batches; the update after the last one is held back
+
+    def evaluate(self, micro_batches: list[PackedBatch]) -> list[float]:
+        """`Objective.sums` over packed rows of every data rank. Changes nothing that training reads."""
+        batches = (batch.to(self.device) for batch in micro_batches)
+        self._deepspeed.eval()
+        if isinstance(self._deepspeed, PipelineEngine):
+            rows = ((batch.inputs(), batch.targets()) for batch in batches)
+            self._deepspeed.eval_batch(rows, num_micro_batches=len(micro_batches))
+        else:
+            with torch.no_grad():
+                for batch in batches:
+                    self.consensus.add_sums(self._deepspeed(batch))
+        self._deepspeed.train()
+        return self.consensus.reduce_sums()
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks, which would keep all of this engine's memory until the process ends."""
@@ -104,6 +118,8 @@ def make_engine(
     """This rank's part of a randomly initialized model, under DeepSpeed. Called by every rank."""
     with torch.device("meta"):
         whole_model = Transfusion(model, objective)
+        if train.lora:
+            add_lora(whole_model, train.lora)
     device = default_device()
     stage = parallelize(
         whole_model,
@@ -115,6 +131,7 @@ def make_engine(
         compile=train.compile,
         seed=seed,
         device=device,
+        trains=train.trains,
     )
     losses = shard_objective(objective, model, mesh).to(device)
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))
@@ -122,7 +139,9 @@ def make_engine(
     module: nn.Module
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its ranks and its memory
         if mesh.size("pipeline") > 1:
-            pipeline_losses = PipelineLosses(losses, mesh, accumulation, consensus.add_losses)
+            pipeline_losses = PipelineLosses(
+                losses, mesh, accumulation, consensus.add_losses, consensus.add_sums
+            )
             module, grid = _pipeline(stage, pipeline_losses, mesh), None
         else:
             module, grid = ModelWithLoss(stage, losses), PipelineParallelGrid(make_topology(mesh))

@@ -1,7 +1,7 @@
-"""AdamW with two parameter groups, and the learning-rate schedule, which `launch` reads without torch."""
+"""AdamW with its parameter groups, and the learning-rate schedule, which `launch` reads without torch."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megafusion.engine.config import OptimizerConfig
 
@@ -10,17 +10,32 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(model: "torch.nn.Module", config: OptimizerConfig) -> "torch.optim.AdamW":
-    """AdamW with weight decay on matrices and convolutions, and without on vectors."""
+    """AdamW with weight decay on matrices and convolutions, and without on vectors.
+
+    A group's `lr_scale` is its learning rate over that of the schedule. model: with canonical names.
+    """
     import torch
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    scaled = [(config.learning_rate_scale(n), p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for own, p in scaled if own == scale and (p.ndim >= 2) == decays],
+            "lr_scale": scale,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for scale in sorted({scale for scale, _ in scaled})
+        for decays in (True, False)
     ]
+    groups = [group for group in groups if group["params"]]  # DeepSpeed flattens no empty one
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
     )
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Set the learning rate of all groups. optimizer: of `make_optimizer`, or DeepSpeed's around it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:

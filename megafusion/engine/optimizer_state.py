@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import megafusion.device  # noqa: F401 - before deepspeed
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -37,11 +38,24 @@ class OptimizerShard:
     exp_avg_sq: Tensor
 
 
+@dataclass(frozen=True)
+class FrozenShard:
+    """Elements [start, start + len(weight)) of a flattened frozen parameter that this rank holds.
+
+    weight: 1-D view of the model's own storage, in the type in which the forward reads it.
+    """
+
+    name: str
+    shard_spec: ShardSpec
+    start: int
+    weight: Tensor
+
+
 class OptimizerState:
-    """The optimizer shards of this rank, made without communication.
+    """The optimizer shards of this rank and what it holds of frozen parameters, made without communication.
 
     Supports ZeRO 0 in float32, and ZeRO 1, 2 and 3 in any precision, with the optimizer on the device or
-    offloaded to the host. named_parameters: trained parameters by canonical name.
+    offloaded to the host. named_parameters: by canonical name; those without requires_grad are frozen.
     """
 
     def __init__(self, optimizer: DeepSpeedOptimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]):
@@ -50,12 +64,15 @@ class OptimizerState:
         assert isinstance(self._adamw, torch.optim.AdamW), f"{type(self._adamw).__name__} is not AdamW"
         for storage in _storages(optimizer, self._adamw):
             _ensure_moments(self._adamw, storage)
-        self.shards = [
-            shard for name, parameter in named_parameters if (shard := self._shard(name, parameter))
-        ]
+        self.shards: list[OptimizerShard] = []
+        self.frozen: list[FrozenShard] = []
+        for name, parameter in named_parameters:
+            if not parameter.requires_grad:
+                self.frozen.append(_frozen_shard(name, parameter))
+            elif shard := self._shard(name, parameter):
+                self.shards.append(shard)
 
     def _shard(self, name: str, parameter: nn.Parameter) -> OptimizerShard | None:
-        assert parameter.requires_grad, f"{name}: the optimizer holds trained parameters only"
         if (found := _find_fragment(self._optimizer, parameter)) is None:
             return None
         storage, offset, start, length = found
@@ -70,7 +87,8 @@ class OptimizerState:
     def sync_model_from_master(self, step: int) -> None:
         """Copy the master weights into the model's, and set AdamW's step count.
 
-        Called by every rank after the shards were written to: data-parallel ranks exchange their parts.
+        Called by every rank after the shards were written to, frozen ones too: data-parallel ranks exchange
+        their parts.
         """
         for state in self._adamw.state.values():
             state["step"].fill_(step)
@@ -86,6 +104,16 @@ class OptimizerState:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer._post_step(())
+
+
+def _frozen_shard(name: str, parameter: Any) -> FrozenShard:
+    """All of a frozen parameter; at ZeRO 3, with DeepSpeed's attributes, this rank's partition of it."""
+    weight, start = parameter.detach().view(-1), 0
+    if hasattr(parameter, "ds_tensor"):
+        weight = parameter.ds_tensor.detach().view(-1)
+        start = len(weight) * dist.get_rank(parameter.ds_process_group)
+        weight = weight[: max(0, parameter.ds_numel - start)]  # the last ranks' partitions are padded
+    return FrozenShard(name, shard_spec_of(parameter), start, weight)
 
 
 def _find_fragment(optimizer: DeepSpeedOptimizer, parameter: Any) -> tuple[Tensor, int, int, int] | None:

@@ -17,6 +17,7 @@ from megafusion.config import Config, parse_config
 from megafusion.errors import UserError
 from megafusion.generate.decoder import ProgressCallback
 from megafusion.generate.generation import Generation, Part
+from megafusion.generate.lora import LoraPipeline
 from megafusion.generate.openers import openers
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import Size, format_sizes
@@ -47,7 +48,7 @@ class PipelineConfig(Config):
     """Positions of a row in training: the longest prompt with its answer. Not known of older pipelines."""
 
 
-class TransfusionPipeline:
+class TransfusionPipeline(LoraPipeline):
     """A trained model with its tokenizer and autoencoder; takes and returns PIL images and strings.
 
     >>> pipeline = TransfusionPipeline.from_pretrained("runs/quickstart")

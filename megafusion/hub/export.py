@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.hub.config import hub_config
-from megafusion.hub.weights import EMBEDDING, HEAD, hub_names
 from megafusion.model.config import ModelConfig
+from megafusion.model.hub_names import EMBEDDING, HEAD, hub_names
 from megafusion.storage import new_folder
 
 MARKER = "generation_config.json"

@@ -6,10 +6,10 @@ from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import check_components
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
-from megafusion.hub.weights import EMBEDDING, HEAD
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import Size
 from megafusion.model.config import ModelConfig
+from megafusion.model.hub_names import EMBEDDING, HEAD
 from megafusion.sequence.tokenizer import FILE_NAMES, Tokenizer
 from megafusion.storage import write_file
 from megafusion.yaml_values import dump_yaml

@@ -1,6 +1,7 @@
 """Configuration of the model."""
 
 import math
+from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -36,6 +37,36 @@ class RopeScaling(Config):
         if low >= high:
             raise ValueError(f"low_freq_factor {low} must be less than high_freq_factor {high}")
         return self
+
+
+class LoraConfig(Config):
+    """Low-rank adaptation of linear layers (LoRA, arXiv 2106.09685); all other weights are frozen."""
+
+    rank: int = Field(16, gt=0, le=4096)
+    """Rank of the update of a layer's weight, where train.lora is given."""
+    alpha: float = Field(16.0, gt=0)
+    """The update counts alpha / rank times."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a layer's inputs that its update does not see in training."""
+    targets: tuple[str, ...] = Field(
+        ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down"), min_length=1
+    )
+    """Linear layers of the blocks that are adapted: their names or the ends of these, as in PEFT, or
+    patterns, such as blocks.[01].*."""
+
+    @property
+    def scale(self) -> float:
+        """How many times an update counts."""
+        return self.alpha / self.rank
+
+    def adapts(self, module: str) -> bool:
+        """Whether the linear layer of this name, blocks.N.attention.qkv, is adapted."""
+        return any(fnmatchcase(module, each) or module.endswith(f".{each}") for each in self.targets)
+
+
+def is_lora_weight(name: str) -> bool:
+    """Whether a weight's canonical name is that of a LoRA update."""
+    return ".lora_a." in name or ".lora_b." in name
 
 
 class ModelConfig(Config):

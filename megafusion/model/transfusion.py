@@ -8,6 +8,7 @@ from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
 from megafusion.model.transformer import Block, block_context
 from megafusion.model.weights import Replicated, declare
+from megafusion.model.wrapper import canonical_name
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
@@ -84,8 +85,8 @@ class Transfusion(nn.Module):
             tie_embeddings(self.stem, self.tail)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights by name, tied ones once: what is saved, and filled where a model is loaded."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """Weights by canonical name, tied ones once: what is saved, and filled where a model is loaded."""
+        return {canonical_name(name): parameter.detach() for name, parameter in self.named_parameters()}
 
     def forward(self, batch: PackedBatch) -> Losses:
         """Both losses of a packed batch, each a share of its mean over the global batch."""

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from megafusion.model.wrapper import canonical_name
+
 Module = TypeVar("Module", bound=nn.Module)
 Init = Literal["normal", "residual", "ones", "zeros", "conv"]
 
@@ -37,7 +39,7 @@ class WeightSpec(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A parameter of a model: its full name, its owner and its name there, and its declaration."""
+    """A parameter of a model: its canonical name, its owner and its name there, and its declaration."""
 
     name: str
     owner: nn.Module
@@ -65,7 +67,7 @@ def named_weights(model: nn.Module) -> Iterator[Weight]:
             if parameter in seen:
                 continue
             seen.add(parameter)
-            name = f"{prefix}.{key}" if prefix else key
+            name = canonical_name(f"{prefix}.{key}" if prefix else key)
             assert spec is not None, f"{name}: the module that makes it must declare it (model/weights.py)"
             yield Weight(name, module, key, spec.sharding, spec.init or _default_init(module, key))
 

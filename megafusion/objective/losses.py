@@ -34,14 +34,19 @@ def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     )
 
 
-def squared_error(
+NUM_TIME_BUCKETS = 10
+NUM_SUMS = 2 + 2 * NUM_TIME_BUCKETS
+"""Length of `Objective.sums`."""
+
+
+def squared_errors(
     prediction_BNCHW: Tensor,
     target_BNCHW: Tensor,
     used_BN: Tensor,
     share_BN: Tensor | None = None,
     weight_BN: Tensor | None = None,
 ) -> Tensor:
-    """Sum over used image slots of each image's mean squared error, times its weight.
+    """Mean squared error [B, N] of each image, times its weight; 0 in slots that are not used.
 
     share_BN: fraction of C x H x W that each image fills; the rest is zero in prediction and target.
     """
@@ -50,7 +55,7 @@ def squared_error(
         error_BN = error_BN / share_BN
     if weight_BN is not None:
         error_BN = error_BN * weight_BN
-    return torch.where(used_BN, error_BN, 0).sum()
+    return torch.where(used_BN, error_BN, 0)
 
 
 class Objective(nn.Module):
@@ -77,10 +82,24 @@ class Objective(nn.Module):
 
     def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
         """Losses of next-token logits and of predictions [B, N, C, H, W] for every image slot."""
-        target = self.noise_process.target(targets.latents, targets.noise, targets.t)
         text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
+        image = self._image_errors(images_BNCHW, targets).sum() / targets.num_images.clamp(min=1)
+        return Losses(text, image, text + self.config.image_weight * image)
+
+    def sums(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Tensor:
+        """Float64 [NUM_SUMS], to be added up over batches: nats and number of text targets; then, in ten
+        equal ranges of an image's time t, the image losses and the number of images.
+        """
+        text = self.cross_entropy(logits_BSV, targets.labels), (targets.labels != IGNORED_LABEL).sum()
+        bucket = (targets.t * NUM_TIME_BUCKETS).long().clamp(max=NUM_TIME_BUCKETS - 1)
+        is_in_bucket = F.one_hot(bucket, NUM_TIME_BUCKETS).double() * targets.has_loss[..., None]
+        errors = self._image_errors(images_BNCHW, targets)[..., None].double() * is_in_bucket
+        images = errors.sum((0, 1)), is_in_bucket.sum((0, 1))
+        return torch.cat([torch.stack([figure.double() for figure in text]), *images])
+
+    def _image_errors(self, images_BNCHW: Tensor, targets: Targets) -> Tensor:
+        """The loss [B, N] of each image; 0 in slots without one."""
+        target = self.noise_process.target(targets.latents, targets.noise, targets.t)
         share = self.areas[targets.image_size] / self.bounding_area if len(self.areas) > 1 else None
         weight = self.noise_process.loss_weight(targets.t)
-        errors = squared_error(images_BNCHW, target, targets.has_loss, share, weight)
-        image = errors / targets.num_images.clamp(min=1)
-        return Losses(text, image, text + self.config.image_weight * image)
+        return squared_errors(images_BNCHW, target, targets.has_loss, share, weight)

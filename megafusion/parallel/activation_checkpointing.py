@@ -27,7 +27,8 @@ def checkpointed(block: nn.Module, recompute: Recompute) -> nn.Module:
     options: dict[str, Any] = {}
     if recompute == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint_wrapper(block, preserve_rng_state=False, **options)
+    drops = any(isinstance(module, nn.Dropout) for module in block.modules())
+    return checkpoint_wrapper(block, preserve_rng_state=drops, **options)
 
 
 def _policy(context: object, operation: object, *arguments: object, **options: object) -> CheckpointPolicy:

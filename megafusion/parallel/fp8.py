@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from megafusion.errors import UserError
 from megafusion.model.transformer import Block, FusedLinear
 from megafusion.model.weights import declare
+from megafusion.model.wrapper import Wrapper
 from megafusion.parallel.sharding import set_shard_spec, shard_spec_of
 from megafusion.parallel.tensor import ColumnParallelLinear, RowParallelLinear
-from megafusion.parallel.wrapper import Wrapper
 
 
 def check_fp8() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megafusion.model.adapters import DownAdapter, Skips, UpAdapter
+from megafusion.model.wrapper import Wrapper
 from megafusion.parallel import collectives
-from megafusion.parallel.wrapper import Wrapper
 
 
 class ImageShard:

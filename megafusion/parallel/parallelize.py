@@ -1,5 +1,7 @@
 """The one function that applies parallelism to the plain model."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,7 +25,6 @@ from megafusion.parallel.tensor import (
     vocab_range,
 )
 from megafusion.parallel.ulysses import SequenceParallelCrossEntropy, SequenceShard, ulysses_attention
-from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.packing import SequenceShape
 
 
@@ -38,6 +39,7 @@ def parallelize(
     compile: bool,
     seed: int,
     device: torch.device,
+    trains: Callable[[str], bool] = lambda name: True,
 ) -> Stage:
     """This rank's shard of a model that is on the meta device, ready for DeepSpeed.
 
@@ -48,8 +50,8 @@ def parallelize(
     3. Ulysses: all-to-alls around attention;
     4. fp8: transformer-engine's layers replace the sharded ones;
     5. image parallelism: the adapters run on this rank's image slots;
-    6. materialization: each parameter gets storage and its shard of the random start; a tied head the
-       embedding's;
+    6. materialization: each parameter gets storage and its shard of the random start, and is trained where
+       `trains` says so of its canonical name; a tied head gets the embedding's;
     7. gradient hooks, before DeepSpeed's: all-reduce partial gradients over the tensor group;
     8. activation checkpointing of each block, then torch.compile of that.
 
@@ -73,7 +75,7 @@ def parallelize(
             stage.stem.adapter = ImageParallelDown(stage.stem.adapter, image_shard)
         if stage.tail:
             stage.tail.adapter = ImageParallelUp(stage.tail.adapter, image_shard)
-    materialize(stage, mesh, seed, device)
+    materialize(stage, mesh, seed, device, trains)
     if model.config.tie_embeddings and stage.stem and stage.tail:
         tie_embeddings(stage.stem, stage.tail)
     if mesh.size("tensor") > 1:
@@ -86,7 +88,9 @@ def parallelize(
     return stage
 
 
-def materialize(stage: Stage, mesh: Mesh, seed: int, device: torch.device) -> None:
+def materialize(
+    stage: Stage, mesh: Mesh, seed: int, device: torch.device, trains: Callable[[str], bool]
+) -> None:
     """Give every parameter storage and its shard of the random start that its name and the seed define.
 
     Marks tell DeepSpeed which parameters are sharded, and which count in this rank's gradient norm.
@@ -94,9 +98,8 @@ def materialize(stage: Stage, mesh: Mesh, seed: int, device: torch.device) -> No
     for weight in list(named_weights(stage)):
         empty = getattr(weight.owner, weight.key)
         spec = shard_spec_of(empty)
-        whole = weight._replace(name=canonical_name(weight.name))
-        value = spec.shard(initial_value(whole, spec.shape, stage.config.num_layers, seed))
-        parameter = nn.Parameter(value.to(device))
+        value = spec.shard(initial_value(weight, spec.shape, stage.config.num_layers, seed))
+        parameter = nn.Parameter(value.to(device), requires_grad=trains(weight.name))
         is_sharded, is_first = hasattr(empty, "shard_spec"), mesh.rank("tensor") == 0
         marks = {"tensor_model_parallel": is_sharded, "model_parallel": is_sharded or is_first}
         parameter.__dict__.update(empty.__dict__ | marks)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from megafusion.model.adapters import Skips
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Stem, Tail, Transfusion
+from megafusion.model.wrapper import canonical_name
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import TensorParallelRegion
 from megafusion.parallel.ulysses import SequenceShard
-from megafusion.parallel.wrapper import canonical_name
 from megafusion.sequence.intervals import Intervals
 from megafusion.sequence.packing import Inputs, PackedBatch, SequenceShape, Targets
 
@@ -111,16 +111,17 @@ class Stage(nn.Module):
 
 
 class ModelWithLoss(nn.Module):
-    """All layers and the losses on one rank."""
+    """All layers and the losses on one rank; without gradients, the sums that a validation adds up."""
 
     def __init__(self, stage: Stage, objective: Objective):
         super().__init__()
         self.stage, self.objective = stage, objective
 
-    def forward(self, batch: PackedBatch) -> Losses:
-        """Both losses of a packed batch, each a share of its mean over the global batch."""
+    def forward(self, batch: PackedBatch) -> Losses | Tensor:
+        """Both losses, each a share of its mean over the global batch; or `Objective.sums`."""
         logits, images = self.stage(batch.inputs())
-        return self.objective(logits, images, batch.targets())
+        losses = self.objective if torch.is_grad_enabled() else self.objective.sums
+        return losses(logits, images, batch.targets())
 
 
 class PipelineLosses:
@@ -128,7 +129,7 @@ class PipelineLosses:
 
     Our losses are shares of global means. DeepSpeed averages gradients over micro-batches and over the ranks
     that hold the same weights, so the total is multiplied by both. report: called with each micro-batch's
-    losses.
+    losses. report_sums: without gradients, called with its `Objective.sums`.
     """
 
     def __init__(
@@ -137,11 +138,16 @@ class PipelineLosses:
         mesh: Mesh,
         num_micro_batches: int,
         report: Callable[[Iterable[Tensor]], None],
+        report_sums: Callable[[Tensor], None],
     ):
-        self.objective, self.report = objective, report
+        self.objective, self.report, self.report_sums = objective, report, report_sums
         self.averaged_over = num_micro_batches * mesh.size("data") * mesh.size("ulysses")
 
     def __call__(self, outputs: tuple[Tensor, Tensor], targets: Sequence[Tensor]) -> Tensor:
+        if not torch.is_grad_enabled():
+            sums = self.objective.sums(*outputs, Targets(*targets))
+            self.report_sums(sums)
+            return sums[0]
         losses: Losses = self.objective(*outputs, Targets(*targets))
         self.report(losses)
         return losses.total * self.averaged_over

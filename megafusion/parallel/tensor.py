@@ -170,6 +170,6 @@ def sum_partial_gradients(model: nn.Module, mesh: Mesh) -> None:
     if mesh.config.sequence:
         declared.add(Replicated("positions"))
     for weight in named_weights(model):
-        if weight.sharding in declared:
-            hook = partial(collectives.all_reduce, group=mesh.group("tensor"))
-            getattr(weight.owner, weight.key).register_hook(hook)
+        parameter = getattr(weight.owner, weight.key)
+        if weight.sharding in declared and parameter.requires_grad:
+            parameter.register_hook(partial(collectives.all_reduce, group=mesh.group("tensor")))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafusion.errors import UserError
+from megafusion.objective.losses import NUM_SUMS
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.mesh import Mesh
 from megafusion.resilience.config import ResilienceConfig
@@ -68,6 +69,7 @@ class StepConsensus:
         self._adds_losses = is_leader and mesh.rank("pipeline") == mesh.size("pipeline") - 1
         self._device = device
         self._micro_batch_losses: list[Tensor] = []
+        self._micro_batch_sums: list[Tensor] = []
         self._error: UserError | None = None
         self._host_group = dist.new_group(backend="gloo")
 
@@ -110,6 +112,19 @@ class StepConsensus:
     def add_losses(self, losses: Iterable[Tensor]) -> None:
         """Add a micro-batch's text, image and total loss to those of the step."""
         self._micro_batch_losses.append(torch.stack([loss.detach().float() for loss in losses]))
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Add a micro-batch's `Objective.sums` to those of a validation."""
+        self._micro_batch_sums.append(sums)
+
+    def reduce_sums(self) -> list[float]:
+        """The sums of a validation over the micro-batches of all ranks."""
+        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self._device)
+        if self._adds_losses:
+            sums += torch.stack(self._micro_batch_sums).sum(0)
+        self._micro_batch_sums = []
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def decide(self, gradients: list[Tensor]) -> None:
         """Decide on the update. gradients: all that this rank holds.

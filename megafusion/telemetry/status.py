@@ -55,6 +55,8 @@ def show_status(run: Path, console: Console | None = None) -> None:
     table.add_row("", ProgressBar(total=num_steps, completed=step, width=40))
     for name, text in _figures(last, num_steps - step):
         table.add_row(name, text)
+    if validated := [line for line in lines if "validation_loss" in line]:
+        table.add_row("validation", _validation(validated))
     table.add_row("last checkpoint", _checkpoint(run))
     table.add_row("skipped", ", ".join(f"{last.get(key, 0):,} {name}" for key, name in SKIPPED.items()))
     ends = [attempt["ended"] for attempt in attempts if not attempt.get("is_open")]
@@ -111,6 +113,14 @@ def _figures(last: dict, steps_left: int) -> list[tuple[str, str]]:
         ("training time", _duration(last["seconds"])),
         ("time left", _duration(steps_left * seconds) if steps_left > 0 else "none"),
     ]
+
+
+def _validation(lines: list[dict]) -> str:
+    """The latest measurement, and the best one."""
+    last, best = lines[-1], min(lines, key=lambda line: line["validation_loss"])
+    parts = {"text": "validation_text_loss", "image": "validation_image_loss"}
+    losses = ", ".join(f"{name} {last[key]:.4f}" for name, key in parts.items() if key in last)
+    return f"{losses} (step {last['step']:,}); lowest total at step {best['step']:,}"
 
 
 def _checkpoint(run: Path) -> str:

@@ -53,6 +53,15 @@ class StragglerMonitor:
         self._data_seconds += time.perf_counter() - began
         self._num_steps += 1
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time nothing of the block, whose forward passes are not training's."""
+        began, begins, ends = time.monotonic(), self._begins, self._ends
+        self._begins, self._ends = [], []
+        yield
+        self._begins, self._ends = begins, ends
+        self._since += time.monotonic() - began
+
     def read(self) -> tuple[dict[str, float], str | None]:
         """Figures of a line of metrics, and a warning about a straggler. Called by every rank.
 

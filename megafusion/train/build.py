@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megafusion.checkpoint.folder import newest_step
+from megafusion.data.config import DataConfig, ValidationConfig
 from megafusion.data.latent_statistics import latent_statistics, spread_documents
 from megafusion.data.loader import DataLoader
 from megafusion.data.manifest import Manifest
@@ -31,6 +32,7 @@ from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.telemetry.trackers import check_trackers
 from megafusion.train.config import RunConfig
 from megafusion.train.init_from import check_origin, open_origin
+from megafusion.train.parts import check_parts
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Components:
     codec: ImageCodec
     sources: dict[str, Source]
     loader: DataLoader
+    validation_loader: DataLoader | None
     started_from: dict | None
     """The record of `train.init_from` in a new run's folder."""
 
@@ -74,19 +77,39 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
+    check_parts(config)
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
-    shape = config.sequence_shape
     if config.samples.every and not any(s.folder.manifest.kind == "pair" for s in sources.values()):
         raise UserError(
             f"samples.every {config.samples.every}: no source holds pairs, and samples draw the captions of "
             "pairs; set it to 0"
         )
-    for name, source in sources.items():
-        _check_rows(f"data.sources.{name}", source.folder.manifest, config)
+    loader, validation_loader = _make_loader(config, config.data, sources, tokenizer, codec, mesh), None
+    if config.data.validation:
+        data = _validation_data(config.data, config.data.validation, config.train.global_batch_size)
+        held_out = open_sources(data, tokenizer, codec.hash, config.seed, "data.validation.sources")
+        validation_loader = _make_loader(config, data, held_out, tokenizer, codec, mesh)
+    started_from = None
+    if config.train.init_from and not newest_step(config.out):
+        started_from = check_origin(open_origin(config), config, tokenizer)
+    return Components(tokenizer, codec, sources, loader, validation_loader, started_from)
+
+
+def _make_loader(
+    config: RunConfig,
+    data: DataConfig,
+    sources: dict[str, Source],
+    tokenizer: Tokenizer,
+    codec: ImageCodec,
+    mesh: Mesh,
+) -> DataLoader:
+    shape = config.sequence_shape
+    for source in sources.values():
+        _check_rows(source.key, source.folder.manifest, config)
         if source.folder.manifest.image_kind == "pixels":
             shape = replace(shape, pixels_per_latent=codec.downsampling)
-    loader = DataLoader(
-        config.data,
+    return DataLoader(
+        data,
         sources,
         shape,
         tokenizer,
@@ -95,10 +118,13 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         rows_of_rank(config.train.global_batch_size, mesh),
         config.train.micro_batch_size,
     )
-    started_from = None
-    if config.train.init_from and not newest_step(config.out):
-        started_from = check_origin(open_origin(config), config, tokenizer)
-    return Components(tokenizer, codec, sources, loader, started_from)
+
+
+def _validation_data(data: DataConfig, validation: ValidationConfig, global_batch_size: int) -> DataConfig:
+    """How held-out documents are read: as those of training, but none is changed or left out at random."""
+    fixed = {"caption_dropout": 0, "crop": 1, "flip": 0, "num_workers": 0, "on_error": "fail"}
+    streams = {"num_streams": global_batch_size}
+    return data.model_copy(update={"sources": validation.sources, "validation": None} | fixed | streams)
 
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:

@@ -58,6 +58,12 @@ class RunConfig(Config):
                 f"train.precision {self.train.precision} needs float32 master weights, which ZeRO stage 0 "
                 "does not keep; set parallel.zero_stage: 1"
             )
+        if self.train.lora and self.train.freeze:
+            raise ValueError(
+                "train.freeze: with train.lora all weights but its own are frozen; leave train.freeze out"
+            )
+        if self.train.lora and self.train.precision == "fp8":
+            raise ValueError("train.lora is not served with train.precision fp8; use bf16")
         positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
@@ -66,6 +72,17 @@ class RunConfig(Config):
             )
         if reason := self.objective.noise_process.build().refusal(self.sampling):
             raise ValueError(reason)
+        validation, log_every = self.data.validation, self.telemetry.log_every
+        if validation and validation.every % log_every:
+            raise ValueError(
+                f"data.validation.every {validation.every} is not a multiple of telemetry.log_every "
+                f"{log_every}: its losses are in the lines of metrics"
+            )
+        if self.checkpoint.keep_best and not (validation and self.checkpoint.every % validation.every == 0):
+            raise ValueError(
+                f"checkpoint.keep_best needs data.validation, and checkpoint.every {self.checkpoint.every} "
+                "to be a multiple of data.validation.every"
+            )
         if self.samples.every % self.checkpoint.every:
             raise ValueError(
                 f"samples.every {self.samples.every} is not a multiple of checkpoint.every "
@@ -87,6 +104,9 @@ class RunConfig(Config):
                 f"optimizer.final_learning_rate {optimizer.final_learning_rate:.3g} is above "
                 f"optimizer.learning_rate {optimizer.learning_rate:.3g}: it rises after the warm-up, too"
             )
+        if (self.train.lora or self.train.freeze) and not self.train.init_from:
+            key = "lora" if self.train.lora else "freeze"
+            warnings.append(f"train.{key}: without train.init_from, the frozen weights stay random")
         every, keep_every = self.checkpoint.every, self.checkpoint.keep_every
         if keep_every % every:
             warnings.append(

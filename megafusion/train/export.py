@@ -1,10 +1,12 @@
 """`megafusion export`: a model's text path as transformers loads it, with a card from its run folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from megafusion.checkpoint.folder import checkpoint_at
 from megafusion.data.manifest import load_manifest
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -14,14 +16,36 @@ from megafusion.storage import read_json
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.init_from import text_config_of
-from megafusion.train.run_folder import ENVIRONMENT, latest_config
+from megafusion.train.open_model import export_lora
+from megafusion.train.run_folder import ENVIRONMENT, latest_config, load_run_config
 
 
-def export_text(model: Path, out: Path, dtype: Dtype | None, license: str | None) -> None:
-    """Export the model of a pipeline folder, a run or a checkpoint; see `megafusion export`."""
+def export_adapter(model: Path, out: Path) -> None:
+    """Export the LoRA adapter of a run or a checkpoint; see `megafusion export`."""
+    if not (checkpoint := checkpoint_at(model)):
+        raise UserError(f"{model}: neither a run folder nor a checkpoint (step-*), which have LoRA adapters")
+    export_lora(load_run_config(checkpoint.parent.parent), checkpoint, out)
+
+
+def export_pipeline(model: Path, out: Path, adapters: Sequence[Path]) -> None:
+    """Export a model as a pipeline folder, LoRA adapters merged; see `megafusion export`."""
+    _open(model, adapters).save_pretrained(out)
+
+
+def _open(model: Path, adapters: Sequence[Path]) -> TransfusionPipeline:
+    pipeline = TransfusionPipeline.from_pretrained(model)
+    for adapter in adapters:
+        pipeline.load_lora_weights(adapter)
+    return pipeline
+
+
+def export_text(
+    model: Path, out: Path, dtype: Dtype | None, license: str | None, adapters: Sequence[Path] = ()
+) -> None:
+    """Export the text path of a pipeline folder, a run or a checkpoint; see `megafusion export`."""
     here = model.absolute()
     run = next((p for p in (here, here.parent, here.parent.parent) if (p / "config.yaml").is_file()), None)
-    pipeline = TransfusionPipeline.from_pretrained(model)
+    pipeline = _open(model, adapters)
     base = (text_config_of(run) if run else None) or {}
     base.setdefault("max_position_embeddings", pipeline.config.sequence_length)
     if base["max_position_embeddings"] is None:

@@ -9,19 +9,21 @@ import torch
 
 from megafusion.checkpoint.chunks import Chunks
 from megafusion.checkpoint.folder import checkpoint_at
-from megafusion.checkpoint.reader import CheckpointWeights, TensorSource, describe_misfit
+from megafusion.checkpoint.lora import open_weights
+from megafusion.checkpoint.reader import TensorSource, describe_misfit
 from megafusion.checkpoint.safetensors_reader import SafetensorsWeights, open_safetensors
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import read_pipeline_config
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
 from megafusion.hub.folder import tokenizer_files
-from megafusion.hub.weights import EMBEDDING, HEAD, open_hub_weights
+from megafusion.hub.weights import open_hub_weights
 from megafusion.model.config import ModelConfig
-from megafusion.model.transfusion import Transfusion
+from megafusion.model.hub_names import EMBEDDING, HEAD
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, read_json
 from megafusion.train.config import RunConfig
+from megafusion.train.parts import check_patterns, weight_shapes
 from megafusion.train.run_folder import ENVIRONMENT, load_run_config
 
 FIXED = {
@@ -57,7 +59,7 @@ def open_origin(config: RunConfig) -> Origin:
     if checkpoint := checkpoint_at(path):
         path, run = checkpoint, checkpoint.parent.parent
         began = load_run_config(run)
-        source = CheckpointWeights(path, "model" if raw else "ema")
+        source = open_weights(path, "model" if raw else "ema", began.train.lora)
         tokenizer = Tokenizer.from_pretrained(began.data.tokenizer).path
         origin = Origin(source, began.model, [tokenizer], path, text_config_of(run))
     elif not (path / "config.json").is_file():
@@ -82,7 +84,7 @@ def open_origin(config: RunConfig) -> Origin:
     if origin.model.tie_embeddings and not config.model.tie_embeddings:
         origin = origin._replace(source=UntiedHead(origin.source))
     stored = origin.source.shapes()
-    fitting = (name for name, here in _shapes(config).items() if _fits(name, stored.get(name), here))
+    fitting = (name for name, here in weight_shapes(config).items() if _fits(name, stored.get(name), here))
     return origin._replace(names=frozenset(fitting))
 
 
@@ -98,7 +100,7 @@ def _open_hub(path: Path, config: RunConfig) -> Origin:
     # Of images it says nothing: they are this run's.
     keys = config.model.model_dump(mode="json") | model_keys(values, file)
     model = parse_config(ModelConfig, keys, str(file))
-    source = open_hub_weights(path, _shapes(config), model.tie_embeddings)
+    source = open_hub_weights(path, weight_shapes(config), model.tie_embeddings)
     if (shape := source.shapes().get(EMBEDDING)) and shape[0] != values["vocab_size"]:
         raise UserError(f"{file}: vocab_size {values['vocab_size']}, but the embedding has {shape[0]} rows")
     return Origin(source, model, tokenizer_files(path), text_config=values)
@@ -139,15 +141,14 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
     fixed = {key: (getattr(was, name), getattr(now, name)) for key, name in FIXED.items()}
     if differing := [f"model.{key} {b} instead of {a}" for key, (a, b) in fixed.items() if a != b]:
         raise UserError(f"{', '.join(differing)}, which {path} was trained with; use its model keys")
-    wanted, stored = _shapes(config), origin.source.shapes()
+    wanted, stored = weight_shapes(config), origin.source.shapes()
     if (rows := stored.get(EMBEDDING, [tokenizer.num_text_ids])[0]) < tokenizer.num_text_ids:
         raise UserError(
             f"train.init_from {path}: {rows} token ids, but its tokenizer {tokenizer.path} has "
             f"{tokenizer.num_text_ids}; give the tokenizer that it was trained with"
         )
     patterns = config.train.init_new
-    if unknown := [p for p in patterns if not any(fnmatchcase(name, p) for name in wanted)]:
-        raise UserError(f"train.init_new {unknown[0]!r}: no weight of the model has such a name")
+    check_patterns("train.init_new", patterns, list(wanted))
     new, misfits = [], Counter[str]()
     for name in sorted(wanted.keys() | stored.keys()):
         there, here = stored.get(name), wanted.get(name)
@@ -183,12 +184,6 @@ def text_config_of(run: Path) -> dict[str, Any] | None:
     """config.json of the Hugging Face model that a run, or the first before it, began as, if any."""
     path = run / ENVIRONMENT
     return (read_json(path).get("init_from") or {}).get("text_config") if path.is_file() else None
-
-
-def _shapes(config: RunConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        weights = Transfusion(config.model, config.objective).weights()
-    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def _fits(name: str, there: torch.Size | None, here: torch.Size) -> bool:

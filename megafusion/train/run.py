@@ -18,6 +18,7 @@ from megafusion.engine.process_group import process_group
 from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
 from megafusion.parallel.degrees import data_degree
+from megafusion.parallel.dropout import seed_dropout
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
 from megafusion.parallel.mesh import AXES, make_mesh
@@ -36,8 +37,10 @@ from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
 from megafusion.train.init_from import describe_start, open_origin
+from megafusion.train.open_model import export_lora
 from megafusion.train.run_folder import check_run_folder, describe_changes, freeze
 from megafusion.train.samples import Sampler
+from megafusion.train.validation import Validation
 
 Outcome = Literal["finished", "stopped", "preempted"]
 
@@ -54,6 +57,8 @@ class Run:
         self.step = 0
         """Updates made so far, over all attempts."""
         self._stops = False
+        self._validated: tuple[int, float] | None = None
+        """Step and total loss of the latest validation."""
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -102,6 +107,8 @@ class Run:
             with self._stragglers.waiting_for_data():
                 batch = self._loader.next()
             micro_batches = self._encoder.encode(batch)
+        if self._config.train.lora and self._config.train.lora.dropout:
+            seed_dropout(self._config.seed, self._loader.state_dict()["batch_number"], self._mesh)
         return micro_batches
 
     def rejects_step(self) -> bool:
@@ -232,6 +239,7 @@ class Run:
         if dist.get_world_size() > 1:
             self._metrics.say(self._layout())
         num_tokens = config.train.global_batch_size * config.data.sequence_length
+        self._validation = self._open_validation()
         self._packing = PackingMonitor(
             config.data.sources, num_tokens, self.engine, self._loader.state_dict()
         )
@@ -247,6 +255,24 @@ class Run:
                 verify_checkpoint(origin.checkpoint, dist.get_rank(), dist.get_world_size())
         self._manager.initialize(origin.source, origin.names)
 
+    def _open_validation(self) -> Validation | None:
+        config, loader = self._config, self._components.validation_loader
+        if not (config.data.validation and loader):
+            return None
+        parts, weight = self._components, config.objective.image_weight
+        return Validation(config.data.validation, loader, parts.tokenizer, self.engine, self._encoder, weight)
+
+    def _validate(self) -> dict[str, float]:
+        """The losses on held-out documents if they are due."""
+        config = self._config.data.validation
+        if not (config and self._validation and self._is_due(config.every)):
+            return {}
+        self._watchdog.beat(self.step, "validate")
+        with self._stragglers.paused():
+            figures = self._validation.measure()
+        self._validated = self.step, figures["validation_loss"]
+        return figures
+
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config
         speed, warning = self._stragglers.read()
@@ -259,6 +285,7 @@ class Run:
         }
         figures |= self._packing.read(self._loader.state_dict()) | speed
         figures |= throughput(speed["step_seconds"], config.train, config.model, config.sequence_shape)
+        figures |= self._validate()
         with self.engine.consensus.defer_errors():
             self._metrics.log(self.step, figures | self._rollback.counts | self._checkpoints.counts)
         if warning:
@@ -272,6 +299,8 @@ class Run:
             "topology": {"world_size": dist.get_world_size(), **self._config.parallel.model_dump()},
             "health": self._rollback.state_dict(),
         }
+        if self._validated and self._validated[0] == self.step:
+            state["validation_loss"] = self._validated[1]
         is_last |= self.step == self._last_step
         self._checkpoints.save(state, self._loader.state_dict(), is_last=is_last)
 
@@ -299,10 +328,13 @@ class Run:
             self.outcome = "finished" if self.step == self._config.train.num_steps else "stopped"
 
     def _publish(self, sampler: Sampler) -> None:
-        """Write the averaged model of the last checkpoint as a pipeline folder."""
-        folder = self._config.out / "pipeline"
-        sampler.load(complete_checkpoints(self._manager.folder)[-1]).save_pretrained(folder)
+        """Write the averaged model of the last checkpoint as a pipeline folder, and its LoRA adapter."""
+        folder, checkpoint = self._config.out / "pipeline", complete_checkpoints(self._manager.folder)[-1]
+        sampler.load(checkpoint).save_pretrained(folder)
         self._metrics.say(f"{folder}: the model; megafusion generate {self._config.out}")
+        if self._config.train.lora:
+            export_lora(self._config, checkpoint, self._config.out / "lora")
+            self._metrics.say(f"{self._config.out / 'lora'}: the LoRA adapter, as PEFT reads it")
 
     def _standing(self) -> str:
         """Where a resumed run stands."""

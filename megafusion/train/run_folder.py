@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
 from megafusion.config import changed_keys, dump_config, load_config, parse_config
+from megafusion.data.config import SourceConfig
 from megafusion.data.manifest import load_manifest
 from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
@@ -26,6 +27,7 @@ ENVIRONMENT = "environment.json"
 # Keys that a resumed run may change: they change no number of a step that is not skipped.
 FREE_KEYS = (
     "out",
+    "data.validation",
     "data.num_workers",
     "data.prefetch",
     "data.on_error",
@@ -43,7 +45,13 @@ FREE_KEYS = (
     "samples.",
 )
 
-RECIPE_KEYS = ("train.num_steps", "optimizer.learning_rate", "optimizer.gradient_clip", "model.attention")
+RECIPE_KEYS = (
+    "train.num_steps",
+    "optimizer.learning_rate",
+    "optimizer.learning_rates",
+    "optimizer.gradient_clip",
+    "model.attention",
+)
 """Keys that may also change, to make a run longer, to save one that diverges or to use another kernel;
 starts.json records it."""
 
@@ -67,7 +75,7 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     # What a run started from is without effect once it has a checkpoint.
     free = (*FREE_KEYS, "train.init_") if step else FREE_KEYS
     changed = {key: values for key, values in changed.items() if not key.startswith(free)}
-    refused = [key for key in changed if key not in RECIPE_KEYS and not _LOCATION.fullmatch(key)]
+    refused = [key for key in changed if not _is_recipe(key) and not _LOCATION.fullmatch(key)]
     if refused:
         raise UserError(
             f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
@@ -81,12 +89,16 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     return changed
 
 
+def _is_recipe(key: str) -> bool:
+    return key.startswith(tuple(f"{each}." for each in RECIPE_KEYS)) or key in RECIPE_KEYS
+
+
 def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> list[str]:
     """A sentence for each changed key, and one if they change the learning rate of the next update."""
     end = config.train.num_steps
     without_effect = ", without effect: all steps are made" if step >= end else ""
     said = [
-        f"resumes with {key} {now} instead of {before}{without_effect if key in RECIPE_KEYS else ''}"
+        f"resumes with {key} {now} instead of {before}{without_effect if _is_recipe(key) else ''}"
         for key, (before, now) in changed.items()
     ]
     if changed and step < end:
@@ -233,13 +245,19 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 def _with_paths(config: RunConfig, out: Path, change: Callable[[Path], Path]) -> RunConfig:
     """A copy with other paths; URLs stay."""
     data = config.data
-    sources = {
-        name: source
-        if is_remote(source.path)
-        else source.model_copy(update={"path": change(Path(source.path))})
-        for name, source in data.sources.items()
-    }
-    paths = {"tokenizer": change(data.tokenizer), "vae": change(data.vae), "sources": sources}
+
+    def changed(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        return {
+            name: source
+            if is_remote(source.path)
+            else source.model_copy(update={"path": change(Path(source.path))})
+            for name, source in sources.items()
+        }
+
+    paths = {"tokenizer": change(data.tokenizer), "vae": change(data.vae), "sources": changed(data.sources)}
+    if data.validation:
+        held_out = changed(data.validation.sources)
+        paths["validation"] = data.validation.model_copy(update={"sources": held_out})
     data, train = data.model_copy(update=paths), config.train
     if train.init_from:
         train = train.model_copy(update={"init_from": change(train.init_from)})

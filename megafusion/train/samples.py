@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from megafusion.checkpoint.folder import step_of
-from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
+from megafusion.checkpoint.lora import open_weights
+from megafusion.checkpoint.reader import fill_tensors
 from megafusion.data.document_format import BadDocument
 from megafusion.data.images import decode, first_images
 from megafusion.data.source import Source
@@ -80,7 +81,8 @@ class Sampler:
 
     def load(self, checkpoint: Path) -> TransfusionPipeline:
         """The pipeline with the averaged weights of a checkpoint."""
-        fill_tensors(CheckpointWeights(checkpoint, "ema"), self._pipeline.model.weights())
+        weights = open_weights(checkpoint, "ema", self._config.train.lora)
+        fill_tensors(weights, self._pipeline.model.weights())
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:

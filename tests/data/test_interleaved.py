@@ -14,6 +14,7 @@ from megafusion.data.logical_stream import LogicalStream
 from megafusion.errors import UserError
 from megafusion.sequence.document import IGNORED_LABEL
 from tests.support.rows import (
+    IDS,
     MANY_IDS,
     NUM_PATCHES,
     arrays,
@@ -261,8 +262,8 @@ def test_a_caption_longer_than_a_row_is_cut_and_its_image_stays_complete(tmp_pat
         cut |= {pending.key.order for pending in logical.state.pending if pending.start}
         row = arrays(logical.next_row())
         starts = row["image_start"][row["image_start"] >= 0]
-        assert (row["tokens"][starts - 1] == MANY_IDS.boi).all()
-        assert (row["tokens"][starts + NUM_PATCHES] == MANY_IDS.eoi).all()
+        assert (row["tokens"][starts - 1] == IDS.boi).all()
+        assert (row["tokens"][starts + NUM_PATCHES] == IDS.eoi).all()
     assert cut
     assert logical.state.position["pairs"][0] > 5
 

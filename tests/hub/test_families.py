@@ -1,38 +1,14 @@
 """Every family that is served gives the logits and the greedy text of transformers' own class."""
 
-import numpy as np
 import pytest
 import torch
 
 from megafusion.generate.decoder import Decoder
-from megafusion.sequence.document import FlatDocument
-from megafusion.sequence.packing import PackedBatch, SequenceShape, collate, pack_row
 from tests.support.generation import full_hidden
-from tests.support.hub import FAMILIES, PIECES, load_here, make_folder
+from tests.support.hub import FAMILIES, load_here, make_folder
+from tests.support.texts import documents, pack
 
 LENGTHS = [[7, 21, 4], [33], [1, 30]]  # of the documents of each row
-
-
-def documents(lengths: list[int], seed: int) -> list[FlatDocument]:
-    generator = np.random.default_rng(seed)
-    nothing = np.zeros(0, np.int32)
-    return [
-        FlatDocument(
-            tokens := generator.integers(3, PIECES, length),
-            labels=np.full_like(tokens, -100),
-            patch=np.full(length, -1, np.int32),
-            row_end=np.arange(1, length + 1, dtype=np.int32),
-            image_start=nothing,
-            images=(),
-        )
-        for length in lengths
-    ]
-
-
-def pack(rows: list[list[FlatDocument]]) -> PackedBatch:
-    length = max(sum(map(len, row)) for row in rows)
-    shape = SequenceShape(length, 1, (16,), 4, ((8, 8),))
-    return collate([pack_row(row, shape) for row in rows])
 
 
 @pytest.fixture(params=FAMILIES, ids=str)

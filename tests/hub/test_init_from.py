@@ -17,7 +17,7 @@ from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.hub.config import model_keys, read_hub_config
-from megafusion.hub.weights import hub_names
+from megafusion.model.hub_names import hub_names
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import initialize
 from megafusion.parallel.mesh import make_mesh

@@ -177,6 +177,29 @@ def test_local_sh_ends_its_ranks_and_then_with_75(endless, tmp_path, number, who
     end_by([LAUNCHERS / "local.sh", "1", endless], environment, tmp_path, number, whole_group)
 
 
+def test_a_process_that_ends_with_the_wait_for_it_has_a_status(tmp_path):
+    """bash may lose it: wait returns -1 then, which a maximum of statuses takes for success."""
+    script = program(
+        tmp_path / "waits",
+        f""". {LAUNCHERS / "common.sh"}
+        trap 'interrupted=yes' HUP
+        {sys.executable} -S -c 'import os, signal
+signal.signal(signal.SIGHUP, lambda *_: os._exit(75))
+open("{tmp_path}/ready", "w").close()
+signal.pause()' &
+        status_of $!
+        exit "$status"
+        """,
+    )
+    for _ in range(20):
+        with subprocess.Popen([script], start_new_session=True) as process:
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.002)
+            (tmp_path / "ready").unlink()
+            os.killpg(process.pid, signal.SIGHUP)
+            assert process.wait(30) in (75, 129)
+
+
 def test_node_sh_turns_sighup_into_a_signal_that_ranks_handle(endless, tmp_path):
     """DeepSpeed's launcher must not get it, so the ranks ignore it too, as under nohup."""
     environment = node_environment(tmp_path) | {"MEGAFUSION_PYTHON": str(rank_program(tmp_path, "SIGUSR1"))}

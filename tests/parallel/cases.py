@@ -10,10 +10,12 @@ from torch import Tensor
 
 from megafusion.config import parse_config
 from megafusion.engine.engine import Engine, rows_of_rank
-from megafusion.engine.optimizer import make_optimizer
+from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.process_group import start_process_group
+from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import initialize
+from megafusion.model.wrapper import canonical_name
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row
@@ -120,10 +122,13 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
     config = parse_config(RunConfig, values, "test")
     batches = Batches(values, make_mesh(config.parallel))
     model = Transfusion(config.model, config.objective)
+    if config.train.lora:
+        add_lora(model, config.train.lora)
     initialize(model, config.model.num_layers, config.seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(config.train.trains(canonical_name(name)))
     optimizer = make_optimizer(model, config.optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
+    set_learning_rate(optimizer, LEARNING_RATE)
     losses = []
     for _ in range(num_steps):
         micro_batches = batches.next()
@@ -138,7 +143,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
         optimizer.step()
         losses.append([*sums.tolist(), norm.item()])
-    return Outcome(losses, [(n, shard_spec_of(p), p.detach().clone()) for n, p in model.named_parameters()])
+    return Outcome(losses, [(n, shard_spec_of(w), w.clone()) for n, w in model.weights().items()])
 
 
 def loss_error(outcome: Outcome, plain: Outcome) -> float:

@@ -111,6 +111,31 @@ FLOW = {"velocity": ["pp2"], "epsilon": ["ulysses2", "tp2-pp2"], "sample": list(
 """Topologies by prediction of rectified flow; sample has a weight of its own for every image's loss."""
 
 
+FROZEN = ["stem.*", "blocks.[12].*", "*.out.weight"]
+"""Patterns that freeze the beginning of the model, all of two blocks and a part of the others."""
+
+FROZEN_TOPOLOGIES = {
+    "one": (1, {}),
+    "dp2-zero0": (2, {"zero_stage": 0}),
+    "dp2-zero2": (2, {"zero_stage": 2}),
+    "dp2-zero1-offload": (2, {"zero_stage": 1, "offload_optimizer": True}),
+    "dp2-zero3": (2, {"zero_stage": 3}),
+    "tp2": TOPOLOGIES["tp2"],
+    "tp2-sp": TOPOLOGIES["tp2-sp"],
+    "ulysses2": TOPOLOGIES["ulysses2"],
+    "pp2": TOPOLOGIES["pp2"],
+}
+
+
+LORA = {"rank": 3, "alpha": 12.0}
+LORA_TOPOLOGIES = FROZEN_TOPOLOGIES | {
+    "dp2-zero1": (2, {"zero_stage": 1}),
+    "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+    "tp2-sp-zero3": (4, {"tensor": 2, "sequence": True, "zero_stage": 3}),
+    "ulysses2-tp2-sp": MIXED["ulysses2-tp2-sp"],
+}
+
+
 def make_cases() -> list[Case]:
     """All cases."""
     cases = [Case("one", 1, {}), Case("one-unet", 1, {}, "unet")]
@@ -143,6 +168,14 @@ def make_cases() -> list[Case]:
     for prediction, names in FLOW.items():
         recipe = {"objective": {"noise_process": {"kind": "flow", "prediction_type": prediction}}}
         cases += [Case(f"{name}-flow-{prediction}", *RECIPES[name], recipe=recipe) for name in names]
+    for name, (world, degrees) in FROZEN_TOPOLOGIES.items():
+        cases.append(Case(f"{name}-frozen", world, degrees, recipe={"train": {"freeze": FROZEN}}))
+    for stage in (1, 2, 3):
+        degrees = {"zero_stage": stage}
+        frozen = {"train": {"freeze": FROZEN}}
+        cases.append(Case(f"dp2-zero{stage}-frozen-bf16", 2, degrees, train=bf16, recipe=frozen))
+    for name, (world, degrees) in LORA_TOPOLOGIES.items():
+        cases.append(Case(f"{name}-lora", world, degrees, recipe={"train": {"lora": LORA}}))
     return [
         case if case.adapter == "unet" else replace(case, recipe=case.recipe | {"model": model})
         for case in cases

@@ -8,7 +8,7 @@ from tests.support.marks import full
 from tests.support.workers import run_workers
 
 # Each form of parallelism (with the linear adapter, of a model with every key that hub/ needs), ZeRO 3,
-# recomputation, offloading, bf16, and the product of three degrees.
+# recomputation, offloading, bf16, frozen weights, LoRA, and the product of three degrees.
 QUICK = [
     "one",
     "dp2-zero3-linear",
@@ -21,6 +21,9 @@ QUICK = [
     "dp2-zero1-offload",
     "dp2-zero2-bf16",
     "pp2-flow-sample",
+    "dp2-zero3-frozen",
+    "tp2-sp-zero3-lora",
+    "pp2-lora",
 ]
 # Other stages and products of the degrees above.
 FULL = [
@@ -37,6 +40,15 @@ FULL = [
     "ulysses2-pp2-unet",
     "tp2-pp2-bf16",
     "tp2-sp-flow-sample",
+    "tp2-sp-frozen",
+    "pp2-frozen",
+    "ulysses2-frozen",
+    "dp2-zero2-frozen-bf16",
+    "dp2-zero1-lora",
+    "dp2-zero3-lora",
+    "tp2-lora",
+    "tp2-pp2-lora",
+    "ulysses2-tp2-sp-lora",
 ]
 
 

@@ -28,6 +28,7 @@ CASES = {
     "tp2-dp2-zero3": (4, {"tensor": 2, "zero_stage": 3}, "bf16"),
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}, "fp32"),
 }
+FROZEN = ["blocks.[12].*", "*.embedding.weight"]
 
 
 def state_sizes(values: dict) -> tuple[list[int], list[int]]:
@@ -51,6 +52,10 @@ def state_sizes(values: dict) -> tuple[list[int], list[int]]:
         states += list(adamw.state)
     kinds = (weights, states, ema.fragments)
     measured = [sum(t.numel() * t.element_size() for t in tensors) for tensors in kinds]
+    assert all((p.grad is None) or p.requires_grad for p in parameters)
+    if buffers := getattr(optimizer, "fp32_groups_gradients_flat", None):
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        assert sum(buffer.numel() for buffer in buffers) == pytest.approx(trained, rel=0.01)
     return measured, list(state_bytes(engine.stage, mesh, 4 if config.train.precision == "fp32" else 2))
 
 
@@ -58,11 +63,18 @@ QUICK = ["one", "pp2", "ulysses2", "dp2-zero1-bf16", "tp2-dp2-zero3"]
 """Every degree and both precisions; each other case differs by its ZeRO stage or its degrees' product."""
 
 
-@pytest.mark.parametrize("name", [*QUICK, *full(*(name for name in CASES if name not in QUICK))])
-def test_sizes_are_those_of_the_formula(shards, vae_folder, tmp_path, name):
+SIZES = [(name, freeze) for freeze in ((), FROZEN) for name in CASES]
+QUICK_SIZES = [*((name, ()) for name in QUICK), ("dp2-zero1-bf16", FROZEN)]
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze"), [*QUICK_SIZES, *full(*(case for case in SIZES if case not in QUICK_SIZES))]
+)
+def test_sizes_are_those_of_the_formula(shards, vae_folder, tmp_path, name, freeze):
     world, degrees, precision = CASES[name]
     values = Case(name, world, degrees, "unet", {"precision": precision}).values(shards, vae_folder, tmp_path)
     values["model"] |= {"hidden_size": 64, "ffn_hidden_size": 256}
+    values["train"] |= {"freeze": freeze}
     for measured, formula in run_workers(state_sizes, world, values):
         assert measured == pytest.approx(formula, rel=0.02)
         assert sum(measured) > 1_000_000

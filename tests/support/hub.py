@@ -14,8 +14,9 @@ from transformers.models.qwen3 import Qwen3Config
 from megafusion.checkpoint.reader import fill_tensors
 from megafusion.config import parse_config
 from megafusion.hub.config import model_keys, read_hub_config
-from megafusion.hub.weights import hub_names, open_hub_weights
+from megafusion.hub.weights import open_hub_weights
 from megafusion.model.config import ModelConfig
+from megafusion.model.hub_names import hub_names
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.weights import initialize
 from megafusion.objective.config import ObjectiveConfig

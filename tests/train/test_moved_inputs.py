@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megafusion.config import parse_config
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.resilience.attempts import read_attempts
 from megafusion.train.config import RunConfig
@@ -79,6 +80,7 @@ def test_a_move_keeps_the_recipe_that_the_run_began_with(run_values, inputs, tmp
 @pytest.mark.parametrize("which", ["tokenizer", "vae"])
 @pytest.mark.parametrize("where", ["moved", "in place", "not recorded"])
 def test_other_files_are_refused_wherever_they_are(run_values, which, where):
+    start_process_group()
     config = parse_config(RunConfig, run_values, "test")
     hashes = {"tokenizer": "a" * 64, "vae": "b" * 64}
     freeze(config, **{f"{name}_hash": value for name, value in hashes.items()})

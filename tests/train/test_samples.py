@@ -25,7 +25,7 @@ WORDS = st.lists(
 def sampler(run_config, tokenizer, codec) -> Sampler:
     return Sampler(
         run_config,
-        Components(tokenizer, codec, sources={}, loader=None, started_from=None),
+        Components(tokenizer, codec, sources={}, loader=None, validation_loader=None, started_from=None),
         torch.device("cpu"),
     )
 
