@@ -8,12 +8,19 @@ from typing import get_args
 import pytest
 import torch
 
+from megafusion.config import parse_config
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
+from megafusion.generate.decoder import Decoder
+from megafusion.generate.pipeline import PipelineConfig, build_model
 from megafusion.model.attention import BackendName, attention_backend, auto, check_backend, refusal
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
+from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.intervals import Intervals
+from megafusion.train.build import build_components
+from megafusion.train.config import RunConfig
 
 SMALL = {
     "num_layers": 1,
@@ -86,6 +93,40 @@ def test_a_backend_that_cannot_serve_here_is_refused_at_start_up(monkeypatch, ba
 def test_a_model_is_refused_with_its_backend():
     with pytest.raises(UserError, match=r"model\.attention: flash cannot serve"):
         Transfusion(ModelConfig(**SMALL, attention="flash"), ObjectiveConfig())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_run_checks_its_backend_for_the_dtype_of_its_precision(run_values, monkeypatch, precision, dtype):
+    """flash-attention supports half precision alone."""
+    monkeypatch.setattr("interval_attention.flash.flash_package", lambda device: "flash-attn-4")
+    monkeypatch.setattr("interval_attention.flash._refusal_4", lambda head_dim: "")
+    monkeypatch.setattr("interval_attention.flash._version", lambda package: "4")
+    monkeypatch.setattr("interval_attention.flash._architecture", lambda device: 90)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A chip")
+    run_values["model"]["attention"], run_values["train"]["precision"] = "flash", precision
+    config = parse_config(RunConfig, run_values, "test")
+    start_process_group()
+    if precision == "bf16":
+        build_components(config, make_mesh(config.parallel))
+        return
+    with pytest.raises(
+        UserError, match=r"attention: flash .*bfloat16 and float16, not torch\.float32"
+    ):
+        build_components(config, make_mesh(config.parallel))
+
+
+@without_gpu
+@pytest.mark.parametrize("trained_with", ["flash", "interval", "flex", "auto", "sdpa"])
+def test_the_model_of_a_pipeline_generates_on_any_device_in_any_dtype(monkeypatch, trained_with):
+    monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
+    config = ModelConfig(**SMALL, attention=trained_with)
+    model = build_model(PipelineConfig(model=config, objective=ObjectiveConfig(), sampling=SamplingConfig()))
+    decoder, tokens = Decoder(model), torch.tensor([3])
+    logits = decoder.read_tokens(decoder.new_cache(1, 4), tokens)
+    expected = Transfusion(ModelConfig(**SMALL), ObjectiveConfig())
+    expected.load_state_dict(model.state_dict())
+    decoder = Decoder(expected)
+    assert torch.equal(decoder.read_tokens(decoder.new_cache(1, 4), tokens), logits)
 
 
 @without_gpu
