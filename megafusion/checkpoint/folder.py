@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megafusion.errors import UserError
-from megafusion.storage import file_sha256
+from megafusion.storage import file_sha256, read_json
 
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
@@ -41,9 +41,17 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def best_checkpoint(checkpoints: Sequence[Path]) -> Path | None:
     """The one with the lowest validation_loss, the later of equal ones; None if no loss was measured."""
-    losses = [json.loads((path / "state.json").read_text()).get("validation_loss") for path in checkpoints]
+    losses = [_validation_loss(path) for path in checkpoints]
     measured = [(loss, -index) for index, loss in enumerate(losses) if loss is not None]
     return checkpoints[-min(measured)[1]] if measured else None
+
+
+def _validation_loss(path: Path) -> float | None:
+    """Of a checkpoint; None where none was measured, and of a damaged one, which `load` will name."""
+    try:
+        return read_json(path / "state.json").get("validation_loss")
+    except UserError:
+        return None
 
 
 def latest_checkpoint(run: Path) -> Path:

@@ -208,7 +208,7 @@ class TransfusionPipeline(LoraPipeline):
         sampling = self.config.sampling if sampling is None else sampling
         if not isinstance(sampling, SamplingConfig):
             raise UserError(f"sampling={sampling!r:.80}: give a SamplingConfig, as pipeline.config.sampling")
-        if reason := self.model.objective.noise_process.refusal(sampling):
+        if reason := self.model.objective.noise_process.unsupported_reason(sampling):
             raise UserError(reason)
         return sampling
 

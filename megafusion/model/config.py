@@ -124,7 +124,7 @@ class ModelConfig(Config):
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
     attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
-    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
+    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest supported."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None

@@ -93,7 +93,7 @@ class DDPM:
         """
         from diffusers import DPMSolverMultistepScheduler
 
-        if reason := self.refusal(sampling):
+        if reason := self.unsupported_reason(sampling):
             raise UserError(reason)
         sampler = DPMSolverMultistepScheduler.from_config(
             scheduler(self.config).config,
@@ -105,8 +105,8 @@ class DDPM:
         sampler.set_timesteps(timesteps=[round(num_train * (steps - i) / steps) - 1 for i in range(steps)])
         return sampler
 
-    def refusal(self, sampling: SamplingConfig) -> str | None:
-        """The samplers of a flow do not serve; nor can one take more steps than there are timesteps."""
+    def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
+        """Samplers of a flow are unsupported; nor can one take more steps than there are timesteps."""
         if sampling.sampler not in (None, "ddim", "dpm++"):
             return (
                 f"sampling.sampler {sampling.sampler} does not sample objective.noise_process.kind ddpm; use "

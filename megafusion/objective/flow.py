@@ -95,7 +95,7 @@ class Flow:
         """diffusers' Euler or Heun steps over n equal steps from t = 1 to 0, before the shift."""
         from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-        if reason := self.refusal(sampling):
+        if reason := self.unsupported_reason(sampling):
             raise UserError(reason)
         kinds = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler}
         kind = kinds[sampling.sampler or "euler"]
@@ -106,7 +106,7 @@ class Flow:
         scheduler.set_begin_index(0)
         return VelocitySampler(self, scheduler)
 
-    def refusal(self, sampling: SamplingConfig) -> str | None:
+    def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
         """The samplers of denoising diffusion do not follow a flow."""
         if sampling.sampler in (None, "euler", "heun"):
             return None

@@ -53,7 +53,7 @@ class NoiseProcess(Protocol):
         """The timestep embedding's input at times [...], in the unit of `Sampler.timesteps`."""
 
     def sampler(self, sampling: SamplingConfig) -> Sampler:
-        """A sampler with its timesteps set. Raises UserError where `refusal` gives a reason."""
+        """A sampler with its timesteps set. Raises UserError where `unsupported_reason` gives a reason."""
 
-    def refusal(self, sampling: SamplingConfig) -> str | None:
+    def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
         """Why the process has no such sampler; None where it has."""

@@ -69,7 +69,7 @@ class Tokenizer:
                 shutil.copyfile(companion, Path(folder) / name)
 
     def transformers_config(self) -> dict:
-        """tokenizer_config.json with which transformers loads the file, where none stands beside it."""
+        """tokenizer_config.json with which transformers loads the file, where there is none beside it."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:

@@ -63,14 +63,14 @@ class RunConfig(Config):
                 "train.freeze: with train.lora all weights but its own are frozen; leave train.freeze out"
             )
         if self.train.lora and self.train.precision == "fp8":
-            raise ValueError("train.lora is not served with train.precision fp8; use bf16")
+            raise ValueError("train.lora is not supported with train.precision fp8; use bf16")
         positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
                 f"an image takes {positions} positions, more than data.sequence_length "
                 f"{self.data.sequence_length}; raise it or model.patch_size"
             )
-        if reason := self.objective.noise_process.build().refusal(self.sampling):
+        if reason := self.objective.noise_process.build().unsupported_reason(self.sampling):
             raise ValueError(reason)
         validation, log_every = self.data.validation, self.telemetry.log_every
         if validation and validation.every % log_every:

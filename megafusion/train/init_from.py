@@ -53,7 +53,7 @@ class Origin(NamedTuple):
 
 
 def open_origin(config: RunConfig) -> Origin:
-    """Open `train.init_from`, reading headers alone. UserError if it is none of the folders that serve."""
+    """Open `train.init_from`, reading headers alone. UserError if it is none of the supported folders."""
     assert config.train.init_from is not None
     path, raw = config.train.init_from, config.train.init_weights == "raw"
     if checkpoint := checkpoint_at(path):
@@ -95,7 +95,7 @@ def _open_hub(path: Path, config: RunConfig) -> Origin:
     if window is not None and window < length:
         raise UserError(
             f"{file}: sliding_window {window} is less than data.sequence_length {length}, and windows are "
-            f"not served; set data.sequence_length to at most {window}"
+            f"not supported; set data.sequence_length to at most {window}"
         )
     # Of images it says nothing: they are this run's.
     keys = config.model.model_dump(mode="json") | model_keys(values, file)

@@ -20,7 +20,7 @@ from megafusion.train.build import Components, make_pipeline
 from megafusion.train.config import RunConfig
 
 
-class Sampler:
+class SampleSheets:
     """A second copy of the model with a checkpoint's averaged weights, and the pairs to sample.
 
     It is in host memory until it draws, because training leaves no room on a device for a whole large model.

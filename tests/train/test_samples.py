@@ -13,7 +13,7 @@ from megafusion.data.reader import ShardFolder
 from megafusion.data.source import open_sources
 from megafusion.train.build import Components
 from megafusion.train.config import RunConfig
-from megafusion.train.samples import Sampler
+from megafusion.train.samples import SampleSheets
 from tests.support.damage import damage
 
 WORDS = st.lists(
@@ -22,8 +22,8 @@ WORDS = st.lists(
 
 
 @pytest.fixture
-def sampler(run_config, tokenizer, codec) -> Sampler:
-    return Sampler(
+def sampler(run_config, tokenizer, codec) -> SampleSheets:
+    return SampleSheets(
         run_config,
         Components(tokenizer, codec, sources={}, loader=None, validation_loader=None, started_from=None),
         torch.device("cpu"),
@@ -51,13 +51,13 @@ def test_a_caption_of_thousands_of_words_is_drawn(sampler):
 def sampler_of(run_values, shards, tmp_path, tokenizer, codec):
     """A function: sheets of four pairs over a source in which some documents are bad."""
 
-    def make(bad: list[int], on_error: str) -> Sampler:
+    def make(bad: list[int], on_error: str) -> SampleSheets:
         folder = shutil.copytree(shards / "pairs", tmp_path / "pairs")
         damage(folder, bad, per_shard=8)
         run_values["data"] |= {"on_error": on_error, "sources": {"pairs": {"path": str(folder)}}}
         config = parse_config(RunConfig, run_values | {"samples": {"every": 3, "num_pairs": 4}}, "test")
         sources = open_sources(config.data, tokenizer, codec.hash, 0)
-        return Sampler(config, Components(tokenizer, codec, sources, None, None), torch.device("cpu"))
+        return SampleSheets(config, Components(tokenizer, codec, sources, None, None), torch.device("cpu"))
 
     return make
 
