@@ -109,9 +109,7 @@ def test_a_run_checks_its_backend_for_the_dtype_of_its_precision(run_values, mon
     if precision == "bf16":
         build_components(config, make_mesh(config.parallel))
         return
-    with pytest.raises(
-        UserError, match=r"attention: flash .*bfloat16 and float16, not torch\.float32"
-    ):
+    with pytest.raises(UserError, match=r"attention: flash .*bfloat16 and float16, not torch\.float32"):
         build_components(config, make_mesh(config.parallel))
 
 
