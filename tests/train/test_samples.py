@@ -57,11 +57,8 @@ def sampler_of(run_values, shards, tmp_path, tokenizer, codec):
         run_values["data"] |= {"on_error": on_error, "sources": {"pairs": {"path": str(folder)}}}
         config = parse_config(RunConfig, run_values | {"samples": {"every": 3, "num_pairs": 4}}, "test")
         sources = open_sources(config.data, tokenizer, codec.hash, 0)
-        return Sampler(
-            config,
-            Components(tokenizer, codec, sources, loader=None, validation=None, started_from=None),
-            torch.device("cpu"),
-        )
+        components = Components(tokenizer, codec, sources, *[None] * 3)
+        return Sampler(config, components, torch.device("cpu"))
 
     return make
 
