@@ -1,6 +1,5 @@
 """Errors that the user can fix, and the exit statuses of every command."""
 
-import copyreg
 import os
 import sys
 import time
@@ -41,7 +40,11 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple:
         """For another process: the message, not the arguments that a subclass makes it of."""
-        return copyreg.__newobj__, (type(self), str(self)), self.__dict__
+        return _rebuild, (type(self), str(self)), self.__dict__
+
+
+def _rebuild(kind: type[UserError], message: str) -> UserError:
+    return kind.__new__(kind, message)
 
 
 @contextmanager

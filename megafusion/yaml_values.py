@@ -74,6 +74,11 @@ def load_values(path: Path | str, overrides: Sequence[str] = ()) -> dict:
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: not readable as YAML keys and values: found a {type(values).__name__}")
+    return apply_overrides(values, overrides)
+
+
+def apply_overrides(values: dict, overrides: Sequence[str]) -> dict:
+    """Plain values with dotted overrides (`train.num_steps=50`). Raises UserError for one of another form."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(parts := key.split(".")):

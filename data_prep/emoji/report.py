@@ -19,6 +19,7 @@ from data_prep.readers.webdataset import tar_pairs
 from megafusion.data.config import DataConfig
 from megafusion.data.source import open_folder
 from megafusion.errors import UserError
+from megafusion.generate.events import Event, ImageStep
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.images.processor import preprocess_images
@@ -107,9 +108,14 @@ def _draw(
     """Draw evenly spaced captions; the fraction that the classifier names correctly."""
     chosen = [pairs[len(pairs) * i // NUM_DRAWN] for i in range(NUM_DRAWN)]
     task = progress.add_task("drawing", total=None, losses="")
+
+    def show(event: Event) -> None:
+        if isinstance(event, ImageStep):
+            progress.update(task, completed=event.state.step, total=event.state.num_steps)
+
     drawn = pipeline.draw(
         [pair.caption for pair in chosen],
-        progress=lambda done, total: progress.update(task, completed=done, total=total),
+        callback=show,
     )
     found = classifier.classify(preprocess_images(drawn, IMAGE_SIZE, IMAGE_SIZE) / 2 + 0.5)
     correct = [key == pair.key for key, pair in zip(found, chosen, strict=True)]

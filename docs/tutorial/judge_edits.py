@@ -103,7 +103,7 @@ def main(pipeline_folder: str, path: Path) -> None:
     pipeline = TransfusionPipeline.from_pretrained(pipeline_folder)
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": 0})
     prompts = [[read[edit["source"]], edit["instruction"]] for edit in edits]
-    drawn = [parts[0] for parts in pipeline(prompts, begin="image", sampling=sampling)]
+    drawn = [parts[0] for parts in pipeline.generate(prompts, begin="image", sampling=sampling)]
     classes, styles = look_at(drawn)
     figures["edits"] = judge(edits, classes, styles)
     figures["named exactly as the target"] = sum(map(str.__eq__, classes, wanted)) / len(edits)

@@ -11,11 +11,16 @@ import typer
 from megafusion.errors import UserError
 from megafusion.images.sizes import parse_size
 from megafusion.storage import write_file
+from megafusion.yaml_values import apply_overrides
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from megafusion.generate.pipeline import Part
+    from megafusion.generate.events import Event
+    from megafusion.generate.row import Part
+
+BATCH_SIZE = 16
+"""Prompts of a file that are drawn together."""
 
 
 def generate(
@@ -24,6 +29,10 @@ def generate(
     ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to draw; repeat for several prompts.", metavar="TEXT")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="File of texts to draw, one a line.", metavar="FILE"),
     ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image to describe; repeat for several.", metavar="PATH")
@@ -48,7 +57,16 @@ def generate(
         float | None, typer.Option(help="Classifier-free guidance; 1 turns it off.", min=0)
     ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, dpm++, euler or heun.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Scheduler of diffusers, as EulerDiscrete; or ddim, dpm++, ...")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any key of `sampling`, as temperature=0.8 or negative_prompt=grey; repeat for several.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +87,7 @@ def generate(
     megafusion generate runs/quickstart --interleave "pizza, 3d style"
     """
     prompts, paths, parts = prompt or [], image or [], interleave or []
+    prompts += read_prompts(prompts_file) if prompts_file else []
     if not (prompts or paths or parts):
         raise UserError("nothing to generate: give --prompt, --image or --interleave")
     if size and not (prompts or parts):
@@ -83,12 +102,15 @@ def generate(
         raise UserError(
             f"{old[0]}: of an earlier call; choose another --out, or add --overwrite to replace it"
         )
-    images = [open_image(path) for path in paths]
+    from megafusion.generate.arguments import load_image
+
+    images = [load_image(path) for path in paths]
     mixed = [_parse_part(part) for part in parts]
 
     from megafusion.device import default_device
 
     from megafusion import TransfusionPipeline
+    from megafusion.generate.events import ImageStep
     from megafusion.progress import progress_bar
 
     pipeline = TransfusionPipeline.from_pretrained(checkpoint).to(default_device())
@@ -98,6 +120,7 @@ def generate(
         "sampler": sampler,
     }
     given = {name: value for name, value in options.items() if value is not None}
+    given = apply_overrides(given, option or [])
     sampling = pipeline.config.sampling.model_copy(update=given)
     height_and_width = parse_size(size) if size else None
     if height_and_width:
@@ -106,13 +129,16 @@ def generate(
     with progress_bar() as progress:
         task = progress.add_task("denoising", total=sampling.num_inference_steps, losses="", visible=False)
 
-        def report(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, visible=True)
+        def report(event: "Event") -> None:
+            if isinstance(event, ImageStep):
+                progress.update(task, completed=event.state.step, total=event.state.num_steps, visible=True)
 
-        call: Any = {"seed": seed, "size": height_and_width, "sampling": sampling, "progress": report}
-        drawn = pipeline.draw(prompts, **call)
-        described = pipeline.describe(images, sampling=sampling)
-        (answer,) = pipeline([mixed], **call) if mixed else [[]]
+        call: Any = {"size": height_and_width, "sampling": sampling, "callback": report}
+        drawn: list[Image.Image] = []
+        for first in range(0, len(prompts), BATCH_SIZE):
+            drawn += pipeline.draw(prompts[first : first + BATCH_SIZE], seed=seed + first, **call)
+        described = pipeline.describe(images, seed=seed, sampling=sampling)
+        answer = pipeline.chat(mixed, seed=seed, **call) if mixed else []
     for path, image_drawn, text in zip(drawn_paths, drawn, prompts, strict=True):
         lines.append(f"{_save(image_drawn, path)}: drawn from {text!r}")
     lines += [f"{path}: {caption}" for path, caption in zip(paths, described, strict=True)]
@@ -126,19 +152,22 @@ def _parse_part(part: str) -> "Part":
     """A part of --interleave: a text, or an image where it begins with one @."""
     if part.startswith("@@"):
         return part[1:]
-    return open_image(Path(part[1:])) if part.startswith("@") else part
+    if not part.startswith("@"):
+        return part
+    from megafusion.generate.arguments import load_image
+
+    return load_image(part[1:])
 
 
-def open_image(path: Path) -> "Image.Image":
-    """Decode an image as preprocessing does. UserError naming the file if that fails."""
-    from megafusion.images.reader import BadImage, read_image
-
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
     try:
-        return read_image(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such image") from error
-    except (OSError, BadImage) as error:
-        raise UserError(f"{path}: not an image that can be used ({error})") from error
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: not a readable text file ({error})") from error
+    if not (prompts := [line for line in lines if line.strip()]):
+        raise UserError(f"--prompts {path}: has no prompts; write one a line")
+    return prompts
 
 
 def _write_answer(answer: "Sequence[Part]", out: Path) -> list[str]:

@@ -8,10 +8,14 @@ positions are never attended to, and the next pass overwrites them.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megafusion.model.config import ModelConfig
 from megafusion.sequence.intervals import Intervals
+
+MAX_GROWTH = 1024
+"""Slots that a cache which is full gets at most, beyond those that it needs."""
 
 
 @dataclass
@@ -31,7 +35,10 @@ class _Layer:
 
 @dataclass
 class KVCache:
-    """Keys and values of B rows for all layers; lengths int64 [B] counts each row's cached positions."""
+    """Keys and values of B rows for all layers; lengths int64 [B] counts each row's cached positions.
+
+    It grows when a pass needs more slots than `capacity`.
+    """
 
     capacity: int
     lengths: Tensor
@@ -56,14 +63,23 @@ class KVCache:
         """
         own = torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
         positions = self.lengths[:, None] + own
-        last = (self.lengths[:, None] + row_end_BS).max()
-        assert last < self.capacity, f"{last} positions exceed the capacity of {self.capacity - 1}"
+        self._grow(int((self.lengths[:, None] + row_end_BS).max()) + 1)
         end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
         # Padding may reach past the capacity; it is written to the last slot, which no row uses.
         slots = positions.clamp(max=self.capacity - 1)
         for layer in self.layers:
             layer.slots = slots
         return positions, Intervals(torch.zeros_like(end), end, self.capacity, may_be_empty=True)
+
+    def _grow(self, needed: int) -> None:
+        """Add slots until there are as many as needed; as many again, so that it happens seldom."""
+        if needed <= self.capacity:
+            return
+        more = max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH)) - self.capacity
+        self.capacity += more
+        for layer in self.layers:
+            layer.keys = F.pad(layer.keys, (0, 0, 0, 0, 0, more))
+            layer.values = F.pad(layer.values, (0, 0, 0, 0, 0, more))
 
     def advance(self, counts_B: Tensor) -> None:
         """Add the first `counts` positions of the last pass to each row."""
@@ -81,8 +97,9 @@ class KVCache:
             layer.keys[rows], layer.values[rows] = source.keys, source.values
 
     def concatenate(self, other: "KVCache") -> "KVCache":
-        """The rows of both, this cache's first; their capacities must be equal."""
-        assert self.capacity == other.capacity
+        """A copy of the rows of both, this cache's first."""
+        self._grow(other.capacity)
+        other._grow(self.capacity)
         # The slots of the last passes, of unequal lengths, are dropped: the next pass allocates its own.
         layers = [
             _Layer(torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values]), self.lengths.new_zeros(0, 0))

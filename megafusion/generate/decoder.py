@@ -1,7 +1,10 @@
 """Forward passes over a key-value cache, for a batch of rows: prompts, one token each, or one image each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +13,34 @@ from megafusion.generate.cache import KVCache
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
-from megafusion.objective.sampler import apply_guidance
+from megafusion.objective.sampler import apply_guidance, rescale_guidance
 from megafusion.sequence.packing import PackedBatch
 
-ProgressCallback = Callable[[int, int], None]
-"""Called after each denoising step with the number of steps done and their total."""
+
+class Guide(NamedTuple):
+    """Classifier-free guidance away from a context, on what the rows have and it lacks.
+
+    cache: of as many rows, up to their boi. scale: 1 is no guidance. A guided prediction p becomes
+    q + scale (p - q), with q the prediction in this context.
+    """
+
+    cache: KVCache
+    scale: float
+
+
+@dataclass
+class DenoisingStep:
+    """The images of some rows after a denoising step.
+
+    step: from 1 to num_steps. timestep: as the model took it. latents: float32 [B, C, H, W].
+    clean: gives latents of the same shape, without noise, as the model expects them now.
+    """
+
+    step: int
+    num_steps: int
+    timestep: Tensor
+    latents: Tensor
+    clean: Callable[[], Tensor]
 
 
 class Decoder:
@@ -46,46 +72,57 @@ class Decoder:
         return self.model.tail.head(hidden_BSD.gather(1, last))[:, 0]
 
     @torch.no_grad()
-    def read_tokens(self, cache: KVCache, tokens_B: Tensor) -> Tensor:
-        """Append one token to each row; next-token logits [B, V]."""
+    def read_tokens(self, cache: KVCache, tokens_B: Tensor, is_read_B: Tensor | None = None) -> Tensor:
+        """Append one token to each row; next-token logits [B, V].
+
+        is_read_B: bool, false for rows that are left as they are, whose logits mean nothing.
+        """
+        counts = torch.ones_like(tokens_B) if is_read_B is None else is_read_B.to(tokens_B.dtype)
         x_BSD = self.model.stem.embedding(tokens_B[:, None])
-        hidden_BSD = self._forward(cache, x_BSD, torch.ones_like(tokens_B)[:, None])
-        cache.advance(torch.ones_like(tokens_B))
+        hidden_BSD = self._forward(cache, x_BSD, counts[:, None])
+        cache.advance(counts)
         return self.model.tail.head(hidden_BSD)[:, 0]
 
     @torch.no_grad()
-    def draw(
+    def denoise(
         self,
         cache: KVCache,
-        unconditional: KVCache,
+        guides: Sequence[Guide],
         noise_BCHW: Tensor,
         sampling: SamplingConfig,
-        progress: ProgressCallback | None = None,
-    ) -> Tensor:
-        """Denoise one image after each row's boi and append it, clean; returns latents [B, C, H, W].
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Iterator["DenoisingStep"]:
+        """Denoise one image after each row's boi, step by step, then append it, clean.
 
         noise_BCHW: unit normal, float32, of the size that the boi tokens stand for, equal for all rows. The
         sampler's arithmetic keeps its dtype, whatever the model's.
-        unconditional: rows of the unconditional prediction in classifier-free guidance, up to their boi.
+        guides: see Guide; applied in order. generators: of each row, for stochastic samplers.
+        The receiver of a step may change its latents, of which the next step takes its own.
         """
-        sampler = self.model.objective.noise_process.sampler(sampling)
-        is_guided = sampling.guidance_scale != 1
-        both = cache.concatenate(unconditional) if is_guided else cache
-        latents = noise_BCHW
-        for step, timestep in enumerate(sampler.timesteps):
-            prediction = self._predict(
-                both, torch.cat([latents, latents]) if is_guided else latents, timestep
-            )
-            if is_guided:
-                conditional, unconditioned = prediction.chunk(2)
-                prediction = apply_guidance(conditional, unconditioned, sampling.guidance_scale)
-            latents = sampler.step(prediction, timestep, latents).prev_sample
-            if progress:
-                progress(step + 1, len(sampler.timesteps))
+        process = self.model.objective.noise_process
+        sampler = process.sampler(sampling)
+        first, last = sampling.guidance_interval
+        everything, latents = cache, noise_BCHW
+        for guide in guides:
+            everything = everything.concatenate(guide.cache)
+        for index, (timestep, t) in enumerate(zip(sampler.timesteps, sampler.times.tolist(), strict=True)):
+            is_guided = bool(guides) and first <= t <= last
+            copies = [latents] * (1 + len(guides) if is_guided else 1)
+            predictions = self._predict(everything if is_guided else cache, torch.cat(copies), timestep)
+            conditional, *others = predictions.chunk(len(copies))
+            prediction = conditional
+            for guide, other in zip(guides, others, strict=False):
+                prediction = apply_guidance(prediction, other, guide.scale)
+            if is_guided and sampling.guidance_rescale:
+                prediction = rescale_guidance(prediction, conditional, sampling.guidance_rescale)
+            after = sampler.step(prediction, timestep, latents, generators).prev_sample
+            clean = partial(process.clean, prediction, latents, torch.full((len(latents),), t).to(latents))
+            state = DenoisingStep(index + 1, len(sampler.timesteps), timestep, after, clean)
+            yield state
+            latents = state.latents
         # Later tokens must attend to the clean image: its keys and values replace those of the noised one.
-        self._predict(cache, latents, self.model.objective.noise_process.timesteps(torch.zeros(())))
+        self._predict(cache, latents, process.timesteps(torch.zeros(())))
         cache.advance(torch.full_like(cache.lengths, math.prod(self._grid(latents))))
-        return latents
 
     def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
         """The model's prediction, float32 [B, C, H, W], for noised latents after each row."""

@@ -1,36 +1,46 @@
-"""One call of the pipeline: rows decoded together until each has ended."""
+"""Rows that are decoded together until each has ended, as a stream of events."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from megafusion.errors import UserError
-from megafusion.generate.decoder import Decoder, ProgressCallback
+from megafusion.generate.cache import KVCache
+from megafusion.generate.decoder import Decoder, Guide
+from megafusion.generate.events import Event, ImageDone, ImagePreview, ImageStep, RowDone, TextDelta
+from megafusion.generate.row import Part, Request, Row, read_image, text_segments
+from megafusion.generate.text import TextStream, choose_tokens, process_logits
 from megafusion.images.codec import ImageCodec
-from megafusion.images.reader import convert_to_rgb
-from megafusion.images.sizes import nearest_size
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
-from megafusion.sequence.document import FlatDocument, ImageSegment, Segment, flatten
+from megafusion.sequence.document import FlatDocument, Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
-from megafusion.sequence.text import clean_text
 from megafusion.sequence.tokenizer import Tokenizer
 
-Part = str | Image.Image
 UNKNOWN_LENGTH = 1_000_000
 """Positions of a row where the length in training is not known."""
+FIRST_CAPACITY = 512
+"""Positions beyond the prompt that the cache has room for at first."""
+TEXT_KEYS = {"max_new_tokens", "stop", "negative_prompt"} | {
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+}
+"""Of SamplingConfig: rows that differ in others are not denoised together."""
 
 
 class Generation:
-    """The rows of one call: their cache, next-token logits and outputs so far.
+    """The rows of one call: their cache, next-token logits and outputs so far. Iterate for the events.
 
-    max_images: images per output. begin: as in the pipeline's call. size: index of the size of every drawn
-    image; None lets the model choose by its begin-of-image (boi) token. sequence_length: of the rows in
-    training, where every row ends. Raises UserError for a prompt that leaves no room for an answer.
+    A row's answer does not depend on the others. sequence_length: of the rows in training, where every row
+    ends. preview_every: denoising steps between previews; 0 for none. streams_text: false where nobody reads
+    the text before a row's end.
+    Raises UserError for a prompt that leaves no room for an answer.
     """
 
     def __init__(
@@ -38,151 +48,267 @@ class Generation:
         model: Transfusion,
         tokenizer: Tokenizer,
         codec: ImageCodec,
-        prompts: Sequence[Sequence[Part]],
-        sampling: SamplingConfig,
-        seed: int,
-        max_images: int,
-        begin: str = "free",
-        size: int | None = None,
+        requests: Sequence[Request],
         sequence_length: int | None = None,
-        progress: ProgressCallback | None = None,
+        preview_every: int = 0,
+        streams_text: bool = True,
     ):
         self.config, self.tokenizer, self.codec = model.config, tokenizer, codec
-        self.decoder, self.sampling, self.progress = Decoder(model), sampling, progress
-        self.begin, self.size = begin, size
+        self.decoder, self.preview_every, self.streams_text = Decoder(model), preview_every, streams_text
         self.device = model.tail.head.weight.device
-        # One generator per row: its noise does not depend on the other rows of the batch.
-        self.generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-        self.images_left = [max_images] * len(prompts)
-        self.outputs: list[list[Part | int]] = [[] for _ in prompts]
-        """By row: images, and token ids that are not decoded to text yet."""
         config = self.config
         self.boi_ids = [tokenizer.boi_of_size(index) for index in range(len(config.image_sizes))]
         self.image_positions = max(config.patches) + 2
         self.limit = (sequence_length or UNKNOWN_LENGTH) - 1
         """Positions of a row before its eos."""
-        documents = [self._document(prompt) for prompt in prompts]
-        for number, document in enumerate(documents):
-            self._check_length(number, len(document))
+        self.rows = [self._row(number, request) for number, request in enumerate(requests)]
+        documents = [flatten(row.segments, tokenizer, config.patches) for row in self.rows]
+        for row, document in zip(self.rows, documents, strict=True):
+            self._check_length(row, f"prompt {row.number}", len(document))
+            negative = text_segments(row.request.sampling.negative_prompt, tokenizer)
+            self._check_length(row, "negative_prompt", len(flatten(negative, tokenizer, config.patches)))
         longest = max(len(document) for document in documents)
-        room = max_images * self.image_positions + sampling.max_new_tokens
-        self.cache = self.decoder.new_cache(len(prompts), min(longest + room, self.limit) + 1)
-        shape = SequenceShape(
-            length=longest,
-            num_images=max(1, *(len(document.images) for document in documents)),
-            patches=config.patches,
-            latent_channels=config.latent_channels,
-            sizes=config.latent_sizes,
-        )
-        batch = collate([pack_row([document], shape) for document in documents]).to(self.device)
+        room = max(r.max_images * self.image_positions + r.sampling.max_new_tokens for r in requests)
+        first = max(FIRST_CAPACITY, self.image_positions)
+        self.cache = self.decoder.new_cache(len(requests), min(longest + min(room, first), self.limit) + 1)
+        self.live = list(self.rows)
+        """Rows that have not ended, in the order of the cache and of the logits."""
         # A document ends in eos; a prompt does not.
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
-        self.logits = self.decoder.read_prompts(self.cache, batch, lengths)
+        self.logits = self._prefill(self.cache, documents, lengths)
+
+    @property
+    def outputs(self) -> list[list[Any]]:
+        """Of each row, its images and token ids so far."""
+        return [row.output for row in self.rows]
+
+    def cancel(self, row: int) -> None:
+        """End a row before its next step; the images of its batch are denoised to their end."""
+        self.rows[row].is_cancelled = True
+
+    def answers(self) -> list[list[Part]]:
+        """Of each row, texts and images so far."""
+        return [row.parts(self.tokenizer) for row in self.rows]
 
     def run(self) -> list[list[Part]]:
-        """Decode until every row has ended or max_new_tokens is reached."""
-        if self.begin == "image":
-            chosen = self.logits[:, self.boi_ids].argmax(-1).tolist()
-            self._draw(dict(enumerate(chosen if self.size is None else [self.size] * len(chosen))))
-        if self.begin == "text":
-            self.logits[:, self.tokenizer.eos] = -torch.inf
-        active = list(range(len(self.outputs)))
-        for _ in range(self.sampling.max_new_tokens):
-            if active:
-                active = self._step(active)
-        return [self._to_parts(output) for output in self.outputs]
+        """Decode until every row has ended."""
+        for _ in self:
+            pass
+        return self.answers()
 
-    def _step(self, active: list[int]) -> list[int]:
-        """Decode one token greedily for each active row, with an image after a boi; rows still active."""
-        left = {row: self.limit - length for row, length in enumerate(self.cache.lengths.tolist())}
-        active = [row for row in active if left[row] > 0]
-        logits = self.logits[active].clone()
-        logits[:, self.tokenizer.eoi] = -torch.inf
-        logits[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # rows of a padded vocabulary
-        without_images = [
-            i
-            for i, row in enumerate(active)
-            if self.images_left[row] <= 0 or left[row] < self.image_positions
-        ]
-        if self.size is not None:  # a boi of any size counts as one of the requested size
-            logits[:, self.boi_ids[self.size]] = logits[:, self.boi_ids].amax(-1)
-        for size, token in enumerate(self.boi_ids):
-            logits[without_images if self.size in (None, size) else slice(None), token] = -torch.inf
-        tokens = dict(zip(active, logits.argmax(-1).tolist(), strict=True))
-        images = {row: self.boi_ids.index(t) for row, t in tokens.items() if t in self.boi_ids}
-        texts = {row: t for row, t in tokens.items() if row not in images and t != self.tokenizer.eos}
-        for row, token in texts.items():
-            self.outputs[row].append(token)
-        if texts:
-            self._append(list(texts), list(texts.values()))
-        if images:
-            self._draw(images)
-        return sorted([*texts, *images])
-
-    def _draw(self, sizes: dict[int, int]) -> None:
-        """Append boi, an image and eoi to some rows; sizes: the index of its size, by row."""
-        for size in sorted(set(sizes.values())):
-            self._draw_at([row for row in sizes if sizes[row] == size], size)
-
-    def _draw_at(self, rows: list[int], size: int) -> None:
-        index = torch.tensor(rows, device=self.device)
-        self._append(rows, [self.boi_ids[size]] * len(rows))
-        unconditional = self.decoder.new_cache(1, self.cache.capacity)
-        for token in (self.tokenizer.bos, self.boi_ids[size]):
-            self.decoder.read_tokens(unconditional, torch.tensor([token], device=self.device))
-        cache = self.cache.select(index)
-        shape = (self.config.latent_channels, *self.config.latent_sizes[size])
-        noise = torch.stack([torch.randn(shape, generator=self.generators[row]) for row in rows])
-        latents = self.decoder.draw(
-            cache,
-            unconditional.select(torch.zeros_like(index)),
-            noise.to(self.device),
-            self.sampling,
-            self.progress,
+    def __iter__(self) -> Iterator[Event]:
+        """Decode step by step until every row has ended. Between two events nothing is computed."""
+        begun = {i: row for i, row in enumerate(self.live) if row.request.begin == "image"}
+        sizes = self.logits[:, self.boi_ids].argmax(-1).tolist()
+        yield from self._draw(
+            {i: sizes[i] if r.request.size is None else r.request.size for i, r in begun.items()}
         )
+        while True:
+            yield from self._end_rows()
+            if not self.live:
+                return
+            yield from self._step()
+
+    def _end_rows(self) -> Iterator[Event]:
+        """End the rows that have reached a limit, a stop text or eos, or are cancelled."""
+        lengths = self.cache.lengths.tolist()
+        reasons = [self._reason(row, length) for row, length in zip(self.live, lengths, strict=True)]
+        for row, reason in zip(self.live, reasons, strict=True):
+            if reason:
+                yield from self._flush(row)
+                yield RowDone(row.number, reason)
+        self._keep([index for index, reason in enumerate(reasons) if not reason])
+
+    def _reason(self, row: Row, length: int) -> Any:
+        if row.is_cancelled:
+            return "cancelled"
+        if row.text.is_stopped:
+            return "stop"
+        return "length" if row.steps >= row.request.sampling.max_new_tokens or length >= self.limit else None
+
+    def _keep(self, indices: list[int]) -> None:
+        if len(indices) < len(self.live):
+            index = torch.tensor(indices, device=self.device, dtype=torch.int64)
+            self.cache, self.logits = self.cache.select(index), self.logits[index]
+            self.live = [self.live[i] for i in indices]
+
+    def _step(self) -> Iterator[Event]:
+        """Decode one token for each live row, with an image after a boi."""
+        tokens = self._choose()
+        is_text = [t != self.tokenizer.eos and t not in self.boi_ids for t in tokens]
+        for row, token, appends in zip(self.live, tokens, is_text, strict=True):
+            row.steps += 1
+            if appends:
+                row.add_token(token)
+                if (self.streams_text or row.request.sampling.stop) and (text := row.text.push(token)):
+                    yield TextDelta(row.number, text)
+        if any(is_text):
+            self._read(tokens, is_text)
+        yield from self._draw({i: self.boi_ids.index(t) for i, t in enumerate(tokens) if t in self.boi_ids})
+        ended = [row for row, token in zip(self.live, tokens, strict=True) if token == self.tokenizer.eos]
+        for row in ended:
+            yield from self._flush(row)
+            yield RowDone(row.number, "eos")
+        self._keep([index for index, row in enumerate(self.live) if row not in ended])
+
+    def _choose(self) -> list[int]:
+        """The next token of each live row."""
+        logits, tokenizer = self.logits.to(torch.float32, copy=True), self.tokenizer
+        logits[:, tokenizer.eoi] = -torch.inf
+        logits[:, tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # rows of a padded vocabulary
+        lengths = self.cache.lengths.tolist()
+        banned: list[tuple[int, int]] = []
+        groups: dict[SamplingConfig, list[int]] = {}
+        for index, row in enumerate(self.live):
+            groups.setdefault(row.request.sampling, []).append(index)
+            size = row.request.size
+            if size is not None:  # a boi of any size counts as one of the requested size
+                logits[index, self.boi_ids[size]] = logits[index, self.boi_ids].amax()
+            has_room = row.images_left > 0 and self.limit - lengths[index] >= self.image_positions
+            allowed = range(len(self.boi_ids)) if size is None else (size,)
+            banned += [
+                (index, token)
+                for other, token in enumerate(self.boi_ids)
+                if not has_room or other not in allowed
+            ]
+            if row.request.begin == "text" and not row.output:
+                banned.append((index, tokenizer.eos))
+        if banned:
+            logits[tuple(zip(*banned, strict=True))] = -torch.inf
+        tokens = [0] * len(self.live)
+        for sampling, group in groups.items():
+            rows, own = [self.live[index] for index in group], logits[group]
+            seen = None
+            if sampling.repetition_penalty != 1:
+                seen = torch.zeros_like(own, dtype=torch.bool)
+                for index, row in enumerate(rows):
+                    seen[index, [token for text in row.texts for token in text.data]] = True
+            uniform = [row.uniform.random() for row in rows]
+            chosen = choose_tokens(process_logits(own, sampling, seen), sampling.temperature, uniform)
+            for index, token in zip(group, chosen.tolist(), strict=True):
+                tokens[index] = token
+        return tokens
+
+    def _draw(self, sizes: dict[int, int]) -> Iterator[Event]:
+        """Append boi, an image and eoi to some live rows; sizes: the index of its size, by index."""
+
+        def key(index: int) -> Any:
+            sampling = self.live[index].request.sampling
+            return sizes[index], repr(sampling.model_dump(exclude=TEXT_KEYS))
+
+        for (size, _), group in groupby(sorted(sizes, key=key), key):
+            yield from self._draw_together(sorted(group), size)
+
+    def _draw_together(self, indices: list[int], size: int) -> Iterator[Event]:
+        """Images of one size and one sampling, in one batch."""
+        rows = [self.live[index] for index in indices]
+        for row in rows:
+            yield from self._flush(row)
+        chosen = [index in indices for index in range(len(self.live))]
+        self._read([self.boi_ids[size]] * len(self.live), chosen)
+        index = torch.tensor(indices, device=self.device)
+        cache, sampling = self.cache.select(index), rows[0].request.sampling
+        shape = (self.config.latent_channels, *self.config.latent_sizes[size])
+        noise = torch.stack(
+            [torch.randn(shape, generator=r.generator, device=r.generator.device).cpu() for r in rows]
+        ).to(self.device)
+        guides = self._guides(cache, rows, size)
+        generators = [row.generator for row in rows]
+        latents = noise
+        for state in self.decoder.denoise(cache, guides, noise, sampling, generators):
+            yield ImageStep(tuple(row.number for row in rows), state)
+            latents = state.latents
+            if all(row.is_cancelled for row in rows):
+                return
+            if self.preview_every and state.step % self.preview_every == 0 and state.step < state.num_steps:
+                for row, image in zip(rows, self.codec.decode_images(state.clean()), strict=True):
+                    yield ImagePreview(row.number, image, state.step, state.num_steps)
         self.cache.assign(index, cache)
-        self._append(rows, [self.tokenizer.eoi] * len(rows))
-        for row, image in zip(rows, self.codec.decode_images(latents), strict=True):
-            self.outputs[row].append(image)
-            self.images_left[row] -= 1
+        self._read([self.tokenizer.eoi] * len(self.live), chosen)
+        for row, image, own in zip(rows, self.codec.decode_images(latents), latents, strict=True):
+            row.add_image(image, own.cpu().numpy(), size)
+            yield ImageDone(row.number, image)
 
-    def _append(self, rows: list[int], tokens: list[int]) -> None:
-        """Append one token to each of some rows, and update their logits."""
-        index = torch.tensor(rows, device=self.device)
-        all_rows = len(rows) == len(self.outputs)
-        cache = self.cache if all_rows else self.cache.select(index)
-        self.logits[index] = self.decoder.read_tokens(cache, torch.tensor(tokens, device=self.device))
-        if not all_rows:
-            self.cache.assign(index, cache)
+    def _guides(self, cache: KVCache, rows: list[Row], size: int) -> list[Guide]:
+        """What images of these rows are guided away from, each up to its boi.
 
-    def _document(self, prompt: Sequence[Part]) -> FlatDocument:
-        """A prompt as a flat document, its images without noise."""
-        segments = []
-        for part in prompt:
+        One scale: a document without anything but the negative prompt. Two scales: the row without its texts
+        (but the negative prompt), then the row without its images.
+        """
+        sampling = rows[0].request.sampling
+        text_scale, image_scale = sampling.guidance_scale, sampling.image_guidance_scale
+        guides = []
+        if text_scale != 1:
+            negative = [text_segments(r.request.sampling.negative_prompt, self.tokenizer) for r in rows]
+            kept = [[] if image_scale is None else row.images for row in rows]
+            without_text = [a + b for a, b in zip(kept, negative, strict=True)]
+            guides.append(Guide(self._context(cache, rows, without_text, size), text_scale))
+        if image_scale is not None and image_scale != 1:
+            without_images = [row.texts for row in rows]
+            guides.append(Guide(self._context(cache, rows, without_images, size), image_scale))
+        return guides
+
+    def _context(self, cache: KVCache, rows: list[Row], contexts: list[list[Segment]], size: int) -> KVCache:
+        """A cache of other documents of some rows, up to a boi; cache: of the rows themselves."""
+        boi = torch.tensor([self.boi_ids[size]], device=self.device)
+        every = torch.arange(len(rows), device=self.device)
+        if not any(contexts):  # the same for all: computed once
+            made = self.decoder.new_cache(1, self.cache.capacity)
+            for token in (torch.full_like(boi, self.tokenizer.bos), boi):
+                self.decoder.read_tokens(made, token)
+            return made.select(every * 0)
+        documents = [flatten(segments, self.tokenizer, self.config.patches) for segments in contexts]
+        lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
+        if all(row.begins_with(context) for row, context in zip(rows, contexts, strict=True)):
+            made = cache.select(every)  # an image before its instruction: the row's own beginning
+            made.lengths = lengths
+        else:
+            made = self.decoder.new_cache(len(rows), self.cache.capacity)
+            self._prefill(made, documents, lengths)
+        self.decoder.read_tokens(made, boi.expand(len(rows)))
+        return made
+
+    def _prefill(self, cache: KVCache, documents: list[FlatDocument], lengths: Tensor) -> Tensor:
+        batch = collate([pack_row([document], self._shape(documents)) for document in documents])
+        return self.decoder.read_prompts(cache, batch.to(self.device), lengths)
+
+    def _read(self, tokens: list[int], is_read: list[bool]) -> None:
+        """Append a token to some live rows, and update their logits."""
+        mask = torch.tensor(is_read, device=self.device)
+        logits = self.decoder.read_tokens(self.cache, torch.tensor(tokens, device=self.device), mask)
+        self.logits = torch.where(mask[:, None], logits, self.logits)
+
+    def _flush(self, row: Row) -> Iterator[Event]:
+        """The text that a row's stream has held back, at the end of a run of tokens."""
+        if text := row.text.flush():
+            yield TextDelta(row.number, text)
+        if not row.text.is_stopped:
+            row.text = TextStream(self.tokenizer, row.request.sampling.stop)
+
+    def _row(self, number: int, request: Request) -> Row:
+        segments: list[Segment] = []
+        for part in request.prompt:
             if isinstance(part, str):
-                ids = self.tokenizer.encode(clean_text(part))
-                segments.append(Segment("tokens", np.array(ids, np.int64)))
+                segments += text_segments(part, self.tokenizer)
             else:
-                image, sizes = convert_to_rgb(part), self.config.image_sizes
-                size = nearest_size(image.height, image.width, sizes)
-                latents = self.codec.encode_images([image], sizes[size])[0].cpu().numpy()
-                segments.append(ImageSegment(size=size, latents=latents, noise=np.zeros_like(latents)))
-        return flatten(segments, self.tokenizer, self.config.patches)
+                segments.append(read_image(part, self.codec, self.config.image_sizes))
+        return Row.of(number, request, segments, self.tokenizer)
 
-    def _check_length(self, number: int, length: int) -> None:
-        """length: of the prompt's document, which ends in eos."""
-        drawn = self.image_positions if self.begin == "image" else 0
+    def _shape(self, documents: Sequence[FlatDocument]) -> SequenceShape:
+        return SequenceShape(
+            length=max(map(len, documents)),
+            num_images=max(1, *(len(document.images) for document in documents)),
+            patches=self.config.patches,
+            latent_channels=self.config.latent_channels,
+            sizes=self.config.latent_sizes,
+        )
+
+    def _check_length(self, row: Row, name: str, length: int) -> None:
+        """length: of a document, which ends in eos."""
+        drawn = self.image_positions if row.request.begin == "image" else 0
         if length + drawn > self.limit + 1:
             beside = f" and {drawn} of the image to draw" if drawn else ""
             raise UserError(
-                f"prompt {number} takes {length} positions{beside}, but the model was trained on sequences "
-                f"of {self.limit + 1}; shorten it"
+                f"{name} takes {length} positions{beside}, but the model was trained on sequences of "
+                f"{self.limit + 1}; shorten it"
             )
-
-    def _to_parts(self, output: list[Part | int]) -> list[Part]:
-        """Decode each run of token ids to one text."""
-        parts: list[Part] = []
-        for is_token, run in groupby(output, lambda part: isinstance(part, int)):
-            found: list[Any] = list(run)
-            parts += [self.tokenizer.decode(found)] if is_token else found
-        return parts

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import check_components
+from megafusion.generate.folder import check_components
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import Size

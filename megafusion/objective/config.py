@@ -1,11 +1,15 @@
 """The noise process, the weights of the losses, and how images are sampled. Imports no torch."""
 
-from typing import ClassVar, Literal
+import difflib
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from megafusion.config import Config
+from megafusion.objective import ddpm, flow
 from megafusion.objective.noise_process import DDPMConfig, NoiseProcessConfig
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ObjectiveConfig(Config):
@@ -20,19 +24,67 @@ class ObjectiveConfig(Config):
 
 
 class SamplingConfig(Config):
-    """Sampler of images; text is decoded greedily."""
+    """How images and text are sampled."""
 
     renamed_keys: ClassVar[dict[str, str]] = {
         "guidance": "guidance_scale",
         "num_steps": "num_inference_steps",
     }
 
-    sampler: Literal["ddim", "dpm++", "euler", "heun"] | None = None
-    """For the ddpm process: ddim (arXiv 2010.02502, the default) or dpm++, second-order DPM-Solver++ (arXiv
-    2211.01095). For the flow process: euler (the default) or heun, which calls the model twice a step."""
+    sampler: str | None = None
+    """Sampler of images: a diffusers scheduler by its class's name (EulerDiscrete, UniPCMultistep, ...; all
+    are in docs/python-api.md), or ddim (arXiv 2010.02502, the default of kind ddpm), dpm++ (second-order
+    DPM-Solver++, arXiv 2211.01095), euler (the default of kind flow) or heun (of kind flow)."""
     num_inference_steps: int = Field(250, gt=0, le=1_000_000)
-    """Denoising steps; dpm++, euler and heun need about a tenth of ddim's."""
-    guidance_scale: float = Field(3.0, ge=0)
+    """Denoising steps; solvers of higher order need about a tenth of ddim's."""
+    guidance_scale: float = Field(3.0, ge=0, le=1000)
     """Classifier-free guidance (arXiv 2207.12598); 1 turns it off."""
+    image_guidance_scale: float | None = Field(None, ge=0, le=1000)
+    """Guidance on the images before an image, for edits; guidance_scale is then on the texts alone, as
+    BAGEL's two scales (arXiv 2505.14683). By default guidance_scale is on both."""
+    guidance_interval: tuple[Fraction, Fraction] = Field((0.0, 1.0), strict=False)
+    """First and last t (0 is data, 1 is noise) with guidance (arXiv 2404.07724)."""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """How far guidance keeps the deviation of the conditional prediction (arXiv 2305.08891)."""
+    negative_prompt: str = ""
+    """Text that guidance leads away from, in place of no text."""
     max_new_tokens: int = Field(128, ge=0, le=1_000_000)
     """Maximum text tokens in an answer."""
+    temperature: float = Field(0.0, ge=0, le=100)
+    """Divides the logits of text tokens; 0 is greedy decoding, else at least 0.01."""
+    top_k: int = Field(0, ge=0)
+    """Sample from the k most probable tokens; 0 for all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most probable tokens whose probabilities add up to p (arXiv 1904.09751)."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Sample from tokens at least p times as probable as the most probable (arXiv 2407.01082)."""
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    """Divides positive logits of tokens of the prompt and the answer so far, and multiplies negative ones
+    (arXiv 1909.05858)."""
+    stop: tuple[str, ...] = Field((), strict=False)
+    """Texts that end an answer, which does not include them."""
+
+    @field_validator("sampler")
+    @classmethod
+    def _named(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        known = [*ddpm.SAMPLERS, *flow.SAMPLERS]
+        short = name.removesuffix("Scheduler")
+        if short not in known:
+            by_lower = {each.lower(): each for each in known}
+            near = difflib.get_close_matches(short.lower(), by_lower, 1, 0.5)
+            hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
+            raise ValueError(f"{name} is unknown; {hint}The samplers are {', '.join(dict.fromkeys(known))}")
+        return short
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SamplingConfig":
+        first, last = self.guidance_interval
+        if first > last:
+            raise ValueError(f"guidance_interval {first} to {last}: the first must not exceed the last")
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or from 0.01 to 100")
+        if not all(self.stop):
+            raise ValueError("stop has an empty text, which would end every answer; leave it out")
+        return self

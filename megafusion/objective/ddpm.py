@@ -5,6 +5,7 @@ Imports neither torch nor diffusers: configurations, and processes that only sam
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,6 +13,13 @@ from pydantic import Field, model_validator
 
 from megafusion.config import Config
 from megafusion.errors import UserError
+from megafusion.objective.sampler import (
+    Sampler,
+    SamplerOptions,
+    end_at_data,
+    make_scheduler,
+    unsupported_sampler,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +28,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megafusion.objective.config import SamplingConfig
-    from megafusion.objective.sampler import Sampler
+
+SAMPLERS: dict[str, SamplerOptions] = {
+    # DDIM is DPM-Solver++ of order 1 (arXiv 2211.01095), so one scheduler runs both.
+    "ddim": {"scheduler": "DPMSolverMultistep", "solver_order": 1},
+    "dpm++": {"scheduler": "DPMSolverMultistep"},
+    "euler": {"scheduler": "EulerDiscrete"},
+    "DDIM": {"scheduler": "DPMSolverMultistep", "solver_order": 1},
+    "DDPM": {"scheduler": "DDPM", "clip_sample": False},
+    "DEISMultistep": {"scheduler": "DEISMultistep"},
+    "DPMSolverMultistep": {"scheduler": "DPMSolverMultistep"},
+    "EulerAncestralDiscrete": {"scheduler": "EulerAncestralDiscrete", "float64_sigmas": True},
+    "EulerDiscrete": {"scheduler": "EulerDiscrete"},
+    "LMSDiscrete": {"scheduler": "LMSDiscrete"},
+    "UniPCMultistep": {"scheduler": "UniPCMultistep"},
+}
+"""By the names of `sampling.sampler`: diffusers' schedulers that sample this process, better with every step
+more. Left out: those for other models (LCM and TCD for distilled ones, EDM), and those that the cosine
+schedule's first step, from a noise of 20,000 times the signal, leads astray at usual numbers of steps (Heun,
+PNDM, KDPM2Ancestral, SASolver) or that an even number of steps suits less (DPMSolverSinglestep, KDPM2)."""
 
 
 class DDPMConfig(Config):
@@ -85,36 +111,50 @@ class DDPM:
         """The indices t T, int64: exact, because float32 keeps each index / T apart from the next."""
         return (t * self.config.num_train_timesteps).round().long()
 
-    def sampler(self, sampling: SamplingConfig) -> Sampler:
-        """DDIM is DPM-Solver++ of order 1 (arXiv 2211.01095), so one scheduler runs both.
+    def clean(self, prediction: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that a prediction at noised latents [..., C, H, W] and times [...] means."""
+        signal, sigma = self._at(t.to(noised.device))
+        if self.config.prediction_type == "epsilon":
+            return (noised - sigma * prediction) / signal
+        return signal * noised - sigma * prediction
 
-        Its steps end where the next begins. DDIMScheduler's do so only for counts that divide T; and for some
-        counts diffusers' own spacing has a timestep too many, -1.
+    def sampler(self, sampling: SamplingConfig) -> Sampler:
+        """A scheduler over a process of n timesteps: those of training from T - 1 on, T / n apart.
+
+        That is trailing spacing (arXiv 2305.08891). Given n timesteps of n, every scheduler ends each step
+        where the next begins, and the last at data; given n of T, diffusers' own spacings do not for counts
+        that do not divide T, or sample a timestep -1.
         """
-        from diffusers import DPMSolverMultistepScheduler
+        import torch
 
         if reason := self.unsupported_reason(sampling):
             raise UserError(reason)
-        sampler = DPMSolverMultistepScheduler.from_config(
-            scheduler(self.config).config,
-            solver_order=2 if sampling.sampler == "dpm++" else 1,
-            final_sigmas_type="zero",
-        )
         steps, num_train = sampling.num_inference_steps, self.config.num_train_timesteps
-        # Trailing spacing (arXiv 2305.08891): from T - 1, T / n apart.
-        sampler.set_timesteps(timesteps=[round(num_train * (steps - i) / steps) - 1 for i in range(steps)])
-        return sampler
+        levels = [round(num_train * (i + 1) / steps) - 1 for i in range(steps)]
+        alphas = scheduler(self.config).alphas_cumprod
+        options = SAMPLERS[sampling.sampler or "ddim"]
+        made = make_scheduler(
+            options,
+            num_train_timesteps=steps,
+            prediction_type=self.config.prediction_type,
+            timestep_spacing="trailing",
+        )
+        made.alphas_cumprod = alphas[levels]
+        if "timesteps" in inspect.signature(made.set_timesteps).parameters:
+            made.set_timesteps(timesteps=list(range(steps))[::-1])
+        else:
+            made.set_timesteps(steps)
+        end_at_data(made)
+        if options.get("float64_sigmas"):  # differences of squares of unlike size
+            made.sigmas = made.sigmas.double()
+        timesteps = torch.tensor(levels)[made.timesteps.long()]
+        return Sampler(made, timesteps, timesteps / num_train)
 
     def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
         """Samplers of a flow are unsupported; nor can one take more steps than there are timesteps."""
-        if sampling.sampler not in (None, "ddim", "dpm++"):
-            return (
-                f"sampling.sampler {sampling.sampler} does not sample objective.noise_process.kind ddpm; use "
-                "ddim or dpm++"
-            )
         steps, num_train = sampling.num_inference_steps, self.config.num_train_timesteps
-        if steps <= num_train:
-            return None
+        if (reason := unsupported_sampler(sampling.sampler, SAMPLERS, "ddpm")) or steps <= num_train:
+            return reason
         return (
             f"sampling.num_inference_steps {steps} exceeds the {num_train} timesteps of training "
             "(objective.noise_process.num_train_timesteps); lower it"

@@ -7,24 +7,40 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from megafusion.config import Config
 from megafusion.errors import UserError
+from megafusion.objective.sampler import (
+    Sampler,
+    SamplerOptions,
+    end_at_data,
+    make_scheduler,
+    unsupported_sampler,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from megafusion.objective.config import SamplingConfig
-    from megafusion.objective.sampler import Sampler
 
+SAMPLERS: dict[str, SamplerOptions] = {
+    "euler": {"scheduler": "FlowMatchEulerDiscrete"},
+    "heun": {"scheduler": "FlowMatchHeunDiscrete"},
+    "dpm++": {"scheduler": "DPMSolverMultistep"},
+    "DPMSolverMultistep": {"scheduler": "DPMSolverMultistep"},
+    "FlowMatchEulerDiscrete": {"scheduler": "FlowMatchEulerDiscrete"},
+    "FlowMatchHeunDiscrete": {"scheduler": "FlowMatchHeunDiscrete"},
+    "UniPCMultistep": {"scheduler": "UniPCMultistep"},
+}
+"""By the names of `sampling.sampler`: diffusers' schedulers of this process."""
 NUM_TIMESTEPS = 1000
 """Unit of the timestep embedding's input: t = 1 is 1000, as in diffusers' flow-matching schedulers."""
 MIN_DIVISOR = 0.05
-"""Minimum t or 1 - t in the weight of the loss (JiT, arXiv 2511.13720)."""
+"""Least t or 1 - t in the weight of the loss (JiT, arXiv 2511.13720)."""
 MAX_T = 1 - 2**-24
 """The largest float32 below 1."""
 
@@ -91,49 +107,52 @@ class Flow:
         """1000 t, float32."""
         return t * NUM_TIMESTEPS
 
+    def clean(self, prediction: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that a prediction at noised latents [..., C, H, W] and times [...] means."""
+        return noised - t.to(noised.device)[..., None, None, None] * self.velocity(prediction, noised, t)
+
     def sampler(self, sampling: SamplingConfig) -> Sampler:
-        """diffusers' Euler or Heun steps over n equal steps from t = 1 to 0, before the shift."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+        """A scheduler over n equal steps from t = 1 to 0, before the shift."""
+        import torch
 
         if reason := self.unsupported_reason(sampling):
             raise UserError(reason)
-        kinds = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler}
-        kind = kinds[sampling.sampler or "euler"]
-        scheduler = kind(num_train_timesteps=NUM_TIMESTEPS, shift=self.config.shift)
+        steps, shift = sampling.num_inference_steps, self.config.shift
+        made = make_scheduler(
+            SAMPLERS[sampling.sampler or "euler"],
+            num_train_timesteps=NUM_TIMESTEPS,
+            shift=shift,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+        )
         # diffusers' last step is from 1 / 1000, for any n: one step in n does nothing.
-        scheduler.sigma_min = 1 / sampling.num_inference_steps
-        scheduler.set_timesteps(sampling.num_inference_steps)
-        scheduler.set_begin_index(0)
-        return VelocitySampler(self, scheduler)
+        made.sigma_min = 1 / steps
+        made.set_timesteps(steps)
+        timesteps = made.timesteps
+        if "use_flow_sigmas" in made.config:  # its own grid is another, and its timesteps are rounded
+            u = torch.arange(steps, 0, -1) / steps
+            # Not 1, whose logarithm of signal to noise is not finite.
+            t = (shift * u / (1 + (shift - 1) * u)).clamp(max=1 - 1e-6)
+            made.sigmas, timesteps = torch.cat([t, torch.zeros(1)]), t * NUM_TIMESTEPS
+        end_at_data(made)
+        return Sampler(
+            made,
+            timesteps,
+            timesteps / NUM_TIMESTEPS,
+            lambda prediction, latents, timestep: self.velocity(
+                prediction, latents, timestep / NUM_TIMESTEPS
+            ),
+        )
 
     def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
         """The samplers of denoising diffusion do not follow a flow."""
-        if sampling.sampler in (None, "euler", "heun"):
-            return None
-        return (
-            f"sampling.sampler {sampling.sampler} does not sample objective.noise_process.kind flow; use "
-            "euler or heun"
-        )
+        return unsupported_sampler(sampling.sampler, SAMPLERS, "flow")
 
     def velocity(self, prediction: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """The velocity at noised latents [..., C, H, W] and times [...] above 0 that a prediction means."""
-        t = t[..., None, None, None]
+        t = t.to(noised.device)[..., None, None, None]  # diffusers' timesteps are on the CPU
         if self.config.prediction_type == "sample":
             return (noised - prediction) / t
         if self.config.prediction_type == "epsilon":  # says nothing of the velocity at t = 1
             return (prediction - noised) / (1 - t).clamp(min=MIN_DIVISOR)
         return prediction
-
-
-class VelocitySampler:
-    """A flow-matching scheduler, which takes velocities, for a model that may predict something else."""
-
-    def __init__(self, flow: Flow, scheduler: Any):
-        self._flow, self._scheduler = flow, scheduler
-        self.timesteps: Tensor = scheduler.timesteps
-
-    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Any:
-        """An object whose `prev_sample` is the latents after a step."""
-        t = (timestep / NUM_TIMESTEPS).to(latents.device)  # diffusers' timesteps are on the CPU
-        velocity = self._flow.velocity(prediction, latents, t)
-        return self._scheduler.step(velocity, timestep, latents)

@@ -52,6 +52,9 @@ class NoiseProcess(Protocol):
     def timesteps(self, t: Tensor) -> Tensor:
         """The timestep embedding's input at times [...], in the unit of `Sampler.timesteps`."""
 
+    def clean(self, prediction: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that a prediction at noised latents [..., C, H, W] and times [...] means."""
+
     def sampler(self, sampling: SamplingConfig) -> Sampler:
         """A sampler with its timesteps set. Raises UserError where `unsupported_reason` gives a reason."""
 

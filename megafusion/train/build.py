@@ -17,12 +17,8 @@ from megafusion.data.remote import is_remote
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import (
-    PipelineConfig,
-    TransfusionPipeline,
-    build_model,
-    check_components,
-)
+from megafusion.generate.folder import PipelineConfig, build_model, check_components
+from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import format_sizes
 from megafusion.model.attention import check_backend

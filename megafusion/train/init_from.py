@@ -14,7 +14,7 @@ from megafusion.checkpoint.reader import TensorSource, describe_misfit
 from megafusion.checkpoint.safetensors_reader import SafetensorsWeights, open_safetensors
 from megafusion.config import parse_config
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import read_pipeline_config
+from megafusion.generate.folder import read_pipeline_config
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
 from megafusion.hub.folder import tokenizer_files
 from megafusion.hub.weights import open_hub_weights

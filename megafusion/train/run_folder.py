@@ -230,7 +230,8 @@ def latest_config(folder: Path) -> RunConfig:
     """The frozen configuration, with the recipe keys that the latest attempt to make a step had changed."""
     values = load_run_config(folder).model_dump(mode="json")
     trained = (each for each in reversed(read_attempts(folder)) if each["step"] > each["resumed_at"])
-    for key, (_, value) in next(trained, {}).get("changed", {}).items():
+    latest: dict = next(trained, {})
+    for key, (_, value) in latest.get("changed", {}).items():
         if key in RECIPE_KEYS:
             section, name = key.split(".")
             values[section][name] = value

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -85,7 +86,7 @@ def test_a_text_of_an_interleaved_prompt_may_begin_with_an_at_sign(folder, tmp_p
         asked.extend(prompts)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr(TransfusionPipeline, "__call__", call)
+    monkeypatch.setattr(TransfusionPipeline, "generate", call)
     Image.new("RGB", (4, 4)).save(tmp_path / "@a.png")
     parts = ["@@home", "@@@b", f"@{tmp_path}/@a.png", "a@b"]
     generate(folder, *(each for part in parts for each in ("--interleave", part)), "--out", tmp_path / "out")
@@ -101,3 +102,46 @@ def test_a_seed_out_of_range_is_refused_with_the_range(folder, tmp_path, seed):
         generate(folder, *arguments, "--seed", seed)
     assert not (tmp_path / "out").exists()
     generate(folder, *arguments, "--seed", 2**63 - 1)
+
+
+def test_prompts_of_a_file_are_drawn_as_if_given_one_by_one(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("megafusion.commands.generate.BATCH_SIZE", 2)
+    path = tmp_path / "prompts.txt"
+    path.write_text("red apple\n\npizza, 3d style\r\n  \ncat\n")
+    given = ("--prompt", "red apple", "--prompt", "pizza, 3d style", "--prompt", "cat", "--seed", 3)
+    generate(folder, *given, "--out", tmp_path / "given")
+    generate(folder, "--prompts", path, "--seed", 3, "--out", tmp_path / "read")
+    found, expected = contents(tmp_path / "read"), contents(tmp_path / "given")
+    assert found.keys() == expected.keys()
+    assert len(found) == 4
+    for name in found.keys() - {"captions.txt"}:
+        a, b = (np.asarray(Image.open(tmp_path / place / name), int) for place in ("read", "given"))
+        assert np.abs(a - b).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n \n", r"has no prompts; write one a line"), (b"\xff\xfe\x00", r"not a readable text file")],
+)
+def test_a_file_without_prompts_is_refused(folder, tmp_path, content, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"--prompts .*p\.txt: {message}"):
+        generate(folder, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"--prompts .*none\.txt: not a readable text file"):
+        generate(folder, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_key_of_sampling_is_an_option(folder, tmp_path):
+    outs = [tmp_path / name for name in "abc"]
+    options = ["--option", "negative_prompt=grey", "--option", "guidance_scale=5"]
+    generate(folder, "--prompt", "x", "--out", outs[0])
+    generate(folder, "--prompt", "x", *options, "--out", outs[1])
+    assert contents(outs[0])["0-x.png"] != contents(outs[1])["0-x.png"]
+    for option, message in (
+        ("temprature=1", r"unknown key 'temprature'; did you mean 'temperature'"),
+        ("top_p=2", r"'top_p': .*less than or equal to 1"),
+        ("top_p", r"not of the form key.path=value"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(folder, "--prompt", "x", "--option", option, "--out", outs[2])

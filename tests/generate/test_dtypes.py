@@ -44,7 +44,7 @@ def test_a_moved_pipeline_generates(run_config, tokenizer, vae_folder, move, ada
     error = np.abs(np.asarray(drawn, float) - np.asarray(expected, float)).mean()
     assert error <= (0.5 if move in ("device", "float64", "there and back") else 20), error
     assert len(pipeline.describe([drawn, Image.fromarray(noise)])) == 2
-    assert len(pipeline([["x", drawn, "and"]], begin="image")[0]) >= 1
+    assert len(pipeline.generate([["x", drawn, "and"]], begin="image")[0]) >= 1
     assert not caplog.records
 
 

@@ -15,6 +15,7 @@ from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from tests.support.generation import (
     CAPTIONS,
     assert_batch_invariant,
+    draw_latents,
     full_hidden,
     make_pipeline,
     prompt_batch,
@@ -86,7 +87,7 @@ def test_tokens_after_a_drawn_image_attend_to_the_clean_image(pipeline):
     empty = decoder.new_cache(1, 40)
     for token in (tokenizer.bos, tokenizer.boi):
         decoder.read_tokens(empty, torch.tensor([token]))
-    latents = decoder.draw(cache, empty, torch.randn(1, 4, 8, 8), pipeline.config.sampling)
+    latents = draw_latents(decoder, cache, empty, torch.randn(1, 4, 8, 8), pipeline.config.sampling)
     logits = decoder.read_tokens(cache, torch.tensor([tokenizer.eoi]))
     clean = image_of(latents[0].numpy())
     batch, lengths = prompt_batch(pipeline, [[text, clean]])
@@ -190,9 +191,15 @@ def test_images_are_normalised_when_encoded_and_denormalised_when_decoded(pipeli
     monkeypatch.setattr(Decoder, "read_prompts", lambda *a: read.append(a[2].latents) or read_prompts(*a))
     monkeypatch.setattr(codec, "decode", lambda raw: decoded.append(raw) or decode(raw))
     drawn = []
-    draw = Decoder.draw
-    monkeypatch.setattr(Decoder, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1])
-    pipeline([[shown, "apple"]], begin="image")
+    denoise = Decoder.denoise
+
+    def note(*arguments):
+        for state in denoise(*arguments):
+            drawn[:] = [state.latents]
+            yield state
+
+    monkeypatch.setattr(Decoder, "denoise", note)
+    pipeline.generate([[shown, "apple"]], begin="image")
     torch.testing.assert_close(read[0][0, 0], (mean[0] - 0.1) * 1.5)
     torch.testing.assert_close(decoded[0], drawn[0] / 1.5 + 0.1)
 
@@ -247,7 +254,7 @@ def test_a_free_prompt_draws_at_boi_up_to_max_images(pipeline):
     """Images of the prompt do not count."""
     always_prefer(pipeline, pipeline.tokenizer.boi)
     for max_images in (0, 1, 2):
-        outputs = pipeline([["apple", pil_image(0), "and"], ["pizza"]], max_images=max_images)
+        outputs = pipeline.generate([["apple", pil_image(0), "and"], ["pizza"]], max_images=max_images)
         for output in outputs:
             assert kinds(output)[:max_images] == ["image"] * max_images
             assert kinds(output)[max_images:] in ([], ["text"])
@@ -271,9 +278,9 @@ def test_rows_of_a_padded_vocabulary_are_never_chosen(run_config, tokenizer, cod
 
 def test_begin_allows_or_defers_eos(pipeline):
     always_prefer(pipeline, pipeline.tokenizer.eos)
-    assert pipeline([["apple"]]) == [[]]
-    assert kinds(pipeline([["apple"]], begin="text")[0]) in ([], ["text"])
-    assert kinds(pipeline([["apple"]], begin="image")[0]) == ["image"]
+    assert pipeline.generate([["apple"]]) == [[]]
+    assert kinds(pipeline.generate([["apple"]], begin="text")[0]) in ([], ["text"])
+    assert kinds(pipeline.generate([["apple"]], begin="image")[0]) == ["image"]
     always_prefer(pipeline, 100)
-    (output,) = pipeline([["apple"]])
+    (output,) = pipeline.generate([["apple"]])
     assert output == [pipeline.tokenizer.decode([100] * 5)]

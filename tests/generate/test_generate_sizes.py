@@ -7,13 +7,14 @@ from PIL import Image
 
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
-from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.generate.row import read_image
 from megafusion.images.sizes import parse_size
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from tests.support.generation import (
     CAPTIONS,
     assert_batch_invariant,
+    draw_latents,
     full_hidden,
     make_pipeline,
     prompt_batch,
@@ -79,7 +80,8 @@ def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(p
     torch.testing.assert_close(found, expected[0, 0, :, :height, :width], rtol=1e-4, atol=1e-4)
     for token in (torch.tensor([pipeline.tokenizer.bos]), begin):
         decoder.read_tokens(empty, token)
-    latents = decoder.draw(cache, empty, torch.randn(1, 4, height, width), pipeline.config.sampling)
+    noise = torch.randn(1, 4, height, width)
+    latents = draw_latents(decoder, cache, empty, noise, pipeline.config.sampling)
     logits = decoder.read_tokens(cache, torch.tensor([pipeline.tokenizer.eoi]))
     clean = image_of(latents[0].numpy(), size=size)
     batch, lengths = prompt_batch(pipeline, [[text, clean]])
@@ -141,10 +143,10 @@ def test_a_size_can_be_requested(pipeline):
     # Also where the model prefers another size, or text first.
     prefer_by_state(pipeline)
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": 12})
-    free = pipeline([[c] for c in CAPTIONS], max_images=2, sampling=sampling)
+    free = pipeline.generate([[c] for c in CAPTIONS], max_images=2, sampling=sampling)
     sizes = {part.size for output in free for part in output if not isinstance(part, str)}
     assert sizes - {(16, 48)}
-    forced = pipeline([[c] for c in CAPTIONS], max_images=2, size=(48, 16), sampling=sampling)
+    forced = pipeline.generate([[c] for c in CAPTIONS], max_images=2, size=(48, 16), sampling=sampling)
     sizes = {part.size for output in forced for part in output if not isinstance(part, str)}
     assert sizes == {(16, 48)}
 
@@ -155,7 +157,7 @@ def test_a_boi_of_another_size_draws_at_the_requested_size(pipeline):
         return logits
 
     pipeline.model.tail.head.register_forward_hook(hook)
-    ((image, *_),) = pipeline([["x"]], max_images=1, size=(48, 16))
+    ((image, *_),) = pipeline.generate([["x"]], max_images=1, size=(48, 16))
     assert image.size == (16, 48)
 
 
@@ -170,7 +172,7 @@ def test_guidance_uses_a_document_without_text_of_the_same_size(pipeline, monkey
         decoder.read_prompts(caches[-1], *prompt_batch(pipeline, [segments]))
         decoder.read_tokens(caches[-1], begin)
     noise = torch.randn(1, 4, *SIZES[size], generator=torch.Generator().manual_seed(4))
-    expected = decoder.draw(*caches, noise, pipeline.config.sampling)[0]
+    expected = draw_latents(decoder, *caches, noise, pipeline.config.sampling)[0]
     torch.testing.assert_close(drawn, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -194,11 +196,8 @@ def test_images_are_read_at_the_nearest_size(pipeline):
     turned.getexif()[0x0112] = 6  # a quarter turn: shown, it is upright
     rubbish = drawing(3, (60, 100))
     rubbish.info["exif"] = b"Exif\0\0rubbish"
-    generation = Generation(
-        pipeline.model, pipeline.tokenizer, pipeline.codec, [["x"]], pipeline.config.sampling, 0, 1
-    )
     shown = [*images, turned, rubbish]
-    sizes = [generation._document([image]).images[0].size for image in shown]
+    sizes = [read_image(image, pipeline.codec, PIXELS).size for image in shown]
     assert sizes == [0, 1, 2, 0, 2, 0]
     assert pipeline.codec.encode_images(images[1:2], PIXELS[1]).shape == (1, 4, 6, 10)
     assert pipeline.describe(images) == [pipeline.describe([image])[0] for image in images]

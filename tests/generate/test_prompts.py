@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
+from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.generate.row import Request
+from megafusion.sequence.document import flatten
 from megafusion.sequence.text import clean_text
 from megafusion.train.build import make_pipeline as make_run_pipeline
 from megafusion.train.config import RunConfig
@@ -27,11 +30,16 @@ def pipeline(shards, vae_folder, tokenizer, codec, tmp_path_factory) -> Transfus
 
 def documents_of(pipeline, monkeypatch, call) -> list[list[int]]:
     """Token ids of the prompts that a call gives to the model."""
-    found, document = [], Generation._document
+    found, read = [], Decoder.read_prompts
+
+    def note(decoder, cache, batch, lengths):
+        found.extend(row[: length + 1].tolist() for row, length in zip(batch.tokens, lengths, strict=True))
+        return read(decoder, cache, batch, lengths)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Generation, "_document", lambda *a: found.append(document(*a)) or found[-1])
+        patch.setattr(Decoder, "read_prompts", note)
         call()
-    return [each.tokens.tolist() for each in found]
+    return found
 
 
 AROUND = st.text(alphabet=" \n\r\t\u00a0\u200b\ufeff\u2028", max_size=4)
@@ -42,7 +50,7 @@ AROUND = st.text(alphabet=" \n\r\t\u00a0\u200b\ufeff\u2028", max_size=4)
 def test_a_prompt_reads_as_the_caption_that_it_is_cleaned_to(pipeline, before, after, text):
     """The tokens are those of the caption in training, whatever is around it."""
     with pytest.MonkeyPatch.context() as patch:
-        found = documents_of(pipeline, patch, lambda: pipeline([[before + text + after]]))
+        found = documents_of(pipeline, patch, lambda: pipeline.generate([[before + text + after]]))
     bos, eos = pipeline.tokenizer.bos, pipeline.tokenizer.eos
     assert found == [[bos, *pipeline.tokenizer.encode(clean_text(text)), eos]]
 
@@ -51,7 +59,7 @@ def test_every_call_cleans_its_prompts(pipeline, monkeypatch):
     clean, image = pipeline.draw(["red apple"])[0], pipeline.draw(["x"])[0]
     assert np.array_equal(np.asarray(pipeline.draw([" \ufeffred apple\n"])[0]), np.asarray(clean))
     mixed = [
-        documents_of(pipeline, monkeypatch, lambda p=p: pipeline([p]))
+        documents_of(pipeline, monkeypatch, lambda p=p: pipeline.generate([p]))
         for p in (["a ", image, "\nb"], ["a", image, "b"])
     ]
     assert mixed[0] == mixed[1]
@@ -66,7 +74,7 @@ def test_a_prompt_longer_than_the_rows_of_training_is_refused_with_the_limit(pip
     words = "apple " * 30
     positions = len(pipeline.tokenizer.encode(words.strip())) + 2
     for call, needed in (
-        (lambda p: p([["x"], [words]]), positions),
+        (lambda p: p.generate([["x"], [words]]), positions),
         (lambda p: p.draw(["x", words]), positions + POSITIONS),
     ):
         call(limited(pipeline, needed))
@@ -90,15 +98,17 @@ def test_a_row_ends_where_the_rows_of_training_end(pipeline, begin, preferred):
     length = 60
     try:
         parts = pipeline.model, pipeline.tokenizer, pipeline.codec
-        generation = Generation(*parts, prompts, sampling, 0, 10**6, begin, None, length)
+        requests = [Request(prompt, sampling, row, begin, 10**6) for row, prompt in enumerate(prompts)]
+        generation = Generation(*parts, requests, length)
         assert generation.cache.capacity == length
         generation.run()
-        alone = Generation(*parts, prompts[:1], sampling, 0, 10**6, begin, None, length)
+        alone = Generation(*parts, requests[:1], length)
         alone.run()
     finally:
         hook.remove()
-    lengths = generation.cache.lengths.tolist()
-    assert all(length - 1 == found for found in lengths), lengths  # and eos
+    for row in generation.rows:
+        document = flatten(row.segments, pipeline.tokenizer, pipeline.config.model.patches)
+        assert len(document) == length  # with eos
     kinds = [
         [isinstance(part, int) for part in output] for output in (generation.outputs[0], alone.outputs[0])
     ]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -16,15 +17,37 @@ from tests.support.generation import make_pipeline
     [
         (lambda p: p.draw("red apple"), r"list of str, got 'red apple'; call it as draw"),
         (lambda p: p.draw([1]), r"list of str, got \[1\]"),
-        (lambda p: p.describe(["image.png"]), r"list of Image, got \['image.png'\]"),
-        (lambda p: p.describe("image.png"), r"list of Image"),
-        (lambda p: p(["red apple", "pizza"]), r"list of list or tuple"),
-        (lambda p: p([["red apple", 3]]), r"list of str or Image"),
-        (lambda p: p(5), r"list of list or tuple, got 5"),
+        (lambda p: p.describe(["none.png"]), r"none.png: no such image"),
+        (lambda p: p.describe(["https://x.org/a.png"]), r"addresses are not fetched; give a path"),
+        (lambda p: p.describe([Image.new("RGB", (0, 5))]), r"image of 5 x 0 pixels: give 1 to \d+ pixels"),
+        (lambda p: p.describe("image.png"), r"list of Image or str or Path"),
+        (lambda p: p.generate(["red apple", "pizza"]), r"list of list or tuple"),
+        (lambda p: p.generate([["red apple", 3]]), r"list of str or Path or Image"),
+        (lambda p: p.generate(5), r"list of list or tuple, got 5"),
+        (lambda p: p([["red apple"]]), r"list of str, got \[\['red apple'\]\]; call it as .*generate"),
+        (lambda p: p(5), r"list of str, got 5"),
+        (lambda p: p(""), r"prompt 0 is empty"),
+        (lambda p: p(["x", " "]), r"prompt 1 is empty"),
+        (lambda p: p("x", output_type="jpeg"), r"output_type='jpeg': give one of pil, np, pt, latent"),
+        (lambda p: p("x", height=64), r"height=64 and width=None: give both or neither"),
+        (lambda p: p("x", num_images_per_prompt=0), r"num_images_per_prompt=0: give an integer from 1 to"),
+        (lambda p: p("x", image=3), r"image=3: give a Image or str or Path, or a list of 1"),
+        (lambda p: p("x", image=["a", "b"]), r"image=\['a', 'b'\]: give a Image"),
+        (lambda p: p.edit(Image.new("RGB", (1, 1)), " "), r"instruction=' ': give a text"),
+        (lambda p: p.edit(3, "x"), r"image=3: give a PIL image or the path of one"),
+        (lambda p: p.stream([]), r"prompts is empty"),
+        (lambda p: p.stream([["x"]], preview_every=-1), r"preview_every=-1: give an integer from 0"),
+        (lambda p: p.generate([["x"]], seed=[1, 2]), r"seed has 2 values for 1 prompts"),
         (lambda p: p.draw(None), r"list of str, got None"),
-        (lambda p: p([["x"]], begin="picture"), r"begin='picture': give one of 'free', 'text', 'image'"),
-        (lambda p: p([["x"]], begin=None), r"begin=None"),
-        (lambda p: p([["x"]], begin="image", max_images=0), r"max_images=0: give an integer from 1 to"),
+        (
+            lambda p: p.generate([["x"]], begin="picture"),
+            r"begin='picture': give one of 'free', 'text'",
+        ),
+        (lambda p: p.generate([["x"]], begin=None), r"begin=None"),
+        (
+            lambda p: p.generate([["x"]], begin="image", max_images=0),
+            r"max_images=0: give an integer from 1 to",
+        ),
     ],
 )
 def test_arguments_of_other_types_are_refused_with_the_right_call(call, message):
@@ -39,7 +62,7 @@ def test_arguments_of_other_types_are_refused_with_the_right_call(call, message)
 )
 def test_integers_that_torch_cannot_take_are_refused_with_their_range(name, value):
     with pytest.raises(UserError, match=rf"^{name}=.*: give an integer from 0 to \d+$"):
-        object.__new__(TransfusionPipeline)([["x"]], **{name: value})
+        object.__new__(TransfusionPipeline).generate([["x"]], **{name: value})
 
 
 @pytest.fixture
@@ -63,12 +86,12 @@ def test_a_size_that_the_model_lacks_is_refused_with_its_sizes(pipeline, size):
     [
         ({"sampler": "dpm++"}, "give a SamplingConfig"),
         ("dpm++", "give a SamplingConfig"),
-        (SamplingConfig(sampler="euler"), "sampler euler does not sample"),
+        (SamplingConfig(sampler="heun"), "sampler heun does not sample"),
         (SamplingConfig(num_inference_steps=1001), "exceeds the 1000 timesteps of training"),
     ],
 )
 @pytest.mark.parametrize(
-    "draw", [lambda p, s: p.draw(["x"], sampling=s), lambda p, s: p([["x"]], sampling=s)]
+    "draw", [lambda p, s: p.draw(["x"], sampling=s), lambda p, s: p.generate([["x"]], sampling=s)]
 )
 def test_options_that_cannot_be_used_are_refused_before_anything_is_generated(
     pipeline, draw, sampling, message

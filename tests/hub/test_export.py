@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from megafusion.cli import app
 from megafusion.config import load_config, parse_config
 from megafusion.errors import UserError
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
+from megafusion.generate.folder import PipelineConfig
+from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.hub.config import read_hub_config
 from megafusion.hub.export import export_text_model
 from megafusion.model.config import ModelConfig

@@ -12,7 +12,7 @@ from megafusion.config import parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
-from megafusion.generate.pipeline import PipelineConfig, build_model
+from megafusion.generate.folder import PipelineConfig, build_model
 from megafusion.model.attention import BackendName, attention_backend, auto, check_backend, unsupported_reason
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion

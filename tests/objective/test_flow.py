@@ -119,13 +119,14 @@ def test_latents_may_be_on_another_device_than_timesteps(prediction, sampler):
     flow = FlowConfig(prediction_type=prediction).build()
     run = flow.sampler(SamplingConfig(sampler=sampler, num_inference_steps=3))
     latents = torch.zeros(2, 3, 4, 4, device="meta")
-    for timestep in run.timesteps:
+    for timestep, t in zip(run.timesteps, run.times, strict=True):
+        assert flow.clean(latents, latents, t).is_meta
         latents = run.step(latents, timestep, latents).prev_sample
     assert latents.is_meta
 
 
 def test_samplers_of_the_other_process_are_refused():
-    with pytest.raises(UserError, match=r"sampler ddim does not sample .*kind flow; use euler or heun"):
+    with pytest.raises(UserError, match=r"sampler ddim does not sample .*kind flow; use one of euler, heun"):
         FlowConfig().build().sampler(SamplingConfig(sampler="ddim"))
-    with pytest.raises(UserError, match=r"sampler euler does not sample .*kind ddpm; use ddim or dpm"):
-        ObjectiveConfig().noise_process.build().sampler(SamplingConfig(sampler="euler"))
+    with pytest.raises(UserError, match=r"sampler heun does not sample .*kind ddpm; use one of ddim, dpm"):
+        ObjectiveConfig().noise_process.build().sampler(SamplingConfig(sampler="heun"))

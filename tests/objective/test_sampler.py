@@ -5,11 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megafusion.objective import ddpm, flow
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.flow import FlowConfig
 
 SAMPLERS = ("ddim", "dpm++")
+NAMES = {DDPMConfig: ddpm.SAMPLERS, FlowConfig: flow.SAMPLERS}
+STOCHASTIC = ("DDPM", "EulerAncestralDiscrete")
+DETERMINISTIC = tuple(name for name in ddpm.SAMPLERS if name[0].isupper() and name not in STOCHASTIC)
+"""Not the short names, which are others of these."""
+OTHERS = ("UniPCMultistep", "LMSDiscrete")
+"""The first is worse by 0.0001 where so few timesteps are parted unevenly; the second integrates slowly."""
 SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 
 
@@ -43,7 +50,7 @@ def test_n_steps_for_every_n_of_a_thousand():
         assert_timesteps(timesteps, 1000)
 
 
-@given(counts(1000), st.sampled_from(SAMPLERS), st.sampled_from(SCHEDULES))
+@given(counts(1000), st.sampled_from(list(ddpm.SAMPLERS)), st.sampled_from(SCHEDULES))
 def test_timesteps_are_diffusers_where_those_are_right(numbers, sampler, schedule):
     from diffusers import DDIMScheduler
 
@@ -72,6 +79,55 @@ def test_a_ddim_step_ends_at_the_noise_where_the_next_begins(numbers, schedule):
         found = sampler.step(output, timestep, noised).prev_sample
         expected = image if after is None else process.add_noise(image, noise, after[None] / most)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    counts(40),
+    st.sampled_from([(kind, name) for kind, names in NAMES.items() for name in names]),
+    st.booleans(),
+)
+def test_every_sampler_ends_at_the_image_of_a_model_that_knows_it(numbers, named, is_second):
+    """And deterministic ones keep the noise too: each step ends where the next begins."""
+    (most, steps), (kind, name) = numbers, named
+    if kind is DDPMConfig:
+        prediction = ("epsilon", "v_prediction")[is_second]
+        config = DDPMConfig(num_train_timesteps=most, prediction_type=prediction)
+    else:
+        config = FlowConfig(prediction_type=("velocity", "sample")[is_second])
+    sampler, process = make_sampler(config, name, steps), config.build()
+    image, noise = torch.randn(2, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    latents, generators = noise, [torch.Generator().manual_seed(1)]
+    for step, (timestep, t) in enumerate(zip(sampler.timesteps, sampler.times, strict=True)):
+        zero = process.add_noise(torch.zeros_like(image), torch.ones_like(image), t[None])
+        mean = process.add_noise(image, torch.zeros_like(image), t[None])
+        own_noise = (latents - mean) / zero
+        if name not in STOCHASTIC and step and not (kind is FlowConfig and t > 0.99):
+            torch.testing.assert_close(own_noise, noise, rtol=0, atol=5e-2)
+        output = process.target(image, own_noise, t[None])
+        torch.testing.assert_close(
+            process.clean(output, latents, t[None]), image, rtol=0, atol=0.01 / (1.0001 - float(t))
+        )
+        latents = sampler.step(output, timestep, latents, generators).prev_sample
+    torch.testing.assert_close(latents, image, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_stochastic_samplers_reach_the_deviations_of_the_data(sampler):
+    """The exact prediction for Gaussian data, 2,000 samples of each deviation; within 6 % at all steps."""
+    config = DDPMConfig()
+    alphas, deviation = scheduler(config).alphas_cumprod, DEVIATIONS.view(-1, 1, 1, 1)
+    errors = []
+    for steps in (10, 100, 1000):
+        made = make_sampler(config, sampler, steps)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(DEVIATIONS))]
+        x = torch.randn(len(DEVIATIONS), 1, 40, 50, generator=torch.Generator().manual_seed(99))
+        for timestep in made.timesteps:
+            alpha, sigma = alphas[timestep] ** 0.5, (1 - alphas[timestep]) ** 0.5
+            noise = sigma * x / (alpha**2 * deviation**2 + sigma**2)
+            x = made.step(noise, timestep, x, generators).prev_sample
+        errors.append((x.std((1, 2, 3)) / DEVIATIONS - 1).abs().max().item())
+    assert errors[0] > errors[1] > errors[2], errors
+    assert errors[2] < 0.06, errors
 
 
 def sampling_error(config: DDPMConfig | FlowConfig, sampler: str, steps: int) -> float:
@@ -112,9 +168,13 @@ def assert_no_more_error(config: DDPMConfig | FlowConfig, sampler: str, counts: 
 @pytest.mark.parametrize(
     ("config", "sampler"),
     [
-        (DDPMConfig(num_train_timesteps=48), "ddim"),
-        (DDPMConfig(num_train_timesteps=48), "dpm++"),
-        *((FlowConfig(shift=shift), sampler) for shift in (1.0, 3.0) for sampler in ("euler", "heun")),
+        *((DDPMConfig(num_train_timesteps=48), name) for name in DETERMINISTIC if name not in OTHERS),
+        *(
+            (FlowConfig(shift=shift), name)
+            for shift in (1.0, 3.0)
+            for name in flow.SAMPLERS
+            if name[0].isupper()
+        ),
     ],
 )
 def test_a_step_more_leaves_no_more_error(config, sampler):
@@ -122,8 +182,10 @@ def test_a_step_more_leaves_no_more_error(config, sampler):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 60, 61, 500])
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [(name, n) for name in DETERMINISTIC for n in (1, 25, 60, 61, 500) if name != "LMSDiscrete" or n < 60],
+)
 def test_a_step_more_leaves_no_more_error_of_a_thousand(sampler, schedule, steps):
     assert_no_more_error(DDPMConfig(beta_schedule=schedule), sampler, range(steps, steps + 2))
 

@@ -2,8 +2,11 @@
 
 import torch
 
+from megafusion.generate.decoder import Guide
+from megafusion.generate.folder import PipelineConfig
 from megafusion.generate.generation import Generation
-from megafusion.generate.pipeline import PipelineConfig, TransfusionPipeline
+from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.generate.row import Request
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
@@ -51,10 +54,19 @@ def full_hidden(model, batch):
     return model.tail(x), skips
 
 
+def draw_latents(decoder, cache, unconditional, noise, sampling) -> torch.Tensor:
+    """Latents after the last denoising step, with guidance away from one context."""
+    guides = [Guide(unconditional, sampling.guidance_scale)]
+    *_, last = decoder.denoise(cache, guides, noise, sampling)
+    return last.latents
+
+
 def run_generation(pipeline, captions, sampling, seed: int, max_images: int, begin="free") -> list[list]:
     """Outputs of `Generation` for captions, with token ids that are not decoded to text."""
     parts = pipeline.model, pipeline.tokenizer, pipeline.codec
-    generation = Generation(*parts, [[c] for c in captions], sampling, seed, max_images, begin)
+    generation = Generation(
+        *parts, [Request([c], sampling, seed + row, begin, max_images) for row, c in enumerate(captions)]
+    )
     generation.run()
     return generation.outputs
 

@@ -57,7 +57,8 @@ def sampler_of(run_values, shards, tmp_path, tokenizer, codec):
         run_values["data"] |= {"on_error": on_error, "sources": {"pairs": {"path": str(folder)}}}
         config = parse_config(RunConfig, run_values | {"samples": {"every": 3, "num_pairs": 4}}, "test")
         sources = open_sources(config.data, tokenizer, codec.hash, 0)
-        return SampleSheets(config, Components(tokenizer, codec, sources, None, None), torch.device("cpu"))
+        components = Components(tokenizer, codec, sources, *[None] * 3)
+        return SampleSheets(config, components, torch.device("cpu"))
 
     return make
 
