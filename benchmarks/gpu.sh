@@ -58,6 +58,7 @@ fi
 gpu 60 ceilings "$python" benchmarks/ceilings.py --json "$out/ceilings.json"
 # Under the interpreter they run in CI; Triton 3.6's does not take numpy 2.5.
 gpu 90 "correctness of kernels and backends" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
+  tests/objective/test_flow.py \
   -n 8 -q -p no:cacheprovider
 [[ -n $warm ]] && wait "$warm"
 gpu 70 tiles "$python" benchmarks/tiles.py --json "$out/tiles.json"
