@@ -79,7 +79,8 @@ def model_card(name: str, run: Path | None, license: str | None) -> str:
 
 def _facts(config: RunConfig, run: Path) -> list[str]:
     train, optimizer, length = config.train, config.optimizer, config.data.sequence_length
-    environment = read_json(run / ENVIRONMENT)
+    files = (run / ENVIRONMENT, run / "report.json")
+    environment, report = (read_json(path) if path.is_file() else {} for path in files)
     last = read_metrics(run)[-1] if (run / METRICS).is_file() else {}
     training = {
         "began as": _origin(train.init_from) if train.init_from else "random weights",
@@ -93,8 +94,7 @@ def _facts(config: RunConfig, run: Path) -> list[str]:
         "software": ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items()),
     }
     figures = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
-    report = run / "report.json"
-    figures |= read_json(report) if report.is_file() else {}
+    figures |= report
     sources = {name: _source(source.path, source.weight) for name, source in config.data.sources.items()}
     return ["## Training", _table(training), "## Data", _table(sources), "## Figures", _table(figures)]
 
