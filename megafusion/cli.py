@@ -16,6 +16,7 @@ from megafusion.commands.generate import generate
 from megafusion.commands.import_model import import_model
 from megafusion.commands.keys import keys
 from megafusion.commands.launch import launch
+from megafusion.commands.plan import plan
 from megafusion.commands.status import status
 from megafusion.commands.train import listen_for_signals, train
 from megafusion.errors import UserError, exit_on_user_error
@@ -46,6 +47,7 @@ for command in (
     generate,
     export,
     report,
+    plan,
     launch,
     keys,
 ):

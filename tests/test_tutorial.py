@@ -13,7 +13,7 @@ from megafusion.train.config import RunConfig
 from tests.support.documents import code_blocks, keep_few_shapes, run_line, shell_lines
 from tests.support.small import ROOT
 
-PAGE = ROOT / "docs/tutorial.md"
+PAGE, EDITING = ROOT / "docs/tutorial.md", ROOT / "docs/editing.md"
 
 
 @pytest.fixture
@@ -38,6 +38,33 @@ def test_every_command_runs(folder, capfd):
     report, _, _ = capfd.readouterr().out.rpartition("held-out.png")
     assert json.loads(report[report.rindex('{\n "captions"') :])["captions"] == 3
     assert Path("held-out.png").is_file()
+
+
+@pytest.mark.full
+def test_every_command_of_the_page_about_edits_runs(folder, capfd):
+    """From a quickstart of two steps, with four edits held out."""
+    run_line("megafusion preprocess configs/preprocess/quickstart.yaml")
+    run_line("megafusion train configs/quickstart.yaml")
+    for line in shell_lines(EDITING):
+        run_line(line)
+        held_out = Path("data/edits/raw/held-out.jsonl")
+        held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:4]))
+    (python,) = code_blocks(EDITING, "python")
+    exec(python, {})
+    assert Path("runs/edits/edits.png").is_file()
+    assert '"all": {\n  "edits": 4,' in capfd.readouterr().out
+
+
+def test_edits_that_are_held_out_are_not_trained_on(folder):
+    run_line("python docs/tutorial/edits.py edits")
+    documents, held_out = (
+        [json.loads(line) for line in Path(f"edits/{name}.jsonl").read_text().splitlines()]
+        for name in ("documents", "held-out")
+    )
+    trained = {(images[0], images[2]) for images in (document["images"] for document in documents)}
+    kept = {(f"{edit['source']}.webp", f"{edit['target']}.webp") for edit in held_out}
+    assert (len(trained), len(kept), len(trained & kept)) == (144, 48, 0)
+    assert {source.partition("-")[0] for source, _ in kept} <= {key.partition("-")[0] for key, _ in trained}
 
 
 def test_the_judge_is_right_on_every_image(monkeypatch):

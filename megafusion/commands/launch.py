@@ -12,6 +12,7 @@ from megafusion.config import dump_config
 
 if TYPE_CHECKING:
     from megafusion.data.config import DataConfig
+    from megafusion.train.config import RunConfig
 
 
 def launch(
@@ -26,6 +27,10 @@ def launch(
     ] = None,
     launcher: Annotated[
         str | None, typer.Option(help="Starts the ranks: srun or deepspeed; default: the site's.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPU of a rank, for a plan of the job; default: the site's MEGAFUSION_GPU."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the job script, submit nothing.")
@@ -50,12 +55,29 @@ def launch(
         print(warning, file=sys.stderr)
     for missing in _missing_inputs(values.data, values.train.init_from):
         print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)
+    for line in _planned(values, job.world_size, gpu or job.site.environment.get("MEGAFUSION_GPU")):
+        print(line, file=sys.stderr)
     script = render(job)
     if dry_run:
         typer.echo(script)
     else:
         frozen = dump_config(values.model_copy(update={"out": job.run}))
         typer.echo(submit(job, script, frozen))
+
+
+def _planned(values: "RunConfig", world_size: int, gpu: str | None) -> Iterator[str]:
+    """What the plan says of the job; nothing without the name of a GPU."""
+    if gpu is None:
+        return
+    from megafusion.plan.chip import load_chip
+    from megafusion.plan.fit import does_not_fit
+    from megafusion.plan.report import one_line
+    from megafusion.plan.search import plan_job
+
+    chip, job = load_chip(gpu), values.job(world_size)
+    yield f"plan: {one_line(plan_job(job, chip))}"
+    for sentence in does_not_fit(job, chip.memory_bytes, f"a GPU ({chip.name})"):
+        yield f"warning: {sentence}"
 
 
 def _missing_inputs(data: "DataConfig", init_from: Path | None) -> Iterator[str]:

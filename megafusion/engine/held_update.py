@@ -1,8 +1,10 @@
 """The optimizer step apart from the backward pass, and how an update is skipped."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from math import inf
+from typing import Any
 
 import megafusion.device  # noqa: F401 - before deepspeed
 
@@ -26,6 +28,9 @@ class HeldUpdate:
         self._engine, self._consensus = engine, consensus
         self._take_model_step = engine._take_model_step
         engine._take_model_step = lambda lr_kwargs=None: None
+        if isinstance(optimizer := engine.optimizer, BF16_Optimizer):
+            zero = torch.zeros(1, device=engine.device)
+            optimizer.get_grads_for_norm = partial(_counted, optimizer.get_grads_for_norm, zero)
 
     def make_or_skip(self) -> None:
         """Clip and update, or skip, as the consensus decides. Called by every rank after backward."""
@@ -49,6 +54,15 @@ def _gradients(engine: DeepSpeedEngine) -> list[Tensor]:
         assert isinstance(optimizer, DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3)
         found = [gradient for group in optimizer.averaged_gradients.values() for gradient in group or ()]
     return [gradient for gradient in found if gradient is not None]
+
+
+def _counted(get_grads_for_norm: Callable, zero: Tensor, for_clipping: bool = False) -> Any:
+    """DeepSpeed's answer, with a zero for a rank that counts no gradient: it would stack an empty list.
+
+    So do tensor ranks but the first where all that is trained is replicated, as image adapters are.
+    """
+    found = get_grads_for_norm(for_clipping)
+    return found if for_clipping else (found[0] or [zero], found[1])
 
 
 @contextmanager

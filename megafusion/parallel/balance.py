@@ -1,8 +1,4 @@
-"""Assignment of blocks to pipeline stages so that the slowest stage is as fast as possible."""
-
-from collections.abc import Callable, Sequence
-from itertools import accumulate
-from math import inf
+"""Forward FLOPs of each layer, by which pipeline stages are balanced (partition.py)."""
 
 import torch
 from torch import Tensor
@@ -38,43 +34,6 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
     _, head = _counted(model.tail.head, hidden)
     _, images = _counted(model.tail.images, hidden, timesteps, timesteps, skips, timesteps)
     return [stem, *[block] * config.num_layers, head + images]
-
-
-def stage_blocks(flops: Sequence[int], num_stages: int) -> list[range]:
-    """Indices of each stage's blocks, at least one, from the costs of stem, blocks and tail."""
-    stem, *costs, tail = flops
-    costs[0] += stem
-    costs[-1] += tail
-    return partition(costs, num_stages)
-
-
-def partition(costs: Sequence[int], num_parts: int) -> list[range]:
-    """Consecutive non-empty ranges with the smallest possible largest cost, then the largest smallest cost.
-
-    The linear partition problem, solved exactly by dynamic programming.
-    """
-    slowest = max(sum(costs[i] for i in part) for part in _max_min(costs, num_parts, lambda cost: -cost))
-    return _max_min(costs, num_parts, lambda cost: cost if cost <= slowest else -inf)
-
-
-def _max_min(costs: Sequence[int], num_parts: int, score: Callable[[int], float]) -> list[range]:
-    """Ranges that maximize the lowest score of a range's cost; of ties, the latest cuts."""
-    sums = [0, *accumulate(costs)]
-    best: dict[int, tuple[float, list[range]]] = {0: (inf, [])}
-    # number of items -> lowest score and ranges, with `part` ranges
-    for part in range(1, num_parts + 1):
-        best = {
-            stop: max(
-                (
-                    (min(lowest, score(sums[stop] - sums[start])), [*ranges, range(start, stop)])
-                    for start, (lowest, ranges) in best.items()
-                    if start < stop
-                ),
-                key=lambda candidate: (candidate[0], candidate[1][-1].start),
-            )
-            for stop in range(part, len(costs) + 1)
-        }
-    return best[len(costs)][1]
 
 
 def _counted(function, *arguments) -> tuple[Tensor, int]:

@@ -11,11 +11,12 @@ from megafusion.model.weights import initial_value, named_weights
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective, cross_entropy
 from megafusion.parallel.activation_checkpointing import checkpointed
-from megafusion.parallel.balance import layer_flops, stage_blocks
+from megafusion.parallel.balance import layer_flops
 from megafusion.parallel.config import Recompute
 from megafusion.parallel.fp8 import Fp8Block
 from megafusion.parallel.image_parallel import ImageParallelDown, ImageParallelUp, ImageShard
 from megafusion.parallel.mesh import Mesh
+from megafusion.parallel.partition import stage_blocks
 from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import (

@@ -24,6 +24,7 @@ from megafusion.images.sizes import format_sizes
 from megafusion.model.attention import check_backend
 from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.mesh import Mesh
+from megafusion.plan.fit import does_not_fit
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.telemetry.trackers import check_trackers
 from megafusion.train.config import RunConfig
@@ -57,6 +58,9 @@ class Components:
                 statistics = latent_statistics(spread_documents(shards), shards.manifest)
                 if statistics and statistics.warning:
                     found.append(f"data.sources.{name}: {statistics.warning}")
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+            found += does_not_fit(config.job(dist.get_world_size()), gpu.total_memory, gpu.name)
         return [f"warning: {sentence}" for sentence in found]
 
 

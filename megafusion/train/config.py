@@ -18,6 +18,8 @@ from megafusion.resilience.config import ResilienceConfig
 from megafusion.telemetry.config import TelemetryConfig
 
 if TYPE_CHECKING:
+    from megafusion.plan.job import Job
+    from megafusion.plan.rows import RowKind
     from megafusion.sequence.packing import SequenceShape
 
 
@@ -129,6 +131,15 @@ class RunConfig(Config):
             global_batch_size=self.train.global_batch_size,
             micro_batch_size=self.train.micro_batch_size,
             world_size=world_size,
+        )
+
+    def job(self, world_size: int, rows: "RowKind" = "mixed") -> "Job":
+        """What a plan of this run on so many ranks is made of."""
+        from megafusion.plan.job import Job
+
+        data = self.data
+        return Job(
+            self.model, self.train, self.parallel, data.sequence_length, data.images_per_row, world_size, rows
         )
 
     @property

@@ -88,11 +88,14 @@ def _facts(config: RunConfig, run: Path) -> list[str]:
         "batch": f"{train.global_batch_size} rows of {length} positions",
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.num_warmup_steps} warm-up steps, "
         f"{optimizer.schedule}",
+        "trained": f"LoRA, {train.lora.model_dump(mode='json')}" if train.lora else "",
+        "frozen": ", ".join(train.freeze),
         "precision": train.precision,
         "seed": config.seed,
         "devices": f"{environment.get('world_size')} x {environment.get('device')}",
         "software": ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items()),
     }
+    training = {key: value for key, value in training.items() if value != ""}
     figures = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
     figures |= report
     sources = {name: _source(source.path, source.weight) for name, source in config.data.sources.items()}

@@ -9,7 +9,8 @@ from megafusion.errors import UserError
 from megafusion.model.config import LoraConfig
 from megafusion.model.lora import add_lora, lora_layers
 from megafusion.model.transfusion import Transfusion
-from megafusion.parallel.balance import layer_flops, stage_blocks
+from megafusion.parallel.balance import layer_flops
+from megafusion.parallel.partition import stage_blocks
 from megafusion.suggestions import nearest
 from megafusion.train.config import RunConfig
 

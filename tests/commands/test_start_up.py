@@ -50,7 +50,15 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
         ["keys", "train-vae"],
         *[
             [command, "--help"]
-            for command in ("train", "preprocess", "train-tokenizer", "train-vae", "generate", "launch")
+            for command in (
+                "train",
+                "preprocess",
+                "train-tokenizer",
+                "train-vae",
+                "generate",
+                "launch",
+                "plan",
+            )
         ],
         ["import", "--help"],
         ["export", "--help"],
@@ -76,11 +84,15 @@ def test_an_invalid_configuration_is_refused_before_anything_heavy_is_imported(c
     assert heavy_imports(command, f"configs/{config}", "zzz=1", *site, status=2) == set()
 
 
+def test_a_plan_imports_nothing_heavy():
+    assert heavy_imports("plan", "configs/7b.yaml", "--gpus", "8", "--gpu", "h200") == set()
+
+
 def test_status_and_a_dry_run_of_launch_import_nothing_heavy(run_values, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(run_values))
     run = Path(run_values["out"])
-    assert heavy_imports("launch", str(config), "--site", "local-test", "--dry-run") == set()
+    assert heavy_imports("launch", str(config), "--site", "local-test", "--gpu", "h100", "--dry-run") == set()
     run.mkdir()
     (run / "config.yaml").write_text(config.read_text())
     assert heavy_imports("status", str(run)) == set()

@@ -127,6 +127,16 @@ FROZEN_TOPOLOGIES = {
 }
 
 
+TEXT_PATH = ["stem.embedding.*", "blocks.*", "tail.[nh]*"]
+"""Patterns that freeze all but the image adapters: no tensor rank but the first counts a trained weight."""
+
+ADAPTER_TOPOLOGIES = {
+    "tp2-zero0": (2, {"tensor": 2, "zero_stage": 0}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2-zero3": (2, {"tensor": 2, "zero_stage": 3}),
+    "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+}
+
 LORA = {"rank": 3, "alpha": 12.0}
 LORA_TOPOLOGIES = FROZEN_TOPOLOGIES | {
     "dp2-zero1": (2, {"zero_stage": 1}),
@@ -174,6 +184,10 @@ def make_cases() -> list[Case]:
         degrees = {"zero_stage": stage}
         frozen = {"train": {"freeze": FROZEN}}
         cases.append(Case(f"dp2-zero{stage}-frozen-bf16", 2, degrees, train=bf16, recipe=frozen))
+    adapters = {"train": {"freeze": TEXT_PATH}}
+    for name, (world, degrees) in ADAPTER_TOPOLOGIES.items():
+        cases.append(Case(f"{name}-adapters", world, degrees, recipe=adapters))
+    cases.append(Case("tp2-adapters-bf16", 2, {"tensor": 2}, train=bf16, recipe=adapters))
     for name, (world, degrees) in LORA_TOPOLOGIES.items():
         cases.append(Case(f"{name}-lora", world, degrees, recipe={"train": {"lora": LORA}}))
     return [

@@ -16,7 +16,8 @@ from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
 from tests.parallel.cases import LEARNING_RATE
-from tests.parallel.matrix import Case
+from tests.parallel.matrix import FROZEN, LORA, Case
+from tests.support.marks import full
 from tests.support.workers import run_workers
 
 TOPOLOGIES = {
@@ -138,3 +139,47 @@ def test_each_topology_resumes_from_every_other(saved, tmp_path, target, sources
         assert {key.partition(".")[0] for key in before} == set(KINDS)
         for key, value in before.items():
             assert torch.equal(value, after[key]), (name, key)
+
+
+PARTS = {
+    "frozen": {"freeze": FROZEN},
+    "frozen-bf16": {"freeze": FROZEN, "precision": "bf16"},
+    "lora": {"lora": LORA},
+}
+"""Keys of runs that train a part of the model."""
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "target"),
+    [
+        ("lora", "dp2-zero3", "tp2-pp2"),
+        *full(
+            ("frozen", "dp2-zero3", "tp2-pp2"),
+            ("frozen", "tp2-pp2", "dp2-zero3"),
+            ("frozen-bf16", "dp2-zero3", "tp2"),
+            ("frozen-bf16", "tp2", "dp2-zero3"),
+            ("lora", "tp2-pp2", "dp2-zero3"),
+        ),
+    ],
+)
+def test_a_run_that_trains_a_part_resumes_at_another_topology(
+    shards, vae_folder, tmp_path, part, source, target
+):
+    def values(name: str) -> dict:
+        world, degrees = TOPOLOGIES[name]
+        return Case(name, world, degrees, train=PARTS[part]).values(shards, vae_folder, tmp_path / "run")
+
+    losses, *_ = run_workers(save_and_continue, TOPOLOGIES[source][0], values(source), tmp_path / "saved")
+    checkpoint = tmp_path / "saved" / f"step-{NUM_BEFORE:08d}"
+    arguments = values(target), {"again": checkpoint}, tmp_path
+    for found in run_workers(load_each, TOPOLOGIES[target][0], *arguments):
+        error = 1e-2 if "bf16" in part else 1e-5
+        torch.testing.assert_close(torch.tensor(found["again"]), torch.tensor(losses), rtol=error, atol=1e-7)
+    before, after = tensors(checkpoint), tensors(tmp_path / "again" / checkpoint.name)
+    assert before.keys() == after.keys()
+    kinds = {kind: {k.partition(".")[2] for k in before if k.startswith(f"{kind}.")} for kind in KINDS}
+    assert kinds["ema"] == kinds["exp_avg"] == kinds["exp_avg_sq"] < kinds["model"]
+    for key, value in before.items():
+        assert torch.equal(value, after[key]), key
+        is_frozen = key.partition(".")[2] not in kinds["ema"]
+        assert value.dtype == (torch.bfloat16 if is_frozen and "bf16" in part else torch.float32)

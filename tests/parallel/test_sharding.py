@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from megafusion.config import load_config
 from megafusion.model.transformer import FusedLinear
 from megafusion.model.transfusion import Transfusion
-from megafusion.parallel.balance import layer_flops, partition, stage_blocks
+from megafusion.parallel.balance import layer_flops
 from megafusion.parallel.image_parallel import ImageShard
+from megafusion.parallel.partition import partition, stage_blocks
 from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import ColumnParallelLinear, vocab_range
 from megafusion.train.config import RunConfig

@@ -1,0 +1,120 @@
+"""Bytes on a rank by part, at the peak of a step."""
+
+from dataclasses import dataclass
+
+from megafusion.plan.activations import backward_of_block, saved_by_block, saved_by_tail, saved_once
+from megafusion.plan.adapters import num_features
+from megafusion.plan.job import Job
+from megafusion.plan.software import Software
+
+CONTEXT_BYTES = 2.0 * 2**30
+"""CUDA's context, NCCL's buffers and libraries' work space: an estimate, 1.5 to 2.5 GiB."""
+FRAGMENTATION = 0.04
+"""Of what a step allocates: an estimate, 3 to 5%."""
+MAX_LIVE_NUMBERS = 1e9
+"""Weights that DeepSpeed's ZeRO 3 keeps gathered (stage3_max_live_parameters)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank of the pipeline stage that needs most."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    """Master weights and both moments."""
+    average: float
+    activations: float
+    """Saved by blocks and tail, of all micro-batches in flight."""
+    backward: float
+    """One block's backward pass, beyond what the loss needs before it."""
+    adapters: float
+    """Saved by the adapters."""
+    logits: float
+    """At the loss's peak."""
+    buffers: float
+    """Reduce buckets, and weights gathered by ZeRO 3."""
+    context: float
+    fragmentation: float
+
+    def parts(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if name != "stage"}
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    @property
+    def state(self) -> float:
+        """What stays between steps."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+
+def memory(job: Job, software: Software) -> Memory:
+    """The largest of all stages."""
+    stages = (stage_memory(job, software, stage) for stage in range(len(job.stages)))
+    return max(stages, key=lambda found: found.total)
+
+
+def stage_memory(job: Job, software: Software, stage: int) -> Memory:
+    """Bytes on a rank of one stage."""
+    parallel, number = job.parallel, job.bytes_per_number
+    is_first, is_last = stage == 0, stage == len(job.stages) - 1
+    tensors = list(job.tensors(stage).values())
+    held = state_bytes(job, software, tensors, job.num_trained(stage))
+    in_flight: float = min(job.micro_batches, len(job.stages) - stage)
+    per_token = len(job.stages[stage]) * saved_by_block(job, software)
+    if software.schedule_chunks > 1 and len(job.stages) > 1:  # more warm-up micro-batches of smaller chunks
+        in_flight *= 1 + (len(job.stages) - 1) / (len(job.stages) * software.schedule_chunks)
+    elif not is_last:
+        per_token += job.model.hidden_size / (parallel.tensor if parallel.sequence else 1)  # what is sent
+    saved = in_flight * (number * job.tokens * per_token + saved_once(job, software))
+    saved += number * saved_by_tail(job, software) * is_last
+    features = num_features(job.adapter.down) * is_first + num_features(job.adapter.up) * is_last
+    adapters = in_flight * features * job.local_slots * number
+    logits = 0.0
+    if is_last:
+        each = software.logit_bytes + (4 if parallel.tensor > 1 else 0)  # one float32 copy more
+        if len(job.stages) > 1:
+            each += 2 * number  # the pipeline's two buffers of outputs
+        logits = job.tokens * each * job.model.vocab_size / parallel.tensor
+    # Backward of a block comes after that of the loss.
+    backward = max(0.0, number * job.tokens * backward_of_block(job, software) - logits)
+    buffers = _buffers(job, software, tensors)
+    dynamic = saved + backward + adapters + logits + buffers
+    fragmentation = FRAGMENTATION * dynamic
+    return Memory(stage, *held, saved, backward, adapters, logits, buffers, CONTEXT_BYTES, fragmentation)
+
+
+def state_bytes(
+    job: Job, software: Software, tensors: list[int], trained: int
+) -> tuple[float, float, float, float]:
+    """Weights, gradients, optimizer and average; see docs/parallelism.md."""
+    parallel, zero = job.parallel, job.parallel.zero_stage
+    total = sum(tensors)
+    number, replicas = job.bytes_per_number, job.replicas
+    share = trained / replicas if zero else trained
+    weights = float(number * total)
+    if zero == 3:
+        # Tensors of at most hidden_size numbers stay whole on every rank (param_persistence_threshold).
+        whole = sum(size for size in tensors if size <= job.model.hidden_size)
+        weights = number * ((total - whole) / replicas + whole) if software.keeps_weight_copy else 0.0
+    # Accumulated in float32; ZeRO 0 and 1 keep the whole sums, 2 and 3 this rank's.
+    gradients = 4.0 * (trained if zero < 2 else share)
+    optimizer, average = (8.0 if zero == 0 else 12.0) * share, 4.0 * share
+    if parallel.offload_optimizer:
+        gradients, optimizer, average = gradients if zero < 2 else 0.0, 0.0, 0.0
+    return weights, gradients, optimizer, average if software.keeps_average else 0.0
+
+
+def _buffers(job: Job, software: Software, tensors: list[int]) -> float:
+    """Reduce buckets that are live in backward, and what ZeRO 3 gathers."""
+    zero, number = job.parallel.zero_stage, job.bytes_per_number
+    largest = max(tensors)
+    if zero == 0 or (zero == 1 and (number == 2 or job.parallel.pipeline > 1)):
+        return (number + 4.0) * largest  # a gradient before it is added to the sums
+    if zero < 3:
+        return 2 * number * software.bucket_numbers  # two buckets, for overlap
+    gathered = number * min(sum(tensors), MAX_LIVE_NUMBERS)
+    return 4.0 * software.bucket_numbers + gathered

@@ -1,0 +1,61 @@
+"""What a trainer's code moves and hides beside matrix products, in numbers that its code fixes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megafusion.engine.config import TrainConfig
+from megafusion.model.config import BackendName
+
+
+@dataclass(frozen=True)
+class Software:
+    """The defaults are this project's, eager, in bf16, under DeepSpeed 0.19.8.
+
+    Traffic is bytes of device memory read and written.
+    """
+
+    product_rate: float = 1.0
+    """Achieved matrix products, relative to the chip's `product_flops`."""
+    attention_rate: float = 1.0
+    attention_is_dense: bool = False
+    """Attention computes masked pairs too, at the chip's `sdpa_flops`."""
+    is_compiled: bool = False
+    """Norms, rope and activations are fused, and backward recomputes them."""
+    fuses_norms: bool = True
+    """RMSNorm saves its input alone; on CPUs PyTorch saves the normalized input as well."""
+    rope_traffic: float = 50.0
+    """Of queries and keys, per number and its bytes: in float32, from many operations."""
+    logit_traffic: float = 52.0
+    """Of the head's logits and their cross-entropy, a logit."""
+    logit_bytes: float = 12.0
+    """Held at the loss's peak, a logit: float32 logits, their log-softmax and its gradient."""
+    selective: Literal["products", "alternate"] = "products"
+    """What selective recompute saves: every product, or every other one and attention (torchtitan)."""
+    keeps_weight_copy: bool = True
+    """Half-precision weights stay beside float32 masters, as in DeepSpeed; FSDP casts when it gathers."""
+    keeps_average: bool = True
+    shards_gradients_at_step: bool = False
+    """ZeRO 1 reduce-scatters gradients (Megatron's distributed optimizer); DeepSpeed all-reduces them."""
+    reduced_bytes: int = 4
+    """Of a gradient on the wire."""
+    bucket_numbers: float = 5e8
+    """Numbers in DeepSpeed's reduce buckets."""
+    data_overlap: float = 0.0
+    """Share of backward under which data-parallel collectives hide, at ZeRO 0 and 1."""
+    sharded_overlap: float = 0.7
+    """The same at ZeRO 2 and 3, of forward and backward."""
+    tensor_overlap: float = 0.0
+    """Share of tensor-parallel communication that hides under products."""
+    schedule_chunks: int = 1
+    """Model chunks of a pipeline rank (Megatron's interleaved schedule)."""
+    host_seconds: float = 3e-3
+    """Of a step in which the device waits for the host."""
+
+
+def of_run(train: TrainConfig, attention: BackendName) -> Software:
+    """This project's code as a configuration uses it on a GPU."""
+    return Software(
+        attention_is_dense=attention == "sdpa" or train.precision == "fp32",
+        is_compiled=train.compile,
+        rope_traffic=4.0 if train.compile else 50.0,
+    )

@@ -1,0 +1,97 @@
+"""Parameters, FLOPs and stages by formula are those of the real model."""
+
+import pytest
+import torch
+
+from megafusion.config import load_config
+from megafusion.model.lora import add_lora
+from megafusion.model.transfusion import Transfusion
+from megafusion.model.wrapper import canonical_name
+from megafusion.parallel.balance import layer_flops
+from megafusion.parallel.partition import stage_blocks
+from megafusion.plan.adapters import adapter_layers, num_flops
+from megafusion.plan.job import matrix_weights, token_flops, whole_weights
+from megafusion.plan.rows import row_statistics
+from megafusion.train.config import RunConfig
+from tests.support.small import ROOT
+
+CONFIGS = ["quickstart.yaml", "7b.yaml", "baselines/7b-unet-8x8.yaml"]
+
+
+def configuration(name: str, *overrides: str) -> RunConfig:
+    return load_config(RunConfig, ROOT / "configs" / name, overrides)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("overrides", [(), ("model.qk_norm=true", "model.attention_bias=true")], ids=len)
+def test_parameters_are_those_of_the_model(name, overrides):
+    config = configuration(name, "model.num_layers=2", *overrides)
+    with torch.device("meta"):
+        model = Transfusion(config.model, config.objective)
+    by_part = dict.fromkeys(("blocks", "embedding", "head", "adapter"), 0)
+    for parameter_name, parameter in model.named_parameters():
+        parts = parameter_name.split(".")
+        part = "blocks" if parts[0] == "blocks" else parts[1]
+        by_part["head" if part == "norm" else part] += parameter.numel()
+    assert whole_weights(config.model) == by_part
+    job = config.job(1)
+    assert job.num_weights(0) == sum(by_part.values())
+    tensors = job.tensors(0)
+    assert sorted(tensors.values()) == sorted(parameter.numel() for parameter in model.parameters())
+    own = {name: numbers for name, numbers in tensors.items() if ".adapter." not in name}
+    assert own == {
+        name: parameter.numel() for name, parameter in model.named_parameters() if ".adapter." not in name
+    }
+
+
+def test_trained_parameters_are_those_that_are_not_frozen():
+    given = "train.init_from=runs/before"
+    frozen = configuration("1.4b.yaml", given, "train.freeze=[blocks.*, stem.*]").job(1)
+    model = frozen.model
+    up = sum(sum(layer.tensors) for layer in frozen.adapter.up)
+    assert frozen.num_trained(0) == model.hidden_size * (model.vocab_size + 1) + up
+    config = configuration("1.4b.yaml", given, "model.num_layers=2", "train.lora.rank=8")
+    with torch.device("meta"):
+        adapted = add_lora(Transfusion(config.model, config.objective), config.train.lora)
+    sizes = {canonical_name(name): each.numel() for name, each in adapted.named_parameters()}
+    lora = {name: numbers for name, numbers in sizes.items() if config.train.trains(name)}
+    job = config.job(1)
+    assert {name: job.tensors(0)[name] for name in lora} == lora
+    assert job.num_trained(0) == sum(lora.values()) > 0
+    assert job.num_weights(0) == sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flops_and_stages_are_those_that_pytorch_counts(name):
+    config = configuration(name)
+    counted = layer_flops(config.model, config.sequence_shape)
+    model, job = config.model, config.job(1)
+    length, slots = job.sequence_length, job.images_per_row
+    dense = 4 * length**2 * model.num_heads * model.head_size
+    assert counted[1] == 2 * length * matrix_weights(model) + dense
+    adapter = adapter_layers(model)
+    head = 2 * length * model.vocab_size * model.hidden_size
+    assert counted[0] == slots * num_flops(adapter.down)
+    assert counted[-1] == head + slots * num_flops(adapter.up)
+    for pipeline in (1, 2, 4):
+        parallel = config.parallel.model_copy(update={"pipeline": pipeline})
+        staged = config.model_copy(update={"parallel": parallel}).job(4)
+        assert staged.stages == stage_blocks(counted, pipeline)
+
+
+def test_a_token_costs_what_benchmarks_train_counts():
+    job = configuration("7b.yaml").job(1, "whole")
+    model = job.model
+    matrices = model.num_layers * matrix_weights(model) + model.vocab_size * model.hidden_size
+    pairs = 12 * model.hidden_size * model.num_layers * (job.sequence_length + 1) / 2
+    assert sum(token_flops(job).values()) == pytest.approx(6 * matrices + pairs)
+
+
+def test_rows_without_images_see_their_documents_alone():
+    text = row_statistics("text", 4096, 256, 15)
+    pairs = row_statistics("pairs", 4096, 256, 15)
+    assert row_statistics("whole", 4096, 256, 15).visible_keys == 2048.5
+    assert text.images == 0
+    assert 400 < text.visible_keys < 1200
+    assert 10 < pairs.images <= 15
+    assert 200 < pairs.visible_keys < 320

@@ -1,0 +1,54 @@
+"""The plan's memory is what ranks of this repository really hold, on CPUs."""
+
+from dataclasses import replace
+
+import pytest
+
+from megafusion.config import parse_config
+from megafusion.plan.memory import stage_memory
+from megafusion.plan.software import of_run
+from megafusion.train.config import RunConfig
+from tests.parallel.matrix import Case
+from tests.plan.ranks import held
+from tests.support.marks import full
+from tests.support.workers import run_workers
+
+CASES = {
+    "unet": (1, {}, "fp32", "unet"),
+    "one": (1, {}, "bf16", "linear"),
+    "dp2-zero1": (2, {}, "bf16", "linear"),
+    "dp2-zero2": (2, {"zero_stage": 2}, "bf16", "linear"),
+    "dp2-zero3": (2, {"zero_stage": 3}, "bf16", "linear"),
+    "tp2": (2, {"tensor": 2}, "bf16", "linear"),
+    "tp2-sequence": (2, {"tensor": 2, "sequence": True}, "bf16", "linear"),
+    "pp2": (2, {"pipeline": 2}, "bf16", "linear"),
+    "ulysses2": (2, {"ulysses": 2}, "bf16", "linear"),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}, "bf16", "linear"),
+    "tp2-dp2-zero3": (4, {"tensor": 2, "zero_stage": 3}, "bf16", "linear"),
+}
+QUICK = ["pp2"]
+"""Two stages with one of each of the parts; the others differ by a degree or by the ZeRO stage."""
+MAX_ERROR = 0.05
+
+
+@pytest.mark.parametrize("name", [*QUICK, *full(*(name for name in CASES if name not in QUICK))])
+def test_a_rank_holds_what_is_planned(shards, vae_folder, tmp_path, name):
+    world, degrees, precision, adapter = CASES[name]
+    case = Case(name, world, degrees, adapter, {"precision": precision})
+    values = case.values(shards, vae_folder, tmp_path)
+    # Four heads, so that no key is repeated for grouped queries: PyTorch does that on CPUs.
+    values["model"] |= {"hidden_size": 128, "ffn_hidden_size": 512, "num_layers": 4, "num_heads": 4}
+    job = parse_config(RunConfig, values, "test").job(world)
+    software = replace(of_run(job.train, "sdpa"), fuses_norms=False)
+    for rank, (state, saved) in enumerate(run_workers(held, world, values)):
+        plan = stage_memory(job, software, rank * job.parallel.pipeline // world)
+        logits = job.tokens * job.model.vocab_size / job.parallel.tensor * (plan.logits > 0)
+        planned_state = plan.state + (4 * logits if job.parallel.pipeline > 1 else 0)  # buffers of outputs
+        # Of the loss's peak, float32 logits are saved: two kinds with vocabulary parallelism.
+        planned_saved = plan.activations + plan.adapters + (4 if job.parallel.tensor == 1 else 8) * logits
+        if job.parallel.zero_stage == 3:
+            planned_saved += job.bytes_per_number * job.num_weights(0)  # gathered, and saved by products
+        print(f"{name} rank {rank}: {state} {saved}, planned {planned_state:.0f} {planned_saved:.0f}")
+        assert planned_state == pytest.approx(state, rel=MAX_ERROR)
+        assert planned_saved == pytest.approx(saved, rel=MAX_ERROR if job.parallel.zero_stage < 3 else 0.1)
+        assert planned_state + planned_saved == pytest.approx(state + saved, rel=MAX_ERROR)
