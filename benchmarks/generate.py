@@ -163,7 +163,8 @@ def image_row(pipeline: TransfusionPipeline, batch: int, arguments: argparse.Nam
 def first_event(pipeline, batch: int, kind: type, begin="image", **options) -> float:
     """Seconds from a request to its first event of a kind."""
     start = time.perf_counter()
-    request = Request([SAMPLES], pipeline.config.sampling, begin=begin)
+    images = 1 if begin == "image" else 0
+    request = Request([SAMPLES], pipeline.config.sampling, begin=begin, max_images=images)
     parts = pipeline.model, pipeline.tokenizer, pipeline.codec
     next(event for event in Generation(*parts, [request] * batch, **options) if isinstance(event, kind))
     return time.perf_counter() - start

@@ -10,9 +10,10 @@ from megafusion.config import Config
 from megafusion.data.manifest import FOLDERS, Kind
 from megafusion.images.sizes import Size, format_sizes
 
-Pixels = Annotated[int, Field(gt=0)]
+Pixels = Annotated[int, Field(gt=0, le=16_384)]
 KEYS_WITHOUT_EFFECT = {"out", "num_workers", "max_skip_rate", "overwrite"}
 """Keys of PreprocessConfig that change no byte of a shard."""
+PATHS_OF_INPUTS = {"images", "keys", "texts", "documents", "document_images"}
 _KEYS_OF_ALL = ("filters", "documents_per_shard", "on_error")
 _KEYS_OF_IMAGES = ("image_sizes", "image_storage", "batch_size", *_KEYS_OF_ALL)
 KEYS_OF_KIND: dict[Kind, tuple[str, ...]] = {
@@ -20,7 +21,7 @@ KEYS_OF_KIND: dict[Kind, tuple[str, ...]] = {
     "text": ("texts", "text_column", *_KEYS_OF_ALL),
     "interleaved": ("documents", "document_images", "split", *_KEYS_OF_IMAGES),
 }
-"""Keys that its shards depend on, besides the tokenizer and the autoencoder."""
+"""Keys that its shards depend on, besides the tokenizer and the autoencoder; its inputs first."""
 
 
 class ScoreRange(Config):
@@ -134,6 +135,19 @@ class PreprocessConfig(Config):
     def inputs(self) -> dict[Kind, tuple[Path, ...]]:
         """Input paths by kind."""
         return {"pair": self.images, "text": self.texts, "interleaved": self.documents}
+
+    def warnings(self) -> list[str]:
+        """Keys that do nothing, because there is no input of their kind."""
+        kinds = [kind for kind, paths in self.inputs.items() if paths]
+        used = {
+            "tokenizer",
+            "vae",
+            *KEYS_WITHOUT_EFFECT,
+            *(key for kind in kinds for key in KEYS_OF_KIND[kind]),
+        }
+        idle = sorted(key for key in self.model_fields_set - used if getattr(self, key) not in (None, ()))
+        needs = {key: " or ".join(keys[0] for keys in KEYS_OF_KIND.values() if key in keys) for key in idle}
+        return [f"warning: {key} has no effect without {needs[key]}" for key in idle]
 
     @property
     def output_folders(self) -> list[Path]:

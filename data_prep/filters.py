@@ -7,10 +7,16 @@ from typing import Any, NamedTuple
 import imagehash
 
 from data_prep.config import FilterConfig, PreprocessConfig
-from data_prep.images import MAX_WEBP_SIDE, check_image, covering_size, decode_caption, open_rgb
+from data_prep.images import (
+    MAX_WEBP_SIDE,
+    check_image,
+    clean_input,
+    covering_size,
+    decode_caption,
+    open_rgb,
+)
 from data_prep.readers.records import BadRecord, Dropped, RawPair
 from megafusion.images.sizes import nearest_size
-from megafusion.sequence.text import clean_text
 from megafusion.storage import read_lines
 
 
@@ -42,7 +48,7 @@ def inspect_record(raw: Any, config: PreprocessConfig) -> RecordInfo:
     if isinstance(raw, RawPair):
         return _inspect_pair(raw, config)
     if isinstance(raw, str):
-        if not (text := clean_text(raw)):
+        if not (text := clean_input(raw)):
             raise Dropped("empty text")
         return RecordInfo(_hash([text]))
     for segment in raw:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megafusion.device import default_device
 import yaml
 
 import megafusion
-from data_prep.config import KEYS_OF_KIND, KEYS_WITHOUT_EFFECT, PreprocessConfig
+from data_prep.config import KEYS_OF_KIND, KEYS_WITHOUT_EFFECT, PATHS_OF_INPUTS, PreprocessConfig
 from data_prep.readers.files import walk
 from data_prep.readers.splits import Inputs
 from data_prep.scan import SCHEMA, file_stat
@@ -47,10 +48,17 @@ class InputFingerprint:
         values += [spans] if (spans := [split.span for split in inputs.splits if split.span]) else []
         self.digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
-    def changed_keys(self, manifest: Manifest) -> list[str]:
-        """Keys that matter to a kind of input, and are not those that its shards were made with."""
+    def changed_keys(self, folder: Path, manifest: Manifest) -> list[str]:
+        """Keys that matter to a kind of input, and are not those that a folder's shards were made with.
+
+        Inputs may be at another place: they are the same if their hashes are.
+        """
         earlier, now = (yaml.safe_load(c) for c in (manifest.provenance.get("config", "{}"), self._config))
         changed = [key for key in KEYS_OF_KIND[manifest.kind] if earlier.get(key) != now[key]]
+        if not PATHS_OF_INPUTS.isdisjoint(changed):
+            found = self.provenance(self._known_hashes(folder))
+            if input_hashes(found) == input_hashes(manifest.provenance):
+                changed = [key for key in changed if key not in PATHS_OF_INPUTS]
         hashes = {"tokenizer": "tokenizer_sha256", "vae": "vae_sha256"}
         return changed + [
             key
@@ -67,12 +75,20 @@ class InputFingerprint:
         manifest = shards.manifest
         if any(getattr(manifest, name) != value for name, value in self.fields.items()):
             return False
-        if self.changed_keys(manifest):
+        if self.changed_keys(folder, manifest):
             return False
+        provenance = self.provenance(self._known_hashes(folder))
+        return (
+            manifest.provenance.get("megafusion") == provenance["megafusion"]
+            and input_hashes(manifest.provenance) == input_hashes(provenance)
+            and shards.is_intact()
+        )
+
+    @cache  # noqa: B019 (a command makes one for each kind)
+    def _known_hashes(self, folder: Path) -> dict[str, list]:
+        """`hash_files`, with what a folder of shards knows."""
         known = folder / INPUTS
-        hashes = self.hash_files(json.loads(known.read_bytes()) if known.is_file() else {})
-        provenance = self.provenance(hashes) | {"config": manifest.provenance.get("config")}
-        return manifest.provenance == provenance and shards.is_intact()
+        return self.hash_files(json.loads(known.read_bytes()) if known.is_file() else {})
 
     def hash_files(self, known: dict[str, list]) -> dict[str, list]:
         """Size, modification time and hash of each file; hashes anew those that differ from `known`."""
@@ -99,6 +115,11 @@ class InputFingerprint:
             folder_hash = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
             found[str(path)] = hashes[str(path)][2] if is_file else folder_hash
         return found
+
+
+def input_hashes(provenance: dict[str, str]) -> list[str]:
+    """The hashes of the configured inputs, in their order, wherever they are."""
+    return [value for name, value in provenance.items() if name not in ("megafusion", "config")]
 
 
 def write_hashes(folder: Path, hashes: dict[str, list]) -> None:

@@ -1,11 +1,11 @@
-"""Untrusted images and captions, as found in inputs, to RGB images and text."""
+"""Untrusted images and texts, as found in inputs, to RGB images and clean text."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 from PIL import Image
 
-from data_prep.readers.records import BadRecord
+from data_prep.readers.records import NOT_TEXT, BadRecord
 from megafusion.images import reader
 from megafusion.images.reader import BadImage, read_image
 from megafusion.sequence.text import clean_text
@@ -25,9 +25,16 @@ def decode_caption(caption: bytes | str | None) -> str:
         text = caption.decode("utf-8") if isinstance(caption, bytes) else caption
     except UnicodeDecodeError as error:
         raise BadRecord("caption is not UTF-8") from error
-    if not (text := clean_text(text)):
+    if not (text := clean_input(text)):
         raise BadRecord("empty caption")
     return text
+
+
+def clean_input(text: str) -> str:
+    """A text as models learn it; empty if nothing is visible. Raises BadRecord for what is no text."""
+    if "\0" in text:
+        raise BadRecord(NOT_TEXT)
+    return clean_text(text)
 
 
 def open_rgb(content: bytes) -> Image.Image:

@@ -161,16 +161,18 @@ def check_keys(config: PreprocessConfig, selected_keys: set[str] | None, found: 
 def _estimate_lost(held: Counter[Path], cut: Set[Path]) -> dict[Path, int]:
     """Inputs that each file has lost which is cut and does not tell: an estimate, at least one.
 
-    As many as it holds fewer than the median of the complete files of its kind in its folder; without such,
-    as many as it still holds.
+    As many as it holds fewer than the median of the complete files of its kind in its folder, or anywhere;
+    without such, as many as it still holds.
     """
-    complete: dict[tuple[Path, str], list[int]] = {}
+    complete: dict[Any, list[int]] = {}
     for path in held.keys() - cut:
-        complete.setdefault((path.parent, path.suffix), []).append(held[path])
-    expected = {kind: int(median(numbers)) for kind, numbers in complete.items()}
-    return {
-        path: max(1, expected.get((path.parent, path.suffix), 2 * held[path]) - held[path]) for path in cut
-    }
+        for kind in ((path.parent, path.suffix), path.suffix):
+            complete.setdefault(kind, []).append(held[path])
+    found = {}
+    for path in cut:
+        numbers = complete.get((path.parent, path.suffix)) or complete.get(path.suffix) or [2 * held[path]]
+        found[path] = max(1, int(median(numbers)) - held[path])
+    return found
 
 
 def _check_skip_rate(

@@ -102,7 +102,7 @@ class _Job:
             manifest = load_manifest(self.folder)
         except UserError:  # no shards, or none that can be used
             return
-        changed = self._fingerprint.changed_keys(manifest)
+        changed = self._fingerprint.changed_keys(self.folder, manifest)
         if changed and not self._config.overwrite:
             raise UserError(
                 f"{self.folder}: holds {manifest.num_documents} documents made with other values of "

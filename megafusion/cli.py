@@ -26,8 +26,9 @@ from megafusion.processes import exit_on_stop_signals, ignore_write_errors
 # it is imported, which no command has done yet.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Errors of a disk that refuses to be written.
-DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+# Errors of a disk that refuses to be written, and of a path that cannot be: a file where a folder stands, ...
+DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_REFUSALS |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,7 +73,8 @@ def main() -> None:
         except OSError as error:
             if error.errno not in DISK_REFUSALS:
                 raise
-            where, way_out = error.filename or "the disk", "make room, or choose another folder"
+            where = error.filename2 or error.filename or "the disk"
+            way_out = "make room, or choose another path"
             raise UserError(f"{where}: {error.strerror}; {way_out}") from error
 
 

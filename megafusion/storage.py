@@ -22,10 +22,19 @@ def file_sha256(path: Path) -> str:
 
 
 def expand_path(path: str | Path) -> str:
-    """The path with ~, ~user, $NAME and ${NAME} replaced. UserError if there is no such user or variable."""
-    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path's would drop a slash at the end
-    if missing := re.match(r"~[^/]*", expanded) or re.search(r"\$(\w+|{\w*})", expanded):
-        raise UserError(f"{path}: {missing[0]} is not known here; write the path out")
+    """The path with ~, ~user, $NAME and ${NAME} replaced. UserError if there is no such user or variable.
+
+    A $ in the name of a file or folder that exists is no variable. UserError for a URL, too.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{path}: is a URL, where a path on a disk is needed; copy it there")
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - Path's would drop a slash at the end
+    before, dollar, rest = expanded.partition("$")
+    is_name = dollar and os.path.lexists(f"{before}${rest.partition('/')[0]}")
+    expanded = expanded if is_name else os.path.expandvars(expanded)
+    unknown = None if is_name else re.search(r"\$(\w+|{\w*})", expanded)
+    if unknown := re.match(r"~[^/]*", expanded) or unknown:
+        raise UserError(f"{path}: {unknown[0]} is not known here; write the path out")
     return expanded
 
 

@@ -13,7 +13,7 @@ gradient_clip clip_norm: clip grad_clip clip_grad clip_norm max_norm max_grad_no
 epsilon: eps adam_eps
 betas: beta1 beta2 adam_beta1 adam_beta2
 global_batch_size micro_batch_size batch_size: bs batch batchsize batch_size train_batch_size
-micro_batch_size: gas grad_accum accumulate_grad_batches gradient_accumulation_steps
+micro_batch_size: gas grad_accum accumulate_grad_batches gradient_accumulation gradient_accumulation_steps
 num_steps: steps max_steps n_steps train_steps total_steps num_train_steps iters num_iters train_iters
 num_steps: max_iters iterations epoch epochs num_epochs max_epochs num_train_epochs
 precision: dtype amp bf16 fp16 fp8 mixed_precision
@@ -46,7 +46,7 @@ samples.every evaluate_every: sample_every sample_steps eval_every eval_steps
 parallel.tensor: tp tensor_parallel tensor_parallel_size tensor_model_parallel_size
 parallel.pipeline: pp pipeline_parallel pipeline_model_parallel_size
 ulysses: cp context_parallel
-zero_stage: zero stage
+zero_stage: zero stage fsdp
 guidance_scale: cfg cfg_scale guidance
 num_inference_steps: sampling_steps inference_steps num_sampling_steps
 attention: attn attn_implementation flash_attention

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -249,3 +250,27 @@ def test_some_keys_are_listed_alone():
     status, refused = run("keys", "train", "paralel.")
     assert status == 2
     assert "no key of train begins with 'paralel.'" in refused
+
+
+@pytest.mark.parametrize("out", ["folder", "file/below", "file/deep/below", "n" * 300])
+def test_a_path_where_no_file_can_be_is_refused_in_a_sentence(
+    tmp_path, monkeypatch, capsys, shards, vae_folder, out
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    arguments = [
+        "data",
+        "inspect",
+        str(shards / "pairs"),
+        "--vae",
+        str(vae_folder),
+        "--out",
+        str(tmp_path / out),
+    ]
+    monkeypatch.setattr(sys, "argv", ["megafusion", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert re.fullmatch(rf"error: {tmp_path}/.*: .*; make room, or choose another path", line)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

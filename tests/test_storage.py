@@ -3,9 +3,12 @@
 import os
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from megafusion.errors import UserError
-from megafusion.storage import new_folder, write_file
+from megafusion.storage import expand_path, new_folder, write_file
 
 
 def fill(folder, content="new"):
@@ -71,3 +74,32 @@ def test_the_umask_says_who_may_read_a_file(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert (tmp_path / "file.txt").stat().st_mode & 0o777 == mode
+
+
+@given(name=st.text(st.sampled_from("$~{}[]%#:é aB_'\""), min_size=1).map("x{}".format))
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+def test_a_folder_of_any_name_is_not_expanded(tmp_path, name):
+    (tmp_path / name).mkdir(exist_ok=True)
+    for inside in ("", "/run/config.yaml"):
+        assert expand_path(f"{tmp_path}/{name}{inside}") == f"{tmp_path}/{name}{inside}"
+
+
+def test_home_and_variables_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "/data")
+    for path, found in (
+        ("~/a", f"{tmp_path}/a"),
+        ("$DATA/a", "/data/a"),
+        ("/x/${DATA}", "/x//data"),
+        ("a~", "a~"),
+    ):
+        assert expand_path(path) == found
+    for path in ("$NOT_SET/a", "~not_a_user/a", "a/${NOT_SET}"):
+        with pytest.raises(UserError, match="is not known here; write the path out"):
+            expand_path(path)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "file:///run", "s3:/bucket", "https://host/run"])
+def test_a_url_is_no_path(url):
+    with pytest.raises(UserError, match=r": is a URL, where a path on a disk is needed"):
+        expand_path(url)

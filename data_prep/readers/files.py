@@ -1,5 +1,6 @@
 """The files of the inputs: those of known forms are read, by their content, and the others are counted."""
 
+import fnmatch
 import glob
 import json
 import os
@@ -25,6 +26,9 @@ FORM_OF_SUFFIX: dict[str, Form] = {
     **{".parquet": "parquet", ".tar": "tar", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "lines"},
     **{f".{suffix}": "image" for suffix in IMAGE_SUFFIXES},
 }
+LEFTOVER_SUFFIXES = {".part", ".partial", ".crdownload", ".download", ".incomplete", ".aria2"}
+LEFTOVER_SUFFIXES |= {".bak", ".backup", ".orig", ".old", ".tmp", ".temp", ".swp", ".lock"}
+"""Of downloads that have not ended, and of backups, which would be read twice."""
 COMPRESSED_SUFFIXES = {".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"}
 MAGIC: dict[str, re.Pattern[bytes]] = {
     form: re.compile(pattern, re.DOTALL)
@@ -38,6 +42,12 @@ MAGIC: dict[str, re.Pattern[bytes]] = {
 }
 HEAD_BYTES = 512
 MAX_LINE_BYTES = 16 << 20
+OUTPUTS = {
+    "shards, which are the output of preprocessing": (MANIFEST, f"*{INDEX}"),
+    "a run": ("config.yaml", "environment.json"),
+    "a model": ("config.json", "*model*.safetensors"),
+}
+"""Names, or patterns of names, of files that show what a folder was made to hold: its images are no input."""
 PARTIAL_SHARDS = re.compile(rf"({'|'.join(FOLDERS.values())})\.(\w+\.)?partial")
 
 
@@ -72,6 +82,8 @@ def form_of(path: Path, kind: Kind, is_named: bool, keys: Collection[str]) -> Fo
     by_suffix = FORM_OF_SUFFIX.get(suffix)
     if kind == "pair" and by_suffix == "image":
         return "image"  # without opening a million of them
+    if not is_named and (suffix in LEFTOVER_SUFFIXES or path.name.endswith("~")):
+        return None
     if path.name.startswith("_") and not (by_suffix or is_named):
         return None  # Spark's _metadata is parquet without rows of its own
     try:
@@ -118,11 +130,9 @@ def walk(folder: Path, own: Collection[str], seen: dict[str, Path]) -> Iterator[
 
     for name, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(name)
-        if MANIFEST in files and any(file.endswith(INDEX) for file in files):
+        if output := _output_in(files):
             if here == folder:
-                raise UserError(
-                    f"{folder}: holds shards, which are the output of preprocessing; name its inputs"
-                )
+                raise UserError(f"{folder}: holds {output}; name its inputs")
             folders.clear()
             yield here, "folder of outputs"
             continue
@@ -144,3 +154,9 @@ def walk(folder: Path, own: Collection[str], seen: dict[str, Path]) -> Iterator[
                 yield path, "hidden"
             else:
                 yield path, None if path.is_file() else "neither a file nor a folder"
+
+
+def _output_in(files: Collection[str]) -> str | None:
+    """What a folder with such files holds, if that was made by a command; else None."""
+    found = (w for w, names in OUTPUTS.items() if all(fnmatch.filter(files, name) for name in names))
+    return next(found, None)

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from data_prep.images import clean_input
 from data_prep.readers.jsonl import LineReader, parse_json_line
 from data_prep.readers.parquet import ParquetReader, image_bytes
 from data_prep.readers.records import BadRecord, Record
 from data_prep.readers.webdataset import tar_files
 from megafusion.errors import UserError
-from megafusion.sequence.text import clean_text
 
 TEXTS, IMAGES = "texts", "images"
 SENTENCES, MATCHES = "text_list", "image_info"
@@ -142,7 +142,7 @@ def _obelics_segments(
     for text, image, is_given in zip(texts, images, given, strict=True):
         if not isinstance(text, str | None):
             raise BadRecord("a text is not a string")
-        if text := clean_text(text or ""):
+        if text := clean_input(text or ""):
             segments.append(text)
         if (content := _image(image, named_images)) is not None:
             segments.append(GivenImage(content) if is_given else content)
@@ -155,7 +155,7 @@ def _edit_segments(
     source: Any, instruction: Any, target: Any, named_images: Callable[[str], bytes]
 ) -> list[str | bytes]:
     contents = [_image(image, named_images) for image in (source, target)]
-    if not isinstance(instruction, str) or not (instruction := clean_text(instruction)):
+    if not isinstance(instruction, str) or not (instruction := clean_input(instruction)):
         raise BadRecord("an edit without an instruction")
     before, after = contents
     if before is None or after is None:
@@ -192,7 +192,7 @@ def _mmc4_segments(sentences: Any, matches: Any, named_images: Callable[[str], b
         if not isinstance(sentence, str):
             raise BadRecord("a sentence is not a string")
         segments += map(named_images, before.get(index, []))
-        if not (sentence := clean_text(sentence)):
+        if not (sentence := clean_input(sentence)):
             continue
         if segments and isinstance(segments[-1], str):
             segments[-1] += f" {sentence}"

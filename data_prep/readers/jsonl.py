@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.readers.records import UNKNOWN, BadRecord, Record
+from data_prep.readers.records import NOT_TEXT, UNKNOWN, BadRecord, Record
 
 NO_KEY = object()
+SAMPLE_BYTES = 1 << 16
+"""Of the beginning of a file: tell how long its lines are."""
 
 
 class LineReader:
@@ -30,14 +32,22 @@ class LineReader:
                 offset += len(line)
 
     def line(self, record: Record) -> str:
-        """A line. Raises BadRecord for invalid UTF-8."""
+        """A line. Raises BadRecord for what is no text in UTF-8."""
         offset, size = record.location
+        content = os.pread(self._file.fileno(), size, offset)
+        if b"\0" in content:
+            raise BadRecord(NOT_TEXT, num_lost=self._lines_in(size))
         try:
             # Some programs write a byte order mark before the first line.
-            return os.pread(self._file.fileno(), size, offset).decode("utf-8" if offset else "utf-8-sig")
+            return content.decode("utf-8" if offset else "utf-8-sig")
         except UnicodeDecodeError as error:
             is_cut = error.reason == "unexpected end of data"
             raise BadRecord("not UTF-8", num_lost=UNKNOWN if is_cut else 1) from error
+
+    def _lines_in(self, num_bytes: int) -> int:
+        """Lines that so many bytes would hold, by those at the beginning; at least one."""
+        sample = os.pread(self._file.fileno(), SAMPLE_BYTES, 0).replace(b"\0", b"")
+        return max(1, round(num_bytes * sample.count(b"\n") / max(len(sample), 1)))
 
     def where(self, record: Record) -> str:
         """The file and the line."""

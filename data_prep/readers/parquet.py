@@ -115,7 +115,7 @@ def bad_parquet(reason: str, error: Exception, num_lost: int = 1) -> UserError:
         return UserError(f"memory ran out while reading parquet ({error}); lower num_workers")
     if isinstance(error, pyarrow.ArrowNotImplementedError | pyarrow.ArrowCapacityError):
         reason = f"pyarrow does not read this kind of parquet ({error})"
-    return BadRecord(reason, num_lost=num_lost)
+    return BadRecord(reason, f"pyarrow says: {error}" if reason == UNREADABLE else "", num_lost)
 
 
 def row_group_ranges(path: Path, num_bytes: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 from megafusion.errors import UserError
 
 UNKNOWN = 0
+NOT_TEXT = "holds NUL characters: UTF-16 without its mark, binary, or blocks that were never written"
 
 
 class BadRecord(UserError):

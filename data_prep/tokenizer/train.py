@@ -13,7 +13,7 @@ import sentencepiece
 
 from data_prep.config import PreprocessConfig
 from data_prep.filters import plain_key, read_keys
-from data_prep.images import decode_caption
+from data_prep.images import clean_input, decode_caption
 from data_prep.plan import check_keys, format_counts
 from data_prep.readers.interleaved import NamedImages
 from data_prep.readers.records import RawPair
@@ -22,7 +22,6 @@ from data_prep.scan import read_records
 from data_prep.tokenizer.config import TokenizerConfig
 from megafusion.data.manifest import FOLDERS
 from megafusion.errors import UserError
-from megafusion.sequence.text import clean_text
 from megafusion.storage import write_file
 
 MAX_LENGTH = 1000
@@ -85,7 +84,7 @@ def _texts_of(raw: Any) -> list[str]:
     """Texts of a RawPair, a text, or a document's segments. Raises BadRecord."""
     if isinstance(raw, RawPair):
         return [decode_caption(raw.caption)]
-    return [clean_text(text) for text in ([raw] if isinstance(raw, str) else raw) if isinstance(text, str)]
+    return [clean_input(text) for text in ([raw] if isinstance(raw, str) else raw) if isinstance(text, str)]
 
 
 def sample_lines(lines: Iterable[str], max_lines: int) -> list[str]:

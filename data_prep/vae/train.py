@@ -59,9 +59,10 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
     loss = AutoencoderLoss(config.loss).to(device)
     folder = config.out.with_name(f"{config.out.name}.training")
     inputs = find_images(config.data, (config.out, folder))
+    data_hash = hash_files(inputs.splits)
     keys, held_out = held_out_images(config.data, inputs.splits)
 
-    training = _Training(config, model, loss, device, folder)
+    training = _Training(config, model, loss, device, folder, data_hash)
     batches = training_batches(
         config.data, inputs.splits, config.optimization.batch_size, config.seed, training.position
     )
@@ -84,7 +85,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
         "num_parameters": sum(p.numel() for p in averaged.parameters()),
         "num_steps": config.optimization.num_steps,
         "seconds": round(training.seconds_before + time.perf_counter() - started, 1),
-        "data_sha256": hash_files(inputs.splits),
+        "data_sha256": data_hash,
         "ignored": dict(inputs.ignored),
         "codec_sha256": codec.hash,
         "history": training.history,
@@ -104,6 +105,7 @@ class _Training:
         loss: AutoencoderLoss,
         device: torch.device,
         folder: Path,
+        data_hash: str,
     ):
         options = config.optimization
         self._config, self._options = config, options
@@ -120,11 +122,11 @@ class _Training:
             self._optimizers["discriminator"] = torch.optim.Adam(
                 loss.discriminator.parameters(), config.loss.discriminator_learning_rate, (0.5, 0.9)
             )
-        self.folder = folder
+        self.folder, self._data_hash = folder, data_hash
         self.num_done, self.seconds_before, self.history = 0, 0.0, []
         self.position = BEGINNING
         if (meta := read_meta(self.folder)) is not None:
-            _check_same_training(config, meta["config"], self.folder)
+            _check_same_training(config, meta, data_hash, self.folder)
             load_checkpoint(self.folder, self._modules, self._optimizers)
             self.num_done, self.seconds_before, self.history = meta["step"], meta["seconds"], meta["history"]
             # Earlier versions counted from the first epoch.
@@ -163,7 +165,7 @@ class _Training:
                     seconds = self.seconds_before + time.perf_counter() - started
                     values = self._config.model_dump(mode="json")
                     meta = {"step": step, "seconds": seconds, "history": self.history, "config": values}
-                    meta["position"] = position
+                    meta |= {"data_sha256": self._data_hash, "position": position}
                     save_checkpoint(self.folder, self._modules, self._optimizers, meta)
 
     def _step(self, step: int, images_N3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -212,13 +214,25 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device {name!r}: not available here ({error})") from error
 
 
-def _check_same_training(config: AutoencoderConfig, earlier: dict, folder: Path) -> None:
-    """UserError where the configuration differs from that of the checkpoint to resume."""
+def _check_same_training(config: AutoencoderConfig, meta: dict, data_hash: str, folder: Path) -> None:
+    """UserError where the configuration or the images differ from those of the checkpoint to resume.
+
+    Images may be at another place: they are the same if their hash is, which earlier versions did not record.
+    """
+    earlier = meta["config"]
     data = {"group_separator": "-"} | earlier["data"]  # what it was before it was a key
     before = parse_config(AutoencoderConfig, earlier | {"data": data}, str(folder))
-    changed = {k: v for k, v in changed_keys(before, config).items() if k not in FREE_ON_RESUME}
+    changed = {
+        key: json.dumps(value)
+        for key, (value, _) in changed_keys(before, config).items()
+        if key not in FREE_ON_RESUME
+    }
+    if "data_sha256" in meta:
+        changed.pop("data.images", None)
+        if meta["data_sha256"] != data_hash:
+            changed["data.images"] = "by their hash"
     if changed:
-        others = ", ".join(f"{key} ({json.dumps(value)})" for key, (value, _) in changed.items())
+        others = ", ".join(f"{key} ({value})" for key, value in changed.items())
         raise UserError(
             f"{folder}: holds an unfinished training with another {others}; "
             "restore those values, delete it, or choose another out"

@@ -30,6 +30,8 @@ def preprocess(
     from data_prep.config import PreprocessConfig
 
     values = load_config(PreprocessConfig, config, overrides or [])
+    for warning in values.warnings():
+        typer.echo(warning, err=True)
     from data_prep.preprocess import parse_range
     from data_prep.preprocess import preprocess as run
 

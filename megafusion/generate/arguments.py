@@ -12,6 +12,7 @@ from torch import Tensor
 from megafusion.errors import UserError
 from megafusion.generate.row import Begin, Part
 from megafusion.images.reader import read_image
+from megafusion.storage import expand_path
 
 MAX_SEED = 2**63 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,7 +75,7 @@ def load_image(path: str | Path) -> Image.Image:
     if str(path).startswith(("http:", "https:", "data:")):
         raise UserError(f"{path!s:.80}: addresses are not fetched; give a path, or a PIL image")
     try:
-        return read_image(Path(path).read_bytes())
+        return read_image(Path(expand_path(path)).read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image") from error
     except (OSError, ValueError) as error:  # BadImage is a ValueError

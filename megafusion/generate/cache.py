@@ -63,7 +63,9 @@ class KVCache:
         """
         own = torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
         positions = self.lengths[:, None] + own
-        self._grow(int((self.lengths[:, None] + row_end_BS).max()) + 1)
+        needed = int((self.lengths[:, None] + row_end_BS).max()) + 1
+        if needed > self.capacity:  # as many slots again, so that it happens seldom
+            self._resize(max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH)))
         end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
         # Padding may reach past the capacity; it is written to the last slot, which no row uses.
         slots = positions.clamp(max=self.capacity - 1)
@@ -71,15 +73,11 @@ class KVCache:
             layer.slots = slots
         return positions, Intervals(torch.zeros_like(end), end, self.capacity, may_be_empty=True)
 
-    def _grow(self, needed: int) -> None:
-        """Add slots until there are as many as needed; as many again, so that it happens seldom."""
-        if needed <= self.capacity:
-            return
-        more = max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH)) - self.capacity
-        self.capacity += more
+    def _resize(self, capacity: int) -> None:
+        """Add slots until there are `capacity`."""
+        self.capacity = capacity
         for layer in self.layers:
-            layer.keys = F.pad(layer.keys, (0, 0, 0, 0, 0, more))
-            layer.values = F.pad(layer.values, (0, 0, 0, 0, 0, more))
+            layer.keys, layer.values = _padded(layer.keys, capacity), _padded(layer.values, capacity)
 
     def advance(self, counts_B: Tensor) -> None:
         """Add the first `counts` positions of the last pass to each row."""
@@ -92,17 +90,29 @@ class KVCache:
 
     def assign(self, rows: Tensor, other: "KVCache") -> None:
         """Overwrite some rows with those of another cache."""
+        self._resize(max(self.capacity, other.capacity))
         self.lengths[rows] = other.lengths
         for layer, source in zip(self.layers, other.layers, strict=True):
-            layer.keys[rows], layer.values[rows] = source.keys, source.values
+            layer.keys[rows, : other.capacity] = source.keys
+            layer.values[rows, : other.capacity] = source.values
 
     def concatenate(self, other: "KVCache") -> "KVCache":
         """A copy of the rows of both, this cache's first."""
-        self._grow(other.capacity)
-        other._grow(self.capacity)
+        capacity = max(self.capacity, other.capacity)
         # The slots of the last passes, of unequal lengths, are dropped: the next pass allocates its own.
         layers = [
-            _Layer(torch.cat([a.keys, b.keys]), torch.cat([a.values, b.values]), self.lengths.new_zeros(0, 0))
+            _Layer(
+                torch.cat([_padded(a.keys, capacity), _padded(b.keys, capacity)]),
+                torch.cat([_padded(a.values, capacity), _padded(b.values, capacity)]),
+                self.lengths.new_zeros(0, 0),
+            )
             for a, b in zip(self.layers, other.layers, strict=True)
         ]
-        return KVCache(self.capacity, torch.cat([self.lengths, other.lengths]), layers)
+        return KVCache(capacity, torch.cat([self.lengths, other.lengths]), layers)
+
+
+def _padded(x_BTGK: Tensor, capacity: int) -> Tensor:
+    """Keys or values with `capacity` slots, which are no fewer."""
+    return (
+        F.pad(x_BTGK, (0, 0, 0, 0, 0, capacity - x_BTGK.shape[1])) if x_BTGK.shape[1] < capacity else x_BTGK
+    )

@@ -105,7 +105,7 @@ class TransfusionPipeline(LoraPipeline):
 
         Raises UserError if the folder holds anything but an older pipeline, or the disk is full.
         """
-        with new_folder(Path(folder), WEIGHTS) as partial:
+        with new_folder(Path(expand_path(folder)), WEIGHTS) as partial:
             (partial / CONFIG).write_text(self.config.model_dump_json(indent=1) + "\n")
             save_file(self.model.weights(), partial / WEIGHTS)
             self.tokenizer.save_pretrained(partial)

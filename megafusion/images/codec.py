@@ -25,6 +25,7 @@ from megafusion.errors import UserError
 from megafusion.images.codec_config import CONFIG_NAME, CodecConfig, read_codec_config
 from megafusion.images.processor import postprocess_images, preprocess_images
 from megafusion.images.sizes import Size
+from megafusion.storage import expand_path
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,7 +63,7 @@ class ImageCodec:
     @classmethod
     def from_pretrained(cls, path: Path | str, device: torch.device | str = "cpu") -> ImageCodec:
         """Open `path`/config.json and its safetensors weights. Raises UserError if not an AutoencoderKL."""
-        return _SavedCodec(Path(path), device)
+        return _SavedCodec(Path(expand_path(path)), device)
 
     @cached_property
     def hash(self) -> str:
@@ -122,9 +123,19 @@ class _SavedCodec(ImageCodec):
         from diffusers import AutoencoderKL
 
         with _user_errors(self._path):
-            model = AutoencoderKL.from_pretrained(
-                self._path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            model, info = AutoencoderKL.from_pretrained(
+                self._path,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
+        # diffusers starts the ones at random, and ignores the others.
+        for fault, name in (("lack", "missing_keys"), ("have", "unexpected_keys")):
+            if names := sorted(info[name]):
+                raise UserError(
+                    f"{self._path}: its weights {fault} {names[0]}, unlike {CONFIG_NAME}; fetch both again"
+                )
         return model.to(self._device).requires_grad_(False).eval()
 
     @cached_property

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from megafusion.errors import UserError
 
@@ -59,6 +59,8 @@ def open_image(content: bytes, convert: Callable[[Image.Image], T], formats: tup
             return _open(_without_metadata(content), convert, formats)
         except (BadImage, MemoryError):
             raise
+        except UnidentifiedImageError as error:
+            raise BadImage(f"image does not decode as {', '.join(formats)}") from error
         except Exception as error:
             raise BadImage("image does not decode") from error
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megafusion.errors import UserError
+from megafusion.storage import expand_path
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -37,7 +38,7 @@ class Tokenizer:
     @staticmethod
     def from_pretrained(path: Path | str) -> "Tokenizer":
         """Load a SentencePiece model, a tokenizer.json, or the one of them that a folder holds."""
-        path = Path(path)
+        path = Path(expand_path(path))
         if path.is_dir():
             match [path / name for name in FILE_NAMES if (path / name).is_file()]:
                 case [found]:

@@ -188,8 +188,15 @@ def _git(*arguments: str) -> str | None:
 
 def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
     """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
-    recorded = read_json(config.out / ENVIRONMENT, "restore it from a backup, or choose another out=")
-    began = {f"data.sources.{name}": each for name, each in recorded.get("shards", {}).items()}
+    path = config.out / ENVIRONMENT
+    try:
+        recorded = read_json(path)
+        began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
+    except (UserError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error!r}), but tells which files the run was started with; restore "
+            "it, or choose another out="
+        ) from error
     found = {f"data.sources.{name}": each for name, each in hashes["shards"].items()}
     for name in ("tokenizer", "vae"):
         found[key := f"data.{name}"] = hashes[name]

@@ -17,9 +17,10 @@ from pyarrow import parquet
 from data_prep.config import KEYS_OF_KIND, KEYS_WITHOUT_EFFECT, PreprocessConfig
 from data_prep.filters import read_keys
 from data_prep.readers.splits import Inputs
+from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
-from megafusion.storage import read_lines
+from megafusion.storage import read_lines, write_file
 from tests.support.raw import encoded, png, write_tar
 
 
@@ -74,6 +75,7 @@ BY_SUFFIX = {
     | {".parquet": "parquet"},
 }
 OTHER_SUFFIXES = [".md", ".json", ".bin", ".csv", ".html", ""]
+LEFTOVERS = [".bak", ".part", ".crdownload", ".txt~"]
 
 
 @pytest.mark.parametrize("kind", ["text", "pair"])
@@ -86,7 +88,7 @@ def test_a_folder_is_read_by_content_and_suffix_and_the_rest_is_told(tmp_path_fa
     expected, ignored = {}, Counter()
     for number in range(data.draw(st.integers(1, 6))):
         content = data.draw(st.sampled_from(sorted(contents)))
-        suffix = data.draw(st.sampled_from([*BY_SUFFIX[kind], *OTHER_SUFFIXES]))
+        suffix = data.draw(st.sampled_from([*BY_SUFFIX[kind], *OTHER_SUFFIXES, *LEFTOVERS]))
         prefix = data.draw(st.sampled_from(["", "", "", ".", "._"]))
         parent = folder / data.draw(st.sampled_from(["", "deep/er", "deep"]))
         parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +98,8 @@ def test_a_folder_is_read_by_content_and_suffix_and_the_rest_is_told(tmp_path_fa
         by_suffix = BY_SUFFIX[kind].get(suffix)
         if prefix:
             ignored["hidden"] += 1
+        elif suffix in LEFTOVERS:
+            ignored["no suffix" if suffix == ".txt~" else suffix] += 1
         elif by_suffix == "image":
             expected[name] = "image"
         elif content in READ_BY_CONTENT[kind] and not (is_json or by_suffix == content == "jsonl"):
@@ -336,6 +340,27 @@ def test_output_inside_an_input_is_never_read(make, tmp_path, capsys):
         make(images=(folder / "other/pairs",), out=tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        (("config.yaml", "environment.json", "samples/step-00000002.txt", "metrics.jsonl"), "a run"),
+        (("config.json", "diffusion_pytorch_model.safetensors", "reconstructions.txt"), "a model"),
+        (("config.json", "model-00001-of-00002.safetensors"), "a model"),
+    ],
+)
+def test_what_other_commands_wrote_is_no_input(make, tmp_path, files, what):
+    folder = folder_of_images(tmp_path / "in", "a")
+    for name in files:
+        write_file(folder / "made" / name, "one\n")
+        write_file((folder / "made" / name).with_suffix(".png"), png())
+    make(images=(folder,), texts=(folder,))
+    assert keys_in(tmp_path / "out/pairs") == ["a"]
+    assert len(ShardFolder(tmp_path / "out/text")) == 1
+    assert report(tmp_path / "out/pairs")["ignored"] == {"folder of outputs": 1}
+    with pytest.raises(UserError, match=rf"in/made: holds {what}; name its inputs"):
+        make(images=(folder / "made",), out=tmp_path / "other")
+
+
 def test_images_of_one_key_in_a_folder_are_bad_input(make, tmp_path):
     folder = folder_of_images(tmp_path / "in", "a", "b")
     (folder / "a.jpg").write_bytes(image("JPEG"))
@@ -395,6 +420,46 @@ def test_every_key_is_known_to_matter_or_not():
     kinds = set().union(*KEYS_OF_KIND.values())
     assert kinds | KEYS_WITHOUT_EFFECT | {"tokenizer", "vae"} == set(PreprocessConfig.model_fields)
     assert not kinds & KEYS_WITHOUT_EFFECT
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "keys"])
+def test_inputs_that_moved_are_known_by_their_hashes(make, tmp_path, form, capsys):
+    folder = folder_of_images(tmp_path / "in", "a", "b")
+    tar = write_tar(tmp_path / "in.tar", {"a": {"png": png(), "txt": b"x"}})
+    (tmp_path / "keys").write_text("a\n")
+    inputs = {"images": (folder if form != "tar" else tar,)} | {"keys": tmp_path / "keys"}
+    make(**inputs)
+    shard = tmp_path / "out/pairs/shard-000000.tar"
+    written = shard.stat().st_ino
+    moved = tmp_path / "moved"
+    key, path = ("keys", tmp_path / "keys") if form == "keys" else ("images", inputs["images"][0])
+    path.rename(moved)
+    capsys.readouterr()
+    inputs[key] = moved if form == "keys" else (moved,)
+    make(**inputs)
+    assert "pairs:uptodate" in "".join(capsys.readouterr().err.split())
+    assert shard.stat().st_ino == written
+    changed = moved / "a.txt" if form == "folder" else moved
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    with pytest.raises(UserError, match=rf"out/pairs: holds 1 documents made with other values of {key};"):
+        make(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("values", "warnings"),
+    [
+        ({"text_column": "x", "keys": "k", "texts": ["t"]}, {"keys": "images"}),
+        ({"split": {}, "document_images": "d", "images": ["i"]}, {"document_images": "documents"}),
+        ({"caption_column": "x", "image_storage": "pixels", "texts": ["t"]}, {"caption_column": "images"}),
+        ({"images": ["i"], "filters": {}, "image_sizes": [[8, 8]], "texts": [], "overwrite": True}, {}),
+    ],
+)
+def test_keys_of_inputs_that_are_not_there_are_warned_of(values, warnings):
+    config = parse_config(PreprocessConfig, {"out": "o", "tokenizer": "t", "vae": "v"} | values, "test")
+    given = [f"warning: {key} has no effect without {needs}" for key, needs in warnings.items()]
+    others = {"image_storage": "images or documents", "split": "documents"}
+    given += [f"warning: {key} has no effect without {others[key]}" for key in others if key in values]
+    assert sorted(config.warnings()) == sorted(given)
 
 
 def test_shards_of_another_recipe_are_replaced_only_where_that_is_said(make, tmp_path):

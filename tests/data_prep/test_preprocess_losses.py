@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 from data_prep.config import PreprocessConfig
 from data_prep.filters import inspect_record
+from data_prep.images import decode_caption
 from data_prep.readers.parquet import BATCH_BYTES, ParquetPairs, ParquetTexts
 from data_prep.readers.records import UNKNOWN, BadRecord, RawPair, Record
 from data_prep.readers.webdataset import TarReader
@@ -69,7 +70,8 @@ def test_every_row_is_read_or_counted_as_lost_wherever_the_damage_is(tmp_path, d
     num_rows, rows_per_group = data.draw(st.integers(300, 900)), data.draw(st.integers(50, 299))
     start, size = write_texts(tmp_path / "t.parquet", num_rows, rows_per_group, compression=codec)
     place = data.draw(st.integers(0, size - 8))
-    damage(tmp_path / "t.parquet", start + place, data.draw(st.binary(min_size=8, max_size=64)))
+    content = data.draw(st.binary(min_size=8, max_size=64))[: size - place]  # the footer stays whole
+    damage(tmp_path / "t.parquet", start + place, content)
     reader, numbers, num_lost = ParquetTexts(tmp_path / "t.parquet", "text"), [], 0
     for record in reader.records():
         assert int(record.key) == len(numbers) + num_lost
@@ -152,6 +154,54 @@ def test_a_cut_text_file_is_told_and_its_loss_is_estimated(make, tmp_path, cut):
     with (tmp_path / "t.jsonl").open("ab") as file:
         file.write(b"\n" + lines)  # now it is one bad line of 300
     assert make(texts=(tmp_path / "t.jsonl",), on_error="skip")[0].num_documents == 300
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_hole_of_zeros_counts_as_the_lines_that_it_would_hold(make, tmp_path, suffix):
+    line = '{{"text": "text {:04d}"}}\n' if suffix == "jsonl" else "text {:04d}\n"
+    path, content = tmp_path / f"t.{suffix}", bytearray("".join(map(line.format, range(1000))).encode())
+    size = len(content) // 1000
+    content[200 * size + 3 : 600 * size + 3] = bytes(400 * size)  # 400 lines
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"t\.{suffix}, line 201: holds NUL characters: .*; fix or remove"):
+        make(texts=(path,))
+    with pytest.raises(UserError, match=r"(40[012]) of 1[0-9]{3} inputs are bad \(\1 x holds NUL characters"):
+        make(texts=(path,), on_error="skip")
+    (made,) = make(texts=(path,), on_error="skip", max_skip_rate=0.9)
+    assert made.num_documents == 599
+
+
+@within_a_test
+@given(
+    texts=st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1), min_size=1),
+    encoding=st.sampled_from(["utf-16-le", "utf-16-be", "utf-16", "utf-32", "utf-32-be"]),
+)
+def test_no_text_of_another_encoding_is_learnt(make, tmp_path_factory, texts, encoding):
+    folder = tmp_path_factory.mktemp("in")
+    (folder / "t.txt").write_bytes("\n".join(texts).encode(encoding))
+    with pytest.raises(UserError, match=r"NUL characters|not UTF-8"):
+        make(texts=(folder / "t.txt",), out=folder / "out")
+    with pytest.raises(BadRecord, match=r"NUL characters|not UTF-8"):
+        decode_caption(texts[0].encode(encoding))
+
+
+@pytest.mark.parametrize("damaged", ["a.parquet", "a.tar"])
+def test_a_file_that_opens_no_more_counts_as_those_of_other_folders(make, tmp_path, damaged):
+    """Damaged at its start or its end, so that it holds nothing."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        content = encoded(drawing(0))
+        write_tar(tmp_path / name / "a.tar", {f"k{i}": {"png": content, "txt": b"x"} for i in range(60)})
+        rows = [{"image": content, "caption": "x"}] * 60
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, tmp_path / name / "a.parquet", use_dictionary=False, compression="none")
+    path = tmp_path / "a" / damaged
+    damage(path, 148 if damaged == "a.tar" else path.stat().st_size - 6, b"garbage"[:6])
+    with pytest.raises(
+        UserError, match=r"(\d+) of (\d+) inputs are bad .*, \1 of them by estimate"
+    ) as raised:
+        make(images=(path, tmp_path / "b" / damaged), on_error="skip")
+    assert str(raised.value).startswith("60 of 120 ")
 
 
 def test_an_unreadable_parquet_file_counts_as_its_neighbours(make, tmp_path):

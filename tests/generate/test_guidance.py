@@ -49,7 +49,7 @@ def encode(pipeline, text: str) -> np.ndarray:
     return np.array(pipeline.tokenizer.encode(text))
 
 
-@pytest.mark.parametrize("negative", ["", "grey sky"])
+@pytest.mark.parametrize("negative", ["", "grey sky", "grey sky" * 20])
 def test_an_edit_is_guided_by_its_text_and_by_its_image(pipeline, codec, negative):
     """BAGEL's two scales: from no text to all, then from no image to that."""
     changes = {"guidance_scale": 2.5, "image_guidance_scale": 1.5, "negative_prompt": negative}

@@ -43,7 +43,7 @@ def options_of(row: int) -> SamplingConfig:
     return SamplingConfig(
         sampler=("ddim", "EulerAncestralDiscrete", "UniPCMultistep")[row % 3],
         num_inference_steps=3 + row % 2,
-        guidance_scale=(3.0, 1.0)[row % 2],
+        guidance_scale=(3.0, 1.0, 2.0)[row // 3],
         negative_prompt=("", "grey", "blue sky")[row % 3],
         max_new_tokens=(5, 9, 14)[row % 3],
         temperature=(1.0, 0.0, 1.5)[row % 3],
@@ -52,19 +52,15 @@ def options_of(row: int) -> SamplingConfig:
     )
 
 
-def test_a_request_alone_equals_itself_among_eight_others_at_any_place(pipeline):
+@pytest.mark.parametrize("begin", ["free", "image"])
+def test_a_request_alone_equals_itself_among_eight_others_at_any_place(pipeline, begin):
     prefer_images(pipeline)
     rows = [([CAPTIONS[row % 6]], 100 + row, options_of(row)) for row in range(9)]
 
     def generate(order):
         prompts, seeds, samplings = zip(*(rows[row] for row in order), strict=True)
-        return dict(
-            zip(
-                order,
-                pipeline.generate(list(prompts), seed=seeds, sampling=samplings, max_images=2),
-                strict=True,
-            )
-        )
+        options = {"seed": seeds, "sampling": samplings, "max_images": 2, "begin": begin}
+        return dict(zip(order, pipeline.generate(list(prompts), **options), strict=True))
 
     together, other = generate(range(9)), generate([4, 8, 1, 0, 7, 2, 6, 3, 5])
     assert len({str(together[row]) for row in range(9)}) >= 6
@@ -72,6 +68,17 @@ def test_a_request_alone_equals_itself_among_eight_others_at_any_place(pipeline)
     for row in range(9):
         assert_equal_answers(other[row], together[row])
         assert_equal_answers(generate([row])[row], together[row])
+
+
+def test_answers_do_not_depend_on_the_slots_that_a_cache_begins_with(pipeline, monkeypatch):
+    prefer_images(pipeline)
+    sampling = SamplingConfig(num_inference_steps=2, temperature=1.0, max_new_tokens=40)
+    options = {"seed": 3, "max_images": 4, "sampling": sampling}
+    expected = pipeline.generate([[c] for c in CAPTIONS], **options)
+    assert sum(not isinstance(part, str) for answer in expected for part in answer) >= 6
+    monkeypatch.setattr("megafusion.generate.generation.FIRST_CAPACITY", 1)
+    for found, answer in zip(pipeline.generate([[c] for c in CAPTIONS], **options), expected, strict=True):
+        assert_equal_answers(found, answer)
 
 
 def test_another_seed_is_another_text(pipeline):

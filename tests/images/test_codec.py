@@ -184,3 +184,29 @@ def test_invalid_autoencoder_folders_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="cut: not loadable"):
         ImageCodec.from_pretrained(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_quant_conv": False}, "have quant_conv.bias"),
+        ({"layers_per_block": 2}, r"lack decoder\.up_blocks\.0\.resnets\.2"),
+        ({"layers_per_block": 0}, r"have .*resnets"),
+        ({"mid_block_add_attention": False}, r"have .*attentions"),
+        ({"block_out_channels": [8, 8]}, "lack .*"),
+        ("weight", "lack encoder.conv_in.bias"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path, change, message):
+    """diffusers starts those that are missing at random, and ignores the others."""
+    tiny().save_pretrained(tmp_path)
+    if change == "weight":
+        weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+        del weights["encoder.conv_in.bias"]
+        save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    else:
+        config = json.loads((tmp_path / "config.json").read_text()) | change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    codec = ImageCodec.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"its weights {message}"):
+        codec.encode(torch.zeros(1, 3, 8, 8))

@@ -99,18 +99,6 @@ def test_other_files_are_refused_wherever_they_are(run_values, which, where):
     assert (config.out / "config.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("left", ["", '{"shards": {"pai', "[]", "{}", None])
-def test_a_lost_or_cut_record_of_the_inputs_is_named(run_values, left):
-    config = parse_config(RunConfig, run_values, "test")
-    freeze(config, "a" * 64, "b" * 64)
-    record = config.out / "environment.json"
-    record.unlink() if left is None else record.write_text(left)
-    fault = {"[]": r"is not a JSON object", "{}": None}.get(left, r"cannot be read as JSON \(.*\)")
-    way_out = rf"run/environment\.json: {fault}; restore it from a backup, or choose another out="
-    with pytest.raises(UserError, match=way_out if fault else r"data\.sources\.pairs: other files than"):
-        freeze(config, "a" * 64, "b" * 64)
-
-
 def test_another_source_or_another_order_is_another_recipe(run_values):
     start(run_values, stop_after=1)
     sources = run_values["data"]["sources"]

@@ -48,6 +48,18 @@ def test_other_shards_under_a_run_are_refused(run_values, own_shards):
     assert len(read_metrics(run)) == 2
 
 
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
+def test_a_run_without_its_record_is_refused(run_values, content):
+    run = start(run_values, stop_after=1)
+    (run / "environment.json").unlink()
+    if content is not None:
+        (run / "environment.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"environment\.json: cannot be read .*; restore it, or choose another"
+    ):
+        start(run_values)
+
+
 def test_a_moved_run_goes_on(run_values, tmp_path):
     run = start(run_values, stop_after=2)
     run.rename(tmp_path / "elsewhere")

@@ -127,7 +127,7 @@ def test_the_seed_determines_the_weights_bitwise(config, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_resumed_training_is_bitwise_identical(config, tmp_path, monkeypatch):
+def test_a_resumed_training_is_bitwise_identical(config, shard, tmp_path, monkeypatch):
     short = {
         "loss": {
             "adversarial_weight": 0.5,
@@ -154,6 +154,13 @@ def test_a_resumed_training_is_bitwise_identical(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"with another data\.group_separator \(\"\"\)"):
         train_autoencoder(config(**short, data={"group_separator": "_"}))
     torch.manual_seed(99)
+    moved = shard.rename(shard.with_name("moved.tar"))
+    short["data"] = {"images": [str(moved)]}
+    content = moved.read_bytes()
+    moved.write_bytes(content + bytes(512))
+    with pytest.raises(UserError, match=r"another data\.images \(by their hash\)"):
+        train_autoencoder(config(**short))
+    moved.write_bytes(content)
     resumed = train_autoencoder(config(**short))
     assert resumed["codec_sha256"] == uninterrupted["codec_sha256"]
     assert resumed["history"] == uninterrupted["history"]

@@ -1,0 +1,65 @@
+"""Judge every sampler on the quickstart's model: the share of captions whose image shows what was asked.
+
+    python benchmarks/samplers.py runs/quickstart [--steps 50] [--captions 44] [--json FILE]
+
+`concept_top1` as in the quickstart's report, of evenly spaced captions, with the pipeline's guidance; the
+first row is the process's default sampler at 250 steps.
+"""
+
+import argparse
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import megafusion.device
+
+from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
+from data_prep.emoji.report import training_pairs
+from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.images.processor import preprocess_images
+from megafusion.objective import ddpm, flow
+from megafusion.train.run_folder import load_run_config
+
+EMOJI = Path(__file__).parents[1] / "data_prep/emoji"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--captions", type=int, default=44)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    pipeline = TransfusionPipeline.from_pretrained(arguments.run).to(megafusion.device.default_device())
+    pairs = training_pairs(load_run_config(arguments.run).data, EMOJI / "emoji-000000.tar")
+    chosen = [pairs[len(pairs) * i // arguments.captions] for i in range(arguments.captions)]
+    classifier = ImageClassifier.load(EMOJI / "classifier.safetensors")
+    kind = pipeline.config.objective.noise_process.kind
+    names = {"ddpm": ddpm.SAMPLERS, "flow": flow.SAMPLERS}[kind]
+    rows = []
+    for name, steps in [(None, 250), *((name, arguments.steps) for name in names if name[0].isupper())]:
+        sampling = pipeline.config.sampling.model_copy(update={"sampler": name, "num_inference_steps": steps})
+        start = time.perf_counter()
+        drawn = pipeline.draw([pair.caption for pair in chosen], sampling=sampling)
+        seconds = time.perf_counter() - start
+        found = classifier.classify(preprocess_images(drawn, IMAGE_SIZE, IMAGE_SIZE) / 2 + 0.5)
+        top1 = sum(key == pair.key for key, pair in zip(found, chosen, strict=True)) / len(chosen)
+        rows.append({"sampler": name, "steps": steps, "concept_top1": top1, "seconds": round(seconds)})
+        print(json.dumps(rows[-1]), flush=True)
+    report = {
+        "kind": kind,
+        "captions": len(chosen),
+        "guidance_scale": pipeline.config.sampling.guidance_scale,
+        "diffusers": version("diffusers"),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": rows,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
