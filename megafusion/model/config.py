@@ -122,6 +122,9 @@ class ModelConfig(Config):
     """Adapter between latents and the transformer: linear, or the paper's U-Net blocks."""
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
+    modality_weights: Literal["none", "feed_forward", "all"] = "none"
+    """Weights of their own for image patches (mixture of transformers, arXiv 2411.04996): none; of norm and
+    feed-forward; or of attention's projections and all norms too. A step costs the same FLOPs."""
     attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
     CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest supported."""

@@ -76,7 +76,7 @@ def _default_init(owner: nn.Module, key: str) -> Init:
     if isinstance(owner, nn.Conv2d):
         return "conv"
     is_norm = isinstance(owner, nn.RMSNorm | nn.LayerNorm | nn.GroupNorm)
-    return "zeros" if key == "bias" else "ones" if is_norm else "normal"
+    return "zeros" if key.endswith("bias") else "ones" if is_norm else "normal"
 
 
 def initial_value(weight: Weight, shape: torch.Size, num_layers: int, seed: int) -> Tensor:

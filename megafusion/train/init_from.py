@@ -19,7 +19,7 @@ from megafusion.hub.config import model_keys, read_hub_config, sliding_window
 from megafusion.hub.folder import tokenizer_files
 from megafusion.hub.weights import open_hub_weights
 from megafusion.model.config import ModelConfig
-from megafusion.model.hub_names import EMBEDDING, HEAD
+from megafusion.model.hub_names import EMBEDDING, HEAD, IMAGES
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, read_json
 from megafusion.train.config import RunConfig
@@ -82,9 +82,13 @@ def open_origin(config: RunConfig) -> Origin:
     else:
         origin = _open_hub(path, config)
     if origin.model.tie_embeddings and not config.model.tie_embeddings:
-        origin = origin._replace(source=UntiedHead(origin.source))
+        origin = origin._replace(source=CopiedWeights(origin.source, {HEAD: EMBEDDING}))
+    wanted = weight_shapes(config)
+    if origin.model.modality_weights == "none":  # then those of image patches start as the texts'
+        copies = {name: name.replace(f".{IMAGES}", ".") for name in wanted if f".{IMAGES}" in name}
+        origin = origin._replace(source=CopiedWeights(origin.source, copies))
     stored = origin.source.shapes()
-    fitting = (name for name, here in weight_shapes(config).items() if _fits(name, stored.get(name), here))
+    fitting = (name for name, here in wanted.items() if _fits(name, stored.get(name), here))
     return origin._replace(names=frozenset(fitting))
 
 
@@ -106,23 +110,23 @@ def _open_hub(path: Path, config: RunConfig) -> Origin:
     return Origin(source, model, tokenizer_files(path), text_config=values)
 
 
-class UntiedHead:
-    """A TensorSource of tied embeddings for a model with a head of its own, which starts as a copy."""
+class CopiedWeights:
+    """A TensorSource with more weights, which are copies of others. copies: names of those by theirs."""
 
-    def __init__(self, source: TensorSource):
-        self._source = source
+    def __init__(self, source: TensorSource, copies: dict[str, str]):
+        self._source, self._copies = source, copies
 
     def __str__(self) -> str:
         return str(self._source)
 
     def shapes(self) -> dict[str, torch.Size]:
         shapes = self._source.shapes()
-        return shapes | ({HEAD: shapes[EMBEDDING]} if EMBEDDING in shapes else {})
+        return shapes | {name: shapes[own] for name, own in self._copies.items() if own in shapes}
 
     def read(self, chunks: dict[str, Chunks]) -> None:
-        self._source.read({name: part for name, part in chunks.items() if name != HEAD})
-        if HEAD in chunks:
-            self._source.read({EMBEDDING: chunks[HEAD]})
+        self._source.read({name: part for name, part in chunks.items() if name not in self._copies})
+        if copied := {own: chunks[name] for name, own in self._copies.items() if name in chunks}:
+            self._source.read(copied)
 
 
 def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
     timesteps = model.objective.noise_process.timesteps(batch.t)
     x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
-    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype)
+    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype, batch.patch_index >= 0)
     for block in model.blocks:
         x = block(x, context)
     return model.tail(x), skips
