@@ -59,9 +59,26 @@ class Components:
                 if statistics and statistics.warning:
                     found.append(f"data.sources.{name}: {statistics.warning}")
         if torch.cuda.is_available():
+            found += idle_gpu(config)
             gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
             found += does_not_fit(config.job(dist.get_world_size()), gpu.total_memory, gpu.name)
         return [f"warning: {sentence}" for sentence in found]
+
+
+def idle_gpu(config: RunConfig) -> list[str]:
+    """Values that leave most of a GPU's speed unused."""
+    found = []
+    if config.train.precision == "fp32":
+        found.append("train.precision fp32 does not use the GPU's tensor cores; set it to bf16")
+    if config.model.attention == "sdpa":
+        length = config.data.sequence_length
+        found.append(
+            f"model.attention sdpa computes all {length} x {length} pairs of positions and keeps a mask "
+            "of them in every block; set it to auto"
+        )
+    if config.data.num_workers == 0:
+        found.append("data.num_workers 0 lets the GPU wait while rows are read and packed; set it to 4")
+    return found
 
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:

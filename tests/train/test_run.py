@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.checkpoint.manager import SaveFailed, disk_errors
-from megafusion.config import parse_config
+from megafusion.config import load_config, parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -34,10 +34,11 @@ from megafusion.parallel.mesh import make_mesh
 from megafusion.resilience import attempts
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.telemetry.status import show_status
-from megafusion.train.build import build_components, build_engine
+from megafusion.train.build import build_components, build_engine, idle_gpu
 from megafusion.train.config import RunConfig
 from megafusion.train.export import model_card
 from megafusion.train.loop import train, train_step
+from tests.support.small import ROOT
 from tests.support.workers import run_workers
 
 
@@ -303,6 +304,15 @@ def test_a_start_that_trains_nothing_says_so(run_values, capsys):
     assert "is finished after step 6; a larger train.num_steps makes it longer" in said
     assert "the learning rate of step" not in said
     assert len(losses(run)) == 6
+
+
+def test_what_leaves_a_gpu_idle_is_told_and_the_papers_sizes_do_not(run_config):
+    said = [sentence.partition(" ")[0] for sentence in idle_gpu(run_config)]
+    assert said == ["train.precision", "model.attention", "data.num_workers"]
+    sizes = [*(ROOT / "configs").glob("*b.yaml"), *(ROOT / "configs/baselines").glob("*.yaml")]
+    assert len(sizes) == 9
+    for path in sizes:
+        assert idle_gpu(load_config(RunConfig, path)) == [], path
 
 
 def test_values_that_cannot_do_what_they_say_are_warned_of_at_the_start(run_values, capsys):
