@@ -82,7 +82,11 @@ def test_what_a_compiled_block_saves_is_the_choice_of_torchs_partitioner(kv_head
     own = {parameter.untyped_storage()._cdata for parameter in blocks.parameters()}
     start, positions = torch.zeros(1, LENGTH, dtype=torch.int32), torch.arange(LENGTH, dtype=torch.int32)
     context = block_context(
-        config.model, Intervals(start, positions[None] + 1, LENGTH), positions[None], torch.bfloat16
+        config.model,
+        Intervals(start, positions[None] + 1, LENGTH),
+        positions[None],
+        torch.bfloat16,
+        positions[None] < 0,
     )
     for block in blocks:
         block.compile(backend="aot_eager_decomp_partition")  # inductor's partitioner without its kernels
