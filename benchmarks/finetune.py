@@ -1,6 +1,6 @@
 """In how many steps does a model learn 64 new pairs, from the quickstart's weights and from random ones?
 
-    python benchmarks/finetune.py runs/quickstart [--out runs/finetune] [--every 20] [--json FILE]
+    python benchmarks/finetune.py runs/quickstart [KEY=VALUE ...] [--every 20] [--json FILE]
 
 The pairs are 32 concepts of the emoji pack in two styles, none of them the quickstart's. Both runs have the
 same seed, data and keys: the quickstart's, with a constant learning rate, so that no step depends on how many
@@ -74,12 +74,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("quickstart", type=Path, help="run or pipeline folder of the quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of both runs' keys")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder of both runs")
     parser.add_argument("--every", type=int, default=20, help="steps between two evaluations")
     parser.add_argument("--max-steps", type=int, default=1200, help="where a run ends in any case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     shards, weights = make_pairs(options.out)
     metrics = ImageClassifier.load(weights).metrics
     if metrics["clean"] < 1:
@@ -92,6 +93,7 @@ def main() -> None:
         f"train.num_steps={options.max_steps}",
         "samples.every=0",
         f"checkpoint.every={options.every}",
+        *options.overrides,
     ]
     record: dict = {"wanted": WANTED, "seed": options.seed, "overrides": common, "classifier": metrics}
     for name, start in (("fine-tuned", [f"train.init_from={options.quickstart}"]), ("random start", [])):

@@ -4,9 +4,9 @@
 
 Text: `decode` greedily continues prompts of 16 random tokens by so many, without ending at eos, beside
 transformers' `generate` on the model that `megafusion export --to hf` writes of the same pipeline, in
-alternate runs of one process; the tokens must be equal. `no cache` is one forward pass over the whole row
-for each token. Images: draws of the pipeline's sampler with guidance. Medians of --runs runs after one to
-warm up.
+alternate runs of one process; the tokens must be equal. `generate` is all that a call of the pipeline does,
+of as many tokens. `no cache` is one forward pass over the whole row for each token. Images: draws of the
+pipeline's sampler with guidance. Medians of --runs runs after one to warm up.
 """
 
 import argparse
@@ -91,6 +91,7 @@ def text_row(pipeline, theirs, batch: int, arguments: argparse.Namespace) -> dic
 
     runs = {
         "decode": lambda: decode(pipeline, ids, num_new),
+        "generate": lambda: generate(pipeline, ids, num_new),
         "transformers": transformers,
         "no cache": lambda: decode_without_cache(pipeline, ids, num_new),
     }
@@ -103,9 +104,28 @@ def text_row(pipeline, theirs, batch: int, arguments: argparse.Namespace) -> dic
         "new_tokens": num_new,
         **{f"tokens_per_second {name}": round(rate, 1) for name, rate in rates.items()},
         "ratio to transformers": round(rates["decode"] / rates["transformers"], 3),
+        "ratio of generate to transformers": round(rates["generate"] / rates["transformers"], 3),
         "ratio to no cache": round(rates["decode"] / rates["no cache"], 3),
         "seconds to first token": round(first_event(pipeline, batch, TextDelta, begin="text"), 4),
     }
+
+
+def generate(pipeline: TransfusionPipeline, ids: torch.Tensor, num_new: int) -> int:
+    """As many tokens by all that a call of the pipeline does; eos is never chosen."""
+
+    def without_eos(_head, _inputs, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., pipeline.tokenizer.eos] = -torch.inf
+        return logits
+
+    hook = pipeline.model.tail.head.register_forward_hook(without_eos)
+    sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": num_new})
+    texts = [[pipeline.tokenizer.decode(row[1:].tolist())] for row in ids]
+    requests = [Request(text, sampling, begin="text", max_images=0) for text in texts]
+    generation = Generation(pipeline.model, pipeline.tokenizer, pipeline.codec, requests, streams_text=False)
+    generation.run()
+    hook.remove()
+    assert all(len(output) == num_new for output in generation.outputs)
+    return num_new
 
 
 @torch.no_grad()

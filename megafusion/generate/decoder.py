@@ -66,7 +66,7 @@ class Decoder:
         x_BSD, _ = self.model.stem(
             batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
         )
-        hidden_BSD = self._forward(cache, x_BSD, row_end)
+        hidden_BSD = self._forward(cache, x_BSD, row_end, batch.patch_index >= 0)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
         return self.model.tail.head(hidden_BSD.gather(1, last))[:, 0]
@@ -79,7 +79,7 @@ class Decoder:
         """
         counts = torch.ones_like(tokens_B) if is_read_B is None else is_read_B.to(tokens_B.dtype)
         x_BSD = self.model.stem.embedding(tokens_B[:, None])
-        hidden_BSD = self._forward(cache, x_BSD, counts[:, None])
+        hidden_BSD = self._forward(cache, x_BSD, counts[:, None], counts[:, None] < 0)
         cache.advance(counts)
         return self.model.tail.head(hidden_BSD)[:, 0]
 
@@ -130,7 +130,7 @@ class Decoder:
         dtype = self.model.tail.head.weight.dtype
         patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW.to(dtype), timesteps_B)
         end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
-        hidden_BPD = self._forward(cache, patches_BPD, end)
+        hidden_BPD = self._forward(cache, patches_BPD, end, end > 0)
         grid = self._grid(latents_BCHW)
         return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, grid).float()
 
@@ -139,9 +139,9 @@ class Decoder:
         height, width = latents_BCHW.shape[2:]
         return height // self.model.config.patch_size, width // self.model.config.patch_size
 
-    def _forward(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor) -> Tensor:
+    def _forward(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor, is_patch_BS: Tensor) -> Tensor:
         positions, intervals = cache.allocate(row_end_BS)
-        context = block_context(self.model.config, intervals, positions, x_BSD.dtype)
+        context = block_context(self.model.config, intervals, positions, x_BSD.dtype, is_patch_BS)
         for block, layer in zip(self.model.blocks, cache.layers, strict=True):
             x_BSD = block(x_BSD, context, layer)
         return self.model.tail(x_BSD)

@@ -21,11 +21,13 @@ class RopeScaling(Config):
     kind: Literal["llama3"] = "llama3"
     """How rotary frequencies are scaled, where model.rope_scaling is given: llama3 alone."""
     factor: float = Field(8.0, ge=1)
-    """Divides the frequencies that turn fewer than low_freq_factor times in the original positions."""
+    """Divides the low frequencies: by how much longer the context has become."""
     low_freq_factor: float = Field(1.0, gt=0)
-    """Turns up to which a frequency is divided in full."""
+    """Low frequencies, divided in full, have wavelengths of more than original_max_position_embeddings /
+    low_freq_factor."""
     high_freq_factor: float = Field(4.0, gt=0)
-    """Turns from which a frequency is not divided; between the two factors the scaling is interpolated."""
+    """High frequencies, kept, have wavelengths of less than original_max_position_embeddings /
+    high_freq_factor; between the two the scaling is interpolated."""
     original_max_position_embeddings: int = Field(8192, gt=0)
     """Positions that the model was first trained for."""
 
@@ -120,9 +122,12 @@ class ModelConfig(Config):
     """Adapter between latents and the transformer: linear, or the paper's U-Net blocks."""
     unet_channels: int = Field(320, gt=0)
     """Channels of the U-Net adapter at full resolution; twice as many below it."""
+    modality_weights: Literal["none", "feed_forward", "all"] = "none"
+    """Weights of their own for image patches (mixture of transformers, arXiv 2411.04996): none; of norm and
+    feed-forward; or of attention's projections and all norms too. A step costs the same FLOPs."""
     attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
-    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
+    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest supported."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None

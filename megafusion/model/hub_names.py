@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+IMAGES = "image_"
+"""Begins the name of a weight that image patches have of their own, beside the texts' of the same name."""
 EMBEDDING, HEAD = "stem.embedding.weight", "tail.head.weight"
 _ENDS = {EMBEDDING: "model.embed_tokens", "tail.norm.weight": "model.norm", HEAD: "lm_head"}
 _BLOCK = {
@@ -21,6 +23,8 @@ def hub_names(names: Iterable[str]) -> dict[str, list[str]]:
     found = {}
     for name in names:
         module, _, key = name.rpartition(".")
+        if key.startswith(IMAGES):
+            continue
         if name in _ENDS:
             found[name] = [f"{_ENDS[name]}.{key}"]
         elif module.startswith("blocks."):

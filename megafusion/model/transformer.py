@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig, RopeScaling
+from megafusion.model.modality import Modality, ModalityLinear, ModalityRMSNorm, modality_of
 from megafusion.model.weights import Replicated, declare
 from megafusion.sequence.intervals import Intervals
 
@@ -49,20 +50,34 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 class BlockContext:
     """Side inputs of every block besides the residual stream and the cache; made once a batch.
 
-    mask: as the attention backend prepared it. rope: of the positions in the residual stream.
+    mask: as the attention backend prepared it. rope: of the positions in a block's products. modality: of the
+    same positions; empty in a model without weights for image patches.
     """
 
     mask: Any
     rope: Rope
+    modality: tuple[Modality, ...]
 
 
 def block_context(
-    config: ModelConfig, intervals: Intervals, positions_BS: Tensor, dtype: torch.dtype
+    config: ModelConfig,
+    intervals: Intervals,
+    positions_BS: Tensor,
+    dtype: torch.dtype,
+    is_patch_BS: Tensor,
+    is_patch_residual_BS: Tensor | None = None,
 ) -> BlockContext:
-    """The context of all blocks of a model; dtype: the residual stream's."""
+    """The context of all blocks of a model; dtype: the residual stream's.
+
+    is_patch_BS: bool, the positions of image patches. is_patch_residual_BS: those of the residual stream, if
+    it has other positions, as with sequence parallelism.
+    """
     mask = attention_backend(config.attention).prepare(intervals, dtype, config.head_size)
     rope = rope_at(positions_BS, config.head_size, config.rope_theta, config.rope_scaling)
-    return BlockContext(mask, rope)
+    if config.modality_weights == "none":
+        return BlockContext(mask, rope, ())
+    residual_BS = is_patch_BS if is_patch_residual_BS is None else is_patch_residual_BS
+    return BlockContext(mask, rope, (modality_of(is_patch_BS, residual_BS),))
 
 
 class LayerCache(Protocol):
@@ -72,16 +87,18 @@ class LayerCache(Protocol):
         """Store new keys and values; return all of them, [B, T, G, K]."""
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(ModalityLinear):
     """Several linear layers of one input as one matrix product."""
 
-    def __init__(self, hidden_size: int, sizes: tuple[int, ...], bias: bool = False):
-        super().__init__(hidden_size, sum(sizes), bias)
+    def __init__(
+        self, hidden_size: int, sizes: tuple[int, ...], bias: bool = False, for_patches: bool = False
+    ):
+        super().__init__(hidden_size, sum(sizes), bias, for_patches)
         self.sizes = sizes
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, x: Tensor, *modality: Modality) -> tuple[Tensor, ...]:  # type: ignore[override]
         """[..., hidden_size] -> one tensor [..., size] for each of the sizes."""
-        return super().forward(x).split(self.sizes, dim=-1)
+        return super().forward(x, *modality).split(self.sizes, dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -91,25 +108,41 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_size
         q_size, kv_size = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
-        sizes = (q_size, kv_size, kv_size)
-        self.qkv = declare(FusedLinear(config.hidden_size, sizes, config.attention_bias), "column")
+        sizes, for_patches = (q_size, kv_size, kv_size), config.modality_weights == "all"
+        qkv = FusedLinear(config.hidden_size, sizes, config.attention_bias, for_patches)
+        self.qkv = declare(qkv, "column")
         self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
-        self.out = declare(nn.Linear(q_size, config.hidden_size, bias=False), "row", init="residual")
+        out = ModalityLinear(q_size, config.hidden_size, for_patches=for_patches)
+        self.out = declare(out, "row", init="residual")
         self.attend = attention_backend(config.attention).attend
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BSD))
-        q, k = context.rope.rotate(self.q_norm(q)), context.rope.rotate(self.k_norm(k))
+        modality = context.modality
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BSD, *modality))
+        q, k = normed(self.q_norm, q, context), normed(self.k_norm, k, context)
+        q, k = context.rope.rotate(q), context.rope.rotate(k)
         if cache is not None:
             k, v = cache.update(k, v)
-        return self.out(self.attend(q, k, v, context.mask).flatten(-2))
+        return self.out(self.attend(q, k, v, context.mask).flatten(-2), *modality)
 
 
 def _head_norm(config: ModelConfig) -> nn.Module:
     """The norm of each head's queries or keys, where the model has one."""
     if not config.qk_norm:
         return nn.Identity()
-    return declare(nn.RMSNorm(config.head_size, eps=config.norm_eps), Replicated("heads"))
+    return declare(_norm(config.head_size, config, config.modality_weights == "all"), Replicated("heads"))
+
+
+def _norm(size: int, config: ModelConfig, for_patches: bool) -> nn.RMSNorm:
+    return (ModalityRMSNorm if for_patches else nn.RMSNorm)(size, eps=config.norm_eps)
+
+
+def normed(norm: nn.Module, x: Tensor, context: BlockContext) -> Tensor:
+    """A norm of the residual stream [B, S, D], or of heads [B, S, H, K], whatever weights it has."""
+    if not isinstance(norm, ModalityRMSNorm):
+        return norm(x)
+    (modality,) = context.modality
+    return norm(x, modality.is_patch_residual if x.ndim == 3 else modality.is_patch[..., None])
 
 
 class FeedForward(nn.Module):
@@ -118,12 +151,15 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         size, ffn_size = config.hidden_size, config.ffn_size
-        self.gate_up = declare(FusedLinear(size, (ffn_size, ffn_size)), "column")
-        self.down = declare(nn.Linear(ffn_size, size, bias=False), "row", init="residual")
+        for_patches = config.modality_weights != "none"
+        gate_up = FusedLinear(size, (ffn_size, ffn_size), for_patches=for_patches)
+        self.gate_up = declare(gate_up, "column")
+        down = ModalityLinear(ffn_size, size, for_patches=for_patches)
+        self.down = declare(down, "row", init="residual")
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BSD)
-        return self.down(F.silu(gate) * up)
+    def forward(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
+        gate, up = self.gate_up(x_BSD, *context.modality)
+        return self.down(F.silu(gate) * up, *context.modality)
 
 
 class Block(nn.Module):
@@ -131,12 +167,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        size, eps = config.hidden_size, config.norm_eps
-        self.attention_norm = declare(nn.RMSNorm(size, eps=eps), Replicated("positions"))
+        size, weights = config.hidden_size, config.modality_weights
+        self.attention_norm = declare(_norm(size, config, weights == "all"), Replicated("positions"))
         self.attention = SelfAttention(config)
-        self.feed_forward_norm = declare(nn.RMSNorm(size, eps=eps), Replicated("positions"))
+        self.feed_forward_norm = declare(_norm(size, config, weights != "none"), Replicated("positions"))
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
-        return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+        x_BSD = x_BSD + self.attention(normed(self.attention_norm, x_BSD, context), context, cache)
+        return x_BSD + self.feed_forward(normed(self.feed_forward_norm, x_BSD, context), context)

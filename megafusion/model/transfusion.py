@@ -94,7 +94,8 @@ class Transfusion(nn.Module):
         noised = self.objective.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
         timesteps = self.objective.noise_process.timesteps(inputs.t)
         x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
-        context = block_context(self.config, batch.intervals(), inputs.positions, x_BSD.dtype)
+        is_patch = inputs.patch_index >= 0
+        context = block_context(self.config, batch.intervals(), inputs.positions, x_BSD.dtype, is_patch)
         for block in self.blocks:
             x_BSD = block(x_BSD, context)
         hidden_BSD = self.tail(x_BSD)

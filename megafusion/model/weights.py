@@ -76,7 +76,7 @@ def _default_init(owner: nn.Module, key: str) -> Init:
     if isinstance(owner, nn.Conv2d):
         return "conv"
     is_norm = isinstance(owner, nn.RMSNorm | nn.LayerNorm | nn.GroupNorm)
-    return "zeros" if key == "bias" else "ones" if is_norm else "normal"
+    return "zeros" if key.endswith("bias") else "ones" if is_norm else "normal"
 
 
 def initial_value(weight: Weight, shape: torch.Size, num_layers: int, seed: int) -> Tensor:
@@ -97,11 +97,3 @@ def initial_value(weight: Weight, shape: torch.Size, num_layers: int, seed: int)
         return value.fill_(weight.init == "ones")
     std = 0.02 / (2 * num_layers) ** 0.5 if weight.init == "residual" else 0.02
     return value.normal_(std=std, generator=generator)
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, num_layers: int, seed: int) -> None:
-    """Initialize every parameter of a whole model in place."""
-    for weight in named_weights(model):
-        parameter = getattr(weight.owner, weight.key)
-        parameter.copy_(initial_value(weight, parameter.shape, num_layers, seed))

@@ -21,7 +21,12 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
     """
     with torch.device("meta"):
         one_block = config.model_copy(
-            update={"num_layers": 1, "attention": "sdpa", "image_sizes": config.image_sizes[:1]}
+            update={
+                "num_layers": 1,
+                "attention": "sdpa",
+                "image_sizes": config.image_sizes[:1],
+                "modality_weights": "none",  # the same FLOPs
+            }
         )
         model = Transfusion(one_block, ObjectiveConfig())
         tokens = torch.zeros(1, shape.length, dtype=torch.int64)
@@ -29,7 +34,7 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
         latents = torch.zeros(1, shape.num_images, shape.latent_channels, *shape.sizes[0])
         timesteps = torch.zeros(1, shape.num_images, dtype=torch.int64)
     (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps, timesteps)
-    context = block_context(one_block, Intervals(bounds, bounds, shape.length), bounds, x.dtype)
+    context = block_context(one_block, Intervals(bounds, bounds, shape.length), bounds, x.dtype, bounds > 0)
     hidden, block = _counted(model.blocks[0], x, context)
     _, head = _counted(model.tail.head, hidden)
     _, images = _counted(model.tail.images, hidden, timesteps, timesteps, skips, timesteps)

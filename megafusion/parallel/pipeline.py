@@ -60,11 +60,12 @@ class Stage(nn.Module):
         else:
             floats, integers = inputs
             x_BSD, skips = self._unpack(floats)
-        rows_3BS, slots_3BN = self._unpack_integers(integers)
-        positions, row_start, row_end = rows_3BS
+        rows_4BS, slots_3BN = self._unpack_integers(integers)
+        positions, row_start, row_end, patch_index = rows_4BS
         intervals = Intervals(row_start, row_end, self.shape.length)
-        positions = self.sequence_shard.shard(positions)
-        context = block_context(self.config, intervals, positions, x_BSD.dtype)
+        positions, is_patch = map(self.sequence_shard.shard, (positions, patch_index >= 0))
+        is_patch_residual = self.region.shard(is_patch) if self.region else is_patch
+        context = block_context(self.config, intervals, positions, x_BSD.dtype, is_patch, is_patch_residual)
         for block in self.blocks.values():
             x_BSD = block(x_BSD, context)
         if self.tail is None:
@@ -83,7 +84,7 @@ class Stage(nn.Module):
         x_BSD = self.sequence_shard.reduce_scatter(x_BSD)
         if self.region is not None:
             x_BSD = self.region.reduce_or_scatter(x_BSD)
-        rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end])
+        rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end, inputs.patch_index])
         # The bits of t: exact, and no second float tensor.
         slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
@@ -106,8 +107,8 @@ class Stage(nn.Module):
 
     def _unpack_integers(self, integers: Tensor) -> tuple[Tensor, Tensor]:
         num_rows, length, num_slots = self.num_rows, self.shape.length, self.shape.num_images
-        rows, slots = integers.split([3 * num_rows * length, 3 * num_rows * num_slots])
-        return rows.view(3, num_rows, length), slots.view(3, num_rows, num_slots)
+        rows, slots = integers.split([4 * num_rows * length, 3 * num_rows * num_slots])
+        return rows.view(4, num_rows, length), slots.view(3, num_rows, num_slots)
 
 
 class ModelWithLoss(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megafusion.model.modality import Modality, ModalityLinear
 from megafusion.model.transformer import FusedLinear
 from megafusion.model.weights import Replicated, declare, named_weights
 from megafusion.parallel import collectives
@@ -28,6 +29,10 @@ class TensorParallelRegion:
     def __init__(self, mesh: Mesh):
         self.group, self.rank, self.num_ranks = mesh.group("tensor"), mesh.rank("tensor"), mesh.size("tensor")
         self.is_sequence_parallel = mesh.config.sequence
+
+    def shard(self, x_BS: Tensor) -> Tensor:
+        """The positions that this rank's residual stream has, of a tensor that every rank holds whole."""
+        return x_BS.chunk(self.num_ranks, POSITIONS)[self.rank] if self.is_sequence_parallel else x_BS
 
     def gather_or_copy(self, x_BSD: Tensor) -> Tensor:
         """The whole residual stream for each rank's work, whose gradients are summed."""
@@ -47,7 +52,8 @@ class ColumnParallelLinear(FusedLinear):
 
     def __init__(self, linear: FusedLinear, region: TensorParallelRegion):
         sizes = tuple(size // region.num_ranks for size in linear.sizes)
-        super().__init__(linear.in_features, sizes, bias=linear.bias is not None)
+        for_patches = linear.image_weight is not None
+        super().__init__(linear.in_features, sizes, linear.bias is not None, for_patches)
         self.to(linear.weight.device)
         self.region: TensorParallelRegion = region
         spans, local, whole = [], 0, 0
@@ -57,23 +63,25 @@ class ColumnParallelLinear(FusedLinear):
         for name, parameter in linear.named_parameters():
             set_shard_spec(getattr(self, name), ShardSpec(parameter.shape, 0, tuple(spans)))
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return super().forward(self.region.gather_or_copy(x_BSD))
+    def forward(self, x_BSD: Tensor, *modality: Modality) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(self.region.gather_or_copy(x_BSD), *modality)
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(ModalityLinear):
     """This rank's slice of the inputs; the region's reduction sums the partial outputs."""
 
     def __init__(self, linear: nn.Linear, region: TensorParallelRegion):
         assert linear.bias is None, "a bias would be added once by every rank"
         size = linear.in_features // region.num_ranks
-        super().__init__(size, linear.out_features, bias=False, device=linear.weight.device)
+        for_patches = getattr(linear, "image_weight", None) is not None
+        super().__init__(size, linear.out_features, False, for_patches, linear.weight.device)
         self.region: TensorParallelRegion = region
         span = ShardSpan(0, region.rank * size, size)
-        set_shard_spec(self.weight, ShardSpec(linear.weight.shape, 1, (span,)))
+        for name, parameter in linear.named_parameters():
+            set_shard_spec(getattr(self, name), ShardSpec(parameter.shape, 1, (span,)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.region.reduce_or_scatter(super().forward(x))
+    def forward(self, x: Tensor, *modality: Modality) -> Tensor:
+        return self.region.reduce_or_scatter(super().forward(x, *modality))
 
 
 class VocabularyParallelEmbedding(nn.Embedding):

@@ -23,10 +23,16 @@ from tests.support.generation import (
 )
 from tests.support.segments import image_of
 
+PIPELINES = {
+    "linear": {"adapter": "linear"},
+    "unet": {"adapter": "unet", "unet_channels": 4},
+    "modality": {"modality_weights": "all", "attention_bias": True},
+}
 
-@pytest.fixture(params=["linear", "unet"])
+
+@pytest.fixture(params=PIPELINES.values(), ids=PIPELINES)
 def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
-    return make_pipeline(run_config, tokenizer, codec, num_steps=5, adapter=request.param, unet_channels=4)
+    return make_pipeline(run_config, tokenizer, codec, num_steps=5, **request.param)
 
 
 def pil_image(seed: int) -> Image.Image:

@@ -73,7 +73,7 @@ TEXT_MODEL = {
     "qk_norm": True,
     "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64},
 }
-"""What the text models of hub/ need and the defaults have not: in all cases with a linear adapter."""
+"""Keys that the text models of hub/ need and that are not defaults: in all cases with a linear adapter."""
 
 TOPOLOGIES = {
     "dp2": (2, {}),
@@ -110,6 +110,8 @@ RECIPES = {
 FLOW = {"velocity": ["pp2"], "epsilon": ["ulysses2", "tp2-pp2"], "sample": list(RECIPES)}
 """Topologies by prediction of rectified flow; sample has a weight of its own for every image's loss."""
 
+MODALITY_WEIGHTS = {"feed_forward": ["tp2-sp"], "all": list(RECIPES)}
+"""Topologies by which weights image patches have of their own."""
 
 FROZEN = ["stem.*", "blocks.[12].*", "*.out.weight"]
 """Patterns that freeze the beginning of the model, all of two blocks and a part of the others."""
@@ -178,6 +180,9 @@ def make_cases() -> list[Case]:
     for prediction, names in FLOW.items():
         recipe = {"objective": {"noise_process": {"kind": "flow", "prediction_type": prediction}}}
         cases += [Case(f"{name}-flow-{prediction}", *RECIPES[name], recipe=recipe) for name in names]
+    for weights, names in MODALITY_WEIGHTS.items():
+        recipe = {"model": {"modality_weights": weights}}
+        cases += [Case(f"{name}-modality-{weights}", *RECIPES[name], recipe=recipe) for name in names]
     for name, (world, degrees) in FROZEN_TOPOLOGIES.items():
         cases.append(Case(f"{name}-frozen", world, degrees, recipe={"train": {"freeze": FROZEN}}))
     for stage in (1, 2, 3):
@@ -191,7 +196,9 @@ def make_cases() -> list[Case]:
     for name, (world, degrees) in LORA_TOPOLOGIES.items():
         cases.append(Case(f"{name}-lora", world, degrees, recipe={"train": {"lora": LORA}}))
     return [
-        case if case.adapter == "unet" else replace(case, recipe=case.recipe | {"model": model})
+        case
+        if case.adapter == "unet"
+        else replace(case, recipe=case.recipe | {"model": case.recipe.get("model", {}) | model})
         for case in cases
         for model in [TEXT_MODEL | {"tie_embeddings": "pipeline" not in case.parallel}]
     ]

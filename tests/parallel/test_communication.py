@@ -61,7 +61,7 @@ def one_block(values: dict) -> list[tuple[dict, dict]]:
     positions = torch.arange(LENGTH).expand(ROWS, -1).int()
     intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)
     positions_shard = stage.sequence_shard.shard(positions)
-    context = block_context(config.model, intervals, positions_shard, x.dtype)
+    context = block_context(config.model, intervals, positions_shard, x.dtype, positions_shard < 0)
     with Sent() as forward:
         out = stage.blocks["0"](x, context)
     with Sent() as backward:

@@ -9,10 +9,10 @@ from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.row import Request
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from tests.support.segments import flat_document
+from tests.support.weights import initialize
 
 CAPTIONS = ["apple", "red apple, 3d style", "x", "a much longer caption than the others", "pizza", "cat face"]
 
@@ -48,7 +48,7 @@ def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
     timesteps = model.objective.noise_process.timesteps(batch.t)
     x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
-    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype)
+    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype, batch.patch_index >= 0)
     for block in model.blocks:
         x = block(x, context)
     return model.tail(x), skips

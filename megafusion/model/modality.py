@@ -1,0 +1,110 @@
+"""Weights of their own for image patches (mixture of transformers, arXiv 2411.04996); attention is shared."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. Its gradient is the inverse permutation, where indexing's would add rows up."""
+
+    @staticmethod
+    def forward(context, x_TD: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+        context.save_for_backward(inverse)
+        return x_TD.index_select(0, order)
+
+    @staticmethod
+    def backward(context, gradient_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = context.saved_tensors
+        return gradient_TD.index_select(0, inverse), None, None
+
+
+class Modality(NamedTuple):
+    """Which positions are image patches; made once a batch.
+
+    is_patch: bool [B, S, 1]; is_patch_residual: the same at the positions that the residual stream has on
+    this rank. order, inverse int64 [B S]: positions sorted by modality, texts first, and back. ends int32
+    [2]: ends of texts and of patches in that order. num_texts: the first end, on a CPU; elsewhere reading it
+    would wait for the device.
+    """
+
+    is_patch: Tensor
+    is_patch_residual: Tensor
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+    num_texts: int | None
+
+    def linear(
+        self,
+        x_BSD: Tensor,
+        weight: Tensor,
+        image_weight: Tensor,
+        bias: Tensor | None,
+        image_bias: Tensor | None,
+    ) -> Tensor:
+        """Each position times the weight of its modality: two products over sorted positions."""
+        x_TD = _Permute.apply(x_BSD.flatten(0, 1), self.order, self.inverse)
+        if self.num_texts is None:
+            weights = torch.stack([weight, image_weight]).transpose(1, 2)
+            y_TD = F.grouped_mm(x_TD, weights, offs=self.ends)
+        else:
+            texts, patches = x_TD.tensor_split((self.num_texts,))
+            y_TD = torch.cat([F.linear(texts, weight), F.linear(patches, image_weight)])
+        y_BSD = _Permute.apply(y_TD, self.inverse, self.order).unflatten(0, x_BSD.shape[:2])
+        if bias is None or image_bias is None:
+            return y_BSD
+        return y_BSD + torch.where(self.is_patch, image_bias, bias)
+
+
+def modality_of(is_patch_BS: Tensor, is_patch_residual_BS: Tensor) -> Modality:
+    """From bool [B, S], of the positions in a block's products and in its residual stream."""
+    is_patch = is_patch_BS.flatten()
+    order = is_patch.to(torch.uint8).argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    num_texts = len(is_patch) - is_patch.sum()
+    ends = torch.stack([num_texts, torch.full_like(num_texts, len(is_patch))]).int()
+    on_host = int(num_texts) if is_patch.device.type == "cpu" else None
+    return Modality(is_patch_BS[..., None], is_patch_residual_BS[..., None], order, inverse, ends, on_host)
+
+
+class ModalityLinear(nn.Linear):
+    """A linear layer, which with `for_patches` has another weight for image patches.
+
+    It is then called with the modality of its positions.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        for_patches: bool = False,
+        device: torch.device | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device=device)
+        copies = {
+            f"image_{name}": nn.Parameter(torch.empty_like(own)) for name, own in self.named_parameters()
+        }
+        self.image_weight = copies["image_weight"] if for_patches else None
+        self.image_bias = copies.get("image_bias") if for_patches else None
+
+    def forward(self, x: Tensor, *modality: Modality) -> Tensor:
+        if self.image_weight is None:
+            return super().forward(x)
+        (each,) = modality
+        return each.linear(x, self.weight, self.image_weight, self.bias, self.image_bias)
+
+
+class ModalityRMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight depends on the modality; `is_patch` [..., 1] broadcasts to the input."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps=eps)
+        self.image_weight = nn.Parameter(torch.empty_like(self.weight))
+
+    def forward(self, x: Tensor, is_patch: Tensor) -> Tensor:  # type: ignore[override]
+        images = F.rms_norm(x, self.normalized_shape, self.image_weight, self.eps)
+        return torch.where(is_patch, images, super().forward(x))
