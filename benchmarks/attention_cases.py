@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from interval_attention import check_served, prepare, prepared_attention
+from interval_attention import check_supported, prepare, prepared_attention
 from interval_attention.configs import Tile, stored_tiles
 from interval_attention.flash import check_flash, flash_attention, flash_prepare
 from interval_attention.reference import dense_mask
@@ -91,7 +91,7 @@ class Inputs:
 
 def intervals_in_kernels(inputs: Inputs) -> Callable:
     try:
-        check_served(inputs.q.device, inputs.q.dtype, inputs.q.shape[3])
+        check_supported(inputs.q.device, inputs.q.dtype, inputs.q.shape[3])
     except ValueError as error:
         raise NotServed(str(error)) from error
     prepared = prepare(inputs.row_start, inputs.row_end)

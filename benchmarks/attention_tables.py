@@ -98,7 +98,7 @@ def write_tiles(entries: list[dict], where: dict, path: Path) -> None:
 def write_choices(report: dict, path: Path = CHOICES) -> None:
     """Store which backends were fastest by architecture, head_dim and minimum number of rows.
 
-    By forward plus backward time, summed over the mixed layouts, all of which a backend must serve.
+    By forward plus backward time, summed over the mixed layouts, all of which a backend must support.
     """
     if not report["gpu_measurement"]:
         raise ValueError("choices must be measured on a GPU")

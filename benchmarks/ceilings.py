@@ -1,4 +1,4 @@
-"""What can this GPU do at most? Bytes a second of a copy, and TFLOP/s of the products that training makes.
+"""Ceilings of this GPU: bytes a second of a copy, and TFLOP/s of the products that training makes.
 
     python benchmarks/ceilings.py [--json FILE]
 

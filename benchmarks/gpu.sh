@@ -58,6 +58,7 @@ fi
 gpu 60 ceilings "$python" benchmarks/ceilings.py --json "$out/ceilings.json"
 # Under the interpreter they run in CI; Triton 3.6's does not take numpy 2.5.
 gpu 90 "correctness of kernels and backends" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
+  tests/objective/test_flow.py \
   -n 8 -q -p no:cacheprovider
 [[ -n $warm ]] && wait "$warm"
 gpu 70 tiles "$python" benchmarks/tiles.py --json "$out/tiles.json"
@@ -68,8 +69,8 @@ rows4="train.global_batch_size=4 data.num_streams=4"
 {
   train 75 1.4b-compiled configs/1.4b.yaml $best $rows4 --syncs
   train 45 1.4b-micro-batch-4-padded configs/1.4b.yaml $best $rows4 train.micro_batch_size=4 model.vocab_size=32064 --trace "$out/trace.json"
-  train 40 1.4b-eager configs/1.4b.yaml train.precision=bf16 model.attention=interval $rows4
-  train 40 1.4b-eager-sdpa configs/1.4b.yaml train.precision=bf16 $rows4
+  train 40 1.4b-eager configs/1.4b.yaml train.compile=false model.attention=interval $rows4
+  train 40 1.4b-eager-sdpa configs/1.4b.yaml train.compile=false model.attention=sdpa $rows4
   ROWS=text train 35 1.4b-text configs/1.4b.yaml $best $rows4 train.micro_batch_size=4 model.vocab_size=32064
   train 45 0.37b configs/0.37b.yaml $best train.global_batch_size=8 train.micro_batch_size=8 data.num_streams=8
 }

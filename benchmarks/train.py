@@ -191,7 +191,7 @@ class Step:
 
 
 def machine() -> dict:
-    """What the figures depend on."""
+    """The values that the figures depend on."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "torch": torch.__version__,

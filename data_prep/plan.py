@@ -188,6 +188,11 @@ def _check_skip_rate(
         )
 
 
+def format_counts(counts: dict[str, int]) -> str:
+    """Numbers by reason as text."""
+    return ", ".join(f"{number} x {reason}" for reason, number in sorted(counts.items())) or "none"
+
+
 def describe_estimate(estimated: Mapping[Any, int]) -> str:
     """How many of the bad inputs are an estimate, and why; empty if none is."""
     if not estimated:

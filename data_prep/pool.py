@@ -102,10 +102,7 @@ def _start_worker(settings: WorkerSettings, counter: Any, next_index: Any) -> No
 
 
 def _call(method: str, task: Any) -> Any:
-    try:
-        return getattr(_worker, method)(task)
-    except UserError as error:
-        raise UserError(str(error)) from None  # a subclass may not be picklable
+    return getattr(_worker, method)(task)
 
 
 class Throughput:

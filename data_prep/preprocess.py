@@ -18,10 +18,10 @@ from rich.progress import Progress
 from data_prep.config import PreprocessConfig
 from data_prep.filters import read_keys
 from data_prep.fingerprint import InputFingerprint, write_hashes
-from data_prep.plan import Plan, make_plan
+from data_prep.plan import Plan, format_counts, make_plan
 from data_prep.pool import Pool, Throughput
 from data_prep.readers.splits import Inputs
-from data_prep.report import describe_unused, format_counts, summary_line, write_report, write_sheet
+from data_prep.report import describe_unused, summary_line, write_report, write_sheet
 from data_prep.scan import table_path
 from data_prep.worker import ShardTask, WorkerSettings
 from data_prep.write import read_summary, summary_path

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from data_prep.plan import Plan, describe_estimate
+from data_prep.plan import Plan, describe_estimate, format_counts
 from megafusion.data.inspect import inspect_shards
 from megafusion.data.latent_statistics import latent_statistics, spread_documents
 from megafusion.data.manifest import Manifest
@@ -52,11 +52,6 @@ def describe_unused(plan: Plan) -> str:
     counts = Counter(plan.skipped) + Counter(plan.dropped)
     reasons = [f"{n} x {reason} (one is {plan.examples[reason][0]})" for reason, n in counts.most_common()]
     return f"of {plan.num_records} inputs {', '.join(reasons) or 'none'}"
-
-
-def format_counts(counts: dict[str, int]) -> str:
-    """Numbers by reason as text."""
-    return ", ".join(f"{number} x {reason}" for reason, number in sorted(counts.items())) or "none"
 
 
 def summary_line(folder: Path, plan: Plan, ignored: dict[str, int], manifest: Manifest) -> str:

@@ -113,10 +113,11 @@ def keys_of(cls: type[Config], parent: str = "") -> Iterator[Key]:
     for name, field in cls.model_fields.items():
         path = parent + name
         if inner := _configs_in(field.annotation):
+            prefix = f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}."
             for config in inner:
-                yield from keys_of(
-                    config, f"{path}.NAME." if get_origin(field.annotation) is dict else f"{path}."
-                )
+                of_kind = f"(kind: {config.model_fields['kind'].default}) " if len(inner) > 1 else ""
+                for key in keys_of(config, prefix):
+                    yield key._replace(about=of_kind + key.about)
             continue
         required = FROM_DATA if name in cls.keys_from_data else REQUIRED
         default = required if field.is_required() else json.dumps(field.default, default=str)
@@ -181,7 +182,7 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
 
 
 def _way_out(cls: type[Config], detail: ErrorDetails) -> str:
-    """What to write in place of a value that YAML read as another type, or that is out of its range."""
+    """Advice for a value that YAML read as another type, or that is out of its range."""
     value, kind = detail["input"], detail["type"]
     if kind in ("string_type", "path_type") and isinstance(value, int | float):
         return "; put a text that looks like a number in quotes"

@@ -38,6 +38,14 @@ class UserError(ValueError):
         super().__init__(message)
         self.on_every_rank, self.exit_status = on_every_rank, exit_status
 
+    def __reduce__(self) -> tuple:
+        """For another process: the message, not the arguments that a subclass makes it of."""
+        return _rebuild, (type(self), str(self)), self.__dict__
+
+
+def _rebuild(kind: type[UserError], message: str) -> UserError:
+    return kind.__new__(kind, message)
+
 
 @contextmanager
 def refuse_os_errors(fault: str, way_out: str = "") -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from megafusion.errors import UserError, refuse_os_errors
 
@@ -44,6 +46,18 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is not UTF-8 from byte {error.start} on; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def read_json(path: Path, way_out: str = "") -> dict[str, Any]:
+    """The object in a JSON file. UserError for anything else; way_out: advice to the user."""
+    advice = f"; {way_out}" if way_out else ""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}){advice}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is not a JSON object{advice}")
+    return values
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a user may have meant by an unknown key."""
+"""Suggestions of known keys for an unknown one."""
 
 import difflib
 from collections.abc import Sequence

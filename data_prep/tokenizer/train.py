@@ -14,7 +14,7 @@ import sentencepiece
 from data_prep.config import PreprocessConfig
 from data_prep.filters import plain_key, read_keys
 from data_prep.images import clean_input, decode_caption
-from data_prep.plan import check_keys
+from data_prep.plan import check_keys, format_counts
 from data_prep.readers.interleaved import NamedImages
 from data_prep.readers.records import RawPair
 from data_prep.readers.splits import Inputs, open_reader
@@ -48,7 +48,7 @@ def train_tokenizer(config: TokenizerConfig) -> str:
     write_file(config.out, train_model(sample, config))
     return (
         f"{config.out}: {config.vocab_size} pieces from {len(sample)} lines (records left out: "
-        f"{_describe(left_out)}); model.vocab_size is {config.vocab_size + 2} with one image size, "
+        f"{format_counts(left_out)}); model.vocab_size is {config.vocab_size + 2} with one image size, "
         "one more for each further size"
     )
 
@@ -76,12 +76,8 @@ def _lines(name: str, config: TokenizerConfig, left_out: Counter[str]) -> Iterat
     if is_empty:
         raise UserError(
             f"inputs.{name}: holds no text; set its images, texts or documents to files with some "
-            f"(records left out: {_describe(left_out)})"
+            f"(records left out: {format_counts(left_out)})"
         )
-
-
-def _describe(left_out: Counter[str]) -> str:
-    return ", ".join(f"{number} x {reason}" for reason, number in left_out.items()) or "none"
 
 
 def _texts_of(raw: Any) -> list[str]:

@@ -18,10 +18,12 @@ class ImageDataConfig(Config):
     these, or patterns of paths."""
     image_column: str = "image"
     """Parquet column of an image's bytes, plain or as Hugging Face's {bytes, path}."""
-    image_size: int = Field(64, gt=0)
+    image_size: int = Field(64, gt=0, le=16_384)
     """Height and width in pixels, after center crop and resize."""
     held_out_fraction: float = Field(0.05, gt=0, lt=1)
-    """Fraction of the key groups held out for evaluation; a group is the key up to its first "-"."""
+    """Fraction of the images held out for evaluation, by a hash of their keys."""
+    group_separator: str = ""
+    """Keys that are equal up to the first such text are held out together; empty: each key by itself."""
     max_held_out: int = Field(1024, gt=0)
     """Maximum held-out images to evaluate, the first in the shards' order."""
     horizontal_flip: bool = True

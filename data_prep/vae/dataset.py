@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import webdataset
@@ -31,37 +32,54 @@ def find_images(config: ImageDataConfig, own: Sequence[Path] = ()) -> Inputs:
     return Inputs("pair", config.images, own, image_column=config.image_column)
 
 
-def is_held_out(key: str, fraction: float) -> bool:
-    """Whether an image is held out, by a hash of its key up to the first "-", so by concept."""
-    group = key.partition("-")[0]
+class Position(NamedTuple):
+    """Where a training stands in its images: the epoch, and how many of its images were used."""
+
+    epoch: int
+    num_used: int
+
+
+BEGINNING = Position(0, 0)
+
+
+def is_held_out(key: str, config: ImageDataConfig) -> bool:
+    """Whether an image is held out, by a hash of its key, or of what stands before the separator."""
+    group, fraction = key, config.held_out_fraction
+    if config.group_separator:
+        group = key.partition(config.group_separator)[0]
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64 < fraction
 
 
 def held_out_images(config: ImageDataConfig, splits: list[InputSplit]) -> tuple[list[str], Tensor]:
     """Keys and pixels, float [N, 3, H, W] in [-1, 1], of the held-out images, in the inputs' order."""
-    held_out = (s for s in _samples(config, splits) if is_held_out(s[0], config.held_out_fraction))
+    held_out = (s for s in _samples(config, splits) if is_held_out(s[0], config))
     chosen = list(islice(held_out, config.max_held_out))
     if not chosen:
         raise UserError(
             f"data.held_out_fraction {config.held_out_fraction}: holds out no image of "
-            f"{', '.join(map(str, config.images))}; raise it or add images"
+            f"{', '.join(map(str, config.images))}; raise it or add images{_of_groups(config)}"
         )
     images = [_decode(sample) for sample in chosen]
     return [key for key, _, _ in chosen], preprocess_images(images, config.image_size, config.image_size)
 
 
 def training_batches(
-    config: ImageDataConfig, splits: list[InputSplit], batch_size: int, seed: int, num_skipped: int = 0
-) -> Iterator[Tensor]:
-    """Endless float [N, 3, H, W] in [-1, 1]; order and flips depend on `seed` alone.
+    config: ImageDataConfig,
+    splits: list[InputSplit],
+    batch_size: int,
+    seed: int,
+    start: Position = BEGINNING,
+) -> Iterator[tuple[Tensor, Position]]:
+    """Endless float [N, 3, H, W] in [-1, 1], each with the position after it; a resumed run starts there.
 
-    A resumed run skips its first `num_skipped` batches, without decoding them.
+    Order and flips depend on `seed` alone. Images of the first epoch before `start` are read, not decoded.
     """
-    samples = islice(_training_samples(config, splits, seed), num_skipped * batch_size, None)
+    samples = islice(_training_samples(config, splits, seed, start.epoch), start.num_used, None)
     while True:
-        batch, flips = zip(*islice(samples, batch_size), strict=True)
+        batch, flips, positions = zip(*islice(samples, batch_size), strict=True)
         pixels = preprocess_images(list(map(_decode, batch)), config.image_size, config.image_size)
-        yield torch.where(torch.tensor(flips)[:, None, None, None], pixels.flip(-1), pixels)
+        flipped = torch.where(torch.tensor(flips)[:, None, None, None], pixels.flip(-1), pixels)
+        yield flipped, positions[-1]
 
 
 def hash_files(splits: list[InputSplit]) -> str:
@@ -75,18 +93,31 @@ def hash_files(splits: list[InputSplit]) -> str:
 
 
 def _training_samples(
-    config: ImageDataConfig, splits: list[InputSplit], seed: int
-) -> Iterator[tuple[Sample, bool]]:
-    """Endless training images, and whether to flip each: splits in random order, then a shuffle buffer."""
-    for epoch in count():
+    config: ImageDataConfig, splits: list[InputSplit], seed: int, first_epoch: int
+) -> Iterator[tuple[Sample, bool, Position]]:
+    """Endless training images, whether to flip each, and the position after it.
+
+    The splits are in random order, and then in a shuffle buffer, anew each epoch.
+    """
+    for epoch in count(first_epoch):
         rng = random.Random(f"{seed}/{epoch}")
         order = rng.sample(splits, len(splits))
-        samples = (s for s in _samples(config, order) if not is_held_out(s[0], config.held_out_fraction))
-        sample, size = None, config.shuffle_buffer
+        samples = (s for s in _samples(config, order) if not is_held_out(s[0], config))
+        num_used, size = 0, config.shuffle_buffer
         for sample in webdataset.filters.shuffle(size, initial=size, rng=rng)(samples):
-            yield sample, config.horizontal_flip and rng.random() < 0.5
-        if sample is None:
-            raise UserError(f"data.images: {', '.join(map(str, config.images))}: no image left to train on")
+            num_used += 1
+            yield sample, config.horizontal_flip and rng.random() < 0.5, Position(epoch, num_used)
+        if not num_used:
+            raise UserError(
+                f"data.images: {', '.join(map(str, config.images))}: no image left to train on; lower "
+                f"data.held_out_fraction or add images{_of_groups(config)}"
+            )
+
+
+def _of_groups(config: ImageDataConfig) -> str:
+    """Advice where images are held out in groups, which may be few."""
+    separator = config.group_separator
+    return f", or set data.group_separator: '' in place of {separator!r}" if separator else ""
 
 
 class _ParquetImages(ParquetReader):

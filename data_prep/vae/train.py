@@ -1,6 +1,7 @@
 """Training of an AutoencoderKL: `megafusion train-vae configs/vae/emoji.yaml key.path=value ...`."""
 
 import copy
+import json
 import math
 import shutil
 import time
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from data_prep.vae.checkpoint import load_checkpoint, read_meta, save_checkpoint
 from data_prep.vae.config import AutoencoderConfig, OptimizationConfig
-from data_prep.vae.dataset import find_images, hash_files, held_out_images, training_batches
+from data_prep.vae.dataset import (
+    BEGINNING,
+    Position,
+    find_images,
+    hash_files,
+    held_out_images,
+    training_batches,
+)
 from data_prep.vae.evaluation import contact_sheet, latent_statistics, measure
 from data_prep.vae.losses import AutoencoderLoss
 from data_prep.vae.model import build_model, check_output, write_autoencoder
@@ -56,13 +64,14 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
 
     training = _Training(config, model, loss, device, folder, data_hash)
     batches = training_batches(
-        config.data, inputs.splits, config.optimization.batch_size, config.seed, training.num_done
+        config.data, inputs.splits, config.optimization.batch_size, config.seed, training.position
     )
     training.run(batches, held_out)
 
     averaged = training.averaged
     batches = training_batches(config.data, inputs.splits, STATISTICS_BATCH_SIZE, config.seed)
-    scale, shift = latent_statistics(averaged, islice(batches, NUM_STATISTICS_BATCHES))
+    images = (pixels for pixels, _ in islice(batches, NUM_STATISTICS_BATCHES))
+    scale, shift = latent_statistics(averaged, images)
     averaged.register_to_config(scaling_factor=scale, shift_factor=shift)
     codec = ImageCodec(averaged)
     metrics, reconstructions = measure(codec, held_out)
@@ -115,18 +124,22 @@ class _Training:
             )
         self.folder, self._data_hash = folder, data_hash
         self.num_done, self.seconds_before, self.history = 0, 0.0, []
+        self.position = BEGINNING
         if (meta := read_meta(self.folder)) is not None:
             _check_same_training(config, meta, data_hash, self.folder)
             load_checkpoint(self.folder, self._modules, self._optimizers)
             self.num_done, self.seconds_before, self.history = meta["step"], meta["seconds"], meta["history"]
+            # Earlier versions counted from the first epoch.
+            self.position = Position(*meta.get("position", (0, self.num_done * options.batch_size)))
 
-    def run(self, batches: Iterator[Tensor], held_out: Tensor) -> None:
+    def run(self, batches: Iterator[tuple[Tensor, Position]], held_out: Tensor) -> None:
         """Train until the last step; evaluate, log and checkpoint when due."""
         started, options = time.perf_counter(), self._options
         with progress_bar() as bar:
             task = bar.add_task("autoencoder", total=options.num_steps, completed=self.num_done, losses="")
             for step in range(self.num_done + 1, options.num_steps + 1):
-                terms, norm = self._step(step, next(batches).to(self._device))
+                images, position = next(batches)
+                terms, norm = self._step(step, images.to(self._device))
                 is_last = step == options.num_steps
                 evaluates = step % options.evaluate_every == 0 or is_last
                 saves = step % options.checkpoint_every == 0 and not is_last
@@ -152,7 +165,7 @@ class _Training:
                     seconds = self.seconds_before + time.perf_counter() - started
                     values = self._config.model_dump(mode="json")
                     meta = {"step": step, "seconds": seconds, "history": self.history, "config": values}
-                    meta["data_sha256"] = self._data_hash
+                    meta |= {"data_sha256": self._data_hash, "position": position}
                     save_checkpoint(self.folder, self._modules, self._optimizers, meta)
 
     def _step(self, step: int, images_N3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -206,13 +219,21 @@ def _check_same_training(config: AutoencoderConfig, meta: dict, data_hash: str, 
 
     Images may be at another place: they are the same if their hash is, which earlier versions did not record.
     """
-    before = parse_config(AutoencoderConfig, meta["config"], str(folder))
-    changed = [key for key in changed_keys(before, config) if key not in FREE_ON_RESUME]
+    earlier = meta["config"]
+    data = {"group_separator": "-"} | earlier["data"]  # what it was before it was a key
+    before = parse_config(AutoencoderConfig, earlier | {"data": data}, str(folder))
+    changed = {
+        key: json.dumps(value)
+        for key, (value, _) in changed_keys(before, config).items()
+        if key not in FREE_ON_RESUME
+    }
     if "data_sha256" in meta:
-        changed = [key for key in changed if key != "data.images"]
-        changed += ["data.images (by their hash)"] * (meta["data_sha256"] != data_hash)
+        changed.pop("data.images", None)
+        if meta["data_sha256"] != data_hash:
+            changed["data.images"] = "by their hash"
     if changed:
+        others = ", ".join(f"{key} ({value})" for key, value in changed.items())
         raise UserError(
-            f"{folder}: holds an unfinished training with another {', '.join(changed)}; "
+            f"{folder}: holds an unfinished training with another {others}; "
             "restore those values, delete it, or choose another out"
         )

@@ -37,7 +37,7 @@ def interval_attention(
 
     Derives the transposed mask on each call; if layers share a mask, call `prepare` once and
     `prepared_attention` in each layer. The backward pass is deterministic. Raises ValueError for a case that
-    the kernels do not serve.
+    the kernels do not support.
     """
     prepared = prepare(row_start, row_end, k.shape[1] if k.ndim == 4 else None)
     return prepared_attention(q, k, v, prepared, scale=scale, return_lse=return_lse)
@@ -54,7 +54,7 @@ def prepared_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention as `interval_attention`, with a mask prepared once by `prepare(row_start, row_end, T)`."""
     _check_shapes(q, k, v, prepared)
-    check_served(q.device, q.dtype, q.shape[3])
+    check_supported(q.device, q.dtype, q.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"scale must be greater than 0, got {scale}")
@@ -62,12 +62,12 @@ def prepared_attention(
     return (o, lse) if return_lse else o
 
 
-def check_served(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Raise ValueError for a device, dtype or head_dim that no kernel serves; meant for start-up."""
+def check_supported(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise ValueError for a device, dtype or head_dim that no kernel supports; meant for start-up."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype} is not served; served are {', '.join(map(str, DTYPES))}")
+        raise ValueError(f"dtype {dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
     if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim {head_dim} is not served; served are {', '.join(map(str, HEAD_DIMS))}")
+        raise ValueError(f"head_dim {head_dim} is not supported; supported: {', '.join(map(str, HEAD_DIMS))}")
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         raise ValueError(
             f"tensors on {device}: the kernels run on CUDA devices of compute capability 8.0 and above "

@@ -115,7 +115,7 @@ def document_starts(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor
     """
     num_batch, num_rows = row_start.shape
     if num_rows != num_keys:
-        raise ValueError(f"flash-attn serves as many queries as keys, not {num_rows} and {num_keys}")
+        raise ValueError(f"flash-attn supports as many queries as keys, not {num_rows} and {num_keys}")
     position = torch.arange(num_rows, device=row_start.device)
     begins = row_start == position
     continues = torch.zeros_like(begins)
@@ -124,7 +124,7 @@ def document_starts(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor
     if len(others):
         b, i = others[0].tolist()
         raise ValueError(
-            f"flash-attn serves rows of text only, but query {i} of row {b} sees the keys "
+            f"flash-attn supports rows of text only, but query {i} of row {b} sees the keys "
             f"{row_start[b, i]} .. {row_end[b, i]}: images need flash-attn-4 or another backend"
         )
     end = torch.tensor([num_batch * num_rows], device=row_start.device)
@@ -132,40 +132,40 @@ def document_starts(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor
 
 
 def flash_package(device: torch.device) -> Package:
-    """The installed package that serves a chip; raises ValueError with packages and chip if none does."""
+    """The installed package that supports a chip; raises ValueError with packages and chip if none does."""
     if device.type != "cuda":
         raise ValueError(f"flash-attention runs on CUDA devices, not on {device}")
-    architecture, refusals = _architecture(device), []
-    served: dict[Package, tuple[range, str]] = {
+    architecture, reasons = _architecture(device), []
+    supported: dict[Package, tuple[range, str]] = {
         "flash-attn-4": (
             range(90, 120),
             "Hopper and Blackwell (sm_90 to sm_11x), which support block-sparse masks",
         ),
         "flash-attn": (range(80, 120), "sm_80 to sm_11x"),
     }
-    for package, (chips, words) in served.items():
+    for package, (chips, words) in supported.items():
         number = _version(package)
         if number is not None and architecture in chips:
             return package
-        refusals.append(f"{package} {number} serves {words}" if number else f"{package} is not installed")
-    raise ValueError(f"{torch.cuda.get_device_name(device)}, sm_{architecture}: {'; '.join(refusals)}")
+        reasons.append(f"{package} {number} supports {words}" if number else f"{package} is not installed")
+    raise ValueError(f"{torch.cuda.get_device_name(device)}, sm_{architecture}: {'; '.join(reasons)}")
 
 
 def check_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> Package:
-    """The package that serves a case; raises ValueError with package, version and chip if none does."""
+    """The package that supports a case; raises ValueError with package, version and chip if none does."""
     package = flash_package(device)
-    reason = _refusal_4(head_dim) if package == "flash-attn-4" else _refusal_2(head_dim)
+    reason = _unsupported_reason_4(head_dim) if package == "flash-attn-4" else _unsupported_reason_2(head_dim)
     if dtype not in (torch.bfloat16, torch.float16):
-        reason = f"serves bfloat16 and float16, not {dtype}"
+        reason = f"supports bfloat16 and float16, not {dtype}"
     if reason:
         chip = f"{torch.cuda.get_device_name(device)}, sm_{_architecture(device)}"
         raise ValueError(f"{chip}: {package} {_version(package)} {reason}")
     return package
 
 
-def _refusal_4(head_dim: int) -> str:
+def _unsupported_reason_4(head_dim: int) -> str:
     if head_dim not in HEAD_DIMS:
-        return f"does not serve head_dim {head_dim} by blocks; served are {', '.join(map(str, HEAD_DIMS))}"
+        return f"does not support head_dim {head_dim} by blocks; supported: {', '.join(map(str, HEAD_DIMS))}"
     try:
         from flash_attn.cute.interface import flash_attn_func
     except ImportError as error:
@@ -175,9 +175,9 @@ def _refusal_4(head_dim: int) -> str:
     return f"lacks the arguments {', '.join(sorted(missing))}: install 4.0.0b36" if missing else ""
 
 
-def _refusal_2(head_dim: int) -> str:
+def _unsupported_reason_2(head_dim: int) -> str:
     if head_dim > 256 or head_dim % 8:
-        return f"does not serve head_dim {head_dim}; served are multiples of 8 up to 256"
+        return f"does not support head_dim {head_dim}; supported: multiples of 8 up to 256"
     try:
         import flash_attn.flash_attn_interface  # noqa: F401
     except ImportError as error:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megafusion.errors import UserError
-from megafusion.storage import file_sha256
+from megafusion.storage import file_sha256, read_json
 
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
 FORMAT = "megafusion-checkpoint/1"
 PARTIAL = ".partial"
+OLDER = f".older{PARTIAL}"
 DAMAGED = ".damaged"
 
 
@@ -40,9 +41,17 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def best_checkpoint(checkpoints: Sequence[Path]) -> Path | None:
     """The one with the lowest validation_loss, the later of equal ones; None if no loss was measured."""
-    losses = [json.loads((path / "state.json").read_text()).get("validation_loss") for path in checkpoints]
+    losses = [_validation_loss(path) for path in checkpoints]
     measured = [(loss, -index) for index, loss in enumerate(losses) if loss is not None]
     return checkpoints[-min(measured)[1]] if measured else None
+
+
+def _validation_loss(path: Path) -> float | None:
+    """Of a checkpoint; None where none was measured, and of a damaged one, which `load` will name."""
+    try:
+        return read_json(path / "state.json").get("validation_loss")
+    except UserError:
+        return None
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -138,12 +147,22 @@ def publish(partial: Path, path: Path, files: dict[str, dict]) -> None:
     for written in (partial / "state.json", partial / MANIFEST, partial / "tensors", partial):
         _sync(written)
     # A step may be saved again, with other counts; its older checkpoint stays complete until then.
-    older = path.with_name(f"{path.name}.older{PARTIAL}")
+    older = path.with_name(path.name + OLDER)
     if path.exists():
         path.rename(older)
     partial.rename(path)
     _sync(path.parent)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left behind; a checkpoint that it was about to replace is renamed back."""
+    for left_behind in folder.glob(f"step-*{PARTIAL}"):
+        path = left_behind.with_name(left_behind.name.removesuffix(OLDER))
+        if left_behind.name.endswith(OLDER) and not path.exists():
+            left_behind.rename(path)
+        else:
+            remove(left_behind)
 
 
 def remove(path: Path) -> None:

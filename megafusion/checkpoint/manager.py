@@ -26,6 +26,7 @@ from megafusion.checkpoint.folder import (
     KINDS,
     PARTIAL,
     best_checkpoint,
+    clean_up,
     complete_checkpoints,
     hash_files,
     publish,
@@ -73,8 +74,7 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
         if dist.get_rank() == 0:
-            for left_behind in folder.glob(f"step-*{PARTIAL}"):
-                remove(left_behind)
+            clean_up(folder)
 
     def __enter__(self) -> "CheckpointManager":
         return self

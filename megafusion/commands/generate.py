@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megafusion.errors import UserError
+from megafusion.images.sizes import parse_size
 from megafusion.storage import write_file
 from megafusion.yaml_values import apply_overrides
 
@@ -145,14 +146,6 @@ def generate(
         lines += _write_answer(answer, out)
     write_file(captions, "\n".join(lines) + "\n")
     print("\n".join(lines))
-
-
-def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
-    """Height and width of HxW in pixels. UserError for anything else."""
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise UserError(f"{option} {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
-    return int(height), int(width)
 
 
 def _parse_part(part: str) -> "Part":

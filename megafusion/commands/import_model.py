@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megafusion.commands.generate import parse_size
+from megafusion.images.sizes import parse_size
 
 
 def import_model(

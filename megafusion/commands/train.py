@@ -50,7 +50,7 @@ def train(
     except UserError as error:
         if is_alone:
             raise
-        _raise_with_the_other_ranks(error)
+        raise_with_the_other_ranks(error)
     # Before torch is imported, because a process that dies during the import is a crashed attempt too.
     refuse_crash_loop(values.out, newest_step(values.out), values.resilience.max_crashes)
     from megafusion.train.loop import train as run
@@ -59,7 +59,7 @@ def train(
         raise typer.Exit(ExitStatus.RETRY)
 
 
-def _raise_with_the_other_ranks(error: UserError) -> NoReturn:
+def raise_with_the_other_ranks(error: UserError) -> NoReturn:
     """Raise a rank's error so that every rank ends with it, those with a valid configuration included."""
     from megafusion.engine.process_group import start_process_group
     from megafusion.parallel.errors import raise_on_all_ranks

@@ -74,7 +74,7 @@ class DataConfig(Config):
     """Whether a document whose bytes are bad stops the run, or is skipped and counted. A missing shard or a
     failing server always stops the run, because skipping it would change the data order."""
     max_skip_rate: float = Field(0.01, gt=0, le=1)
-    """Share of documents skipped beyond which, by more than chance explains, the run stops."""
+    """Maximum fraction of skipped documents (with a 3-sigma margin); beyond it the run stops."""
     cache_dir: Path = Path("data/cache")
     """Folder on a local disk that caches the shards of URLs, shared by all processes of a machine."""
     cache_bytes: int = Field(100_000_000_000, gt=0, lt=2**63)

@@ -31,7 +31,7 @@ def image_size(content: bytes) -> tuple[int, int]:
 
 
 class View(NamedTuple):
-    """What training shows of an image: the share of its sides that a crop keeps, where the crop lies, from 0
+    """The part of an image in training: the share of its sides that a crop keeps, where the crop lies, from 0
     at the left and top to 1, and whether it is mirrored left to right."""
 
     share: float

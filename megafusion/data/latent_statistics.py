@@ -24,7 +24,7 @@ class LatentStatistics(NamedTuple):
 
     @property
     def warning(self) -> str | None:
-        """What is wrong with them, and the way out."""
+        """The fault of the statistics, if any, and the way out."""
         if 1 / MAX_DEVIATION <= self.deviation <= MAX_DEVIATION and abs(self.mean) <= MAX_MEAN:
             return None
         return (

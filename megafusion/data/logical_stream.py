@@ -38,6 +38,8 @@ class LogicalStream:
         self.state = StreamState(dict.fromkeys(sources, Cursor(0, 0, 0)), dict.fromkeys(sources, 0))
         self.warnings: list[str] = []
         """Documents skipped since the list was last cleared."""
+        self._num_bad = dict.fromkeys(sources, 0)
+        """By source: documents skipped since the last good one."""
         self._documents = StreamDocuments(number, sources, config, shape, tokenizer, noise_process)
         self._initial_leads = {name: self._initial_lead(source) for name, source in sources.items()}
         # Minimum positions on either side of a cut: shorter pieces teach nothing.
@@ -140,8 +142,9 @@ class LogicalStream:
         try:
             document = self._documents.get(key)
         except BadDocument as error:
-            self._skip(error)
+            self._skip(error, name)
         else:
+            self._num_bad[name] = 0
             end = self._piece_end(document, start)
             images = images_between(document, start, end)
             self.state.pending.append(Pending(key, start, end, images.stop - images.start))
@@ -159,18 +162,25 @@ class LogicalStream:
         except BadDocument:
             return 0
 
-    def _skip(self, error: BadDocument) -> None:
-        """Skip a document if data.on_error allows it and the error budget is not exceeded."""
+    def _skip(self, error: BadDocument, source: str) -> None:
+        """Skip a document if data.on_error allows it. UserError if that exceeds the error budget, or leaves
+        none of the source."""
         if self._config.on_error == "fail":
             raise error
         skipped, limit = self.state.skipped, self._config.max_skip_rate
         skipped[error.reason] = skipped.get(error.reason, 0) + 1
         self.warnings.append(f"skipped {error}")
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
+        self._num_bad[source] += 1
         if exceeds_error_budget(sum(skipped.values()), self.state.num_read, limit):
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
             raise UserError(
                 f"stream {self.number} skipped {sum(skipped.values())} documents of {self.state.num_read} "
                 f"({reasons}), more than data.max_skip_rate {limit}; the last: {error}"
+            )
+        if self._num_bad[source] >= self._sources[source].size(self.number):
+            raise UserError(
+                f"data.sources.{source}: no good document among the {self._num_bad[source]} of stream "
+                f"{self.number} ({reasons}); the last: {error}"
             )
 
     def _initial_lead(self, source: Source) -> int:

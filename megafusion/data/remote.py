@@ -123,5 +123,7 @@ def _object_chunks(url: str) -> Iterator[bytes]:
         raise UserError(f"{url}: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"{url}: no such object") from error
+    except PermissionError as error:
+        raise UserError(f"{url}: access denied ({error}); check the credentials of this machine") from error
     except Exception as error:  # each store's client raises its own errors
         raise _Transient(f"{type(error).__name__}: {error}") from error

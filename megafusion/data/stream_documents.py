@@ -29,6 +29,7 @@ class StreamDocuments:
     ):
         self._stream, self._sources, self._config = stream, sources, config
         self._shape, self._tokenizer, self._noise_process = shape, tokenizer, noise_process
+        self._image_ids = tokenizer.image_ids(len(shape.sizes))
         # Beside a document the generator that samples its images, None once it has.
         self._kept: dict[DocumentKey, tuple[FlatDocument, np.random.Generator | None]] = {}
 
@@ -63,9 +64,11 @@ class StreamDocuments:
             segments = sample_layout(stored, source.folder.manifest, self._config, self._shape, generator)
         except BadImage as error:
             raise BadDocument(where, str(error)) from error
-        texts = (segment.data for segment in segments if segment.kind == "tokens")
-        if max((text.max(initial=0) for text in texts), default=0) >= self._tokenizer.vocab_size:
+        texts = [segment.data for segment in segments if segment.kind == "tokens"]
+        if max((text.max(initial=0) for text in texts), default=0) >= self._tokenizer.num_text_ids:
             raise BadDocument(where, "a token that the tokenizer does not have")
+        if any(np.isin(text, self._image_ids).any() for text in texts):
+            raise BadDocument(where, "a text with a token that begins or ends images")
         document = flatten(segments, self._tokenizer, self._shape.patches)
         start = document.image_start
         longest = int((document.row_end[start] - start).max(initial=0)) + 4

@@ -34,7 +34,7 @@ class _Batches(IterableDataset):
             try:
                 built = build(batch_number)
             except UserError as error:
-                yield UserError(str(error))  # not every subclass can be pickled
+                yield error
                 return
             yield built
 

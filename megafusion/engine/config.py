@@ -30,7 +30,7 @@ class OptimizerConfig(Config):
     num_warmup_steps: int = Field(4000, ge=0)
     """Steps of linear warm-up."""
     decay_ratio: float = Field(0.1, gt=0, le=1)
-    """Share of num_steps, its last steps, in which wsd decays."""
+    """Final fraction of num_steps over which wsd decays."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of the first and the second moment."""
     epsilon: float = Field(1e-8, gt=0)

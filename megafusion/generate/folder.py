@@ -36,13 +36,22 @@ class PipelineConfig(Config):
     """Positions of a row in training: the longest prompt with its answer. Not known of older pipelines."""
 
 
+def build_model(config: PipelineConfig) -> Transfusion:
+    """The model of a pipeline, with weights at random, which may be moved to any device and dtype.
+
+    So attention is sdpa or auto: another backend may support only those of training.
+    """
+    attention = "sdpa" if config.model.attention == "sdpa" else "auto"
+    return Transfusion(config.model.model_copy(update={"attention": attention}), config.objective)
+
+
 def load_model(folder: Path, config: PipelineConfig) -> Transfusion:
     """The model of a folder, of safetensors alone. Raises UserError for weights of another model."""
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
-    model = Transfusion(config.model, config.objective)
+    model = build_model(config)
     shapes = {name: tensor.shape for name, tensor in model.weights().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     if wrong := sorted(name for name in shapes | found if shapes.get(name) != found.get(name)):

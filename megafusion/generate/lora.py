@@ -42,7 +42,7 @@ class LoraPipeline:
     def load_lora_weights(self, path: Path | str, adapter_name: str | None = None) -> None:
         """Load an adapter that PEFT or a run with train.lora wrote, beside the active ones at strength 1.
 
-        path: its folder, or a run. Raises UserError for an adapter that is not served or not of this model.
+        path: its folder, or a run. Raises UserError for one that is not supported or not of this model.
         """
         folder = Path(expand_path(path))
         if not (folder / CONFIG).is_file() and (folder / "lora" / CONFIG).is_file():

@@ -12,11 +12,11 @@ from torch import Tensor
 from megafusion.errors import UserError
 from megafusion.model.config import LoraConfig
 from megafusion.model.hub_names import hub_names
-from megafusion.storage import new_folder
+from megafusion.storage import new_folder, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-SERVED = {
+SUPPORTED = {
     "peft_type": "LORA",
     "bias": "none",
     "fan_in_fan_out": False,
@@ -79,17 +79,14 @@ def _targets(layers: list[str], num_layers: int) -> list[str]:
 
 
 def read_peft_folder(folder: Path) -> dict[str, Update]:
-    """The updates by the name of the layer in transformers' model. UserError naming what is not served."""
+    """The updates by the name of the layer in transformers' model. UserError naming what is not supported."""
     path = folder / CONFIG
-    try:
-        values = dict(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no {CONFIG}; name a folder that PEFT or a LoRA run wrote") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); fetch it again") from error
-    for key, served in SERVED.items():
-        if (found := values.get(key, served)) != served and (found or served):
-            raise UserError(f"{path}: {key} {found!r} is not served; an adapter with {served!r} is")
+    if not path.is_file():
+        raise UserError(f"{folder}: no {CONFIG}; name a folder that PEFT or a LoRA run wrote")
+    values = read_json(path, "fetch it again")
+    for key, supported in SUPPORTED.items():
+        if (found := values.get(key, supported)) != supported and (found or supported):
+            raise UserError(f"{path}: {key} {found!r} is not supported; an adapter with {supported!r} is")
     try:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
@@ -97,7 +94,7 @@ def read_peft_folder(folder: Path) -> dict[str, Update]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS}: truncated or damaged ({error}); fetch it again") from error
     if other := sorted(name for name in tensors if not (name.startswith(PREFIX) and name.endswith((A, B)))):
-        raise UserError(f"{folder / WEIGHTS}: {other[0]} is not the update of a linear layer, and not served")
+        raise UserError(f"{folder / WEIGHTS}: {other[0]} is not the update of a linear layer: unsupported")
     found = {}
     for layer in sorted({name.removesuffix(A).removesuffix(B) for name in tensors}):
         if missing := [layer + end for end in (A, B) if layer + end not in tensors]:

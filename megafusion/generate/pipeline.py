@@ -359,6 +359,6 @@ class TransfusionPipeline(LoraPipeline):
         if not isinstance(sampling, SamplingConfig):
             raise UserError(f"sampling={sampling!r:.80}: give a SamplingConfig, as pipeline.config.sampling")
         sampling = sampling.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        if reason := self.model.objective.noise_process.refusal(sampling):
+        if reason := self.model.objective.noise_process.unsupported_reason(sampling):
             raise UserError(reason)
         return sampling

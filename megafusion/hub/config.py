@@ -1,11 +1,11 @@
 """config.json of Hugging Face's text models, and the model keys that it stands for. Imports no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megafusion.errors import UserError
 from megafusion.model.config import ModelConfig, RopeScaling
+from megafusion.storage import read_json
 
 # Each architecture, and the model keys that it implies.
 ARCHITECTURES: dict[str, dict[str, bool]] = {
@@ -25,7 +25,7 @@ KEYS = {
     "tie_word_embeddings": "tie_embeddings",
 }
 OPTIONAL = {"head_dim": None, "tie_word_embeddings": False}
-SERVED = {
+SUPPORTED = {
     "hidden_act": "silu",
     "mlp_bias": False,
     "attention_bias": False,  # of Llama and Qwen3: it would be one of the output projection too
@@ -36,22 +36,22 @@ SERVED = {
 
 
 def read_hub_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder whose model is served. UserError naming what is not."""
+    """config.json of a folder whose model is supported. UserError naming what is not."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json; name a folder that transformers loads")
+    values = read_json(path)
     try:
-        values = dict(json.loads(path.read_text()))
         (architecture,) = values["architectures"]
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no config.json; name a folder that transformers loads") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the configuration of one transformers model ({error!r})") from error
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{path}: architecture {architecture} is not served; served are {', '.join(ARCHITECTURES)}"
+            f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    for key, served in SERVED.items():
-        if (found := values.get(key, served)) not in (served, None):
-            raise UserError(f"{path}: {key} {found} is not served; a model with {served} is")
+    for key, supported in SUPPORTED.items():
+        if (found := values.get(key, supported)) not in (supported, None):
+            raise UserError(f"{path}: {key} {found} is not supported; a model with {supported} is")
     if missing := sorted({*KEYS, "vocab_size"} - OPTIONAL.keys() - values.keys()):
         raise UserError(f"{path}: no {', '.join(missing)}; give the model's own config.json")
     return values
@@ -118,7 +118,7 @@ def _rope(values: dict[str, Any], origin: Path) -> dict[str, Any]:
         return {"rope_theta": float(theta), "rope_scaling": None}
     if kinds != {"llama3"} or unknown:
         kind = ", ".join(map(str, [*kinds, *sorted(unknown)]))
-        raise UserError(f"{origin}: rope scaling {kind} is not served; llama3 is, and none")
+        raise UserError(f"{origin}: rope scaling {kind} is not supported; llama3 is, and none")
     rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
     return {"rope_theta": float(theta), "rope_scaling": {"kind": "llama3", **rope}}
 

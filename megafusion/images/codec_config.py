@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megafusion.errors import UserError
+from megafusion.storage import read_json
 
 CONFIG_NAME = "config.json"
 
@@ -63,13 +64,9 @@ def read_codec_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder}: no {CONFIG_NAME} there; {advice}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = config["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path}: names no model class ({error!r}); {advice}") from error
-    if found != "AutoencoderKL":
-        raise UserError(f"{path}: a {found}, not an AutoencoderKL; {advice}")
+    config = read_json(path, advice)
+    if (found := config.get("_class_name")) != "AutoencoderKL":
+        raise UserError(f"{path}: a {found or 'model without _class_name'}, not an AutoencoderKL; {advice}")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no safetensors weights there; pickled ones are not read; {advice}")
     return config

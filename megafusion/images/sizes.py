@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
+from megafusion.errors import UserError
+
 Size = tuple[int, int]
 
 
@@ -27,3 +29,11 @@ def bounding_size(sizes: Sequence[Size]) -> Size:
 def format_sizes(sizes: Sequence[Size]) -> str:
     """Sizes as HEIGHTxWIDTH, comma-separated: 32x32, 24x40."""
     return ", ".join(f"{height}x{width}" for height, width in sizes)
+
+
+def parse_size(text: str, option: str = "--size") -> Size:
+    """Height and width of HxW in pixels. UserError for anything else."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise UserError(f"{option} {text}: is not HEIGHTxWIDTH in pixels, as 256x320")
+    return int(height), int(width)

@@ -21,11 +21,13 @@ class RopeScaling(Config):
     kind: Literal["llama3"] = "llama3"
     """How rotary frequencies are scaled, where model.rope_scaling is given: llama3 alone."""
     factor: float = Field(8.0, ge=1)
-    """Divides the frequencies that turn fewer than low_freq_factor times in the original positions."""
+    """Divides the low frequencies: by how much longer the context has become."""
     low_freq_factor: float = Field(1.0, gt=0)
-    """Turns up to which a frequency is divided in full."""
+    """Low frequencies, divided in full, have wavelengths of more than original_max_position_embeddings /
+    low_freq_factor."""
     high_freq_factor: float = Field(4.0, gt=0)
-    """Turns from which a frequency is not divided; between the two factors the scaling is interpolated."""
+    """High frequencies, kept, have wavelengths of less than original_max_position_embeddings /
+    high_freq_factor; between the two the scaling is interpolated."""
     original_max_position_embeddings: int = Field(8192, gt=0)
     """Positions that the model was first trained for."""
 
@@ -125,7 +127,7 @@ class ModelConfig(Config):
     feed-forward; or of attention's projections and all norms too. A step costs the same FLOPs."""
     attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
-    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest measured that serves."""
+    CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest supported."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None

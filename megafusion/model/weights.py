@@ -97,11 +97,3 @@ def initial_value(weight: Weight, shape: torch.Size, num_layers: int, seed: int)
         return value.fill_(weight.init == "ones")
     std = 0.02 / (2 * num_layers) ** 0.5 if weight.init == "residual" else 0.02
     return value.normal_(std=std, generator=generator)
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, num_layers: int, seed: int) -> None:
-    """Initialize every parameter of a whole model in place."""
-    for weight in named_weights(model):
-        parameter = getattr(weight.owner, weight.key)
-        parameter.copy_(initial_value(weight, parameter.shape, num_layers, seed))

@@ -18,7 +18,7 @@ from megafusion.objective.sampler import (
     SamplerOptions,
     end_at_data,
     make_scheduler,
-    sampler_refusal,
+    unsupported_sampler,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class DDPM:
 
     def clean(self, prediction: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """The x_0 that a prediction at noised latents [..., C, H, W] and times [...] means."""
-        signal, sigma = self._at(t)
+        signal, sigma = self._at(t.to(noised.device))
         if self.config.prediction_type == "epsilon":
             return (noised - sigma * prediction) / signal
         return signal * noised - sigma * prediction
@@ -127,10 +127,10 @@ class DDPM:
         """
         import torch
 
-        if reason := self.refusal(sampling):
+        if reason := self.unsupported_reason(sampling):
             raise UserError(reason)
-        steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
-        levels = [round(most * (i + 1) / steps) - 1 for i in range(steps)]
+        steps, num_train = sampling.num_inference_steps, self.config.num_train_timesteps
+        levels = [round(num_train * (i + 1) / steps) - 1 for i in range(steps)]
         alphas = scheduler(self.config).alphas_cumprod
         options = SAMPLERS[sampling.sampler or "ddim"]
         made = make_scheduler(
@@ -148,15 +148,15 @@ class DDPM:
         if options.get("float64_sigmas"):  # differences of squares of unlike size
             made.sigmas = made.sigmas.double()
         timesteps = torch.tensor(levels)[made.timesteps.long()]
-        return Sampler(made, timesteps, timesteps / most)
+        return Sampler(made, timesteps, timesteps / num_train)
 
-    def refusal(self, sampling: SamplingConfig) -> str | None:
-        """The samplers of a flow do not serve; nor can one take more steps than there are timesteps."""
-        steps, most = sampling.num_inference_steps, self.config.num_train_timesteps
-        if (reason := sampler_refusal(sampling.sampler, SAMPLERS, "ddpm")) or steps <= most:
+    def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
+        """Samplers of a flow are unsupported; nor can one take more steps than there are timesteps."""
+        steps, num_train = sampling.num_inference_steps, self.config.num_train_timesteps
+        if (reason := unsupported_sampler(sampling.sampler, SAMPLERS, "ddpm")) or steps <= num_train:
             return reason
         return (
-            f"sampling.num_inference_steps {steps} exceeds the {most} timesteps of training "
+            f"sampling.num_inference_steps {steps} exceeds the {num_train} timesteps of training "
             "(objective.noise_process.num_train_timesteps); lower it"
         )
 

@@ -18,7 +18,7 @@ from megafusion.objective.sampler import (
     SamplerOptions,
     end_at_data,
     make_scheduler,
-    sampler_refusal,
+    unsupported_sampler,
 )
 
 if TYPE_CHECKING:
@@ -109,13 +109,13 @@ class Flow:
 
     def clean(self, prediction: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """The x_0 that a prediction at noised latents [..., C, H, W] and times [...] means."""
-        return noised - t[..., None, None, None] * self.velocity(prediction, noised, t)
+        return noised - t.to(noised.device)[..., None, None, None] * self.velocity(prediction, noised, t)
 
     def sampler(self, sampling: SamplingConfig) -> Sampler:
         """A scheduler over n equal steps from t = 1 to 0, before the shift."""
         import torch
 
-        if reason := self.refusal(sampling):
+        if reason := self.unsupported_reason(sampling):
             raise UserError(reason)
         steps, shift = sampling.num_inference_steps, self.config.shift
         made = make_scheduler(
@@ -144,13 +144,13 @@ class Flow:
             ),
         )
 
-    def refusal(self, sampling: SamplingConfig) -> str | None:
+    def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
         """The samplers of denoising diffusion do not follow a flow."""
-        return sampler_refusal(sampling.sampler, SAMPLERS, "flow")
+        return unsupported_sampler(sampling.sampler, SAMPLERS, "flow")
 
     def velocity(self, prediction: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """The velocity at noised latents [..., C, H, W] and times [...] above 0 that a prediction means."""
-        t = t[..., None, None, None]
+        t = t.to(noised.device)[..., None, None, None]  # diffusers' timesteps are on the CPU
         if self.config.prediction_type == "sample":
             return (noised - prediction) / t
         if self.config.prediction_type == "epsilon":  # says nothing of the velocity at t = 1

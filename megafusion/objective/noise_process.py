@@ -56,7 +56,7 @@ class NoiseProcess(Protocol):
         """The x_0 that a prediction at noised latents [..., C, H, W] and times [...] means."""
 
     def sampler(self, sampling: SamplingConfig) -> Sampler:
-        """A sampler with its timesteps set. Raises UserError where `refusal` gives a reason."""
+        """A sampler with its timesteps set. Raises UserError where `unsupported_reason` gives a reason."""
 
-    def refusal(self, sampling: SamplingConfig) -> str | None:
+    def unsupported_reason(self, sampling: SamplingConfig) -> str | None:
         """Why the process has no such sampler; None where it has."""

@@ -83,7 +83,7 @@ def end_at_data(scheduler: Any) -> None:
         sigmas[-1] = MIN_SIGMA
 
 
-def sampler_refusal(name: str | None, samplers: Mapping[str, SamplerOptions], kind: str) -> str | None:
+def unsupported_sampler(name: str | None, samplers: Mapping[str, SamplerOptions], kind: str) -> str | None:
     """Why a noise process has no such sampler; None where it has."""
     if name is None or name in samplers:
         return None

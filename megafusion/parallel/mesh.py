@@ -38,9 +38,6 @@ class Mesh:
         """The ranks whose coordinates differ from this one's along an axis alone."""
         return self.device_mesh[axis].get_group()
 
-    def __str__(self) -> str:
-        return ", ".join(f"{axis} {self.rank(axis)} of {self.size(axis)}" for axis in AXES)
-
 
 def make_mesh(config: ParallelConfig) -> Mesh:
     """Make the mesh of the world; called by every rank. UserError unless the degrees fill it."""

@@ -1,8 +1,8 @@
 """Numbers that forward saves for backward, a position and block, in closed form.
 
 With D the residual stream, H K the queries, G K the keys and F the feed-forward's hidden layer of a rank:
-4 D + 3 H K + 3 G K + 4 F (20 D + 8 F bytes in bf16 without grouped keys); with selective recompute
-3 D + H K + 2 G K + 2 F, with full D. tests/plan/ holds it against what real ranks save.
+4 D + 3 H K + 3 G K + 4 F (20 D + 8 F bytes in bf16 without grouped keys), with 3 F where blocks are compiled;
+with selective recompute 3 D + H K + 2 G K + 2 F, with full D. tests/plan/ holds it against real ranks.
 """
 
 from megafusion.parallel.config import Recompute
@@ -33,11 +33,11 @@ def saved_by_block(job: Job, software: Software, recompute: Recompute | None = N
     )  # the fused product, which holds v; rotated q and k; the result
     if parallel.ulysses > 1:
         attention = qkv + 2 * queries  # exchanged q, k and v; the result before and after its exchange
-    if software.is_compiled:  # norms, the activation and its product are computed again
-        return 2 * local + attention + 2 * hidden
     normed = 2 * stream  # gathered, with sequence parallelism
     if model.qk_norm:
         normed += queries + keys
+    if software.is_compiled:  # torch's partitioner computes the activation again, and nothing else
+        return 2 * local + normed + attention + 3 * hidden
     return 2 * _norm(job, software) + normed + attention + 4 * hidden
 
 

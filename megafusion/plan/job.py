@@ -100,15 +100,7 @@ class Job:
     @cached_property
     def _block(self) -> dict[str, int]:
         """Tensors of one block."""
-        model, ranks, size = self.model, self.parallel.tensor, self.model.hidden_size
-        found = {"attention_norm.weight": size, "feed_forward_norm.weight": size}
-        for name, (inputs, parts, _) in _layers(model).items():
-            found[f"{name}.weight"] = inputs * sum(parts) // ranks
-        if model.attention_bias:
-            found["attention.qkv.bias"] = sum(_layers(model)["attention.qkv"][1]) // ranks
-        if model.qk_norm:
-            found |= {f"attention.{name}_norm.weight": model.head_size for name in "qk"}
-        return found
+        return _block_tensors(self.model, self.parallel.tensor)
 
     def _lora(self, lora: LoraConfig, block: str) -> dict[str, int]:
         """Tensors of a block's updates: A is sharded by inputs, or each B by outputs."""
@@ -163,6 +155,22 @@ def _layers(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...], bool]]:
     }
 
 
+def _block_tensors(model: ModelConfig, ranks: int = 1) -> dict[str, int]:
+    """Numbers in each tensor of a block on a tensor rank."""
+    found = {f"{name}_norm.weight": model.hidden_size for name in ("attention", "feed_forward")}
+    for name, (inputs, parts, _) in _layers(model).items():
+        found[f"{name}.weight"] = inputs * sum(parts) // ranks
+    if model.attention_bias:
+        found["attention.qkv.bias"] = sum(_layers(model)["attention.qkv"][1]) // ranks
+    if model.qk_norm:
+        found |= {f"attention.{name}_norm.weight": model.head_size for name in "qk"}
+    apart = {"none": (), "feed_forward": ("feed_forward",), "all": ("attention", "feed_forward")}
+    for name in [name for name in found if name.startswith(apart[model.modality_weights])]:
+        module, _, key = name.rpartition(".")
+        found[f"{module}.image_{key}"] = found[name]
+    return found
+
+
 def _numbered(prefix: str, layers: tuple[Layer, ...]) -> dict[str, int]:
     return {
         f"{prefix}.{number}.{index}": numbers
@@ -172,7 +180,7 @@ def _numbered(prefix: str, layers: tuple[Layer, ...]) -> dict[str, int]:
 
 
 def matrix_weights(model: ModelConfig) -> int:
-    """Weights in the matrices of a block."""
+    """Weights in the matrices of a block that a position is multiplied by."""
     queries, kv = model.num_heads * model.head_size, model.kv_heads * model.head_size
     return model.hidden_size * (2 * queries + 2 * kv + 3 * model.ffn_size)
 
@@ -180,11 +188,8 @@ def matrix_weights(model: ModelConfig) -> int:
 def whole_weights(model: ModelConfig) -> dict[str, int]:
     """Parameters of the whole model by part."""
     size, adapter = model.hidden_size, adapter_layers(model)
-    vectors = 2 * size + (2 * model.head_size if model.qk_norm else 0)
-    if model.attention_bias:
-        vectors += (model.num_heads + 2 * model.kv_heads) * model.head_size
     return {
-        "blocks": model.num_layers * (matrix_weights(model) + vectors),
+        "blocks": model.num_layers * sum(_block_tensors(model).values()),
         "embedding": model.vocab_size * size,
         "head": size + (0 if model.tie_embeddings else model.vocab_size * size),
         "adapter": num_weights(adapter.down) + num_weights(adapter.up),

@@ -20,7 +20,7 @@ class Software:
     attention_is_dense: bool = False
     """Attention computes masked pairs too, at the chip's `sdpa_flops`."""
     is_compiled: bool = False
-    """Norms, rope and activations are fused, and backward recomputes them."""
+    """Norms, rope and activations are fused, and backward computes the activation again."""
     fuses_norms: bool = True
     """RMSNorm saves its input alone; on CPUs PyTorch saves the normalized input as well."""
     rope_traffic: float = 50.0

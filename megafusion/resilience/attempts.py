@@ -65,11 +65,12 @@ class Attempts:
         self._has_begun = False
 
     def claim(self) -> None:
-        """Lock the run folder until `end` or the end of this process.
+        """Lock the run folder, which is made if needed, until `end` or the end of this process.
 
         UserError if another process keeps the lock (RETRY if it is on another machine, else FAILED).
         """
-        with refuse_os_errors(f"{self._folder}: cannot be written"):
+        with refuse_os_errors(f"{self._folder}: cannot be written", "; free space or choose another out="):
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
             if not _lock(self._step_file):
                 self._wait_for_lock(self._step_file)

@@ -1,6 +1,5 @@
 """Tokenizers of Hugging Face's `tokenizers` library, such as GPT-2's, Llama 3's and Qwen's."""
 
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,7 +9,7 @@ import tokenizers
 
 from megafusion.errors import UserError
 from megafusion.sequence.tokenizer import Tokenizer
-from megafusion.storage import file_sha256
+from megafusion.storage import file_sha256, read_json
 
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files beside a tokenizer.json that may name its bos and eos; the first that does decides."""
@@ -80,10 +79,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _find(self, path: Path, key: str, names: Sequence[str], special: dict[str, int]) -> int | None:
         """The id of bos or eos; None if neither a file beside the tokenizer nor a usual name tells it."""
         for config in map(path.with_name, CONFIGS):
-            try:
-                token = json.loads(config.read_text()).get(key) if config.is_file() else None
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{config}: not a JSON object; mend or remove it") from error
+            token = read_json(config, "fix or remove it").get(key) if config.is_file() else None
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
                 if (found := self._model.token_to_id(str(token))) is None:

@@ -113,7 +113,7 @@ class PackedBatch:
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
     """A batch of one row, from documents that fit in it together; `collate` sets its denominators.
 
-    Positions left over see only themselves.
+    Padding positions attend only to themselves.
     """
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)

@@ -70,7 +70,7 @@ class Tokenizer:
                 shutil.copyfile(companion, Path(folder) / name)
 
     def transformers_config(self) -> dict:
-        """tokenizer_config.json with which transformers loads the file, where none stands beside it."""
+        """tokenizer_config.json with which transformers loads the file, where there is none beside it."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
@@ -90,8 +90,12 @@ class Tokenizer:
         """The id that begins an image of a size, by index: `boi` for the first, then ids after `eoi`."""
         return self._image_id(size + 1 if size else 0)
 
+    def image_ids(self, num_image_sizes: int) -> list[int]:
+        """The ids that begin and end images of so many sizes."""
+        return [self._image_id(index) for index in range(num_image_sizes + 1)]
+
     def num_ids(self, num_image_sizes: int) -> int:
-        """Ids of the file and new ones, for so many image sizes: the least vocab_size of a model."""
+        """Ids of the file and new ones, for so many image sizes: the minimum vocab_size of a model."""
         return self.num_text_ids + max(0, num_image_sizes + 1 - len(self.reserved))
 
     def _image_id(self, index: int) -> int:

@@ -1,6 +1,7 @@
 """Figures of a line of metrics: speed, and how full the rows are."""
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -41,9 +42,15 @@ def throughput(
     figures = {"tokens_per_second": train.global_batch_size * shape.length / step_seconds}
     if peak := peak_flops(train.precision):
         # A backward pass costs twice a forward pass; recomputation is not counted.
-        flops = 3 * train.global_batch_size * sum(layer_flops(model, shape))
+        flops = 3 * train.global_batch_size * _row_flops(model, shape)
         figures["mfu"] = flops / (step_seconds * peak * dist.get_world_size())
     return figures
+
+
+@cache
+def _row_flops(model: ModelConfig, shape: SequenceShape) -> int:
+    """Forward FLOPs of a row. Counting them runs a model on the meta device."""
+    return sum(layer_flops(model, shape))
 
 
 class PackingMonitor:

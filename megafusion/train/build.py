@@ -17,12 +17,11 @@ from megafusion.data.remote import is_remote
 from megafusion.data.source import Source, open_sources
 from megafusion.engine.engine import Engine, make_engine, rows_of_rank
 from megafusion.errors import UserError
-from megafusion.generate.folder import PipelineConfig, check_components
+from megafusion.generate.folder import PipelineConfig, build_model, check_components
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import format_sizes
 from megafusion.model.attention import check_backend
-from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.fp8 import check_fp8
 from megafusion.parallel.mesh import Mesh
 from megafusion.plan.fit import does_not_fit
@@ -43,7 +42,7 @@ class Components:
     loader: DataLoader
     validation_loader: DataLoader | None
     started_from: dict | None
-    """What a new run records of `train.init_from`."""
+    """The record of `train.init_from` in a new run's folder."""
 
     def warnings(self, config: RunConfig) -> list[str]:
         """Values of the configuration that cannot do what they say with these inputs."""
@@ -60,9 +59,26 @@ class Components:
                 if statistics and statistics.warning:
                     found.append(f"data.sources.{name}: {statistics.warning}")
         if torch.cuda.is_available():
+            found += idle_gpu(config)
             gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
             found += does_not_fit(config.job(dist.get_world_size()), gpu.total_memory, gpu.name)
         return [f"warning: {sentence}" for sentence in found]
+
+
+def idle_gpu(config: RunConfig) -> list[str]:
+    """Values that leave most of a GPU's speed unused."""
+    found = []
+    if config.train.precision == "fp32":
+        found.append("train.precision fp32 does not use the GPU's tensor cores; set it to bf16")
+    if config.model.attention == "sdpa":
+        length = config.data.sequence_length
+        found.append(
+            f"model.attention sdpa computes all {length} x {length} pairs of positions and keeps a mask "
+            "of them in every block; set it to auto"
+        )
+    if config.data.num_workers == 0:
+        found.append("data.num_workers 0 lets the GPU wait while rows are read and packed; set it to 4")
+    return found
 
 
 def build_components(config: RunConfig, mesh: Mesh) -> Components:
@@ -73,7 +89,8 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
-    check_backend(config.model.attention, config.model.head_size, training=True)
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    check_backend(config.model.attention, config.model.head_size, dtype, training=True)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
@@ -175,4 +192,4 @@ def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) ->
         sampling=config.sampling,
         sequence_length=config.data.sequence_length,
     )
-    return TransfusionPipeline(Transfusion(config.model, config.objective), tokenizer, codec, pipeline_config)
+    return TransfusionPipeline(build_model(pipeline_config), tokenizer, codec, pipeline_config)

@@ -57,8 +57,8 @@ class RunConfig(Config):
     def _consistent(self) -> "RunConfig":
         if self.train.precision != "fp32" and self.parallel.zero_stage == 0:
             raise ValueError(
-                f"train.precision {self.train.precision} needs float32 masters, which parallel.zero_stage 0 "
-                "has not; use 1"
+                f"train.precision {self.train.precision} needs float32 master weights, which ZeRO stage 0 "
+                "does not keep; set parallel.zero_stage: 1"
             )
         if self.train.lora and self.train.freeze:
             raise ValueError(
@@ -75,14 +75,14 @@ class RunConfig(Config):
                         f"{self.model.modality_weights}; leave one of them out"
                     )
         if self.train.lora and self.train.precision == "fp8":
-            raise ValueError("train.lora is not served with train.precision fp8; use bf16")
+            raise ValueError("train.lora is not supported with train.precision fp8; use bf16")
         positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
                 f"an image takes {positions} positions, more than data.sequence_length "
                 f"{self.data.sequence_length}; raise it or model.patch_size"
             )
-        if reason := self.objective.noise_process.build().refusal(self.sampling):
+        if reason := self.objective.noise_process.build().unsupported_reason(self.sampling):
             raise ValueError(reason)
         validation, log_every = self.data.validation, self.telemetry.log_every
         if validation and validation.every % log_every:

@@ -1,6 +1,5 @@
 """`megafusion export`: a model's text path as transformers loads it, with a card from its run folder."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,11 +12,12 @@ from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.hub.export import Dtype, export_text_model
 from megafusion.sequence.sentencepiece_tokenizer import SentencePieceTokenizer
+from megafusion.storage import read_json
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 from megafusion.train.config import RunConfig
 from megafusion.train.init_from import text_config_of
 from megafusion.train.open_model import export_lora
-from megafusion.train.run_folder import ENVIRONMENT, load_run_config
+from megafusion.train.run_folder import ENVIRONMENT, latest_config, load_run_config
 
 
 def export_adapter(model: Path, out: Path) -> None:
@@ -74,12 +74,13 @@ def model_card(name: str, run: Path | None, license: str | None) -> str:
         "read and draw images are not in it.",
         f"Licence: {license or 'not stated; those of its data and of its origin apply'}.",
     ]
-    return "\n\n".join(lines + (_facts(load_run_config(run), run) if run else [])) + "\n"
+    return "\n\n".join(lines + (_facts(latest_config(run), run) if run else [])) + "\n"
 
 
 def _facts(config: RunConfig, run: Path) -> list[str]:
     train, optimizer, length = config.train, config.optimizer, config.data.sequence_length
-    environment = _read_json(run / ENVIRONMENT)
+    files = (run / ENVIRONMENT, run / "report.json")
+    environment, report = (read_json(path) if path.is_file() else {} for path in files)
     last = read_metrics(run)[-1] if (run / METRICS).is_file() else {}
     training = {
         "began as": _origin(train.init_from) if train.init_from else "random weights",
@@ -96,7 +97,7 @@ def _facts(config: RunConfig, run: Path) -> list[str]:
     }
     training = {key: value for key, value in training.items() if value != ""}
     figures = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
-    figures |= _read_json(run / "report.json")
+    figures |= report
     sources = {name: _source(source.path, source.weight) for name, source in config.data.sources.items()}
     return ["## Training", _table(training), "## Data", _table(sources), "## Figures", _table(figures)]
 
@@ -119,7 +120,3 @@ def _source(path: str, weight: float) -> str:
 def _table(rows: dict[str, Any]) -> str:
     cells = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *cells])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,6 +1,5 @@
-"""What a run starts from in place of random weights: `train.init_from`."""
+"""Weights that a run starts from in place of random ones: `train.init_from`."""
 
-import json
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +21,7 @@ from megafusion.hub.weights import open_hub_weights
 from megafusion.model.config import ModelConfig
 from megafusion.model.hub_names import EMBEDDING, HEAD, IMAGES
 from megafusion.sequence.tokenizer import Tokenizer
-from megafusion.storage import file_sha256
+from megafusion.storage import file_sha256, read_json
 from megafusion.train.config import RunConfig
 from megafusion.train.parts import check_patterns, weight_shapes
 from megafusion.train.run_folder import ENVIRONMENT, load_run_config
@@ -54,7 +53,7 @@ class Origin(NamedTuple):
 
 
 def open_origin(config: RunConfig) -> Origin:
-    """Open `train.init_from`, reading headers alone. UserError if it is none of the folders that serve."""
+    """Open `train.init_from`, reading headers alone. UserError if it is none of the supported folders."""
     assert config.train.init_from is not None
     path, raw = config.train.init_from, config.train.init_weights == "raw"
     if checkpoint := checkpoint_at(path):
@@ -72,7 +71,7 @@ def open_origin(config: RunConfig) -> Origin:
         raise UserError(
             f"train.init_weights raw: {path} has one kind of weights; leave it out, or name a run"
         )
-    elif "format" in _json(path / "config.json"):
+    elif "format" in read_json(path / "config.json"):
         parts = {name: [tensor] for name, tensor in open_safetensors(path).items()}
         origin = Origin(
             SafetensorsWeights(path, parts),
@@ -100,7 +99,7 @@ def _open_hub(path: Path, config: RunConfig) -> Origin:
     if window is not None and window < length:
         raise UserError(
             f"{file}: sliding_window {window} is less than data.sequence_length {length}, and windows are "
-            f"not served; set data.sequence_length to at most {window}"
+            f"not supported; set data.sequence_length to at most {window}"
         )
     # Of images it says nothing: they are this run's.
     keys = config.model.model_dump(mode="json") | model_keys(values, file)
@@ -131,7 +130,10 @@ class CopiedWeights:
 
 
 def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a run folder records of its start. UserError with every tensor that does not fit."""
+    """Check an origin against the run; returns the run folder's record of its start.
+
+    Raises UserError with every tensor that does not fit.
+    """
     path = config.train.init_from
     if tokenizer.hash not in map(file_sha256, origin.tokenizers):
         names = " or ".join(map(str, origin.tokenizers)) or "a copy of the right one"
@@ -155,12 +157,15 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
     for name in sorted(wanted.keys() | stored.keys()):
         there, here = stored.get(name), wanted.get(name)
         misfit = describe_misfit(name, there, here)
-        lacks_ids = name in (EMBEDDING, HEAD) and there is None  # no pattern means all of them
-        if misfit and not lacks_ids and any(fnmatchcase(name, pattern) for pattern in patterns):
+        # Of token ids only the last rows may be new: no pattern means all of them.
+        may_be_new = name not in (EMBEDDING, HEAD) or name in origin.names
+        if misfit and may_be_new and any(fnmatchcase(name, pattern) for pattern in patterns):
             start = f" from row {there[0]}" if name in origin.names and there else ""
             new += [name + start] if here else []
         elif misfit:
-            misfits[_of_all_blocks(misfit)] += 1
+            has_more_rows = name in (EMBEDDING, HEAD) and there and here and there[0] > here[0]
+            way_out = f"; set model.vocab_size: {there[0]}" if has_more_rows and there else ""
+            misfits[_of_all_blocks(misfit + way_out)] += 1
     if misfits:
         lines = [f"  {text}" + (f" ({count} blocks)" if count > 1 else "") for text, count in misfits.items()]
         raise UserError(
@@ -182,7 +187,7 @@ def describe_start(record: dict[str, Any]) -> str:
 def text_config_of(run: Path) -> dict[str, Any] | None:
     """config.json of the Hugging Face model that a run, or the first before it, began as, if any."""
     path = run / ENVIRONMENT
-    return (_json(path).get("init_from") or {}).get("text_config") if path.is_file() else None
+    return (read_json(path).get("init_from") or {}).get("text_config") if path.is_file() else None
 
 
 def _fits(name: str, there: torch.Size | None, here: torch.Size) -> bool:
@@ -194,10 +199,3 @@ def _fits(name: str, there: torch.Size | None, here: torch.Size) -> bool:
 def _of_all_blocks(text: str) -> str:
     head, *rest = text.split(".", 2)
     return ".".join([head, "*", rest[1]]) if head == "blocks" else text
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error

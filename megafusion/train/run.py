@@ -17,6 +17,7 @@ from megafusion.engine.ema import Ema
 from megafusion.engine.process_group import process_group
 from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
+from megafusion.parallel.degrees import data_degree
 from megafusion.parallel.dropout import seed_dropout
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.memory import state_bytes
@@ -37,8 +38,8 @@ from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
 from megafusion.train.init_from import describe_start, open_origin
 from megafusion.train.open_model import export_lora
-from megafusion.train.run_folder import describe_changes, freeze
-from megafusion.train.samples import Sampler
+from megafusion.train.run_folder import check_run_folder, describe_changes, freeze
+from megafusion.train.samples import SampleSheets
 from megafusion.train.validation import Validation
 
 Outcome = Literal["finished", "stopped", "preempted"]
@@ -180,17 +181,20 @@ class Run:
     def _check(self) -> tuple[list[str], bool]:
         """Refuse what does not fit together, claim the run folder, test the devices; see `self_test`."""
         config = self._config
+        # Before the mesh makes groups: a rank whose configuration is refused joins this collective alone.
         with raise_on_all_ranks():
-            self._mesh = make_mesh(config.parallel)
+            data_degree(config.parallel, dist.get_world_size())
+        self._mesh = make_mesh(config.parallel)
         with raise_on_all_ranks():
             self._components = build_components(config, self._mesh)
             self._loader = self._components.loader
             if self._is_rank0:
                 parts = self._components
-                tokenizer = parts.tokenizer  # whose bos and eos may stand in a file beside the hashed one
+                tokenizer = parts.tokenizer  # whose bos and eos may be in a file beside the hashed one
                 identity = f"{tokenizer.hash} bos {tokenizer.bos} eos {tokenizer.eos}"
-                changed = freeze(config, identity, parts.codec.hash, parts.started_from)
+                check_run_folder(config)
                 self._attempts.claim()
+                changed = freeze(config, identity, parts.codec.hash, parts.started_from)
                 step = newest_step(config.out)
                 self._attempts.begin(dist.get_world_size(), step, changed)
                 warnings = config.warnings() + parts.warnings(config)
@@ -224,7 +228,7 @@ class Run:
             self._rollback.load_state_dict(state.get("health", {}))
             self._began -= state["seconds"]
         self._attempts.resumed(self.step)
-        self._sampler = Sampler(config, self._components, self.engine.device) if self._is_rank0 else None
+        self._sampler = SampleSheets(config, self._components, self.engine.device) if self._is_rank0 else None
         self._encoder = ImageEncoder(self._components.codec, config.model.latent_sizes, self.engine.device)
         self._outputs.enter_context(self._manager)
         self._outputs.enter_context(self._loader)
@@ -323,7 +327,7 @@ class Run:
         if not is_unfinished:
             self.outcome = "finished" if self.step == self._config.train.num_steps else "stopped"
 
-    def _publish(self, sampler: Sampler) -> None:
+    def _publish(self, sampler: SampleSheets) -> None:
         """Write the averaged model of the last checkpoint as a pipeline folder, and its LoRA adapter."""
         folder, checkpoint = self._config.out / "pipeline", complete_checkpoints(self._manager.folder)[-1]
         sampler.load(checkpoint).save_pretrained(folder)

@@ -11,13 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megafusion.checkpoint.folder import newest_step
-from megafusion.config import changed_keys, dump_config, load_config
+from megafusion.config import changed_keys, dump_config, load_config, parse_config
 from megafusion.data.config import SourceConfig
 from megafusion.data.manifest import load_manifest
 from megafusion.data.remote import is_remote
 from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError, refuse_os_errors
-from megafusion.storage import refuse_foreign, write_file
+from megafusion.processes import world_size
+from megafusion.resilience.attempts import STEP, read_attempts
+from megafusion.storage import read_json, refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
 ENVIRONMENT = "environment.json"
@@ -111,21 +113,26 @@ def describe_changes(config: RunConfig, changed: dict[str, list], step: int) -> 
     return [f"{config.out}: {sentence}" for sentence in said]
 
 
+def check_run_folder(config: RunConfig) -> None:
+    """Raise UserError for a folder of another recipe (`changed_recipe`), or of files that are not a run's."""
+    if changed_recipe(config) is None:
+        # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
+        beside = ("stacks", "launch", "logs", STEP, ENVIRONMENT, ".environment.json.*", ".config.yaml.*")
+        refuse_foreign(config.out, "config.yaml", beside)
+
+
 def freeze(
     config: RunConfig, tokenizer_hash: str, vae_hash: str, started_from: dict | None = None
 ) -> dict[str, list]:
     """Freeze a new run's configuration and environment, or check a resumed run's; see `changed_recipe`.
 
-    started_from: what `train.init_from` gave, of `check_origin`.
+    To be called under the run's lock. started_from: what `train.init_from` gave, of `check_origin`.
     """
     changed = changed_recipe(config)
     hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
     path = config.out / "config.yaml"
     unwritable = f"{config.out}: cannot be written", "; free space or choose another out="
     if changed is None:
-        # Left by an attempt that hung or was killed at start, or by a launcher: no reason to refuse.
-        beside = ("stacks", "launch", "logs", ENVIRONMENT, ".environment.json.*", ".config.yaml.*")
-        refuse_foreign(config.out, path.name, beside)
         with refuse_os_errors(*unwritable):
             record = _environment() | hashes | {"init_from": started_from}
             write_file(config.out / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
@@ -144,7 +151,6 @@ def freeze(
 def _environment() -> dict:
     """The environment of a run beside its configuration and data: versions, devices, git state."""
     import torch  # `launch` does without
-    import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
     packages = (
@@ -162,7 +168,7 @@ def _environment() -> dict:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
-        "world_size": dist.get_world_size(),
+        "world_size": world_size(),
         "num_threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in packages},
         "git_commit": _git("rev-parse", "HEAD"),
@@ -184,9 +190,9 @@ def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> 
     """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
     path = config.out / ENVIRONMENT
     try:
-        recorded = json.loads(path.read_text())
+        recorded = read_json(path)
         began = {f"data.sources.{name}": each for name, each in recorded["shards"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: cannot be read ({error!r}), but tells which files the run was started with; restore "
             "it, or choose another out="
@@ -197,7 +203,7 @@ def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> 
         # Earlier versions recorded the shards alone.
         began[key] = recorded.get(name, None if key in changed else hashes[name])
     for key, value in found.items():
-        if value != began[key]:
+        if value != began.get(key):
             raise UserError(
                 f"{key}: other files than {config.out} was started with; restore those, or choose another "
                 "out= to train on these"
@@ -225,6 +231,18 @@ def load_run_config(folder: Path) -> RunConfig:
         return frozen if frozen.is_absolute() and (frozen.exists() or not beside.exists()) else beside
 
     return _with_paths(config, folder, find)
+
+
+def latest_config(folder: Path) -> RunConfig:
+    """The frozen configuration, with the recipe keys that the latest attempt to make a step had changed."""
+    values = load_run_config(folder).model_dump(mode="json")
+    trained = (each for each in reversed(read_attempts(folder)) if each["step"] > each["resumed_at"])
+    latest: dict = next(trained, {})
+    for key, (_, value) in latest.get("changed", {}).items():
+        if key in RECIPE_KEYS:
+            section, name = key.split(".")
+            values[section][name] = value
+    return parse_config(RunConfig, values, str(folder))
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

@@ -9,15 +9,18 @@ from PIL import Image
 from megafusion.checkpoint.folder import step_of
 from megafusion.checkpoint.lora import open_weights
 from megafusion.checkpoint.reader import fill_tensors
+from megafusion.data.document_format import BadDocument
 from megafusion.data.images import decode, first_images
+from megafusion.data.source import Source
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png, make_image_grid
+from megafusion.images.reader import BadImage
 from megafusion.storage import write_file
 from megafusion.train.build import Components, make_pipeline
 from megafusion.train.config import RunConfig
 
 
-class Sampler:
+class SampleSheets:
     """A second copy of the model with a checkpoint's averaged weights, and the pairs to sample.
 
     It is in host memory until it draws, because training leaves no room on a device for a whole large model.
@@ -32,13 +35,39 @@ class Sampler:
 
     @cached_property
     def _pairs(self) -> tuple[list[str], list[Image.Image]]:
-        """Captions and their real images, evenly spaced over the first source of pairs."""
-        sources, num_pairs = self._components.sources.values(), self._config.samples.num_pairs
+        """Captions and their real images, evenly spaced over the first source of pairs.
+
+        In place of a bad document, where data.on_error skips it, the next one.
+        """
+        sources, captions, images = self._components.sources.values(), [], []
         source = next(s for s in sources if s.folder.manifest.kind == "pair")
         size = len(source.folder)
-        chosen = [source.folder.read(size * i // num_pairs) for i in range(min(num_pairs, size))]
-        images = decode(first_images(chosen), self._pipeline.codec, self._pipeline.sizes)
-        return [self._cut(document.metadata["caption"]) for document in chosen], images
+        num_pairs = min(self._config.samples.num_pairs, size)
+        for number in range(num_pairs):
+            for index in range(size * number // num_pairs, size * (number + 1) // num_pairs):
+                try:
+                    caption, image = self._read_pair(source, index)
+                except BadDocument:
+                    if self._config.data.on_error == "fail":
+                        raise
+                    continue
+                captions.append(self._cut(caption))
+                images.append(image)
+                break
+        return captions, images
+
+    def _read_pair(self, source: Source, index: int) -> tuple[str, Image.Image]:
+        """Caption and image of a document. Raises BadDocument."""
+        where = f"{source.folder.folder}, document {index}"
+        document = source.folder.read(index)
+        source.check(document, where)
+        if not isinstance(caption := document.metadata.get("caption"), str):
+            raise BadDocument(where, "no caption in its metadata")
+        try:
+            (image,) = decode(first_images([document]), self._pipeline.codec, self._pipeline.sizes)
+        except BadImage as error:
+            raise BadDocument(where, str(error)) from error
+        return caption, image
 
     def _cut(self, caption: str) -> str:
         """A caption, cut where a row has room for an image (and bos, boi, eoi and eos) behind it."""

@@ -256,6 +256,22 @@ def test_a_rank_killed_while_saving_leaves_the_earlier_checkpoints_and_no_partia
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_kill_while_a_step_is_saved_again_leaves_one_of_both(saved, tmp_path, is_renamed):
+    """`publish` renames the older checkpoint, then the new one."""
+    folder, _, _ = saved[str(Topology(2, 1))]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    older = copy / "step-00000003.older.partial"
+    (copy / "step-00000003").rename(older)
+    if is_renamed:
+        shutil.copytree(older, copy / "step-00000003")
+    else:
+        shutil.copytree(older, copy / "step-00000003.partial")
+    run_workers(load_each, 1, Topology(1, 1), [copy])
+    assert [p.name for p in copy.iterdir()] == ["step-00000003"]
+    verify_checkpoint(copy / "step-00000003")
+
+
 def save_to_a_full_disk(folder: Path) -> list[str]:
     run = make_run(Topology(2, 1))
     manager, said = manager_of(run, folder, keep_last=1), []

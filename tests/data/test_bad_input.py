@@ -18,8 +18,10 @@ from megafusion.data.manifest import load_manifest
 from megafusion.data.reader import ShardFolder
 from megafusion.data.shards import npy
 from megafusion.errors import UserError
+from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256
-from tests.support.rows import LATENTS, digest, stream_of, write_pairs, write_texts
+from tests.support.damage import damage
+from tests.support.rows import IDS, LATENTS, digest, stream_of, write_pairs, write_texts
 from tests.support.tars import add_members, link
 
 TOKENS = npy(np.arange(3, 8, dtype=np.int32))
@@ -151,16 +153,6 @@ def test_locations_that_run_a_command_or_hide_something_are_refused(path):
         SourceConfig(path=path)
 
 
-def damage(folder: Path, documents: list[int], per_shard: int = 16) -> None:
-    """Overwrite the names of some documents' first members."""
-    for document in documents:
-        path = folder / f"shard-{document // per_shard:06d}.tar"
-        offsets = np.load(path.with_suffix(".index.npy"))
-        with path.open("r+b") as file:
-            file.seek(int(offsets[document % per_shard]))
-            file.write(b"\xff\xff")
-
-
 @pytest.fixture
 def sources(tmp_path):
     pairs, texts = write_pairs(tmp_path / "pairs", 400), write_texts(tmp_path / "text", 150)
@@ -205,11 +197,16 @@ def test_too_many_bad_documents_stop_the_run_with_their_reasons(sources, tmp_pat
         [stream.next() for _ in range(300)]
 
 
-def test_a_source_with_only_bad_documents_stops_the_run(sources, tmp_path):
+@pytest.mark.parametrize("rate", [0.9, 1.0])
+@pytest.mark.parametrize("names", [["pairs"], ["pairs", "text"]])
+def test_a_source_with_only_bad_documents_stops_the_run(sources, tmp_path, names, rate):
     damage(tmp_path / "pairs", list(range(400)))
-    stream = stream_of({"pairs": sources["pairs"]}, range(4), 4, on_error="skip", max_skip_rate=0.9)
-    with pytest.raises(UserError, match="skipped"):
-        [stream.next() for _ in range(300)]
+    mixture = {name: sources[name] for name in names}
+    stream = stream_of(mixture, range(4), 4, on_error="skip", max_skip_rate=rate)
+    with pytest.raises(
+        UserError, match=r"data\.sources\.pairs: no good document among the 100 of stream 0 \("
+    ):
+        stream.next()
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
@@ -229,11 +226,30 @@ def test_a_shard_lost_or_truncated_during_a_run_stops_it_at_any_policy(sources, 
         [stream.next() for _ in range(300)]
 
 
-def test_a_token_beyond_the_vocabulary_is_bad(tmp_path):
+RESERVING = Tokenizer(Path("t"), "t", 62, bos=1, eos=2, reserved=[40, 41, 42, 43])
+
+
+@pytest.mark.parametrize(
+    ("token", "ids", "reason"),
+    [
+        (64, IDS, "a token that the tokenizer does not have"),
+        (62, IDS, "a token that the tokenizer does not have"),  # boi
+        (63, IDS, "a token that the tokenizer does not have"),  # eoi
+        (61, IDS, None),
+        (40, RESERVING, "a text with a token that begins or ends images"),
+        (42, RESERVING, "a text with a token that begins or ends images"),  # boi of the second size
+        (43, RESERVING, None),
+    ],
+)
+def test_a_token_that_is_no_text_is_bad(tmp_path, token, ids, reason):
     folder = tmp_path / "pairs"
-    folder_of(folder, [GOOD[0], ("k.0.tokens.npy", npy(np.array([3, 64], np.int32))), GOOD[2]])
-    with pytest.raises(BadDocument, match=r"pairs, document 0.*a token that the tokenizer does not have"):
-        stream_of({"pairs": (folder, 1.0)}, range(1), 1).next()
+    folder_of(folder, [GOOD[0], ("k.0.tokens.npy", npy(np.array([3, token], np.int32))), GOOD[2]])
+    stream = stream_of({"pairs": (folder, 1.0)}, range(1), 1, ids=ids, more_sizes=((4, 8),))
+    if reason is None:
+        assert token in stream.next()[0].tokens
+        return
+    with pytest.raises(BadDocument, match=rf"pairs, document 0.*{reason}"):
+        stream.next()
 
 
 def test_segments_of_another_kind_are_bad(tmp_path):

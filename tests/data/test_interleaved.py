@@ -35,15 +35,17 @@ def logical_of(folder, **values) -> LogicalStream:
 
 def laid_out(segments) -> list[tuple[int, int]]:
     """Token and target of each position of a document, by the rules of docs/data.md."""
-    tokens = [IDS.bos]
+    tokens = [MANY_IDS.bos]
     for segment in segments:
         tokens += (
-            segment.data.tolist() if segment.kind == "tokens" else [IDS.boi, *[PATCH] * NUM_PATCHES, IDS.eoi]
+            segment.data.tolist()
+            if segment.kind == "tokens"
+            else [MANY_IDS.boi, *[PATCH] * NUM_PATCHES, MANY_IDS.eoi]
         )
-    tokens.append(IDS.eos)
+    tokens.append(MANY_IDS.eos)
     following = [*tokens[1:], IGNORED_LABEL]
     return [
-        (token, IGNORED_LABEL if token in (PATCH, IDS.boi) else label)
+        (token, IGNORED_LABEL if token in (PATCH, MANY_IDS.boi) else label)
         for token, label in zip(tokens, following, strict=True)
     ]
 
@@ -98,7 +100,7 @@ def found_in(row, positions: Counter, images: Counter, slots: int) -> None:
         here = slice(start, start + NUM_PATCHES)
         assert row["patch_index"][here].tolist() == list(range(slot * NUM_PATCHES, (slot + 1) * NUM_PATCHES))
         assert (row["row_end"][here] == here.stop).all()
-        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (IDS.boi, IDS.eoi)
+        assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (MANY_IDS.boi, MANY_IDS.eoi)
         assert len(set(row["row_start"][start - 1 : here.stop + 1])) == 1
         images[round(float(row["latents"][slot].mean()))] += 1
 

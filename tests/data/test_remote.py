@@ -295,6 +295,20 @@ def test_objects_of_a_store_are_read_through_fsspec(server, tmp_path, monkeypatc
         store.rm("s3://bucket", recursive=True)
 
 
+def test_access_denied_by_a_store_is_refused_at_once(tmp_path, monkeypatch):
+    asked = []
+
+    class Private(MemoryFileSystem):
+        def _open(self, path: str, *arguments: object, **options: object) -> None:
+            asked.append(path)
+            raise PermissionError("Access Denied")  # as s3fs and gcsfs do for 403
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Private)
+    with pytest.raises(UserError, match=r"s3://bucket/pairs/manifest\.json: access denied \(Access Denied\)"):
+        ShardFolder("s3://bucket/pairs", ShardCache(tmp_path / "cache", 1 << 30))
+    assert len(asked) == 1
+
+
 def test_a_store_whose_client_is_missing_says_what_to_install(tmp_path):
     with pytest.raises(UserError, match=r"gs://bucket/pairs/manifest\.json: .*gcsfs"):
         ShardFolder("gs://bucket/pairs", ShardCache(tmp_path / "cache", 1 << 30))

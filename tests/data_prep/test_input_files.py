@@ -17,6 +17,7 @@ from pyarrow import parquet
 from data_prep.config import KEYS_OF_KIND, KEYS_WITHOUT_EFFECT, PreprocessConfig
 from data_prep.filters import read_keys
 from data_prep.readers.splits import Inputs
+from data_prep.vae.config import AutoencoderConfig
 from megafusion.config import parse_config
 from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
@@ -460,6 +461,16 @@ def test_keys_of_inputs_that_are_not_there_are_warned_of(values, warnings):
     others = {"image_storage": "images or documents", "split": "documents"}
     given += [f"warning: {key} has no effect without {others[key]}" for key in others if key in values]
     assert sorted(config.warnings()) == sorted(given)
+
+
+@pytest.mark.parametrize("side", [16_385, 1_000_000])
+def test_a_size_that_no_memory_holds_is_refused(side):
+    preprocessing = {"out": "o", "tokenizer": "t", "vae": "v", "image_sizes": [[side, 64]]}
+    autoencoder = {"out": "o", "data": {"images": ["i"], "image_size": side}, "network": {"channels": [8]}}
+    autoencoder["optimization"] = {"num_steps": 1}
+    for cls, values in ((PreprocessConfig, preprocessing), (AutoencoderConfig, autoencoder)):
+        with pytest.raises(UserError, match=rf"less than or equal to 16384 \(got {side}\)"):
+            parse_config(cls, values, "test")
 
 
 def test_shards_of_another_recipe_are_replaced_only_where_that_is_said(make, tmp_path):

@@ -13,11 +13,11 @@ from megafusion.engine.engine import Engine
 from megafusion.engine.optimizer import learning_rate, make_optimizer
 from megafusion.engine.process_group import start_process_group
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
+from tests.support.weights import initialize
 
 
 def make_run(config: RunConfig) -> tuple[Engine, DataLoader]:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megafusion.commands.generate import parse_size
 from megafusion.errors import UserError
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.row import read_image
+from megafusion.images.sizes import parse_size
 from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from tests.support.generation import (
     CAPTIONS,

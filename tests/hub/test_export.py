@@ -21,7 +21,6 @@ from megafusion.hub.config import read_hub_config
 from megafusion.hub.export import export_text_model
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.sequence.document import Segment
 from megafusion.sequence.tokenizer import Tokenizer
@@ -30,13 +29,14 @@ from megafusion.train.loop import train
 from tests.support.generation import full_hidden, prompt_batch
 from tests.support.hub import FAMILIES, IMAGES, PIECES, load_here, make_folder
 from tests.support.tokenizers import make_qwen
+from tests.support.weights import initialize
 
 # None begins with a space, before which transformers puts no other, as SentencePiece does.
 TEXTS = ["red apple, 3d style", "two  spaces ", "Ein Läufer, 走る 🏃", "", "a" * 40]
 
 
 def run(*arguments: str) -> str:
-    """What a command prints, or the error that it ends with."""
+    """The output of a command, or the error that it ends with."""
     result = CliRunner().invoke(app, list(arguments))
     if isinstance(result.exception, UserError):
         return str(result.exception)
@@ -243,7 +243,7 @@ def test_an_imported_configuration_trains_and_is_exported(run_values, tmp_path, 
     assert f"| began as | {folder} (licence llama3) |" in card
 
 
-def test_a_folder_that_is_not_served_is_not_imported(tmp_path, vae_folder):
+def test_a_folder_that_is_not_supported_is_not_imported(tmp_path, vae_folder):
     make_folder(tmp_path / "hub", "mistral")
     values = json.loads((tmp_path / "hub/config.json").read_text())
     arguments = ("--out", str(tmp_path / "new.yaml"), "--image-size", "32x32", "--vae", str(vae_folder))
@@ -251,7 +251,7 @@ def test_a_folder_that_is_not_served_is_not_imported(tmp_path, vae_folder):
     assert "(at most 64, the model's sliding_window)" in run("import", str(tmp_path / "hub"), *arguments)
     (tmp_path / "new.yaml").unlink()
     (tmp_path / "hub/config.json").write_text(json.dumps(values | {"architectures": ["BertModel"]}))
-    assert "architecture BertModel is not served" in run("import", str(tmp_path / "hub"), *arguments)
+    assert "architecture BertModel is not supported" in run("import", str(tmp_path / "hub"), *arguments)
     assert "--image-size 32: is not HEIGHTxWIDTH" in run(
         "import", str(tmp_path / "hub"), *arguments[:3], "32"
     )

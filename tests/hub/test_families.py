@@ -1,4 +1,4 @@
-"""Every family that is served gives the logits and the greedy text of transformers' own class."""
+"""Every family that is supported gives the logits and the greedy text of transformers' own class."""
 
 import pytest
 import torch

@@ -19,7 +19,6 @@ from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.hub.config import model_keys, read_hub_config
 from megafusion.model.hub_names import hub_names
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.parallel.mesh import make_mesh
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.build import build_components, build_engine
@@ -32,6 +31,7 @@ from tests.support.checkpoints import load_full_tensors
 from tests.support.hub import IMAGES, load_here, make_folder
 from tests.support.marks import full
 from tests.support.small import TOKENIZER, small_run
+from tests.support.weights import initialize
 from tests.support.workers import run_workers
 
 NEW = ["*.adapter.*", "stem.embedding.weight", "tail.head.weight"]
@@ -227,6 +227,15 @@ def fewer_ids(folder: Path) -> None:
     edit(folder, vocab_size=2000)
 
 
+def padded(folder: Path) -> None:
+    """More rows than token ids, as Qwen 2.5 has."""
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], torch.randn(54, 32)])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit(folder, vocab_size=2100)
+
+
 ROPE = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
 BAD = {
     "pickles": (pickled, r"weights are pickles.*python -c \"from transformers"),
@@ -234,7 +243,7 @@ BAD = {
     "truncated": (truncated, r"model\.safetensors: truncated or damaged.*fetch it again"),
     "architecture": (
         lambda f: edit(f, architectures=["GPT2LMHeadModel"]),
-        r"architecture GPT2LMHeadModel is not served; served are LlamaForCausalLM, .*Qwen3ForCausalLM",
+        r"architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM, .*Qwen3ForCausalLM",
     ),
     "no architecture": (
         lambda f: edit(f, architectures=[]),
@@ -246,23 +255,23 @@ BAD = {
         r"config\.json: no rms_norm_eps; give the model's own",
     ),
     "vocabulary": (lambda f: edit(f, vocab_size=2050), r"vocab_size 2050, but the embedding has 2046 rows"),
-    "rope": (lambda f: edit(f, **ROPE), r"rope scaling yarn is not served; llama3 is, and none"),
+    "rope": (lambda f: edit(f, **ROPE), r"rope scaling yarn is not supported; llama3 is, and none"),
     "old rope": (
         lambda f: edit(f, rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}),
-        r"rope scaling linear is not served",
+        r"rope scaling linear is not supported",
     ),
     "window": (
         lambda f: edit(f, architectures=["MistralForCausalLM"], sliding_window=64),
         r"sliding_window 64 is less than data\.sequence_length 96.*to at most 64",
     ),
-    "bias": (lambda f: edit(f, attention_bias=True), r"attention_bias True is not served"),
+    "bias": (lambda f: edit(f, attention_bias=True), r"attention_bias True is not supported"),
     "activation": (
         lambda f: edit(f, hidden_act="gelu"),
-        r"hidden_act gelu is not served; a model with silu is",
+        r"hidden_act gelu is not supported; a model with silu is",
     ),
     "quantized": (
         lambda f: edit(f, quantization_config={"bits": 4}),
-        r"quantization_config .* is not served",
+        r"quantization_config .* is not supported",
     ),
     "no tokenizer": (
         lambda f: (f / "tokenizer.model").unlink(),
@@ -271,6 +280,11 @@ BAD = {
     "fewer ids": (
         fewer_ids,
         r"2000 token ids, but its tokenizer .* has 2046; give the tokenizer that it was",
+    ),
+    "more rows": (
+        padded,
+        r"(?s)stem\.embedding\.weight has shape \[2100, 32\] there, but has shape \[2048, 32\] in this .*; "
+        r"set model\.vocab_size: 2100.*tail\.head\.weight has shape .*; set model\.vocab_size: 2100",
     ),
     "a tensor less": (
         lambda f: without(f, "model.layers.1.mlp.up_proj.weight"),
@@ -296,6 +310,15 @@ def test_a_bad_folder_is_refused(run_values, tmp_path, name):
     values = from_hub(run_values, folder)
     spoil(folder)
     refused(values, message)
+
+
+def test_a_padded_vocabulary_of_the_same_size_is_loaded_whole(run_values, tmp_path):
+    folder = tmp_path / "hub"
+    make_folder(folder, "llama2")
+    padded(folder)
+    train(parsed(from_hub(run_values, folder, vocab_size=2100)), stop_after=1)
+    record = json.loads((Path(run_values["out"]) / "environment.json").read_text())["init_from"]
+    assert not {"stem.embedding.weight", "tail.head.weight"} & set(record["new"])
 
 
 def refused(values: dict, message: str) -> None:

@@ -107,9 +107,9 @@ def cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: edit(f, use_dora=True), r"adapter_config\.json: use_dora True is not served"),
-        (lambda f: edit(f, peft_type="IA3"), r"peft_type 'IA3' is not served; an adapter with 'LORA' is"),
-        (lambda f: edit(f, alpha_pattern={"q_proj": 3}), r"alpha_pattern .* is not served"),
+        (lambda f: edit(f, use_dora=True), r"adapter_config\.json: use_dora True is not supported"),
+        (lambda f: edit(f, peft_type="IA3"), r"peft_type 'IA3' is not supported; an adapter with 'LORA' is"),
+        (lambda f: edit(f, alpha_pattern={"q_proj": 3}), r"alpha_pattern .* is not supported"),
         (lambda f: edit(f, lora_alpha=None), r"lora_alpha None is not a number"),
         (lambda f: (f / "adapter_config.json").write_text("{"), r"cannot be read as JSON"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), r"no adapter_model\.safetensors"),

@@ -178,30 +178,35 @@ def on_chip(monkeypatch, capability: tuple[int, int], versions: dict[str, str]) 
             (8, 0),
             {"flash-attn-4": "4.0.0b36"},
             128,
-            r"sm_80: flash-attn-4 4\.0\.0b36 serves Hopper and Black",
+            r"sm_80: flash-attn-4 4\.0\.0b36 supports Hopper and Black",
         ),
-        ((12, 0), {"flash-attn-4": "4.0.0b36"}, 64, r"sm_120: flash-attn-4 4\.0\.0b36 serves Hopper and Bla"),
+        (
+            (12, 0),
+            {"flash-attn-4": "4.0.0b36"},
+            64,
+            r"sm_120: flash-attn-4 4\.0\.0b36 supports Hopper an",
+        ),
         (
             (9, 0),
             {"flash-attn-4": "4.0.0b36"},
             256,
-            r"A chip, sm_90: flash-attn-4 4\.0\.0b36 does not serve head_dim 256 by.*64, 96, 128",
+            r"A chip, sm_90: flash-attn-4 4\.0\.0b36 does not support head_dim 256 by.*64, 96, 128",
         ),
         (
             (7, 5),
             {"flash-attn": "2.8.3"},
             64,
-            r"sm_75: flash-attn-4 is not installed; flash-attn 2\.8\.3 serves sm_80",
+            r"sm_75: flash-attn-4 is not installed; flash-attn 2\.8\.3 supports sm_80",
         ),
         (
             (8, 0),
             {"flash-attn": "2.8.3"},
             260,
-            r"sm_80: flash-attn 2\.8\.3 does not serve head_dim 260; served",
+            r"sm_80: flash-attn 2\.8\.3 does not support head_dim 260; supported",
         ),
     ],
 )
-def test_refusals_name_package_version_and_chip(monkeypatch, capability, versions, head_dim, message):
+def test_reasons_name_package_version_and_chip(monkeypatch, capability, versions, head_dim, message):
     on_chip(monkeypatch, capability, versions)
     with pytest.raises(ValueError, match=message):
         check_flash(torch.device("cuda"), torch.bfloat16, head_dim)
@@ -211,7 +216,7 @@ def test_cpus_and_float32_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="CUDA devices, not on cpu"):
         check_flash(torch.device("cpu"), torch.bfloat16, 64)
     on_chip(monkeypatch, (9, 0), {"flash-attn-4": "4.0.0b36"})
-    with pytest.raises(ValueError, match=r"4\.0\.0b36 serves bfloat16 and float16, not torch\.float32"):
+    with pytest.raises(ValueError, match=r"4\.0\.0b36 supports bfloat16 and float16, not torch\.float32"):
         check_flash(torch.device("cuda"), torch.float32, 64)
 
 
@@ -223,7 +228,7 @@ def test_a_package_that_cannot_be_imported_is_named(monkeypatch):
 
 
 @needs_flash_4
-def test_the_installed_flash_attention_4_serves(monkeypatch):
+def test_the_installed_flash_attention_4_is_supported(monkeypatch):
     on_chip(monkeypatch, (9, 0), {"flash-attn-4": "installed"})
     assert check_flash(torch.device("cuda"), torch.bfloat16, 128) == "flash-attn-4"
 

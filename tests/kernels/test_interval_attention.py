@@ -277,7 +277,10 @@ def test_an_empty_batch():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(1, 8, 2, 48)}, r"head_dim 48 is not served; served are 16, 32, 64, 128, 256"),
+        (
+            {"q": torch.zeros(1, 8, 2, 48)},
+            r"head_dim 48 is not supported; supported: 16, 32, 64, 128, 256",
+        ),
         ({"q": torch.zeros(1, 8, 32)}, r"q must be of shape .*\[1, 8, 32\]"),
         ({"k": torch.zeros(1, 8, 2, 16, dtype=torch.float16)}, "k is torch.float16.*q is torch.float32"),
         ({"k": torch.zeros(1, 9, 2, 16)}, r"k \[1, 9, 2, 16\] and v \[1, 8, 2, 16\]"),
@@ -297,11 +300,11 @@ def test_bad_input_is_named(change, message):
 
 
 def test_devices_and_dtypes_are_refused_by_name(monkeypatch):
-    with pytest.raises(ValueError, match=r"torch\.float64 is not served; served are .*bfloat16"):
-        package.check_served(torch.device(DEVICE), torch.float64, 64)
+    with pytest.raises(ValueError, match=r"torch\.float64 is not supported; supported: .*bfloat16"):
+        package.check_supported(torch.device(DEVICE), torch.float64, 64)
     monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"tensors on cpu: the kernels run on CUDA devices"):
-        package.check_served(torch.device("cpu"), torch.float32, 64)
+        package.check_supported(torch.device("cpu"), torch.float32, 64)
 
 
 def test_the_random_layouts_cover_all_cases():

@@ -8,12 +8,19 @@ from typing import get_args
 import pytest
 import torch
 
+from megafusion.config import parse_config
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
-from megafusion.model.attention import BackendName, attention_backend, auto, check_backend, refusal
+from megafusion.generate.decoder import Decoder
+from megafusion.generate.folder import PipelineConfig, build_model
+from megafusion.model.attention import BackendName, attention_backend, auto, check_backend, unsupported_reason
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
+from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.intervals import Intervals
+from megafusion.train.build import build_components
+from megafusion.train.config import RunConfig
 
 SMALL = {
     "num_layers": 1,
@@ -74,18 +81,50 @@ def test_sdpa_reads_a_mask_of_the_model_dtype_without_nan():
 
 @without_gpu
 @pytest.mark.parametrize(("backend", "training"), [("interval", False), ("flash", False), ("flex", True)])
-def test_a_backend_that_cannot_serve_here_is_refused_at_start_up(monkeypatch, backend, training):
+def test_a_backend_that_is_unsupported_here_is_refused_at_start_up(monkeypatch, backend, training):
     monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
     with pytest.raises(UserError, match=rf"model\.attention: {backend} .*(CPU|cpu).*use auto or sdpa"):
-        check_backend(backend, 16, training)
+        check_backend(backend, 16, training=training)
     for backend in ("auto", "sdpa", "flex"):
         check_backend(backend, 16)
 
 
 @without_gpu
 def test_a_model_is_refused_with_its_backend():
-    with pytest.raises(UserError, match=r"model\.attention: flash cannot serve"):
+    with pytest.raises(UserError, match=r"model\.attention: flash is not supported here"):
         Transfusion(ModelConfig(**SMALL, attention="flash"), ObjectiveConfig())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_run_checks_its_backend_for_the_dtype_of_its_precision(run_values, monkeypatch, precision, dtype):
+    """flash-attention supports half precision alone."""
+    monkeypatch.setattr("interval_attention.flash.flash_package", lambda device: "flash-attn-4")
+    monkeypatch.setattr("interval_attention.flash._unsupported_reason_4", lambda head_dim: "")
+    monkeypatch.setattr("interval_attention.flash._version", lambda package: "4")
+    monkeypatch.setattr("interval_attention.flash._architecture", lambda device: 90)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A chip")
+    run_values["model"]["attention"], run_values["train"]["precision"] = "flash", precision
+    config = parse_config(RunConfig, run_values, "test")
+    start_process_group()
+    if precision == "bf16":
+        build_components(config, make_mesh(config.parallel))
+        return
+    with pytest.raises(UserError, match=r"attention: flash .*bfloat16 and float16, not torch\.float32"):
+        build_components(config, make_mesh(config.parallel))
+
+
+@without_gpu
+@pytest.mark.parametrize("trained_with", ["flash", "interval", "flex", "auto", "sdpa"])
+def test_the_model_of_a_pipeline_generates_on_any_device_in_any_dtype(monkeypatch, trained_with):
+    monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
+    config = ModelConfig(**SMALL, attention=trained_with)
+    model = build_model(PipelineConfig(model=config, objective=ObjectiveConfig(), sampling=SamplingConfig()))
+    decoder, tokens = Decoder(model), torch.tensor([3])
+    logits = decoder.read_tokens(decoder.new_cache(1, 4), tokens)
+    expected = Transfusion(ModelConfig(**SMALL), ObjectiveConfig())
+    expected.load_state_dict(model.state_dict())
+    decoder = Decoder(expected)
+    assert torch.equal(decoder.read_tokens(decoder.new_cache(1, 4), tokens), logits)
 
 
 @without_gpu
@@ -99,13 +138,13 @@ def test_auto_is_sdpa_on_a_cpu(dtype):
 def test_head_dims_that_the_kernels_lack_are_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    with pytest.raises(UserError, match=r"head_dim 24 is not served; served are 16, .*use auto or sdpa"):
+    with pytest.raises(UserError, match=r"head_dim 24 is not supported; supported: 16, .*use auto or sdpa"):
         check_backend("interval", 24)
 
 
-def test_a_missing_package_is_a_refusal(monkeypatch):
+def test_a_missing_package_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "megafusion.model.attention.flash", None)
-    assert "flash" in refusal("flash", torch.device("cuda"), torch.bfloat16, 64, training=True)
+    assert "flash" in unsupported_reason("flash", torch.device("cuda"), torch.bfloat16, 64, training=True)
 
 
 @without_gpu
@@ -139,8 +178,8 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(auto, "CHOICES", tmp_path / "choices.json")
     auto.stored_choices.cache_clear()
 
-    def chosen(choices: list[dict], num_rows: int, num_keys: int, head_dim: int, served: set[str]):
-        monkeypatch.setattr(auto, "_refusal", lambda name, *case: name not in {"sdpa", *served})
+    def chosen(choices: list[dict], num_rows: int, num_keys: int, head_dim: int, supported: set[str]):
+        monkeypatch.setattr(auto, "_unsupported_reason", lambda name, *case: name not in {"sdpa", *supported})
         auto.CHOICES.write_text(json.dumps({"choices": choices}))
         bounds = SimpleNamespace(device=torch.device("cuda"), shape=(1, num_rows))
         return auto.choose(Intervals(bounds, bounds, num_keys), torch.bfloat16, head_dim)
@@ -157,7 +196,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_keys", "head_dim", "served", "expected"),
+    ("num_rows", "num_keys", "head_dim", "supported", "expected"),
     [
         (4096, 4096, 128, {"interval", "flash"}, "interval"),
         (8192, 8192, 128, {"interval", "flash"}, "flash"),
@@ -167,8 +206,8 @@ CHOICES = [
         (8192, 8192, 64, set(), "sdpa"),
     ],
 )
-def test_auto_chooses_the_fastest_that_serves(hopper, num_rows, num_keys, head_dim, served, expected):
-    assert hopper(CHOICES, num_rows, num_keys, head_dim, served) == expected
+def test_auto_chooses_the_fastest_supported(hopper, num_rows, num_keys, head_dim, supported, expected):
+    assert hopper(CHOICES, num_rows, num_keys, head_dim, supported) == expected
 
 
 def test_without_measurements_auto_chooses_interval(hopper):
@@ -191,8 +230,8 @@ def test_backends_equal_sdpa_on_a_gpu(name):
     whole = mixed_rows(150)
     end = whole.row_end.clone()
     end[0, -1] = 150
-    head_dim = 64 if name == "flash" else 16  # the smallest that each serves
-    if reason := refusal(name, torch.device("cuda"), torch.bfloat16, head_dim, training=True):
+    head_dim = 64 if name == "flash" else 16  # the smallest that each supports
+    if reason := unsupported_reason(name, torch.device("cuda"), torch.bfloat16, head_dim, training=True):
         pytest.skip(reason)
     found = []
     for backend in (name, "sdpa"):

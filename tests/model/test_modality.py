@@ -13,7 +13,6 @@ from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.model.modality import ModalityLinear, ModalityRMSNorm, modality_of
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
@@ -21,6 +20,7 @@ from megafusion.train.loop import train
 from tests.support.marks import full
 from tests.support.small import small_run
 from tests.support.texts import text_logits
+from tests.support.weights import initialize
 from tests.train.test_run import start
 
 TEXT_KEYS = {"qk_norm": True, "attention_bias": True}

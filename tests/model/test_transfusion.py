@@ -14,10 +14,10 @@ from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig, RopeScaling
 from megafusion.model.transformer import block_context, rope_at
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
 from megafusion.train.config import RunConfig
+from tests.support.weights import initialize
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

@@ -112,6 +112,20 @@ def test_samplers_follow_the_flow_of_a_normal_distribution(prediction, sampler, 
     assert errors[-1] < max(floor, 0.02)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("device", ["meta", *["cuda"] * torch.cuda.is_available()])
+def test_latents_may_be_on_another_device_than_timesteps(prediction, sampler, device):
+    """diffusers keeps timesteps on the CPU. Meta stands for CUDA: it refuses the same operations."""
+    flow = FlowConfig(prediction_type=prediction).build()
+    run = flow.sampler(SamplingConfig(sampler=sampler, num_inference_steps=3))
+    latents = torch.zeros(2, 3, 4, 4, device=device)
+    for timestep, t in zip(run.timesteps, run.times, strict=True):
+        assert flow.clean(latents, latents, t).device == latents.device
+        latents = run.step(latents, timestep, latents).prev_sample
+    assert latents.device.type == device
+
+
 def test_samplers_of_the_other_process_are_refused():
     with pytest.raises(UserError, match=r"sampler ddim does not sample .*kind flow; use one of euler, heun"):
         FlowConfig().build().sampler(SamplingConfig(sampler="ddim"))

@@ -14,7 +14,6 @@ from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.process_group import start_process_group
 from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.model.wrapper import canonical_name
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
@@ -22,6 +21,7 @@ from megafusion.sequence.packing import PackedBatch, collate, pack_row
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
+from tests.support.weights import initialize
 
 LEARNING_RATE = 2e-3
 """Not the configuration's, so that a step which does not set it fails."""

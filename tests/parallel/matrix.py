@@ -73,7 +73,7 @@ TEXT_MODEL = {
     "qk_norm": True,
     "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64},
 }
-"""What the text models of hub/ need and the defaults have not: in all cases with a linear adapter."""
+"""Keys that the text models of hub/ need and that are not defaults: in all cases with a linear adapter."""
 
 TOPOLOGIES = {
     "dp2": (2, {}),

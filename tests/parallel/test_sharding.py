@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from megafusion.config import load_config
 from megafusion.model.transformer import FusedLinear
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.parallel.balance import layer_flops
 from megafusion.parallel.image_parallel import ImageShard
 from megafusion.parallel.partition import partition, stage_blocks
@@ -20,6 +19,7 @@ from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import ColumnParallelLinear, vocab_range
 from megafusion.train.config import RunConfig
 from tests.support.small import ROOT
+from tests.support.weights import initialize
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.booleans())

@@ -23,7 +23,15 @@ def configuration(name: str, *overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("overrides", [(), ("model.qk_norm=true", "model.attention_bias=true")], ids=len)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.modality_weights=feed_forward",),
+        ("model.qk_norm=true", "model.attention_bias=true", "model.modality_weights=all"),
+    ],
+    ids=len,
+)
 def test_parameters_are_those_of_the_model(name, overrides):
     config = configuration(name, "model.num_layers=2", *overrides)
     with torch.device("meta"):

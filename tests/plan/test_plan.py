@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megafusion.commands.launch import _planned
 from megafusion.errors import UserError
 from megafusion.plan.chip import chip_names, chip_of_device, load_chip, with_ceilings
 from megafusion.plan.fit import does_not_fit
@@ -119,6 +120,16 @@ def test_a_run_that_fits_nowhere_is_told_by_how_much_and_what_would():
     assert "GiB a rank" in warning[0]
     assert "`megafusion plan`" in warning[0]
     assert does_not_fit(job(64), H100.memory_bytes, "a GPU") == []
+
+
+def test_launch_tells_the_plan_of_its_job_and_that_it_will_not_fit():
+    fits, *warnings = _planned(CONFIG, 64, "h100")
+    assert fits.startswith("plan: data 64, ZeRO 1")
+    assert "tokens/s" in fits
+    assert warnings == []
+    _, warning = _planned(configuration("7b.yaml", "train.precision=fp32"), 64, "h100")
+    assert warning.startswith("warning: the plan predicts that this run does not fit")
+    assert list(_planned(CONFIG, 64, None)) == []
 
 
 def test_a_number_of_gpus_that_no_degrees_divide_is_refused_with_the_nearest():

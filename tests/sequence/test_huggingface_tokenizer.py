@@ -109,7 +109,7 @@ def test_bos_and_eos_are_those_of_the_files_beside_it(folders, tmp_path):
     ):
         with_config(llama, tmp_path / "t", {"eos_token": "<|eot|>"})
     for config in ("{", "[1]"):
-        with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object; mend or remove it"):
+        with pytest.raises(UserError, match=r"tokenizer_config\.json: .* JSON.*; fix or remove it"):
             with_config(llama, tmp_path / "t", config)
 
 

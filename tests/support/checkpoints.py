@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in whole tensors."""
+"""The contents of a checkpoint, in whole tensors."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -9,10 +9,10 @@ from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.row import Request
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from tests.support.segments import flat_document
+from tests.support.weights import initialize
 
 CAPTIONS = ["apple", "red apple, 3d style", "x", "a much longer caption than the others", "pizza", "cat face"]
 

@@ -18,9 +18,9 @@ from megafusion.hub.weights import open_hub_weights
 from megafusion.model.config import ModelConfig
 from megafusion.model.hub_names import hub_names
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.objective.config import ObjectiveConfig
 from tests.support.small import TOKENIZER
+from tests.support.weights import initialize
 
 PIECES = 2046
 SIZES = {

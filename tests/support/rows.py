@@ -19,8 +19,9 @@ from megafusion.sequence.packing import PackedBatch, SequenceShape
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import new_folder
 
-IDS, MANY_IDS = (Tokenizer(Path("t"), "t", 62, bos=1, eos=2) for _ in range(2))
-MANY_IDS.vocab_size = 1 << 30  # as many tokens as a test likes, so that each may occur only once
+IDS = Tokenizer(Path("t"), "t", 62, bos=1, eos=2)
+MANY_IDS = Tokenizer(Path("t"), "t", 1 << 30, bos=1, eos=2)
+"""With as many tokens as a test likes, so that each may occur only once."""
 LATENTS, NUM_PATCHES = (1, 4, 4), 4
 
 

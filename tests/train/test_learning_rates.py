@@ -7,11 +7,11 @@ from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.model.transfusion import Transfusion
-from megafusion.model.weights import initialize
 from megafusion.resilience.attempts import read_attempts
 from megafusion.train.config import RunConfig
 from megafusion.train.open_model import open_checkpoint
 from megafusion.train.parts import check_parts
+from tests.support.weights import initialize
 from tests.train.test_run import assert_same_run, losses, start
 
 

@@ -197,7 +197,7 @@ def test_a_run_may_start_from_a_lora_run(adapted, run_values):
             {},
             r"all weights but its own are frozen; leave",
         ),
-        ({"lora": {}, "precision": "fp8"}, {}, r"train\.lora is not served with train\.precision fp8"),
+        ({"lora": {}, "precision": "fp8"}, {}, r"train\.lora is not supported with train\.precision fp8"),
         ({"lora": {"rank": 0}}, {}, r"'train\.lora\.rank'"),
         ({"lora": {"targets": []}}, {}, r"'train\.lora\.targets'"),
         ({"lora": {"r": 8}}, {}, r"unknown key 'train\.lora\.r'; did you mean 'train\.lora\.rank'"),

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from megafusion.checkpoint.folder import complete_checkpoints, verify_checkpoint
 from megafusion.checkpoint.manager import SaveFailed, disk_errors
-from megafusion.config import parse_config
+from megafusion.config import load_config, parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -34,9 +34,11 @@ from megafusion.parallel.mesh import make_mesh
 from megafusion.resilience import attempts
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.telemetry.status import show_status
-from megafusion.train.build import build_components, build_engine
+from megafusion.train.build import build_components, build_engine, idle_gpu
 from megafusion.train.config import RunConfig
+from megafusion.train.export import model_card
 from megafusion.train.loop import train, train_step
+from tests.support.small import ROOT
 from tests.support.workers import run_workers
 
 
@@ -138,6 +140,19 @@ def test_a_run_that_another_process_trains_is_refused_and_untouched(run_values, 
         with pytest.raises(UserError, match="trains in this folder"):
             start(run_values)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_a_first_attempt_beside_another_writes_nothing(run_values, monkeypatch):
+    """Two starts of one new run at once, before either has frozen its configuration."""
+    monkeypatch.setattr(attempts, "WAIT_SECONDS", 0)
+    run = Path(run_values["out"])
+    other = attempts.Attempts(run)
+    other.claim()
+    with pytest.raises(UserError, match="trains in this folder"):
+        start(run_values)
+    assert [path.name for path in run.iterdir()] == [attempts.STEP]
+    other._release()
+    start(run_values, stop_after=1)  # what is left of it is no reason to refuse
 
 
 def test_nothing_in_a_step_draws_from_a_global_generator(run_config):
@@ -251,8 +266,13 @@ def test_a_longer_cosine_says_how_the_rate_goes_on(run_values, capsys):
         capsys.readouterr().err
     )
     assert len(losses(run)) == 2 * steps
+    run_values["optimizer"]["learning_rate"] = 5e-4
+    start(run_values)  # trains nothing
     show_status(run, console := Console(record=True, width=200))
     assert f"step {2 * steps} of {2 * steps}" in console.export_text()
+    card = model_card("model", run, None)
+    assert f"| steps | {2 * steps} of {2 * steps} |" in card
+    assert "| learning rate | 0.001, 0 warm-up steps, cosine |" in card
 
 
 def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
@@ -260,6 +280,7 @@ def test_a_lower_learning_rate_is_taken_and_recorded(run_values, capsys):
     run_values["optimizer"]["learning_rate"] = 1e-3
     start(run_values)
     assert "resumes with optimizer.learning_rate 0.001 instead of 0.003" in capsys.readouterr().err
+    assert "| learning rate | 0.001, 2 warm-up steps" in model_card("model", run, None)
     rates = [line["learning_rate"] for line in read_metrics(run)]
     assert rates[3] < 1e-3 < rates[2]
     assert [begun["changed"] for begun in attempts.read_attempts(run)] == [
@@ -283,6 +304,15 @@ def test_a_start_that_trains_nothing_says_so(run_values, capsys):
     assert "is finished after step 6; a larger train.num_steps makes it longer" in said
     assert "the learning rate of step" not in said
     assert len(losses(run)) == 6
+
+
+def test_what_leaves_a_gpu_idle_is_told_and_the_papers_sizes_do_not(run_config):
+    said = [sentence.partition(" ")[0] for sentence in idle_gpu(run_config)]
+    assert said == ["train.precision", "model.attention", "data.num_workers"]
+    sizes = [*(ROOT / "configs").glob("*b.yaml"), *(ROOT / "configs/baselines").glob("*.yaml")]
+    assert len(sizes) == 9
+    for path in sizes:
+        assert idle_gpu(load_config(RunConfig, path)) == [], path
 
 
 def test_values_that_cannot_do_what_they_say_are_warned_of_at_the_start(run_values, capsys):

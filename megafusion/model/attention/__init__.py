@@ -20,8 +20,10 @@ from megafusion.sequence.intervals import Intervals
 class AttentionBackend(Protocol):
     """The functions of a backend's module. All backends agree within rounding."""
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
-        """Why the backend does not serve a case; empty if it does. May raise ImportError or ValueError."""
+    def unsupported_reason(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool
+    ) -> str:
+        """Reason the backend is unsupported; empty if supported. May raise ImportError or ValueError."""
 
     def prepare(self, intervals: Intervals, dtype: torch.dtype, head_dim: int) -> Any:
         """The mask in the backend's own form: made once a batch, outside of compiled blocks."""
@@ -38,17 +40,22 @@ def attention_backend(name: BackendName) -> AttentionBackend:
     return import_module(f"{__name__}.{name}")
 
 
-def refusal(
+def unsupported_reason(
     name: BackendName, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool
 ) -> str:
-    """Why a backend does not serve a case, for example a missing package; empty if it does."""
+    """Reason a backend is unsupported, for example a missing package; empty if supported."""
     try:
-        return attention_backend(name).refusal(device, dtype, head_dim, training)
+        return attention_backend(name).unsupported_reason(device, dtype, head_dim, training)
     except (ImportError, ValueError) as error:
         return str(error)
 
 
-def check_backend(name: BackendName, head_dim: int, training: bool = False) -> None:
-    """Raise UserError if a backend cannot serve on this machine: there is no silent fallback."""
-    if reason := refusal(name, default_device(), torch.bfloat16, head_dim, training):
-        raise UserError(f"model.attention: {name} cannot serve ({reason}); use auto or sdpa")
+def check_backend(
+    name: BackendName, head_dim: int, dtype: torch.dtype = torch.bfloat16, training: bool = False
+) -> None:
+    """Raise UserError if this machine's device does not support a backend: there is no silent fallback.
+
+    dtype: of queries, keys and values; the default is supported by every backend.
+    """
+    if reason := unsupported_reason(name, default_device(), dtype, head_dim, training):
+        raise UserError(f"model.attention: {name} is not supported here ({reason}); use auto or sdpa")

@@ -1,4 +1,4 @@
-"""The fastest measured backend that serves a case."""
+"""The fastest measured backend that supports a case."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from megafusion.sequence.intervals import Intervals
 CHOICES = Path(__file__).with_name("choices.json")
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
     return ""
 
 
@@ -32,7 +32,7 @@ def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: tuple[Callable,
 
 def choose(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> attention.BackendName:
     """The fastest by `stored_choices`, if measured; else, and for decoding, `interval` in half precision on
-    CUDA if it serves, or `sdpa`."""
+    CUDA if supported, or `sdpa`."""
     device, num_rows = intervals.row_start.device, intervals.row_start.shape[1]
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
@@ -43,10 +43,10 @@ def choose(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> attention
             is_same = (choice["architecture"], choice["head_dim"]) == (10 * major + minor, head_dim)
             if is_same and choice["min_rows"] <= num_rows:
                 names = choice["backends"] + names
-    return next(name for name in names if not _refusal(name, device, dtype, head_dim, True))
+    return next(name for name in names if not _unsupported_reason(name, device, dtype, head_dim, True))
 
 
-_refusal = cache(attention.refusal)
+_unsupported_reason = cache(attention.unsupported_reason)
 
 
 @cache

@@ -10,7 +10,7 @@ from megafusion.sequence.intervals import Intervals
 Mask = tuple[FlashPrepared, Tensor | None]
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
     check_flash(device, dtype, head_dim)
     return ""
 
@@ -25,7 +25,7 @@ def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> Mask:
         package = flash_package(row_start.device)
         prepared = flash_prepare(row_start, intervals.row_end, intervals.num_keys, package)
     except ValueError as error:
-        raise UserError(f"model.attention: flash cannot serve ({error})") from error
+        raise UserError(f"model.attention: flash is not supported ({error})") from error
     return prepared, not_empty if intervals.may_be_empty else None
 
 

@@ -9,7 +9,7 @@ from megafusion.sequence.intervals import Intervals
 compiled_flex_attention = torch.compile(flex_attention)  # compiles at its first call
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
     return "PyTorch has no backward pass for it on CPUs" if training and device.type == "cpu" else ""
 
 

@@ -7,8 +7,8 @@ import interval_attention
 from megafusion.sequence.intervals import Intervals
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
-    interval_attention.check_served(device, dtype, head_dim)
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
+    interval_attention.check_supported(device, dtype, head_dim)
     return ""
 
 

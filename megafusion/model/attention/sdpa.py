@@ -9,7 +9,7 @@ from megafusion.sequence.intervals import Intervals
 Mask = tuple[Tensor, Tensor | None]
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str:
     return ""
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 from pyarrow import parquet
 
-from data_prep.vae import train
+from data_prep.vae import dataset, train
 from data_prep.vae.config import AutoencoderConfig, ImageDataConfig
-from data_prep.vae.dataset import find_images, held_out_images, is_held_out, training_batches
+from data_prep.vae.dataset import Position, find_images, held_out_images, is_held_out, training_batches
 from data_prep.vae.evaluation import measure
 from data_prep.vae.model import FILES, build_model
 from data_prep.vae.train import learning_rate, train_autoencoder
@@ -149,8 +149,10 @@ def test_a_resumed_training_is_bitwise_identical(config, shard, tmp_path, monkey
         train_autoencoder(config(**short))
     monkeypatch.undo()
     assert not config().out.exists()
-    with pytest.raises(UserError, match=r"unfinished training with another seed"):
+    with pytest.raises(UserError, match=r"unfinished training with another seed \(0\); restore"):
         train_autoencoder(config(**short, seed=1))
+    with pytest.raises(UserError, match=r"with another data\.group_separator \(\"\"\)"):
+        train_autoencoder(config(**short, data={"group_separator": "_"}))
     torch.manual_seed(99)
     moved = shard.rename(shard.with_name("moved.tar"))
     short["data"] = {"images": [str(moved)]}
@@ -172,10 +174,36 @@ def test_bf16_learns_too(config):
 
 def test_both_styles_of_a_concept_are_held_out_together():
     for number in range(200):
-        sides = {is_held_out(f"{number:04X}-{style}", 0.3) for style in ("3d", "flat", "200D-2642-3d")}
-        assert len(sides) == 1
-    share = sum(is_held_out(f"{number:05X}-flat", 0.1) for number in range(5000)) / 5000
+        styles = ("3d", "flat", "200D-2642-3d")
+        assert len({is_held_out(f"{number:04X}-{style}", of_concepts(0.3)) for style in styles}) == 1
+    share = sum(is_held_out(f"{number:05X}-flat", of_concepts(0.1)) for number in range(5000)) / 5000
     assert share == pytest.approx(0.1, abs=0.02)
+
+
+def test_images_of_one_group_are_refused_with_the_way_out(tmp_path):
+    images = {f"img-{number:04}": png(disc(number)) for number in range(8)}
+    paths = (write_shard(tmp_path / "own.tar", images),)
+    for fraction, fault in ((0.05, "holds out no image"), (0.99, "no image left to train on")):
+        config = ImageDataConfig(images=paths, held_out_fraction=fraction, group_separator="-")
+        splits = find_images(config).splits
+        held_out, batches = held_out_images, training_batches(config, splits, 4, 0)
+        with pytest.raises(UserError, match=rf"{fault}.*set data\.group_separator: '' in place of '-'"):
+            held_out(config, splits) if fraction < 0.5 else next(batches)
+
+
+def of_concepts(fraction: float) -> ImageDataConfig:
+    return ImageDataConfig(images=(Path(),), held_out_fraction=fraction, group_separator="-")
+
+
+@pytest.mark.parametrize("name", ["img-{:04}", "DSC-{}", "{}", "large-red-ring-{}"])
+def test_images_of_any_names_are_held_out_one_by_one(tmp_path, name):
+    images = {name.format(number): png(disc(number)) for number in range(60)}
+    config = ImageDataConfig(images=(write_shard(tmp_path / "own.tar", images),), image_size=32)
+    splits = find_images(config).splits
+    keys, _ = held_out_images(config, splits)
+    assert 1 <= len(keys) < 15
+    batch, _ = next(training_batches(config, splits, 60 - len(keys), 0))
+    assert len(batch) == 60 - len(keys)
 
 
 def test_an_epoch_has_every_training_image_once(shard):
@@ -184,19 +212,36 @@ def test_an_epoch_has_every_training_image_once(shard):
     _, held_out = held_out_images(config, splits)
     num_training = 48 - len(held_out)
     stream = training_batches(config, splits, num_training, seed=0)
-    first, second = next(stream), next(stream)
+    (first, _), (second, position) = next(stream), next(stream)
     assert not torch.equal(first, second)
     seen = [sorted(image.numpy().tobytes() for image in batch) for batch in (first, second)]
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == num_training
     assert not set(seen[0]) & {image.numpy().tobytes() for image in held_out}
-    torch.testing.assert_close(next(training_batches(config, splits, num_training, 0, num_skipped=1)), second)
+    assert position == (1, num_training)
+
+
+def test_a_resumed_training_reads_no_earlier_epoch(shard, monkeypatch):
+    config = ImageDataConfig(images=(shard,), image_size=32, held_out_fraction=0.15)
+    splits = find_images(config).splits
+    stream = training_batches(config, splits, 32, 0)
+    whole = [next(stream) for _ in range(8)]
+    epochs, samples = [], dataset._samples
+    monkeypatch.setattr(dataset, "_samples", lambda *arguments: epochs.append(1) or samples(*arguments))
+    for number, (_, position) in enumerate(whole[:-1]):
+        epochs.clear()
+        batch, after = next(training_batches(config, splits, 32, 0, position))
+        assert torch.equal(batch, whole[number + 1][0])
+        assert after == whole[number + 1][1]
+        assert len(epochs) == 1 + after.epoch - position.epoch
+    # As checkpoints of earlier versions have it: all in epoch 0.
+    assert torch.equal(next(training_batches(config, splits, 32, 0, Position(0, 7 * 32)))[0], whole[7][0])
 
 
 def test_about_half_of_the_images_are_flipped(shard):
     options = {"images": (shard,), "image_size": 32, "held_out_fraction": 0.15}
     splits = find_images(ImageDataConfig(**options)).splits
-    flipped = next(training_batches(ImageDataConfig(**options), splits, 40, 0))
+    flipped, _ = next(training_batches(ImageDataConfig(**options), splits, 40, 0))
     images = [disc(i) for i in range(48)]
     plain = held_out_images(ImageDataConfig(**options | {"held_out_fraction": 0.999999}), splits)[1]
     assert len(plain) == len(images)
@@ -252,7 +297,7 @@ def test_images_are_read_in_every_form_that_preprocessing_reads(config, tmp_path
     assert inputs.ignored == ({} if form == "pattern" else {".md": 1})
     held_out = held_out_images(data, inputs.splits)[1]
     assert 0 < len(held_out) < 20
-    batch = next(training_batches(data, inputs.splits, 20 - len(held_out), 0))
+    batch, _ = next(training_batches(data, inputs.splits, 20 - len(held_out), 0))
     found = {image.numpy().tobytes() for image in torch.cat([batch, batch.flip(-1), held_out])}
     assert all(
         image.numpy().tobytes() in found for image in preprocess_images([disc(i) for i in range(20)], 32, 32)
