@@ -123,9 +123,14 @@ class _Job:
                 raise UserError(
                     f"{error.filename}: {error.strerror}; restore it, and run the same command to resume"
                 ) from error
+            way_out = (
+                "another command writes there, too; choose another out"
+                if isinstance(error, FileNotFoundError)
+                else "free space or choose another folder"
+            )
             raise UserError(
-                f"{self.folder}: cannot be written ({error.strerror or error}); free space or choose another "
-                "folder; finished work is kept, and the same command resumes from it"
+                f"{self.folder}: cannot be written ({error.strerror or error}); {way_out}; finished work is "
+                "kept, and the same command resumes from it"
             ) from error
         finally:
             self._remove_if_empty()

@@ -84,6 +84,12 @@ def write_file(path: Path, content: bytes | str) -> None:
         raise
 
 
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """UserError for a folder that holds something, unless it is to be replaced."""
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists; name another folder, or replace it with --overwrite")
+
+
 @contextmanager
 def new_folder(folder: Path, marker: str) -> Iterator[Path]:
     """A folder to fill, which takes its place when the block ends well, and is gone otherwise.

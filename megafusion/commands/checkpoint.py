@@ -22,6 +22,7 @@ from megafusion.checkpoint.folder import (
 from megafusion.checkpoint.tensor_list import ITEM_BYTES, read_shapes_and_types
 from megafusion.commands.arguments import expand_paths
 from megafusion.errors import UserError
+from megafusion.storage import refuse_existing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,6 +91,7 @@ def export(
     raw_weights: Annotated[
         bool, typer.Option("--weights", help="Export the raw weights, not the EMA weights.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Export a checkpoint, or a run's newest complete one, as safetensors that TransfusionPipeline loads.
 
@@ -99,6 +101,7 @@ def export(
 
     if not (checkpoint := checkpoint_at(path)):
         raise UserError(f"{path}: {NEITHER}")
+    refuse_existing(out, overwrite)
     open_checkpoint(checkpoint, "model" if raw_weights else "ema").save_pretrained(out)
     print(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
 

@@ -27,12 +27,16 @@ def export(
     license: Annotated[
         str | None, typer.Option(help="Licence for the model card, such as apache-2.0.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Export a model: its text path for transformers, its LoRA adapter for PEFT, or all of it as a pipeline.
 
     Example: megafusion export runs/quickstart exported-text --to hf --license apache-2.0
     """
     from megafusion.errors import UserError
+    from megafusion.storage import refuse_existing
+
+    refuse_existing(out, overwrite)
     from megafusion.train.export import export_adapter, export_pipeline, export_text
 
     adapters = list(merge or ())

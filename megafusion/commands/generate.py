@@ -10,6 +10,7 @@ import typer
 
 from megafusion.errors import UserError
 from megafusion.images.sizes import parse_size
+from megafusion.sequence.text import clean_text
 from megafusion.storage import write_file
 from megafusion.yaml_values import apply_overrides
 
@@ -88,6 +89,8 @@ def generate(
     """
     prompts, paths, parts = prompt or [], image or [], interleave or []
     prompts += read_prompts(prompts_file) if prompts_file else []
+    if not all(map(clean_text, prompts)):
+        raise UserError("--prompt: is empty or blank; give a text to draw")
     if not (prompts or paths or parts):
         raise UserError("nothing to generate: give --prompt, --image or --interleave")
     if size and not (prompts or parts):

@@ -58,6 +58,14 @@ class Components:
                 statistics = latent_statistics(spread_documents(shards), shards.manifest)
                 if statistics and statistics.warning:
                     found.append(f"data.sources.{name}: {statistics.warning}")
+        text_config = (self.started_from or {}).get("text_config") or {}
+        limit, length = text_config.get("max_position_embeddings"), config.data.sequence_length
+        if limit and limit < length and not config.model.rope_scaling:
+            found.append(
+                f"data.sequence_length {length} is more than the {limit} positions that the model of "
+                "train.init_from was trained with (max_position_embeddings), so longer documents are new to "
+                "it; lower it, or set model.rope_scaling"
+            )
         if torch.cuda.is_available():
             found += idle_gpu(config)
             gpu = torch.cuda.get_device_properties(torch.cuda.current_device())

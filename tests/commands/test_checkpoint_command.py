@@ -89,7 +89,10 @@ def test_export_is_the_published_model_or_the_raw_weights(run, tmp_path):
     stored = load_full_tensors(last, {name: tensor.shape for name, tensor in raw.items()}, "model")
     assert all(torch.equal(raw[name], stored[name]) for name in raw)
     assert any(not torch.equal(raw[name], average[name]) for name in raw)
+    with pytest.raises(UserError, match=r"raw: exists; .* --overwrite"):
+        checkpoint("export", last, tmp_path / "raw")
     checkpoint("export", run, tmp_path / "newest")
+    checkpoint("export", run, tmp_path / "newest", "--overwrite")
     newest = load_file(tmp_path / "newest/model.safetensors")
     assert all(torch.equal(newest[name], average[name]) for name in average)
     pipeline = TransfusionPipeline.from_pretrained(tmp_path / "raw")

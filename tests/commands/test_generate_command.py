@@ -71,6 +71,13 @@ def test_an_image_that_would_be_lost_is_named(folder, tmp_path):
     assert Image.open(out / "0-x.png").size == (4, 4)
 
 
+@pytest.mark.parametrize("prompt", ["", " \t", "\u200b"])
+def test_a_blank_prompt_is_refused(folder, tmp_path, prompt):
+    with pytest.raises(UserError, match=r"--prompt: is empty or blank"):
+        generate(folder, "--prompt", "x", "--prompt", prompt, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_written_where_a_later_prompt_is_refused(folder, tmp_path):
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"sequence_length": null', '"sequence_length": 60'))

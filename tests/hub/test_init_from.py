@@ -197,6 +197,15 @@ def test_what_a_text_model_was_is_recorded_over_runs(run_values, tmp_path, capsy
     assert (first["new"][0], second["new"]) == ("stem.adapter.linear.bias", [])
 
 
+@pytest.mark.parametrize(("limit", "scaling"), [(64, False), (64, True), (96, False)])
+def test_rows_longer_than_the_text_model_knows_are_warned_of(run_values, tmp_path, capsys, limit, scaling):
+    make_folder(tmp_path / "hub", "llama3" if scaling else "llama2")
+    edit(tmp_path / "hub", max_position_embeddings=limit)
+    train(parsed(from_hub(run_values, tmp_path / "hub")), stop_after=1)
+    said = "data.sequence_length 96 is more than the 64 positions" in capsys.readouterr().err
+    assert said == (limit == 64 and not scaling)
+
+
 def edit(folder: Path, **changes) -> None:
     """Change keys of config.json; ... drops one."""
     path = folder / "config.json"
