@@ -70,6 +70,8 @@ def suggest(path: str, section: Sequence[str], keys: Sequence[str]) -> str:
     for known, cutoff in ((elsewhere, 1.0), (here, 0.6), (elsewhere, 0.75), (here, 0.5)):
         if not found and (near := difflib.get_close_matches(name, known, 1, cutoff)):
             found = known[near[0]]
+    # The least nested say it: a key of data.sources is in data.validation.sources, too.
+    found = [key for key in found if key.count(".") == min(each.count(".") for each in found)]
     if found:
         return f"did you mean {' or '.join(map(repr, found))}?"
     return f"valid keys: {', '.join(sorted(here))}"

@@ -27,6 +27,15 @@ settings.register_profile("ours", deadline=None)
 settings.load_profile("ours")
 
 
+LONG = ("faults", "parallel", "train", "launchers", "resilience")
+"""Rooms whose files take long, because several ranks run: they are started first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rooms = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    items.sort(key=lambda item: LONG.index(rooms[item]) if rooms[item] in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
     """Each group has threads that wake a hundred times a second until it is destroyed."""

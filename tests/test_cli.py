@@ -78,7 +78,7 @@ def redirect_stderr(folder: Path, rank: int) -> None:
         os.dup2(file.fileno(), 2)
 
 
-@pytest.mark.parametrize("mistake", ["parallel.tensr=2", *full("parallel.tensor=3")])
+@pytest.mark.parametrize("mistake", full("parallel.tensr=2", "parallel.tensor=3"))
 def test_what_every_rank_refuses_is_shown_by_rank_0(tmp_path, mistake):
     values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text()) | {"out": str(tmp_path / "run")}
     with Job(values, 2, mistake, inject=partial(redirect_stderr, tmp_path)) as job:

@@ -134,7 +134,7 @@ def test_a_corrupt_image_is_skipped_and_counted(tmp_path):
         content[at : at + 4] = b"riff"
         path.write_bytes(content)
     sources = {"pixels": (folder, 1.0)}
-    with pytest.raises(UserError, match=r"document \d+: not readable \(image does not decode\)"):
+    with pytest.raises(UserError, match=r"document \d+: not readable \(image does not decode as WEBP\)"):
         [stream_of(sources, range(1), 1, pixels_per_latent=4).next() for _ in range(40)]
     stream = stream_of(sources, range(1), 1, pixels_per_latent=4, on_error="skip", max_skip_rate=0.1)
     [stream.next() for _ in range(60)]
@@ -159,7 +159,7 @@ def losses(values: dict) -> list[float]:
 
 
 # A tensor rank encodes its share of the images, which the other degrees do not divide.
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, *full({}, {"pipeline": 2})])
+@pytest.mark.parametrize("parallel", full({"tensor": 2}, {}, {"pipeline": 2}))
 def test_a_run_over_pixels_is_the_same_on_two_ranks(pixel_run, tmp_path, parallel):
     run_workers(run, 1, pixel_run)
     other = pixel_run | {"out": str(tmp_path / "other"), "parallel": parallel}

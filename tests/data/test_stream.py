@@ -337,5 +337,7 @@ def test_other_tokenizer_or_autoencoder_is_refused(data, tokenizer, codec):
 def test_invalid_numbers_of_streams_are_refused(make_stream, data):
     with pytest.raises(UserError, match=r"num_streams 6 is not a multiple of train.global_batch_size 4"):
         make_stream(data=data.model_copy(update={"num_streams": 6}))
-    with pytest.raises(UserError, match=r"holds 22 documents, fewer than data.num_streams 40"):
+    with pytest.raises(
+        UserError, match=r"holds 22 documents, fewer than 40 logical streams; lower data.num_streams"
+    ):
         make_stream(data=data.model_copy(update={"num_streams": 40}))

@@ -39,12 +39,13 @@ def test_nan_in_the_gradient_of_one_rank(bench):
     assert_survived(cases.nans(bench, victims=(1,)), 1)
 
 
+@pytest.mark.full
 def test_rollback(bench):
     assert_survived(cases.rollback(bench), 1)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
-@pytest.mark.parametrize("policy", ["stop", *full("continue")])
+@pytest.mark.parametrize("policy", full("stop", "continue"))
 def test_full_disk(bench, policy):
     assert_survived(cases.refusing_disk(bench, "full", policy), 1)
 

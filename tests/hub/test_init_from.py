@@ -95,8 +95,8 @@ def step_from_hub(values: dict) -> tuple[list, list]:
     ("family", "world", "degrees"),
     [
         ("qwen3", 2, {"zero_stage": 3}),
-        ("qwen3", 4, {"tensor": 2, "pipeline": 2}),
         *full(
+            ("qwen3", 4, {"tensor": 2, "pipeline": 2}),
             ("qwen3", 2, {"tensor": 2}),
             ("qwen3", 2, {"ulysses": 2}),
             ("qwen2", 2, {"tensor": 2, "sequence": True}),

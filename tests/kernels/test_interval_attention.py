@@ -24,8 +24,8 @@ def with_lse(q, k, v, row_start, row_end):
     return interval_attention(q, k, v, row_start, row_end, return_lse=True)
 
 
-# 64 of the layouts stand for all.
-@pytest.mark.parametrize("seed", [*range(8), *full(*range(8, 20))])
+# 32 of the layouts stand for all.
+@pytest.mark.parametrize("seed", [*range(4), *full(*range(4, 20))])
 def test_160_random_layouts_equal_dense_attention(seed):
     rng = random.Random(seed)
     heads = rng.choice([(1, 1), (2, 1), (2, 2), (3, 1)])
@@ -74,7 +74,7 @@ def test_named_layouts(segments):
     Case.random(int32([start]), int32([end])).check()
 
 
-@pytest.mark.parametrize("num_rows", [1, 7, 16, 17, 40])
+@pytest.mark.parametrize("num_rows", [1, 17, *full(7, 16, 40)])
 def test_fewer_queries_than_keys(num_rows):
     """Decoding with a cache: some rows of packed layouts of 70 keys, in their order."""
     rng = random.Random(num_rows)

@@ -366,6 +366,7 @@ def world_writable(folder: Path) -> list[Path]:
     return [path for path in paths if path.stat().st_mode & stat.S_IWOTH]
 
 
+@pytest.mark.full
 def test_local_sh_trains_restarts_after_a_lost_rank_and_leaves_nothing_world_writable(config_file, tmp_path):
     """With umask 0, as on some clusters."""
     run = tmp_path / "run"

@@ -117,6 +117,7 @@ def node_environment(folder: Path) -> dict[str, str]:
     return ENVIRONMENT | names | {"MEGAFUSION_HOSTFILE": str(folder / "hosts"), "GLOO_SOCKET_IFNAME": "lo"}
 
 
+@pytest.mark.full
 def test_node_sh_loses_no_signal_while_deepspeed_starts(endless, tmp_path):
     """SLURM signals every process of a node; DeepSpeed's ignore it, and the trainer has not started yet."""
     environment = node_environment(tmp_path)

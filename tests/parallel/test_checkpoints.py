@@ -151,16 +151,14 @@ PARTS = {
 
 @pytest.mark.parametrize(
     ("part", "source", "target"),
-    [
+    full(
+        ("frozen", "dp2-zero3", "tp2-pp2"),
+        ("frozen", "tp2-pp2", "dp2-zero3"),
+        ("frozen-bf16", "dp2-zero3", "tp2"),
+        ("frozen-bf16", "tp2", "dp2-zero3"),
         ("lora", "dp2-zero3", "tp2-pp2"),
-        *full(
-            ("frozen", "dp2-zero3", "tp2-pp2"),
-            ("frozen", "tp2-pp2", "dp2-zero3"),
-            ("frozen-bf16", "dp2-zero3", "tp2"),
-            ("frozen-bf16", "tp2", "dp2-zero3"),
-            ("lora", "tp2-pp2", "dp2-zero3"),
-        ),
-    ],
+        ("lora", "tp2-pp2", "dp2-zero3"),
+    ),
 )
 def test_a_run_that_trains_a_part_resumes_at_another_topology(
     shards, vae_folder, tmp_path, part, source, target

@@ -14,6 +14,7 @@ from megafusion.parallel.parallelize import parallelize
 from megafusion.sequence.intervals import Intervals
 from megafusion.train.config import RunConfig
 from tests.parallel.matrix import Case
+from tests.support.marks import full
 from tests.support.workers import run_workers
 
 ROWS, LENGTH, WIDTH, HEADS, KV_HEADS, RANKS = 2, 96, 32, 8, 4, 2
@@ -105,7 +106,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ["sequence", "tensor-selective", "ulysses"]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *full(*(name for name in CASES if name not in QUICK))])
 def test_a_block_sends_the_documented_bytes(shards, vae_folder, tmp_path, name):
     degrees, recompute, forward, backward = CASES[name]
     values = Case(name, RANKS, degrees, train={"recompute": recompute}).values(shards, vae_folder, tmp_path)

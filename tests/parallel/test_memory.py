@@ -59,8 +59,8 @@ def state_sizes(values: dict) -> tuple[list[int], list[int]]:
     return measured, list(state_bytes(engine.stage, mesh, 4 if config.train.precision == "fp32" else 2))
 
 
-QUICK = ["one", "pp2", "ulysses2", "dp2-zero1-bf16", "tp2-dp2-zero3"]
-"""Every degree and both precisions; each other case differs by its ZeRO stage or its degrees' product."""
+QUICK = ["pp2", "ulysses2", "tp2-dp2-zero3"]
+"""Every degree; each other case differs by its ZeRO stage, its precision or its degrees' product."""
 
 
 SIZES = [(name, freeze) for freeze in ((), FROZEN) for name in CASES]
@@ -81,7 +81,7 @@ def test_sizes_are_those_of_the_formula(shards, vae_folder, tmp_path, name, free
 
 
 # The product stands for its two degrees, which the full case separates.
-@pytest.mark.parametrize("names", [("one", "tp2-pp2"), *full((("one", "tp2", "pp2", "tp2-pp2"),))], ids=len)
+@pytest.mark.parametrize("names", full((("one", "tp2", "pp2", "tp2-pp2"),)), ids=len)
 def test_tensor_and_pipeline_ranks_replicate_no_sharded_weight(shards, vae_folder, tmp_path, names):
     """Over the ranks of one replica, the bytes of weights add up to those of the whole model."""
     totals = {}

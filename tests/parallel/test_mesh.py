@@ -76,7 +76,11 @@ def test_coordinates_are_those_of_deepspeed():
         ),
         ({"parallel": {"sequence": True}}, 2, r"sequence is a form of tensor parallelism"),
         ({"parallel": {"pipeline": 2, "zero_stage": 3}}, 2, r"zero_stage 3 does not work with pipeline 2"),
-        ({"parallel": {"zero_stage": 0}, "train": {"precision": "bf16"}}, 1, r"bf16 needs float32 masters"),
+        (
+            {"parallel": {"zero_stage": 0}, "train": {"precision": "bf16"}},
+            1,
+            r"bf16 needs float32 master weights",
+        ),
         (
             {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
             1,

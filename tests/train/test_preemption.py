@@ -44,7 +44,7 @@ def losses(run: Path) -> list[tuple]:
 
 
 # The last of two pipeline ranks stands for the last of four ranks.
-@pytest.mark.parametrize("parallel", [{"pipeline": 2}, *full({"pipeline": 2, "tensor": 2})], ids=len)
+@pytest.mark.parametrize("parallel", full({"pipeline": 2}, {"pipeline": 2, "tensor": 2}), ids=len)
 def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_values, tmp_path, parallel):
     run_values["parallel"] = parallel
     world = 2 ** len(parallel)

@@ -185,7 +185,7 @@ def test_values_out_of_bounds_are_named(run_values, room, values, message):
 def test_attention_that_cannot_train_here_is_refused_at_start(run_values, backend, monkeypatch):
     monkeypatch.setattr("interval_attention.api.INTERPRETED", False)
     run_values["model"]["attention"] = backend
-    with pytest.raises(UserError, match=rf"model\.attention: {backend} cannot .*use"):
+    with pytest.raises(UserError, match=rf"model\.attention: {backend} is not supported .*use"):
         start(run_values)
     assert not Path(run_values["out"]).exists()
 

@@ -16,6 +16,7 @@ from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from megafusion.train.run_folder import absolute_paths
 from megafusion.train.validation import _num_bytes
+from tests.support.marks import full
 from tests.support.workers import run_workers
 
 
@@ -112,11 +113,13 @@ def test_the_best_checkpoint_is_kept(validated, tmp_path):
 @pytest.mark.parametrize(
     ("world", "parallel"),
     [
-        (2, {"tensor": 2, "sequence": True}),
         (2, {"pipeline": 2}),
-        pytest.param(2, {"zero_stage": 3}, marks=pytest.mark.full),
-        pytest.param(2, {"ulysses": 2}, marks=pytest.mark.full),
-        pytest.param(4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.full),
+        *full(
+            (2, {"tensor": 2, "sequence": True}),
+            (2, {"zero_stage": 3}),
+            (2, {"ulysses": 2}),
+            (4, {"tensor": 2, "pipeline": 2}),
+        ),
     ],
 )
 def test_any_topology_measures_and_trains_as_one_device(validated, tmp_path, world, parallel):
