@@ -62,3 +62,10 @@ def test_every_package_is_one():
     for package in (LIBRARY, ROOT / "data_prep", ROOT / "kernels/interval_attention"):
         folders = {path.parent for path in package.rglob("*.py")}
         assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_a_docstring_begins_with_a_verb_or_the_name_of_a_thing():
+    rooms = [ROOT / name for name in ("megafusion", "data_prep", "kernels", "tests", "benchmarks")]
+    files = [path for room in rooms for path in sorted(room.rglob("*.py"))]
+    found = [str(path.relative_to(ROOT)) for path in files if '"""' + "What " in path.read_text()]
+    assert found == []

@@ -157,6 +157,6 @@ def walk(folder: Path, own: Collection[str], seen: dict[str, Path]) -> Iterator[
 
 
 def _output_in(files: Collection[str]) -> str | None:
-    """What a folder with such files holds, if that was made by a command; else None."""
+    """The kind of output that a folder with such files holds, if a command made it; else None."""
     found = (w for w, names in OUTPUTS.items() if all(fnmatch.filter(files, name) for name in names))
     return next(found, None)

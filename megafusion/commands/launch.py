@@ -66,7 +66,7 @@ def launch(
 
 
 def _planned(values: "RunConfig", world_size: int, gpu: str | None) -> Iterator[str]:
-    """What the plan says of the job; nothing without the name of a GPU."""
+    """The plan of the job, in words; nothing without the name of a GPU."""
     if gpu is None:
         return
     from megafusion.plan.chip import load_chip

@@ -1,4 +1,4 @@
-"""What happens while rows are generated: the events of `TransfusionPipeline.stream`, in order."""
+"""The events of `TransfusionPipeline.stream`, in the order in which rows give them."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -230,7 +230,7 @@ class Generation:
             yield ImageDone(row.number, image)
 
     def _guides(self, cache: KVCache, rows: list[Row], size: int) -> list[Guide]:
-        """What images of these rows are guided away from, each up to its boi.
+        """Contexts that images of these rows are guided away from, each up to its boi.
 
         One scale: a document without anything but the negative prompt. Two scales: the row without its texts
         (but the negative prompt), then the row without its images.

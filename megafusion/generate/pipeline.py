@@ -303,7 +303,7 @@ class TransfusionPipeline(LoraPipeline):
         size: Size | None = None,
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     ) -> Generation:
-        """What `generate` does, event by event: iterate to generate, stop iterating to cancel.
+        """Generate as `generate` does, event by event: iterate to go on, stop iterating to cancel.
 
         preview_every: denoising steps between previews of images; 0 for none. Its `cancel(row)` ends one row,
         and `answers()` has what there is so far.

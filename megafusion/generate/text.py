@@ -10,7 +10,7 @@ from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.tokenizer import Tokenizer
 
 UNKNOWN = "\ufffd"
-"""What decodes from bytes that are not a whole character, as yet."""
+"""The text of bytes that are not a whole character, as yet."""
 
 
 def process_logits(logits_BV: Tensor, sampling: SamplingConfig, seen_BV: Tensor | None = None) -> Tensor:

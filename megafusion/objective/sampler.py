@@ -60,7 +60,7 @@ class Sampler:
         return SamplerStep(state * self._scale() if self._index < len(own) else state)
 
     def _scale(self) -> Tensor | float:
-        """What the scheduler multiplies its state with before the model sees it."""
+        """The factor of the scheduler's state before the model sees it."""
         if not hasattr(self._scheduler, "scale_model_input"):
             return 1.0
         import torch

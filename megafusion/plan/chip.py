@@ -1,4 +1,4 @@
-"""What a chip can do at most: a file of ceilings a chip, in chips/, each figure with its source."""
+"""The ceilings of a chip: a file for each, in chips/, every figure with its source."""
 
 import difflib
 import json

@@ -55,7 +55,7 @@ def pipeline_traffic(job: Job, chip: Chip) -> Traffic:
 def data_traffic(
     job: Job, chip: Chip, software: Software, weights: int, trained: int
 ) -> tuple[Traffic, Traffic]:
-    """What each micro-batch communicates (ZeRO 2 and 3), and what each step does, of a rank's weights."""
+    """Communication of a rank's weights: that of each micro-batch (ZeRO 2 and 3), and that of each step."""
     zero, ranks = job.parallel.zero_stage, job.replicas
     stride = job.parallel.tensor  # Ulysses ranks are between data ranks, and in their group
     share = (ranks - 1) / ranks

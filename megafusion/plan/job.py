@@ -1,4 +1,4 @@
-"""What a plan is made of: a run's sections, a layout of its ranks, and what is planned from them."""
+"""The input of a plan: a run's sections and a layout of its ranks, and the counts that follow from them."""
 
 from dataclasses import dataclass
 from functools import cached_property

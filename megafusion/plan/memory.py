@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def state(self) -> float:
-        """What stays between steps."""
+        """Bytes that stay between steps."""
         return self.weights + self.gradients + self.optimizer + self.average
 
 

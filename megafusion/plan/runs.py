@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
 @dataclass
 class RunPlan:
-    """What `megafusion plan` found."""
+    """The result of `megafusion plan`."""
 
     job: Job
     """As it is configured."""

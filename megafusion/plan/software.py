@@ -1,4 +1,4 @@
-"""What a trainer's code moves and hides beside matrix products, in numbers that its code fixes."""
+"""The traffic and overlap of a trainer beside its matrix products, in numbers that its code fixes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +30,7 @@ class Software:
     logit_bytes: float = 12.0
     """Held at the loss's peak, a logit: float32 logits, their log-softmax and its gradient."""
     selective: Literal["products", "alternate"] = "products"
-    """What selective recompute saves: every product, or every other one and attention (torchtitan)."""
+    """Activations that selective recompute keeps: all products, or every other and attention (torchtitan)."""
     keeps_weight_copy: bool = True
     """Half-precision weights stay beside float32 masters, as in DeepSpeed; FSDP casts when it gathers."""
     keeps_average: bool = True

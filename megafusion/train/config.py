@@ -144,7 +144,7 @@ class RunConfig(Config):
         )
 
     def job(self, world_size: int, rows: "RowKind" = "mixed") -> "Job":
-        """What a plan of this run on so many ranks is made of."""
+        """The input of a plan of this run on so many ranks."""
         from megafusion.plan.job import Job
 
         data = self.data

@@ -1,4 +1,4 @@
-"""What a rank of this repository holds in a step: its tensors, found by looking for them."""
+"""The tensors that a rank of this repository holds in a step, found by looking for them."""
 
 import gc
 from collections import Counter
