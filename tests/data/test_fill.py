@@ -40,6 +40,7 @@ def packed(stream: DataLoader, num_steps: int) -> tuple[Counter, list[Counter]]:
     return totals[-1], [totals[0]] + [b - a for a, b in itertools.pairwise(totals)]
 
 
+@pytest.mark.full
 def test_the_quickstart_has_full_rows_and_follows_its_weights(captions, tmp_path):
     """Its shape, weights, captions and glosses over 512 000 positions; latents have one channel."""
     config = load_config(RunConfig, ROOT / "configs/quickstart.yaml").data

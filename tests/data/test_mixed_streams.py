@@ -207,6 +207,7 @@ def losses(values: dict) -> list[float]:
     return [line[name] for line in read_metrics(Path(values["out"])) for name in ("text_loss", "image_loss")]
 
 
+@pytest.mark.full
 def test_pixels_and_their_latents_give_the_same_losses(mixed_values, codec, tokenizer, tmp_path):
     """Pixels are cropped to the size nearest in aspect, and encoded as preprocessing would have."""
     from megafusion.data.images import augment, sample_view

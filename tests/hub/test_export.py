@@ -170,9 +170,10 @@ def test_a_model_of_our_own_is_exported_with_tokenizer_and_card(run_folder, tmp_
     ):
         assert fact in card.text, fact
     # Again to the same place, and nowhere that holds anything else.
-    run("export", str(run_folder), str(out), "--to", "hf", "--dtype", "bfloat16")
+    again = ["--to", "hf", "--overwrite"]
+    run("export", str(run_folder), str(out), *again, "--dtype", "bfloat16")
     assert load_file(out / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-    assert "holds other files" in run("export", str(run_folder), str(run_folder / "pipeline"), "--to", "hf")
+    assert "holds other files" in run("export", str(run_folder), str(run_folder / "pipeline"), *again)
 
 
 def test_a_pipeline_away_from_its_run_has_a_shorter_card(run_folder, tmp_path):

@@ -233,21 +233,22 @@ class Result:
 class OneDevice:
     """The plain model's steps, computed once for each adapter and recipe."""
 
-    def __init__(self, shards: Path, vae: Path, out: Path):
-        self.paths, self.outcomes = (shards, vae, out), {}
+    def __init__(self, shards: Path, vae: Path, out: Path, num_steps: int = NUM_STEPS):
+        self.paths, self.num_steps, self.outcomes = (shards, vae, out), num_steps, {}
 
     def of(self, case: Case) -> Outcome:
         """The outcome that every topology must reproduce."""
         key = (case.adapter, json.dumps(case.recipe))
         if key not in self.outcomes:
             values = Case("plain", 1, {}, case.adapter, recipe=case.recipe).values(*self.paths)
-            (self.outcomes[key],) = run_workers(plain_steps, 1, values, NUM_STEPS)
+            (self.outcomes[key],) = run_workers(plain_steps, 1, values, self.num_steps)
         return self.outcomes[key]
 
     def compare(self, case: Case) -> Result:
         """Run a case and measure its errors against one device."""
         plain, begin = self.of(case), time.monotonic()
-        outcomes = run_workers(parallel_steps, case.world, case.values(*self.paths), NUM_STEPS, timeout=240)
+        values = case.values(*self.paths)
+        outcomes = run_workers(parallel_steps, case.world, values, self.num_steps, timeout=240)
         seconds = time.monotonic() - begin
         loss = max(loss_error(outcome, plain) for outcome in outcomes)
         norm = max(norm_error(outcome, plain) for outcome in outcomes)

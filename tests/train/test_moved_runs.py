@@ -75,7 +75,7 @@ def test_a_run_opens_from_any_directory_and_when_its_project_was_moved(
         monkeypatch.chdir(directory)
         assert np.array_equal(drawn(name), expected), name
         exported = tmp_path / "exported"
-        command = ["checkpoint", "export", str(name), str(exported)]
+        command = ["checkpoint", "export", str(name), str(exported), "--overwrite"]
         assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
         assert np.array_equal(drawn(exported), expected), name
     monkeypatch.chdir("/")

@@ -506,6 +506,7 @@ def test_sheets_and_the_published_model_come_from_checkpoints_where_no_rank_hold
     assert any(not torch.equal(tensor, stored[f"model.{name}"]) for name, tensor in published.items())
 
 
+@pytest.mark.full
 def test_two_ranks_go_on_from_the_checkpoint_of_one(run_values, tmp_path):
     alone = start(run_values, out=str(tmp_path / "alone"))
     resumed = start(run_values, stop_after=3, out=str(tmp_path / "resumed"))
