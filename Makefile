@@ -16,10 +16,10 @@ quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, 
 	$(BIN)/megafusion train configs/quickstart.yaml; \
 	$(BIN)/megafusion report runs/quickstart --seconds-before $$(( $$(date +%s) - begin ))
 
-# A file's tests share its fixtures, so they run on one process. Four keep two cores busy, because many tests wait.
+# A file's tests share its fixtures, so they run on one process. Three keep two cores busy, because many tests wait.
 # The files of several ranks come first (tests/conftest.py), so that none is left over at the end.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
-test: $(INSTALLED)  ## Run the quick tests, on four processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED)  ## Run the quick tests, on three processes.
 	$(PYTEST)
 
 # The tests marked slow run by their file: .venv/bin/python -m pytest -m slow FILE

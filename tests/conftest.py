@@ -27,7 +27,7 @@ settings.register_profile("ours", deadline=None)
 settings.load_profile("ours")
 
 
-LONG = ("faults", "parallel", "train", "launchers", "resilience")
+LONG = ("faults", "parallel", "train")
 """Rooms whose files take long, because several ranks run: they are started first."""
 
 

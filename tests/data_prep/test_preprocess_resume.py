@@ -73,6 +73,7 @@ def uninterrupted(inputs, tokenizer, vae_folder, tmp_path_factory) -> dict[str, 
     return all_files(out)
 
 
+@pytest.mark.full
 def test_any_number_of_workers_gives_the_same_bytes(make, inputs, tmp_path, uninterrupted):
     make(**inputs, num_workers=3)
     assert all_files(tmp_path / "out") == uninterrupted

@@ -52,6 +52,7 @@ def large(tmp_path) -> dict:
     }
 
 
+@pytest.mark.full
 def test_any_cut_of_the_files_gives_the_same_bytes(make, settings, large, tmp_path, monkeypatch):
     make(**large, out=tmp_path / "uncut")
     uncut = {kind: made_files(tmp_path / "uncut" / kind) for kind in KINDS}

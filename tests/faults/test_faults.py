@@ -51,7 +51,7 @@ def test_full_disk(bench, policy):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
-@pytest.mark.parametrize("policy", ["continue", *full("stop")])
+@pytest.mark.parametrize("policy", full("continue", "stop"))
 def test_full_disk_of_the_whole_run(bench, policy):
     assert_survived(cases.full_run_folder(bench, policy), 1)
 

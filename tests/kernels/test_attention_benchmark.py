@@ -64,6 +64,7 @@ def report() -> dict:
         return benchmark.measure(benchmark.TINY)
 
 
+@pytest.mark.full
 def test_the_report_has_its_keys_and_names_its_device(report):
     assert {"rows", "summary", "prepare", "accuracy", "skipped", "device", "versions", "date"} <= set(report)
     assert report["gpu_measurement"] is False
@@ -84,12 +85,14 @@ def test_the_report_has_its_keys_and_names_its_device(report):
     json.dumps(report)
 
 
+@pytest.mark.full
 def test_the_errors_on_a_cpu_are_those_of_float32(report):
     errors = {(r["backend"], r["tensor"]): r["error"] for r in report["accuracy"]}
     assert {("interval", name) for name in ("o", "dq", "dk", "dv")} <= set(errors)
     assert all(0 < error < 1e-5 for error in errors.values())
 
 
+@pytest.mark.full
 def test_the_chart_is_drawn(report, tmp_path):
     draw(report, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"

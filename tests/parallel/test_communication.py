@@ -106,7 +106,7 @@ CASES = {
 }
 
 
-QUICK = ["sequence", "tensor-selective", "ulysses"]
+QUICK = ["sequence"]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *full(*(name for name in CASES if name not in QUICK))])

@@ -32,7 +32,7 @@ def graphs(values: dict) -> tuple[int, dict]:
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
-@pytest.mark.parametrize("name", ["one", *full("tp2-sp-selective", "pp2-full")])
+@pytest.mark.parametrize("name", full("one", "tp2-sp-selective", "pp2-full"))
 def test_a_block_is_one_graph(shards, vae_folder, tmp_path, name):
     world, degrees, recompute = CASES[name]
     train = {"compile": True, "recompute": recompute}

@@ -89,6 +89,7 @@ def one_refuses(values: dict, rank: int) -> str:
     return str(found.value)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("degrees", [{"tensor": 2}], ids=["2 x 2"])
 def test_a_configuration_that_one_rank_refuses_is_refused_by_all(run_values, degrees):
     run_values["parallel"] = degrees
