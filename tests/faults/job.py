@@ -13,10 +13,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 
 from megafusion.checkpoint.folder import complete_checkpoints
+from tests.support.runs import tensors
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["megafusion.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer"])
@@ -117,14 +117,6 @@ def step_of_run(run: Path) -> int:
         return int((run / "step").read_text())
     except (OSError, ValueError):
         return 0
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
-    stored = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    dcp.load(found, checkpoint_id=checkpoint / "tensors", no_dist=True)
-    return found
 
 
 def same_bits(a: Path, b: Path) -> bool:

@@ -28,6 +28,8 @@ from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.generation import full_hidden, prompt_batch
 from tests.support.hub import FAMILIES, IMAGES, PIECES, load_here, make_folder
+from tests.support.runs import start
+from tests.support.small import small_run
 from tests.support.tokenizers import make_qwen
 from tests.support.weights import initialize
 
@@ -131,12 +133,9 @@ def test_keys_of_older_transformers_are_read_and_kept(tmp_path, tokenizer, codec
 @pytest.fixture(scope="module")
 def run_folder(shards, vae_folder, tmp_path_factory) -> Path:
     """A finished run of a model that began at random, with a second image size."""
-    from tests.support.small import small_run
-
     values = small_run(shards, vae_folder, tmp_path_factory.mktemp("export") / "run")
     values["model"] |= {"image_sizes": [[32, 32], [16, 16]], "vocab_size": 2049}
-    train(parse_config(RunConfig, values, "test"))
-    return Path(values["out"])
+    return start(values)
 
 
 @torch.no_grad()
@@ -196,7 +195,7 @@ def test_a_tokenizer_that_transformers_would_not_read_is_refused(run_values, tmp
     """AutoTokenizer takes Qwen's own for these architectures, whatever the folder says."""
     run_values["model"]["attention_bias"] = True
     run_values["train"]["num_steps"] = 1
-    train(parse_config(RunConfig, run_values, "test"))
+    start(run_values)
     said = run("export", run_values["out"], str(tmp_path / "out"), "--to", "hf")
     assert "is a Qwen model to transformers, which reads no SentencePiece tokenizer for those" in said
     assert not (tmp_path / "out").exists()

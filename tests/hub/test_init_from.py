@@ -11,7 +11,6 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.checkpoint.manager import CheckpointManager
-from megafusion.config import parse_config
 from megafusion.engine.ema import Ema
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
@@ -30,6 +29,7 @@ from tests.parallel.cases import weights_of
 from tests.support.checkpoints import load_full_tensors
 from tests.support.hub import IMAGES, load_here, make_folder
 from tests.support.marks import full
+from tests.support.runs import parsed, start
 from tests.support.small import TOKENIZER, small_run
 from tests.support.weights import initialize
 from tests.support.workers import run_workers
@@ -42,10 +42,6 @@ def from_hub(values: dict, folder: Path, **changes) -> dict:
     keys = IMAGES | model_keys(read_hub_config(folder), folder) | changes
     new = NEW[:2] if keys["tie_embeddings"] else NEW
     return values | {"model": keys, "train": values["train"] | {"init_from": str(folder), "init_new": new}}
-
-
-def parsed(values: dict) -> RunConfig:
-    return parse_config(RunConfig, values, "test")
 
 
 def evaluate(model: Transfusion, values: dict) -> list[float]:
@@ -128,9 +124,7 @@ def test_any_topology_starts_from_shards(run_values, tmp_path, family, world, de
 @pytest.fixture(scope="module")
 def trained(shards, vae_folder, tmp_path_factory) -> Path:
     """A finished run of our own, whose averaged weights differ from the raw ones."""
-    values = small_run(shards, vae_folder, tmp_path_factory.mktemp("trained") / "run")
-    train(parsed(values))
-    return Path(values["out"])
+    return start(small_run(shards, vae_folder, tmp_path_factory.mktemp("trained") / "run"))
 
 
 def next_run(values: dict, init_from: Path, **changes) -> dict:

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megafusion.config import parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -16,12 +15,11 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
 from tests.support.marks import full
+from tests.support.runs import parsed, start
 from tests.support.small import small_run
 from tests.support.texts import text_logits
 from tests.support.weights import initialize
-from tests.train.test_run import start
 
 TEXT_KEYS = {"qk_norm": True, "attention_bias": True}
 
@@ -60,11 +58,11 @@ def first_batch(config: RunConfig):
 @pytest.mark.parametrize("weights", ["feed_forward", "all"])
 def test_with_equal_weights_it_is_the_plain_model(run_values, weights):
     run_values["model"] |= TEXT_KEYS
-    batch = first_batch(parse_config(RunConfig, run_values, "test"))
+    batch = first_batch(parsed(run_values))
     losses, shapes = [], []
     for each in ("none", weights):
         run_values["model"]["modality_weights"] = each
-        config = parse_config(RunConfig, run_values, "test")
+        config = parsed(run_values)
         model = Transfusion(config.model, config.objective)
         initialize(model, config.model.num_layers, 0)
         values = model.weights()
@@ -102,8 +100,7 @@ def test_a_norm_has_the_plain_norms_bits_for_texts():
 def plain_run(shards, vae_folder, tmp_path_factory) -> Path:
     values = small_run(shards, vae_folder, tmp_path_factory.mktemp("plain") / "run")
     values["model"] |= TEXT_KEYS
-    train(parse_config(RunConfig, values, "test"))
-    return Path(values["out"])
+    return start(values)
 
 
 FROZEN = ["stem.embedding.*", "blocks.*.weight", "blocks.*.bias", "tail.norm.*", "tail.head.*"]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from megafusion.checkpoint.config import CheckpointConfig
 from megafusion.checkpoint.folder import KINDS
@@ -18,6 +17,7 @@ from megafusion.train.loop import train_step
 from tests.parallel.cases import LEARNING_RATE
 from tests.parallel.matrix import FROZEN, LORA, Case
 from tests.support.marks import full
+from tests.support.runs import tensors
 from tests.support.workers import run_workers
 
 TOPOLOGIES = {
@@ -83,14 +83,6 @@ def load_each(values: dict, checkpoints: dict[str, Path], folder: Path) -> dict[
         training.save()
         losses[name] = training.run(NUM_AFTER)
     return losses
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint."""
-    stored = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    dcp.load(found, checkpoint_id=checkpoint / "tensors", no_dist=True)
-    return found
 
 
 class Saved(dict):

@@ -6,18 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.telemetry.trackers import prometheus_text
-from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
-
-
-def start(values: dict) -> Path:
-    config = parse_config(RunConfig, values, "test")
-    train(config)
-    return config.out
+from tests.support.runs import start
 
 
 def test_prometheus_has_the_last_line_and_tensorboard_is_off_unless_configured(run_values):

@@ -9,20 +9,12 @@ from typer.testing import CliRunner
 
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.cli import app
-from megafusion.config import parse_config
 from megafusion.engine.engine import Engine
 from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train import loop as run_module
-from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
-
-
-def start(values: dict) -> Path:
-    config = parse_config(RunConfig, values, "test")
-    train(config)
-    return config.out
+from tests.support.runs import start
 
 
 def raise_losses(monkeypatch, batch: int, by: float) -> None:

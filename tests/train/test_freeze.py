@@ -7,33 +7,23 @@ import torch
 
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.checkpoint.tensor_list import read_shapes
-from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
 from megafusion.train.open_model import open_checkpoint
 from megafusion.train.parts import check_parts
 from tests.support.marks import full
+from tests.support.runs import assert_resumes, parsed, start
+from tests.support.small import small_run
 from tests.support.texts import text_logits
-from tests.train.test_run import assert_same_run, start
 
 TEXT_PATH = ["stem.embedding.*", "blocks.*", "tail.norm.*", "tail.head.*"]
 """Everything but the image adapters. A text's logits depend on nothing else."""
 
 
-def parsed(values: dict) -> RunConfig:
-    return parse_config(RunConfig, values, "test")
-
-
 @pytest.fixture(scope="module")
 def trained(shards, vae_folder, tmp_path_factory) -> Path:
     """A finished run to start from."""
-    from tests.support.small import small_run
-
-    values = small_run(shards, vae_folder, tmp_path_factory.mktemp("trained") / "run")
-    train(parsed(values))
-    return Path(values["out"])
+    return start(small_run(shards, vae_folder, tmp_path_factory.mktemp("trained") / "run"))
 
 
 @pytest.mark.parametrize("num_steps", [5, *full(100)])
@@ -64,10 +54,7 @@ def test_frozen_weights_and_what_they_compute_stay_bit_for_bit(run_values, train
 
 def test_a_run_with_frozen_weights_resumes_bit_for_bit(run_values, tmp_path):
     run_values["train"] |= {"freeze": ["stem.*", "*.qkv.weight"]}
-    whole = start(run_values)
-    again = run_values | {"out": str(tmp_path / "again")}
-    start(again, stop_after=2)
-    assert_same_run(whole, start(again))
+    assert_resumes(run_values, tmp_path / "again")
 
 
 @pytest.mark.parametrize(

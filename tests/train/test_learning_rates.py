@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from megafusion.checkpoint.folder import complete_checkpoints
-from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.model.transfusion import Transfusion
 from megafusion.resilience.attempts import read_attempts
-from megafusion.train.config import RunConfig
 from megafusion.train.open_model import open_checkpoint
 from megafusion.train.parts import check_parts
+from tests.support.runs import assert_resumes, losses, parsed, start
 from tests.support.weights import initialize
-from tests.train.test_run import assert_same_run, losses, start
 
 
 def first_updates(values: dict) -> dict[str, torch.Tensor]:
@@ -21,7 +19,7 @@ def first_updates(values: dict) -> dict[str, torch.Tensor]:
     values["train"] |= {"num_steps": 2}
     run = start(values, stop_after=1)
     model = open_checkpoint(complete_checkpoints(run / "checkpoints")[-1], "model").model
-    config = parse_config(RunConfig, values, "test")
+    config = parsed(values)
     before = Transfusion(config.model, config.objective)
     initialize(before, config.model.num_layers, config.seed)
     return {name: (weight - before.weights()[name]).abs().max() for name, weight in model.weights().items()}
@@ -64,10 +62,7 @@ def test_a_resumed_run_may_change_them(run_values, tmp_path, capsys):
 @pytest.mark.full
 def test_they_resume_bit_for_bit(run_values, tmp_path):
     run_values["optimizer"] |= {"learning_rates": {"tail.*": 1e-3}}
-    whole = start(run_values)
-    again = run_values | {"out": str(tmp_path / "again")}
-    start(again, stop_after=2)
-    assert_same_run(whole, start(again))
+    assert_resumes(run_values, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -86,4 +81,4 @@ def test_patterns_that_are_not_clear_are_refused(run_values, rates, freeze, mess
     run_values["optimizer"] |= {"learning_rates": rates}
     run_values["train"] |= {"freeze": freeze}
     with pytest.raises(UserError, match=message):
-        check_parts(parse_config(RunConfig, run_values, "test"))
+        check_parts(parsed(run_values))

@@ -7,7 +7,6 @@ import torch
 
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors
-from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.model.lora import add_lora
@@ -16,31 +15,24 @@ from megafusion.parallel.dropout import seed_dropout
 from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.sharding import ShardSpec
 from megafusion.train.build import build_engine
-from megafusion.train.config import RunConfig
 from megafusion.train.export import export_adapter, export_pipeline
-from megafusion.train.loop import train, train_step
+from megafusion.train.loop import train_step
 from megafusion.train.parts import check_parts
 from megafusion.train.run_folder import load_run_config
 from tests.parallel.cases import Batches, weights_of
 from tests.support.marks import full
+from tests.support.runs import assert_resumes, parsed, start
 from tests.support.small import small_run
 from tests.support.texts import text_logits
 from tests.support.workers import run_workers
-from tests.train.test_run import assert_same_run, start
 
 LORA = {"rank": 2, "alpha": 8.0}
-
-
-def parsed(values: dict) -> RunConfig:
-    return parse_config(RunConfig, values, "test")
 
 
 @pytest.fixture(scope="module")
 def base(shards, vae_folder, tmp_path_factory) -> Path:
     """A finished run to adapt."""
-    values = small_run(shards, vae_folder, tmp_path_factory.mktemp("base") / "run")
-    train(parsed(values))
-    return Path(values["out"])
+    return start(small_run(shards, vae_folder, tmp_path_factory.mktemp("base") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +41,7 @@ def adapted(shards, vae_folder, base, tmp_path_factory) -> Path:
     values = small_run(shards, vae_folder, tmp_path_factory.mktemp("adapted") / "run")
     values["train"] |= {"init_from": str(base), "lora": LORA, "ema_decay": 0.5}
     values["optimizer"] |= {"learning_rate": 3e-2}
-    train(parsed(values))
-    return Path(values["out"])
+    return start(values)
 
 
 def unmerged(run: Path) -> Transfusion:
@@ -135,10 +126,7 @@ def test_exports(base, adapted, tmp_path):
 @pytest.mark.parametrize("options", [{"dropout": 0.5, "targets": ["qkv", "down"]}, *full({})])
 def test_a_run_resumes_bit_for_bit(run_values, tmp_path, options):
     run_values["train"] |= {"lora": LORA | options, "recompute": "full"}
-    whole = start(run_values)
-    again = run_values | {"out": str(tmp_path / "again")}
-    start(again, stop_after=2)
-    assert_same_run(whole, start(again))
+    assert_resumes(run_values, tmp_path / "again")
 
 
 def steps_with_dropout(values: dict) -> list[tuple[str, ShardSpec, torch.Tensor]]:

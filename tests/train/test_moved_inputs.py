@@ -7,21 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megafusion.config import parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.resilience.attempts import read_attempts
-from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
 from megafusion.train.open_model import open_checkpoint
 from megafusion.train.run_folder import freeze
+from tests.support.runs import parsed, start
 from tests.support.small import TOKENIZER
-
-
-def start(values: dict, stop_after: int | None = None) -> Path:
-    config = parse_config(RunConfig, values, "test")
-    train(config, stop_after)
-    return config.out
 
 
 @pytest.fixture
@@ -81,7 +73,7 @@ def test_a_move_keeps_the_recipe_that_the_run_began_with(run_values, inputs, tmp
 @pytest.mark.parametrize("where", ["moved", "in place", "not recorded"])
 def test_other_files_are_refused_wherever_they_are(run_values, which, where):
     start_process_group()
-    config = parse_config(RunConfig, run_values, "test")
+    config = parsed(run_values)
     hashes = {"tokenizer": "a" * 64, "vae": "b" * 64}
     freeze(config, **{f"{name}_hash": value for name, value in hashes.items()})
     if where == "not recorded":  # by an earlier version: then only the same place is known to be the same
@@ -92,7 +84,7 @@ def test_other_files_are_refused_wherever_they_are(run_values, which, where):
         hashes[which] = "c" * 64
     if where != "in place":
         run_values["data"][which] = "elsewhere"
-        config = parse_config(RunConfig, run_values, "test")
+        config = parsed(run_values)
     before = (config.out / "config.yaml").read_text()
     with pytest.raises(UserError, match=rf"data\.{which}: other files than .* was started with"):
         freeze(config, **{f"{name}_hash": value for name, value in hashes.items()})

@@ -17,14 +17,8 @@ from megafusion.data.reader import ShardFolder
 from megafusion.errors import UserError
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.train.config import RunConfig
-from megafusion.train.loop import train
 from tests.support.rows import write_shards
-
-
-def start(values: dict, stop_after: int | None = None) -> Path:
-    config = parse_config(RunConfig, values, "test")
-    train(config, stop_after)
-    return config.out
+from tests.support.runs import parsed, start
 
 
 @pytest.fixture
@@ -176,7 +170,7 @@ def test_a_flipped_byte_in_a_shard_is_seen_by_its_hash(own_shards):
 def test_values_out_of_bounds_are_named(run_values, room, values, message):
     run_values[room] = run_values.get(room, {}) | values
     with pytest.raises(UserError, match=message) as refused:
-        parse_config(RunConfig, run_values, "test")
+        parsed(run_values)
     assert len(str(refused.value)) < 300
 
 

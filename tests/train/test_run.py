@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
@@ -38,42 +37,9 @@ from megafusion.train.build import build_components, build_engine, idle_gpu
 from megafusion.train.config import RunConfig
 from megafusion.train.export import model_card
 from megafusion.train.loop import train, train_step
+from tests.support.runs import assert_same_run, losses, start, tensors
 from tests.support.small import ROOT
 from tests.support.workers import run_workers
-
-
-def start(values: dict, stop_after: int | None = None, **changes) -> Path:
-    config = parse_config(RunConfig, values | changes, "test")
-    train(config, stop_after)
-    return config.out
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint."""
-    stored = dcp.FileSystemReader(checkpoint / "tensors").read_metadata().state_dict_metadata
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    dcp.load(found, checkpoint_id=checkpoint / "tensors", no_dist=True)
-    return found
-
-
-def losses(run: Path) -> list[tuple]:
-    names = ("step", "text_loss", "image_loss", "gradient_norm", "learning_rate")
-    return [tuple(line[name] for name in names) for line in read_metrics(run)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    assert losses(a) == losses(b)
-    first, second = (
-        tensors(complete_checkpoints(a / "checkpoints")[-1]),
-        tensors(complete_checkpoints(b / "checkpoints")[-1]),
-    )
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-    states = [
-        json.loads((complete_checkpoints(r / "checkpoints")[-1] / "state.json").read_text()) for r in (a, b)
-    ]
-    assert states[0]["data"] == states[1]["data"]
 
 
 @pytest.fixture
