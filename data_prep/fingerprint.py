@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ class InputFingerprint:
 
     def __init__(self, kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer, inputs: Inputs):
         self.fields = manifest_fields(kind, config, tokenizer)
+        self._hashes: dict[Path, dict[str, list]] = {}
         self._config = dump_config(config, KEYS_WITHOUT_EFFECT)
         self._files: dict[Path, list[Path]] = {path: [] for path in config.inputs[kind]}
         self._files |= _other_files(kind, config)
@@ -84,11 +84,13 @@ class InputFingerprint:
             and shards.is_intact()
         )
 
-    @cache  # noqa: B019 (a command makes one for each kind)
     def _known_hashes(self, folder: Path) -> dict[str, list]:
-        """`hash_files`, with what a folder of shards knows."""
-        known = folder / INPUTS
-        return self.hash_files(json.loads(known.read_bytes()) if known.is_file() else {})
+        """`hash_files`, with what a folder of shards knows; computed once."""
+        if folder not in self._hashes:
+            known = folder / INPUTS
+            values = json.loads(known.read_bytes()) if known.is_file() else {}
+            self._hashes[folder] = self.hash_files(values)
+        return self._hashes[folder]
 
     def hash_files(self, known: dict[str, list]) -> dict[str, list]:
         """Size, modification time and hash of each file; hashes anew those that differ from `known`."""

@@ -35,9 +35,9 @@ class Source:
         folder: ShardFolder,
         num_streams: int,
         seed: int,
-        section: str = "data.sources",
+        key: str | None = None,
     ):
-        self.key = f"{section}.{name}"
+        self.key = key or f"data.sources.{name}"
         if len(folder) < num_streams:
             raise UserError(
                 f"{self.key}: {folder.folder} holds {len(folder)} documents, fewer than {num_streams} "
@@ -117,12 +117,12 @@ def open_sources(
     """Open every source of a section. Raises UserError for shards of another tokenizer or autoencoder."""
     sources = {}
     for number, name in enumerate(config.sources):
-        folder = open_folder(config, name)
-        manifest, key = folder.manifest, f"{section}.{name}"
+        folder, key = open_folder(config, name), f"{section}.{name}"
+        manifest = folder.manifest
         _check_origin(key, folder, "tokenizer", manifest.tokenizer_sha256, tokenizer.hash)
         if manifest.num_images and manifest.image_kind == "moments":
             _check_origin(key, folder, "vae", manifest.vae_sha256, vae_sha256)
-        sources[name] = Source(name, number, folder, config.num_streams, seed, section)
+        sources[name] = Source(name, number, folder, config.num_streams, seed, key)
     return sources
 
 

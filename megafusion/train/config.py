@@ -64,17 +64,13 @@ class RunConfig(Config):
             raise ValueError(
                 "train.freeze: with train.lora all weights but its own are frozen; leave train.freeze out"
             )
-        if self.model.modality_weights != "none":
-            for key, given in {
-                "lora": self.train.lora,
-                "precision fp8": self.train.precision == "fp8",
-            }.items():
-                if given:
-                    raise ValueError(
-                        f"train.{key} is not supported with model.modality_weights "
-                        f"{self.model.modality_weights}; leave one of them out"
-                    )
-        if self.train.lora and self.train.precision == "fp8":
+        is_fp8, weights = self.train.precision == "fp8", self.model.modality_weights
+        if weights != "none" and (self.train.lora or is_fp8):
+            raise ValueError(
+                f"train.{'lora' if self.train.lora else 'precision fp8'} is not supported with "
+                f"model.modality_weights {weights}; leave one of them out"
+            )
+        if self.train.lora and is_fp8:
             raise ValueError("train.lora is not supported with train.precision fp8; use bf16")
         positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:

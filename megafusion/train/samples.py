@@ -1,6 +1,7 @@
 """Sample sheets: images drawn and captions written by a checkpoint, beside the real pairs."""
 
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -39,22 +40,24 @@ class SampleSheets:
 
         In place of a bad document, where data.on_error skips it, the next one.
         """
-        sources, captions, images = self._components.sources.values(), [], []
+        sources = self._components.sources.values()
         source = next(s for s in sources if s.folder.manifest.kind == "pair")
         size = len(source.folder)
         num_pairs = min(self._config.samples.num_pairs, size)
-        for number in range(num_pairs):
-            for index in range(size * number // num_pairs, size * (number + 1) // num_pairs):
-                try:
-                    caption, image = self._read_pair(source, index)
-                except BadDocument:
-                    if self._config.data.on_error == "fail":
-                        raise
-                    continue
-                captions.append(self._cut(caption))
-                images.append(image)
-                break
-        return captions, images
+        bounds = [size * number // num_pairs for number in range(num_pairs + 1)]
+        found = [self._first_pair(source, range(*span)) for span in pairwise(bounds)]
+        pairs = [pair for pair in found if pair]
+        return [self._cut(caption) for caption, _ in pairs], [image for _, image in pairs]
+
+    def _first_pair(self, source: Source, documents: range) -> tuple[str, Image.Image] | None:
+        """The first good pair of some documents. Raises BadDocument where data.on_error does not skip it."""
+        for index in documents:
+            try:
+                return self._read_pair(source, index)
+            except BadDocument:
+                if self._config.data.on_error == "fail":
+                    raise
+        return None
 
     def _read_pair(self, source: Source, index: int) -> tuple[str, Image.Image]:
         """Caption and image of a document. Raises BadDocument."""
