@@ -77,6 +77,10 @@ def _config_class(command: str) -> type[Config]:
         from megafusion.serve.config import ServeConfig
 
         return ServeConfig
+    if command == "evaluate":
+        from megafusion.evaluate.config import EvaluateConfig
+
+        return EvaluateConfig
     from data_prep.vae.config import AutoencoderConfig
 
     return AutoencoderConfig
