@@ -7,7 +7,7 @@ import typer
 from megafusion.config import FROM_DATA, REQUIRED, Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
 
-Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve"]
+Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve", "evaluate"]
 REGENERATE = "python -m megafusion.commands.keys > docs/configuration.md"
 
 
