@@ -1,6 +1,7 @@
 """Distances between two sets of images by their features: Frechet and kernel, both by torchmetrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +41,13 @@ def kernel_distance(real_ND: Tensor, drawn_ND: Tensor, subsets: int, subset_size
     return mean, deviation
 
 
-def features_of(
-    embed: Callable[[Tensor], Tensor], images_N3HW: Sequence[Tensor], batch_size: int = 64
-) -> Tensor:
-    """Features [N, D] of images, in batches, float32 on the CPU."""
-    batches = range(0, len(images_N3HW), batch_size)
-    with torch.no_grad():
-        found = [embed(torch.stack(list(images_N3HW[i : i + batch_size]))).float().cpu() for i in batches]
+@torch.no_grad()
+def features_of(embed: Callable[[Tensor], Tensor], images: Iterable[Tensor], batch_size: int = 64) -> Tensor:
+    """Features [N, D], float32 on the CPU, of images [3, H, W]: batches of consecutive ones of one size."""
+    found: list[Tensor] = []
+    for _, run in groupby(images, lambda image: image.shape):
+        while batch := list(islice(run, batch_size)):
+            found.append(embed(torch.stack(batch)).float().cpu())
     return torch.cat(found)
 
 

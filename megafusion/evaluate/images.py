@@ -1,6 +1,6 @@
 """The images suite: what the model draws from captions, against the real images of these captions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from megafusion.errors import UserError
 from megafusion.evaluate.annotations import AnnotatedImage
@@ -46,7 +46,6 @@ class Images:
             )
         self.items: Sequence[AnnotatedImage]
         self.items, self.recipe = annotated_images(config, self.name)
-        self._real = [load_image(item.path) for item in self.items]
         self._judge, self.proof = self._open_judge()
         self._inception = load_inception(config.inception) if config.inception else None
 
@@ -64,15 +63,19 @@ class Images:
 
     def summarize(self, records: list[dict], device: Any = "cpu") -> dict[str, Metrics]:
         """Metrics by group of the images, and sheets of them."""
-        drawn = [load_image(self._folder / record["file"]) for record in records]
+        drawn = [self._folder / record["file"] for record in records]
         groups = by_group(self.items)
         metrics: dict[str, Metrics] = {group: {"images": len(chosen)} for group, chosen in groups.items()}
-        verdicts = None
-        if self._judge:
-            verdicts = self._judged(drawn, metrics, groups)
+        verdicts = self._add_judged(drawn, metrics, groups) if self._judge else None
         if self._inception:
-            self._distances(drawn, metrics, groups)
-        self._write_sheets(drawn, verdicts, groups)
+            self._add_distances(self._inception.to(device), drawn, metrics, groups)
+        for group, chosen in groups.items():
+            shown = chosen[:: -(-len(chosen) // MAX_SHOWN)]
+            rows = [
+                (self._text(i, verdicts), load_image(self.items[i].path), load_image(drawn[i])) for i in shown
+            ]
+            content = encode_png(make_image_grid(rows, ("real", "drawn")))
+            write_file(self._folder / f"sheet-{group}.png", content)
         return metrics
 
     def _open_judge(self) -> tuple[ImageClassifier | None, dict[str, float]]:
@@ -83,10 +86,10 @@ class Images:
             raise UserError(f"judge: {self._config.annotations} has no `key` for {unnamed[0].name}; add them")
         judge = ImageClassifier.load(path)
         keys = [str(item.key) for item in self.items]
-        return judge, prove(path, judge, _for_judge(self._real), keys)
+        return judge, prove(path, judge, torch.stack(list(_for_judge(self._paths))), keys)
 
-    def _judged(
-        self, drawn: list[Image.Image], metrics: dict[str, Metrics], groups: dict[str, list[int]]
+    def _add_judged(
+        self, drawn: list[Path], metrics: dict[str, Metrics], groups: dict[str, list[int]]
     ) -> list[str]:
         """Add the judge's figures; returns its verdict on each drawn image.
 
@@ -95,59 +98,49 @@ class Images:
         """
         judge = self._judge
         assert judge
-        real, fake = (features_of(judge.embed, _for_judge(images)) for images in (self._real, drawn))
-        verdicts = judge.classify(_for_judge(drawn))
+        real, fake = (features_of(judge.embed, _for_judge(paths)) for paths in (self._paths, drawn))
+        verdicts = [key for image in _for_judge(drawn) for key in judge.classify(image[None])]
         wanted = [split_key(str(item.key)) for item in self.items]
         found = [split_key(verdict) for verdict in verdicts]
         seen = torch.tensor([index for index, item in enumerate(self.items) if item.group == SEEN])
         nearest = seen[(fake @ real[seen].T).argmax(-1)].tolist() if len(seen) else []
-        chance = [1 / len({pair[part] for pair in wanted}) for part in (0, 1)]
         for group, chosen in groups.items():
             figures = metrics[group]
             for part, name in enumerate(("concept", "style")):
                 figures[f"{name}_accuracy"] = fmean(found[i][part] == wanted[i][part] for i in chosen)
-                figures[f"{name}_chance"] = chance[part]
+                figures[f"{name}_chance"] = 1 / len({pair[part] for pair in wanted})
                 if nearest:
-                    figures[f"nearest_seen_{name}"] = fmean(
-                        wanted[nearest[i]][part] == wanted[i][part] for i in chosen
-                    )
+                    copied = (wanted[nearest[i]][part] == wanted[i][part] for i in chosen)
+                    figures[f"nearest_seen_{name}"] = fmean(copied)
             figures["both_accuracy"] = fmean(found[i] == wanted[i] for i in chosen)
             if len(chosen) > 1:
                 figures["judge_frechet_distance"] = frechet_distance(real[chosen], fake[chosen])
         return verdicts
 
-    def _distances(
-        self, drawn: list[Image.Image], metrics: dict[str, Metrics], groups: dict[str, list[int]]
+    def _add_distances(
+        self, network: nn.Module, drawn: list[Path], metrics: dict[str, Metrics], groups: dict[str, list[int]]
     ) -> None:
-        embed: Callable[[Tensor], Tensor] | None = self._inception
-        assert embed
-        # At the size of the drawn image, as its caption's real image was trained on.
-        real = [
-            resize_and_crop(image, other.height, other.width)
-            for image, other in zip(self._real, drawn, strict=True)
-        ]
-        features = [
-            torch.cat([features_of(embed, [_as_bytes(image)]) for image in images])
-            for images in (real, drawn)
-        ]
+        """Add FID and KID: real images at the size of the drawn ones."""
+        device = next(network.parameters()).device
+        images = (map(load_image, paths) for paths in (self._paths, drawn))
+        sizes = (load_image(path).size for path in drawn)
+        real, fake = images
+        fitted = (
+            resize_and_crop(image, height, width) for image, (width, height) in zip(real, sizes, strict=True)
+        )
+        real_ND, fake_ND = (
+            features_of(lambda batch: network(batch.to(device))[0], map(_as_bytes, part))
+            for part in (fitted, fake)
+        )
         for group, chosen in groups.items():
-            metrics[group]["fid"] = frechet_distance(features[0][chosen], features[1][chosen])
-            mean, deviation = kernel_distance(
-                features[0][chosen],
-                features[1][chosen],
-                self._config.kid_subsets,
-                self._config.kid_subset_size,
-            )
-            metrics[group] |= {"kid": mean, "kid_deviation": deviation}
+            pair = real_ND[chosen], fake_ND[chosen]
+            metrics[group]["fid"] = frechet_distance(*pair)
+            kid = kernel_distance(*pair, self._config.kid_subsets, self._config.kid_subset_size)
+            metrics[group] |= {"kid": kid[0], "kid_deviation": kid[1]}
 
-    def _write_sheets(
-        self, drawn: list[Image.Image], verdicts: list[str] | None, groups: dict[str, list[int]]
-    ) -> None:
-        for group, chosen in groups.items():
-            shown = chosen[:: -(-len(chosen) // MAX_SHOWN)]
-            rows = [(self._text(i, verdicts), self._real[i], drawn[i]) for i in shown]
-            content = encode_png(make_image_grid(rows, ("real", "drawn")))
-            write_file(self._folder / f"sheet-{group}.png", content)
+    @property
+    def _paths(self) -> list[Path]:
+        return [item.path for item in self.items]
 
     def _text(self, index: int, verdicts: list[str] | None) -> str:
         item = self.items[index]
@@ -155,9 +148,10 @@ class Images:
         return item.captions[0] + (f" (judged {verdicts[index]})" if wrong and verdicts else "")
 
 
-def _for_judge(images: Sequence[Image.Image]) -> Tensor:
-    """Images as the judge takes them: [N, 3, 64, 64] in [0, 1]."""
-    return preprocess_images(images, IMAGE_SIZE, IMAGE_SIZE) / 2 + 0.5
+def _for_judge(paths: Sequence[Path]) -> Iterator[Tensor]:
+    """Images as the judge takes them: [3, 64, 64] in [0, 1]."""
+    for path in paths:
+        yield preprocess_images([load_image(path)], IMAGE_SIZE, IMAGE_SIZE)[0] / 2 + 0.5
 
 
 def _as_bytes(image: Image.Image) -> Tensor:

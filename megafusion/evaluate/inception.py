@@ -1,13 +1,12 @@
 """torch-fidelity's InceptionV3 with weights that the user gives: the features of FID and KID."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
 
 from megafusion.errors import UserError
 
@@ -17,8 +16,8 @@ WHERE_FROM = (
 )
 
 
-def load_inception(path: Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """A function from uint8 images [N, 3, H, W] to features [N, 2048]. UserError for other weights.
+def load_inception(path: Path) -> nn.Module:
+    """The network: uint8 images [N, 3, H, W] to a tuple of features [N, 2048]. UserError for other weights.
 
     Weights are read as tensors alone: no pickle of the user's is run.
     """
@@ -35,13 +34,11 @@ def load_inception(path: Path, device: torch.device | str = "cpu") -> Callable[[
         checked = Path(folder) / "inception.pth"
         torch.save(weights, checked)
         try:
-            network = FeatureExtractorInceptionV3("inception", ["2048"], str(checked))
+            return FeatureExtractorInceptionV3("inception", ["2048"], str(checked))
         except RuntimeError as error:
             raise UserError(
                 f"{path}: not the weights of torch-fidelity's InceptionV3; {WHERE_FROM}"
             ) from error
-    network = network.to(device)
-    return lambda images_N3HW: network(images_N3HW.to(device))[0]
 
 
 def _read(path: Path) -> dict[str, Any]:

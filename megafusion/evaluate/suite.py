@@ -58,10 +58,11 @@ def run_batches(
 
 def claim_folder(folder: Path, recipe: dict[str, Any]) -> None:
     """Write a recipe into a folder, or raise UserError if the folder holds records of another recipe."""
-    path = folder / RECIPE
-    recipe = json.loads(json.dumps(recipe))
+    path, recipe = folder / RECIPE, json.loads(json.dumps(recipe))
+    # Listed first, so that what another process writes after its recipe is not taken for a stranger's.
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if any(not name.startswith(".") and name != RECIPE for name in names):
             raise UserError(f"{folder}: holds other files; choose another --out")
         write_file(path, json.dumps(recipe, indent=1) + "\n")
     found = read_json(path, "choose another --out")

@@ -26,7 +26,9 @@ QUICK = ("perplexity", "captions", "reconstruction")
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    """Contents by path, without the unfinished files of a killed process."""
+    paths = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 
 def test_two_processes_and_one_that_resumes_give_the_report_of_one(saved, config, tmp_path, monkeypatch):
