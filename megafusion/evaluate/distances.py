@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def _compute(metric: nn.Module, real_ND: Tensor, drawn_ND: Tensor) -> list[float
     return [float(value) for value in (found if isinstance(found, tuple) else (found,))]
 
 
-def _import(name: str) -> object:
+def _import(name: str) -> Any:
     try:
         from torchmetrics.image import fid, kid
     except ImportError as error:

@@ -69,7 +69,7 @@ def describe_model(pipeline: TransfusionPipeline) -> dict[str, Any]:
     weights = pipeline.model.weights()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {
         "weights": digest.hexdigest(),
         "tokenizer": pipeline.tokenizer.hash,

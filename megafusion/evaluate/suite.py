@@ -24,7 +24,7 @@ class Suite(Protocol):
     name: str
     items: Sequence[Any]
     recipe: dict[str, Any]
-    """What its records depend on besides the model: inputs and options, as JSON."""
+    """Inputs and options, as JSON, that its records depend on besides the model."""
 
     def measure(self, pipeline: "TransfusionPipeline", first: int, items: Sequence[Any]) -> list[dict]:
         """A record, as JSON, of each item of a batch; `first` is the index of the first."""
