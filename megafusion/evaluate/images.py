@@ -46,6 +46,9 @@ class Images:
             )
         self.items: Sequence[AnnotatedImage]
         self.items, self.recipe = annotated_images(config, self.name)
+        groups = by_group(self.items)
+        if config.inception and (alone := [name for name, chosen in groups.items() if len(chosen) < 2]):
+            raise UserError(f"inception: group {alone[0]!r} has one image; FID needs 2 or more of each group")
         self._judge, self.proof = self._open_judge()
         self._inception = load_inception(config.inception) if config.inception else None
 
@@ -122,15 +125,14 @@ class Images:
     ) -> None:
         """Add FID and KID: real images at the size of the drawn ones."""
         device = next(network.parameters()).device
-        images = (map(load_image, paths) for paths in (self._paths, drawn))
-        sizes = (load_image(path).size for path in drawn)
-        real, fake = images
-        fitted = (
-            resize_and_crop(image, height, width) for image, (width, height) in zip(real, sizes, strict=True)
+        fake = list(map(load_image, drawn))
+        real = (
+            resize_and_crop(load_image(path), image.height, image.width)
+            for path, image in zip(self._paths, fake, strict=True)
         )
         real_ND, fake_ND = (
             features_of(lambda batch: network(batch.to(device))[0], map(_as_bytes, part))
-            for part in (fitted, fake)
+            for part in (real, fake)
         )
         for group, chosen in groups.items():
             pair = real_ND[chosen], fake_ND[chosen]
