@@ -125,15 +125,17 @@ class Images:
     ) -> None:
         """Add FID and KID: real images at the size of the drawn ones."""
         device = next(network.parameters()).device
-        fake = list(map(load_image, drawn))
+
+        def embed(images: Iterator[Image.Image]) -> Tensor:
+            return features_of(lambda batch_N3HW: network(batch_N3HW.to(device))[0], map(_as_bytes, images))
+
+        fake = map(load_image, drawn)
+        sizes = (load_image(path).size for path in drawn)
         real = (
-            resize_and_crop(load_image(path), image.height, image.width)
-            for path, image in zip(self._paths, fake, strict=True)
+            resize_and_crop(load_image(path), height, width)
+            for path, (width, height) in zip(self._paths, sizes, strict=True)
         )
-        real_ND, fake_ND = (
-            features_of(lambda batch: network(batch.to(device))[0], map(_as_bytes, part))
-            for part in (real, fake)
-        )
+        real_ND, fake_ND = embed(real), embed(fake)
         for group, chosen in groups.items():
             pair = real_ND[chosen], fake_ND[chosen]
             metrics[group]["fid"] = frechet_distance(*pair)
