@@ -180,6 +180,7 @@ def test_a_model_that_copies_the_real_images_is_judged_right_and_at_distance_zer
             {"judge": None, "inception": Path("no.pth")},
             r"no\.pth: no such file; fetch weights-inception",
         ),
+        ("images", {"inception": Path("no.pth"), "max_items": 1}, "group 'seen' has one image; FID needs 2"),
         (
             "images",
             {"judge": None, "inception": Path(__file__)},
