@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from megafusion.model.adapters import Skips, adapter_module
 from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
+from megafusion.model.head import LanguageHead
 from megafusion.model.transformer import Block, block_context
 from megafusion.model.weights import Replicated, declare
 from megafusion.model.wrapper import canonical_name
@@ -46,7 +47,7 @@ class Tail(nn.Module):
         super().__init__()
         self.max_patches = max(config.patches)
         self.norm = declare(nn.RMSNorm(config.hidden_size, eps=config.norm_eps), Replicated("positions"))
-        self.head = declare(nn.Linear(config.hidden_size, config.vocab_size, bias=False), "vocab")
+        self.head = declare(LanguageHead(config.hidden_size, config.vocab_size), "vocab")
         self.adapter = declare(adapter_module(config.adapter).Up(config), Replicated("images"))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -100,4 +101,4 @@ class Transfusion(nn.Module):
             x_BSD = block(x_BSD, context)
         hidden_BSD = self.tail(x_BSD)
         images = self.tail.images(hidden_BSD, inputs.image_start, timesteps, skips, inputs.image_size)
-        return self.objective(self.tail.head(hidden_BSD), images, batch.targets())
+        return self.objective(self.tail.head, hidden_BSD, images, batch.targets())
