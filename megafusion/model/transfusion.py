@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from megafusion.model.adapters import Skips, adapter_module
 from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
-from megafusion.model.head import LanguageHead
 from megafusion.model.transformer import Block, block_context
 from megafusion.model.weights import Replicated, declare
 from megafusion.model.wrapper import canonical_name
 from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
 

@@ -16,8 +16,8 @@ from megafusion.objective.config import LOGITS_ALIGNMENT, positions_in_chunk
 from megafusion.sequence.document import IGNORED_LABEL
 
 Merge = Callable[[Tensor], Tensor]
-"""From [3, R], figures of each position among this rank's columns, to the same among all columns: the
-largest logit; the log of the sum of exponentials, each divided by that of the largest; the target's logit, or 0."""
+"""From [3, R], figures of each position among this rank's columns, to the same among all columns: the largest
+logit; the log of the sum of exponentials, each divided by the largest's; the target's logit, or 0."""
 
 
 def summed_nats(

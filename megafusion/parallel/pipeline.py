@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips
-from megafusion.model.head import LanguageHead
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Stem, Tail, Transfusion
 from megafusion.model.wrapper import canonical_name
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import TensorParallelRegion

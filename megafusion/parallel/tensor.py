@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megafusion.model.head import LanguageHead
 from megafusion.model.modality import Modality, ModalityLinear
 from megafusion.model.transformer import FusedLinear
 from megafusion.model.weights import Replicated, declare, named_weights
+from megafusion.objective.head import LanguageHead
 from megafusion.parallel import collectives
 from megafusion.parallel.degrees import vocab_shard_size
 from megafusion.parallel.mesh import Mesh

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megafusion.model.head import LanguageHead
 from megafusion.objective.config import LOGITS_ALIGNMENT
+from megafusion.objective.head import LanguageHead
 from megafusion.sequence.packing import target_index
 
 WIDTH = 6

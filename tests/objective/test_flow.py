@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from megafusion.errors import UserError
-from megafusion.model.head import LanguageHead
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.objective.flow import MIN_DIVISOR, FlowConfig
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Objective
 from megafusion.sequence.packing import Targets
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megafusion.errors import UserError
-from megafusion.model.head import LanguageHead
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Objective
 from megafusion.sequence.packing import Targets, target_index
 
