@@ -77,7 +77,8 @@ FSDP = replace(
 )
 MEGATRON = replace(
     WHOLE_LOGITS, logit_traffic=20.0, logit_bytes=8.0, is_compiled=True, rope_traffic=4.0,
-    keeps_average=False, shards_gradients_at_step=True, data_overlap=1.0, tensor_overlap=0.3, attention_rate=1.5,
+    keeps_average=False, shards_gradients_at_step=True, data_overlap=1.0, tensor_overlap=0.3,
+    attention_rate=1.5,
 )  # fmt: skip
 NANOTRON = replace(WHOLE_LOGITS, rope_traffic=10.0, keeps_average=False, shards_gradients_at_step=True)
 PROJECTS = {
