@@ -114,6 +114,10 @@ class PackedBatch:
         """int64 [2]: text targets and images with a loss in these rows alone."""
         return torch.stack([(self.labels != IGNORED_LABEL).sum(), self.has_loss.sum()])
 
+    def work(self) -> Tensor:
+        """int64 [2]: text targets, and pairs of a query and a key that it sees, in these rows alone."""
+        return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.row_end - self.row_start).sum()])
+
 
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
     """A batch of one row, from documents that fit in it together; `collate` sets its denominators.
