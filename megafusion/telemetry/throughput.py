@@ -37,7 +37,7 @@ def peak_flops(precision: str) -> float | None:
 
 
 class Work(NamedTuple):
-    """What the FLOPs of a global batch depend on beside its shape: see `PackedBatch.work`."""
+    """Counts of a global batch that its FLOPs depend on; see `PackedBatch.work`."""
 
     text_targets: float
     visible_pairs: float
