@@ -184,7 +184,7 @@ def drop_unused_slots(batch: PackedBatch) -> PackedBatch:
     num_slots, num_used = batch.t.shape[1], int((batch.image_start >= 0).sum(1).max())
     quarter = -(-num_slots // 4)
     num_kept = quarter * max(1, -(-num_used // quarter))
-    return replace(batch, **{name: getattr(batch, name)[:, :num_kept] for name in SLOT_FIELDS})
+    return replace(batch, **{name: getattr(batch, name)[:, :num_kept].contiguous() for name in SLOT_FIELDS})
 
 
 def with_counts(batch: PackedBatch, counts: Tensor) -> PackedBatch:
