@@ -2,7 +2,7 @@
 
 from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -191,6 +191,22 @@ def target_index(labels_BS: Tensor) -> Tensor:
     index = torch.cat([is_target.nonzero(), (~is_target).nonzero()])[:, 0]
     num_targets = max(1, int(is_target.sum()))
     return index[: -(-num_targets // TARGETS_ALIGNMENT) * TARGETS_ALIGNMENT]
+
+
+SLOT_FIELDS = ("latents", "noise", "t", "image_start", "image_size", "has_loss", "pixels", "has_pixels")
+"""Fields of a PackedBatch with a dimension N of image slots, their second."""
+
+
+def drop_unused_slots(batch: PackedBatch) -> PackedBatch:
+    """The batch without the last image slots that no row uses; of N, one of four numbers is kept.
+
+    Few numbers, because memory is allocated and convolutions are chosen for each shape; at least one slot,
+    because every parameter is to have a gradient.
+    """
+    num_slots, num_used = batch.t.shape[1], int((batch.image_start >= 0).sum(1).max())
+    quarter = -(-num_slots // 4)
+    num_kept = quarter * max(1, -(-num_used // quarter))
+    return replace(batch, **{name: getattr(batch, name)[:, :num_kept].contiguous() for name in SLOT_FIELDS})
 
 
 def with_counts(batch: PackedBatch, counts: Tensor) -> PackedBatch:
