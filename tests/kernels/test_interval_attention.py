@@ -2,6 +2,9 @@
 
 import json
 import random
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +42,15 @@ def test_rows_longer_than_a_run_of_the_schedule(seed, length):
 
 def test_grouped_queries():
     Case.random(*packed_rows(7, 8, 30), num_heads=6, num_kv_heads=2).check()
+
+
+def test_heads_in_sections_that_fit_in_the_cache(monkeypatch):
+    """4 key heads: 2 sections of 2 where a section reads keys, 4 of 1 where it reads two heads' queries."""
+    monkeypatch.setattr(api, "L2_BYTES", 2 * (2 * 60 * 16 * 4))
+    case = Case.random(*packed_rows(8, 2, 60), num_heads=8, num_kv_heads=4)
+    assert api._section(case.k) == 2
+    assert api._section(case.q, group=2) == 1
+    case.check()
 
 
 def test_one_document_over_everything():
@@ -175,6 +187,27 @@ def test_bfloat16_is_as_accurate_as_pytorch():
     theirs = case.results(pytorch, torch.bfloat16, backward=False)["o"]
     error, their_error = (((o - exact) * some).abs().max() for o in (ours, theirs))
     assert error <= 1.5 * their_error
+
+
+def causal(num_rows: int, length: int):
+    end = torch.arange(1, length + 1, dtype=torch.int32, device=DEVICE).repeat(num_rows, 1)
+    return torch.zeros_like(end), end
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("bounds", [partial(packed_rows, 1), partial(packed_rows, 2), causal])
+def test_the_stored_tiles_forward_and_backward(bounds, head_dim):
+    """On a GPU those of its architecture in bfloat16; under the interpreter those of sm_90 in float32."""
+    dtype, bound = (torch.float32, 1e-5) if DEVICE == "cpu" else (torch.bfloat16, 1e-2)
+    case = Case.random(*bounds(2, 300 if DEVICE == "cpu" else 1000), 2, 1, head_dim)
+    case = replace(case, **{name: getattr(case, name).to(dtype) for name in ("q", "k", "v", "weight")})
+    chosen = using(configs.lookup(90, head_dim, 0)) if DEVICE == "cpu" else nullcontext()
+    with chosen:
+        found = case.results(with_lse, dtype)
+    for name, value in case.results(reference_attention, torch.float64).items():
+        some = value.isfinite()
+        error = (found[name].double() - value)[some].norm() / value[some].norm()
+        assert error < bound, (name, float(error))
 
 
 def test_scale_and_the_shape_of_the_result():
@@ -345,7 +378,7 @@ class TestTma:
     def test_random_layouts(self, with_tma, seed):
         rng = random.Random(seed)
         Case.random(*packed_rows(seed, 4, rng.randint(16, 44)), 2, 1, seed=seed).check()
-        assert len(with_tma) == 6  # two tensors in each of three kernels
+        assert len(with_tma) == 7  # two tensors in each of three kernels, and the statistics
 
     def test_rows_longer_than_a_run(self, with_tma):
         Case.random(*packed_rows(100, 1, 131), 1, 1).check()
@@ -365,7 +398,7 @@ class TestTma:
         (found,) = torch.autograd.grad((interval_attention(q, k, v, start, end) * weight).sum(), qkv)
         (expected,) = torch.autograd.grad((reference_attention(q, k, v, start, end)[0] * weight).sum(), qkv)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-        assert len(with_tma) == 6
+        assert len(with_tma) == 7
 
     @pytest.mark.parametrize("view", [reverse_strides, every_second])
     def test_unsupported_tensors_are_read_through_pointers(self, with_tma, view):
