@@ -33,7 +33,7 @@ def locate(schedule, num_runs, section, BLOCK: tl.constexpr):
 def mask_scores(s, start, end, inside, first, inner_low, inner_high):
     """Set s [tile, step] to -inf outside the intervals of the tile's positions; no work between edges.
 
-    start, end: pointers [tile]. Loads in the branches keep the compiler from computing the mask of every step.
+    start, end: pointers [tile]. Loads in a branch keep the compiler from computing the mask in every step.
     """
     step = tl.arange(0, s.shape[1])[None, :]
     if first < inner_low:

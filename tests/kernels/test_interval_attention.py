@@ -433,14 +433,14 @@ def test_which_tensors_support_a_descriptor(x, supported):
 def test_stored_tiles_are_chosen_by_the_number_of_rows(monkeypatch, tmp_path):
     stored = json.loads(configs.STORED.read_text())
     first = next(e for e in stored["tiles"] if (e["architecture"], e["head_dim"]) == (90, 128))
-    longer = first | {"min_rows": 8192, "dq": [64, 64, 4, 2, True]}
+    longer = first | {"min_rows": 8192, "dq": [64, 32, 4, 2, True]}
     (tmp_path / "tiles.json").write_text(json.dumps(stored | {"tiles": [*stored["tiles"], longer]}))
     monkeypatch.setattr(configs, "STORED", tmp_path / "tiles.json")
     configs.read_stored.cache_clear()
     try:
-        assert not configs.lookup(90, 128, 8191).dq.tma
+        assert configs.lookup(90, 128, 8191).dq == Tile(*first["dq"])
         for num_rows in (8192, 131_072):
-            assert configs.lookup(90, 128, num_rows).dq == Tile(64, 64, 4, 2, True)
+            assert configs.lookup(90, 128, num_rows).dq == Tile(64, 32, 4, 2, True)
     finally:
         configs.read_stored.cache_clear()
 
