@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from interval_attention.backward import dkdv_kernel, dq_kernel, statistics_kernel
-from interval_attention.configs import HEAD_DIMS, Tile, stored_tiles
+from interval_attention.configs import HEAD_DIMS, Tile, architecture_of, stored_tiles
 from interval_attention.forward import forward_kernel
 from interval_attention.intervals import RUN, Prepared, prepare
 
@@ -122,7 +122,7 @@ def _forward(q, k, v, row_start, row_end, first_row, last_row, row_schedule, key
             forward_kernel[_grid(row_schedule, tile.rows, num_heads, section)](
                 q, k_in, v_in, o, lse, row_start, row_end, row_schedule, scale,
                 *q.stride(), *k.stride(), *v.stride(),
-                num_rows, num_heads, group, row_schedule.shape[1], section, **_blocks(tile, head_dim),
+                num_rows, num_heads, group, row_schedule.shape[1], section, **_blocks(tile, q),
             )  # fmt: skip
     return o, lse
 
@@ -175,12 +175,12 @@ def _backward(
         dkdv_kernel[_grid(key_schedule, dkdv_tile.keys, num_kv_heads, key_section)](
             q_in, k, v, do_in, in_loop, dk, dv, first_row, last_row, key_schedule, scale, *strides,
             num_keys, num_heads, num_padded, group, key_schedule.shape[1], key_section,
-            **_blocks(dkdv_tile, head_dim),
+            **_blocks(dkdv_tile, q),
         )  # fmt: skip
         dq_kernel[_grid(row_schedule, dq_tile.rows, num_heads, row_section)](
             q, k_in, v_in, do, statistics, dq, row_start, row_end, row_schedule, scale, *strides,
             num_rows, num_heads, num_padded, group, row_schedule.shape[1], row_section,
-            **_blocks(dq_tile, head_dim),
+            **_blocks(dq_tile, q),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -237,12 +237,19 @@ def describable(x: Tensor) -> bool:
     return last == 1 and aligned and x.data_ptr() % 16 == 0
 
 
-def _blocks(tile: Tile, head_dim: int) -> dict[str, int | bool]:
+def _branches(device: torch.device) -> bool:
+    """Whether one loop masks in branches. For sm_80 Triton chooses slow layouts for products that a branch
+    separates, so there three loops follow each other."""
+    return device.type == "cpu" or architecture_of(device) >= 90
+
+
+def _blocks(tile: Tile, q: Tensor) -> dict[str, int | bool]:
     return {
         "TMA": tile.tma,
+        "BRANCH": _branches(q.device),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "HEAD_DIM": head_dim,
+        "HEAD_DIM": q.shape[3],
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

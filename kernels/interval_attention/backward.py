@@ -6,7 +6,7 @@ Each gradient is summed by one program in one order, without atomics: the backwa
 import triton
 import triton.language as tl
 
-from interval_attention.tiles import at_head, load_tile, locate, mask_scores
+from interval_attention.tiles import at_edges, at_head, load_tile, locate, mask_scores, steps
 
 
 @triton.jit
@@ -52,7 +52,8 @@ def dkdv_kernel(
     q, k, v, do, statistics, dk, dv, first_row, last_row, schedule, scale,
     s_qb, s_qs, s_qh, s_qd, s_kb, s_kt, s_kg, s_kd, s_vb, s_vt, s_vg, s_vd, s_gb, s_gs, s_gh, s_gd,
     num_keys, num_heads, num_padded, group, num_runs, section,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TMA: tl.constexpr, BRANCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, T, G, K], contiguous; one program per tile of BLOCK_N keys of a key head."""
     b, kv_head, first_key, low, inner_low, inner_high, high = locate(schedule, num_runs, section, BLOCK_N)
@@ -68,35 +69,37 @@ def dkdv_kernel(
     v_ND = tl.load(v + keys64[:, None] * s_vt + d[None, :] * s_vd, mask=inside[:, None], other=0.0)
     first_row += b * num_keys + keys
     last_row += b * num_keys + keys
+    start, end = at_edges(first_row, last_row, inside, BRANCH)
     scale2 = scale * 1.4426950408889634
     dk_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     # One loop over the steps of all query heads of the group: a loop in a loop makes these kernels spill.
     low &= -2  # a descriptor's box begins at a multiple of 16 bytes, the statistics of two rows
-    first = low
-    head = kv_head * group
-    for _ in range(0, tl.cdiv(high - low, BLOCK_M) * group):
-        q_MD = load_tile(
-            at_head(q, b, head, s_qb, s_qh, TMA), b, head, first, s_qs, s_qd, high, TMA, BLOCK_M, HEAD_DIM
-        )
-        at = (b * num_heads + head) * num_padded + first
-        if TMA:
-            lse2_M, delta_M = _unpack(statistics.load([at.to(tl.int32)]))
-        else:
-            lse2_M, delta_M = _unpack(tl.load(statistics + at + tl.arange(0, BLOCK_M)))
-        s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
-        s_NM = mask_scores(s_NM, first_row, last_row, inside, first, inner_low, inner_high)
-        p_NM = tl.exp2(s_NM * scale2 - lse2_M[None, :])
-        do_MD = load_tile(
-            at_head(do, b, head, s_gb, s_gh, TMA), b, head, first, s_gs, s_gd, high, TMA, BLOCK_M, HEAD_DIM
-        )
-        dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision="ieee")
-        dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision="ieee")
-        ds_NM = p_NM * (dp_NM - delta_M[None, :])
-        dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
-        first += BLOCK_M
-        head += (first >= high).to(tl.int32)
-        first = tl.where(first >= high, low, first)
+    for part in tl.static_range(1 if BRANCH else 3):
+        begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_M)
+        first = begin
+        head = kv_head * group
+        for _ in range(0, num_steps * group):
+            q_at = at_head(q, b, head, s_qb, s_qh, TMA)
+            q_MD = load_tile(q_at, b, head, first, s_qs, s_qd, high, TMA, BLOCK_M, HEAD_DIM)
+            at = (b * num_heads + head) * num_padded + first
+            if TMA:
+                lse2_M, delta_M = _unpack(statistics.load([at.to(tl.int32)]))
+            else:
+                lse2_M, delta_M = _unpack(tl.load(statistics + at + tl.arange(0, BLOCK_M)))
+            s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
+            s_NM = mask_scores(s_NM, start, end, inside, first, inner_low, inner_high, part, BRANCH)
+            p_NM = tl.exp2(s_NM * scale2 - lse2_M[None, :])
+            do_at = at_head(do, b, head, s_gb, s_gh, TMA)
+            do_MD = load_tile(do_at, b, head, first, s_gs, s_gd, high, TMA, BLOCK_M, HEAD_DIM)
+            dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision="ieee")
+            dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision="ieee")
+            ds_NM = p_NM * (dp_NM - delta_M[None, :])
+            dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
+            first += BLOCK_M
+            wraps = first >= begin + num_steps * BLOCK_M
+            head += wraps.to(tl.int32)
+            first = tl.where(wraps, begin, first)
 
     some = (tl.load(first_row, mask=inside, other=0) < tl.load(last_row, mask=inside, other=0))[:, None]
     at = ((b * num_keys + keys64) * (num_heads // group) + kv_head)[:, None] * HEAD_DIM + d[None, :]
@@ -109,7 +112,8 @@ def dq_kernel(
     q, k, v, do, statistics, dq, row_start, row_end, schedule, scale,
     s_qb, s_qs, s_qh, s_qd, s_kb, s_kt, s_kg, s_kd, s_vb, s_vt, s_vg, s_vd, s_gb, s_gs, s_gh, s_gd,
     num_rows, num_heads, num_padded, group, num_runs, section,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TMA: tl.constexpr, BRANCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """dq [B, S, H, K], contiguous; one program per tile of BLOCK_M queries of a head."""
     b, head, first_row, low, inner_low, inner_high, high = locate(schedule, num_runs, section, BLOCK_M)
@@ -126,20 +130,23 @@ def dq_kernel(
     lse2_M, delta_M = _unpack(tl.load(statistics + (b * num_heads + head) * num_padded + rows64))
     row_start += b * num_rows + rows
     row_end += b * num_rows + rows
+    start, end = at_edges(row_start, row_end, inside, BRANCH)
     kv_head = head // group
     k = at_head(k, b, kv_head, s_kb, s_kg, TMA)
     v = at_head(v, b, kv_head, s_vb, s_vg, TMA)
     scale2 = scale * 1.4426950408889634
     dq_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for i in range(0, tl.cdiv(high - low, BLOCK_N)):
-        first = low + i * BLOCK_N
-        k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, TMA, BLOCK_N, HEAD_DIM)
-        v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, TMA, BLOCK_N, HEAD_DIM)
-        s = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-        s = mask_scores(s, row_start, row_end, inside, first, inner_low, inner_high)
-        p = tl.exp2(s * scale2 - lse2_M[:, None])
-        dp = tl.dot(do_MD, tl.trans(v_ND), input_precision="ieee")
-        ds = p * (dp - delta_M[:, None])
-        dq_MD = tl.dot(ds.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
+    for part in tl.static_range(1 if BRANCH else 3):
+        begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_N)
+        for i in range(0, num_steps):
+            first = begin + i * BLOCK_N
+            k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, TMA, BLOCK_N, HEAD_DIM)
+            v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, TMA, BLOCK_N, HEAD_DIM)
+            s = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+            s = mask_scores(s, start, end, inside, first, inner_low, inner_high, part, BRANCH)
+            p = tl.exp2(s * scale2 - lse2_M[:, None])
+            dp = tl.dot(do_MD, tl.trans(v_ND), input_precision="ieee")
+            ds = p * (dp - delta_M[:, None])
+            dq_MD = tl.dot(ds.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
     dq_at = dq + ((b * num_rows + rows64) * num_heads + head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(dq_at, (dq_MD * scale).to(dq.dtype.element_ty), mask=inside[:, None])

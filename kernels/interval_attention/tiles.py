@@ -30,16 +30,47 @@ def locate(schedule, num_runs, section, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(s, start, end, inside, first, inner_low, inner_high):
+def steps(part: tl.constexpr, low, inner_low, inner_high, high, BRANCH: tl.constexpr, BLOCK: tl.constexpr):
+    """(first position, number) of a loop's steps: all if BRANCH; else, in three loops, those over left edges,
+    those between the edges, and those over right edges. They are the same steps."""
+    full_low = low + tl.cdiv(inner_low - low, BLOCK) * BLOCK
+    full_high = full_low + tl.maximum(inner_high - full_low, 0) // BLOCK * BLOCK
+    if BRANCH:
+        return low, tl.cdiv(high - low, BLOCK)
+    elif part == 0:
+        return low, tl.cdiv(tl.minimum(full_low, high) - low, BLOCK)
+    elif part == 1:
+        return full_low, (full_high - full_low) // BLOCK
+    else:
+        return full_high, tl.cdiv(tl.maximum(high - full_high, 0), BLOCK)
+
+
+@triton.jit
+def at_edges(start, end, inside, BRANCH: tl.constexpr):
+    """The intervals [tile] for `mask_scores`: their addresses if BRANCH, else their values."""
+    if BRANCH:
+        return start, end
+    else:
+        return tl.load(start, mask=inside, other=0), tl.load(end, mask=inside, other=0)
+
+
+@triton.jit
+def mask_scores(
+    s, start, end, inside, first, inner_low, inner_high, part: tl.constexpr, BRANCH: tl.constexpr
+):
     """Set s [tile, step] to -inf outside the intervals of the tile's positions; no work between edges.
 
-    start, end: pointers [tile]. Loads in a branch keep the compiler from computing the mask in every step.
+    Loads in a branch keep the compiler from computing the mask in every step.
     """
     step = tl.arange(0, s.shape[1])[None, :]
-    if first < inner_low:
-        s = tl.where(step >= (tl.load(start, mask=inside, other=0) - first)[:, None], s, float("-inf"))
-    if first + s.shape[1] > inner_high:
-        s = tl.where(step < (tl.load(end, mask=inside, other=0) - first)[:, None], s, float("-inf"))
+    if BRANCH:
+        if first < inner_low:
+            s = tl.where(step >= (tl.load(start, mask=inside, other=0) - first)[:, None], s, float("-inf"))
+        if first + s.shape[1] > inner_high:
+            s = tl.where(step < (tl.load(end, mask=inside, other=0) - first)[:, None], s, float("-inf"))
+    elif part != 1:
+        seen = (step >= (start - first)[:, None]) & (step < (end - first)[:, None])
+        s = tl.where(seen, s, float("-inf"))
     return s
 
 

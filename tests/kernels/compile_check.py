@@ -82,7 +82,7 @@ def measure(
     name: str, kernel: triton.JITFunction, tile: Tile, architecture: int, dtype: str, head_dim: int
 ) -> Usage:
     """Compile one variant as a launch with aligned, contiguous tensors would."""
-    source = _source(kernel, tile, dtype, head_dim)
+    source = _source(kernel, tile, dtype, head_dim, architecture >= 90)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -125,9 +125,9 @@ def steps_ahead(ttgir: str) -> int:
     return ahead // inside if inside else 0
 
 
-def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int) -> ASTSource:
+def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int, branch: bool) -> ASTSource:
     constants = {
-        "TMA": tile.tma, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
+        "TMA": tile.tma, "BRANCH": branch, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
         "BLOCK": tile.rows, "OTHER": tile.keys, "CHUNK": 64,
     }  # fmt: skip
     types = TYPES | ({"statistics": "fp32"} if kernel is statistics_kernel else {})

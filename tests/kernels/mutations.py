@@ -21,6 +21,7 @@ TESTS = {
     "test_interval_attention.py": (
         "test_160_random_layouts_equal_dense_attention[3]",
         "test_grouped_queries",
+        "test_three_loops_as_on_sm_80[heads0]",
         "test_heads_in_sections_that_fit_in_the_cache",
         "test_one_document_over_everything",
         "test_rows_longer_than_a_run_of_the_schedule[100-131]",
@@ -58,9 +59,19 @@ MUTATIONS = {
     "a query misses its first key": Mutation("tiles.py", "step >= (tl.load(start", "step > (tl.load(start"),
     "right edge not masked": Mutation("tiles.py", "first + s.shape[1] > inner_high", "first > inner_high"),
     "left edge not masked": Mutation("tiles.py", "if first < inner_low", "if first < 0"),
-    "last step skipped": Mutation("forward.py", "tl.cdiv(high - low, BLOCK_N)", "((high - low) // BLOCK_N)"),
-    "last step of dQ skipped": Mutation(
-        "backward.py", "tl.cdiv(high - low, BLOCK_N)", "((high - low) // BLOCK_N)"
+    "last step skipped": Mutation(
+        "tiles.py", "low, tl.cdiv(high - low, BLOCK)", "low, (high - low) // BLOCK"
+    ),
+    "last step skipped on sm_80": Mutation(
+        "tiles.py",
+        "tl.cdiv(tl.maximum(high - full_high, 0), BLOCK)",
+        "tl.maximum(high - full_high, 0) // BLOCK",
+    ),
+    "a step counted as full on sm_80 that is not": Mutation(
+        "tiles.py", "low + tl.cdiv(inner_low - low, BLOCK) * BLOCK", "low"
+    ),
+    "heads go on before a part ends": Mutation(
+        "backward.py", "begin + num_steps * BLOCK_M", "high - BLOCK_M"
     ),
     "the bounds of another part": Mutation("tiles.py", "4 * (parts + part)", "4 * parts"),
     "the bounds of the whole run's first half": Mutation("tiles.py", "4 * (parts + part)", "8"),
@@ -75,7 +86,7 @@ MUTATIONS = {
     ),
     "wrong head group in dK and dV": Mutation("backward.py", "head = kv_head * group", "head = kv_head"),
     "only the group's first head adds to dK and dV": Mutation(
-        "backward.py", "tl.cdiv(high - low, BLOCK_M) * group", "tl.cdiv(high - low, BLOCK_M)"
+        "backward.py", "num_steps * group", "num_steps"
     ),
     "scale missing in dQ": Mutation("backward.py", "dq_MD * scale", "dq_MD"),
     "scale missing in dK": Mutation("backward.py", "dk_ND * scale", "dk_ND"),

@@ -27,12 +27,24 @@ def with_lse(q, k, v, row_start, row_end):
     return interval_attention(q, k, v, row_start, row_end, return_lse=True)
 
 
+def causal(num_rows: int, length: int):
+    end = torch.arange(1, length + 1, dtype=torch.int32, device=DEVICE).repeat(num_rows, 1)
+    return torch.zeros_like(end), end
+
+
 # 32 of the layouts stand for all.
 @pytest.mark.parametrize("seed", [*range(4), *full(*range(4, 20))])
 def test_160_random_layouts_equal_dense_attention(seed):
     rng = random.Random(seed)
     heads = rng.choice([(1, 1), (2, 1), (2, 2), (3, 1)])
     Case.random(*packed_rows(seed, 8, rng.randint(16, 44)), *heads, seed=seed).check()
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
+def test_three_loops_as_on_sm_80(monkeypatch, heads):
+    monkeypatch.setattr(api, "_branches", lambda device: False)
+    Case.random(*packed_rows(9, 6, 44), *heads).check()
+    Case.random(*causal(1, 140), *heads).check()
 
 
 @pytest.mark.parametrize(("seed", "length"), [(100, 131), (101, 160), (102, 128)])
@@ -187,11 +199,6 @@ def test_bfloat16_is_as_accurate_as_pytorch():
     theirs = case.results(pytorch, torch.bfloat16, backward=False)["o"]
     error, their_error = (((o - exact) * some).abs().max() for o in (ours, theirs))
     assert error <= 1.5 * their_error
-
-
-def causal(num_rows: int, length: int):
-    end = torch.arange(1, length + 1, dtype=torch.int32, device=DEVICE).repeat(num_rows, 1)
-    return torch.zeros_like(end), end
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
