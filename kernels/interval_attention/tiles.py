@@ -85,15 +85,19 @@ def at_head(x, b, head, stride_b, stride_h, TMA: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    x, b, head, first, stride, stride_d, high, TMA: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+    x, b, head, first, stride, stride_d, high,
+    MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """Load positions first .. first + BLOCK of one head, [BLOCK, HEAD_DIM], from the result of `at_head`.
 
-    Zeros from `high` on; with TMA, zeros past the tensor's end.
+    If MASKED, zeros from `high` on; with TMA, zeros past the tensor's end.
     """
     if TMA:
         return x.load([b.to(tl.int32), first, head.to(tl.int32), 0]).reshape([BLOCK, HEAD_DIM])
     else:
         at = x + first.to(tl.int64) * stride + tl.arange(0, BLOCK)[:, None] * stride
         at += tl.arange(0, HEAD_DIM)[None, :] * stride_d
-        return tl.load(at, mask=(first + tl.arange(0, BLOCK))[:, None] < high, other=0.0)
+        if MASKED:
+            return tl.load(at, mask=(first + tl.arange(0, BLOCK))[:, None] < high, other=0.0)
+        else:
+            return tl.load(at)
