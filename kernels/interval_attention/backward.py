@@ -76,13 +76,12 @@ def dkdv_kernel(
     # One loop over the steps of all query heads of the group: a loop in a loop makes these kernels spill.
     low &= -2  # a descriptor's box begins at a multiple of 16 bytes, the statistics of two rows
     for part in tl.static_range(1 if BRANCH else 3):
-        edges: tl.constexpr = BRANCH or part != 1
         begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_M)
         first = begin
         head = kv_head * group
         for _ in range(0, num_steps * group):
             q_at = at_head(q, b, head, s_qb, s_qh, TMA)
-            q_MD = load_tile(q_at, b, head, first, s_qs, s_qd, high, edges, TMA, BLOCK_M, HEAD_DIM)
+            q_MD = load_tile(q_at, b, head, first, s_qs, s_qd, high, part != 1, TMA, BLOCK_M, HEAD_DIM)
             at = (b * num_heads + head) * num_padded + first
             if TMA:
                 lse2_M, delta_M = _unpack(statistics.load([at.to(tl.int32)]))
@@ -92,7 +91,7 @@ def dkdv_kernel(
             s_NM = mask_scores(s_NM, start, end, inside, first, inner_low, inner_high, part, BRANCH)
             p_NM = tl.exp2(s_NM * scale2 - lse2_M[None, :])
             do_at = at_head(do, b, head, s_gb, s_gh, TMA)
-            do_MD = load_tile(do_at, b, head, first, s_gs, s_gd, high, edges, TMA, BLOCK_M, HEAD_DIM)
+            do_MD = load_tile(do_at, b, head, first, s_gs, s_gd, high, part != 1, TMA, BLOCK_M, HEAD_DIM)
             dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision="ieee")
             dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision="ieee")
             ds_NM = p_NM * (dp_NM - delta_M[None, :])
@@ -138,12 +137,11 @@ def dq_kernel(
     scale2 = scale * 1.4426950408889634
     dq_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for part in tl.static_range(1 if BRANCH else 3):
-        edges: tl.constexpr = BRANCH or part != 1
         begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_N)
         for i in range(0, num_steps):
             first = begin + i * BLOCK_N
-            k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, edges, TMA, BLOCK_N, HEAD_DIM)
-            v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, edges, TMA, BLOCK_N, HEAD_DIM)
+            k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, part != 1, TMA, BLOCK_N, HEAD_DIM)
+            v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, part != 1, TMA, BLOCK_N, HEAD_DIM)
             s = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
             s = mask_scores(s, start, end, inside, first, inner_low, inner_high, part, BRANCH)
             p = tl.exp2(s * scale2 - lse2_M[:, None])

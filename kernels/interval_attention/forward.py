@@ -38,18 +38,17 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], _LOWEST, tl.float32)
     for part in tl.static_range(1 if BRANCH else 3):
-        edges: tl.constexpr = BRANCH or part != 1
         begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_N)
         for i in range(0, num_steps):  # online softmax in base 2
             first = begin + i * BLOCK_N
-            k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, edges, TMA, BLOCK_N, HEAD_DIM)
+            k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, part != 1, TMA, BLOCK_N, HEAD_DIM)
             s = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
             s = mask_scores(s, start, end, inside, first, inner_low, inner_high, part, BRANCH)
             new_peak = tl.maximum(peak, tl.max(s, 1) * scale2)
             p = tl.exp2(s * scale2 - new_peak[:, None])
             shrink = tl.exp2(peak - new_peak)
             total = total * shrink + tl.sum(p, 1)
-            v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, edges, TMA, BLOCK_N, HEAD_DIM)
+            v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, part != 1, TMA, BLOCK_N, HEAD_DIM)
             acc = tl.dot(p.to(v_ND.dtype), v_ND, acc * shrink[:, None], input_precision="ieee")
             peak = new_peak
 
