@@ -60,7 +60,7 @@ if [[ -n $has_gpu ]]; then
 fi
 # Under the interpreter they run in CI; Triton 3.6's does not take numpy 2.5.
 gpu 100 "correctness of kernels and backends" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
-  -n 8 -q -p no:cacheprovider
+  tests/objective/test_chunked_cross_entropy.py::test_a_gpu_gives_the_same_without_waiting -n 8 -q -p no:cacheprovider
 ((${#warm[@]})) && wait "${warm[@]}"
 
 best="train.precision=bf16 model.attention=interval train.compile=true"
