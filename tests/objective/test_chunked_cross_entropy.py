@@ -96,7 +96,10 @@ def test_a_frozen_head_has_no_gradient_and_hidden_states_have_theirs():
     hidden = torch.randn(200, WIDTH)
     expected = chunked(head, hidden, labels)[1]
     head.requires_grad_(False)
-    _, found, weight_gradient = chunked(head, hidden, labels)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        _, found, weight_gradient = chunked(head, hidden, labels)
+    assert head.weight.shape not in saved  # nor computed
     assert torch.equal(found, expected)
     assert weight_gradient is None
     index = target_index(labels)
