@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from megafusion.evaluate.reconstruction import reconstruct, reconstruction_metrics
 from megafusion.images.codec import ImageCodec, encode
 from megafusion.images.grid import make_image_grid
 from megafusion.images.processor import postprocess_images
@@ -30,18 +31,11 @@ def measure(codec: ImageCodec, images_N3HW: Tensor) -> tuple[dict[str, float], T
     On pixels in [0, 1]: psnr is the mean PSNR over images in dB, psnr_of_mean the PSNR of the mean squared
     error, l1 the mean absolute difference.
     """
-    device = next(codec.model.parameters()).device
-    reconstructions = torch.cat(
-        [codec.decode(codec.encode(x.to(device))[0]).cpu() for x in images_N3HW.split(BATCH_SIZE)]
-    )
-    difference = (reconstructions - images_N3HW).double() / 2
-    squared_N = difference.square().mean((1, 2, 3)).clamp(min=1e-10)
-    metrics = {
-        "psnr": round(float(-10 * squared_N.log10().mean()), 3),
-        "psnr_of_mean": round(float(-10 * squared_N.mean().log10()), 3),
-        "l1": round(float(difference.abs().mean()), 5),
-    }
-    return metrics, reconstructions
+    parts = [reconstruct(codec, pixels) for pixels in images_N3HW.split(BATCH_SIZE)]
+    squared_N, absolute_N, reconstructions = map(torch.cat, zip(*parts, strict=True))
+    figures = reconstruction_metrics(squared_N, absolute_N)
+    digits = {"psnr": 3, "psnr_of_mean": 3, "l1": 5}
+    return {name: round(figures[name], num) for name, num in digits.items()}, reconstructions
 
 
 def contact_sheet(keys: list[str], originals: Tensor, reconstructions: Tensor) -> Image.Image:
