@@ -222,7 +222,7 @@ def load(server: subprocess.Popen, address: str, arguments: argparse.Namespace) 
 
 
 def figures(address: str) -> dict:
-    """What the server counted: answers a batch by kind, tokens, images."""
+    """The counts of the server: answers a batch by kind, tokens, images."""
     lines = requests.get(f"{address}/metrics", timeout=60).text.splitlines()
     values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line[0] != "#"}
     found = {name: values[f"megafusion_{name}_total"] for name in ("tokens", "images", "denoising_steps")}
