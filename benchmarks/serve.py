@@ -3,11 +3,12 @@
     python benchmarks/serve.py PIPELINE [--requests 400] [--clients 32] [--steps 10] [--json FILE]
 
 Starts `megafusion serve PIPELINE` with slots for three quarters of the clients, so that some requests are
-refused with 429; such a client asks for the next thing half a second later. Of the requests, which --seed decides on, a tenth is malformed, a tenth leaves after 10 to 300 ms, the rest are
-chats, streamed chats, chats with an image, images and edits. `lost` counts those without an answer, `stuck`
-those without one for --patience seconds; `wrong` lists statuses that a request should not get. Memory is the
-server's resident set, after a quarter of the requests, a half and all. Then twice as many requests as clients
-come, the server gets SIGTERM, and each must be answered, refused with 503 or find the port closed.
+refused with 429; such a client asks for the next thing half a second later. Of the requests, which --seed
+decides on, a tenth is malformed, a tenth leaves after 10 to 300 ms, and the rest are chats, streamed chats,
+chats with an image, images and edits. `lost` counts those without an answer, `stuck` those without one for
+--patience seconds; `wrong` lists statuses that a request should not get. Memory is the server's resident set,
+after a quarter of the requests, a half and all. Then twice as many requests as clients come, the server gets
+SIGTERM, and each must be answered, refused with 503 or find the port closed.
 """
 
 import argparse
