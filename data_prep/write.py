@@ -19,7 +19,7 @@ from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
 from megafusion.data.manifest import ShardSummary
 from megafusion.data.shards import write_shard
 from megafusion.errors import UserError
-from megafusion.images.codec import ImageCodec
+from megafusion.images.codec import ImageCodec, QuantizedCodec
 from megafusion.images.processor import preprocess_images, resize_and_crop
 from megafusion.images.sizes import nearest_size
 from megafusion.sequence.document import Segment
@@ -142,11 +142,10 @@ class DocumentBuilder:
             yield StoredDocument(metadata, stored)
 
     def _encode_images(self, images: list[Image.Image]) -> list[Segment]:
-        """Of at most batch_size images of one size: float16 mean and log-variance [2, C, h, w], or int32 codes
-        [h, w]."""
+        """Of at most batch_size images of one size: float16 mean and log-variance [2, C, h, w]; or codes."""
         assert self._codec
         pixels = preprocess_images(images, images[0].height, images[0].width).to(self._codec.model.device)
-        if self._codec.codebook_size:
+        if isinstance(self._codec, QuantizedCodec):
             codes_Nhw = self._codec.encode(pixels).to(torch.int32).cpu().numpy()
             return [Segment("codes", codes) for codes in codes_Nhw]
         moments = torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()

@@ -4,7 +4,7 @@ import torch
 from diffusers import VQModel
 from torch import Tensor, nn
 
-from megafusion.images.codec import Quantized
+from megafusion.images.autoencoder import Quantized
 
 RESTART_EVERY = 100
 """Steps between restarts; the first step starts every vector."""

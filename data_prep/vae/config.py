@@ -59,10 +59,12 @@ class LossConfig(Config):
     reconstruction: Literal["l1", "l2"] = "l1"
     """Mean absolute or mean squared difference of pixels in [-1, 1]; its weight is 1."""
     kl_weight: float = Field(1e-6, ge=0)
-    """Weight of the KL divergence from a unit Gaussian, summed over an image's latents; not with a codebook."""
+    """Weight of the KL divergence from a unit Gaussian, summed over an image's latents; unused with a
+    codebook."""
     commitment_weight: float = Field(0.25, ge=0)
-    """The beta of VQ-VAE (arXiv 1711.00937): weight of the encoder's distance to the codebook's vectors, beside
-    the vectors' distance to the encoder's, whose weight is 1; with network.codebook_size alone."""
+    """The beta of VQ-VAE (arXiv 1711.00937): weight of the latents' squared distance to the codebook's
+    vectors, which moves the encoder, beside the same distance with weight 1, which moves the vectors. Used
+    with network.codebook_size alone."""
     perceptual_weight: float = Field(0.0, ge=0)
     """Weight of the LPIPS distance of VGG-16 features."""
     perceptual_weights: Path | None = None

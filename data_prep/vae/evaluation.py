@@ -7,7 +7,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from megafusion.images.codec import ImageCodec, encode
+from megafusion.images.autoencoder import Quantized, encode
+from megafusion.images.codec import ImageCodec
 from megafusion.images.grid import make_image_grid
 from megafusion.images.processor import postprocess_images
 
@@ -19,7 +20,8 @@ def latent_statistics(model: AutoencoderKL, batches: Iterable[Tensor]) -> tuple[
     """(scaling factor, shift factor): 1 / standard deviation and mean of the images' sampled latents."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    latents = torch.cat([encode(model, images.to(device)).sample(generator) for images in batches]).double()
+    posteriors = (encode(model, images.to(device)) for images in batches)
+    latents = torch.cat([p.sample(generator) for p in posteriors if not isinstance(p, Quantized)]).double()
     return float(1 / latents.std()), float(latents.mean())
 
 

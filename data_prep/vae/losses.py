@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from data_prep.vae.config import LossConfig
 from data_prep.vae.features import ResNet50Features, VGG16Features, load_heads, load_weights
-from megafusion.images.codec import Quantized
+from megafusion.images.autoencoder import Quantized
 
 
 class AutoencoderLoss(nn.Module):

@@ -1,4 +1,4 @@
-"""The AutoencoderKL or VQModel of a configuration, and its folder: diffusers' files, report and reconstructions."""
+"""The autoencoder of a configuration, and its folder: diffusers' files, report and reconstructions."""
 
 import json
 from pathlib import Path

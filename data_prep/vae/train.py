@@ -1,4 +1,4 @@
-"""Training of an AutoencoderKL or a VQModel: `megafusion train-vae configs/vae/emoji.yaml key.path=value ...`."""
+"""Training of an AutoencoderKL or a VQModel: `megafusion train-vae configs/vae/emoji.yaml key=value ...`."""
 
 import copy
 import json
@@ -31,7 +31,8 @@ from data_prep.vae.losses import AutoencoderLoss
 from data_prep.vae.model import build_model, check_output, write_autoencoder
 from megafusion.config import changed_keys, parse_config
 from megafusion.errors import UserError
-from megafusion.images.codec import ImageCodec, decode, encode
+from megafusion.images.autoencoder import Quantized, decode, encode
+from megafusion.images.codec import ImageCodec
 from megafusion.progress import progress_bar
 
 NUM_STATISTICS_BATCHES = 16
@@ -71,7 +72,10 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
 
     averaged = training.averaged
     if training.restarts:
-        about: dict = {"num_codes": math.prod(latent_shape[1:]), "codebook_size": config.network.codebook_size}
+        about: dict = {
+            "num_codes": math.prod(latent_shape[1:]),
+            "codebook_size": config.network.codebook_size,
+        }
     else:
         batches = training_batches(config.data, inputs.splits, STATISTICS_BATCH_SIZE, config.seed)
         images = (pixels for pixels, _ in islice(batches, NUM_STATISTICS_BATCHES))
@@ -196,7 +200,7 @@ class _Training:
             terms["discriminator"].backward()
             self._optimizers["discriminator"].step()
         self._update_average(step)
-        if self.restarts:
+        if self.restarts and isinstance(posterior, Quantized):
             self.restarts.update(step, posterior, [self._model, self.averaged])
         return terms, norm
 

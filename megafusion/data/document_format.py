@@ -1,8 +1,8 @@
 """Parses the bytes of one document in a shard into arrays: a few tar headers and npy headers.
 
 Nothing is ever written to disk, and only these members are accepted: plain files named `KEY.json`,
-`KEY.0.tokens.npy`, `KEY.1.moments.npy` (or `KEY.1.picture.webp`, `KEY.1.codes.npy`) and so on, of one key, each once. tarfile
-and np.load would take longer than sampling the noise does.
+`KEY.0.tokens.npy`, `KEY.1.moments.npy` (or `KEY.1.picture.webp`, `KEY.1.codes.npy`) and so on, of one key,
+each once. tarfile and np.load would take longer than sampling the noise does.
 """
 
 import ast

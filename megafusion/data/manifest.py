@@ -61,8 +61,8 @@ class Manifest(Config):
     max_tokens_beside_images: int = 0
     """Maximum text tokens of a document with images."""
     images: Literal["latents", "pictures", "codes"] = "latents"
-    """latents, codes: encoded once, by the autoencoder of vae_sha256, an AutoencoderKL or a VQModel; pictures:
-    pixels, encoded in training."""
+    """latents, codes: encoded once, by the autoencoder of vae_sha256 (an AutoencoderKL, a VQModel);
+    pictures: pixels, encoded in training."""
     tokenizer_sha256: str
     """Hash of the tokenizer file that made the tokens."""
     vae_sha256: str | None = None

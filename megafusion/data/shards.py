@@ -2,8 +2,9 @@
 
 A document is a tar member `KEY.json` (its metadata) followed by its segments in order: `KEY.0.tokens.npy`
 int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and log-variance of an image's
-latents, `KEY.1.codes.npy` int32 [H, W] for its codes, or `KEY.1.picture.webp` for its pixels. The index `shard-000000.index.npy`, int64 [n + 1], says where
-each document starts and the last one ends, so any is one read away and no archive is ever scanned.
+latents, `KEY.1.codes.npy` int32 [H, W] for its codes, or `KEY.1.picture.webp` for its pixels. The index
+`shard-000000.index.npy`, int64 [n + 1], says where each document starts and the last one ends, so any is one
+read away and no archive is ever scanned.
 """
 
 import io

@@ -19,19 +19,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from megafusion.errors import UserError
+from megafusion.images.autoencoder import Quantized, codebook_vectors, decode, encode, is_quantized
 from megafusion.images.codec_config import CONFIG_NAME, CodecConfig, read_codec_config
 from megafusion.images.processor import postprocess_images, preprocess_images
 from megafusion.images.sizes import Size
 from megafusion.storage import expand_path
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, VQModel
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-    Model = AutoencoderKL | VQModel
+    from megafusion.images.autoencoder import Model
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 HASHED_KEYS = {
@@ -81,7 +78,7 @@ class ImageCodec:
     @staticmethod
     def of(model: Model) -> ImageCodec:
         """The codec of a diffusers model: a QuantizedCodec if that has a codebook."""
-        return (QuantizedCodec if hasattr(model, "quantize") else ImageCodec)(model)
+        return (QuantizedCodec if is_quantized(model) else ImageCodec)(model)
 
     @cached_property
     def hash(self) -> str:
@@ -89,7 +86,10 @@ class ImageCodec:
         return _hash(self.model.config, self.model.state_dict())
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of images of `height` x `width` pixels, C 0 for codes. UserError if f does not divide them."""
+        """(C, h, w) of images of `height` x `width` pixels; C is 0 for codes.
+
+        Raises UserError if f does not divide them.
+        """
         f = self.downsampling
         if height % f or width % f or min(height, width) < f:
             raise UserError(f"image size {height} x {width}: this autoencoder needs multiples of {f} pixels")
@@ -113,6 +113,7 @@ class ImageCodec:
         """Pixels in [-1, 1] to the raw, unscaled posterior: (mean, log variance), float32 [N, C, h, w]."""
         self.latent_shape(*pixels_N3HW.shape[-2:])
         posterior = encode(self.model, pixels_N3HW.to(self.model.device, self.model.dtype))
+        assert not isinstance(posterior, Quantized), "of makes the QuantizedCodec of a VQModel"
         return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
@@ -148,18 +149,20 @@ class QuantizedCodec(ImageCodec):
     def encode(self, pixels_N3HW: Tensor) -> Tensor:  # type: ignore[override]
         """Codes of pixels in [-1, 1]: at each position the nearest vector of the codebook."""
         self.latent_shape(*pixels_N3HW.shape[-2:])
-        return encode(self.model, pixels_N3HW.to(self.model.device, self.model.dtype)).codes
+        found = encode(self.model, pixels_N3HW.to(self.model.device, self.model.dtype))
+        assert isinstance(found, Quantized)
+        return found.codes
 
     @torch.no_grad()
     def decode(self, codes_Nhw: Tensor) -> Tensor:
-        """Codes to pixels [N, 3, H, W], clamped to [-1, 1]. Raises UserError for codes beyond the codebook."""
+        """Codes to pixels [N, 3, H, W], clamped to [-1, 1]. UserError for codes beyond the codebook."""
         codes = codes_Nhw.to(self.model.device, torch.int64)
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook_size):
             raise UserError(
                 f"codes from {int(codes.min())} to {int(codes.max())}, but the codebook has "
                 f"{self.codebook_size}; give codes of this autoencoder"
             )
-        return decode(self.model, _vectors(self.model, codes)).clamp(-1, 1)
+        return decode(self.model, codebook_vectors(self.model, codes)).clamp(-1, 1)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Codes as they are."""
@@ -229,48 +232,3 @@ def _user_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # of many types; the user's way out is the same
         raise UserError(f"{path}: not loadable as its {CONFIG_NAME} says: {error}") from error
-
-
-class Quantized:
-    """What a VQModel makes of pixels, with gradients.
-
-    latents [N, C, h, w]: the encoder's; codes int64 [N, h, w]: indices of the nearest vectors of the
-    codebook; vectors [N, C, h, w]: these.
-    """
-
-    def __init__(self, model: VQModel, latents_NCHW: Tensor):
-        self.latents = latents_NCHW
-        flat_TC = latents_NCHW.detach().movedim(1, -1).flatten(0, 2)
-        # Distances in float32: half precision would choose others, and cdist has none on a CPU.
-        codes_T = torch.cdist(flat_TC.float(), model.quantize.embedding.weight.float()).argmin(-1)
-        self.codes = codes_T.view(len(latents_NCHW), *latents_NCHW.shape[2:])
-        self.vectors = _vectors(model, self.codes)
-
-    def sample(self) -> Tensor:
-        """The vectors, with the gradient of the latents (straight-through); named as a posterior's."""
-        return self.latents + (self.vectors - self.latents).detach()
-
-
-def encode(model: Model, pixels_N3HW: Tensor) -> DiagonalGaussianDistribution | Quantized:
-    """The posterior of pixels in [-1, 1], or their quantized form; raw and with gradients."""
-    encoded = model.encode(F.pixel_unshuffle(pixels_N3HW, _unshuffle(model)))
-    return Quantized(model, encoded.latents) if hasattr(model, "quantize") else encoded.latent_dist
-
-
-def decode(model: Model, latents_NCHW: Tensor) -> Tensor:
-    """Raw latents, or vectors of a codebook, to pixels in about [-1, 1], not clamped, with gradients."""
-    if not hasattr(model, "quantize"):
-        return F.pixel_shuffle(model.decode(latents_NCHW).sample, _unshuffle(model))
-    # Its own `decode` takes codes where its configuration has lookup_from_codebook.
-    is_spatial = model.config.norm_type == "spatial"
-    shown = model.decoder(model.post_quant_conv(latents_NCHW), latents_NCHW if is_spatial else None)
-    return F.pixel_shuffle(shown, _unshuffle(model))
-
-
-def _vectors(model: VQModel, codes_Nhw: Tensor) -> Tensor:
-    """Vectors [N, C, h, w] of the codebook."""
-    return model.quantize.embedding(codes_Nhw).movedim(-1, 1)
-
-
-def _unshuffle(model: Model) -> int:
-    return CodecConfig.parse(model.config, "autoencoder").unshuffle

@@ -15,7 +15,7 @@ CLASSES = ("AutoencoderKL", "VQModel")
 
 
 class CodecConfig(BaseModel):
-    """Keys of an AutoencoderKL or a VQModel, with its defaults, that say how images become latents or codes."""
+    """Keys of an AutoencoderKL or a VQModel, with defaults, that say how images become latents or codes."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -69,15 +69,13 @@ class CodecConfig(BaseModel):
 def read_codec_config(folder: Path) -> dict[str, Any]:
     """config.json of an AutoencoderKL's or a VQModel's folder with safetensors weights, with its
     `_class_name`. Raises UserError for another."""
-    advice = (
-        "name a diffusers AutoencoderKL or VQModel folder (config.json and safetensors), or train one: train-vae"
-    )
+    named = " or ".join(CLASSES)
+    advice = f"name a diffusers {named} folder (config.json and safetensors), or train one: train-vae"
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder}: no {CONFIG_NAME} there; {advice}")
     config = read_json(path, advice)
     if (found := config.get("_class_name")) not in CLASSES:
-        named = " or ".join(CLASSES)
         raise UserError(f"{path}: a {found or 'model without _class_name'}, not an {named}; {advice}")
     if found == "VQModel":
         config.setdefault("num_vq_embeddings", 256)  # diffusers' default

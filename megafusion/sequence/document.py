@@ -77,8 +77,8 @@ def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence
     The only place where the kind of a segment decides on tokens, labels and mask. patches: number of patches
     or codes of an image of each size, which also decides on its boi.
     Every position has a next-token target except boi and patches: the position before predicts boi, what
-    follows boi is denoised, and eoi is never predicted. An image of codes is text: its codes are tokens behind
-    the tokenizer's, each sees those before it, and they and eoi are predicted, unless the image is given.
+    follows boi is denoised, and eoi is never predicted. An image of codes is as text: its codes are tokens
+    behind the tokenizer's, each sees those before it, and they and eoi are predicted, unless it is given.
     """
     max_patches = max(patches)
     length = 2 + sum(_num_positions(segment, patches) for segment in segments)
@@ -107,8 +107,8 @@ def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence
         start = end
     labels = np.full(length, IGNORED_LABEL, np.int64)
     labels[:-1][has_target[:-1]] = tokens[1:][has_target[:-1]]
-    bounds = np.array([image_start, image_end], np.int32)
-    return FlatDocument(tokens, labels, patch, row_end, *bounds, tuple(images))
+    starts, ends = (np.array(bound, np.int32) for bound in (image_start, image_end))
+    return FlatDocument(tokens, labels, patch, row_end, starts, ends, tuple(images))
 
 
 def _num_positions(segment: Segment, patches: Sequence[int]) -> int:
