@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import VQModel
 
+from megafusion.images.autoencoder import encode
 from tests.support.small import small_run
 
 CODEBOOK_SIZE = 40
@@ -35,8 +36,10 @@ def make_vq(folder: Path) -> Path:
         layers_per_block=1,
         mid_block_add_attention=False,
     )
-    with torch.no_grad():  # vectors as far apart as latents are
-        model.quantize.embedding.weight.normal_(std=0.3)
+    colors_N3HW = torch.rand(CODEBOOK_SIZE, 3, 1, 1) * 2 - 1 + 0.2 * torch.randn(CODEBOOK_SIZE, 3, 8, 8)
+    with torch.no_grad():  # a vector for each of some colors
+        latents_NC = encode(model, colors_N3HW).latents[:, :, 0, 0]
+        model.quantize.embedding.weight.copy_(latents_NC)
     model.save_pretrained(folder)
     return folder
 
