@@ -40,7 +40,9 @@ def row_statistics(
                 pairs += (before + image + after) * (before + image + after + 1) // 2
                 pairs += 0 if is_causal else image * (image - 1) // 2
                 filled, in_row = filled + before + image + after, in_row + 1
-                targets += before  # not boi, but eoi
+                targets += before + (
+                    image + 1 if is_causal else 0
+                )  # of latents neither boi nor patches, but eoi
             elif kind == "pairs" and in_row:
                 break
             else:
