@@ -29,7 +29,7 @@ def sample_codes(
 
     Nothing but the grid's number of codes can be sampled. logits_BV: next-token logits after the boi.
     first_code: the token id of code 0. Guides: classifier-free guidance on logits. generators: of each row.
-    A step is a code, and its latents are the codes int64 [B, h, w] so far, then zeros. The receiver may change
+    A step is a code; its latents are the codes int64 [B, h, w] so far, then zeros. The receiver may change
     the step's code. Raises UserError for a code beyond the codebook.
     """
     codebook_size, num_codes, num_rows = decoder.model.config.codebook_size, math.prod(grid), len(logits_BV)
@@ -37,7 +37,7 @@ def sample_codes(
     plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # those are of texts
     sampling = sampling.model_copy(update=options | plain)
     uniform_BP = [torch.rand(num_codes, generator=g, device=g.device).tolist() for g in generators]
-    everything, logits = cache, torch.cat([logits_BV, *(guide.logits for guide in guides)])
+    everything, logits = cache, torch.cat([logits_BV, *(g.logits for g in guides if g.logits is not None)])
     for guide in guides:
         everything = everything.concatenate(guide.cache)
     codes_BP = torch.zeros(num_rows, num_codes, dtype=torch.int64, device=logits.device)
