@@ -30,6 +30,9 @@ class ObjectiveConfig(Config):
 
     image_weight: float = Field(5.0, ge=0)
     """The paper's lambda: weight of the mean diffusion loss per image beside the mean loss per token."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the mean squared log of the softmax's denominator of next tokens, added to the text loss of a
+    step: keeps logits small (1e-5 in Chameleon). Not in the losses of data.validation."""
     noise_process: NoiseProcessConfig = DDPMConfig()
     """How images are noised, and the model's target."""
 

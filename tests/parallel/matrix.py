@@ -215,7 +215,8 @@ def make_cases() -> list[Case]:
     cases.append(Case("tp2-adapters-bf16", 2, {"tensor": 2}, train=bf16, recipe=adapters))
     for name, (world, degrees) in LORA_TOPOLOGIES.items():
         cases.append(Case(f"{name}-lora", world, degrees, recipe={"train": {"lora": LORA}}))
-    cases += [Case(f"{name}-quantized", *QUANTIZED[name], quantized=True) for name in QUANTIZED]
+    recipe = {"objective": {"z_loss": 0.01}}  # a thousand times Chameleon's, so that it is seen
+    cases += [Case(f"{name}-quantized", *t, recipe=recipe, quantized=True) for name, t in QUANTIZED.items()]
     return [
         case
         if case.adapter == "unet"
