@@ -47,10 +47,10 @@ def sample_codes(
             own = apply_guidance(own, other, guide.scale)
         uniform = [row[index] for row in uniform_BP]
         codes_BP[:, index] = choose_tokens(process_logits(own, sampling), sampling.temperature, uniform)
-        codes = codes_BP.unflatten(1, grid).clone()
+        codes = codes_BP.unflatten(1, grid)
         state = DenoisingStep(index + 1, num_codes, torch.tensor(index), codes, codes.clone)
         yield state
-        codes_BP = state.latents.flatten(1)
+        codes_BP = state.latents.flatten(1).clone()  # a receiver may keep the step's
         if not 0 <= int(codes_BP[:, index].min()) <= int(codes_BP[:, index].max()) < codebook_size:
             raise UserError(
                 f"callback_on_step_end: a code outside of 0 to {codebook_size - 1}, those of the codebook"
