@@ -20,7 +20,9 @@ FIRST, NUM_CODES = 2048, 16
 
 @pytest.fixture
 def pipeline(quantized_values, tokenizer, vq_folder) -> TransfusionPipeline:
-    return make_pipeline(parsed(quantized_values), tokenizer, ImageCodec.from_pretrained(vq_folder), 4)
+    """With a padded vocabulary, whose last rows are neither texts nor codes."""
+    codec, padded = ImageCodec.from_pretrained(vq_folder), FIRST + CODEBOOK_SIZE + 8
+    return make_pipeline(parsed(quantized_values), tokenizer, codec, 4, vocab_size=padded)
 
 
 def sampling(**changes) -> SamplingConfig:
@@ -34,7 +36,8 @@ def code_logits(pipeline, contexts: list[list[Segment]], codes) -> torch.Tensor:
     logits = pipeline.model.tail.head(full_hidden(pipeline.model, batch)[0])
     is_boi = batch.tokens == pipeline.tokenizer.boi
     starts = is_boi.int().argmax(1).tolist()
-    return torch.stack([row[s : s + NUM_CODES, FIRST:] for row, s in zip(logits, starts, strict=True)])
+    ids = slice(FIRST, FIRST + CODEBOOK_SIZE)
+    return torch.stack([row[s : s + NUM_CODES, ids] for row, s in zip(logits, starts, strict=True)])
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -64,7 +67,6 @@ def test_sampled_codes_depend_on_their_own_seed_alone(pipeline):
 def test_codes_are_inside_images_and_texts_outside(pipeline, favoured):
     """Whatever the logits: an image has codes alone, as many as its grid, and a text has none."""
     seen: list[int] = []
-    read = pipeline.model.stem.embedding.forward
     pipeline.model.stem.embedding.register_forward_pre_hook(
         lambda _, inputs: seen.extend(inputs[0].flatten())
     )
@@ -83,7 +85,23 @@ def test_codes_are_inside_images_and_texts_outside(pipeline, favoured):
     assert rest[0] == pipeline.tokenizer.eoi
     assert all(token < FIRST for token in [*tokens[:boi], *rest])
     assert answer[0].size == (32, 32)
-    assert read is not None
+
+
+def test_text_continues_behind_a_guided_image(pipeline):
+    """From the row's own context: what guided the image leaves no trace."""
+    options = sampling(image_temperature=0.0, guidance_scale=2.5)
+    generation = pipeline.generation(
+        pipeline.requests([[c] for c in CAPTIONS], begin="image", sampling=options)
+    )
+    generation.run()
+    batch, lengths = prompt_batch(pipeline, [row.segments[:2] for row in generation.rows])
+    logits = pipeline.model.tail.head(full_hidden(pipeline.model, batch)[0])
+    last = logits[torch.arange(len(CAPTIONS)), lengths - 1]
+    last[:, [pipeline.tokenizer.boi, pipeline.tokenizer.eoi, *range(FIRST, last.shape[1])]] = -torch.inf
+    expected = last.argmax(-1).tolist()
+    found = [output[1] if len(output) > 1 else pipeline.tokenizer.eos for output in generation.outputs]
+    assert found == expected
+    assert len(set(found)) > 1
 
 
 def test_an_image_of_a_prompt_is_read_as_its_codes(pipeline):
