@@ -41,5 +41,5 @@ def test_a_block_normalizes_the_outputs_or_the_inputs_of_its_sublayers(post_norm
 
 
 def test_no_text_model_of_transformers_has_it():
-    with pytest.raises(UserError, match="no architecture of transformers .* has model.post_norm"):
+    with pytest.raises(UserError, match=r"no architecture of transformers .* has model.post_norm"):
         hub_config(ModelConfig(**CONFIG, post_norm=True), 8, {})
