@@ -7,8 +7,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from megafusion.evaluate.reconstruction import reconstruct, reconstruction_metrics
-from megafusion.images.codec import ImageCodec, encode
+from megafusion.images.autoencoder import Quantized, encode
+from megafusion.images.codec import ImageCodec
 from megafusion.images.grid import make_image_grid
 from megafusion.images.processor import postprocess_images
 
@@ -20,22 +20,30 @@ def latent_statistics(model: AutoencoderKL, batches: Iterable[Tensor]) -> tuple[
     """(scaling factor, shift factor): 1 / standard deviation and mean of the images' sampled latents."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    latents = torch.cat([encode(model, images.to(device)).sample(generator) for images in batches]).double()
+    posteriors = (encode(model, images.to(device)) for images in batches)
+    latents = torch.cat([p.sample(generator) for p in posteriors if not isinstance(p, Quantized)]).double()
     return float(1 / latents.std()), float(latents.mean())
 
 
 @torch.no_grad()
 def measure(codec: ImageCodec, images_N3HW: Tensor) -> tuple[dict[str, float], Tensor]:
-    """Reconstruction metrics of images in [-1, 1] from their mean latents, and the reconstructions.
+    """Reconstruction metrics of images in [-1, 1] from their mean latents or codes, and the reconstructions.
 
     On pixels in [0, 1]: psnr is the mean PSNR over images in dB, psnr_of_mean the PSNR of the mean squared
     error, l1 the mean absolute difference.
     """
-    parts = [reconstruct(codec, pixels) for pixels in images_N3HW.split(BATCH_SIZE)]
-    squared_N, absolute_N, reconstructions = map(torch.cat, zip(*parts, strict=True))
-    figures = reconstruction_metrics(squared_N, absolute_N)
-    digits = {"psnr": 3, "psnr_of_mean": 3, "l1": 5}
-    return {name: round(figures[name], num) for name, num in digits.items()}, reconstructions
+    device = next(codec.model.parameters()).device
+    reconstructions = torch.cat(
+        [codec.reconstruct(x.to(device)).cpu() for x in images_N3HW.split(BATCH_SIZE)]
+    )
+    difference = (reconstructions - images_N3HW).double() / 2
+    squared_N = difference.square().mean((1, 2, 3)).clamp(min=1e-10)
+    metrics = {
+        "psnr": round(float(-10 * squared_N.log10().mean()), 3),
+        "psnr_of_mean": round(float(-10 * squared_N.mean().log10()), 3),
+        "l1": round(float(difference.abs().mean()), 5),
+    }
+    return metrics, reconstructions
 
 
 def contact_sheet(keys: list[str], originals: Tensor, reconstructions: Tensor) -> Image.Image:
