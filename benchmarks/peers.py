@@ -107,7 +107,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "192x5": Size(192, 5, 32, length=128, num_rows=16),
-    "512x8": Size(512, 8, 64, length=256, num_rows=4),
+    "512x8": Size(512, 8, 64, length=256, num_rows=2),
     "2048x8": Size(2048, 8, 128, length=4096, num_rows=2, vocab_size=32064),
 }
 """The last is for GPUs."""
@@ -320,14 +320,17 @@ def compare(size: Size, num_rounds: int) -> tuple[dict[str, dict], dict[str, str
     for name, make in PEERS.items():
         try:
             ready[name] = make(size)
-            for _ in range(3):
+            for _ in range(2):
                 ready[name].step()
         except Exception as error:  # of any package, whose fault ends no benchmark
             if name == "ours":
                 raise
             ready.pop(name, None)
             reasons[name] = f"{type(error).__name__}: {str(error)[:300]}"
-    rounds = [{name: seconds(peer.step) for name, peer in ready.items()} for _ in range(num_rounds)]
+    rounds = []
+    for _ in range(num_rounds):
+        rounds.append({name: seconds(peer.step) for name, peer in ready.items()})
+        print(", ".join(f"{name} {spent:.3f} s" for name, spent in rounds[-1].items()), file=sys.stderr)
     found = {}
     for name, peer in ready.items():
         found[name] = {
@@ -410,21 +413,19 @@ def main() -> None:
     if options.memory:
         print(peak_memory(options.memory, SIZES[sizes[0]]))
         return
-    timed = {name: compare(SIZES[name], options.rounds) for name in sizes}
-    print("timed; what follows measures memory", file=sys.stderr)
-    results = {}
-    for name, (found, reasons) in timed.items():
+    packages = ("megafusion", "torch", "deepspeed", "transfusion-pytorch", "torchtitan")
+    record: dict = {"sizes": {}, "versions": {name: installed(name) for name in packages}} | machine()
+    record["num_cores"] = len(os.sched_getaffinity(0))
+    for name in sizes:
+        found, reasons = compare(SIZES[name], options.rounds)
         for peer, line in found.items():
             line["peak_bytes"] = peak_memory_apart(peer, name, options.peers)
         for line in found.values():
             line["our_bytes_over_its"] = found["ours"]["peak_bytes"] / line["peak_bytes"]
         show(name, found, reasons)
-        results[name] = {"size": SIZES[name]._asdict(), "steps": found, "not_run": reasons}
-    packages = ("megafusion", "torch", "deepspeed", "transfusion-pytorch", "torchtitan")
-    record = {"sizes": results, "versions": {name: installed(name) for name in packages}} | machine()
-    record["num_cores"] = len(os.sched_getaffinity(0))
-    if options.json:
-        write_file(options.json, json.dumps(record, indent=1) + "\n")
+        record["sizes"][name] = {"size": SIZES[name]._asdict(), "steps": found, "not_run": reasons}
+        if options.json:
+            write_file(options.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
