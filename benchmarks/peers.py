@@ -10,12 +10,13 @@
 - transfusion-pytorch: on our rows' texts and images, a row a sample; at our width and depth, and at our width
   with the depth at which it has about as many parameters as ours.
 
-A step is forward, backward, clipping and fused AdamW. Ours is the real engine's, on rows half of captions and
-images, half of texts. Every peer takes its turn in each round. A ratio is the median of the rounds' ratios
-of its seconds to ours, so that other load on the machine affects both alike. Memory is how much a process of
-its own grows at its peak, from before the model is made; on a GPU, the most that is allocated. A peer that is
-not installed or does not run here is named with the reason. float32 on a CPU; on a GPU bf16, the others' by
-autocast.
+A step is forward, backward, clipping and fused AdamW. Ours is the real engine's, on rows half of captions
+and images, half of texts. Every peer takes its turn in each round. A ratio is the median of the rounds' ratios
+of its seconds to ours, so that other load on the machine affects both alike; and, for a CPU, of the seconds
+of processors, which other load hardly changes as long as one thread computes. Memory is how much a process
+of its own grows at its peak, from before the model is made; on a GPU, the most that is allocated. A peer that
+is not installed or does not run here is named with the reason. float32 on a CPU; on a GPU bf16, the others'
+by autocast.
 """
 
 import argparse
@@ -307,11 +308,12 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(step: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def seconds(step: Callable[[], object]) -> tuple[float, float]:
+    """Of a step by the clock, and of this process's processors."""
+    begin, used = time.perf_counter(), time.process_time()
     step()
     finish()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - used
 
 
 def compare(size: Size, num_rounds: int) -> tuple[dict[str, dict], dict[str, str]]:
@@ -330,15 +332,14 @@ def compare(size: Size, num_rounds: int) -> tuple[dict[str, dict], dict[str, str
     rounds = []
     for _ in range(num_rounds):
         rounds.append({name: seconds(peer.step) for name, peer in ready.items()})
-        print(", ".join(f"{name} {spent:.3f} s" for name, spent in rounds[-1].items()), file=sys.stderr)
+        print(", ".join(f"{name} {spent[0]:.3f} s" for name, spent in rounds[-1].items()), file=sys.stderr)
     found = {}
     for name, peer in ready.items():
-        found[name] = {
-            "parameters": peer.num_parameters,
-            "seconds": statistics.median(each[name] for each in rounds),
-            "seconds_over_ours": statistics.median(each[name] / each["ours"] for each in rounds),
-            "rounds": [each[name] for each in rounds],
-        }
+        found[name] = {"parameters": peer.num_parameters, "rounds": [each[name] for each in rounds]}
+        for clock, key in enumerate(("seconds", "processor_seconds")):
+            ratios = [each[name][clock] / each["ours"][clock] for each in rounds]
+            found[name][key] = statistics.median(each[name][clock] for each in rounds)
+            found[name][f"{key}_over_ours"] = statistics.median(ratios)
     return found, reasons
 
 
@@ -382,13 +383,16 @@ def installed(package: str) -> str | None:
 
 
 def show(size: str, found: dict[str, dict], reasons: dict[str, str]) -> None:
-    table = Table("step", "parameters", "seconds", "ours is", "MiB", "ours takes", title=size)
+    columns = ("step", "parameters", "seconds", "ours is", "processor s", "ours is", "MiB", "ours takes")
+    table = Table(*columns, title=size)
     for name, line in found.items():
         table.add_row(
             name,
             f"{line['parameters'] / 1e6:.1f} M",
             f"{line['seconds']:.4f}",
             f"{line['seconds_over_ours']:.2f} x",
+            f"{line['processor_seconds']:.4f}",
+            f"{line['processor_seconds_over_ours']:.2f} x",
             f"{line['peak_bytes'] / 2**20:.0f}",
             f"{line['our_bytes_over_its']:.2f} x",
         )
@@ -405,9 +409,11 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="folder with the other projects")
     parser.add_argument("--size", action="append", choices=list(SIZES), help="of all that the device is for")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.add_argument("--memory", choices=list(PEERS), help="print the peak memory of one, in bytes")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     sys.path.append(str(options.peers))  # last, so that it replaces no package that is here
     sizes = options.size or [name for name in SIZES if name != "2048x8" or DEVICE.type == "cuda"]
     if options.memory:
