@@ -11,8 +11,8 @@
   with the depth at which it has about as many parameters as ours.
 
 A step is forward, backward, clipping and fused AdamW. Ours is the real engine's, on rows half of captions
-and images, half of texts. Every peer takes its turn in each round. A ratio is the median of the rounds' ratios
-of its seconds to ours, so that other load on the machine affects both alike; and, for a CPU, of the seconds
+and images, half of texts. Every peer takes its turn in each round. A ratio is the median over the rounds
+of its seconds to ours, so that other load on the machine affects both alike; for a CPU also of the seconds
 of processors, which other load hardly changes as long as one thread computes. Memory is how much a process
 of its own grows at its peak, from before the model is made; on a GPU, the most that is allocated. A peer that
 is not installed or does not run here is named with the reason. float32 on a CPU; on a GPU bf16, the others'
@@ -108,6 +108,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "192x5": Size(192, 5, 32, length=128, num_rows=16),
+    "192x5-rows-of-512": Size(192, 5, 32, length=512, num_rows=4),
     "512x8": Size(512, 8, 64, length=256, num_rows=2),
     "2048x8": Size(2048, 8, 128, length=4096, num_rows=2, vocab_size=32064),
 }
