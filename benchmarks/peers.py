@@ -109,7 +109,7 @@ class Size(NamedTuple):
 SIZES = {
     "192x5": Size(192, 5, 32, length=128, num_rows=16),
     "192x5-rows-of-512": Size(192, 5, 32, length=512, num_rows=4),
-    "512x8": Size(512, 8, 64, length=256, num_rows=2),
+    "512x8": Size(512, 8, 64, length=256, num_rows=8),
     "2048x8": Size(2048, 8, 128, length=4096, num_rows=2, vocab_size=32064),
 }
 """The last is for GPUs."""
