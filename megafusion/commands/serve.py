@@ -30,12 +30,15 @@ def serve(
 
     Example: megafusion serve runs/quickstart --port 8000 max_batch=16
     """
+    from megafusion.checkpoint.folder import checkpoint_at
     from megafusion.serve.config import ServeConfig
 
     config = parse_config(ServeConfig, apply_overrides({}, overrides or []), "serve")
-    if not pipeline.is_dir():
-        raise UserError(f"{pipeline}: no such folder; give a pipeline folder, a run folder or a checkpoint")
-    if missing := [name for name in ("fastapi", "prometheus_client", "uvicorn") if not find_spec(name)]:
+    folders = (pipeline, pipeline / "pipeline")
+    if not any((folder / "config.json").is_file() for folder in folders) and not checkpoint_at(pipeline):
+        raise UserError(f"{pipeline}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
+    packages = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+    if missing := [name for name in packages if not find_spec(name)]:
         raise UserError(f"{missing[0]} is not installed: pip install 'megafusion[web]'")
     from megafusion.serve.server import listen, model_name, read_keys
     from megafusion.serve.server import serve as run_server
