@@ -213,9 +213,9 @@ def measure(folder: Path, names: list[str], num_rounds: int, num_batches: int) -
     return found
 
 
-def measure_workers(folder: Path, num_batches: int) -> float:
-    """Positions per second that one worker process delivers to a process that does nothing else."""
-    with make_stream(folder, num_workers=1) as stream:
+def measure_workers(folder: Path, num_batches: int, num_workers: int) -> float:
+    """Positions per second that worker processes deliver to a process that does nothing else."""
+    with make_stream(folder, num_workers=num_workers) as stream:
         stream.next()
         begin = time.perf_counter()
         for _ in range(num_batches):
@@ -292,13 +292,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_all(Path(folder), arguments.pairs, "streaming" in names)
         found = measure(Path(folder), names, arguments.rounds, arguments.batches)
-        worker = measure_workers(Path(folder), 3 * arguments.batches)
+        workers = {number: measure_workers(Path(folder), 3 * arguments.batches, number) for number in (1, 2)}
         resume_ms = measure_resume(Path(folder))
     figures = {
         **found["megafusion"],
         **{f"vs_{name}": found[name]["ratio"] for name in names[1:]},
         "resume_ms": resume_ms,
-        "positions_per_second_of_one_worker": worker,
+        "positions_per_second_of_workers": workers,
         "peers": {name: found[name] for name in names[1:]},
         "settings": {k: v for k, v in vars(arguments).items() if k != "json"},
         "versions": {
@@ -322,7 +322,8 @@ def main() -> None:
     console = Console(stderr=True)
     console.print(table)
     console.print(
-        f"resuming at sample {NUM_SAMPLES:,}: {resume_ms:.0f} ms; one worker: {worker:,.0f} positions/s"
+        f"resuming at sample {NUM_SAMPLES:,}: {resume_ms:.0f} ms; "
+        f"positions/s of one worker and of two: {workers[1]:,.0f}, {workers[2]:,.0f}"
     )
     if arguments.json == "-":
         print(json.dumps(figures, indent=1))

@@ -85,12 +85,13 @@ def main() -> None:
 def process() -> None:
     """Run `main` as a process of its own whose exit status holds.
 
-    A trainer's C++ threads occasionally abort a process that exits Python's way, after all work is done.
+    A trainer's C++ threads occasionally abort a process that exits Python's way, after all work is done; a
+    server would take seconds to collect its modules.
     """
     try:
         main()
     except SystemExit as end:
-        if sys.argv[1:2] == ["train"] and isinstance(end.code, int):
+        if sys.argv[1:2] in (["train"], ["serve"]) and isinstance(end.code, int):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)

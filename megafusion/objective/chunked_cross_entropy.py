@@ -95,6 +95,7 @@ class _SummedNats(torch.autograd.Function):
             if wants_weight:
                 product = all_logits.T @ hidden
                 grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+            del all_logits, logits  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight[:num_columns])
         return nats
 
