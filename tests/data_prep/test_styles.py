@@ -81,7 +81,7 @@ def test_keys_that_cannot_be_held_out_are_refused(keys, fold, fault):
 def test_the_committed_keys_are_128_concepts_in_four_styles():
     assert len(KEYS) == len(set(KEYS)) == 512
     assert Counter(map(style_of, KEYS)) == dict.fromkeys(STYLES, 128)
-    assert sum(path.stat().st_size for path in COMMITTED.iterdir()) < 2**20
+    assert sum(path.stat().st_size for path in COMMITTED.iterdir()) < 2_000_000
     starter = set((ROOT / "data_prep/emoji/starter.txt").read_text().split())
     assert starter < set(KEYS), "the quickstart's concepts are among them"
 
