@@ -1,0 +1,106 @@
+"""The tab in which texts and images come in any order, from both sides."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
+
+import gradio as gr
+
+from megafusion.errors import UserError
+from megafusion.generate.row import Part
+from megafusion.serve.page.parts import Controls, Page, Update, file_name, progress
+from megafusion.serve.page.render import message, turn
+
+Turn = tuple[Literal["user", "assistant"], list[Part]]
+
+WELCOME = """Write a text, attach images, or both.
+
+"Add" takes a part without an answer to it, so that texts and images can come in any order."""
+
+
+def chat_tab(page: Page) -> None:
+    """Lay the tab out in the layout that is open."""
+    turns = gr.State([])
+    view = gr.Chatbot(
+        show_label=False,
+        height=440,
+        latex_delimiters=[],
+        buttons=[],
+        feedback_options=None,
+        placeholder=WELCOME,
+        elem_id="chat",
+    )
+    box = gr.MultimodalTextbox(
+        show_label=False,
+        placeholder="red apple, 3d style",
+        file_types=["image"],
+        file_count="multiple",
+        submit_btn=False,
+        elem_id="box",
+    )
+    with gr.Row():
+        sees_all = gr.Checkbox(
+            False,
+            label="The model sees the whole conversation",
+            info="Otherwise what came after its last answer, as models need that were trained on pairs.",
+        )
+        add = gr.Button("Add", size="sm", scale=0)
+        clear = gr.Button("Clear", size="sm", scale=0)
+    controls = Controls("Send")
+
+    async def taken(given: dict[str, Any], before: list[Turn]) -> list[Turn]:
+        """The turns with a message more; its images come before its text."""
+        parts: list[Part] = [await page.load(path) for path in given["files"]]
+        parts += [given["text"]] if given["text"].strip() else []
+        return [*before, ("user", parts)] if parts else before
+
+    async def send(
+        given: dict[str, Any], before: list[Turn], whole: bool, entries: list, *values: Any
+    ) -> AsyncIterator[Update]:
+        """Add a message to the conversation, and answer it."""
+        options = page.settings.read(values)
+        now = await taken(given, before)
+        if not now or now[-1][0] == "assistant":
+            raise UserError("Message is empty: write a text, attach an image, or both")
+        document = _document(now, whole)
+        texts = [part for part in document if isinstance(part, str)]
+        name = file_name(texts[-1] if texts else "answer", options.seed)
+        yield {page.settings.seed: options.seed}
+        async for (answer,) in page.answers([document], options, "free"):
+            yield {
+                box: None,
+                turns: [*now, ("assistant", list(answer.parts))],
+                view: [*_messages(now), {"role": "assistant", "content": turn(answer, name)}],
+                controls.status: progress([answer]),
+            }
+        for image in answer.images:
+            entries = page.gallery.add(entries, image, name, f"{' '.join(texts)} seed {options.seed}")
+        end = "Done." if answer.parts else "The model ended at once, without an answer."
+        yield page.gallery.show(entries) | controls.idle(end)
+
+    async def add_only(given: dict[str, Any], before: list[Turn]) -> Update:
+        try:
+            now = await taken(given, before)
+        except UserError as error:
+            return controls.idle(str(error), is_error=True)
+        return {turns: now, view: _messages(now), box: None} | controls.idle("")
+
+    controls.wire(
+        send,
+        [box, turns, sees_all, page.gallery.entries, *page.settings.inputs],
+        [box, turns, view, page.settings.seed, *page.gallery.outputs],
+        "chat",
+        also=[box.submit],
+    )
+    add.click(add_only, [box, turns], [box, turns, view, *controls.outputs], api_visibility="private")
+    gr.on([clear.click, view.clear], lambda: ([], []), None, [turns, view], api_visibility="private")
+
+
+def _document(turns: Sequence[Turn], sees_all: bool) -> list[Part]:
+    """The parts that the model sees: of all turns, or of those after its last answer."""
+    answers = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
+    first = 0 if sees_all or not answers else answers[-1] + 1
+    return [part for _, parts in turns[first:] for part in parts]
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": message(parts)} for role, parts in turns]
