@@ -18,13 +18,13 @@ from train import machine
 
 from data_prep.config import PreprocessConfig
 from data_prep.emoji.build import starter_keys
-from data_prep.emoji.classifier import ImageClassifier
 from data_prep.emoji.report import write_report
 from data_prep.emoji.train_classifier import measure, read_pack, train_classifier
 from data_prep.preprocess import preprocess
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.config import load_config
 from megafusion.errors import UserError, exit_on_user_error
+from megafusion.evaluate.classifier import ImageClassifier
 from megafusion.storage import write_file
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import megafusion.device
 
-from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
 from data_prep.emoji.report import training_pairs
+from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import preprocess_images
 from megafusion.objective import ddpm, flow

@@ -17,6 +17,7 @@ from megafusion.commands.import_model import import_model
 from megafusion.commands.keys import keys
 from megafusion.commands.launch import launch
 from megafusion.commands.plan import plan
+from megafusion.commands.serve import serve
 from megafusion.commands.status import status
 from megafusion.commands.train import listen_for_signals, train
 from megafusion.errors import UserError, exit_on_user_error
@@ -46,6 +47,7 @@ for command in (
     train,
     status,
     generate,
+    serve,
     export,
     report,
     plan,

@@ -78,15 +78,13 @@ def render(encoded: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def join_pairs(
-    labels: dict[str, str], fluent: dict[str, bytes], noto: dict[str, bytes]
-) -> dict[str, tuple[bytes, str]]:
-    """(encoded image, caption) by key, sorted; `fluent` and `noto` map file names to encoded images.
+def join_pairs(labels: dict[str, str], styles: dict[str, dict[str, bytes]]) -> dict[str, tuple[bytes, str]]:
+    """(encoded image, caption) by key, sorted; `styles` maps a style to encoded images by file name.
 
     A key is code points and style, such as `1F34E-3d`, without the dot that would end it in webdataset.
     """
     pairs = {}
-    for style, files in (("3d", fluent), ("flat", noto)):
+    for style, files in styles.items():
         # Reversed, so that of two files for the same code points the first by name is kept.
         images = {code_points(Path(name).stem): files[name] for name in reversed(list(files))}
         if style == "3d":
@@ -129,7 +127,8 @@ def build(
     labels = read_labels(json.loads(read_package(EMOJIBASE, packages, "en/data.json")[""]))
     fluent = read_package(FLUENT, packages, "assets/")
     noto = read_package(NOTO, packages, "img/google/64/")
-    pairs = {key: (render(image), text) for key, (image, text) in join_pairs(labels, fluent, noto).items()}
+    joined = join_pairs(labels, {"3d": fluent, "flat": noto})
+    pairs = {key: (render(image), text) for key, (image, text) in joined.items()}
     concepts = [concept.strip() for concept in STARTER_CONCEPTS.split(",")]
     starter = starter_keys({key: caption for key, (_, caption) in pairs.items()}, concepts)
     content = pack(pairs)

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.progress import Progress
 
-from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
 from data_prep.images import open_rgb
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.data.config import DataConfig
 from megafusion.data.source import open_folder
 from megafusion.errors import UserError
+from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
 from megafusion.generate.events import Event, ImageStep
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png, make_image_grid

@@ -10,27 +10,28 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_prep.emoji.classifier import IMAGE_SIZE, OTHER, REJECTION_COSINE, ImageClassifier
-from data_prep.emoji.distortions import CORRUPTIONS, augment, blends
 from data_prep.images import open_rgb
 from data_prep.readers.webdataset import tar_pairs
 from megafusion.errors import UserError, exit_on_user_error
+from megafusion.evaluate.classifier import IMAGE_SIZE, OTHER, REJECTION_COSINE, ImageClassifier
+from megafusion.evaluate.distortions import CORRUPTIONS, augment, blends
 from megafusion.progress import progress_bar
 from megafusion.storage import read_lines
 
 LOGIT_SCALE = 16.0
 
 
-def read_pack(pack: Path) -> dict[str, Tensor]:
-    """Images [3, 64, 64] in [0, 1] by key, from a webdataset tar."""
-    if not pack.is_file():
-        raise UserError(f"{pack}: no such file; build it with python -m data_prep.emoji.build")
+def read_pack(*packs: Path) -> dict[str, Tensor]:
+    """Images [3, 64, 64] in [0, 1] by key, from webdataset tars."""
     images = {}
-    for pair in tar_pairs(pack):
-        pixels = np.array(open_rgb(pair.image))
-        if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise UserError(f"{pack}: {pair.key} is not 64 x 64 pixels; rebuild the pack")
-        images[pair.key] = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    for pack in packs:
+        if not pack.is_file():
+            raise UserError(f"{pack}: no such file; build it with python -m data_prep.emoji.build")
+        for pair in tar_pairs(pack):
+            pixels = np.array(open_rgb(pair.image))
+            if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+                raise UserError(f"{pack}: {pair.key} is not 64 x 64 pixels; rebuild the pack")
+            images[pair.key] = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     return images
 
 
@@ -124,7 +125,7 @@ def measure(classifier: ImageClassifier, images_by_key: dict[str, Tensor]) -> di
 
 
 app = typer.Typer(add_completion=False, help="Train or measure the classifier of generated images.")
-PackOption = Annotated[Path, typer.Option(help="webdataset tar of 64 x 64 images.")]
+PackOption = Annotated[list[Path], typer.Option(help="webdataset tar of 64 x 64 images; repeat for several.")]
 
 
 @app.command()
@@ -135,7 +136,7 @@ def train(
     num_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 700,
 ) -> None:
     """Train on the real images, print the metrics, and store them with the weights."""
-    images_by_key = read_pack(pack)
+    images_by_key = read_pack(*pack)
     classifier = train_classifier(images_by_key, read_keys(keys, images_by_key), num_steps)
     classifier.metrics = measure(classifier, images_by_key)
     classifier.save(out)
@@ -147,7 +148,7 @@ def measure_command(
     pack: PackOption, weights: Annotated[Path, typer.Option(help="safetensors file that `train` wrote.")]
 ) -> None:
     """Measure stored weights again."""
-    _print(measure(ImageClassifier.load(weights), read_pack(pack)))
+    _print(measure(ImageClassifier.load(weights), read_pack(*pack)))
 
 
 def _print(metrics: dict[str, float]) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.emoji.classifier import IMAGE_SIZE, ImageClassifier
 from megafusion import TransfusionPipeline
+from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
 from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.images.processor import preprocess_images
 from megafusion.images.reader import read_image

@@ -7,7 +7,7 @@ import typer
 from megafusion.config import FROM_DATA, REQUIRED, Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
 
-Command = Literal["train", "preprocess", "train-tokenizer", "train-vae"]
+Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve"]
 REGENERATE = "python -m megafusion.commands.keys > docs/configuration.md"
 
 
@@ -73,6 +73,10 @@ def _config_class(command: str) -> type[Config]:
         from data_prep.tokenizer.config import TokenizerConfig
 
         return TokenizerConfig
+    if command == "serve":
+        from megafusion.serve.config import ServeConfig
+
+        return ServeConfig
     from data_prep.vae.config import AutoencoderConfig
 
     return AutoencoderConfig

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from megafusion.device import default_device
@@ -114,8 +114,12 @@ def make_engine(
     resilience: ResilienceConfig,
     shape: SequenceShape,
     seed: int,
+    is_read: Callable[[str], bool] = lambda name: False,
 ) -> Engine:
-    """This rank's part of a randomly initialized model, under DeepSpeed. Called by every rank."""
+    """This rank's part of a model, under DeepSpeed. Called by every rank.
+
+    Weights start at random, or as zeros where `is_read` says of a canonical name that the caller reads it.
+    """
     with torch.device("meta"):
         whole_model = Transfusion(model, objective)
         if train.lora:
@@ -132,6 +136,7 @@ def make_engine(
         seed=seed,
         device=device,
         trains=train.trains,
+        is_read=is_read,
     )
     losses = shard_objective(objective, model, mesh).to(device)
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))

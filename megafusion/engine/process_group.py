@@ -36,8 +36,9 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    # DeepSpeed would compile its shared-memory collectives for CPUs, which needs a compiler; gloo suffices.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would look in turn which of its operators could be compiled here, with a compiler and for
+    # seconds, and then compile its shared-memory collectives for CPUs. None is used: gloo and NCCL suffice.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
 
 

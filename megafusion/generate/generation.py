@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megafusion.errors import UserError
 from megafusion.generate.cache import KVCache
-from megafusion.generate.decoder import Decoder, Guide
+from megafusion.generate.decoder import Decoder, DenoisingStep, Guide
 from megafusion.generate.events import Event, ImageDone, ImagePreview, ImageStep, RowDone, TextDelta
-from megafusion.generate.row import Part, Request, Row, read_image, text_segments
+from megafusion.generate.row import Part, Request, Row, count_positions, read_image, text_segments
 from megafusion.generate.text import TextStream, choose_tokens, process_logits
 from megafusion.images.codec import ImageCodec
+from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, Segment, flatten
@@ -38,8 +39,7 @@ class Generation:
     """The rows of one call: their cache, next-token logits and outputs so far. Iterate for the events.
 
     A row's answer does not depend on the others. sequence_length: of the rows in training, where every row
-    ends. preview_every: denoising steps between previews; 0 for none. streams_text: false where nobody reads
-    the text before a row's end.
+    ends. streams_text: false where nobody reads the text before a row's end.
     Raises UserError for a prompt that leaves no room for an answer.
     """
 
@@ -50,23 +50,20 @@ class Generation:
         codec: ImageCodec,
         requests: Sequence[Request],
         sequence_length: int | None = None,
-        preview_every: int = 0,
         streams_text: bool = True,
     ):
         self.config, self.tokenizer, self.codec = model.config, tokenizer, codec
-        self.decoder, self.preview_every, self.streams_text = Decoder(model), preview_every, streams_text
+        self.decoder, self.streams_text = Decoder(model), streams_text
         self.device = model.tail.head.weight.device
         config = self.config
         self.boi_ids = [tokenizer.boi_of_size(index) for index in range(len(config.image_sizes))]
         self.image_positions = max(config.patches) + 2
         self.limit = (sequence_length or UNKNOWN_LENGTH) - 1
         """Positions of a row before its eos."""
+        for number, request in enumerate(requests):
+            check_request(request, f"prompt {number}", tokenizer, config, sequence_length)
         self.rows = [self._row(number, request) for number, request in enumerate(requests)]
         documents = [flatten(row.segments, tokenizer, config.patches) for row in self.rows]
-        for row, document in zip(self.rows, documents, strict=True):
-            self._check_length(row, f"prompt {row.number}", len(document))
-            negative = text_segments(row.request.sampling.negative_prompt, tokenizer)
-            self._check_length(row, "negative_prompt", len(flatten(negative, tokenizer, config.patches)))
         longest = max(len(document) for document in documents)
         room = max(r.max_images * self.image_positions + r.sampling.max_new_tokens for r in requests)
         first = max(FIRST_CAPACITY, self.image_positions)
@@ -193,8 +190,7 @@ class Generation:
         """Append boi, an image and eoi to some live rows; sizes: the index of its size, by index."""
 
         def key(index: int) -> Any:
-            sampling = self.live[index].request.sampling
-            return sizes[index], repr(sampling.model_dump(exclude=TEXT_KEYS))
+            return sizes[index], image_options(self.live[index].request)
 
         for (size, _), group in groupby(sorted(sizes, key=key), key):
             yield from self._draw_together(sorted(group), size)
@@ -220,9 +216,10 @@ class Generation:
             latents = state.latents
             if all(row.is_cancelled for row in rows):
                 return
-            if self.preview_every and state.step % self.preview_every == 0 and state.step < state.num_steps:
-                for row, image in zip(rows, self.codec.decode_images(state.clean()), strict=True):
-                    yield ImagePreview(row.number, image, state.step, state.num_steps)
+            shown = [i for i, row in enumerate(rows) if _is_shown(row, state)]
+            if shown:
+                for i, image in zip(shown, self.codec.decode_images(state.clean()[shown]), strict=True):
+                    yield ImagePreview(rows[i].number, image, state.step, state.num_steps)
         self.cache.assign(index, cache)
         self._read([self.tokenizer.eoi] * len(self.live), chosen)
         for row, image, own in zip(rows, self.codec.decode_images(latents), latents, strict=True):
@@ -303,12 +300,36 @@ class Generation:
             sizes=self.config.latent_sizes,
         )
 
-    def _check_length(self, row: Row, name: str, length: int) -> None:
-        """length: of a document, which ends in eos."""
-        drawn = self.image_positions if row.request.begin == "image" else 0
-        if length + drawn > self.limit + 1:
-            beside = f" and {drawn} of the image to draw" if drawn else ""
+
+def _is_shown(row: Row, state: DenoisingStep) -> bool:
+    """Whether a step is followed by a preview of the row's image."""
+    every = row.request.preview_every
+    return every > 0 and state.step % every == 0 and state.step < state.num_steps
+
+
+def check_request(
+    request: Request, name: str, tokenizer: Tokenizer, model: ModelConfig, sequence_length: int | None
+) -> int:
+    """Positions of a request's prompt, from bos to eos. name: of the prompt, for the message.
+
+    Raises UserError for one that leaves no room for an answer, or such a negative prompt.
+    """
+    most = sequence_length or UNKNOWN_LENGTH
+    drawn = max(model.patches) + 2 if request.begin == "image" else 0
+    beside = f" and {drawn} of the image to draw" if drawn else ""
+    lengths = {
+        name: count_positions(request.prompt, tokenizer, model),
+        "negative_prompt": count_positions([request.sampling.negative_prompt], tokenizer, model),
+    }
+    for what, length in lengths.items():
+        if length + drawn > most:
             raise UserError(
-                f"{name} takes {length} positions{beside}, but the model was trained on sequences of "
-                f"{self.limit + 1}; shorten it"
+                f"{what} takes {length} positions{beside}, but the model was trained on sequences of {most}; "
+                "shorten it"
             )
+    return lengths[name]
+
+
+def image_options(request: Request) -> str:
+    """The options of a request's images: those with the same are denoised together, if of one size."""
+    return repr(request.sampling.model_dump(exclude=TEXT_KEYS))

@@ -22,7 +22,7 @@ from megafusion.generate.folder import (
     load_model,
     read_pipeline_config,
 )
-from megafusion.generate.generation import Generation
+from megafusion.generate.generation import Generation, check_request
 from megafusion.generate.lora import LoraPipeline
 from megafusion.generate.openers import openers
 from megafusion.generate.row import Begin, Part, Request
@@ -177,7 +177,7 @@ class TransfusionPipeline(LoraPipeline):
         ]
         if not requests:
             return TransfusionPipelineOutput([])
-        generation = self._generation(requests, streams_text=False)
+        generation = self.generation(requests, streams_text=False)
         latents: dict[int, Tensor] = {}
         for event in generation:
             if isinstance(event, ImageStep):
@@ -283,10 +283,12 @@ class TransfusionPipeline(LoraPipeline):
         begin-of-image token. sampling: of all, or one for each prompt. callback: takes each event.
         Raises UserError for a prompt that is too long, or an argument that is not one of these.
         """
-        requests = self._requests(prompts, begin, max_images, seed, size, sampling)
+        requests = self.requests(
+            prompts, begin=begin, max_images=max_images, seed=seed, size=size, sampling=sampling
+        )
         if not requests:
             return []
-        generation = self._generation(requests, streams_text=callback is not None)
+        generation = self.generation(requests, streams_text=callback is not None)
         for event in generation:
             if callback:
                 callback(event)
@@ -308,15 +310,32 @@ class TransfusionPipeline(LoraPipeline):
         preview_every: denoising steps between previews of images; 0 for none. Its `cancel(row)` ends one row,
         and `answers()` has what there is so far.
         """
-        every = given.as_integer("preview_every", preview_every, 0, 2**31 - 1)
-        requests = self._requests(prompts, begin, max_images, seed, size, sampling)
+        requests = self.requests(
+            prompts,
+            begin=begin,
+            max_images=max_images,
+            seed=seed,
+            size=size,
+            sampling=sampling,
+            preview_every=preview_every,
+        )
         if not requests:
             raise UserError("prompts is empty; give at least one")
-        return self._generation(requests, preview_every=every)
+        return self.generation(requests)
 
-    def _requests(
-        self, prompts: Any, begin: Any, max_images: Any, seed: Any, size: Any, sampling: Any
+    def requests(
+        self,
+        prompts: Any,
+        *,
+        begin: Any = "free",
+        max_images: Any = 1,
+        seed: Any = 0,
+        size: Any = None,
+        sampling: Any = None,
+        preview_every: Any = 0,
     ) -> list[Request]:
+        """A request for each prompt, with the arguments of `stream`, validated. Raises UserError."""
+        every = given.as_integer("preview_every", preview_every, 0, 2**31 - 1)
         rows = given.as_documents(prompts, 'generate([["text", image, ...], ...])')
         begin, seeds = given.as_begin(begin), given.as_seeds(seed, len(rows))
         max_images = given.as_integer("max_images", max_images, 1 if begin == "image" else 0, 2**31 - 1)
@@ -328,13 +347,18 @@ class TransfusionPipeline(LoraPipeline):
         else:
             raise UserError(f"sampling has {len(sampling)} values for {len(rows)} prompts; give one each")
         return [
-            Request(row, own, row_seed, begin, max_images, index)
+            Request(row, own, row_seed, begin, max_images, index, preview_every=every)
             for row, own, row_seed in zip(rows, samplings, seeds, strict=True)
         ]
 
-    def _generation(self, requests: list[Request], **options: Any) -> Generation:
+    def check(self, request: Request, name: str = "prompt") -> int:
+        """Positions of a request's prompt. Raises UserError where it leaves no room for an answer."""
+        return check_request(request, name, self.tokenizer, self.config.model, self.config.sequence_length)
+
+    def generation(self, requests: Sequence[Request], *, streams_text: bool = True) -> Generation:
+        """Generate for requests that may differ in everything, together; see `stream`."""
         parts = self.model, self.tokenizer, self.codec
-        return Generation(*parts, requests, self.config.sequence_length, **options)
+        return Generation(*parts, requests, self.config.sequence_length, streams_text)
 
     @property
     def sizes(self) -> list[Size]:

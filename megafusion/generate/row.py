@@ -13,6 +13,7 @@ from megafusion.generate.text import TextStream, cut_at_stop, uniform_source
 from megafusion.images.codec import ImageCodec
 from megafusion.images.reader import convert_to_rgb
 from megafusion.images.sizes import Size, nearest_size
+from megafusion.model.config import ModelConfig
 from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import ImageSegment, Segment
 from megafusion.sequence.text import clean_text
@@ -28,7 +29,8 @@ class Request:
 
     begin, max_images: as in `TransfusionPipeline.generate`. seed: of the row's noise and tokens, whatever its
     batch; noise: a generator of the noise in place of the seed's. size: index of the size of drawn images;
-    None lets the model choose by its begin-of-image (boi) token.
+    None lets the model choose by its begin-of-image (boi) token. preview_every: denoising steps between
+    previews of its images; 0 for none.
     """
 
     prompt: Sequence[Part]
@@ -38,6 +40,7 @@ class Request:
     max_images: int = 1
     size: int | None = None
     noise: torch.Generator | None = None
+    preview_every: int = 0
 
 
 @dataclass(eq=False)
@@ -116,6 +119,18 @@ def text_segments(text: str, tokenizer: Tokenizer) -> list[Segment]:
     """A text as a segment, cleaned as captions were; none where nothing is left."""
     ids = tokenizer.encode(clean_text(text))
     return [Segment("tokens", list(ids))] if ids else []
+
+
+def count_positions(prompt: Sequence[Part], tokenizer: Tokenizer, model: ModelConfig) -> int:
+    """Positions of a prompt as a document, from bos to eos. Encodes no image."""
+    count = 2
+    for part in prompt:
+        if isinstance(part, str):
+            count += sum(len(segment.data) for segment in text_segments(part, tokenizer))
+        else:
+            image = convert_to_rgb(part)
+            count += model.patches[nearest_size(image.height, image.width, model.image_sizes)] + 2
+    return count
 
 
 def read_image(image: Image.Image, codec: ImageCodec, sizes: Sequence[Size]) -> ImageSegment:

@@ -85,7 +85,7 @@ def initial_value(weight: Weight, shape: torch.Size, num_layers: int, seed: int)
     normal: std 0.02; residual: that over sqrt(2 num_layers), for outputs added to the residual stream; conv:
     PyTorch's (He et al., arXiv 1502.01852). shape: of the whole parameter; the owner may hold a shard.
     """
-    value = torch.zeros(shape, device="cpu")
+    value = torch.empty(shape, device="cpu")
     digest = hashlib.sha256(f"{seed} {weight.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     if weight.init == "conv" and value.ndim > 1:

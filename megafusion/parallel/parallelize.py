@@ -1,13 +1,14 @@
 """The one function that applies parallelism to the plain model."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion, tie_embeddings
-from megafusion.model.weights import initial_value, named_weights
+from megafusion.model.weights import Weight, initial_value, named_weights
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective, cross_entropy
 from megafusion.parallel.activation_checkpointing import checkpointed
@@ -41,6 +42,7 @@ def parallelize(
     seed: int,
     device: torch.device,
     trains: Callable[[str], bool] = lambda name: True,
+    is_read: Callable[[str], bool] = lambda name: False,
 ) -> Stage:
     """This rank's shard of a model that is on the meta device, ready for DeepSpeed.
 
@@ -51,8 +53,9 @@ def parallelize(
     3. Ulysses: all-to-alls around attention;
     4. fp8: transformer-engine's layers replace the sharded ones;
     5. image parallelism: the adapters run on this rank's image slots;
-    6. materialization: each parameter gets storage and its shard of the random start, and is trained where
-       `trains` says so of its canonical name; a tied head gets the embedding's;
+    6. materialization: each parameter gets storage and its shard of the random start, or zeros where
+       `is_read` says of its canonical name that its values will be read from files; it is trained where
+       `trains` says so; a tied head gets the embedding's;
     7. gradient hooks, before DeepSpeed's: all-reduce partial gradients over the tensor group;
     8. activation checkpointing of each block, then torch.compile of that.
 
@@ -76,7 +79,7 @@ def parallelize(
             stage.stem.adapter = ImageParallelDown(stage.stem.adapter, image_shard)
         if stage.tail:
             stage.tail.adapter = ImageParallelUp(stage.tail.adapter, image_shard)
-    materialize(stage, mesh, seed, device, trains)
+    materialize(stage, mesh, seed, device, trains, is_read)
     if model.config.tie_embeddings and stage.stem and stage.tail:
         tie_embeddings(stage.stem, stage.tail)
     if mesh.size("tensor") > 1:
@@ -90,21 +93,35 @@ def parallelize(
 
 
 def materialize(
-    stage: Stage, mesh: Mesh, seed: int, device: torch.device, trains: Callable[[str], bool]
+    stage: Stage,
+    mesh: Mesh,
+    seed: int,
+    device: torch.device,
+    trains: Callable[[str], bool],
+    is_read: Callable[[str], bool],
 ) -> None:
     """Give every parameter storage and its shard of the random start that its name and the seed define.
 
     Marks tell DeepSpeed which parameters are sharded, and which count in this rank's gradient norm.
     """
-    for weight in list(named_weights(stage)):
+
+    def start(weight: Weight) -> Tensor:
         empty = getattr(weight.owner, weight.key)
+        if is_read(weight.name):
+            return torch.zeros(empty.shape, device=device)
         spec = shard_spec_of(empty)
-        value = spec.shard(initial_value(weight, spec.shape, stage.config.num_layers, seed))
-        parameter = nn.Parameter(value.to(device), requires_grad=trains(weight.name))
-        is_sharded, is_first = hasattr(empty, "shard_spec"), mesh.rank("tensor") == 0
-        marks = {"tensor_model_parallel": is_sharded, "model_parallel": is_sharded or is_first}
-        parameter.__dict__.update(empty.__dict__ | marks)
-        setattr(weight.owner, weight.key, parameter)
+        return spec.shard(initial_value(weight, spec.shape, stage.config.num_layers, seed)).to(device)
+
+    weights = list(named_weights(stage))
+    # Sampling takes one thread a tensor, whose generator is its own; and minutes for billions of weights.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for weight, value in zip(weights, threads.map(start, weights), strict=True):
+            empty = getattr(weight.owner, weight.key)
+            parameter = nn.Parameter(value, requires_grad=trains(weight.name))
+            is_sharded, is_first = hasattr(empty, "shard_spec"), mesh.rank("tensor") == 0
+            marks = {"tensor_model_parallel": is_sharded, "model_parallel": is_sharded or is_first}
+            parameter.__dict__.update(empty.__dict__ | marks)
+            setattr(weight.owner, weight.key, parameter)
 
 
 def shard_objective(config: ObjectiveConfig, model: ModelConfig, mesh: Mesh) -> Objective:

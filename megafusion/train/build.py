@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -152,8 +153,10 @@ def _validation_data(data: DataConfig, validation: ValidationConfig, global_batc
     return data.model_copy(update={"sources": validation.sources, "validation": None} | fixed | streams)
 
 
-def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """The engine of a run. Called by every rank."""
+def build_engine(
+    config: RunConfig, mesh: Mesh, is_read: Callable[[str], bool] = lambda name: False
+) -> Engine:
+    """The engine of a run. Called by every rank. is_read: see `make_engine`."""
     return make_engine(
         mesh,
         model=config.model,
@@ -163,6 +166,7 @@ def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
         resilience=config.resilience,
         shape=config.sequence_shape,
         seed=config.seed,
+        is_read=is_read,
     )
 
 

@@ -42,6 +42,7 @@ class Origin(NamedTuple):
 
     tokenizers: files of the same tokenizer. checkpoint: whose files are to be verified. text_config: of the
     Hugging Face model that they began as. names: of the run's weights that the source has, or has rows of.
+    whole: of those that it has all rows of.
     """
 
     source: TensorSource
@@ -50,6 +51,7 @@ class Origin(NamedTuple):
     checkpoint: Path | None = None
     text_config: dict[str, Any] | None = None
     names: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
 
 
 def open_origin(config: RunConfig) -> Origin:
@@ -88,8 +90,9 @@ def open_origin(config: RunConfig) -> Origin:
         copies = {name: name.replace(f".{IMAGES}", ".") for name in wanted if f".{IMAGES}" in name}
         origin = origin._replace(source=CopiedWeights(origin.source, copies))
     stored = origin.source.shapes()
-    fitting = (name for name, here in wanted.items() if _fits(name, stored.get(name), here))
-    return origin._replace(names=frozenset(fitting))
+    fitting = frozenset(name for name, here in wanted.items() if _fits(name, stored.get(name), here))
+    whole = frozenset(name for name in fitting if stored[name] == wanted[name])
+    return origin._replace(names=fitting, whole=whole)
 
 
 def _open_hub(path: Path, config: RunConfig) -> Origin:

@@ -36,7 +36,7 @@ from megafusion.train.build import build_components, build_engine
 from megafusion.train.checkpoint_policy import CheckpointPolicy
 from megafusion.train.config import RunConfig
 from megafusion.train.image_encoder import ImageEncoder
-from megafusion.train.init_from import describe_start, open_origin
+from megafusion.train.init_from import Origin, describe_start, open_origin
 from megafusion.train.open_model import export_lora
 from megafusion.train.run_folder import check_run_folder, describe_changes, freeze
 from megafusion.train.samples import SampleSheets
@@ -209,7 +209,10 @@ class Run:
         """Build the engine, load the latest checkpoint, open the outputs."""
         config, mesh = self._config, self._mesh
         self._watchdog.beat(0, "engine")
-        self.engine = build_engine(config, mesh)
+        resumes, origin = self._find_start()
+        self.engine = build_engine(
+            config, mesh, lambda name: resumes or bool(origin and name in origin.whole)
+        )
         self._ema = Ema(self.engine.optimizer_state.shards, config.train.ema_decay)
         self._rollback = Rollback(config.resilience, self.engine.consensus)
         self._manager = CheckpointManager(
@@ -220,8 +223,13 @@ class Run:
         state = self._checkpoints.load_latest()
         self._began = time.monotonic()
         """When the run would have begun if it had trained without a break."""
-        if state is None and config.train.init_from:
-            self._initialize()
+        if state is None and resumes:
+            raise UserError(
+                f"{self._manager.folder}: the checkpoint was removed while the run started; start again",
+                on_every_rank=True,
+            )
+        if state is None and origin:
+            self._manager.initialize(origin.source, origin.names)
         if state is not None:
             self.step = state["step"]
             self._loader.load_state_dict(state["data"])
@@ -247,13 +255,17 @@ class Run:
             self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
         )
 
-    def _initialize(self) -> None:
-        """Start from the weights of `train.init_from`."""
+    def _find_start(self) -> tuple[bool, Origin | None]:
+        """Whether rank 0 sees a checkpoint to resume from; if not, `train.init_from` where it is given."""
+        found = [bool(complete_checkpoints(self._config.out / "checkpoints"))]
+        dist.broadcast_object_list(found)
+        if found[0] or not self._config.train.init_from:
+            return found[0], None
         with raise_on_all_ranks():
             origin = open_origin(self._config)
             if origin.checkpoint:
                 verify_checkpoint(origin.checkpoint, dist.get_rank(), dist.get_world_size())
-        self._manager.initialize(origin.source, origin.names)
+        return False, origin
 
     def _open_validation(self) -> Validation | None:
         config, loader = self._config, self._components.validation_loader

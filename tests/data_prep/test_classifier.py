@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data_prep.emoji import train_classifier as module
-from data_prep.emoji.classifier import OTHER, ImageClassifier
-from data_prep.emoji.distortions import CORRUPTIONS, NOISE_STD, corrupt
 from megafusion.errors import UserError
+from megafusion.evaluate.classifier import OTHER, ImageClassifier
+from megafusion.evaluate.distortions import CORRUPTIONS, NOISE_STD, corrupt
 
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / "data_prep/emoji/emoji-000000.tar"

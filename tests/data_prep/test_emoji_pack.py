@@ -146,7 +146,7 @@ def test_tar_does_not_depend_on_the_machine(tiny):
 
 def test_of_two_files_for_one_emoji_the_first_by_name_is_used():
     files = {"0023-20e3.png": b"second?", "0023-fe0f-20e3.png": b"same"}
-    joined = build.join_pairs({"0023-20E3": "keycap: #"}, {}, files)
+    joined = build.join_pairs({"0023-20E3": "keycap: #"}, {"flat": files})
     assert joined == {"0023-20E3-flat": (b"second?", "keycap: #, flat style")}
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep.emoji.distortions import corrupt
 from megafusion.errors import UserError
+from megafusion.evaluate.distortions import corrupt
 from megafusion.storage import write_file
 
 IMAGE_SIZE = 64

@@ -1,0 +1,1 @@
+"""A pipeline over HTTP, in OpenAI's shapes: limits, a queue that batches, answers."""
