@@ -1,5 +1,8 @@
 """`megafusion serve`."""
 
+import os
+import sys
+import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -23,19 +26,27 @@ def serve(
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 for any free one.", min=0, max=65535)
     ] = 8000,
+    page: Annotated[
+        bool, typer.Option("--page", help="Serve a page to chat, draw, describe and edit, too.")
+    ] = False,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Serve the page, and open it in a browser if there is a desktop.")
+    ] = False,
 ) -> None:
-    """Serve a pipeline over HTTP in OpenAI's shapes: chat, images, edits.
+    """Serve a pipeline over HTTP in OpenAI's shapes: chat, images, edits; and, with --page, in a browser.
 
     Limits are keys: `megafusion keys serve`. With MEGAFUSION_API_KEYS, each request must bear one of them.
 
-    Example: megafusion serve runs/quickstart --port 8000 max_batch=16
+    Example: megafusion serve runs/quickstart --page max_batch=16
     """
     from megafusion.serve.config import ServeConfig
 
     config = parse_config(ServeConfig, apply_overrides({}, overrides or []), "serve")
     if not pipeline.is_dir():
         raise UserError(f"{pipeline}: no such folder; give a pipeline folder, a run folder or a checkpoint")
-    if missing := [name for name in ("fastapi", "prometheus_client", "uvicorn") if not find_spec(name)]:
+    page = page or open_page
+    needed = ("fastapi", "prometheus_client", "uvicorn", *(("gradio",) if page else ()))
+    if missing := [name for name in needed if not find_spec(name)]:
         raise UserError(f"{missing[0]} is not installed: pip install 'megafusion[web]'")
     from megafusion.serve.server import listen, model_name, read_keys
     from megafusion.serve.server import serve as run_server
@@ -51,5 +62,18 @@ def serve(
     opened = TransfusionPipeline.from_pretrained(pipeline).to(default_device())
     app = make_app(opened, config, model_name(pipeline), keys)
     where = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving {pipeline} at http://{where}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)")
+    address = f"http://{where}:{listener.getsockname()[1]}"
+    if page:
+        from megafusion.serve.page.mount import mount_page, read_captions
+
+        app = mount_page(app, model_name(pipeline), read_captions(pipeline), keys)
+        typer.echo(f"the page: {address}")
+    typer.echo(f"serving {pipeline} at {address}/v1 (Ctrl-C ends it)")
+    if open_page and has_desktop():
+        webbrowser.open(address)  # which waits until the server answers
     run_server(app, listener)
+
+
+def has_desktop() -> bool:
+    """Whether a browser can show a window; elsewhere webbrowser may start one in the terminal."""
+    return sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))

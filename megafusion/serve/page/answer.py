@@ -56,7 +56,7 @@ class Answer:
 
 
 async def follow(events: AsyncIterator[Any], num_rows: int) -> AsyncIterator[list[Answer]]:
-    """The answers of rows: empty at first, then while they grow, and whole at last; each time the same list."""
+    """The answers of rows: empty at first, then as they grow, whole at last; the same list each time."""
     answers = [Answer() for _ in range(num_rows)]
     yield answers
     shown = time.monotonic()
@@ -64,7 +64,8 @@ async def follow(events: AsyncIterator[Any], num_rows: int) -> AsyncIterator[lis
         if not isinstance(event, TextDelta | ImagePreview | ImageDone | RowDone):
             continue  # the end of all rows
         answers[event.row].add(event)
-        if time.monotonic() - shown >= MIN_INTERVAL:
+        steps = {answer.step for answer in answers if answer.preview is not None}
+        if len(steps) <= 1 and time.monotonic() - shown >= MIN_INTERVAL:
             yield answers
             shown = time.monotonic()
     yield answers

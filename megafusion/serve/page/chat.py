@@ -5,13 +5,15 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from megafusion.errors import UserError
 from megafusion.generate.row import Part
+from megafusion.serve.errors import Refusal
 from megafusion.serve.page.parts import Controls, Page, Update, file_name, progress
 from megafusion.serve.page.render import message, turn
 
 Turn = tuple[Literal["user", "assistant"], list[Part]]
 
+MAX_TURNS = 100
+"""Of a conversation; older ones are forgotten."""
 WELCOME = """Write a text, attach images, or both.
 
 "Add" takes a part without an answer to it, so that texts and images can come in any order."""
@@ -37,21 +39,24 @@ def chat_tab(page: Page) -> None:
         submit_btn=False,
         elem_id="box",
     )
+    controls = Controls("Send")
     with gr.Row():
         sees_all = gr.Checkbox(
             False,
             label="The model sees the whole conversation",
-            info="Otherwise what came after its last answer, as models need that were trained on pairs.",
+            info="Otherwise what came after its last answer, which models need that were trained on pairs.",
+            scale=4,
         )
-        add = gr.Button("Add", size="sm", scale=0)
-        clear = gr.Button("Clear", size="sm", scale=0)
-    controls = Controls("Send")
+        add = gr.Button("Add without an answer", size="sm", min_width=120)
+        clear = gr.Button("Clear", size="sm", min_width=80)
 
     async def taken(given: dict[str, Any], before: list[Turn]) -> list[Turn]:
         """The turns with a message more; its images come before its text."""
-        parts: list[Part] = [await page.load(path) for path in given["files"]]
-        parts += [given["text"]] if given["text"].strip() else []
-        return [*before, ("user", parts)] if parts else before
+        content = page.content()
+        parts: list[Part] = [await page.load(file, content) for file in given["files"]]
+        if given["text"].strip():
+            parts.append(content.text(given["text"], "Message"))
+        return [*before[-MAX_TURNS:], ("user", parts)] if parts else before
 
     async def send(
         given: dict[str, Any], before: list[Turn], whole: bool, entries: list, *values: Any
@@ -60,27 +65,29 @@ def chat_tab(page: Page) -> None:
         options = page.settings.read(values)
         now = await taken(given, before)
         if not now or now[-1][0] == "assistant":
-            raise UserError("Message is empty: write a text, attach an image, or both")
+            raise Refusal(400, "Message is empty: write a text, attach an image, or both")
         document = _document(now, whole)
         texts = [part for part in document if isinstance(part, str)]
         name = file_name(texts[-1] if texts else "answer", options.seed)
-        yield {page.settings.seed: options.seed}
+        update: Update = {page.settings.seed: options.seed, box: None}
         async for (answer,) in page.answers([document], options, "free"):
-            yield {
-                box: None,
+            update |= {
                 turns: [*now, ("assistant", list(answer.parts))],
                 view: [*_messages(now), {"role": "assistant", "content": turn(answer, name)}],
                 controls.status: progress([answer]),
             }
+            yield update
+            update = {}  # the box may hold the next message by now
         for image in answer.images:
             entries = page.gallery.add(entries, image, name, f"{' '.join(texts)} seed {options.seed}")
-        end = "Done." if answer.parts else "The model ended at once, without an answer."
-        yield page.gallery.show(entries) | controls.idle(end)
+        yield page.gallery.show(entries)
+        if not answer.parts:
+            raise Refusal(422, "The model ended at once, without an answer")
 
     async def add_only(given: dict[str, Any], before: list[Turn]) -> Update:
         try:
             now = await taken(given, before)
-        except UserError as error:
+        except Refusal as error:
             return controls.idle(str(error), is_error=True)
         return {turns: now, view: _messages(now), box: None} | controls.idle("")
 
@@ -91,7 +98,13 @@ def chat_tab(page: Page) -> None:
         "chat",
         also=[box.submit],
     )
-    add.click(add_only, [box, turns], [box, turns, view, *controls.outputs], api_visibility="private")
+    add.click(
+        add_only,
+        [box, turns],
+        [box, turns, view, *controls.outputs],
+        preprocess=False,
+        api_visibility="private",
+    )
     gr.on([clear.click, view.clear], lambda: ([], []), None, [turns, view], api_visibility="private")
 
 

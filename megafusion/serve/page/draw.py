@@ -5,7 +5,6 @@ from typing import Any
 
 import gradio as gr
 
-from megafusion.errors import UserError
 from megafusion.generate.arguments import as_integer
 from megafusion.serve.page.parts import Controls, Page, Update, file_name, progress
 from megafusion.serve.page.render import grid
@@ -29,16 +28,15 @@ def draw_tab(page: Page) -> gr.Textbox:
     async def draw(text: str, number: int, entries: list, *values: Any) -> AsyncIterator[Update]:
         """Draw a prompt several times, each with the next seed."""
         options = page.settings.read(values)
-        if not text.strip():
-            raise UserError("Prompt is empty: write what to draw")
+        prompts = [[page.text(text, "Prompt", page.content())]]
         seeds = range(options.seed, options.seed + as_integer("Images", number, 1, most))
         labels, names = [f"seed {seed}" for seed in seeds], [file_name(text, seed) for seed in seeds]
         yield {page.settings.seed: options.seed}
-        async for answers in page.answers([[text]] * len(seeds), options, "image"):
+        async for answers in page.answers(prompts * len(seeds), options, "image"):
             yield {images: grid(answers, labels, names), controls.status: progress(answers)}
         for answer, label, name in zip(answers, labels, names, strict=True):
             entries = page.gallery.add(entries, answer.images[0], name, f"{text}, {label}")
-        yield page.gallery.show(entries) | controls.idle("Done.")
+        yield page.gallery.show(entries)
 
     controls.wire(
         draw,

@@ -57,8 +57,8 @@ class Gallery:
         """Lay the tab out in the layout that is open. describe, edit: images of other tabs."""
         self.view.render()
         with gr.Row():
-            buttons = [gr.Button("Describe it"), gr.Button("Edit it")]
-            zipped = gr.Button("Download all")
+            buttons = [gr.Button("Describe it", size="md"), gr.Button("Edit it", size="md")]
+            zipped = gr.Button("Download all", size="md")
         file = gr.DownloadButton(elem_id="zip", visible="hidden")
         self.view.select(_index, None, self.selected, api_visibility="private")
         for button, image, tab in zip(buttons, (describe, edit), ("describe", "edit"), strict=True):

@@ -19,6 +19,11 @@ from megafusion.serve.worker import Worker
 DELETE_EVERY, MAX_AGE = 600, 4 * 3600
 """Seconds between two deletions of files that were uploaded or shown, and their age."""
 
+CLOSE_SIDEBAR = """() => {
+    if (innerWidth < 768) document.querySelector('.sidebar button.toggle-button')?.click()
+}"""
+"""On a narrow screen, where it would cover the page."""
+
 
 def make_page(worker: Worker, name: str, captions: Sequence[str], folder: Path) -> gr.Blocks:
     """The page of a worker's pipeline. name: of the model. captions: examples. folder: of drawn images."""
@@ -43,4 +48,5 @@ def make_page(worker: Worker, name: str, captions: Sequence[str], folder: Path) 
                 chat_tab(page)
             with gr.Tab("Gallery", id="gallery"):
                 gallery.tab(tabs, described, edited)
+        blocks.load(None, js=CLOSE_SIDEBAR)
     return blocks

@@ -1,5 +1,6 @@
 """The page on a server's application."""
 
+import hmac
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +16,18 @@ from megafusion.serve.page.look import CSS, theme
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; worker-src 'self' blob:; "
-    "connect-src 'self' data: blob:; frame-ancestors 'self'"
+    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; "
+    "worker-src 'self' blob:; connect-src 'self' data: blob:; frame-ancestors 'self'"
 )
 """Content-Security-Policy: a browser fetches nothing from another machine for the page."""
 MAX_CAPTIONS = 8
 
 
-def mount_page(app: FastAPI, name: str, captions: Sequence[str]) -> FastAPI:
+def mount_page(app: FastAPI, name: str, captions: Sequence[str], keys: Sequence[str]) -> FastAPI:
     """Mount the page under / of an application of `make_app`, whose other routes come first.
 
-    name: of the model. captions: examples of what it knows. Files live as long as the application.
+    name: of the model. captions: examples of what it knows. keys: one of which is the password, if any.
+    Files live as long as the application.
     """
     worker = app.state.worker
     app.state.page_files = files = TemporaryDirectory(prefix="megafusion-page-")
@@ -40,6 +42,8 @@ def mount_page(app: FastAPI, name: str, captions: Sequence[str]) -> FastAPI:
         path="/",
         theme=theme(),
         css=CSS,
+        auth=(lambda _, password: is_key(password, keys)) if keys else None,
+        auth_message="Any name; the password is one of the server's keys.",
         footer_links=[],
         ssr_mode=False,
         show_error=False,
@@ -49,13 +53,18 @@ def mount_page(app: FastAPI, name: str, captions: Sequence[str]) -> FastAPI:
 
 
 def read_captions(pipeline: Path) -> list[str]:
-    """Captions of a run that its model drew right, from the captions.txt of the quickstart's report; few, spread."""
+    """Some captions that a run's model drew right, from the captions.txt of the quickstart's report."""
     for folder in (pipeline, pipeline.parent):
         if (path := folder / "captions.txt").is_file():
             lines = path.read_text("utf-8", "replace").splitlines()
             right = [line[2:].split(" -> ")[0] for line in lines if line.startswith("= ")]
-            return right[:: max(1, len(right) // MAX_CAPTIONS)][:MAX_CAPTIONS]
+            return right[:: len(right) // MAX_CAPTIONS | 1][:MAX_CAPTIONS]  # an odd step: styles alternate
     return []
+
+
+def is_key(given: str, keys: Sequence[str]) -> bool:
+    """Whether a text is one of the keys; each is compared, so that the time tells nothing."""
+    return sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys) > 0
 
 
 class _Policy:

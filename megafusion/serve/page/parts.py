@@ -1,7 +1,9 @@
 """What the tabs share: the worker, the settings, the gallery, and the buttons that start and stop."""
 
+import asyncio
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -9,13 +11,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import anyio
 import gradio as gr
 from PIL import Image
 
 from megafusion.errors import UserError
 from megafusion.generate.row import Begin, Part
-from megafusion.images.reader import open_image, read_image
+from megafusion.serve.content import Content
+from megafusion.serve.errors import Refusal
 from megafusion.serve.page.answer import Answer, follow
 from megafusion.serve.page.gallery import Gallery
 from megafusion.serve.page.render import status
@@ -24,6 +26,8 @@ from megafusion.serve.worker import NoSlot, Worker
 
 Update = dict[Any, Any]
 """Components with their new values."""
+
+WAITING = "Waiting for its turn ..."
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +45,11 @@ class Page:
     async def answers(
         self, prompts: Sequence[Sequence[Part]], options: Options, begin: Begin, max_images: int = 1
     ) -> AsyncIterator[list[Answer]]:
-        """The answers to prompts, as `follow` gives them. Raises UserError for a prompt that cannot be answered.
+        """The answers to prompts, as `follow` gives them; closing the iterator ends them.
 
-        The worker ends them when the iterator is closed.
+        Raises UserError for a prompt that cannot be answered, and NoSlot.
         """
-        limits, pipeline = self.worker.config, self.worker.pipeline
-        texts = sum(len(part) for prompt in prompts[:1] for part in prompt if isinstance(part, str))
-        if texts > limits.max_prompt_characters:
-            raise UserError(f"The text has {texts} characters: at most {limits.max_prompt_characters} are allowed")
+        pipeline = self.worker.pipeline
         with self.worker.slot():
             requests = pipeline.requests(
                 prompts,
@@ -59,40 +60,32 @@ class Page:
                 sampling=options.sampling,
                 preview_every=options.preview_every,
             )
-            await anyio.to_thread.run_sync(pipeline.check, requests[0], "The document")
+            await asyncio.to_thread(pipeline.check, requests[0], "What you wrote")
             async with aclosing(self.worker.stream(requests)) as events:
                 async for answers in follow(events, len(requests)):
                     yield answers
 
-    async def load(self, path: str | None) -> Image.Image:
-        """An image that was uploaded. Raises UserError for one that is missing or cannot be used."""
-        if path is None:
-            raise UserError("Image is missing: upload one, paste one, or take one from the gallery")
-        return await anyio.to_thread.run_sync(_load, path, self.worker.config.max_pixels)
+    async def load(self, file: Any, content: Content) -> Image.Image:
+        """An image that was uploaded. Raises Refusal for one that is missing or cannot be used."""
+        if not file:
+            raise Refusal(400, "Image is missing: upload one, paste one, or take one from the gallery")
+        return await asyncio.to_thread(lambda: content.image(Path(file["path"]).read_bytes(), "Image"))
+
+    def text(self, text: str, field: str, content: Content) -> str:
+        """A text that was written. Raises Refusal for an empty or too long one."""
+        if not text.strip():
+            raise Refusal(400, f"{field} is empty: write a text")
+        return content.text(text, field)
+
+    def content(self) -> Content:
+        """A reader of the texts and images of one request, which counts them."""
+        return Content(self.worker.config)
 
 
-def _load(path: str, max_pixels: int) -> Image.Image:
-    content = Path(path).read_bytes()
-    width, height = open_image(content, lambda image: image.size)
-    if width * height > max_pixels:
-        raise UserError(f"Image of {height} x {width} pixels: at most {max_pixels} pixels are allowed; resize it")
-    return read_image(content)
-
-
-class ImageFile(gr.Image):
-    """An image that is uploaded, as the path of its file, which `Page.load` decodes."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the file, which is not opened here."""
-        return payload and payload.path
-
-
-def image_file(elem_id: str) -> ImageFile:
-    """A place to upload or paste an image."""
+def image_file(elem_id: str) -> gr.Image:
+    """A place to upload or paste an image. Handlers get its file as it is: see `Controls.wire`."""
     sources: list[Any] = ["upload", "clipboard"]
-    return ImageFile(
+    return gr.Image(
         type="filepath", sources=sources, label="Image", height=340, elem_id=elem_id, buttons=["fullscreen"]
     )
 
@@ -103,14 +96,18 @@ class Controls:
     def __init__(self, label: str):
         with gr.Row():
             self.run = gr.Button(label, variant="primary", scale=4, min_width=120)
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=80)
+            self.stop = gr.Button("Stop", interactive=False, min_width=80)
         self.status = gr.HTML(status(""))
         self.outputs = [self.run, self.stop, self.status]
 
     def idle(self, text: str, is_error: bool = False) -> Update:
         """What they show when nothing runs."""
         shown = status(text, is_error)
-        return {self.run: gr.Button(interactive=True), self.stop: gr.Button(interactive=False), self.status: shown}
+        return {
+            self.run: gr.Button(interactive=True),
+            self.stop: gr.Button(interactive=False),
+            self.status: shown,
+        }
 
     def wire(
         self,
@@ -122,26 +119,29 @@ class Controls:
     ) -> None:
         """Start a handler with the button (and by further events), and cancel it with the other.
 
-        Errors that it raises become the line of status.
+        It gets values as the browser sent them, images as files in the folder of uploads, so that errors are
+        its own; those that it raises become the line of status.
         """
 
         @wraps(handler)
         async def start(*values: Any) -> AsyncIterator[Update]:
+            begin = time.monotonic()
             yield {
                 self.run: gr.Button(interactive=False),
                 self.stop: gr.Button(interactive=True),
-                self.status: status("Waiting for its turn ..."),
+                self.status: status(WAITING),
             }
             try:
                 async with aclosing(handler(*values)) as updates:
                     async for update in updates:
                         yield update
-            except UserError as error:
+                yield self.idle(f"Done in {time.monotonic() - begin:.1f} s.")
+            except (Refusal, UserError) as error:
                 yield self.idle(str(error), is_error=True)
             except NoSlot as error:
                 yield self.idle(f"{error}; try again in {error.retry_seconds} s".capitalize(), is_error=True)
             except Exception:
-                logger.exception("the page's %s failed", api_name)
+                logger.exception("%s of the page failed", api_name)
                 yield self.idle("This failed; the server's log says why", is_error=True)
 
         started = gr.on(
@@ -150,20 +150,26 @@ class Controls:
             list(inputs),
             [*outputs, *self.outputs],
             show_progress="hidden",
+            preprocess=False,
             concurrency_limit=None,
             api_name=api_name,
         )
         self.stop.click(
-            lambda: self.idle("Stopped."), None, self.outputs, cancels=[started], queue=False, api_visibility="private"
+            lambda: self.idle("Stopped."),
+            None,
+            self.outputs,
+            cancels=[started],
+            queue=False,
+            api_visibility="private",
         )
 
 
 def progress(answers: Sequence[Answer]) -> str:
-    """How far the images of answers are, in words."""
+    """How far answers are, as a line of status."""
     live = [answer for answer in answers if answer.preview is not None]
-    if not live:
-        return "Waiting for its turn ..." if not any(answer.parts for answer in answers) else "Writing ..."
-    return f"Step {live[0].step} of {live[0].num_steps}"
+    if live:
+        return status(f"Step {live[0].step} of {live[0].num_steps}")
+    return status("Writing ..." if any(answer.parts for answer in answers) else WAITING)
 
 
 def file_name(text: str, seed: int) -> str:

@@ -29,8 +29,8 @@ def grid(answers: Sequence[Answer], labels: Sequence[str], names: Sequence[str])
     return f'<div class="mf-grid mf-columns-{min(len(cells), 4)}">{"".join(cells)}</div>'
 
 
-def message(parts: Iterable[Part], name: str = "image.png") -> str:
-    """Texts and images of a turn of a chat, in order."""
+def message(parts: Iterable[Part], name: str | None = None) -> str:
+    """Texts and images of a turn of a chat, in order. name: of files to download; None for no link."""
     return "".join(
         f'<div class="mf-text">{escape(part)}</div>'.replace("\n", "<br>")
         if isinstance(part, str)
@@ -39,7 +39,7 @@ def message(parts: Iterable[Part], name: str = "image.png") -> str:
     )
 
 
-def turn(answer: Answer, name: str = "image.png") -> str:
+def turn(answer: Answer, name: str) -> str:
     """The model's turn of a chat, as far as it is."""
     shown = message(answer.parts, name)
     if answer.preview is not None:
@@ -56,12 +56,15 @@ def _image_of(answer: Answer, name: str) -> str:
     return _done(answer.images[0], name) if answer.images else _live(answer)
 
 
-def _done(image: Image.Image, name: str) -> str:
-    address = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
-    return (
-        f'<div class="mf-frame mf-done"><img src="{address}" alt="{escape(name)}">'
-        f'<a href="{address}" download="{escape(name)}" title="Download {escape(name)}">&darr;</a></div>'
-    )
+def _done(image: Image.Image, name: str | None) -> str:
+    address = _address(encode_png(image), "png")
+    link = ""
+    if name is not None:
+        label = escape(f"Download {name}")
+        link = (
+            f'<a href="{address}" download="{escape(name)}" title="{label}" aria-label="{label}">&darr;</a>'
+        )
+    return f'<div class="mf-frame"><img src="{address}" alt="{escape(name or "image")}">{link}</div>'
 
 
 def _live(answer: Answer) -> str:
@@ -69,7 +72,7 @@ def _live(answer: Answer) -> str:
     done = 100 * answer.step / max(answer.num_steps, 1)
     image = '<div class="mf-blank"></div>'
     if answer.preview is not None:
-        address = "data:image/jpeg;base64," + base64.b64encode(_encode_preview(answer.preview)).decode()
+        address = _address(_encode_preview(answer.preview), "jpeg")
         image = f'<img src="{address}" alt="step {answer.step} of {answer.num_steps}">'
     return f'<div class="mf-frame mf-live">{image}<div class="mf-bar" style="width:{done:.0f}%"></div></div>'
 
@@ -80,3 +83,7 @@ def _encode_preview(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     small.convert("RGB").save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def _address(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

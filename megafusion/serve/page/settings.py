@@ -44,9 +44,7 @@ class Settings:
         most_steps = max(own.num_inference_steps, min(limits.max_steps, 100))
         sizes = [f"{height}x{width}" for height, width in worker.pipeline.sizes]
         guidance = gr.Slider(0, 15, own.guidance_scale, step=0.1, label="Guidance", info="1 turns it off")
-        steps = gr.Slider(
-            1, most_steps, own.num_inference_steps, step=1, label="Steps", info="of denoising"
-        )
+        steps = gr.Slider(1, most_steps, own.num_inference_steps, step=1, label="Steps", info="of denoising")
         self.size = gr.Dropdown(
             [ANY_SIZE, *sizes],
             value=ANY_SIZE,
