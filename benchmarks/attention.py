@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -68,6 +68,8 @@ class Plan:
     positions: int = 32_768
     rounds: int = 20
     shrink: int = 1
+    layouts: tuple[str, ...] = LAYOUTS
+    backends: tuple[str, ...] = tuple(BACKENDS)
 
 
 FULL = Plan("cuda", torch.bfloat16, (4096, 8192, 32_768), (64, 128), (65_536, 131_072), (8, 8192), 2048)
@@ -128,7 +130,7 @@ def reason_of(error: Exception) -> str:
 
 
 def measure_case(
-    plan: Plan, name: str, seq: int, head_dim: int, backends=tuple(BACKENDS)
+    plan: Plan, name: str, seq: int, head_dim: int, backends: Iterable[str]
 ) -> tuple[list, list]:
     """Rows of every backend and direction, and the skipped ones with their reasons."""
     batch, heads = max(1, plan.positions // seq), plan.width // head_dim
@@ -222,7 +224,7 @@ def measure_errors(plan: Plan) -> list[dict]:
             lambda q, k, v, i=inputs: reference_attention(q, k, v, i.row_start, i.row_end)[0], torch.float64
         )
         errors = {}
-        for backend in ("sdpa", "interval", "flash", "flex"):
+        for backend in [name for name in ("sdpa", "interval", "flash", "flex") if name in plan.backends]:
             try:
                 results = found(BACKENDS[backend](inputs), plan.dtype)
             except Exception as error:
@@ -230,9 +232,8 @@ def measure_errors(plan: Plan) -> list[dict]:
                 continue
             errors[backend] = {n: float((results[n].double() - exact[n]).abs().max().detach()) for n in exact}
             for name, error in errors[backend].items():
-                ratio = error / errors["sdpa"][name]
-                rows.append({"backend": backend, "head_dim": head_dim, "tensor": name, "error": error})
-                rows[-1]["ratio_to_sdpa"] = ratio
+                row = {"backend": backend, "head_dim": head_dim, "tensor": name, "error": error}
+                rows.append(row | {"ratio_to_sdpa": error / errors["sdpa"][name]})
     return rows
 
 
@@ -254,24 +255,25 @@ def describe(plan: Plan) -> dict:
     }
 
 
-def measure(plan: Plan) -> dict:
-    """The whole report."""
-    rows, skipped = [], []
-    cases = [(name, seq, dim) for name in LAYOUTS for seq in plan.seqs for dim in plan.head_dims]
-    for name, seq, head_dim in cases:
+def measure(plan: Plan, save: Callable[[dict], object] = lambda report: None) -> dict:
+    """The whole report, saved after each part."""
+    report: dict = describe(plan) | {"rows": [], "skipped": []}
+    cases = [(name, seq, dim) for name in plan.layouts for seq in plan.seqs for dim in plan.head_dims]
+    whole = [(*case, plan.backends) for case in cases]
+    long = [("interleaved-256", seq, plan.head_dims[-1], ("interval", "flash")) for seq in plan.long_seqs]
+    for name, seq, head_dim, backends in whole + long:
         print(f"{name}, {seq} positions, head_dim {head_dim}", file=sys.stderr, flush=True)
-        more, left = measure_case(plan, name, seq, head_dim)
-        rows, skipped = rows + more, skipped + left
-    for seq in plan.long_seqs:
-        more, left = measure_case(plan, "interleaved-256", seq, plan.head_dims[-1], ("interval", "flash"))
-        rows, skipped = rows + more, skipped + left
-    report = describe(plan) | {
-        "rows": rows,
-        "prepare": measure_prepare(plan),
-        "accuracy": measure_errors(plan),
-    }
+        rows, skipped = measure_case(plan, name, seq, head_dim, backends)
+        report["rows"] += rows
+        report["skipped"] += skipped
+        save(report)
+    report["prepare"] = measure_prepare(plan)
+    save(report)
+    report["accuracy"] = measure_errors(plan) if "sdpa" in plan.backends else []
     seqs = [seq for seq in plan.seqs if seq >= 8192] or plan.seqs
-    return report | {"skipped": skipped, "summary": summarize(report, seqs, plan.head_dims[-1])}
+    report["summary"] = summarize(report, seqs, plan.head_dims[-1])
+    save(report)
+    return report
 
 
 def main() -> int:
@@ -285,6 +287,9 @@ def main() -> int:
     parser.add_argument("--tiles-file", type=Path, metavar="FILE", help="where --tiles stores them")
     parser.add_argument("--seqs", type=int, nargs="+", metavar="S", help="only these lengths")
     parser.add_argument("--head-dims", type=int, nargs="+", metavar="K", help="only these values of head_dim")
+    parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", help="only these layouts")
+    parser.add_argument("--backends", choices=BACKENDS, nargs="+", help="only these; accuracy needs sdpa")
+    parser.add_argument("--rounds", type=int, help="rounds that are timed; 1 is for filling caches")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to test this script")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
@@ -295,12 +300,15 @@ def main() -> int:
     if options.tiny and options.tiles and options.tiles_file is None:
         parser.error("--tiny --tiles is not a measurement: name a --tiles-file of your own")
     plan = TINY if options.tiny else FULL
-    parts = {"seqs": options.seqs, "head_dims": options.head_dims}
-    plan = replace(plan, **{name: tuple(sorted(part)) for name, part in parts.items() if part})
+    chosen = {name: vars(options)[name] for name in ("seqs", "head_dims", "layouts", "backends")}
+    plan = replace(plan, **{name: tuple(part) for name, part in chosen.items() if part})
+    long_seqs = tuple(seq for seq in plan.long_seqs if seq in (options.seqs or plan.long_seqs))
+    plan = replace(plan, rounds=options.rounds or plan.rounds, long_seqs=long_seqs)
     if options.tiles:
         measure_tiles(plan, describe(plan), options.tiles_file, directions, milliseconds)
         return 0
-    report = measure(plan)
+    path = Path(options.json) if options.json not in (None, "-") else None
+    report = measure(plan, lambda report: path and path.write_text(json.dumps(report, indent=1) + "\n"))
     print_table(report)
     if options.plot:
         draw(report, options.plot)
@@ -308,8 +316,6 @@ def main() -> int:
         write_choices(report)
     if options.json == "-":
         print(json.dumps(report, indent=1))
-    elif options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -49,30 +49,39 @@ train() {
 [[ -n $has_gpu ]] && nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv | tee -a "$log"
 "$python" -c 'import platform, torch, triton, numpy; print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__, "numpy", numpy.__version__)' | tee -a "$log"
 
-say "compile tiles, beside the next steps"
-warm=
+say "compile tiles and FlexAttention, beside the next steps"
+peers=(benchmarks/attention.py --seqs 8192 --head-dims 128 --backends interval flex sdpa-flash-causal sdpa-cudnn-causal)
+warm=()
 if [[ -n $has_gpu ]]; then
-  timeout 150 "$python" benchmarks/tiles.py --compile 12 >"$out/compile.txt" 2>&1 &
-  warm=$!
+  timeout 150 "$python" benchmarks/tiles.py --compile 10 >"$out/compile.txt" 2>&1 &
+  warm+=($!)
+  timeout 150 "$python" "${peers[@]}" --layouts causal --rounds 1 >>"$out/compile.txt" 2>&1 &
+  warm+=($!)
 fi
-gpu 60 ceilings "$python" benchmarks/ceilings.py --json "$out/ceilings.json"
 # Under the interpreter they run in CI; Triton 3.6's does not take numpy 2.5.
-gpu 90 "correctness of kernels and backends" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
-  tests/objective/test_flow.py \
+gpu 100 "correctness of kernels and backends" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
   -n 8 -q -p no:cacheprovider
-[[ -n $warm ]] && wait "$warm"
-gpu 70 tiles "$python" benchmarks/tiles.py --json "$out/tiles.json"
+((${#warm[@]})) && wait "${warm[@]}"
 
 best="train.precision=bf16 model.attention=interval train.compile=true"
 rows4="train.global_batch_size=4 data.num_streams=4"
 # shellcheck disable=SC2086 # words of overrides
+train 50 1.4b-micro-batch-4 configs/1.4b.yaml $best $rows4 train.micro_batch_size=4 --syncs --trace "$out/trace.json"
+gpu 110 "attention against its peers" "$python" "${peers[@]}" --layouts pairs interleaved-256 causal --json "$out/attention.json"
+gpu 70 tiles "$python" benchmarks/tiles.py --json "$out/tiles.json"
+# shellcheck disable=SC2086
 {
-  train 75 1.4b-compiled configs/1.4b.yaml $best $rows4 --syncs
-  train 45 1.4b-micro-batch-4-padded configs/1.4b.yaml $best $rows4 train.micro_batch_size=4 model.vocab_size=32064 --trace "$out/trace.json"
+  ROWS=text train 35 1.4b-text configs/1.4b.yaml $best $rows4 train.micro_batch_size=4
+  train 45 0.37b configs/0.37b.yaml $best train.recompute=none train.global_batch_size=8 train.micro_batch_size=8 data.num_streams=8
+  train 45 7b-width-8-layers configs/7b.yaml $best train.recompute=none model.num_layers=8 train.global_batch_size=2 \
+    train.micro_batch_size=2 data.num_streams=2
+}
+gpu 30 ceilings "$python" benchmarks/ceilings.py --json "$out/ceilings.json"
+# shellcheck disable=SC2086
+{
+  train 45 1.4b-micro-batch-1 configs/1.4b.yaml $best $rows4
   train 40 1.4b-eager configs/1.4b.yaml train.compile=false model.attention=interval $rows4
   train 40 1.4b-eager-sdpa configs/1.4b.yaml train.compile=false model.attention=sdpa $rows4
-  ROWS=text train 35 1.4b-text configs/1.4b.yaml $best $rows4 train.micro_batch_size=4 model.vocab_size=32064
-  train 45 0.37b configs/0.37b.yaml $best train.global_batch_size=8 train.micro_batch_size=8 data.num_streams=8
 }
 [[ -n $has_gpu ]] || step 120 "correctness of the engine" "$python" -m pytest tests/engine/test_engine.py -q -p no:cacheprovider
 if [[ -f data/quickstart/pairs/manifest.json ]]; then
@@ -88,10 +97,6 @@ if [[ -f data/quickstart/pairs/manifest.json ]]; then
 else
   say "a real run: skipped, no data/quickstart (make preprocess)"
 fi
-gpu 110 "attention against its peers" "$python" benchmarks/attention.py --seqs 8192 --head-dims 128 --json "$out/attention.json"
-# shellcheck disable=SC2086
-train 45 7b-width-8-layers configs/7b.yaml $best model.num_layers=8 model.vocab_size=32064 train.global_batch_size=2 \
-  train.micro_batch_size=2 data.num_streams=2
 [[ -f $out/trace.json ]] && gzip -f "$out/trace.json"
 say "end"
 "$python" - "$out" <<'P'

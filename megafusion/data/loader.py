@@ -18,7 +18,7 @@ from megafusion.data.source import Source
 from megafusion.data.workers import Workers
 from megafusion.errors import UserError
 from megafusion.objective.noise_process import NoiseProcess
-from megafusion.sequence.packing import PackedBatch, SequenceShape, collate
+from megafusion.sequence.packing import PackedBatch, SequenceShape, collate, drop_unused_slots
 from megafusion.sequence.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -55,7 +55,7 @@ class DataLoader:
     """This rank's packed rows of each global batch.
 
     global_batch_size: packed sequences B of a global batch. rows: indices of this rank's among them.
-    micro_batch_size: packed sequences of a micro-batch.
+    micro_batch_size: packed sequences of a micro-batch. drops_unused_slots: see the function of that name.
     A context manager: its worker processes end with it.
     """
 
@@ -69,6 +69,7 @@ class DataLoader:
         global_batch_size: int,
         rows: range,
         micro_batch_size: int,
+        drops_unused_slots: bool = False,
     ):
         if config.num_streams % global_batch_size:
             raise UserError(
@@ -76,6 +77,7 @@ class DataLoader:
                 f"{global_batch_size}"
             )
         self._config, self._rows, self._micro_batch_size = config, rows, micro_batch_size
+        self._drops_unused_slots = drops_unused_slots
         self._streams = {
             number: LogicalStream(number, sources, config, shape, tokenizer, noise_process)
             for number in range(config.num_streams)
@@ -110,6 +112,8 @@ class DataLoader:
             collate([rows[g] for g in range(i, i + size)])
             for i in range(first, first + len(self._rows), size)
         ]
+        if self._drops_unused_slots:
+            micro_batches = list(map(drop_unused_slots, micro_batches))
         return [batch.pinned() for batch in micro_batches] if torch.cuda.is_available() else micro_batches
 
     def state_dict(self) -> dict:

@@ -106,9 +106,9 @@ class Stage(nn.Module):
         return x.view(self.num_rows, -1, self.config.hidden_size), shaped
 
     def _unpack_integers(self, integers: Tensor) -> tuple[Tensor, Tensor]:
-        num_rows, length, num_slots = self.num_rows, self.shape.length, self.shape.num_images
-        rows, slots = integers.split([4 * num_rows * length, 3 * num_rows * num_slots])
-        return rows.view(4, num_rows, length), slots.view(3, num_rows, num_slots)
+        num_rows, length = self.num_rows, self.shape.length
+        rows, slots = integers.tensor_split((4 * num_rows * length,))
+        return rows.view(4, num_rows, length), slots.view(3, num_rows, -1)
 
 
 class ModelWithLoss(nn.Module):

@@ -2,7 +2,7 @@
 
 from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -169,6 +169,22 @@ def collate(rows: Sequence[PackedBatch]) -> PackedBatch:
     names = [field.name for field in fields(PackedBatch) if field.default is MISSING]
     batch = PackedBatch(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
     return with_counts(batch, batch.counts())
+
+
+SLOT_FIELDS = ("latents", "noise", "t", "image_start", "image_size", "has_loss", "pixels", "has_pixels")
+"""Fields of a PackedBatch with a dimension N of image slots, their second."""
+
+
+def drop_unused_slots(batch: PackedBatch) -> PackedBatch:
+    """The batch without the last image slots that no row uses; of N, one of four numbers is kept.
+
+    Few numbers, because memory is allocated and convolutions are chosen for each shape; at least one slot,
+    because every parameter is to have a gradient.
+    """
+    num_slots, num_used = batch.t.shape[1], int((batch.image_start >= 0).sum(1).max())
+    quarter = -(-num_slots // 4)
+    num_kept = quarter * max(1, -(-num_used // quarter))
+    return replace(batch, **{name: getattr(batch, name)[:, :num_kept].contiguous() for name in SLOT_FIELDS})
 
 
 def with_counts(batch: PackedBatch, counts: Tensor) -> PackedBatch:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megafusion.device import default_device
 
+import torch
 import torch.distributed as dist
 from rich.filesize import decimal
 
@@ -237,7 +238,12 @@ class Run:
             self._began -= state["seconds"]
         self._attempts.resumed(self.step)
         self._sampler = SampleSheets(config, self._components, self.engine.device) if self._is_rank0 else None
-        self._encoder = ImageEncoder(self._components.codec, config.model.latent_sizes, self.engine.device)
+        self._encoder = ImageEncoder(
+            self._components.codec,
+            config.model.latent_sizes,
+            self.engine.device,
+            torch.float32 if config.train.precision == "fp32" else torch.bfloat16,
+        )
         self._outputs.enter_context(self._manager)
         self._outputs.enter_context(self._loader)
         with raise_on_all_ranks():

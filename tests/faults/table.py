@@ -3,7 +3,6 @@
     python -m tests.faults.table [NAME ...]
 
 Prints a table at the end; runs/faults.json has the results so far. Mounts a small tmpfs, so it needs root.
-NAME: one of the cases below.
 """
 
 import json
@@ -19,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tests.faults import cases
+from tests.support.cases import chosen_cases
 from tests.support.small import make_shards, make_vae
 
 ALL = {
@@ -41,13 +41,12 @@ ALL = {
 
 
 def main(names: list[str]) -> int:
-    chosen = {name: case for name, case in ALL.items() if not names or name in names}
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     bench = cases.Bench(folder, make_shards(folder, make_vae(folder / "vae")), folder / "vae")
     rows = []
-    for name, case in track(chosen.items(), "faults", console=Console(stderr=True)):
+    for name in track(names, "faults", console=Console(stderr=True)):
         began = time.monotonic()
-        done = case(bench)
+        done = ALL[name](bench)
         rows.append({"case": name, "seconds": round(time.monotonic() - began, 1), "done": done})
         _write(rows)
     table = Table(title="Faults that a run survives")
@@ -76,4 +75,4 @@ def _write(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(chosen_cases(__doc__, ALL)))

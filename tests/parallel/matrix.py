@@ -25,6 +25,7 @@ from tests.parallel.cases import (
     parameter_error,
     plain_steps,
 )
+from tests.support.cases import chosen_cases
 from tests.support.small import make_shards, make_vae, small_run
 from tests.support.workers import WorkersFailed, run_workers
 
@@ -256,29 +257,32 @@ class OneDevice:
 
 
 def main(names: list[str]) -> int:
-    """Run the named cases, or all; returns the number of failures."""
+    """Run these cases; returns the number of failures."""
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         vae = make_vae(Path(folder) / "vae")
         shards = Path(folder) / "shards"
         shards.mkdir()
         one = OneDevice(make_shards(shards, vae), vae, Path(folder) / "run")
-        for name in track(names or list(CASES), description="topologies", console=Console(stderr=True)):
+        for name in track(names, description="topologies", console=Console(stderr=True)):
             try:
                 results.append(one.compare(CASES[name]))
             except WorkersFailed as error:
                 failed.append(f"{name}: {error}")
+            _write([asdict(result) for result in results], failed)
     table = Table("case", "ranks", "loss error", "norm error", "weight error", "seconds", "")
     for r in results:
         errors = (f"{e:.1e}" for e in (r.max_loss_error, r.max_norm_error, r.max_parameter_error))
         table.add_row(r.name, str(r.world), *errors, f"{r.seconds:.1f}", "" if r.holds else "TOO FAR")
     Console().print(table, *failed, sep="\n")
-    Path("runs").mkdir(exist_ok=True)
-    Path("runs/parallel.json").write_text(
-        json.dumps({"cases": [asdict(r) for r in results]}, indent=1) + "\n"
-    )
     return len(failed) + sum(not r.holds for r in results)
 
 
+def _write(cases: list[dict], failed: list[str]) -> None:
+    """The results so far."""
+    Path("runs").mkdir(exist_ok=True)
+    Path("runs/parallel.json").write_text(json.dumps({"cases": cases, "failed": failed}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    sys.exit(min(1, main(sys.argv[1:])))
+    sys.exit(min(1, main(chosen_cases(__doc__, CASES))))

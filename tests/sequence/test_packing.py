@@ -12,7 +12,7 @@ from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import ImageSegment, cut_document
-from megafusion.sequence.packing import SequenceShape, collate, pack_row, with_counts
+from megafusion.sequence.packing import SequenceShape, collate, drop_unused_slots, pack_row, with_counts
 from megafusion.sequence.tokenizer import Tokenizer
 from tests.support.rows import arrays
 from tests.support.segments import flat_document, image_of
@@ -159,3 +159,22 @@ def test_a_batch_without_images_or_without_text_has_finite_losses():
     assert all(torch.isfinite(g).all() for g in gradients.values())
     empty, _, _ = losses_and_gradients(net, [[]], shape)
     assert empty.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+@pytest.mark.parametrize(("lengths", "kept"), [([[4], [6]], 2), ([[0], [0, 0, 0]], 4), ([[0] * 7, [3]], 7)])
+def test_unused_slots_change_no_loss_and_no_gradient(adapter, lengths, kept):
+    """Images per row at most 0, 3 and 7, of 7 slots."""
+    net, shape = model(adapter), SequenceShape(48, 7, (NUM_PATCHES,), 2, ((4, 4),))
+    rows = [pack_row([document(row, seed)], shape) for seed, row in enumerate(lengths)]
+    whole = collate(rows)
+    less = drop_unused_slots(whole)
+    assert less.latents.shape[:2] == less.t.shape == less.has_pixels.shape == (2, kept)
+    assert torch.equal(less.tokens, whole.tokens)
+    found = []
+    for batch in (whole, less):
+        net.zero_grad()
+        losses = net(batch)
+        losses.total.backward()
+        found.append([torch.stack(losses).detach(), *(p.grad.clone() for p in net.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

@@ -1,13 +1,16 @@
 """A run and its data: workers change nothing but the time, and metrics say what rows hold."""
 
 import os
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from megafusion.config import parse_config
+from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.telemetry.metrics_file import read_metrics
+from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 
@@ -44,6 +47,26 @@ def test_metrics_say_what_rows_hold(run_values):
         assert line["padding"] == pytest.approx(1 - line["fill"])
         assert line["share/pairs"] + line["share/text"] == pytest.approx(1)
         assert line["documents_skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "pipeline", "drops"), [("unet", 1, True), ("unet", 2, False), ("linear", 1, False)]
+)
+def test_a_unet_gets_no_slots_that_no_row_of_its_micro_batch_uses(run_values, adapter, pipeline, drops):
+    """Slots are dropped from the end; with a linear adapter and between stages all stay."""
+    run_values["model"] |= {"adapter": adapter, "unet_channels": 8}
+    run_values["data"]["images_per_row"] = 8
+    config = parse_config(RunConfig, run_values, "test")
+    mesh = SimpleNamespace(size={"pipeline": pipeline, "data": 1}.__getitem__, rank=lambda axis: 0)
+    start_process_group()
+    loader = build_components(config, mesh).loader
+    kept = set()
+    for batch in (batch for _ in range(6) for batch in loader.next()):
+        used = (batch.image_start >= 0).sum(1).max()
+        kept.add(batch.t.shape[1])
+        assert batch.t.shape[1] == (2 * max(1, -(-used // 2)) if drops else 8)
+        assert batch.latents.shape[:2] == batch.t.shape
+    assert (len(kept) > 1) == drops
 
 
 def test_a_data_state_of_an_older_format_is_refused_when_resuming(run_values, monkeypatch):
