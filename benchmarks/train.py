@@ -133,9 +133,8 @@ class Step:
 
     def update(self, batches: list[PackedBatch]) -> None:
         """A step without waiting for the device."""
-        train_step(self.engine, batches, RATE)
         self._number += 1
-        self._ema.update(self._number)
+        train_step(self.engine, batches, RATE, self._ema.after(self._number))
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase of one step, waiting for the device after each."""
@@ -159,7 +158,8 @@ class Step:
             deepspeed.backward(losses.total * len(batches))
             lap("backward")
             deepspeed.step()
-        engine.clip_and_step(RATE)
+        self._number += 1
+        engine.clip_and_step(RATE, self._ema.after(self._number))
         lap("optimizer")
         return spent
 
@@ -219,7 +219,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--name", help="of this line among the results")
     parser.add_argument(
-        "--syncs", action="store_true", help="name each place where the host waits for the GPU"
+        "--syncs",
+        action="store_true",
+        help="fail if the host waits for the GPU, and name where",
     )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="trace of one step, for Perfetto")
     parser.add_argument("--json", metavar="FILE", help="append the figures as a line of JSON; - prints it")
@@ -239,6 +241,8 @@ def main() -> None:
         path = Path(options.json)
         before = path.read_text() if path.exists() else ""
         write_file(path, before + json.dumps(record) + "\n")
+    if syncs := record.get("host_syncs"):
+        raise SystemExit(f"a step waits for the GPU at {', '.join(syncs)}")
 
 
 def show(record: dict) -> None:

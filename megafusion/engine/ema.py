@@ -1,5 +1,7 @@
 """An exponential moving average of the weights, from which images are drawn."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,34 @@ class Ema:
 
     def __init__(self, optimizer_shards: list[OptimizerShard], decay: float):
         self.decay = decay
-        self._weights = [shard.weight for shard in optimizer_shards]
-        self.fragments: list[Tensor] = [weight.clone() for weight in self._weights]
+        self.weights = [shard.weight for shard in optimizer_shards]
+        self._storages: dict[int, Tensor] = {}
+        for shard in optimizer_shards:
+            if id(shard.storage) not in self._storages:
+                self._storages[id(shard.storage)] = shard.storage.detach().clone().view(-1)
+        self.fragments: list[Tensor] = [
+            self._storages[id(shard.storage)].narrow(0, shard.offset, shard.weight.numel())
+            for shard in optimizer_shards
+        ]
         """float32, one for each optimizer shard, in the same order."""
+
+    def storage(self, of: Tensor) -> Tensor | None:
+        """The averages of one of the optimizer's storages, of its size; None if no shard is in it."""
+        return self._storages.get(id(of))
+
+    def after(self, step: int) -> "EmaUpdate":
+        """The update of the averages that belongs to update number `step` of the weights."""
+        return EmaUpdate(self, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights after `step` updates."""
-        decay = min(self.decay, (1 + step) / (10 + step))
         if self.fragments:  # a rank may own none
-            torch._foreach_lerp_(self.fragments, self._weights, 1 - decay)
+            torch._foreach_lerp_(self.fragments, self.weights, self.after(step).weight)
+
+
+class EmaUpdate(NamedTuple):
+    """Averages, and how far they move towards the weights: 1 - decay."""
+
+    ema: Ema
+    weight: float

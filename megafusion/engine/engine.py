@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from megafusion.device import default_device
 
@@ -13,13 +12,13 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
-from megafusion.engine.held_update import HeldUpdate
+from megafusion.engine.ema import EmaUpdate
 from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.optimizer_state import OptimizerState
+from megafusion.engine.update import Update
 from megafusion.model.config import ModelConfig
 from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
@@ -46,12 +45,21 @@ class Engine:
     on about the latest step. optimizer_state: this rank's master weights and moments.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, stage: Stage, mesh: Mesh, consensus: StepConsensus):
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        stage: Stage,
+        mesh: Mesh,
+        consensus: StepConsensus,
+        gradient_clip: float,
+    ):
         self._deepspeed = engine  # a PipelineEngine if there are several stages
         self.stage, self.mesh, self.consensus = stage, mesh, consensus
         self.device: torch.device = engine.device
         self.optimizer_state = OptimizerState(engine.optimizer, stage.named_parameters())
-        self._update = HeldUpdate(engine, consensus)
+        sharded = {n for n, p in stage.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+        clip = gradient_clip or math.inf
+        self._update = Update(engine, self.optimizer_state, consensus, mesh, sharded, clip)
 
     def forward_backward(self, micro_batches: list[PackedBatch]) -> None:
         """Accumulate the gradients of a global batch, reduced over data ranks.
@@ -65,10 +73,13 @@ class Engine:
         else:
             self._accumulate(batches, len(micro_batches))
 
-    def clip_and_step(self, learning_rate: float) -> Losses:
-        """Clip and update, or skip on all ranks, as `consensus` tells; returns the losses, on the device."""
+    def clip_and_step(self, learning_rate: float, average: EmaUpdate | None = None) -> Losses:
+        """Clip and update weights and averages, or skip on all ranks, as `consensus` tells.
+
+        Returns the losses, on the device, for which the host does not wait.
+        """
         set_learning_rate(self._deepspeed.optimizer, learning_rate)
-        self._update.make_or_skip()
+        self._update.make_or_skip(average)
         return Losses(*self.consensus.losses.unbind())
 
     def _accumulate(self, batches: Iterable[PackedBatch], num_batches: int) -> None:
@@ -101,7 +112,7 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Global gradient norm of the latest step, before clipping. Synchronises with the device."""
-        return float(self._deepspeed.get_global_grad_norm())
+        return float(self.consensus.grad_norm)
 
 
 def make_engine(
@@ -153,19 +164,10 @@ def make_engine(
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(stage, optimizer),
-            config=_deepspeed_config(train, mesh, accumulation, optimizer.gradient_clip, model.hidden_size),
+            config=_deepspeed_config(train, mesh, accumulation, model.hidden_size),
             mpu=grid,
         )
-    if mesh.config.zero_stage == 0:
-        engine.clip_fp32_gradients = partial(_clip, engine)
-    return Engine(engine, stage, mesh, consensus)
-
-
-def _clip(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Clip as DeepSpeed does at ZeRO 0, which does not store the norm."""
-    engine._global_grad_norm = clip_grad_norm_(
-        list(engine.module.parameters()), engine.gradient_clipping(), mpu=engine.mpu
-    )
+    return Engine(engine, stage, mesh, consensus, optimizer.gradient_clip)
 
 
 def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
@@ -181,9 +183,7 @@ def _pipeline(stage: Stage, losses: PipelineLosses, mesh: Mesh) -> PipelineModul
     return PipelineModule(layers, topology=make_topology(mesh), loss_fn=losses, partition_method="uniform")
 
 
-def _deepspeed_config(
-    train: TrainConfig, mesh: Mesh, accumulation: int, gradient_clip: float, hidden_size: int
-) -> dict:
+def _deepspeed_config(train: TrainConfig, mesh: Mesh, accumulation: int, hidden_size: int) -> dict:
     parallel = mesh.config
     zero: dict[str, object] = {
         "stage": parallel.zero_stage,
@@ -196,8 +196,6 @@ def _deepspeed_config(
     values: dict[str, object] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        # Without clipping, DeepSpeed would not measure the norm at ZeRO 0.
-        "gradient_clipping": gradient_clip or math.inf,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -207,9 +205,8 @@ def _deepspeed_config(
     }
     if train.precision != "fp32":
         # Accumulate and reduce gradients in float32, where DeepSpeed would use bf16.
-        # Each gradient is added as soon as it is there, so that no copy of all of them is kept in bf16.
         values |= {
-            "bf16": {"enabled": True, "immediate_grad_update": True},
+            "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import megafusion.device  # noqa: F401 - before deepspeed
 
@@ -36,6 +36,19 @@ class OptimizerShard:
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    storage: Tensor
+    """The optimizer's own tensor, whose elements from `offset` on are `weight`."""
+    offset: int
+
+
+class Storage(NamedTuple):
+    """A tensor that AdamW updates on this rank, its state, and its group's learning rate and weight decay."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    group: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,10 @@ class OptimizerState:
         self._optimizer = optimizer
         self._adamw = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
         assert isinstance(self._adamw, torch.optim.AdamW), f"{type(self._adamw).__name__} is not AdamW"
-        for storage in _storages(optimizer, self._adamw):
-            _ensure_moments(self._adamw, storage)
+        self.storages = [
+            Storage(storage, **_moments(self._adamw, storage), group=group)
+            for storage, group in _storages(optimizer, self._adamw)
+        ]
         self.shards: list[OptimizerShard] = []
         self.frozen: list[FrozenShard] = []
         for name, parameter in named_parameters:
@@ -77,11 +92,12 @@ class OptimizerState:
             return None
         storage, offset, start, length = found
         state = self._adamw.state[storage]
-        fragments = [
+        weight, exp_avg, exp_avg_sq = (
             tensor.detach().view(-1).narrow(0, offset, length)
             for tensor in (storage, state["exp_avg"], state["exp_avg_sq"])
-        ]
-        return OptimizerShard(name, shard_spec_of(parameter), start, *fragments)
+        )
+        spec = shard_spec_of(parameter)
+        return OptimizerShard(name, spec, start, weight, exp_avg, exp_avg_sq, storage, offset)
 
     @torch.no_grad()
     def sync_model_from_master(self, step: int) -> None:
@@ -92,6 +108,11 @@ class OptimizerState:
         """
         for state in self._adamw.state.values():
             state["step"].fill_(step)
+        self.sync_model()
+
+    @torch.no_grad()
+    def sync_model(self) -> None:
+        """Copy the master weights into the model's. Called by every rank."""
         optimizer = self._optimizer
         if isinstance(optimizer, torch.optim.AdamW):
             return  # its master weights are the model's
@@ -137,20 +158,23 @@ def _find_fragment(optimizer: DeepSpeedOptimizer, parameter: Any) -> tuple[Tenso
     return storage, master.start, model.start, master.numel
 
 
-def _storages(optimizer: DeepSpeedOptimizer, adamw: torch.optim.AdamW) -> list[Tensor]:
-    """The tensors that AdamW updates on this rank."""
+def _storages(optimizer: DeepSpeedOptimizer, adamw: torch.optim.AdamW) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The tensors that AdamW updates on this rank, with their groups."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         # Between steps its parameter groups are empty.
         assert not optimizer.swap_optimizer, "an optimizer swapped to disk has no tensors to view"
-        return optimizer.fp32_partitioned_groups_flat
-    return [tensor for group in adamw.param_groups for tensor in group["params"]]
+        groups = optimizer.sub_group_to_group_id
+        flats = optimizer.fp32_partitioned_groups_flat
+        return [(flat, adamw.param_groups[groups[i]]) for i, flat in enumerate(flats)]
+    return [(tensor, group) for group in adamw.param_groups for tensor in group["params"]]
 
 
-def _ensure_moments(adamw: torch.optim.AdamW, storage: Tensor) -> None:
-    """Start from zero moments, as AdamW's first step would."""
+def _moments(adamw: torch.optim.AdamW, storage: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor, which starts from zero as its first step would."""
     assert storage.dtype == torch.float32, f"master weights must be float32, these are {storage.dtype}"
     state = adamw.state[storage]
     if not state:
         state["step"] = torch.zeros((), device=storage.device)
         state["exp_avg"] = torch.zeros_like(storage.detach())
         state["exp_avg_sq"] = torch.zeros_like(storage.detach())
+    return {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step")}

@@ -5,6 +5,9 @@ the losses need, and with them each rank's stop request and whether it has an er
 shard or a full disk. It runs on the host over gloo, because no rank may begin a step that another rank
 refuses. The second has the losses and the gradients' squared norm, which show whether every rank's gradients
 are finite. Every rank decides from the same sums, so all decide alike.
+
+The second stays on the device, where the update obeys it, and reaches the host through pinned memory. So the
+host never waits within a step: it reads the outcome when it has given the device the next step's work.
 """
 
 import math
@@ -62,16 +65,33 @@ class StepConsensus:
         self.spikes = spikes
         self.losses = torch.zeros(3, device=device)
         """float32 [3], on the device: text, image and total loss of the global batch."""
-        self.is_finite, self.is_spike = True, False
+        self.found_inf, self.grad_norm = torch.zeros((), device=device), torch.zeros((), device=device)
+        """float32 [], on the device: 1 if the latest update was skipped, else 0; the global gradient norm."""
+        on_gpu = device.type == "cuda"
+        self._sums = torch.zeros(4, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self._is_read, self._is_finite, self._is_spike = True, True, False
         # Tensor and Ulysses ranks compute the same rows; one of them adds these to the sums.
         is_leader = mesh.rank("tensor") == mesh.rank("ulysses") == 0
         self._adds_counts = is_leader and mesh.rank("pipeline") == 0
         self._adds_losses = is_leader and mesh.rank("pipeline") == mesh.size("pipeline") - 1
-        self._device = device
+        self.device = device
         self._micro_batch_losses: list[Tensor] = []
         self._micro_batch_sums: list[Tensor] = []
         self._error: UserError | None = None
         self._host_group = dist.new_group(backend="gloo")
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every rank's losses and gradients were finite. Waits for the device, as the next two do."""
+        self._read()
+        return self._is_finite
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether the loss was a spike."""
+        self._read()
+        return self._is_spike
 
     @property
     def is_skipped(self) -> bool:
@@ -107,7 +127,7 @@ class StepConsensus:
         self.stops = bool(sums[2])
         if sums[3]:
             self.raise_deferred()
-        return sums[:2].to(self._device, non_blocking=True)
+        return sums[:2].to(self.device, non_blocking=True)
 
     def add_losses(self, losses: Iterable[Tensor]) -> None:
         """Add a micro-batch's text, image and total loss to those of the step."""
@@ -119,30 +139,47 @@ class StepConsensus:
 
     def reduce_sums(self) -> list[float]:
         """The sums of a validation over the micro-batches of all ranks."""
-        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
         if self._adds_losses:
             sums += torch.stack(self._micro_batch_sums).sum(0)
         self._micro_batch_sums = []
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def decide(self, gradients: list[Tensor]) -> None:
-        """Decide on the update. gradients: all that this rank holds.
+    def decide(self, square_norm: Tensor) -> None:
+        """Decide on the update, on the device: the host reads the outcome when it needs it.
 
-        A squared norm beyond float32 counts as not finite: such gradients cannot be clipped.
+        square_norm: sum of the squares of the gradients that this rank counts, 0-dim float32, not finite if
+        any that it holds is not. Beyond float32 the sum over ranks counts as not finite: such gradients
+        cannot be clipped.
         """
-        sums = torch.zeros(4, device=self._device)
+        self._read()
+        sums = torch.zeros(4, device=self.device)
         if self._micro_batch_losses:
             losses = torch.stack(self._micro_batch_losses).sum(0)
             # A rank that does not add its losses still adds NaN if they are not finite.
             sums[:3] = losses if self._adds_losses else losses - losses
-        if gradients:
-            norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-            sums[3] = norms.square().sum()
+        sums[3] = square_norm
         dist.all_reduce(sums)
-        self.losses = sums[:3]
-        values = sums.tolist()
-        self.is_finite = all(map(math.isfinite, values))
-        self.is_spike = self.is_finite and self.spikes.is_spike(values[2])
+        self.losses, self.grad_norm = sums[:3], sums[3].sqrt()
+        self.found_inf = (~torch.isfinite(sums).all()).float()
+        self._sums.copy_(sums, non_blocking=True)
+        if self._copied:
+            self._copied.record()
+        self._is_read = False
+        if self.spikes.action == "skip":
+            # Whether a loss is a spike is decided on the host, for which the device waits.
+            self.found_inf = self.found_inf.clamp(min=float(self.is_skipped))
+
+    def _read(self) -> None:
+        """Read the outcome of the latest step, waiting for the device if it is not there yet."""
+        if self._is_read:
+            return
+        self._is_read = True
+        if self._copied:
+            self._copied.synchronize()
+        values = self._sums.tolist()
+        self._is_finite = all(map(math.isfinite, values))
+        self._is_spike = self._is_finite and self.spikes.is_spike(values[2])
         if not self.is_skipped:
             self.spikes.add(values[2])

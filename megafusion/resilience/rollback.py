@@ -37,6 +37,11 @@ class Rollback:
         """Whether so many consecutive steps were skipped that the weights must be bad."""
         return self._in_a_row >= self._max_in_a_row
 
+    @property
+    def may_be_due(self) -> bool:
+        """Whether a rollback is due if the next step is skipped."""
+        return self._in_a_row + 1 >= self._max_in_a_row
+
     def roll_back(self, state: dict | None) -> int:
         """Record a rollback to a checkpoint and return its step. state: the checkpoint's; None without one.
 

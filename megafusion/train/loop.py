@@ -1,5 +1,6 @@
 """The training loop and its step; `Run` handles resuming, saving, signals, hangs, bad steps, full disks."""
 
+from megafusion.engine.ema import EmaUpdate
 from megafusion.engine.engine import Engine
 from megafusion.engine.optimizer import learning_rate
 from megafusion.objective.losses import Losses
@@ -18,17 +19,22 @@ def train(config: RunConfig, stop_after: int | None = None, signals: StopSignals
     """
     run = Run(config, stop_after, signals or StopSignals())
     with run.attempt():
-        for step in run.steps():
+        for _ in run.steps():
             micro_batches = run.next_batch()
-            rate = learning_rate(step, config.train.num_steps, config.optimizer)
-            losses = train_step(run.engine, micro_batches, rate)
-            if run.rejects_step():  # NaN, Inf or a loss spike: skipped on all ranks, or rolled back
-                continue
-            run.complete_step(losses, rate)  # EMA; log, save and sample when due
+            run.engine.forward_backward(micro_batches)
+            run.confirm_step()  # the one before: skipped after all for NaN, Inf or a spike, or an update?
+            rate = learning_rate(run.step, config.train.num_steps, config.optimizer)
+            losses = run.engine.clip_and_step(rate, run.average())
+            run.complete_step(losses, rate)  # log, save and sample when due
     return run.outcome
 
 
-def train_step(engine: Engine, micro_batches: list[PackedBatch], learning_rate: float) -> Losses:
+def train_step(
+    engine: Engine,
+    micro_batches: list[PackedBatch],
+    learning_rate: float,
+    average: EmaUpdate | None = None,
+) -> Losses:
     """Make one update of the weights; returns the losses of the global batch, on the device."""
     engine.forward_backward(micro_batches)  # accumulates, and reduces over ranks; 1F1B with a pipeline
-    return engine.clip_and_step(learning_rate)  # AdamW, unless any rank's loss or gradient is not finite
+    return engine.clip_and_step(learning_rate, average)  # unless any rank's loss or gradient is not finite

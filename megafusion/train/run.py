@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from megafusion.checkpoint.folder import complete_checkpoints, newest_step, verify_checkpoint
 from megafusion.checkpoint.manager import CheckpointManager
-from megafusion.engine.ema import Ema
+from megafusion.engine.ema import Ema, EmaUpdate
 from megafusion.engine.process_group import process_group
 from megafusion.errors import ExitStatus, UserError
 from megafusion.objective.losses import Losses
@@ -56,7 +56,8 @@ class Run:
         self._last_step = min(config.train.num_steps, stop_after or config.train.num_steps)
         self._attempts = Attempts(config.out)
         self.step = 0
-        """Updates made so far, over all attempts."""
+        """Updates made so far, over all attempts; the latest counts until `confirm_step` says otherwise."""
+        self._is_confirmed = True
         self._stops = False
         self._validated: tuple[int, float] | None = None
         """Step and total loss of the latest validation."""
@@ -93,8 +94,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the number of updates made, until the last step or a stop request."""
         while self.step < self._last_step and not self._stops:
-            self._watchdog.beat(self.step + 1, "train")
-            self._attempts.at(self.step + 1)
+            self._begin_step()
             yield self.step
 
     def next_batch(self) -> list[PackedBatch]:
@@ -112,31 +112,58 @@ class Run:
             seed_dropout(self._config.seed, self._loader.state_dict()["batch_number"], self._mesh)
         return micro_batches
 
-    def rejects_step(self) -> bool:
-        """Whether the latest step made no update on any rank; rolls back to a checkpoint if one is due."""
+    def average(self) -> EmaUpdate:
+        """The update of the averages that belongs to the next update of the weights."""
+        return self._ema.after(self.step + 1)
+
+    def complete_step(self, losses: Losses, learning_rate: float) -> None:
+        """Count the step; log, save and sample if due.
+
+        Whether it was an update at all is read before the next one is made, or here if that matters now.
+        """
+        config = self._config
         self._stops = self.engine.consensus.stops
-        if message := self._rollback.record_step(self.step):
+        self.step += 1
+        self._is_confirmed = False
+        self._metrics.advance(self.step)
+        logs = self._is_due(config.telemetry.log_every) or self.step == 1
+        saves = self._is_due(config.checkpoint.every)
+        if not (logs or saves or self._stops or self._rollback.may_be_due) or not self.confirm_step():
+            return
+        if logs:
+            self._log(losses, learning_rate)
+        if saves:
+            self._save()
+        if config.samples.every and self._is_due(config.samples.every) and not self._stops:
+            self._sample()
+
+    def confirm_step(self) -> bool:
+        """Whether the latest step made an update; rolls back to a checkpoint if one is due.
+
+        Waits for the device to have computed the step's gradients. A skipped step is not counted.
+        """
+        if self._is_confirmed:
+            return True
+        self._is_confirmed = True
+        if message := self._rollback.record_step(self.step - 1):
             self._metrics.say(message)
+        if not self.engine.consensus.is_skipped:
+            return True
+        self.step -= 1
+        self._metrics.advance(self.step)
         if self._rollback.is_due:
             self._watchdog.beat(self.step, "roll back")
             self._checkpoints.wait()
             self.step = self._rollback.roll_back(self._checkpoints.load_latest())
             with self.engine.consensus.defer_errors():
                 self._metrics.rewind(self.step)
-        return self.engine.consensus.is_skipped
+        self._begin_step()
+        return False
 
-    def complete_step(self, losses: Losses, learning_rate: float) -> None:
-        """Count the step and update the average; log, save and sample if due."""
-        config = self._config
-        self.step += 1
-        self._ema.update(self.step)
-        self._metrics.advance(self.step)
-        if self._is_due(config.telemetry.log_every) or self.step == 1:
-            self._log(losses, learning_rate)
-        if self._is_due(config.checkpoint.every):
-            self._save()
-        if config.samples.every and self._is_due(config.samples.every) and not self._stops:
-            self._sample()
+    def _begin_step(self) -> None:
+        """Tell the watchdog and the run folder which step is being computed."""
+        self._watchdog.beat(self.step + 1, "train")
+        self._attempts.at(self.step + 1)
 
     def _is_due(self, every: int) -> bool:
         return self.step == self._last_step or (every > 0 and self.step % every == 0)

@@ -28,10 +28,8 @@ class Residual(ResnetBlock2D):
     def __init__(self, config: ModelConfig, in_channels: int, out_channels: int):
         size = 4 * config.unet_channels
         super().__init__(in_channels=in_channels, out_channels=out_channels, temb_channels=size, groups=1)
-        self.norm1, self.norm2 = (
-            ImageNorm(in_channels, self.norm1.eps),
-            ImageNorm(out_channels, self.norm2.eps),
-        )
+        self.norm1: nn.Module = ImageNorm(in_channels, eps=1e-6)
+        self.norm2: nn.Module = ImageNorm(out_channels, eps=1e-6)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
         hidden = self.conv1(F.silu(self.norm1(x)))
