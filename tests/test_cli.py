@@ -26,7 +26,7 @@ from tests.support.raw import strange_images
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("train-tokenizer", "preprocess", "train-vae", "import", "train", "generate", "export"),
-    *("report", "checkpoint", "launch", "keys"),
+    *("report", "checkpoint", "launch", "keys", "serve"),
 )
 
 

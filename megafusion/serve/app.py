@@ -1,16 +1,44 @@
 """The routes of a server."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import Send
 
+from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.serve.answers import Chat, draw_images
+from megafusion.serve.bodies import (
+    ChatBody,
+    ImageBody,
+    Reader,
+    is_image_field,
+    read_body,
+    read_form_value,
+    read_json,
+)
 from megafusion.serve.config import ServeConfig
+from megafusion.serve.errors import Refusal
+from megafusion.serve.gate import Gate
 from megafusion.serve.metrics import Metrics
 from megafusion.serve.worker import Worker
+
+MAX_FIELDS = 100
+"""Fields of a form."""
+
+
+class _EventStream(StreamingResponse):
+    """A stream that ends its generation when it is not sent to its end."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
 
 
 def make_app(pipeline: TransfusionPipeline, config: ServeConfig, name: str, keys: Sequence[str]) -> FastAPI:
@@ -24,10 +52,22 @@ def make_app(pipeline: TransfusionPipeline, config: ServeConfig, name: str, keys
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
-        worker.end()
+        await asyncio.to_thread(worker.end)
 
     app = FastAPI(title="megafusion", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.worker = worker
+    app.add_middleware(Gate, worker=worker, config=config, keys=keys)
+    app.add_exception_handler(Refusal, lambda _, error: error.response())
+    app.add_exception_handler(UserError, lambda _, error: Refusal(400, str(error)).response())
+    app.add_exception_handler(
+        HTTPException, lambda _, error: Refusal(error.status_code, error.detail, error.headers).response()
+    )
+    _add_state_routes(app, worker, name)
+    _add_generating_routes(app, worker, Reader(pipeline, config, name))
+    return app
+
+
+def _add_state_routes(app: FastAPI, worker: Worker, name: str) -> None:
     model = {"id": name, "object": "model", "created": 0, "owned_by": "megafusion"}
 
     @app.get("/health")
@@ -43,4 +83,51 @@ def make_app(pipeline: TransfusionPipeline, config: ServeConfig, name: str, keys
     def models() -> dict:
         return {"object": "list", "data": [model]}
 
-    return app
+    @app.get("/v1/models/{model_id}")
+    def one_model(model_id: str) -> dict:
+        if model_id != name:
+            raise Refusal(404, f"model={model_id!r:.80}: this server has {name!r}")
+        return model
+
+
+def _add_generating_routes(app: FastAPI, worker: Worker, reader: Reader) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await asyncio.to_thread(read_body, ChatBody, await _read_json(request))
+        requests = await asyncio.to_thread(reader.chat, body)
+        answer = Chat(worker, requests, reader.name)
+        if not body.stream:
+            return JSONResponse(await answer.whole())
+        chunks = answer.chunks(body.stream_options.get("include_usage", False))
+        return _EventStream(chunks, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    @app.post("/v1/images/generations")
+    async def generations(request: Request) -> JSONResponse:
+        body = read_body(ImageBody, await _read_json(request))
+        return JSONResponse(await draw_images(worker, await asyncio.to_thread(reader.draw, body, {})))
+
+    @app.post("/v1/images/edits")
+    async def edits(request: Request) -> JSONResponse:
+        values: dict[str, Any] = {}
+        files: dict[str, bytes] = {}
+        limits = {"max_files": MAX_FIELDS, "max_fields": MAX_FIELDS, "max_part_size": 2**20}
+        async with request.form(**limits) as form:
+            for field, value in form.multi_items():
+                if isinstance(value, str):
+                    values[field] = read_form_value(field, value)
+                elif is_image_field(field):
+                    files[f"image[{len(files)}]"] = await value.read()
+                else:
+                    raise Refusal(400, f"{field}: is not taken; give the files image and the text prompt")
+        if not files:
+            raise Refusal(400, "image: is missing; send one as a file of a form (multipart/form-data)")
+        body = read_body(ImageBody, values)
+        return JSONResponse(await draw_images(worker, await asyncio.to_thread(reader.draw, body, files)))
+
+
+async def _read_json(request: Request) -> dict:
+    """The values of a JSON body. Raises Refusal, also for a type that a web page may send without leave."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, f"Content-Type {kind:.80}: send application/json")
+    return await asyncio.to_thread(read_json, await request.body())

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,7 +143,7 @@ class Worker:
             self._changed.notify()
         return job
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[Event | JobDone]:
+    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Event | JobDone, None]:
         """The events of requests, on any event loop, a JobDone last; closing the iterator cancels them.
 
         Raises what ended the generation.

@@ -1,27 +1,22 @@
-"""A server of a small pipeline, in this process."""
+"""A server of a small pipeline, in this process, and the client of OpenAI."""
 
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from openai import OpenAI
 
 from megafusion.config import parse_config
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.serve.app import make_app
 from megafusion.serve.config import ServeConfig
-from megafusion.serve.server import listen
 from megafusion.train.config import RunConfig
 from tests.support.generation import make_pipeline
+from tests.support.serving import running
 from tests.support.small import small_run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pipeline(tokenizer, codec, vae_folder) -> TransfusionPipeline:
     """A random model of images of 32 x 32 pixels, in rows of 96 positions."""
     values = small_run(Path("unused"), vae_folder, Path("unused"))
@@ -30,26 +25,14 @@ def pipeline(tokenizer, codec, vae_folder) -> TransfusionPipeline:
     return TransfusionPipeline(made.model, tokenizer, codec, config)
 
 
-@contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The address of an application that answers."""
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http="h11", ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+@pytest.fixture(scope="module")
+def app(pipeline):
+    return make_app(pipeline, ServeConfig(), "small", [])
 
 
 @pytest.fixture(scope="module")
-def address(pipeline) -> Iterator[str]:
-    with running(make_app(pipeline, ServeConfig(), "small", [])) as address:
+def address(app) -> Iterator[str]:
+    with running(app) as address:
         yield address
 
 

@@ -1,0 +1,156 @@
+"""Middleware in front of the routes: a request's host, key, slot, size and time, and its client's leaving."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from megafusion.serve.answers import sse
+from megafusion.serve.config import ServeConfig
+from megafusion.serve.errors import Refusal
+from megafusion.serve.metrics import Metrics
+from megafusion.serve.worker import NoSlot, Worker
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+ROUTES = ("/v1/chat/completions", "/v1/images/generations", "/v1/images/edits")
+CLIENT_LEFT = 499
+"""Status in the metrics, as nginx's, of a request whose client left."""
+
+
+class Gate:
+    """ASGI middleware. A request that generates holds a slot from its headers to the end of its answer."""
+
+    def __init__(self, app: ASGIApp, worker: Worker, config: ServeConfig, keys: Sequence[str]):
+        self.app, self.worker, self.config, self.keys = app, worker, config, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] != "http" or scope["path"] == "/health":
+            return await self.app(scope, receive, send)
+        try:
+            self._check_sender(scope["path"], Headers(scope=scope))
+        except Refusal as refusal:
+            return await refusal.response()(scope, receive, send)
+        if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+            return await self.app(scope, receive, send)
+        answer = _Answer(scope, receive, send, self.worker.metrics)
+        try:
+            with self.worker.slot():
+                await self._answer_in_time(answer)
+        except NoSlot as error:
+            status, seconds = 503 if error.is_closing else 429, str(error.retry_seconds)
+            limit = "" if error.is_closing else f": max_requests {self.config.max_requests} are in progress"
+            await answer.refuse(Refusal(status, f"{error}{limit}; try again", {"retry-after": seconds}))
+        finally:
+            answer.observe()
+
+    def _check_sender(self, path: str, headers: Headers) -> None:
+        """Raise Refusal for a wrong key; without keys, for what another site's page made a browser send."""
+        if not self.keys:
+            host = headers.get("host", "")
+            if urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+                raise Refusal(403, f"Host {host:.80}: this server answers for localhost alone")
+            if (origin := headers.get("origin")) and urlsplit(origin).netloc != host:
+                raise Refusal(403, f"Origin {origin:.80}: pages of other sites may not ask this server")
+        elif path.startswith("/v1/") or path == "/metrics":
+            given = headers.get("authorization", "").removeprefix("Bearer ").encode()
+            # Every key is compared, so that the time tells nothing.
+            if not sum(hmac.compare_digest(given, key.encode()) for key in self.keys):
+                raise Refusal(401, "Authorization: Bearer KEY is missing or not a key of this server")
+
+    async def _answer_in_time(self, answer: "_Answer") -> None:
+        limit = self.config.timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                body = await answer.read_body(self.config.max_body_bytes)
+                await answer.run(self.app, body)
+        except TimeoutError:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):  # the client may not read
+                    await answer.refuse(Refusal(504, f"not answered within timeout_seconds {limit:g}"))
+        except Refusal as refusal:
+            await answer.refuse(refusal)
+
+
+class _Answer:
+    """One request: its body, its answer and what became of it."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, metrics: Metrics):
+        self.scope, self._receive, self._send, self.metrics = scope, receive, send, metrics
+        self.start_time = time.monotonic()
+        self.status: int | None = None
+        self.is_stream = self.is_complete = False
+
+    async def read_body(self, most: int) -> bytes:
+        """The body; of one that is too large, nothing beyond the limit is read. Raises Refusal."""
+        too_large = Refusal(413, f"body exceeds max_body_bytes {most}", {"connection": "close"})
+        declared = Headers(scope=self.scope).get("content-length", "0")
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
+            raise too_large
+        body, more = bytearray(), True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Refusal(CLIENT_LEFT, "the client left")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > most:
+                raise too_large
+        return bytes(body)
+
+    async def run(self, app: ASGIApp, body: bytes) -> None:
+        """Let an application answer, until the client leaves."""
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await asyncio.Event().wait()  # this object waits for the client's leaving
+            raise AssertionError
+
+        answered = asyncio.ensure_future(app(self.scope, receive, self.send))
+        left = asyncio.ensure_future(self._wait_until_left())
+        try:
+            await asyncio.wait({answered, left}, return_when=asyncio.FIRST_COMPLETED)
+            if answered.done():
+                answered.result()
+        finally:
+            for task in (answered, left):
+                task.cancel()
+            await asyncio.gather(answered, left, return_exceptions=True)
+
+    async def _wait_until_left(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-")
+        await self._send(message)
+        if message["type"] == "http.response.body":
+            self.is_complete = not message.get("more_body", False)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with a refusal; in an answer that has begun, as an event, if it is a stream of them."""
+        if self.status is None:
+            self.status = refusal.status
+            await refusal.response()(self.scope, self._receive, self._send)
+            self.is_complete = True
+        elif self.is_stream and not self.is_complete:
+            self.status = refusal.status
+            await self._send({"type": "http.response.body", "body": sse(refusal.body())})
+            self.is_complete = True
+
+    def observe(self) -> None:
+        """Count the request."""
+        path = self.scope["path"] if self.scope["path"] in ROUTES else "other"
+        status = self.status if self.is_complete else CLIENT_LEFT
+        self.metrics.requests.labels(path, status).inc()
+        self.metrics.seconds.labels(path).observe(time.monotonic() - self.start_time)
