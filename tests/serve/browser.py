@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 
+from megafusion.images.grid import make_image_grid
+
 CHROMIUM = shutil.which("chromium")
 WAIT_MS = 60_000
 RECORD = """() => {
@@ -143,6 +145,9 @@ def main() -> None:
             visitor.shoot(given.out / "page-chat.png")
             return
         frames = visitor.draw("octopus, 3d style")
+        make_image_grid([("", frame) for frame in frames], columns=len(frames), side=128).crop(
+            (0, 0, 12 + 144 * len(frames), 144)
+        ).save(given.out / "page-sharpening.png")
         print("mean difference from the last:", *(f"{each:.1f}" for each in distances(frames)))
         visitor.shoot(given.out / "page-draw.png")
         print("caption:", visitor.describe(given.image))

@@ -15,7 +15,7 @@ from PIL import Image
 from megafusion.serve.app import make_app
 from megafusion.serve.config import ServeConfig
 from megafusion.serve.page.mount import POLICY, mount_page, read_captions
-from tests.serve.conftest import running
+from tests.support.serving import running
 
 SETTINGS = {
     "guidance_scale": 2.0,
@@ -46,7 +46,9 @@ def page_address(app):
 
 @pytest.fixture(scope="module")
 def page(page_address):
-    return Client(page_address, verbose=False)
+    client = Client(page_address, verbose=False)
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from PIL import Image
 from megafusion.serve.app import make_app
 from megafusion.serve.config import ServeConfig
 from megafusion.serve.page.mount import mount_page
-from tests.serve.conftest import running
+from tests.support.serving import running
 
 pytest.importorskip("playwright")
 pytestmark = [
@@ -91,7 +91,7 @@ def test_stop_ends_a_drawing_and_the_next_one_works(visitor):
     visitor.press("Draw")
     visitor.panel.locator(".mf-live img").first.wait_for()
     visitor.press("Stop")
-    visitor.wait_for_status("Stopped.")
+    visitor.wait_for_status("Stopped")
     assert visitor.draw("ghost")
 
 

@@ -1,6 +1,6 @@
 """The tab in which texts and images come in any order, from both sides."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 import gradio as gr
@@ -60,7 +60,7 @@ def chat_tab(page: Page) -> None:
 
     async def send(
         given: dict[str, Any], before: list[Turn], whole: bool, entries: list, *values: Any
-    ) -> AsyncIterator[Update]:
+    ) -> AsyncGenerator[Update]:
         """Add a message to the conversation, and answer it."""
         options = page.settings.read(values)
         now = await taken(given, before)

@@ -1,6 +1,6 @@
 """The tab that describes an image."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import gradio as gr
@@ -20,7 +20,7 @@ def describe_tab(page: Page, prompt: gr.Textbox) -> gr.Image:
             controls = Controls("Describe")
             again = gr.Button("Draw this caption", size="sm")
 
-    async def describe(file: Any, *values: Any) -> AsyncIterator[Update]:
+    async def describe(file: Any, *values: Any) -> AsyncGenerator[Update]:
         """Describe an image."""
         options = page.settings.read(values)
         document = [await page.load(file, page.content())]

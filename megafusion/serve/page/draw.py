@@ -1,6 +1,6 @@
 """The tab that draws a text."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import gradio as gr
@@ -25,7 +25,7 @@ def draw_tab(page: Page) -> gr.Textbox:
     controls = Controls("Draw")
     images = gr.HTML(elem_id="images")
 
-    async def draw(text: str, number: int, entries: list, *values: Any) -> AsyncIterator[Update]:
+    async def draw(text: str, number: int, entries: list, *values: Any) -> AsyncGenerator[Update]:
         """Draw a prompt several times, each with the next seed."""
         options = page.settings.read(values)
         prompts = [[page.text(text, "Prompt", page.content())]]

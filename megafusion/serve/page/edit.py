@@ -1,10 +1,11 @@
 """The tab that edits an image."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import gradio as gr
 
+from megafusion.generate.row import Part
 from megafusion.serve.errors import Refusal
 from megafusion.serve.page.parts import Controls, Page, Update, file_name, image_file, progress
 from megafusion.serve.page.render import turn
@@ -31,11 +32,11 @@ def edit_tab(page: Page) -> gr.Image:
     controls = Controls("Edit")
     again = gr.Button("Edit the result", size="sm")
 
-    async def edit(file: Any, text: str, writes: bool, entries: list, *values: Any) -> AsyncIterator[Update]:
+    async def edit(file: Any, text: str, writes: bool, entries: list, *values: Any) -> AsyncGenerator[Update]:
         """Draw an image anew as an instruction tells."""
         options = page.settings.read(values)
         content = page.content()
-        document = [await page.load(file, content), page.text(text, "Instruction", content)]
+        document: list[Part] = [await page.load(file, content), page.text(text, "Instruction", content)]
         name = file_name(text, options.seed)
         yield {page.settings.seed: options.seed}
         async for (answer,) in page.answers([document], options, "free" if writes else "image"):

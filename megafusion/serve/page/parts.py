@@ -4,10 +4,9 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +98,7 @@ class Controls:
             self.stop = gr.Button("Stop", interactive=False, min_width=80)
         self.status = gr.HTML(status(""))
         self.outputs = [self.run, self.stop, self.status]
+        self.stops: dict[str | None, asyncio.Event] = {}  # of what runs, by session
 
     def idle(self, text: str, is_error: bool = False) -> Update:
         """What they show when nothing runs."""
@@ -111,31 +111,32 @@ class Controls:
 
     def wire(
         self,
-        handler: Callable[..., AsyncIterator[Update]],
+        handler: Callable[..., AsyncGenerator[Update]],
         inputs: Sequence[Any],
         outputs: Sequence[Any],
         api_name: str,
         also: Sequence[Callable] = (),
     ) -> None:
-        """Start a handler with the button (and by further events), and cancel it with the other.
+        """Start a handler with the button (and by further events), and stop it with the other.
 
         It gets values as the browser sent them, images as files in the folder of uploads, so that errors are
         its own; those that it raises become the line of status.
         """
 
-        @wraps(handler)
-        async def start(*values: Any) -> AsyncIterator[Update]:
-            begin = time.monotonic()
+        async def start(request: gr.Request, *values: Any) -> AsyncIterator[Update]:
+            begin, stopped = time.monotonic(), asyncio.Event()
+            self.stops[request.session_hash] = stopped
             yield {
                 self.run: gr.Button(interactive=False),
                 self.stop: gr.Button(interactive=True),
                 self.status: status(WAITING),
             }
             try:
-                async with aclosing(handler(*values)) as updates:
+                async with aclosing(until(stopped, handler(*values))) as updates:
                     async for update in updates:
                         yield update
-                yield self.idle(f"Done in {time.monotonic() - begin:.1f} s.")
+                words = "Stopped after" if stopped.is_set() else "Done in"
+                yield self.idle(f"{words} {time.monotonic() - begin:.1f} s.")
             except (Refusal, UserError) as error:
                 yield self.idle(str(error), is_error=True)
             except NoSlot as error:
@@ -143,8 +144,15 @@ class Controls:
             except Exception:
                 logger.exception("%s of the page failed", api_name)
                 yield self.idle("This failed; the server's log says why", is_error=True)
+            finally:
+                self.stops.pop(request.session_hash, None)
 
-        started = gr.on(
+        async def stop(request: gr.Request) -> None:
+            if stopped := self.stops.get(request.session_hash):
+                stopped.set()
+
+        start.__doc__ = handler.__doc__  # which the page's API shows
+        gr.on(
             [self.run.click, *also],
             start,
             list(inputs),
@@ -154,14 +162,29 @@ class Controls:
             concurrency_limit=None,
             api_name=api_name,
         )
-        self.stop.click(
-            lambda: self.idle("Stopped."),
-            None,
-            self.outputs,
-            cancels=[started],
-            queue=False,
-            api_visibility="private",
-        )
+        self.stop.click(stop, None, None, queue=False, api_visibility="private")
+
+
+async def until(stopped: asyncio.Event, updates: AsyncGenerator[Update]) -> AsyncGenerator[Update]:
+    """Updates until an event is set, or the iterator is closed, which ends what they wait for."""
+    stop = asyncio.ensure_future(stopped.wait())
+    following: asyncio.Future[Update | None] = stop  # type: ignore[assignment]
+    try:
+        while not stopped.is_set():
+            following = asyncio.ensure_future(_next(updates))
+            await asyncio.wait({following, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done() or (update := following.result()) is None:
+                return
+            yield update
+    finally:
+        for task in (following, stop):
+            task.cancel()
+        await asyncio.gather(following, stop, return_exceptions=True)
+        await updates.aclose()
+
+
+async def _next(updates: AsyncGenerator[Update]) -> Update | None:
+    return await anext(updates, None)
 
 
 def progress(answers: Sequence[Answer]) -> str:
