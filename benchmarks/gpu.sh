@@ -59,8 +59,8 @@ if [[ -n $has_gpu ]]; then
   warm+=($!)
 fi
 # Under the interpreter they run in CI; Triton 3.6's does not take numpy 2.5.
-gpu 100 "correctness of kernels and backends" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
-  -n 8 -q -p no:cacheprovider
+gpu 100 "correctness of kernels, backends and updates" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
+  tests/engine/test_update.py::test_{one_kernel_equals_torchs,the_kernel_changes_nothing_where_the_update_is_skipped} -n 12 -q -p no:cacheprovider -p no:benchmark
 ((${#warm[@]})) && wait "${warm[@]}"
 
 best="train.precision=bf16 model.attention=interval train.compile=true"
@@ -71,10 +71,10 @@ gpu 110 "attention against its peers" "$python" "${peers[@]}" --layouts pairs in
 gpu 70 tiles "$python" benchmarks/tiles.py --json "$out/tiles.json"
 # shellcheck disable=SC2086
 {
-  ROWS=text train 35 1.4b-text configs/1.4b.yaml $best $rows4 train.micro_batch_size=4
-  train 45 0.37b configs/0.37b.yaml $best train.recompute=none train.global_batch_size=8 train.micro_batch_size=8 data.num_streams=8
   train 45 7b-width-8-layers configs/7b.yaml $best train.recompute=none model.num_layers=8 train.global_batch_size=2 \
     train.micro_batch_size=2 data.num_streams=2
+  train 45 0.37b configs/0.37b.yaml $best train.recompute=none train.global_batch_size=8 train.micro_batch_size=8 data.num_streams=8
+  ROWS=text train 35 1.4b-text configs/1.4b.yaml $best $rows4 train.micro_batch_size=4
 }
 gpu 30 ceilings "$python" benchmarks/ceilings.py --json "$out/ceilings.json"
 # shellcheck disable=SC2086

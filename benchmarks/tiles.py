@@ -2,6 +2,7 @@
 
     python benchmarks/tiles.py --compile 12          compile the list in 12 processes, into Triton's cache
     python benchmarks/tiles.py --json FILE           check and time it
+    python benchmarks/tiles.py --store FILE          write the best of such a FILE into stored_tiles.json
 
 attention.py --tiles measures every candidate and stores the best; this takes a minute. Without a GPU it runs
 a tiny list under Triton's interpreter, to test this script.
@@ -23,44 +24,44 @@ if not ON_GPU:
 
 from attention import describe, directions, FULL, milliseconds, TINY  # noqa: E402, I001
 from attention_cases import BACKENDS, Inputs, layout, visible_pairs  # noqa: E402
+from attention_tables import write_tiles  # noqa: E402
 
 from interval_attention import prepare, prepared_attention  # noqa: E402
-from interval_attention.configs import Tile, Tiles, stored_tiles, using  # noqa: E402
+from interval_attention.configs import (  # noqa: E402
+    ARCHITECTURES,
+    STORED,
+    Tile,
+    Tiles,
+    architecture_of,
+    stored_tiles,
+    using,
+)
 from interval_attention.reference import reference_attention  # noqa: E402
 
 PLAN = FULL if ON_GPU else TINY
 MAX_ERROR = 1e-2
 """Relative error of bf16 outputs and gradients against float64."""
 CASES = ("causal", "interleaved-256", "pairs")
-# Rows, keys, warps, stages, TMA.
+# Rows, keys, warps, stages, TMA; the most promising first.
 LISTS: dict[int, dict[str, list[tuple]]] = {
     128: {
         "forward": [
-            *((128, 64, 8, 3, False), (128, 64, 8, 3, True), (128, 128, 8, 2, True), (128, 128, 8, 3, True)),
-            *((64, 64, 4, 3, True), (64, 64, 4, 2, True)),
+            *((64, 64, 4, 3, True), (128, 64, 8, 3, False), (64, 64, 4, 2, True), (64, 64, 4, 3, False)),
+            *((128, 64, 8, 3, True), (64, 32, 4, 3, True)),
         ],
         "dkdv": [
-            *((32, 128, 8, 2, False), (32, 128, 8, 3, False), (32, 128, 8, 3, True)),
-            *((32, 64, 4, 3, True), (64, 64, 8, 3, True)),
+            *((32, 64, 4, 3, True), (32, 128, 8, 3, True), (32, 128, 8, 3, False), (32, 64, 4, 2, True)),
+            *((32, 64, 4, 4, True), (64, 64, 4, 2, True)),
         ],
         "dq": [
-            *((128, 64, 8, 2, False), (128, 64, 8, 3, False), (128, 64, 8, 3, True)),
-            *((64, 64, 4, 2, True), (128, 32, 8, 3, True)),
+            *((128, 64, 8, 3, True), (64, 64, 4, 2, True), (128, 32, 8, 3, True), (64, 32, 4, 3, True)),
+            (64, 64, 4, 3, True),
         ],
     },
     64: {
-        "forward": [
-            *((128, 128, 8, 2, False), (128, 128, 8, 3, False), (128, 128, 8, 3, True)),
-            *((128, 64, 8, 3, True), (64, 64, 4, 3, True)),
-        ],
-        "dkdv": [
-            *((64, 128, 8, 2, False), (64, 128, 8, 3, False), (64, 128, 8, 3, True)),
-            *((64, 64, 4, 3, True), (32, 128, 8, 3, True)),
-        ],
-        "dq": [
-            *((128, 128, 8, 2, False), (128, 64, 8, 3, False), (128, 64, 8, 3, True)),
-            (64, 64, 4, 3, True),
-        ],
+        "forward": [(64, 64, 4, 3, True), (128, 64, 8, 3, True), (64, 64, 4, 3, False)],
+        "dkdv": [(64, 64, 4, 3, True), (64, 64, 4, 2, True), (32, 64, 4, 3, True)],
+        "dq": [(64, 64, 4, 3, True), (64, 64, 4, 2, True), (64, 64, 4, 3, False)],
     },
 }
 if not ON_GPU:
@@ -87,7 +88,7 @@ def error_of(head_dim: int) -> float:
     def run(attend, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         o = attend(*leaves)
-        return [o, *torch.autograd.grad(o, leaves, do.to(dtype))]
+        return [o.detach(), *torch.autograd.grad(o, leaves, do.to(dtype))]
 
     ours = run(partial(prepared_attention, prepared=prepare(*bounds)), PLAN.dtype)
     exact = run(lambda *qkv: reference_attention(*qkv, *bounds)[0], torch.float64)
@@ -132,6 +133,20 @@ def measure(head_dim: int, kernel: str, tile: Tile, best: Tiles) -> dict:
     return row
 
 
+def store(report: dict, path: Path = STORED) -> None:
+    """Write a report's best tiles into the table, for all numbers of rows, with where they were measured."""
+    if not report["gpu_measurement"]:
+        raise SystemExit(f"measured on {report['device']}: tiles must be measured on a GPU")
+    where = {name: report[name] for name in ("device", "gpu_measurement", "versions", "dtype", "date")}
+    architecture = {"architecture": report["architecture"]}
+    where |= architecture | {"head_dims": [int(head_dim) for head_dim in report["best"]]}
+    entries = [
+        architecture | {"head_dim": int(head_dim), "min_rows": 0} | best
+        for head_dim, best in report["best"].items()
+    ]
+    write_tiles(entries, where, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,14 +154,18 @@ def main() -> None:
     parser.add_argument("--compile", type=int, metavar="PROCESSES")
     parser.add_argument("--compile-part", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="written anew after every tile")
+    parser.add_argument("--store", type=Path, metavar="FILE", help="a file that --json wrote on a GPU")
     options = parser.parse_args()
+    if options.store:
+        return store(json.loads(options.store.read_text()))
     if options.compile_part:
         return compile_some(*options.compile_part)
     if options.compile:
         parts = [[str(i), str(options.compile)] for i in range(options.compile)]
         started = [subprocess.Popen([sys.executable, __file__, "--compile-part", *part]) for part in parts]
         sys.exit(max(process.wait() for process in started))
-    report: dict = describe(PLAN) | {"rows": [], "best": {}}
+    architecture = architecture_of(torch.device(PLAN.device)) if ON_GPU else ARCHITECTURES[-1]
+    report: dict = describe(PLAN) | {"architecture": architecture, "rows": [], "best": {}}
     for head_dim, kernels in LISTS.items():
         best = stored(head_dim)
         for kernel, tiles in kernels.items():
@@ -161,7 +180,7 @@ def main() -> None:
                     options.json.write_text(json.dumps(report, indent=1) + "\n")
             if times:
                 best = best._replace(**{kernel: min(times, key=times.__getitem__)})
-        report["best"][head_dim] = {name: list(tile) for name, tile in best._asdict().items()}
+            report["best"][head_dim] = {name: list(tile) for name, tile in best._asdict().items()}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["best"]))

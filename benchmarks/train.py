@@ -5,8 +5,8 @@
 The real engine on a run's own shards (--rows data), or on synthetic rows, for which no file is needed: mixed
 (half the positions in captions with images), text, pairs. One process; seconds are medians over the steps.
 
-MFU = FLOPs of a step / (seconds x the chip's peak). FLOPs of a step = 6 x the weights in matrices (the
-embedding's lookup is none) x positions + 12 x hidden size x blocks x visible pairs of query and key.
+MFU = FLOPs of a step / (seconds x the chip's peak), with the FLOPs of megafusion/telemetry/throughput.py: 3 x
+those of the forward pass, in which the head counts text targets and attention visible pairs of query and key.
 Recomputation is not counted, nor are the masked pairs that dense attention computes.
 """
 
@@ -32,7 +32,7 @@ from megafusion.parallel import parallelize
 from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.packing import PackedBatch, collate, with_counts
 from megafusion.storage import write_file
-from megafusion.telemetry.throughput import peak_flops
+from megafusion.telemetry.throughput import Work, peak_flops, step_flops
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
@@ -80,15 +80,15 @@ def measure(config: RunConfig, rows: str, num_steps: int, num_warmup_steps: int)
     times = [step.run() for _ in range(num_steps)]
     seconds = statistics.median(times)
     num_positions = config.train.global_batch_size * config.data.sequence_length
-    num_pairs = statistics.median(step.visible_pairs[-num_steps:])
-    flops = 6 * step.num_matrix_weights() * num_positions
-    flops += 12 * config.model.hidden_size * config.model.num_layers * num_pairs
+    work = Work(*torch.stack(step.work[-num_steps:]).double().mean(0).tolist())
+    flops = step_flops(config.train.global_batch_size, config.model, config.sequence_shape, work)
     peak = peak_flops(config.train.precision)
     figures |= {
         "step_seconds": seconds,
         "fastest_and_slowest": [min(times), max(times)],
         "tokens_per_second": num_positions / seconds,
-        "visible_keys_per_query": num_pairs / num_positions,
+        "visible_keys_per_query": work.visible_pairs / num_positions,
+        "text_target_share": work.text_targets / num_positions,
         "tflop_per_step": flops / 1e12,
         "mfu": flops / seconds / peak if peak else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if step.on_gpu else None,
@@ -117,7 +117,7 @@ class Step:
         self._ema = Ema(self.engine.optimizer_state.shards, config.train.ema_decay)
         self.on_gpu = self.engine.device.type == "cuda"
         self.losses: list[float] = []
-        self.visible_pairs: list[int] = []
+        self.work: list[torch.Tensor] = []
         self._number = 0
 
     def run(self) -> float:
@@ -127,7 +127,7 @@ class Step:
         self.update(batches)
         self.finish()
         seconds = time.perf_counter() - begin
-        self.visible_pairs.append(sum(int((b.row_end - b.row_start).sum()) for b in batches))
+        self.work.append(torch.stack([batch.work() for batch in batches]).sum(0))
         self.losses.append(self.engine.consensus.losses[-1].item())
         return seconds
 
@@ -167,11 +167,6 @@ class Step:
         """Wait for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
-
-    def num_matrix_weights(self) -> int:
-        """Weights that take part in matrix products, on every position."""
-        named = self.engine.stage.named_parameters()
-        return sum(p.numel() for name, p in named if p.ndim >= 2 and not name.endswith("embedding.weight"))
 
     def host_syncs(self) -> list[str]:
         """File and line of each place where one step makes the host wait for the GPU."""

@@ -5,16 +5,19 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from interval_attention.backward import delta_kernel, dkdv_kernel, dq_kernel
-from interval_attention.configs import HEAD_DIMS, Tile, stored_tiles
+from interval_attention.backward import dkdv_kernel, dq_kernel, statistics_kernel
+from interval_attention.configs import HEAD_DIMS, Tile, architecture_of, stored_tiles
 from interval_attention.forward import forward_kernel
 from interval_attention.intervals import RUN, Prepared, prepare
 
 # Fixed when the kernels were decorated, at their import above.
 INTERPRETED = triton.knobs.runtime.interpret
+# What the programs of a section of heads read in their loops; two sections run at a time, in 40 MB and above.
+L2_BYTES = 16 * 2**20
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MASK = (
-    "Tensor row_start, Tensor row_end, Tensor first_row, Tensor last_row, Tensor row_order, Tensor key_order"
+    "Tensor row_start, Tensor row_end, Tensor first_row, Tensor last_row, Tensor row_schedule, "
+    "Tensor key_schedule"
 )
 
 
@@ -106,25 +109,26 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> None:
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, float scale) -> (Tensor, Tensor)",
 )
-def _forward(q, k, v, row_start, row_end, first_row, last_row, row_order, key_order, scale):
+def _forward(q, k, v, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale):
     o, lse = _empty_outputs(q)
     if o.numel():
         _, num_rows, num_heads, head_dim = q.shape
         tiles = stored_tiles(q.device, head_dim, q.dtype, num_rows)
         tile = tiles.decode if num_rows <= 16 else tiles.forward
         (k_in, v_in), tile = _in_loop((k, v), tile, tile.keys)
-        sizes = (num_rows, k.shape[1], num_heads, num_heads // k.shape[2], triton.cdiv(num_rows, RUN))
-        grid = (row_order.numel() * (RUN // tile.rows) * num_heads,)
+        group = num_heads // k.shape[2]
+        section = group * _section(k)
         with torch.cuda.device_of(q):
-            forward_kernel[grid](
-                q, k_in, v_in, o, lse, row_start, row_end, row_order, scale,
-                *q.stride(), *k.stride(), *v.stride(), *sizes, RUN, **_blocks(tile, head_dim),
+            forward_kernel[_grid(row_schedule, tile.rows, num_heads, section)](
+                q, k_in, v_in, o, lse, row_start, row_end, row_schedule, scale,
+                *q.stride(), *k.stride(), *v.stride(),
+                num_rows, num_heads, group, row_schedule.shape[1], section, **_blocks(tile, q),
             )  # fmt: skip
     return o, lse
 
 
 @_forward.register_fake
-def _(q, k, v, row_start, row_end, first_row, last_row, row_order, key_order, scale):
+def _(q, k, v, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale):
     return _empty_outputs(q)
 
 
@@ -143,7 +147,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     ),
 )
 def _backward(
-    do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_order, key_order, scale
+    do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale
 ):
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     num_batch, num_rows, num_heads, head_dim = q.shape
@@ -153,27 +157,36 @@ def _backward(
     tiles = stored_tiles(q.device, head_dim, q.dtype, num_rows)
     (q_in, do_in), dkdv_tile = _in_loop((q, do), tiles.dkdv, tiles.dkdv.rows)
     (k_in, v_in), dq_tile = _in_loop((k, v), tiles.dq, tiles.dq.keys)
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    # A step of dkdv may read a tile past the last row.
+    num_padded = triton.cdiv(num_rows, RUN) * RUN + RUN
+    statistics = torch.empty((num_batch, num_heads, num_padded), dtype=torch.int64, device=q.device)
     strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
-    sizes = (num_rows, num_keys, num_heads, num_heads // num_kv_heads)
+    group = num_heads // num_kv_heads
+    key_section, row_section = _section(q, group), group * _section(k)
     with torch.cuda.device_of(q):
-        delta_kernel[(triton.cdiv(num_rows, tiles.delta.rows) * num_batch * num_heads,)](
-            o, do, lse, dlse.contiguous(), delta, lse2, *do.stride(), num_rows, num_heads,
+        statistics_kernel[num_padded // tiles.delta.rows, num_heads, num_batch](
+            o, do, lse, dlse.contiguous(), statistics.view(torch.float32),
+            *do.stride(), num_rows, num_heads, num_padded,
             BLOCK_M=tiles.delta.rows, HEAD_DIM=head_dim, num_warps=tiles.delta.warps,
         )  # fmt: skip
-        dkdv_kernel[(key_order.numel() * (RUN // tiles.dkdv.keys) * num_kv_heads,)](
-            q_in, k, v, do_in, delta, lse2, dk, dv, row_start, row_end, first_row, last_row, key_order, scale,
-            *strides, *sizes, triton.cdiv(num_keys, RUN), RUN, **_blocks(dkdv_tile, head_dim),
+        in_loop = statistics
+        if dkdv_tile.tma:
+            in_loop = TensorDescriptor.from_tensor(statistics.flatten(), [dkdv_tile.rows])
+        dkdv_kernel[_grid(key_schedule, dkdv_tile.keys, num_kv_heads, key_section)](
+            q_in, k, v, do_in, in_loop, dk, dv, first_row, last_row, key_schedule, scale, *strides,
+            num_keys, num_heads, num_padded, group, key_schedule.shape[1], key_section,
+            **_blocks(dkdv_tile, q),
         )  # fmt: skip
-        dq_kernel[(row_order.numel() * (RUN // tiles.dq.rows) * num_heads,)](
-            q, k_in, v_in, do, delta, lse2, dq, row_start, row_end, row_order, scale,
-            *strides, *sizes, triton.cdiv(num_rows, RUN), RUN, **_blocks(dq_tile, head_dim),
+        dq_kernel[_grid(row_schedule, dq_tile.rows, num_heads, row_section)](
+            q, k_in, v_in, do, statistics, dq, row_start, row_end, row_schedule, scale, *strides,
+            num_rows, num_heads, num_padded, group, row_schedule.shape[1], row_section,
+            **_blocks(dq_tile, q),
         )  # fmt: skip
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _(do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_order, key_order, scale):
+def _(do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -189,6 +202,22 @@ def _differentiate(ctx, do, dlse):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _section(x: Tensor, group: int = 1) -> int:
+    """How many key heads' programs go side by side: as many as divide all, and whose part of two tensors like
+    x [B, S, H, K], `group` of its heads to a key head, fits L2."""
+    head_bytes = 2 * group * x.shape[1] * x.shape[3] * x.element_size()
+    num_heads = x.shape[2] // group
+    return max(
+        n for n in range(1, num_heads + 1) if num_heads % n == 0 and (n == 1 or n * head_bytes <= L2_BYTES)
+    )
+
+
+def _grid(schedule: Tensor, block: int, num_heads: int, section: int) -> tuple[int, int, int]:
+    """The grid that `locate` describes."""
+    num_batch, num_runs = schedule.shape[:2]
+    return num_runs * (RUN // block) * section, num_heads // section, num_batch
 
 
 def _in_loop(tensors: tuple[Tensor, Tensor], tile: Tile, block: int) -> tuple[tuple, Tile]:
@@ -208,12 +237,19 @@ def describable(x: Tensor) -> bool:
     return last == 1 and aligned and x.data_ptr() % 16 == 0
 
 
-def _blocks(tile: Tile, head_dim: int) -> dict[str, int | bool]:
+def _branches(device: torch.device) -> bool:
+    """Whether one loop masks in branches. For sm_80 Triton chooses slow layouts for products that a branch
+    separates, so there three loops follow each other."""
+    return device.type == "cpu" or architecture_of(device) >= 90
+
+
+def _blocks(tile: Tile, q: Tensor) -> dict[str, int | bool]:
     return {
         "TMA": tile.tma,
+        "BRANCH": _branches(q.device),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "HEAD_DIM": head_dim,
+        "HEAD_DIM": q.shape[3],
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

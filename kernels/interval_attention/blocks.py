@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from interval_attention.tiles import FAR
+from interval_attention.intervals import FAR as LARGEST
+
+FAR = tl.constexpr(LARGEST)
 
 
 class BlockLists(NamedTuple):

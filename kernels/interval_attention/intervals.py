@@ -3,27 +3,32 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Rows (or keys) that the schedule moves together; a multiple of the kernels' tiles.
+# Rows (or keys) that the schedule moves together; tiles are a run, its halves, quarters or eighths.
 RUN = 128
+# Larger than any position: the neutral element of minima.
+FAR = 2**31 - 1
 
 
 class Prepared(NamedTuple):
     """A batch's mask, made once by `prepare` and read by all layers.
 
     row_start, row_end: int32 [B, S]; query i sees the keys row_start <= j < row_end, none where they are
-    equal. first_row, last_row: int32 [B, T], the transpose: rows first_row <= i < last_row see key j
-    (except fully masked rows). row_order, key_order: int32 [B x runs], runs of 128 rows or keys in descending
-    order of work; run r is the positions from r % runs x 128 of batch row r // runs.
+    equal. first_row, last_row: int32 [B, T], the transpose: rows first_row <= i < last_row see key j.
+    row_schedule, key_schedule: int32 [B, runs, 16, 4], for each batch row its runs of 128 rows or keys in
+    descending order of work. Entry 0 is the run's number; entry n + i is the i-th of the run's n equal parts
+    (n = 1, 2, 4, 8): the minimum and maximum of their intervals' starts, then of their ends, empty intervals
+    ignored.
     """
 
     row_start: Tensor
     row_end: Tensor
     first_row: Tensor
     last_row: Tensor
-    row_order: Tensor
-    key_order: Tensor
+    row_schedule: Tensor
+    key_schedule: Tensor
 
 
 def prepare(
@@ -50,10 +55,9 @@ def prepare(
     num_keys = num_rows if num_keys is None else num_keys
     if check:
         _check(row_start, row_end, num_keys)
-    row_start, row_end = row_start.contiguous(), row_end.contiguous()
-    first_row, last_row = transpose(row_start, row_end, num_keys)
-    row_order, key_order = _longest_first(row_start, row_end), _longest_first(first_row, last_row)
-    return Prepared(row_start, row_end, first_row, last_row, row_order, key_order)
+    rows = row_start.clamp(min=0).contiguous(), row_end.clamp(max=num_keys).contiguous()
+    keys = transpose(*rows, num_keys)
+    return Prepared(*rows, *keys, _schedule(*rows), _schedule(*keys))
 
 
 def transpose(row_start: Tensor, row_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -64,12 +68,21 @@ def transpose(row_start: Tensor, row_end: Tensor, num_keys: int) -> tuple[Tensor
     return first_row, last_row
 
 
-def _longest_first(start: Tensor, end: Tensor) -> Tensor:
-    """Runs of 128 positions in descending order of the length of the union of their intervals."""
-    size = start.shape[1]
-    last = torch.arange(RUN - 1, size + RUN - 1, RUN, device=start.device).clamp_(max=size - 1)
-    length = end[:, last] - start[:, ::RUN]
-    return length.flatten().argsort(descending=True, stable=True).int()
+def _schedule(start: Tensor, end: Tensor) -> Tensor:
+    """The bounds of each run of 128 intervals and of its parts, as in `Prepared`; longest union first."""
+    num_runs = -(-start.shape[1] // RUN)
+    start, end = (
+        F.pad(x, (0, num_runs * RUN - x.shape[1])).unflatten(1, (num_runs, RUN)) for x in (start, end)
+    )
+    empty = end <= start
+    # Maxima as minima of negative values.
+    fields = [y for x in (start, end) for y in (x.masked_fill(empty, FAR), -x.masked_fill(empty, 0))]
+    parts = [torch.stack(fields, 3).unflatten(2, (n, -1)).amin(3) for n in (1, 2, 4, 8)]
+    bounds = torch.cat(parts, 2)
+    bounds[..., 1::2].neg_()
+    order = (bounds[:, :, 0, 3] - bounds[:, :, 0, 0]).argsort(dim=1, descending=True, stable=True)
+    order = order[:, :, None, None].expand(-1, -1, 1, 4)
+    return torch.cat([order.int(), bounds.take_along_dim(order[..., :1], 1)], 2)
 
 
 def _check(row_start: Tensor, row_end: Tensor, num_keys: int) -> None:

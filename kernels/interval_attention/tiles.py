@@ -1,64 +1,77 @@
-"""The keys or rows that a tile visits, and the steps that need the mask. Shared by all kernels."""
+"""Which positions a program owns and which it visits, the mask, and loads. Shared by all kernels."""
 
 import triton
 import triton.language as tl
 
-# Larger than any position: the neutral element of minima.
-FAR = tl.constexpr(2**31 - 1)
+from interval_attention.intervals import RUN
+
+_RUN = tl.constexpr(RUN)
 
 
 @triton.jit
-def locate(order, num_runs, num_heads, RUN: tl.constexpr, BLOCK: tl.constexpr):
-    """(batch row, head, first position) of this program: longest runs first, heads side by side."""
-    parts: tl.constexpr = RUN // BLOCK
+def locate(schedule, num_runs, section, BLOCK: tl.constexpr):
+    """(batch row, head, first position, low, inner_low, inner_high, high) of this program.
+
+    The grid is (runs x tiles of a run x section, heads / section, batch rows): the heads of a section go side
+    by side, the longest runs first. The intervals of the tile's positions have the union [low, high) and the
+    intersection [inner_low, inner_high); empty intervals are ignored.
+    """
+    parts: tl.constexpr = _RUN // BLOCK
     pid = tl.program_id(0)
-    head = pid % num_heads
-    part = pid // num_heads % parts
-    run = tl.load(order + pid // num_heads // parts)
-    return (run // num_runs).to(tl.int64), head, run % num_runs * RUN + part * BLOCK
+    tile = pid // section
+    head = tl.program_id(1) * section + pid % section
+    b = tl.program_id(2).to(tl.int64)
+    part = tile % parts
+    schedule += (b * num_runs + tile // parts) * 64
+    first = tl.load(schedule) * _RUN + part * BLOCK
+    schedule += 4 * (parts + part)
+    low, high = tl.load(schedule), tl.load(schedule + 3)
+    return b, head, first, tl.minimum(low, high), tl.load(schedule + 1), tl.load(schedule + 2), high
 
 
 @triton.jit
-def load_rows(row_start, row_end, rows, num_rows, num_keys):
-    """Intervals [BLOCK] of some rows, clamped to 0 .. num_keys; empty past the last row."""
-    inside = rows < num_rows
-    start = tl.load(row_start + rows, mask=inside, other=0)
-    end = tl.load(row_end + rows, mask=inside, other=0)
-    return tl.maximum(start, 0), tl.minimum(end, num_keys)
-
-
-@triton.jit
-def bounds(start, end):
-    """The union of some rows' intervals, [low, high), and their intersection, [inner_low, inner_high).
-
-    Empty intervals are ignored, because their rows' results are zeroed in the end.
-    """
-    empty = end <= start
-    low = tl.min(tl.where(empty, FAR, start))
-    inner_low = tl.max(tl.where(empty, 0, start))
-    inner_high = tl.min(tl.where(empty, FAR, end))
-    high = tl.max(tl.where(empty, 0, end))
-    return tl.minimum(low, high), inner_low, tl.minimum(inner_high, high), high
-
-
-@triton.jit
-def steps(low, inner_low, inner_high, high, BLOCK: tl.constexpr):
-    """Split [low, high) into steps of BLOCK: edge steps, which need the mask, and full steps, which do not.
-
-    Steps count from low, so a tile within one document has no edge on the left. Returns the begin and end of
-    the full steps, the number of edge steps on the left, and the number of all edge steps.
-    """
+def steps(part: tl.constexpr, low, inner_low, inner_high, high, BRANCH: tl.constexpr, BLOCK: tl.constexpr):
+    """(first position, number) of a loop's steps: all if BRANCH; else, in three loops, those over left edges,
+    those between the edges, and those over right edges. They are the same steps."""
     full_low = low + tl.cdiv(inner_low - low, BLOCK) * BLOCK
     full_high = full_low + tl.maximum(inner_high - full_low, 0) // BLOCK * BLOCK
-    num_left = tl.cdiv(tl.maximum(tl.minimum(full_low, high) - low, 0), BLOCK)
-    num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK)
-    return full_low, full_high, num_left, num_left + num_right
+    if BRANCH:
+        return low, tl.cdiv(high - low, BLOCK)
+    elif part == 0:
+        return low, tl.cdiv(tl.minimum(full_low, high) - low, BLOCK)
+    elif part == 1:
+        return full_low, (full_high - full_low) // BLOCK
+    else:
+        return full_high, tl.cdiv(tl.maximum(high - full_high, 0), BLOCK)
 
 
 @triton.jit
-def edge_step(i, low, full_high, num_left, BLOCK: tl.constexpr):
-    """The first position of the i-th edge step: those on the left come first, then those on the right."""
-    return tl.where(i < num_left, low + i * BLOCK, full_high + (i - num_left) * BLOCK)
+def at_edges(start, end, inside, BRANCH: tl.constexpr):
+    """The intervals [tile] for `mask_scores`: their addresses if BRANCH, else their values."""
+    if BRANCH:
+        return start, end
+    else:
+        return tl.load(start, mask=inside, other=0), tl.load(end, mask=inside, other=0)
+
+
+@triton.jit
+def mask_scores(
+    s, start, end, inside, first, inner_low, inner_high, part: tl.constexpr, BRANCH: tl.constexpr
+):
+    """Set s [tile, step] to -inf outside the intervals of the tile's positions; no work between edges.
+
+    Loads in a branch keep the compiler from computing the mask in every step.
+    """
+    step = tl.arange(0, s.shape[1])[None, :]
+    if BRANCH:
+        if first < inner_low:
+            s = tl.where(step >= (tl.load(start, mask=inside, other=0) - first)[:, None], s, float("-inf"))
+        if first + s.shape[1] > inner_high:
+            s = tl.where(step < (tl.load(end, mask=inside, other=0) - first)[:, None], s, float("-inf"))
+    elif part != 1:
+        seen = (step >= (start - first)[:, None]) & (step < (end - first)[:, None])
+        s = tl.where(seen, s, float("-inf"))
+    return s
 
 
 @triton.jit

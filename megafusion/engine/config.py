@@ -87,7 +87,7 @@ class TrainConfig(Config):
     """Activation checkpointing, what a block's backward pass recomputes: none; selective, attention and cheap
     operations; full, everything."""
     compile: bool = False
-    """Whether torch.compile fuses the blocks' operations."""
+    """Whether torch.compile fuses the operations of blocks and cross-entropy."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the averaged weights; (1 + step) / (10 + step) where that is smaller."""
 

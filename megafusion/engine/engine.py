@@ -156,7 +156,7 @@ def make_engine(
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its ranks and its memory
         if mesh.size("pipeline") > 1:
             pipeline_losses = PipelineLosses(
-                losses, mesh, accumulation, consensus.add_losses, consensus.add_sums
+                stage, losses, mesh, accumulation, consensus.add_losses, consensus.add_sums
             )
             module, grid = _pipeline(stage, pipeline_losses, mesh), None
         else:

@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 def scalars(storage: Storage, scale: Tensor, skip: Tensor, average_weight: float) -> Tensor:
-    """What the kernel reads beside the storages, float32 on the device.
+    """Numbers that the kernel reads beside the storages, float32 on the device.
 
     Factor of the gradient, whether to skip, AdamW's two bias corrections at the next update, how far the
     average moves. storage: one of those that are updated together.

@@ -29,7 +29,7 @@ def make_gradients(engine: DeepSpeedEngine, state: OptimizerState) -> "Gradients
 
 
 class Gradients(ABC):
-    """What differs between DeepSpeed's optimizers: where gradients are, and how weights reach the model."""
+    """Differences between DeepSpeed's optimizers: where gradients are, and how weights reach the model."""
 
     has_replicas = False
     """Whether every data rank holds the same gradients, and not its share of them."""

@@ -10,6 +10,7 @@ from megafusion.model.transformer import Block, block_context
 from megafusion.model.weights import Replicated, declare
 from megafusion.model.wrapper import canonical_name
 from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Losses, Objective
 from megafusion.sequence.packing import PackedBatch
 
@@ -46,7 +47,7 @@ class Tail(nn.Module):
         super().__init__()
         self.max_patches = max(config.patches)
         self.norm = declare(nn.RMSNorm(config.hidden_size, eps=config.norm_eps), Replicated("positions"))
-        self.head = declare(nn.Linear(config.hidden_size, config.vocab_size, bias=False), "vocab")
+        self.head = declare(LanguageHead(config.hidden_size, config.vocab_size), "vocab")
         self.adapter = declare(adapter_module(config.adapter).Up(config), Replicated("images"))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -100,4 +101,4 @@ class Transfusion(nn.Module):
             x_BSD = block(x_BSD, context)
         hidden_BSD = self.tail(x_BSD)
         images = self.tail.images(hidden_BSD, inputs.image_start, timesteps, skips, inputs.image_size)
-        return self.objective(self.tail.head(hidden_BSD), images, batch.targets())
+        return self.objective(self.tail.head, hidden_BSD, images, batch.targets())

@@ -9,6 +9,17 @@ from megafusion.config import Config
 from megafusion.objective import ddpm, flow
 from megafusion.objective.noise_process import DDPMConfig, NoiseProcessConfig
 
+LOGITS_BYTES = 2**27
+"""Of the logits that are there at once: 2,048 positions of 32,000 tokens in bf16, 1,024 in float32."""
+LOGITS_ALIGNMENT = 128
+"""The columns of a product of logits, and the positions of a chunk, are a multiple of this."""
+
+
+def positions_in_chunk(num_columns: int, bytes_per_logit: int) -> int:
+    """Positions whose logits are computed at once."""
+    return max(1, LOGITS_BYTES // (num_columns * bytes_per_logit * LOGITS_ALIGNMENT)) * LOGITS_ALIGNMENT
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -1,8 +1,8 @@
 """Next-token loss on text and denoising loss on images, each a mean over the global batch."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,11 @@ class Losses(NamedTuple):
     total: Tensor
 
 
-CrossEntropy = Callable[[Tensor, Tensor], Tensor]
-"""Nats summed over the labels that count, of logits [B, S, V] and labels [B, S]."""
+class Head(Protocol):
+    """The language head of a model, which holds the weights."""
 
-
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over positions with a label."""
-    return F.cross_entropy(
-        logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
+    def __call__(self, hidden_ND: Tensor, labels_R: Tensor, index_R: Tensor) -> Tensor:
+        """Nats of the labels that count, summed; see `summed_nats`."""
 
 
 NUM_TIME_BUCKETS = 10
@@ -62,35 +58,35 @@ class Objective(nn.Module):
     """Both losses, added so that backward runs once. It has no parameters.
 
     sizes: heights and widths of latents; with several, each image's loss is the mean over its own elements.
-    cross_entropy: replaced where logits are sharded over the vocabulary or the sequence.
     """
 
-    def __init__(
-        self,
-        config: ObjectiveConfig,
-        sizes: Sequence[Size] = (),
-        cross_entropy: CrossEntropy = cross_entropy,
-    ):
+    def __init__(self, config: ObjectiveConfig, sizes: Sequence[Size] = ()):
         super().__init__()
         self.config = config
         self.noise_process: NoiseProcess = config.noise_process.build()
-        self.cross_entropy = cross_entropy
         # Integers, so that casting the module to bf16 does not round them.
         areas = torch.tensor([math.prod(size) for size in sizes], dtype=torch.int64)
         self.register_buffer("areas", areas, persistent=False)
         self.bounding_area = math.prod(bounding_size(sizes)) if sizes else 0
 
-    def forward(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
-        """Losses of next-token logits and of predictions [B, N, C, H, W] for every image slot."""
-        text = self.cross_entropy(logits_BSV, targets.labels) / targets.num_text_targets.clamp(min=1)
+    def forward(self, head: Head, hidden_BSD: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
+        """Losses of next tokens, from normalised hidden states, and of predictions [B, N, C, H, W] for every
+        image slot."""
+        text = self.nats(head, hidden_BSD, targets) / targets.num_text_targets.clamp(min=1)
         image = self._image_errors(images_BNCHW, targets).sum() / targets.num_images.clamp(min=1)
         return Losses(text, image, text + self.config.image_weight * image)
 
-    def sums(self, logits_BSV: Tensor, images_BNCHW: Tensor, targets: Targets) -> Tensor:
+    def nats(self, head: Head, hidden_BSD: Tensor, targets: Targets) -> Tensor:
+        """Cross-entropy summed over the text targets, float32 []. The head reads their positions alone."""
+        return head(
+            hidden_BSD.flatten(0, 1), targets.labels.flatten()[targets.target_index], targets.target_index
+        )
+
+    def sums(self, head: Head, hidden_BSD: Tensor, images_BNCHW: Tensor, targets: Targets) -> Tensor:
         """Float64 [NUM_SUMS], to be added up over batches: nats and number of text targets; then, in ten
         equal ranges of an image's time t, the image losses and the number of images.
         """
-        text = self.cross_entropy(logits_BSV, targets.labels), (targets.labels != IGNORED_LABEL).sum()
+        text = self.nats(head, hidden_BSD, targets), (targets.labels != IGNORED_LABEL).sum()
         bucket = (targets.t * NUM_TIME_BUCKETS).long().clamp(max=NUM_TIME_BUCKETS - 1)
         is_in_bucket = F.one_hot(bucket, NUM_TIME_BUCKETS).double() * targets.has_loss[..., None]
         errors = self._image_errors(images_BNCHW, targets)[..., None].double() * is_in_bucket

@@ -10,7 +10,7 @@ from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion, tie_embeddings
 from megafusion.model.weights import Weight, initial_value, named_weights
 from megafusion.objective.config import ObjectiveConfig
-from megafusion.objective.losses import Objective, cross_entropy
+from megafusion.objective.losses import Objective
 from megafusion.parallel.activation_checkpointing import checkpointed
 from megafusion.parallel.balance import layer_flops
 from megafusion.parallel.config import Recompute
@@ -20,13 +20,8 @@ from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.partition import stage_blocks
 from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
-from megafusion.parallel.tensor import (
-    VocabularyParallelCrossEntropy,
-    shard_weights,
-    sum_partial_gradients,
-    vocab_range,
-)
-from megafusion.parallel.ulysses import SequenceParallelCrossEntropy, SequenceShard, ulysses_attention
+from megafusion.parallel.tensor import shard_weights, sum_partial_gradients
+from megafusion.parallel.ulysses import SequenceParallelObjective, ulysses_attention
 from megafusion.sequence.packing import SequenceShape
 
 
@@ -57,7 +52,7 @@ def parallelize(
        `is_read` says of its canonical name that its values will be read from files; it is trained where
        `trains` says so; a tied head gets the embedding's;
     7. gradient hooks, before DeepSpeed's: all-reduce partial gradients over the tensor group;
-    8. activation checkpointing of each block, then torch.compile of that.
+    8. activation checkpointing of each block, then torch.compile of that; and of the passes over logits.
 
     DeepSpeed then adds ZeRO, mixed precision and data parallelism (engine/engine.py).
     """
@@ -89,6 +84,8 @@ def parallelize(
             stage.blocks[name] = checkpointed(block, recompute)
         if compile:
             stage.blocks[name].compile()
+    if stage.tail:
+        stage.tail.head.is_compiled = compile
     return stage
 
 
@@ -125,11 +122,7 @@ def materialize(
 
 
 def shard_objective(config: ObjectiveConfig, model: ModelConfig, mesh: Mesh) -> Objective:
-    """The losses of logits that are sharded by vocabulary and positions; equal on all ranks of a row."""
-    text_loss, sequence_shard = cross_entropy, SequenceShard(mesh.group("ulysses"))
-    if mesh.size("tensor") > 1:
-        vocab_shard = vocab_range(model.vocab_size, mesh.rank("tensor"), mesh.size("tensor"))
-        text_loss = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)
+    """The losses, equal on all ranks of a row."""
     if mesh.size("ulysses") > 1:
-        text_loss = SequenceParallelCrossEntropy(text_loss, sequence_shard)
-    return Objective(config, model.latent_sizes, text_loss)
+        return SequenceParallelObjective(config, model.latent_sizes, mesh.group("ulysses"))
+    return Objective(config, model.latent_sizes)

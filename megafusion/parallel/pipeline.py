@@ -14,6 +14,7 @@ from megafusion.model.adapters import Skips
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Stem, Tail, Transfusion
 from megafusion.model.wrapper import canonical_name
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Losses, Objective
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.tensor import TensorParallelRegion
@@ -52,8 +53,8 @@ class Stage(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """inputs: the fields of `Inputs` in the first stage, else the previous stage's floats and integers.
 
-        Returns floats and integers for the next stage; from the last stage logits of this rank's positions
-        and vocabulary range, and predictions [B, N, C, H, W] for all images of the rows.
+        Returns floats and integers for the next stage; from the last stage normalised hidden states
+        [B, S, D] for the head, and predictions [B, N, C, H, W], of all positions and images of the rows.
         """
         if self.stem is not None:
             x_BSD, integers, skips = self._begin(self.stem, Inputs(*inputs))
@@ -71,6 +72,12 @@ class Stage(nn.Module):
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
         return self._end(self.tail, x_BSD, slots_3BN, skips)
+
+    @property
+    def head(self) -> LanguageHead:
+        """The language head, which the last stage has."""
+        assert self.tail is not None
+        return self.tail.head
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters with their canonical names, which checkpoints use."""
@@ -97,7 +104,7 @@ class Stage(nn.Module):
         hidden_BSD = self.sequence_shard.all_gather(hidden_BSD)
         timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
         images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
-        return tail.head(self.sequence_shard.shard(hidden_BSD)), images
+        return hidden_BSD, images
 
     def _unpack(self, floats: Tensor) -> tuple[Tensor, Skips]:
         sizes = [shape.numel() for shape in self.skip_shapes]
@@ -120,9 +127,9 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Losses | Tensor:
         """Both losses, each a share of its mean over the global batch; or `Objective.sums`."""
-        logits, images = self.stage(batch.inputs())
+        hidden_BSD, images = self.stage(batch.inputs())
         losses = self.objective if torch.is_grad_enabled() else self.objective.sums
-        return losses(logits, images, batch.targets())
+        return losses(self.stage.head, hidden_BSD, images, batch.targets())
 
 
 class PipelineLosses:
@@ -135,20 +142,23 @@ class PipelineLosses:
 
     def __init__(
         self,
+        stage: Stage,
         objective: Objective,
         mesh: Mesh,
         num_micro_batches: int,
         report: Callable[[Iterable[Tensor]], None],
         report_sums: Callable[[Tensor], None],
     ):
-        self.objective, self.report, self.report_sums = objective, report, report_sums
+        self.stage, self.objective = stage, objective
+        self.report, self.report_sums = report, report_sums
         self.averaged_over = num_micro_batches * mesh.size("data") * mesh.size("ulysses")
 
     def __call__(self, outputs: tuple[Tensor, Tensor], targets: Sequence[Tensor]) -> Tensor:
+        head = self.stage.head
         if not torch.is_grad_enabled():
-            sums = self.objective.sums(*outputs, Targets(*targets))
+            sums = self.objective.sums(head, *outputs, Targets(*targets))
             self.report_sums(sums)
             return sums[0]
-        losses: Losses = self.objective(*outputs, Targets(*targets))
+        losses: Losses = self.objective(head, *outputs, Targets(*targets))
         self.report(losses)
         return losses.total * self.averaged_over

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from megafusion.model.modality import Modality, ModalityLinear
 from megafusion.model.transformer import FusedLinear
 from megafusion.model.weights import Replicated, declare, named_weights
+from megafusion.objective.head import LanguageHead
 from megafusion.parallel import collectives
 from megafusion.parallel.degrees import vocab_shard_size
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.sharding import ShardSpan, ShardSpec, set_shard_spec
-from megafusion.sequence.document import IGNORED_LABEL
 
 POSITIONS = 1  # dimension S of x_BSD
 
@@ -103,35 +103,22 @@ class VocabularyParallelEmbedding(nn.Embedding):
         return torch.where(is_local[..., None], vectors, 0)
 
 
-class VocabularyParallelLinear(nn.Linear):
-    """A head that gives the logits of this rank's range of the vocabulary."""
+class VocabularyParallelHead(LanguageHead):
+    """A head that gives the logits of this rank's range of the vocabulary, which no rank ever gathers.
 
-    def __init__(self, linear: nn.Linear, vocab_shard: range):
-        super().__init__(linear.in_features, len(vocab_shard), bias=False, device=linear.weight.device)
-        set_shard_spec(self.weight, _vocab_spec(linear.weight, vocab_shard))
-
-
-class VocabularyParallelCrossEntropy:
-    """Cross-entropy of logits that are sharded by vocabulary, which no rank ever gathers.
-
-    The ranks reduce three numbers a position: the largest logit, the sum of exponentials, the target's logit.
+    For the cross-entropy the ranks exchange three numbers a position; see `Merge`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, vocab_shard: range):
-        self.group, self.vocab_shard = group, vocab_shard
+    def __init__(self, head: nn.Linear, vocab_shard: range, group: dist.ProcessGroup):
+        super().__init__(head.in_features, len(vocab_shard), head.weight.device)
+        self.first_token, self.group = vocab_shard.start, group
+        set_shard_spec(self.weight, _vocab_spec(head.weight, vocab_shard))
 
-    def __call__(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Nats summed over the labels that count; logits [B, S, this rank's range of the vocabulary]."""
-        logits = logits_BSV.float()
-        largest = logits.detach().amax(-1)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        logits = logits - largest[..., None]
-        is_local = (labels_BS >= self.vocab_shard.start) & (labels_BS < self.vocab_shard.stop)
-        index = torch.where(is_local, labels_BS - self.vocab_shard.start, 0)
-        target = torch.where(is_local, logits.gather(-1, index[..., None])[..., 0], 0)
-        sums = collectives.all_reduce(torch.stack([logits.exp().sum(-1), target]), self.group)
-        nats = sums[0].log() - sums[1]
-        return torch.where(labels_BS != IGNORED_LABEL, nats, 0).sum()
+    def merge(self, statistics_3R: Tensor) -> Tensor:
+        all_ranks = collectives.all_gather(statistics_3R[None], self.group, 0)
+        largest_TR, totals_TR, targets_TR = all_ranks.unbind(1)
+        largest = largest_TR.amax(0)
+        return torch.stack([largest, (totals_TR + largest_TR - largest).logsumexp(0), targets_TR.sum(0)])
 
 
 def vocab_range(vocab_size: int, rank: int, num_ranks: int) -> range:
@@ -163,7 +150,7 @@ def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.
             return RowParallelLinear(module, region)
         case "vocab":
             vocab_shard = vocab_range(module.out_features, region.rank, region.num_ranks)
-            return VocabularyParallelLinear(module, vocab_shard)
+            return VocabularyParallelHead(module, vocab_shard, region.group)
         case Replicated():
             return module
 

@@ -4,7 +4,7 @@ The ranks of a row hold a slice of its positions each, and all heads. Around att
 positions for heads: each rank then holds all positions of its heads, so the mask of whole rows applies.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import megafusion.device  # noqa: F401 - before deepspeed
@@ -13,9 +13,12 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
 
-from megafusion.objective.losses import CrossEntropy
+from megafusion.images.sizes import Size
+from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.losses import Head, Objective
 from megafusion.parallel import collectives
 from megafusion.parallel.tensor import POSITIONS
+from megafusion.sequence.packing import Targets
 
 BATCH, HEADS = 0, 2  # dimensions of q_BSHK
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # a backend's `attend`
@@ -46,13 +49,15 @@ class SequenceShard:
         return x_BSD if self.num_ranks == 1 else collectives.reduce_scatter(x_BSD, self.group, POSITIONS)
 
 
-class SequenceParallelCrossEntropy:
-    """Cross-entropy of logits of this rank's positions, summed over the ranks of a row."""
+class SequenceParallelObjective(Objective):
+    """The losses of a row that Ulysses ranks share: each computes a share of the text targets."""
 
-    def __init__(self, cross_entropy: CrossEntropy, sequence_shard: SequenceShard):
-        self.cross_entropy, self.sequence_shard = cross_entropy, sequence_shard
+    def __init__(self, config: ObjectiveConfig, sizes: Sequence[Size], group: dist.ProcessGroup):
+        super().__init__(config, sizes)
+        self.group = group
 
-    def __call__(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Nats summed over the labels that count; labels of all positions."""
-        nats = self.cross_entropy(logits_BSV, self.sequence_shard.shard(labels_BS))
-        return collectives.all_reduce(nats, self.sequence_shard.group)
+    def nats(self, head: Head, hidden_BSD: Tensor, targets: Targets) -> Tensor:
+        """Summed over the ranks, in float32 []; each keeps the gradient of its share."""
+        share = targets.target_index.tensor_split(self.group.size())[dist.get_rank(self.group)]
+        nats = super().nats(head, hidden_BSD, targets._replace(target_index=share))
+        return collectives.all_reduce(nats, self.group)

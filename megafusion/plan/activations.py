@@ -42,7 +42,8 @@ def saved_by_block(job: Job, software: Software, recompute: Recompute | None = N
 
 
 def saved_by_tail(job: Job, software: Software) -> float:
-    """Numbers that the tail saves of a micro-batch: of the last norm, its output, images' hidden states."""
+    """Numbers that the tail saves of a micro-batch: of the last norm, its output (from the loss on, its
+    gradient), images' hidden states."""
     stream = job.model.hidden_size
     whole = job.tokens * job.parallel.ulysses  # the tail gathers all positions
     return (

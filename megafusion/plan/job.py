@@ -207,6 +207,6 @@ def token_flops(job: Job) -> dict[str, float]:
         * model.num_heads
         * model.head_size
         * job.statistics.visible_keys,
-        "head": 6.0 * model.vocab_size * model.hidden_size,
+        "head": 6.0 * model.vocab_size * model.hidden_size * job.statistics.targets,
         "adapter": 3.0 * images * (num_flops(job.adapter.down) + num_flops(job.adapter.up)),
     }

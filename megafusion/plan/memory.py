@@ -1,7 +1,9 @@
 """Bytes on a rank by part, at the peak of a step."""
 
+import math
 from dataclasses import dataclass
 
+from megafusion.objective.config import LOGITS_ALIGNMENT, positions_in_chunk
 from megafusion.plan.activations import backward_of_block, saved_by_block, saved_by_tail, saved_once
 from megafusion.plan.adapters import num_features
 from megafusion.plan.job import Job
@@ -32,7 +34,7 @@ class Memory:
     adapters: float
     """Saved by the adapters."""
     logits: float
-    """At the loss's peak."""
+    """At the loss's peak, with the gradient of the head's weight, which float32 sums over chunks hold."""
     buffers: float
     """Reduce buckets, and weights gathered by ZeRO 3."""
     context: float
@@ -73,18 +75,29 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
     saved += number * saved_by_tail(job, software) * is_last
     features = num_features(job.adapter.down) * is_first + num_features(job.adapter.up) * is_last
     adapters = in_flight * features * job.local_slots * number
-    logits = 0.0
-    if is_last:
-        each = software.logit_bytes + (4 if parallel.tensor > 1 else 0)  # one float32 copy more
-        if len(job.stages) > 1:
-            each += 2 * number  # the pipeline's two buffers of outputs
-        logits = job.tokens * each * job.model.vocab_size / parallel.tensor
+    logits = _loss_peak(job, software) if is_last else 0.0
     # Backward of a block comes after that of the loss.
     backward = max(0.0, number * job.tokens * backward_of_block(job, software) - logits)
     buffers = _buffers(job, software, tensors)
     dynamic = saved + backward + adapters + logits + buffers
     fragmentation = FRAGMENTATION * dynamic
     return Memory(stage, *held, saved, backward, adapters, logits, buffers, CONTEXT_BYTES, fragmentation)
+
+
+def _loss_peak(job: Job, software: Software) -> float:
+    """Logits that are there at once, what is made of them, and a pipeline's two buffers of outputs."""
+    columns, number = job.model.vocab_size / job.parallel.tensor, job.bytes_per_number
+    has_pipeline = len(job.stages) > 1
+    if software.logits_are_whole:
+        each = software.logit_bytes + (4 if job.parallel.tensor > 1 else 0)  # one float32 copy more
+        return job.tokens * (each + 2 * number * has_pipeline) * columns
+    stream = job.model.hidden_size
+    padded = math.ceil(columns / LOGITS_ALIGNMENT) * LOGITS_ALIGNMENT
+    positions = min(positions_in_chunk(padded, number), job.tokens * job.statistics.targets)
+    # A chunk's logits; the weight's gradient, a chunk's part of it, and the weight with aligned columns.
+    weight_bytes = 4 + number + number * (padded != columns)
+    outputs = 2 * number * job.tokens * job.parallel.ulysses * stream * has_pipeline
+    return software.logit_bytes * positions * padded + weight_bytes * padded * stream + outputs
 
 
 def state_bytes(

@@ -15,6 +15,8 @@ class RowStatistics(NamedTuple):
     """Keys that a query sees."""
     images: float
     """Images in a row."""
+    targets: float
+    """Share of the positions with a text target."""
 
 
 @cache
@@ -22,9 +24,9 @@ def row_statistics(kind: RowKind, length: int, patches: int, slots: int) -> RowS
     """Rows as benchmarks/train.py packs them: texts (log-normal, about 1,100 tokens), captions of 8 to 60
     tokens with an image, or half of each; whole: one causal text a row."""
     if kind == "whole":
-        return RowStatistics((length + 1) / 2, 0)
+        return RowStatistics((length + 1) / 2, 0, 1)
     sampled = random.Random(0)
-    pairs = images = 0
+    pairs = images = targets = 0
     for _ in range(NUM_ROWS):
         filled = in_row = 0
         while (room := length - filled) >= 3:
@@ -36,10 +38,13 @@ def row_statistics(kind: RowKind, length: int, patches: int, slots: int) -> RowS
                 pairs += (before + image + after) * (before + image + after + 1) // 2
                 pairs += image * (image - 1) // 2
                 filled, in_row = filled + before + image + after, in_row + 1
+                targets += before  # not boi, but eoi
             elif kind == "pairs" and in_row:
                 break
             else:
                 tokens = min(room, int(sampled.lognormvariate(6.6, 0.9)) + 3)
                 pairs, filled = pairs + tokens * (tokens + 1) // 2, filled + tokens
+                targets += tokens - 1
         pairs, images = pairs + length - filled, images + in_row  # a position left over sees itself
-    return RowStatistics(pairs / (NUM_ROWS * length), images / NUM_ROWS)
+    num_positions = NUM_ROWS * length
+    return RowStatistics(pairs / num_positions, images / NUM_ROWS, targets / num_positions)

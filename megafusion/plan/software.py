@@ -25,10 +25,12 @@ class Software:
     """RMSNorm saves its input alone; on CPUs PyTorch saves the normalized input as well."""
     rope_traffic: float = 50.0
     """Of queries and keys, per number and its bytes: in float32, from many operations."""
-    logit_traffic: float = 52.0
+    logits_are_whole: bool = False
+    """The head reads every position, and logits stay until backward; else chunks of the text targets."""
+    logit_traffic: float = 64.0
     """Of the head's logits and their cross-entropy, a logit."""
-    logit_bytes: float = 12.0
-    """Held at the loss's peak, a logit: float32 logits, their log-softmax and its gradient."""
+    logit_bytes: float = 10.0
+    """Held at the loss's peak, a logit that is there at once: itself, and float32 copies of it."""
     selective: Literal["products", "alternate"] = "products"
     """Activations that selective recompute keeps: all products, or every other and attention (torchtitan)."""
     keeps_weight_copy: bool = True
@@ -58,4 +60,6 @@ def of_run(train: TrainConfig, attention: BackendName) -> Software:
         attention_is_dense=attention == "sdpa" or train.precision == "fp32",
         is_compiled=train.compile,
         rope_traffic=4.0 if train.compile else 50.0,
+        logit_traffic=8.0 if train.compile else 64.0,
+        logit_bytes=2.0 if train.compile else 10.0,
     )

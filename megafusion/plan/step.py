@@ -199,16 +199,18 @@ def _elementwise(job: Job, software: Software) -> float:
 
 
 def _head(job: Job, chip: Chip, software: Software) -> float:
-    """The head's three products over all positions, and the cross-entropy."""
+    """The head's three products, and the cross-entropy."""
     columns, depth = job.model.vocab_size / job.parallel.tensor, job.model.hidden_size
-    rate = _rate(job, chip, software)
-    if job.bytes_per_number == 2 and columns % 8:
+    tokens, rate = job.tokens, _rate(job, chip, software)
+    if not software.logits_are_whole:
+        tokens *= job.statistics.targets
+    elif job.bytes_per_number == 2 and columns % 8:
         rate /= 2  # rows of logits that are not aligned leave cuBLAS's fast kernels
     number = job.bytes_per_number
-    products = _product(job.tokens, columns, depth, rate, chip, number)
-    products += _product(job.tokens, depth, columns, rate, chip, number)
-    products += _product(columns, depth, job.tokens, rate, chip, number)
-    return products + software.logit_traffic * job.tokens * columns / chip.memory_bandwidth
+    products = _product(tokens, columns, depth, rate, chip, number)
+    products += _product(tokens, depth, columns, rate, chip, number)
+    products += _product(columns, depth, tokens, rate, chip, number)
+    return products + software.logit_traffic * tokens * columns / chip.memory_bandwidth
 
 
 def _update(job: Job, chip: Chip, weights: int) -> float:

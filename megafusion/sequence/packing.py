@@ -14,6 +14,7 @@ from megafusion.sequence.document import IGNORED_LABEL, FlatDocument
 from megafusion.sequence.intervals import Intervals
 
 ZERO = torch.zeros((), dtype=torch.int64)
+TARGETS_ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ Inputs = namedtuple(
     "Inputs", "tokens patch_index positions row_start row_end latents noise t image_start image_size"
 )
 """The fields of a PackedBatch that the model reads."""
-Targets = namedtuple("Targets", "labels latents noise t has_loss num_text_targets num_images image_size")
+Targets = namedtuple(
+    "Targets", "labels latents noise t has_loss num_text_targets num_images image_size target_index"
+)
 """The fields of a PackedBatch that the losses read."""
 
 
@@ -60,7 +63,8 @@ class PackedBatch:
     are the largest height and width, and an image lies at the top left, padded with zeros;
     has_loss bool [B, N]: the slot holds an image that is denoised, and not one that is given;
     pixels uint8 [B, N, 3, H, W] or empty; has_pixels bool [B, N]: latents are still to be encoded from them.
-    num_text_targets, num_images (with a loss) int64 []: of the whole global batch, the losses' denominators.
+    num_text_targets, num_images (with a loss) int64 []: of the whole global batch, the losses' denominators;
+    target_index int64 [R]: the positions of `target_index`.
     """
 
     tokens: Tensor
@@ -79,6 +83,7 @@ class PackedBatch:
     has_pixels: Tensor
     num_text_targets: Tensor = ZERO
     num_images: Tensor = ZERO
+    target_index: Tensor = ZERO
 
     def __getstate__(self) -> dict[str, np.ndarray]:
         """Arrays, which a worker process sends through a pipe: tensors would go through shared memory, of
@@ -108,6 +113,10 @@ class PackedBatch:
     def counts(self) -> Tensor:
         """int64 [2]: text targets and images with a loss in these rows alone."""
         return torch.stack([(self.labels != IGNORED_LABEL).sum(), self.has_loss.sum()])
+
+    def work(self) -> Tensor:
+        """int64 [2]: text targets, and pairs of a query and a key that it sees, in these rows alone."""
+        return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.row_end - self.row_start).sum()])
 
 
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
@@ -165,10 +174,23 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
 
 
 def collate(rows: Sequence[PackedBatch]) -> PackedBatch:
-    """Concatenate rows into a batch whose denominators count these rows alone; see `with_counts`."""
+    """Concatenate rows into a batch with its target_index, whose denominators count these rows alone; see
+    `with_counts`."""
     names = [field.name for field in fields(PackedBatch) if field.default is MISSING]
     batch = PackedBatch(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
+    batch.target_index = target_index(batch.labels)
     return with_counts(batch, batch.counts())
+
+
+def target_index(labels_BS: Tensor) -> Tensor:
+    """Where the text targets are in the flattened labels, int64 [R], made on the host.
+
+    R is rounded up to a multiple of 128 by positions without a target, so that a device sees few shapes.
+    """
+    is_target = labels_BS.flatten() != IGNORED_LABEL
+    index = torch.cat([is_target.nonzero(), (~is_target).nonzero()])[:, 0]
+    num_targets = max(1, int(is_target.sum()))
+    return index[: -(-num_targets // TARGETS_ALIGNMENT) * TARGETS_ALIGNMENT]
 
 
 SLOT_FIELDS = ("latents", "noise", "t", "image_start", "image_size", "has_loss", "pixels", "has_pixels")

@@ -107,6 +107,7 @@ class Run:
         with consensus.defer_errors():
             with self._stragglers.waiting_for_data():
                 batch = self._loader.next()
+            self._packing.add(batch)
             micro_batches = self._encoder.encode(batch)
         if self._config.train.lora and self._config.train.lora.dropout:
             seed_dropout(self._config.seed, self._loader.state_dict()["batch_number"], self._mesh)
@@ -329,7 +330,9 @@ class Run:
             "seconds": time.monotonic() - self._began,
         }
         figures |= self._packing.read(self._loader.state_dict()) | speed
-        figures |= throughput(speed["step_seconds"], config.train, config.model, config.sequence_shape)
+        figures |= throughput(
+            speed["step_seconds"], config.train, config.model, config.sequence_shape, self._packing.work
+        )
         figures |= self._validate()
         with self.engine.consensus.defer_errors():
             self._metrics.log(self.step, figures | self._rollback.counts | self._checkpoints.counts)

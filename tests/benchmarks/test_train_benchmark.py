@@ -5,11 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from megafusion.config import parse_config
-from megafusion.model.transfusion import Transfusion
+from megafusion.plan.adapters import adapter_layers, num_flops
+from megafusion.plan.job import matrix_weights
 from megafusion.sequence.document import IGNORED_LABEL
 from megafusion.train.config import RunConfig
 from tests.support.small import ROOT
@@ -47,10 +47,15 @@ def test_figures_of_a_run(run_values, tmp_path, monkeypatch, capsys):
     assert all(figures[name] > 0 for name in (*benchmark.PHASES, "step_seconds", "tokens_per_second"))
     assert len(figures["losses"]) == 3
     parsed = parse_config(RunConfig, run_values, "test")
-    with torch.device("meta"):
-        model = Transfusion(parsed.model, parsed.objective)
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2) - model.stem.embedding.weight.numel()
+    model, slots = parsed.model, parsed.train.global_batch_size * parsed.data.images_per_row
     positions = parsed.train.global_batch_size * parsed.data.sequence_length
-    pairs = figures["visible_keys_per_query"] * positions
-    flops = 6 * matrices * positions + 12 * parsed.model.hidden_size * parsed.model.num_layers * pairs
+    flops = 6 * model.num_layers * matrix_weights(model) * positions
+    flops += 12 * model.hidden_size * model.num_layers * figures["visible_keys_per_query"] * positions
+    flops += 6 * model.vocab_size * model.hidden_size * figures["text_target_share"] * positions
+    adapter = adapter_layers(model)
+    flops += 3 * slots * (num_flops(adapter.down) + num_flops(adapter.up))
     assert figures["tflop_per_step"] == pytest.approx(flops / 1e12)
+    rows = SyntheticRows(parsed, "mixed")
+    batches = [[rows.next() for _ in range(parsed.train.global_batch_size)] for _ in range(2)]
+    pairs = [sum(int((row.row_end - row.row_start).sum()) for row in batch) for batch in batches]
+    assert figures["visible_keys_per_query"] * positions == pytest.approx(sum(pairs) / 2)

@@ -1,6 +1,6 @@
 """Compile every stored variant for a GPU, without needing one, and print the resources that each uses.
 
-python -m tests.kernels.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma] [--json]
+python -m tests.kernels.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma | --no-tma] [--json]
 
 Registers and spills are ptxas's own figures, read with the cuobjdump that comes with Triton. They show
 whether a variant fits on the chip, not its speed.
@@ -21,11 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from interval_attention.backward import delta_kernel, dkdv_kernel, dq_kernel
+from interval_attention.backward import dkdv_kernel, dq_kernel, statistics_kernel
 from interval_attention.blocks import block_lists_kernel
 from interval_attention.configs import ARCHITECTURES, HEAD_DIMS, Tile, read_stored
 from interval_attention.forward import forward_kernel
-from interval_attention.intervals import RUN
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Maximum shared memory of a program in bytes; for 80 that of 8.6, 8.9 and 12.x, which also use its tiles.
@@ -33,30 +32,27 @@ SHARED_LIMIT = {80: 101_376, 90: 232_448}
 KERNELS = {
     "forward": forward_kernel,
     "decode": forward_kernel,
-    "delta": delta_kernel,
+    "delta": statistics_kernel,
     "dkdv": dkdv_kernel,
     "dq": dq_kernel,
 }
-FLOAT32 = {"lse", "dlse", "delta", "lse2"}
 # The tensors that each kernel's loop loads, through descriptors if its tile says so.
-IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do", "dq_kernel": "k v"}
-INT32 = {
-    "row_start",
-    "row_end",
-    "first_row",
-    "last_row",
-    "order",
-    "start",
-    "end",
-    "clamped_start",
-    "clamped_end",
-}
-INT32 |= {"mask_count", "mask_index", "full_count", "full_index"}
+IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do statistics", "dq_kernel": "k v"}
+_INT32 = (
+    "row_start row_end first_row last_row schedule start end clamped_start clamped_end "
+    "mask_count mask_index full_count full_index"
+)
+TYPES = dict.fromkeys(_INT32.split(), "i32") | {"lse": "fp32", "dlse": "fp32", "statistics": "i64"}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Resources of one compiled variant: registers and spilled bytes per thread, shared bytes per program."""
+    """Resources of one compiled variant: registers and spilled bytes per thread, shared bytes per program.
+
+    Of its loop, in machine instructions of a warp: a step between the edges, what a step over both edges
+    adds, tensor-core products, conversions and reciprocals that emulate an integer division; and how many
+    steps ahead of the products the copies run. Zeros for kernels without products in a loop.
+    """
 
     kernel: str
     architecture: int
@@ -66,6 +62,11 @@ class Usage:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    step: int
+    edges: int
+    products: int
+    divisions: int
+    steps_ahead: int
 
 
 def variants(architecture: int, head_dim: int) -> Iterator[tuple[str, triton.JITFunction, Tile]]:
@@ -81,27 +82,55 @@ def measure(
     name: str, kernel: triton.JITFunction, tile: Tile, architecture: int, dtype: str, head_dim: int
 ) -> Usage:
     """Compile one variant as a launch with aligned, contiguous tensors would."""
-    source = _source(kernel, tile, dtype, head_dim)
+    source = _source(kernel, tile, dtype, head_dim, architecture >= 90)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        text, sass = (
+            subprocess.run([CUOBJDUMP, option, cubin.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     # Local memory of a thread: STACK includes spills, LOCAL is what the source asked for.
     registers, stack, local = (int(re.findall(rf"{key}:(\d+)", text)[0]) for key in ("REG", "STACK", "LOCAL"))
     return Usage(
-        name, architecture, dtype, head_dim, tile, registers, stack + local, compiled.metadata.shared
-    )
+        name, architecture, dtype, head_dim, tile, registers, stack + local, compiled.metadata.shared,
+        *loop_of(sass), steps_ahead(compiled.asm["ttgir"]),
+    )  # fmt: skip
 
 
-def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int) -> ASTSource:
+def loop_of(sass: str) -> tuple[int, int, int, int]:
+    """(step, edges, products, divisions) of the loop with the most tensor-core products, as in `Usage`."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = [(at, int(to[1], 16)) for at, text in code if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+
+    def count(pattern: str, first: int, last: int) -> int:
+        return sum(first <= at <= last and bool(re.search(pattern, text)) for at, text in code)
+
+    loops = [(count("HGMMA|HMMA", to, at), to - at, to, at) for at, to in jumps if to < at]
+    products, _, first, last = max(loops, default=(0, 0, 0, 0))
+    if not products:
+        return 0, 0, 0, 0
+    # The branches of `mask_scores`: over many comparisons, which a step between the edges jumps.
+    skipped = [(at + 1, to - 1) for at, to in jumps if first <= at < to <= last]
+    edges = sum(count(".", *block) for block in skipped if count("ISETP", *block) >= 8)
+    return count(".", first, last) - edges, edges, products, count("I2F|MUFU.RCP", first, last)
+
+
+def steps_ahead(ttgir: str) -> int:
+    """How many steps' copies are issued before the loop's first wait; 0 if the loop has none."""
+    before, *loops = ttgir.split("scf.for")
+    ahead, inside = (part.count("copy_global_to_local") for part in (before, loops[0] if loops else ""))
+    return ahead // inside if inside else 0
+
+
+def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int, branch: bool) -> ASTSource:
     constants = {
-        "RUN": RUN, "TMA": tile.tma, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
+        "TMA": tile.tma, "BRANCH": branch, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
         "BLOCK": tile.rows, "OTHER": tile.keys, "CHUNK": 64,
     }  # fmt: skip
+    types = TYPES | ({"statistics": "fp32"} if kernel is statistics_kernel else {})
     described = set(IN_LOOP[kernel.__name__].split()) if tile.tma else set()
     block = tile.rows if kernel is dkdv_kernel else tile.keys
     signature, constexprs, attributes = {}, {}, {}
@@ -109,16 +138,17 @@ def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int) -
         if name in constants or re.fullmatch(r"s_.d", name):
             # A last stride of 1 is a constant to Triton's launcher too.
             signature[name], constexprs[name] = "constexpr", constants.get(name, 1)
-        elif name.startswith("s_") or name.startswith("num_") or name == "group":
+        elif name.startswith("s_") or name.startswith("num_") or name in ("group", "section"):
             signature[name] = "i32"
             if name.startswith("s_"):
                 attributes[index,] = [["tt.divisibility", 16]]
         elif name == "scale":
             signature[name] = "fp32"
         elif name in described:
-            signature[name] = f"tensordesc<{dtype}[1, {block}, 1, {head_dim}]>"
+            shape = f"{block}" if name == "statistics" else f"1, {block}, 1, {head_dim}"
+            signature[name] = f"tensordesc<{types.get(name, dtype)}[{shape}]>"
         else:
-            signature[name] = "*fp32" if name in FLOAT32 else "*i32" if name in INT32 else f"*{dtype}"
+            signature[name] = f"*{types.get(name, dtype)}"
             attributes[index,] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes)
 
@@ -129,17 +159,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
-    parser.add_argument("--tma", action="store_true", help="sm_90 only, each loop through TMA descriptors")
+    parser.add_argument(
+        "--tma",
+        action=argparse.BooleanOptionalAction,
+        help="each loop through TMA descriptors (sm_90 only), or each through pointers; default as stored",
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(arguments)
     usages = []
     for architecture in (90,) if options.tma else options.architectures:
         for head_dim in options.head_dims:
             for name, kernel, tile in variants(architecture, head_dim):
-                if options.tma:
-                    if name in ("delta", "decode", "blocks"):
-                        continue
-                    tile = tile._replace(tma=True)
+                if options.tma and name in ("delta", "decode", "blocks"):
+                    continue
+                if options.tma is not None:
+                    tile = tile._replace(tma=options.tma)
                 usages.append(measure(name, kernel, tile, architecture, options.dtype, head_dim))
                 if not options.json:
                     print(_line(usages[-1]), flush=True)
@@ -155,6 +189,8 @@ def _line(usage: Usage) -> str:
         f"{tile.rows:>4} x {tile.keys:<4}{tile.warps} warps {tile.stages} stages "
         f"{'TMA' if tile.tma else '   '}"
         f"{usage.registers:>4} registers {usage.spilled_bytes:>5} spilled {usage.shared_bytes:>7} shared"
+        f"{usage.step:>5} + {usage.edges:<4}instructions a step{usage.products:>4} products"
+        f"{usage.divisions:>3} divisions{usage.steps_ahead:>3} steps ahead"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_flash import blocks_of
 
-from interval_attention import configs
+from interval_attention import configs, prepare
 from interval_attention.intervals import RUN
 from interval_attention.reference import dense_mask
 
@@ -42,6 +42,17 @@ def test_counts_equal_the_dense_mask(name, seq):
             (visited,) = torch.nonzero(seen[0, first : first + rows].any(0), as_tuple=True)
             steps += -(-(int(visited[-1]) + 1 - int(visited[0])) // keys)
         assert tile_pairs(start, end, rows, keys, grid=False) == steps * rows * keys
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_schedule_visits_the_pairs_that_are_counted(name):
+    start, end = layout(name, 1024)
+    parts = prepare(start, end).row_schedule[..., 1:, :].flatten(0, 1)
+    for rows, keys in ((128, 64), (64, 64), (32, 128)):
+        first = RUN // rows
+        bounds = parts[:, first - 1 : 2 * first - 1]
+        steps = (bounds[..., 3] - bounds[..., 0] + keys - 1) // keys
+        assert tile_pairs(start, end, rows, keys, grid=False) == int(steps.sum()) * rows * keys
 
 
 def test_layouts_match_their_names():

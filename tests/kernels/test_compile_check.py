@@ -22,30 +22,55 @@ def compiled(*arguments: str) -> list[dict]:
     return json.loads(done.stdout)
 
 
+def check(usage: dict) -> None:
+    """A loop fits, copies at least two steps ahead, divides no integers, and masks in branches only."""
+    assert usage["spilled_bytes"] == 0, usage
+    assert usage["shared_bytes"] <= SHARED_LIMIT[usage["architecture"]], usage
+    if usage["kernel"] in ("delta", "blocks"):
+        return
+    assert usage["divisions"] == 0, usage
+    assert usage["edges"] > 0, usage
+    assert usage["steps_ahead"] == usage["tile"]["stages"] - 1 >= 1 + (usage["architecture"] == 90), usage
+    if usage["architecture"] == 90 and usage["kernel"] != "decode":
+        assert usage["products"] == warp_group_products(usage["kernel"], usage["head_dim"], usage["tile"]), (
+            usage
+        )
+
+
+def warp_group_products(kernel: str, head_dim: int, tile: dict) -> int:
+    """HGMMA instructions a step, each of 64 rows and a depth of 16: two products of depth head_dim in the
+    backward kernels and one forward, and two or one over the step's positions."""
+    side, step = (tile["keys"], tile["rows"]) if kernel == "dkdv" else (tile["rows"], tile["keys"])
+    depths = {
+        "forward": head_dim + step,
+        "dkdv": 2 * (head_dim + step),
+        "dq": 2 * head_dim + step,
+    }
+    return depths[kernel] // 16 * (side // 64) // (tile["warps"] // 4)
+
+
 # The kernels of one head_dim and architecture below stand for all variants.
 @pytest.mark.full
-def test_stored_variants_do_not_spill():
-    usages = compiled("--head-dims", "64", "128")
+@pytest.mark.parametrize("loads", ["", "--no-tma"])
+def test_stored_variants(loads):
+    usages = compiled("--head-dims", "64", "128", *loads.split())
     assert {(u["architecture"], u["head_dim"]) for u in usages} == {
         (a, d) for a in (80, 90) for d in (64, 128)
     }
     assert {u["kernel"] for u in usages} == {"forward", "decode", "delta", "dkdv", "dq", "blocks"}
     for usage in usages:
-        assert usage["spilled_bytes"] == 0, usage
-        assert usage["shared_bytes"] <= SHARED_LIMIT[usage["architecture"]], usage
+        check(usage)
 
 
 def test_loops_with_tma_descriptors_use_fewer_registers():
     tma, pointers = (
-        {u["kernel"]: u for u in compiled("--architectures", "90", "--head-dims", "128", *more)}
-        for more in (["--tma"], [])
+        {u["kernel"]: u for u in compiled("--architectures", "90", "--head-dims", "128", loads)}
+        for loads in ("--tma", "--no-tma")
     )
     assert set(tma) == {"forward", "dkdv", "dq"}
     assert set(pointers) == {"forward", "decode", "delta", "dkdv", "dq", "blocks"}
-    for kernel, usage in pointers.items():
-        assert usage["spilled_bytes"] == 0, (kernel, usage)
+    for usage in (*pointers.values(), *tma.values()):
+        check(usage)
     for kernel, usage in tma.items():
         assert usage["tile"]["tma"]
-        assert usage["spilled_bytes"] == 0, usage
-        assert usage["shared_bytes"] <= SHARED_LIMIT[90], usage
         assert usage["registers"] < pointers[kernel]["registers"], usage

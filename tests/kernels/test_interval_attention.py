@@ -2,6 +2,9 @@
 
 import json
 import random
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,12 +27,24 @@ def with_lse(q, k, v, row_start, row_end):
     return interval_attention(q, k, v, row_start, row_end, return_lse=True)
 
 
+def causal(num_rows: int, length: int):
+    end = torch.arange(1, length + 1, dtype=torch.int32, device=DEVICE).repeat(num_rows, 1)
+    return torch.zeros_like(end), end
+
+
 # 32 of the layouts stand for all.
 @pytest.mark.parametrize("seed", [*range(4), *full(*range(4, 20))])
 def test_160_random_layouts_equal_dense_attention(seed):
     rng = random.Random(seed)
     heads = rng.choice([(1, 1), (2, 1), (2, 2), (3, 1)])
     Case.random(*packed_rows(seed, 8, rng.randint(16, 44)), *heads, seed=seed).check()
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)])
+def test_three_loops_as_on_sm_80(monkeypatch, heads):
+    monkeypatch.setattr(api, "_branches", lambda device: False)
+    Case.random(*packed_rows(9, 6, 44), *heads).check()
+    Case.random(*causal(1, 140), *heads).check()
 
 
 @pytest.mark.parametrize(("seed", "length"), [(100, 131), (101, 160), (102, 128)])
@@ -39,6 +54,15 @@ def test_rows_longer_than_a_run_of_the_schedule(seed, length):
 
 def test_grouped_queries():
     Case.random(*packed_rows(7, 8, 30), num_heads=6, num_kv_heads=2).check()
+
+
+def test_heads_in_sections_that_fit_in_the_cache(monkeypatch):
+    """4 key heads: 2 sections of 2 where a section reads keys, 4 of 1 where it reads two heads' queries."""
+    monkeypatch.setattr(api, "L2_BYTES", 2 * (2 * 60 * 16 * 4))
+    case = Case.random(*packed_rows(8, 2, 60), num_heads=8, num_kv_heads=4)
+    assert api._section(case.k) == 2
+    assert api._section(case.q, group=2) == 1
+    case.check()
 
 
 def test_one_document_over_everything():
@@ -175,6 +199,22 @@ def test_bfloat16_is_as_accurate_as_pytorch():
     theirs = case.results(pytorch, torch.bfloat16, backward=False)["o"]
     error, their_error = (((o - exact) * some).abs().max() for o in (ours, theirs))
     assert error <= 1.5 * their_error
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("bounds", [partial(packed_rows, 1), partial(packed_rows, 2), causal])
+def test_the_stored_tiles_forward_and_backward(bounds, head_dim):
+    """On a GPU those of its architecture in bfloat16; under the interpreter those of sm_90 in float32."""
+    dtype, bound = (torch.float32, 1e-5) if DEVICE == "cpu" else (torch.bfloat16, 1e-2)
+    case = Case.random(*bounds(2, 300 if DEVICE == "cpu" else 1000), 2, 1, head_dim)
+    case = replace(case, **{name: getattr(case, name).to(dtype) for name in ("q", "k", "v", "weight")})
+    chosen = using(configs.lookup(90, head_dim, 0)) if DEVICE == "cpu" else nullcontext()
+    with chosen:
+        found = case.results(with_lse, dtype)
+    for name, value in case.results(reference_attention, torch.float64).items():
+        some = value.isfinite()
+        error = (found[name].double() - value)[some].norm() / value[some].norm()
+        assert error < bound, (name, float(error))
 
 
 def test_scale_and_the_shape_of_the_result():
@@ -345,7 +385,7 @@ class TestTma:
     def test_random_layouts(self, with_tma, seed):
         rng = random.Random(seed)
         Case.random(*packed_rows(seed, 4, rng.randint(16, 44)), 2, 1, seed=seed).check()
-        assert len(with_tma) == 6  # two tensors in each of three kernels
+        assert len(with_tma) == 7  # two tensors in each of three kernels, and the statistics
 
     def test_rows_longer_than_a_run(self, with_tma):
         Case.random(*packed_rows(100, 1, 131), 1, 1).check()
@@ -365,7 +405,7 @@ class TestTma:
         (found,) = torch.autograd.grad((interval_attention(q, k, v, start, end) * weight).sum(), qkv)
         (expected,) = torch.autograd.grad((reference_attention(q, k, v, start, end)[0] * weight).sum(), qkv)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-        assert len(with_tma) == 6
+        assert len(with_tma) == 7
 
     @pytest.mark.parametrize("view", [reverse_strides, every_second])
     def test_unsupported_tensors_are_read_through_pointers(self, with_tma, view):
@@ -400,14 +440,14 @@ def test_which_tensors_support_a_descriptor(x, supported):
 def test_stored_tiles_are_chosen_by_the_number_of_rows(monkeypatch, tmp_path):
     stored = json.loads(configs.STORED.read_text())
     first = next(e for e in stored["tiles"] if (e["architecture"], e["head_dim"]) == (90, 128))
-    longer = first | {"min_rows": 8192, "dq": [64, 64, 4, 2, True]}
+    longer = first | {"min_rows": 8192, "dq": [64, 32, 4, 2, True]}
     (tmp_path / "tiles.json").write_text(json.dumps(stored | {"tiles": [*stored["tiles"], longer]}))
     monkeypatch.setattr(configs, "STORED", tmp_path / "tiles.json")
     configs.read_stored.cache_clear()
     try:
-        assert not configs.lookup(90, 128, 8191).dq.tma
+        assert configs.lookup(90, 128, 8191).dq == Tile(*first["dq"])
         for num_rows in (8192, 131_072):
-            assert configs.lookup(90, 128, num_rows).dq == Tile(64, 64, 4, 2, True)
+            assert configs.lookup(90, 128, num_rows).dq == Tile(64, 32, 4, 2, True)
     finally:
         configs.read_stored.cache_clear()
 

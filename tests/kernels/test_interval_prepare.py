@@ -8,7 +8,7 @@ import torch
 
 import interval_attention
 from interval_attention import prepare
-from interval_attention.intervals import RUN
+from interval_attention.intervals import FAR, RUN
 from interval_attention.reference import dense_mask
 from tests.support.layouts import DEVICE, packed_rows
 
@@ -23,20 +23,31 @@ def test_column_bounds_are_the_transpose_on_200_layouts():
         assert torch.equal(seen & some, dense_mask(start, end, start.shape[1])[:, 0])
 
 
-def test_runs_come_longest_first_and_each_once():
+def test_runs_come_longest_first_with_the_bounds_of_their_parts():
     start, end = packed_rows(5, 4, 5 * RUN + 3)
     prepared = prepare(start, end)
-    for order, low, high in (
-        (prepared.row_order, start, end),
-        (prepared.key_order, prepared.first_row, prepared.last_row),
+    for schedule, low, high in (
+        (prepared.row_schedule, start, end),
+        (prepared.key_schedule, prepared.first_row, prepared.last_row),
     ):
-        assert order.dtype == torch.int32
-        assert sorted(order.tolist()) == list(range(4 * 6))
-        work = []
-        for run in order.tolist():
-            row, first = run // 6, run % 6 * RUN
-            work.append((high[row, first : first + RUN].amax() - low[row, first : first + RUN].amin()).item())
-        assert work == sorted(work, reverse=True)
+        assert schedule.dtype == torch.int32
+        assert schedule.shape == (4, 6, 16, 4)
+        for row, runs in enumerate(schedule.tolist()):
+            assert sorted(run[0][0] for run in runs) == list(range(6))
+            work = [most_end - least_start for _, (least_start, _, _, most_end), *_ in runs]
+            assert work == sorted(work, reverse=True)
+            for run in runs:
+                for num_parts in (1, 2, 4, 8):
+                    for part in range(num_parts):
+                        first = run[0][0] * RUN + part * RUN // num_parts
+                        at = slice(first, first + RUN // num_parts)
+                        some = high[row, at] > low[row, at]
+                        starts, ends = low[row, at][some].tolist(), high[row, at][some].tolist()
+                        expected = [
+                            min(starts, default=FAR), max(starts, default=0),
+                            min(ends, default=FAR), max(ends, default=0),
+                        ]  # fmt: skip
+                        assert run[num_parts + part] == expected
 
 
 def test_memory_is_linear_in_the_length():
@@ -44,7 +55,7 @@ def test_memory_is_linear_in_the_length():
     size = 131_072
     end = torch.arange(1, size + 1, dtype=torch.int32, device=DEVICE)[None]
     prepared = prepare(torch.zeros_like(end), end)
-    assert sum(x.numel() for x in prepared) < 4 * size + size // 32
+    assert sum(x.numel() for x in prepared) <= 5 * size
 
 
 @pytest.mark.parametrize(

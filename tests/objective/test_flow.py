@@ -12,6 +12,7 @@ from scipy import stats
 from megafusion.errors import UserError
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.objective.flow import MIN_DIVISOR, FlowConfig
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Objective
 from megafusion.sequence.packing import Targets
 
@@ -35,11 +36,12 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction):
     objective = Objective(ObjectiveConfig(noise_process={"kind": "flow", "prediction_type": prediction}))
     flow, counts = objective.noise_process, (torch.tensor(1), torch.tensor(3))
     targets = Targets(
-        torch.full((1, 3), -100), latents, noise, t, start >= 0, *counts, torch.zeros_like(start)
+        *(torch.full((1, 3), -100), latents, noise, t, start >= 0, *counts, torch.zeros_like(start)),
+        target_index=torch.zeros(0, dtype=torch.int64),
     )
     noised = flow.add_noise(latents, noise, t)
     error = flow.velocity(wrong, noised, t) - flow.velocity(flow.target(latents, noise, t), noised, t)
-    image = objective(torch.randn(1, 3, 7), wrong, targets).image
+    image = objective(LanguageHead(4, 7), torch.randn(1, 3, 4), wrong, targets).image
     torch.testing.assert_close(image, (error**2).mean(), check_dtype=False)
 
 

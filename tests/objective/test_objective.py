@@ -10,8 +10,16 @@ import torch
 from megafusion.errors import UserError
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
+from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Objective
-from megafusion.sequence.packing import Targets
+from megafusion.sequence.packing import Targets, target_index
+
+
+def head_of_itself(num_tokens: int) -> LanguageHead:
+    """A head whose logits are the hidden states."""
+    head = LanguageHead(num_tokens, num_tokens)
+    head.weight.data = torch.eye(num_tokens)
+    return head
 
 
 @pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear"])
@@ -86,12 +94,13 @@ def test_losses_are_means_over_the_global_counts():
     image = (errors[0, 0] + errors[1, 0] + errors[1, 1]) / 6
     t, start = torch.zeros(2, 2), torch.tensor([[3, -1], [0, 7]])
     counts = torch.tensor(10), torch.tensor(6)
-    targets = Targets(labels, latents, noise, t, start >= 0, *counts, torch.zeros_like(start))
-    losses = Objective(ObjectiveConfig())(logits, prediction, targets)
+    size, index = torch.zeros_like(start), target_index(labels)
+    targets, head = Targets(labels, latents, noise, t, start >= 0, *counts, size, index), head_of_itself(7)
+    losses = Objective(ObjectiveConfig())(head, logits, prediction, targets)
     torch.testing.assert_close(losses.text, text)
     torch.testing.assert_close(losses.image, image)
     torch.testing.assert_close(losses.total, text + 5 * image)
-    weighed = Objective(ObjectiveConfig(image_weight=0.5))(logits, prediction, targets)
+    weighed = Objective(ObjectiveConfig(image_weight=0.5))(head, logits, prediction, targets)
     torch.testing.assert_close(weighed.total, text + 0.5 * image)
 
 
@@ -107,8 +116,9 @@ def test_images_of_every_size_have_equal_weight():
         errors.append((error**2).mean())
     start = torch.tensor([[3, 9]])
     labels, counts = torch.full((1, 3), -100), (torch.tensor(1), torch.tensor(4))
-    targets = Targets(labels, latents, noise, torch.zeros(1, 2), start >= 0, *counts, torch.tensor([[0, 1]]))
-    losses = Objective(ObjectiveConfig(), sizes)(torch.randn(1, 3, 7), prediction, targets)
+    t, size, index = torch.zeros(1, 2), torch.tensor([[0, 1]]), target_index(labels)
+    targets = Targets(labels, latents, noise, t, start >= 0, *counts, size, index)
+    losses = Objective(ObjectiveConfig(), sizes)(head_of_itself(7), torch.randn(1, 3, 7), prediction, targets)
     torch.testing.assert_close(losses.image, sum(errors) / 4)
 
 
@@ -121,13 +131,16 @@ def test_a_batch_without_targets_has_no_loss():
         torch.tensor(0),
         torch.tensor(0),
         torch.zeros(1, 1, dtype=torch.int64),
+        target_index(torch.full((1, 3), -100)),
     )
     logits, prediction = (
         torch.randn(1, 3, 7, requires_grad=True),
         torch.randn(1, 1, 2, 2, 2, requires_grad=True),
     )
-    losses = Objective(ObjectiveConfig())(logits, prediction, targets)
+    head = head_of_itself(7)
+    losses = Objective(ObjectiveConfig())(head, logits, prediction, targets)
     losses.total.backward()
     assert losses == (0, 0, 0)
     assert not logits.grad.any()
+    assert not head.weight.grad.any()
     assert not prediction.grad.any()

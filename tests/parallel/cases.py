@@ -17,7 +17,7 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.model.wrapper import canonical_name
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
-from megafusion.sequence.packing import PackedBatch, collate, pack_row
+from megafusion.sequence.packing import PackedBatch, collate, pack_row, target_index
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
@@ -87,9 +87,11 @@ def _by_row(chosen: Tensor, first: PackedBatch, second: PackedBatch) -> PackedBa
     """Rows of the first batch where chosen is true, else of the second."""
     fields = {}
     for name, value in vars(first).items():
+        if name == "target_index":
+            continue  # of a batch, not of its rows
         mask = chosen.view(-1, *[1] * (value.ndim - 1)) if value.ndim else torch.tensor(True)
         fields[name] = torch.where(mask, value, getattr(second, name))
-    return PackedBatch(**fields)
+    return PackedBatch(**fields, target_index=target_index(fields["labels"]))
 
 
 def parallel_steps(values: dict, num_steps: int) -> Outcome:

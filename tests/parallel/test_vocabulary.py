@@ -1,5 +1,7 @@
 """A vocabulary that does not divide evenly: shards of a multiple of 64 tokens, the last one smaller."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -7,15 +9,12 @@ from torch import nn
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
-from megafusion.objective.losses import cross_entropy
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.mesh import make_mesh
 from megafusion.parallel.sharding import shard_spec_of
-from megafusion.parallel.tensor import (
-    VocabularyParallelCrossEntropy,
-    shard_weights,
-    vocab_range,
-)
+from megafusion.parallel.tensor import shard_weights, vocab_range
+from megafusion.parallel.ulysses import SequenceParallelObjective
+from megafusion.sequence.packing import Targets, target_index
 from tests.support.workers import run_workers
 
 VOCABULARY, WIDTH = 90, 8
@@ -41,16 +40,18 @@ def small_model() -> Transfusion:
 
 
 def plain() -> tuple[torch.Tensor, ...]:
-    """Vectors, the loss, and the gradient of the head."""
+    """Vectors, the loss, and the gradients of the hidden states and of the head."""
     embedding, head, tokens, labels = values()
-    vectors, head = nn.functional.embedding(tokens, embedding), nn.Parameter(head)
-    loss = cross_entropy(vectors @ head.T, labels)
+    vectors = nn.functional.embedding(tokens, embedding).requires_grad_()
+    head = nn.Parameter(head)
+    loss = nn.functional.cross_entropy((vectors @ head.T).mT, labels, reduction="sum")
     loss.backward()
-    return vectors, loss.detach(), head.grad
+    return vectors.detach(), loss.detach(), vectors.grad, head.grad
 
 
-def sharded(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tensor]:
-    """This rank's vectors, the loss, its range of the vocabulary, and its gradient of the head."""
+def sharded(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tensor, torch.Tensor]:
+    """This rank's vectors, the loss, its range of the vocabulary, and its parts of the gradients of hidden
+    states and head."""
     mesh = make_mesh(ParallelConfig(tensor=2, ulysses=ulysses))
     model = small_model()
     shard_weights(model, mesh)
@@ -58,18 +59,26 @@ def sharded(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tens
     vocab_shard = vocab_range(VOCABULARY, mesh.rank("tensor"), 2)
     model.stem.embedding.weight.data = shard_spec_of(model.stem.embedding.weight).shard(embedding)
     model.tail.head.weight.data = shard_spec_of(model.tail.head.weight).shard(head)
-    whole = nn.functional.embedding(tokens, embedding)
-    loss = VocabularyParallelCrossEntropy(mesh.group("tensor"), vocab_shard)(model.tail.head(whole), labels)
+    whole = nn.functional.embedding(tokens, embedding).requires_grad_()
+    objective = SequenceParallelObjective(ObjectiveConfig(), ((2, 2),), mesh.group("ulysses"))
+    targets = Targets(labels, *[None] * 7, target_index(labels))
+    with mock.patch("megafusion.objective.config.LOGITS_BYTES", 64 * 128 * 4):  # more than one chunk
+        loss = objective.nats(model.tail.head, whole, targets)
     loss.backward()
-    return model.stem.embedding(tokens).detach(), loss.detach(), vocab_shard, model.tail.head.weight.grad
+    vectors = model.stem.embedding(tokens).detach()
+    return vectors, loss.detach(), vocab_shard, whole.grad, model.tail.head.weight.grad
 
 
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_an_uneven_vocabulary_gives_the_plain_loss_and_gradients(ulysses):
-    vectors, loss, head_gradient = plain()
+    vectors, loss, hidden_gradient, head_gradient = plain()
     ranks = run_workers(sharded, 2 * ulysses, ulysses)
-    assert [len(shard) for _, _, shard, _ in ranks[:2]] == [64, 26]
+    assert [len(rank[2]) for rank in ranks[:2]] == [64, 26]
     torch.testing.assert_close(sum(vectors for vectors, *_ in ranks), vectors)
-    for _, found, shard, gradient in ranks:
-        torch.testing.assert_close(found, loss)
+    torch.testing.assert_close(sum(rank[3] for rank in ranks), hidden_gradient, rtol=1e-4, atol=1e-4)
+    for tensor_rank, shard in enumerate((range(64), range(64, VOCABULARY))):
+        # Ulysses ranks hold the same shard, and each adds the gradient of its targets.
+        gradient = sum(rank[4] for rank in ranks[tensor_rank::2])
         torch.testing.assert_close(gradient, head_gradient[shard.start : shard.stop], rtol=1e-4, atol=1e-4)
+    for _, found, *_ in ranks:
+        torch.testing.assert_close(found, loss)

@@ -65,14 +65,22 @@ class Row:
     traits: tuple[tuple[str, object], ...] = ()
 
 
-FSDP = Software(
-    keeps_weight_copy=False, keeps_average=False, bucket_numbers=0, sharded_overlap=1.0, selective="alternate"
+WHOLE_LOGITS = Software(logits_are_whole=True, logit_traffic=52.0, logit_bytes=12.0)
+"""PyTorch's cross-entropy: float32 logits, their log-softmax and its gradient."""
+FSDP = replace(
+    WHOLE_LOGITS,
+    keeps_weight_copy=False,
+    keeps_average=False,
+    bucket_numbers=0,
+    sharded_overlap=1.0,
+    selective="alternate",
 )
-MEGATRON = Software(
-    is_compiled=True, rope_traffic=4.0, logit_traffic=20.0, logit_bytes=8.0, keeps_average=False,
-    shards_gradients_at_step=True, data_overlap=1.0, tensor_overlap=0.3, attention_rate=1.5,
+MEGATRON = replace(
+    WHOLE_LOGITS, logit_traffic=20.0, logit_bytes=8.0, is_compiled=True, rope_traffic=4.0,
+    keeps_average=False, shards_gradients_at_step=True, data_overlap=1.0, tensor_overlap=0.3,
+    attention_rate=1.5,
 )  # fmt: skip
-NANOTRON = Software(rope_traffic=10.0, keeps_average=False, shards_gradients_at_step=True)
+NANOTRON = replace(WHOLE_LOGITS, rope_traffic=10.0, keeps_average=False, shards_gradients_at_step=True)
 PROJECTS = {
     "llm-foundry": (replace(FSDP, rope_traffic=0.0, reduced_bytes=2), "h100"),
     "torchtitan": (FSDP, "h100-500w"),

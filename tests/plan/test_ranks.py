@@ -42,10 +42,12 @@ def test_a_rank_holds_what_is_planned(shards, vae_folder, tmp_path, name):
     software = replace(of_run(job.train, "sdpa"), fuses_norms=False)
     for rank, (state, saved) in enumerate(run_workers(held, world, values)):
         plan = stage_memory(job, software, rank * job.parallel.pipeline // world)
-        logits = job.tokens * job.model.vocab_size / job.parallel.tensor * (plan.logits > 0)
-        planned_state = plan.state + (4 * logits if job.parallel.pipeline > 1 else 0)  # buffers of outputs
-        # Of the loss's peak, float32 logits are saved: two kinds with vocabulary parallelism.
-        planned_saved = plan.activations + plan.adapters + (4 if job.parallel.tensor == 1 else 8) * logits
+        size, has_head = job.model.hidden_size, plan.logits > 0
+        outputs = 4 * job.tokens * size * has_head  # two buffers of hidden states
+        planned_state = plan.state + outputs * (job.parallel.pipeline > 1)
+        # Of the loss's peak, the gradient of the head's weight is saved.
+        planned_saved = plan.activations + plan.adapters
+        planned_saved += 4 * job.model.vocab_size / job.parallel.tensor * size * has_head
         if job.parallel.zero_stage == 3:
             planned_saved += job.bytes_per_number * job.num_weights(0)  # gathered, and saved by products
         print(f"{name} rank {rank}: {state} {saved}, planned {planned_state:.0f} {planned_saved:.0f}")

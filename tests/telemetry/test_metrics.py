@@ -25,10 +25,16 @@ def test_the_flops_of_a_model_are_counted_once(run_config, monkeypatch):
     counted, count = [], throughput.layer_flops
     monkeypatch.setattr(throughput, "layer_flops", lambda *given: counted.append(given) or count(*given))
     config = run_config
+    shape, rows = config.sequence_shape, config.train.global_batch_size
+    work = throughput.Work(100, 1000)
     lines = [
-        throughput.throughput(seconds, config.train, config.model, config.sequence_shape)
-        for seconds in (1.0, 2.0, 4.0)
+        throughput.throughput(seconds, config.train, config.model, shape, work) for seconds in (1.0, 2.0, 4.0)
     ]
     assert len(counted) == 1
-    flops = 3 * config.train.global_batch_size * sum(count(config.model, config.sequence_shape))
+    everything = throughput.Work(rows * shape.length, rows * shape.length**2)
+    dense = throughput.step_flops(rows, config.model, shape, everything)
+    assert dense == 3 * rows * sum(count(config.model, shape))
+    pairs = everything.visible_pairs - 1000
+    flops = dense - 12 * config.model.num_layers * config.model.hidden_size * pairs
+    flops -= 6 * config.model.vocab_size * config.model.hidden_size * (everything.text_targets - 100)
     assert [line["mfu"] for line in lines] == pytest.approx([flops / seconds / 1e12 for seconds in (1, 2, 4)])
