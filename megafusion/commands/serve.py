@@ -39,14 +39,16 @@ def serve(
 
     Example: megafusion serve runs/quickstart --page max_batch=16
     """
+    from megafusion.checkpoint.folder import checkpoint_at
     from megafusion.serve.config import ServeConfig
 
     config = parse_config(ServeConfig, apply_overrides({}, overrides or []), "serve")
-    if not pipeline.is_dir():
-        raise UserError(f"{pipeline}: no such folder; give a pipeline folder, a run folder or a checkpoint")
+    folders = (pipeline, pipeline / "pipeline")
+    if not any((folder / "config.json").is_file() for folder in folders) and not checkpoint_at(pipeline):
+        raise UserError(f"{pipeline}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
     page = page or open_page
-    needed = ("fastapi", "prometheus_client", "uvicorn", *(("gradio",) if page else ()))
-    if missing := [name for name in needed if not find_spec(name)]:
+    packages = ["fastapi", "prometheus_client", "python_multipart", "uvicorn", *(["gradio"] if page else [])]
+    if missing := [name for name in packages if not find_spec(name)]:
         raise UserError(f"{missing[0]} is not installed: pip install 'megafusion[web]'")
     from megafusion.serve.server import listen, model_name, read_keys
     from megafusion.serve.server import serve as run_server

@@ -59,6 +59,7 @@ def make_app(pipeline: TransfusionPipeline, config: ServeConfig, name: str, keys
     app.add_middleware(Gate, worker=worker, config=config, keys=keys)
     app.add_exception_handler(Refusal, lambda _, error: error.response())
     app.add_exception_handler(UserError, lambda _, error: Refusal(400, str(error)).response())
+    app.add_exception_handler(Exception, lambda _, error: Refusal(500, f"{type(error).__name__}").response())
     app.add_exception_handler(
         HTTPException, lambda _, error: Refusal(error.status_code, error.detail, error.headers).response()
     )
@@ -95,15 +96,17 @@ def _add_generating_routes(app: FastAPI, worker: Worker, reader: Reader) -> None
     async def chat(request: Request) -> Response:
         body = await asyncio.to_thread(read_body, ChatBody, await _read_json(request))
         requests = await asyncio.to_thread(reader.chat, body)
+        is_stream, tells_usage = body.stream, body.stream_options.get("include_usage", False)
+        del body  # which may be large
         answer = Chat(worker, requests, reader.name)
-        if not body.stream:
+        if not is_stream:
             return JSONResponse(await answer.whole())
-        chunks = answer.chunks(body.stream_options.get("include_usage", False))
+        chunks = answer.chunks(tells_usage)
         return _EventStream(chunks, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> JSONResponse:
-        body = read_body(ImageBody, await _read_json(request))
+        body = await asyncio.to_thread(read_body, ImageBody, await _read_json(request))
         return JSONResponse(await draw_images(worker, await asyncio.to_thread(reader.draw, body, {})))
 
     @app.post("/v1/images/edits")
@@ -130,4 +133,5 @@ async def _read_json(request: Request) -> dict:
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, f"Content-Type {kind:.80}: send application/json")
-    return await asyncio.to_thread(read_json, await request.body())
+    content = b"".join([part async for part in request.stream()])  # request.body() would keep it
+    return await asyncio.to_thread(read_json, content)

@@ -46,6 +46,9 @@ class Gate:
             status, seconds = 503 if error.is_closing else 429, str(error.retry_seconds)
             limit = "" if error.is_closing else f": max_requests {self.config.max_requests} are in progress"
             await answer.refuse(Refusal(status, f"{error}{limit}; try again", {"retry-after": seconds}))
+        except Exception:  # a fault of ours, which the layer above answers and logs
+            answer.status, answer.is_complete = 500, True
+            raise
         finally:
             answer.observe()
 
@@ -67,8 +70,8 @@ class Gate:
         limit = self.config.timeout_seconds
         try:
             async with asyncio.timeout(limit):
-                body = await answer.read_body(self.config.max_body_bytes)
-                await answer.run(self.app, body)
+                await answer.read_body(self.config.max_body_bytes)
+                await answer.run(self.app)
         except TimeoutError:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):  # the client may not read
@@ -85,9 +88,10 @@ class _Answer:
         self.start_time = time.monotonic()
         self.status: int | None = None
         self.is_stream = self.is_complete = False
+        self._body: list[Message] = []
 
-    async def read_body(self, most: int) -> bytes:
-        """The body; of one that is too large, nothing beyond the limit is read. Raises Refusal."""
+    async def read_body(self, most: int) -> None:
+        """Read the body; of one that is too large, nothing beyond the limit. Raises Refusal."""
         too_large = Refusal(413, f"body exceeds max_body_bytes {most}", {"connection": "close"})
         declared = Headers(scope=self.scope).get("content-length", "0")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
@@ -101,15 +105,14 @@ class _Answer:
             more = message.get("more_body", False)
             if len(body) > most:
                 raise too_large
-        return bytes(body)
+        self._body = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-    async def run(self, app: ASGIApp, body: bytes) -> None:
+    async def run(self, app: ASGIApp) -> None:
         """Let an application answer, until the client leaves."""
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
-            if messages:
-                return messages.pop()
+            if self._body:
+                return self._body.pop()  # which may be large: it is not kept
             await asyncio.Event().wait()  # this object waits for the client's leaving
             raise AssertionError
 

@@ -35,27 +35,35 @@ def run(*arguments: object, **environment: str) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder that looks like a pipeline's as far as can be seen without torch."""
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: no such folder; give a pipeline folder"),
-        ([".", "max_batch=0"], "serve: key 'max_batch': .*it must be > 0 and <= 1024"),
-        ([".", "max_bach=3"], "unknown key 'max_bach'; did you mean 'max_batch'"),
-        ([".", "--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: set MEGAFUSION_API_KEYS"),
-        ([".", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["nowhere"], "nowhere: neither a pipeline folder, a run folder nor a checkpoint"),
+        ([".", "--port", "0"], "error: .: neither a pipeline folder"),
+        (["FOLDER", "max_batch=0"], "serve: key 'max_batch': .*it must be > 0 and <= 1024"),
+        (["FOLDER", "max_bach=3"], "unknown key 'max_bach'; did you mean 'max_batch'"),
+        (["FOLDER", "--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in: set MEGAFUSION_API_KEYS"),
+        (["FOLDER", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
     ],
 )
-def test_wrong_starts_are_refused_before_torch_is_loaded(arguments, message):
-    status, text = run(*arguments)
+def test_wrong_starts_are_refused_before_torch_is_loaded(folder, arguments, message):
+    status, text = run(*(folder if each == "FOLDER" else each for each in arguments))
     assert status == 2
     assert re.search(message, text), text
     assert "Traceback" not in text
 
 
-def test_a_busy_port_is_refused_before_torch_is_loaded():
+def test_a_busy_port_is_refused_before_torch_is_loaded(folder):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        status, text = run(".", "--port", port)
+        status, text = run(folder, "--port", port)
     assert (status, text.strip()) == (
         2,
         f"error: --host 127.0.0.1 --port {port}: Address already in use; choose another one",
