@@ -15,6 +15,7 @@ HEAVY = {
     "torch",
     "deepspeed",
     "diffusers",
+    "gradio",
     "scipy",
     "pyarrow",
     "tokenizers",
@@ -58,6 +59,7 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
                 "generate",
                 "launch",
                 "plan",
+                "serve",
             )
         ],
         ["import", "--help"],

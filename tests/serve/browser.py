@@ -49,7 +49,7 @@ def visit(address: str, width: int = 1280, height: int = 860) -> Iterator["Visit
 
 
 class Visit:
-    """What a person does on the page."""
+    """A person on the page."""
 
     def __init__(self, page: Page):
         self.page = page

@@ -59,7 +59,7 @@ def image_path(tmp_path_factory):
 
 
 def ask(page, name, *values, **settings):
-    """What a handler shows: each value of its first output, and each status."""
+    """The values that a handler shows: each of its first output, and each status."""
     job = page.submit(*values, *(SETTINGS | settings).values(), api_name=f"/{name}")
     job.result(timeout=60)
     first, *_, last = zip(*job.outputs(), strict=True)

@@ -45,7 +45,7 @@ class Gallery:
         return [(str(folder / name), caption), *entries][:MAX_SHOWN]
 
     def show(self, entries: list[Entry]) -> dict[Any, Any]:
-        """What the gallery shows, as components with their values."""
+        """The gallery with its images, as components with their values."""
         kept = _present(entries)
         return {self.entries: kept, self.view: kept}
 

@@ -1,4 +1,4 @@
-"""What the tabs share: the worker, the settings, the gallery, and the buttons that start and stop."""
+"""Everything that the tabs share: the worker, the settings, the gallery, and the buttons that start and stop."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Page:
-    """What the tabs share. captions: examples of what the model knows."""
+    """The things that the tabs share. captions: examples of what the model knows."""
 
     worker: Worker
     settings: Settings
@@ -101,7 +101,7 @@ class Controls:
         self.stops: dict[str | None, asyncio.Event] = {}  # of what runs, by session
 
     def idle(self, text: str, is_error: bool = False) -> Update:
-        """What they show when nothing runs."""
+        """The look of both when nothing runs."""
         shown = status(text, is_error)
         return {
             self.run: gr.Button(interactive=True),
