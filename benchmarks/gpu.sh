@@ -59,8 +59,9 @@ if [[ -n $has_gpu ]]; then
   warm+=($!)
 fi
 # Under the interpreter they run in CI; Triton 3.6's does not take numpy 2.5.
-gpu 100 "correctness of kernels, backends and updates" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
-  tests/engine/test_update.py::test_{one_kernel_equals_torchs,the_kernel_changes_nothing_where_the_update_is_skipped} -n 12 -q -p no:cacheprovider -p no:benchmark
+gpu 100 "correctness of kernels, backends, updates and loss" "$python" -m pytest tests/kernels/test_interval_attention.py tests/model/test_backends.py \
+  tests/engine/test_update.py::test_{one_kernel_equals_torchs,the_kernel_changes_nothing_where_the_update_is_skipped} \
+  tests/objective/test_chunked_cross_entropy.py::test_a_gpu_gives_the_same_without_waiting -n 12 -q -p no:cacheprovider -p no:benchmark
 ((${#warm[@]})) && wait "${warm[@]}"
 
 best="train.precision=bf16 model.attention=interval train.compile=true"

@@ -2,12 +2,13 @@
 
     python benchmarks/serve.py PIPELINE [--requests 400] [--clients 32] [--steps 10] [--json FILE]
 
-Starts `megafusion serve PIPELINE` with room for half of the clients, so that some are refused with 429. Of
-the requests, which --seed decides on, a tenth is malformed, a tenth leaves after 10 to 300 ms, the rest are
-chats, streamed chats, chats with an image, images and edits. `lost` counts those without an answer, `stuck`
-those without one for --patience seconds; `wrong` lists statuses that a request should not get. Memory is the
-server's resident set, after a quarter of the requests, a half and all. Then twice as many requests as clients
-come, the server gets SIGTERM, and each must be answered, refused with 503 or find the port closed.
+Starts `megafusion serve PIPELINE` with slots for three quarters of the clients, so that some requests are
+refused with 429; such a client asks for the next thing half a second later. Of the requests, which --seed
+decides on, a tenth is malformed, a tenth leaves after 10 to 300 ms, and the rest are chats, streamed chats,
+chats with an image, images and edits. `lost` counts those without an answer, `stuck` those without one for
+--patience seconds; `wrong` lists statuses that a request should not get. Memory is the server's resident set,
+after a quarter of the requests, a half and all. Then twice as many requests as clients come, the server gets
+SIGTERM, and each must be answered, refused with 503 or find the port closed.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    server, address = start_server(arguments.pipeline, f"max_requests={arguments.clients // 2}")
+    server, address = start_server(arguments.pipeline, f"max_requests={max(1, arguments.clients * 3 // 4)}")
     try:
         found = load(server, address, arguments) | {"at_the_end": end(server, address, arguments)}
     finally:
@@ -190,6 +191,8 @@ class Client:
             self.outcomes[outcome] += 1
             if not is_right:
                 self.wrong.append(f"{outcome}: {text[:300]}")
+        if outcome.endswith("429"):
+            time.sleep(0.5)
 
 
 def load(server: subprocess.Popen, address: str, arguments: argparse.Namespace) -> dict:
@@ -222,7 +225,7 @@ def load(server: subprocess.Popen, address: str, arguments: argparse.Namespace) 
 
 
 def figures(address: str) -> dict:
-    """What the server counted: answers a batch by kind, tokens, images."""
+    """The counts of the server: answers a batch by kind, tokens, images."""
     lines = requests.get(f"{address}/metrics", timeout=60).text.splitlines()
     values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line[0] != "#"}
     found = {name: values[f"megafusion_{name}_total"] for name in ("tokens", "images", "denoising_steps")}

@@ -11,6 +11,7 @@ from megafusion import __version__
 from megafusion.commands import checkpoint, data
 from megafusion.commands.arguments import expand_paths
 from megafusion.commands.data_prep import preprocess, report, train_tokenizer, train_vae
+from megafusion.commands.evaluate import evaluate
 from megafusion.commands.export import export
 from megafusion.commands.generate import generate
 from megafusion.commands.import_model import import_model
@@ -48,6 +49,7 @@ for command in (
     status,
     generate,
     serve,
+    evaluate,
     export,
     report,
     plan,
@@ -65,9 +67,9 @@ def main() -> None:
     os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
     if sys.argv[1:2] == ["train"]:
         listen_for_signals()
-    elif sys.argv[1:2] in (["preprocess"], ["train-vae"]):
+    elif sys.argv[1:2] in (["preprocess"], ["train-vae"], ["evaluate"]):
         exit_on_stop_signals()
-    if sys.argv[1:2] in (["train"], ["preprocess"], ["train-vae"]):
+    if sys.argv[1:2] in (["train"], ["preprocess"], ["train-vae"], ["evaluate"]):
         ignore_write_errors()
     with exit_on_user_error():
         try:

@@ -7,7 +7,7 @@ import typer
 from megafusion.config import FROM_DATA, REQUIRED, Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
 
-Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve"]
+Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve", "evaluate"]
 REGENERATE = "python -m megafusion.commands.keys > docs/configuration.md"
 
 
@@ -77,6 +77,10 @@ def _config_class(command: str) -> type[Config]:
         from megafusion.serve.config import ServeConfig
 
         return ServeConfig
+    if command == "evaluate":
+        from megafusion.evaluate.config import EvaluateConfig
+
+        return EvaluateConfig
     from data_prep.vae.config import AutoencoderConfig
 
     return AutoencoderConfig

@@ -68,8 +68,11 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """Cosine to each reference, [N, K], of images [N, 3, 64, 64] in [0, 1]."""
-        embeddings = F.normalize(self.project(self.features(images_N3HW - 0.5)), dim=-1)
-        return embeddings @ F.normalize(self.references, dim=-1).T
+        return self.embed(images_N3HW) @ F.normalize(self.references, dim=-1).T
+
+    def embed(self, images_N3HW: Tensor) -> Tensor:
+        """Embeddings of unit length, [N, 64], of images [N, 3, 64, 64] in [0, 1]."""
+        return F.normalize(self.project(self.features(images_N3HW - 0.5)), dim=-1)
 
     @torch.no_grad()
     def classify(self, images_N3HW: Tensor) -> list[str]:

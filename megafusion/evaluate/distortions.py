@@ -82,8 +82,10 @@ def augment(images_N3HW: Tensor, random: torch.Generator) -> Tensor:
     return images.clamp(0, 1)
 
 
-def blends(images_N3HW: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Equal blends [N, 3, H, W] of each image with another, and the other's index [N]."""
+def blends(images_N3HW: Tensor, random: torch.Generator, share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Blends [N, 3, H, W] of each image, of which `share` is its own, with another; the other's index [N]."""
     num = len(images_N3HW)
     partner = (torch.arange(num) + torch.randint(1, num, (num,), generator=random)) % num
-    return (images_N3HW + images_N3HW[partner]) / 2, partner
+    if share == 0.5:  # as the committed weights were trained, bit for bit
+        return (images_N3HW + images_N3HW[partner]) / 2, partner
+    return share * images_N3HW + (1 - share) * images_N3HW[partner], partner

@@ -44,7 +44,7 @@ class ChatBody(Body):
 
     messages: list[Any] = Field(min_length=1)
     modalities: list[Literal["text", "image"]] = Field(["text"], min_length=1)
-    """What the answer may hold: text, images or both."""
+    """Kinds of parts that the answer may hold."""
     max_images: int = Field(1, ge=1)
     """Images of an answer."""
     max_tokens: int | None = Field(None, ge=1)

@@ -49,6 +49,7 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
         ["keys", "preprocess"],
         ["keys", "train-tokenizer"],
         ["keys", "train-vae"],
+        ["keys", "evaluate"],
         *[
             [command, "--help"]
             for command in (
@@ -57,6 +58,7 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
                 "train-tokenizer",
                 "train-vae",
                 "generate",
+                "evaluate",
                 "launch",
                 "plan",
                 "serve",
@@ -84,6 +86,11 @@ def test_help_and_keys_import_nothing_heavy(arguments):
 def test_an_invalid_configuration_is_refused_before_anything_heavy_is_imported(command, config):
     site = ["--site", "local-test"] if command == "launch" else []
     assert heavy_imports(command, f"configs/{config}", "zzz=1", *site, status=2) == set()
+
+
+def test_an_evaluation_with_an_unknown_key_or_no_suite_is_refused_before_anything_heavy_is_imported():
+    assert heavy_imports("evaluate", "no-run", "--suite", "captions", "zzz=1", status=2) == set()
+    assert heavy_imports("evaluate", "no-run", status=2) == set()
 
 
 def test_a_plan_imports_nothing_heavy():

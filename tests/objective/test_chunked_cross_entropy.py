@@ -96,7 +96,10 @@ def test_a_frozen_head_has_no_gradient_and_hidden_states_have_theirs():
     hidden = torch.randn(200, WIDTH)
     expected = chunked(head, hidden, labels)[1]
     head.requires_grad_(False)
-    _, found, weight_gradient = chunked(head, hidden, labels)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        _, found, weight_gradient = chunked(head, hidden, labels)
+    assert head.weight.shape not in saved  # nor computed
     assert torch.equal(found, expected)
     assert weight_gradient is None
     index = target_index(labels)
@@ -129,6 +132,29 @@ def test_the_index_has_each_target_once_and_then_other_positions(rows):
     assert len(index) == min(is_target.numel(), max(1, -(-number // 128)) * 128)
     assert index[:number].tolist() == is_target.flatten().nonzero()[:, 0].tolist()
     assert len(index.unique()) == len(index)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_gpu_gives_the_same_without_waiting(is_compiled):
+    """In bf16, with a vocabulary that is not aligned; several numbers of positions, as steps have them."""
+    head = head_of(1002, torch.bfloat16).cuda()
+    head.is_compiled = is_compiled
+    for num_targets in (700, 300, 500):
+        labels, hidden = labelled(1024, num_targets, 1002, 0), torch.randn(1024, WIDTH).bfloat16()
+        index = target_index(labels)
+        given = [x.cuda() for x in (hidden, labels.flatten()[index], index)]
+        given[0].requires_grad_()
+        head.weight.grad = None
+        with chunks_of(2, 1002, 2):
+            head(*given)  # compiles
+            torch.cuda.set_sync_debug_mode("error")
+            (head(*given) / 7).backward()
+            loss = head(*given) / 7
+            torch.cuda.set_sync_debug_mode("default")
+        found = [loss.detach(), given[0].grad, head.weight.grad]
+        for ours, theirs in zip(found, whole(hidden, head.weight.cpu(), labels), strict=True):
+            assert (ours.cpu() - theirs).norm() / theirs.norm() < 0.005
 
 
 @pytest.mark.full

@@ -1,0 +1,49 @@
+"""`megafusion evaluate`."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from megafusion.commands.arguments import Overrides
+from megafusion.config import parse_config
+from megafusion.errors import UserError
+from megafusion.evaluate.config import EvaluateConfig, SuiteName
+from megafusion.yaml_values import apply_overrides, load_values
+
+
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")
+    ],
+    overrides: Overrides = None,
+    suite: Annotated[list[str] | None, typer.Option(help="What to measure; repeat for several.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results; a second call there measures what is missing.")
+    ] = Path("evaluation"),
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of the keys, which KEY=VALUE overrides.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Measure a trained model: report.json, report.md and sheets of images.
+
+    As one process or several (RANK and WORLD_SIZE of a launcher), which share nothing but the folder.
+
+    Examples:
+
+    megafusion evaluate runs/quickstart --suite perplexity texts=[held-out.txt]
+
+    megafusion evaluate runs/styles --suite captions --suite images annotations=fold-0/captions.json
+    judge=judge.safetensors
+    """
+    known = get_args(SuiteName)
+    if not suite or set(suite) - set(known):
+        raise UserError(f"--suite: name one of {', '.join(known)}; repeat it for several")
+    values = load_values(config, overrides or []) if config else apply_overrides({}, overrides or [])
+    parsed = parse_config(EvaluateConfig, values, str(config or "evaluate"))
+    from megafusion.evaluate.run import evaluate as run
+
+    if run(checkpoint, suite, parsed, out) is None:
+        typer.echo(f"{out}: other processes have batches left; the last one writes the report")
+    else:
+        typer.echo((out / "report.md").read_text(), nl=False)

@@ -1,0 +1,78 @@
+"""An evaluation: suites of one model, measured into a folder, and the report."""
+
+import os
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from megafusion.device import default_device
+
+import torch
+
+from megafusion.evaluate.captions import Captions
+from megafusion.evaluate.config import EvaluateConfig
+from megafusion.evaluate.images import Images
+from megafusion.evaluate.perplexity import Perplexity
+from megafusion.evaluate.reconstruction import Reconstruction
+from megafusion.evaluate.report import check_finite, write_report, write_suite
+from megafusion.evaluate.suite import Suite, claim_folder, run_batches
+from megafusion.generate.pipeline import TransfusionPipeline
+
+SUITES: dict[str, Callable[[EvaluateConfig, Path], Suite]] = {
+    "perplexity": lambda config, _: Perplexity(config),
+    "captions": lambda config, _: Captions(config),
+    "images": Images,
+    "reconstruction": Reconstruction,
+}
+OPTIONS: dict[str, set[str]] = {
+    "captions": {"words"},
+    "images": {"kid_subset_size", "kid_subsets"},
+}
+"""Options of a suite's summary, for its metrics file; those of its records are in its recipe."""
+
+
+def evaluate(
+    checkpoint: Path, names: Sequence[str], config: EvaluateConfig, out: Path
+) -> dict[str, Any] | None:
+    """Measure suites of a model into `out`; the report, or None while other processes are not done.
+
+    Every input is checked before the first image is drawn. A second call measures what is missing.
+    """
+    suites = {name: SUITES[name](config, out / name) for name in dict.fromkeys(names)}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+    pipeline = TransfusionPipeline.from_pretrained(checkpoint)
+    model = describe_model(pipeline)
+    pipeline = pipeline.to(default_device())
+    for name, suite in suites.items():
+        claim_folder(out / name, {"model": model, "batch_size": config.batch_size} | suite.recipe)
+    done = True
+    for name, suite in suites.items():
+        records = run_batches(suite, pipeline, config.batch_size, out / name)
+        if records is None:
+            done = False
+            continue
+        metrics = suite.summarize(records, pipeline.device)
+        check_finite(name, metrics)
+        options = config.model_dump(mode="json", include=OPTIONS.get(name, set()))
+        result = {"metrics": metrics, "recipe": suite.recipe, "options": options}
+        if proof := getattr(suite, "proof", None):
+            result["judge"] = proof
+        write_suite(out / name, result)
+    return write_report(out, model) if done else None
+
+
+def describe_model(pipeline: TransfusionPipeline) -> dict[str, Any]:
+    """Hashes that identify a model with its tokenizer and autoencoder, and its number of parameters."""
+    digest = sha256()
+    weights = pipeline.model.weights()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "weights": digest.hexdigest(),
+        "tokenizer": pipeline.tokenizer.hash,
+        "autoencoder": pipeline.codec.hash,
+        "parameters": sum(weight.numel() for weight in weights.values()),
+    }
