@@ -152,8 +152,6 @@ def main() -> None:
         visitor.shoot(given.out / "page-draw.png")
         print("caption:", visitor.describe(given.image))
         visitor.shoot(given.out / "page-describe.png")
-        visitor.open("Gallery")
-        visitor.shoot(given.out / "page-gallery.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everything that the tabs share: the worker, the settings, the gallery, and the buttons that start and stop."""
+"""Shared by the tabs: the worker, the settings, the gallery, and the buttons that start and stop."""
 
 import asyncio
 import logging
