@@ -9,7 +9,7 @@ from megafusion.model.config import BackendName
 
 @dataclass(frozen=True)
 class Software:
-    """The defaults are this project's, eager, in bf16, under DeepSpeed 0.19.8.
+    """The defaults are DeepSpeed 0.19.8's, eager, in bf16; `of_run` gives this project's.
 
     Traffic is bytes of device memory read and written.
     """
@@ -37,7 +37,10 @@ class Software:
     """Half-precision weights stay beside float32 masters, as in DeepSpeed; FSDP casts when it gathers."""
     keeps_average: bool = True
     shards_gradients_at_step: bool = False
-    """ZeRO 1 reduce-scatters gradients (Megatron's distributed optimizer); DeepSpeed all-reduces them."""
+    """ZeRO 1 reduce-scatters gradients, as here in bf16; DeepSpeed all-reduces them."""
+    updates_in_one_pass: bool = False
+    """At ZeRO 1 in half precision, gradients are added to float32 sums by one kernel each, and after the norm
+    another clips, updates, averages and casts (engine/fused_update.py)."""
     reduced_bytes: int = 4
     """Of a gradient on the wire."""
     bucket_numbers: float = 5e8
@@ -60,6 +63,8 @@ def of_run(train: TrainConfig, attention: BackendName) -> Software:
         attention_is_dense=attention == "sdpa" or train.precision == "fp32",
         is_compiled=train.compile,
         rope_traffic=4.0 if train.compile else 50.0,
+        updates_in_one_pass=True,
+        shards_gradients_at_step=train.precision != "fp32",
         logit_traffic=8.0 if train.compile else 64.0,
         logit_bytes=2.0 if train.compile else 10.0,
     )

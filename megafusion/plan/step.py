@@ -77,7 +77,7 @@ def step(job: Job, chip: Chip, software: Software) -> Step:
     seconds["data parallelism"] = num * max(0.0, every.seconds - hidden)
     # Backward of the last micro-batch is two thirds of it.
     seconds["data parallelism"] += max(0.0, once.seconds - software.data_overlap * busy * 2 / 3)
-    seconds["optimizer and average"] = _update(job, chip, trained)
+    seconds["optimizer and average"] = _update(job, chip, software, trained)
     seconds["host"] = software.host_seconds
     passes = _passes(job)
     blocks = len(max(job.stages, key=len))
@@ -119,6 +119,8 @@ def _micro_batch(job: Job, chip: Chip, software: Software, stage: int) -> dict[s
     attention *= 1 if saves_attention else 9 / 7
     traffic = num * _elementwise(job, software) * (1 if recompute == "none" else 4 / 3)
     gradient = 18.0 if number == 2 and job.parallel.zero_stage < 2 else 16.0 if number == 2 else 12.0
+    if _is_one_pass(job, software):
+        gradient = 10.0
     parts = {
         "products": products,
         "attention": attention,
@@ -213,11 +215,23 @@ def _head(job: Job, chip: Chip, software: Software) -> float:
     return products + software.logit_traffic * tokens * columns / chip.memory_bandwidth
 
 
-def _update(job: Job, chip: Chip, weights: int) -> float:
+def _is_one_pass(job: Job, software: Software) -> bool:
+    is_offloaded = job.parallel.offload_optimizer
+    return (
+        software.updates_in_one_pass
+        and job.parallel.zero_stage == 1
+        and job.bytes_per_number == 2
+        and not is_offloaded
+    )
+
+
+def _update(job: Job, chip: Chip, software: Software, weights: int) -> float:
     """Norm, clipping, AdamW, casts and average; at ZeRO 0 and 1 partly over all weights."""
     zero, share = job.parallel.zero_stage, weights / job.replicas
     if job.parallel.offload_optimizer:
         return 24 * share / 100e9 + (4 + job.bytes_per_number) * share / chip.host_bandwidth
+    if _is_one_pass(job, software):
+        return 42 * share / chip.memory_bandwidth
     if zero == 0:
         return 60 * weights / chip.memory_bandwidth
     moved = 24 * weights + 46 * share if zero == 1 else 70 * share

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import megafusion.engine.fused_update as fused_module
 from megafusion.config import parse_config
+from megafusion.engine.ema import Ema
 from megafusion.engine.fused_update import fused_update, scalars
 from megafusion.engine.optimizer_state import Storage
 from megafusion.engine.update import Update, update_group
@@ -67,9 +69,11 @@ def topologies(data: int) -> list[Topology]:
     ]
 
 
-@pytest.mark.parametrize("data", [1, *full(2)])
-def test_it_equals_deepspeeds_own(data):
-    for found in run_workers(differences, data, topologies(data)):
+@pytest.mark.parametrize(
+    ("data", "cases"), [(1, [Topology(1, 1, BF16)]), *full((1, topologies(1)), (2, topologies(2)))]
+)
+def test_it_equals_deepspeeds_own(data, cases):
+    for found in run_workers(differences, data, cases):
         assert found == pytest.approx([0.0] * len(found), abs=2e-7)
 
 
@@ -171,3 +175,115 @@ def test_a_step_reads_nothing_from_the_device(run_values, forms):
     runs = [laid_out(run_values, precision, zero_stage=stage) for precision, stage in forms]
     (found,) = run_workers(host_reads, 1, runs)
     assert dict(zip(forms, found, strict=True)) == dict.fromkeys(forms, ON_THE_HOST)
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that torch's operators read and write, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view or func.overloadpacket._qualified_op_name.startswith("c10d::"):
+            return result
+        overwrites = func.overloadpacket._qualified_op_name in ("aten::copy_", "aten::zero_", "aten::fill_")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            writes = bool(argument.alias_info and argument.alias_info.is_write)
+            self._add(value, writes + (not (writes and overwrites)))
+        if not any(a.alias_info for a in func._schema.arguments):
+            self._add(result, 1)
+        return result
+
+    def _add(self, value: Any, times: int) -> None:
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes += times * tensor.nbytes
+
+
+def fused_steps(values: dict) -> tuple[float, bool]:
+    """Largest relative difference of one kernel's update from torch's; whether it skips NaN."""
+    config = parse_config(RunConfig, values, "test")
+    mesh = make_mesh(config.parallel)
+    batches = build_components(config, mesh).loader.next()
+    states = []
+    for is_fused in (False, True):
+        engine = build_engine(config, mesh)
+        ema, update = Ema(engine.optimizer_state.shards, 0.9), engine._update
+        update.is_fused = is_fused  # under Triton's interpreter
+        train_step(engine, batches, 1e-3, ema.after(1))
+        tensors = [t for s in engine.optimizer_state.shards for t in (s.weight, s.exp_avg, s.exp_avg_sq)]
+        states.append([t.clone() for t in (*tensors, *ema.fragments)])
+    worst = max(
+        ((a - b).abs().max() / a.abs().max().clamp(min=1e-6)).item() for a, b in zip(*states, strict=True)
+    )
+    parameter = next(p for p in engine.stage.parameters() if p.requires_grad)
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    weights = [p.detach().clone() for p in engine.stage.parameters()]
+    train_step(engine, batches, 1e-3, ema.after(2))
+    hook.remove()
+    kept = all(map(torch.equal, (*tensors, *ema.fragments), states[1]))
+    kept &= all(map(torch.equal, weights, engine.stage.parameters())) and engine.consensus.is_skipped
+    train_step(engine, batches, 1e-3, ema.after(2))
+    kept &= not engine.consensus.is_skipped
+    return worst, kept
+
+
+def moved_bytes(values: dict) -> list[float]:
+    """Bytes a parameter that a step's first and second micro-batch move beside autograd, and the update."""
+    config = parse_config(RunConfig, values, "test")
+    mesh = make_mesh(config.parallel)
+    engine = build_engine(config, mesh)
+    ema = Ema(engine.optimizer_state.shards, 0.9)
+    train_step(engine, build_components(config, mesh).loader.next(), 1e-3)
+    engine._update.is_fused = True
+    optimizer, update = engine._deepspeed.optimizer, engine._update
+    parameters = [p for group in optimizer.bf16_groups for p in group]
+    total, found = sum(p.numel() for p in parameters), []
+    for _ in range(2):
+        added = 0
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.ones_like(parameter)
+            with Moved() as moved:
+                update._gradients._add(index, parameter)
+            added += moved.bytes
+        found.append(added / total)
+    launched = []
+    launch, fused_module._update = fused_module._update, _Launches(launched)
+    with Moved() as moved:
+        update.make_or_skip(ema.after(2))
+    fused_module._update = launch
+    return [*found, (moved.bytes + sum(launched)) / total]
+
+
+class _Launches:
+    """In place of the kernel: bytes that it would read and write."""
+
+    def __init__(self, found: list[int]):
+        self._found = found
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(weight: Any, gradient: Any, exp_avg: Any, exp_avg_sq: Any, *others: Any, **_: Any) -> None:
+            average, model = others[:2]
+            both = (weight, exp_avg, exp_avg_sq, average)
+            self._found.append(2 * sum(t.nbytes for t in both) + gradient.nbytes + model.nbytes)
+
+        return launch
+
+
+def test_bytes_a_parameter(run_values):
+    ((first, further, update),) = run_workers(moved_bytes, 1, laid_out(run_values, "bf16"))
+    assert (first, further) == (6, 10)
+    assert 42 <= update < 46
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "layout", [("bf16", {}), ("bf16", {"pipeline": 2}), ("bf16", {"tensor": 2}), ("fp32", {"zero_stage": 3})]
+)
+def test_one_kernel_in_an_engine(run_values, layout):
+    precision, degrees = layout
+    for worst, kept in run_workers(fused_steps, 2, laid_out(run_values, precision, **degrees)):
+        assert worst < 1e-5
+        assert kept
