@@ -16,7 +16,9 @@ import platform
 import statistics
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -69,15 +71,15 @@ class Rows:
 
 
 def measure(config: RunConfig, rows: str, num_steps: int, num_warmup_steps: int) -> tuple[dict, "Step"]:
-    """Seconds of whole steps, then of their phases, with the device's work finished at each; the step."""
+    """Seconds of whole steps, then of their phases, each of which waits for the device; the step."""
     began = time.perf_counter()
     step = Step(config, rows)
     figures: dict = {"set_up_seconds": time.perf_counter() - began}
-    warm = [step.run() for _ in range(num_warmup_steps)]
+    warm = step.run(num_warmup_steps)
     figures["first_step_seconds"] = warm[0]
     if step.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times = [step.run() for _ in range(num_steps)]
+    times = step.run(num_steps)
     seconds = statistics.median(times)
     num_positions = config.train.global_batch_size * config.data.sequence_length
     work = Work(*torch.stack(step.work[-num_steps:]).double().mean(0).tolist())
@@ -120,16 +122,28 @@ class Step:
         self.work: list[torch.Tensor] = []
         self._number = 0
 
-    def run(self) -> float:
-        """Make one step as training does; its seconds."""
-        begin = time.perf_counter()
-        batches = self._rows.next()
-        self.update(batches)
+    def run(self, num_steps: int) -> list[float]:
+        """Make steps as training does, where the host waits for the device at none; seconds of each."""
+        losses, marks = [], [self._mark()]
+        for _ in range(num_steps):
+            batches = self._rows.next()
+            self.update(batches)
+            marks.append(self._mark())
+            losses.append(self.engine.consensus.losses[-1].clone())
+            self.work.append(torch.stack([batch.work() for batch in batches]).sum(0))
         self.finish()
-        seconds = time.perf_counter() - begin
-        self.work.append(torch.stack([batch.work() for batch in batches]).sum(0))
-        self.losses.append(self.engine.consensus.losses[-1].item())
-        return seconds
+        self.losses += torch.stack(losses).tolist()
+        if self.on_gpu:
+            return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(marks)]
+        return [end - begin for begin, end in pairwise(marks)]
+
+    def _mark(self) -> Any:
+        """The time, where the device is in its work."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def update(self, batches: list[PackedBatch]) -> None:
         """A step without waiting for the device."""

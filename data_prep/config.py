@@ -84,7 +84,7 @@ class PreprocessConfig(Config):
     tokenizer: Path
     """SentencePiece model, tokenizer.json, or a folder with one of them."""
     vae: Path
-    """diffusers AutoencoderKL folder."""
+    """diffusers AutoencoderKL folder; or a VQModel's, for a model whose images are tokens."""
     images: tuple[Path, ...] = ()
     """Captioned images: webdataset tars with an image and a .txt caption per key, parquet files, images with
     .txt files beside them, folders of these, or patterns of paths."""
@@ -95,8 +95,8 @@ class PreprocessConfig(Config):
     resized to cover it and cropped about the centre. For images stored as pixels this only says how large: a
     run chooses among the sizes of its model."""
     image_storage: Literal["latents", "pixels"] = "latents"
-    """latents: encoded once, now. pixels: stored as WebP, resized to cover one of image_sizes, and encoded
-    whenever a run reads them; it may then crop and flip them."""
+    """latents: encoded once, now; to codes if vae is a VQModel. pixels: stored as WebP, resized to cover one
+    of image_sizes, and encoded whenever a run reads them; it may then crop and flip them."""
     texts: tuple[Path, ...] = ()
     """Parquet, JSON Lines, text files in UTF-8 with one document per line, folders of these, or patterns."""
     documents: tuple[Path, ...] = ()

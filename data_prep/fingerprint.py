@@ -141,9 +141,11 @@ def manifest_fields(kind: Kind, config: PreprocessConfig, tokenizer: Tokenizer) 
             "vae_sha256": codec.hash,
             "latent_shape": first,
             "more_sizes": tuple(shape[1:] for shape in more),
-            "latent_scale": codec.scaling_factor,
-            "latent_shift": codec.shift_factor,
         }
+        if codec.codebook_size:
+            fields |= {"images": "codes", "codebook_size": codec.codebook_size}
+        else:
+            fields |= {"latent_scale": codec.scaling_factor, "latent_shift": codec.shift_factor}
     return fields
 
 

@@ -19,7 +19,7 @@ from megafusion.data.document_format import AFTER_TEXT, GIVEN, StoredDocument
 from megafusion.data.manifest import ShardSummary
 from megafusion.data.shards import write_shard
 from megafusion.errors import UserError
-from megafusion.images.codec import ImageCodec
+from megafusion.images.codec import ImageCodec, QuantizedCodec
 from megafusion.images.processor import preprocess_images, resize_and_crop
 from megafusion.images.sizes import nearest_size
 from megafusion.sequence.document import Segment
@@ -125,13 +125,13 @@ class DocumentBuilder:
 
     def _encode(self, batch: list[tuple[dict, list[RawSegment]]]) -> Iterator[StoredDocument]:
         images = [s for _, segments in batch for s in segments if isinstance(s, Image.Image)]
-        moments: dict[int, np.ndarray] = {}
+        encoded: dict[int, Segment] = {}
         for height, width in self._config.image_sizes:
             own = [index for index, image in enumerate(images) if image.size == (width, height)]
             for first in range(0, len(own), self._config.batch_size):
                 some = own[first : first + self._config.batch_size]
-                moments |= zip(some, self._moments([images[index] for index in some]), strict=True)
-        in_order = (moments[index] for index in range(len(images)))
+                encoded |= zip(some, self._encode_images([images[index] for index in some]), strict=True)
+        in_order = (encoded[index] for index in range(len(images)))
         for metadata, segments in batch:
             stored = tuple(_stored(segment, in_order) for segment in segments)
             if not all(np.isfinite(segment.data).all() for segment in stored if segment.kind == "moments"):
@@ -141,16 +141,20 @@ class DocumentBuilder:
                 )
             yield StoredDocument(metadata, stored)
 
-    def _moments(self, images: list[Image.Image]) -> np.ndarray:
-        """Mean and log-variance, float16 [n, 2, C, h, w], of at most batch_size images of one size."""
+    def _encode_images(self, images: list[Image.Image]) -> list[Segment]:
+        """Of at most batch_size images of one size: float16 mean and log-variance [2, C, h, w]; or codes."""
         assert self._codec
         pixels = preprocess_images(images, images[0].height, images[0].width).to(self._codec.model.device)
-        return torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
+        if isinstance(self._codec, QuantizedCodec):
+            codes_Nhw = self._codec.encode(pixels).to(torch.int32).cpu().numpy()
+            return [Segment("codes", codes) for codes in codes_Nhw]
+        moments = torch.stack(self._codec.encode(pixels), dim=1).to(torch.float16).cpu().numpy()
+        return [Segment("moments", each) for each in moments]
 
 
-def _stored(segment: RawSegment, moments: Iterator[np.ndarray]) -> Segment:
+def _stored(segment: RawSegment, encoded: Iterator[Segment]) -> Segment:
     if isinstance(segment, Image.Image):
-        return Segment("moments", next(moments))
+        return next(encoded)
     return Segment("pixels" if isinstance(segment, bytes) else "tokens", segment)
 
 

@@ -19,6 +19,7 @@ from megafusion.config import parse_config
 from megafusion.images.codec import ImageCodec
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
+from tests.support.quantized import make_vq, quantized_run
 from tests.support.sizes import make_mixed_shards, mixed_run
 from tests.support.small import TOKENIZER, make_shards, make_vae, small_run
 
@@ -64,6 +65,24 @@ def codec(vae_folder) -> ImageCodec:
 def shards(tmp_path_factory, vae_folder) -> Path:
     """pairs/ with 22 pairs in 3 shards and text/ with 40 glosses in 5."""
     return make_shards(tmp_path_factory.mktemp("shards"), vae_folder)
+
+
+@pytest.fixture(scope="session")
+def vq_folder(tmp_path_factory) -> Path:
+    """A random VQModel with 4 x 4 codes for images of 32 pixels."""
+    return make_vq(tmp_path_factory.mktemp("vq"))
+
+
+@pytest.fixture(scope="session")
+def quantized_shards(tmp_path_factory, vq_folder) -> Path:
+    """The documents of `shards`, with images as codes."""
+    return make_shards(tmp_path_factory.mktemp("codes"), vq_folder)
+
+
+@pytest.fixture
+def quantized_values(quantized_shards, vq_folder, tmp_path) -> dict:
+    """Plain values of a small run on images as codes."""
+    return quantized_run(quantized_shards, vq_folder, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -152,7 +152,9 @@ def plot_losses(metrics: list[dict], path: Path) -> None:
         ("text_loss", "text: nats per token", "tab:blue"),
         ("image_loss", "image: mean squared error", "tab:orange"),
     )
-    for axis, (name, label, color) in zip(figure.subplots(1, 2), curves, strict=True):
+    shown = [curve for curve in curves if any(line[curve[0]] for line in metrics)]  # codes have no image loss
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (name, label, color) in zip(axes, shown, strict=True):
         values = [line[name] for line in metrics]
         smoothed = [
             statistics.mean(values[max(0, i - SMOOTHED_LINES) : i + SMOOTHED_LINES + 1])

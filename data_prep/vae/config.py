@@ -33,7 +33,7 @@ class ImageDataConfig(Config):
 
 
 class NetworkConfig(Config):
-    """Architecture of the diffusers AutoencoderKL."""
+    """Architecture of the diffusers AutoencoderKL or VQModel."""
 
     max_integer: ClassVar[int] = 2**20
 
@@ -44,7 +44,9 @@ class NetworkConfig(Config):
     layers_per_block: int = Field(2, gt=0)
     """Residual blocks per level in the encoder; the decoder has one more."""
     latent_channels: int = Field(4, gt=0)
-    """Channels of the latents."""
+    """Channels of the latents, or of the codebook's vectors."""
+    codebook_size: int = Field(0, ge=0)
+    """Vectors of a VQModel's codebook, for models whose images are tokens; 0 for an AutoencoderKL."""
     norm_num_groups: int = Field(32, gt=0)
     """Groups of the group normalization; must divide every channel count."""
     mid_block_attention: bool = True
@@ -57,7 +59,12 @@ class LossConfig(Config):
     reconstruction: Literal["l1", "l2"] = "l1"
     """Mean absolute or mean squared difference of pixels in [-1, 1]; its weight is 1."""
     kl_weight: float = Field(1e-6, ge=0)
-    """Weight of the KL divergence from a unit Gaussian, summed over an image's latents."""
+    """Weight of the KL divergence from a unit Gaussian, summed over an image's latents; unused with a
+    codebook."""
+    commitment_weight: float = Field(0.25, ge=0)
+    """The beta of VQ-VAE (arXiv 1711.00937): weight of the latents' squared distance to the codebook's
+    vectors, which moves the encoder, beside the same distance with weight 1, which moves the vectors. Used
+    with network.codebook_size alone."""
     perceptual_weight: float = Field(0.0, ge=0)
     """Weight of the LPIPS distance of VGG-16 features."""
     perceptual_weights: Path | None = None

@@ -7,7 +7,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from megafusion.images.codec import ImageCodec, encode
+from megafusion.images.autoencoder import Quantized, encode
+from megafusion.images.codec import ImageCodec
 from megafusion.images.grid import make_image_grid
 from megafusion.images.processor import postprocess_images
 
@@ -19,20 +20,21 @@ def latent_statistics(model: AutoencoderKL, batches: Iterable[Tensor]) -> tuple[
     """(scaling factor, shift factor): 1 / standard deviation and mean of the images' sampled latents."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    latents = torch.cat([encode(model, images.to(device)).sample(generator) for images in batches]).double()
+    posteriors = (encode(model, images.to(device)) for images in batches)
+    latents = torch.cat([p.sample(generator) for p in posteriors if not isinstance(p, Quantized)]).double()
     return float(1 / latents.std()), float(latents.mean())
 
 
 @torch.no_grad()
 def measure(codec: ImageCodec, images_N3HW: Tensor) -> tuple[dict[str, float], Tensor]:
-    """Reconstruction metrics of images in [-1, 1] from their mean latents, and the reconstructions.
+    """Reconstruction metrics of images in [-1, 1] from their mean latents or codes, and the reconstructions.
 
     On pixels in [0, 1]: psnr is the mean PSNR over images in dB, psnr_of_mean the PSNR of the mean squared
     error, l1 the mean absolute difference.
     """
     device = next(codec.model.parameters()).device
     reconstructions = torch.cat(
-        [codec.decode(codec.encode(x.to(device))[0]).cpu() for x in images_N3HW.split(BATCH_SIZE)]
+        [codec.reconstruct(x.to(device)).cpu() for x in images_N3HW.split(BATCH_SIZE)]
     )
     difference = (reconstructions - images_N3HW).double() / 2
     squared_N = difference.square().mean((1, 2, 3)).clamp(min=1e-10)

@@ -1,4 +1,4 @@
-"""The autoencoder's loss: reconstruction, KL, perceptual, identity and adversarial terms.
+"""The autoencoder's loss: reconstruction, KL or codebook, perceptual, identity and adversarial terms.
 
 The paper's objective is L1 + LPIPS + 0.5 GAN + 0.2 identity + 1e-6 KL. A term of weight zero is neither built
 nor computed.
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from data_prep.vae.config import LossConfig
 from data_prep.vae.features import ResNet50Features, VGG16Features, load_heads, load_weights
+from megafusion.images.autoencoder import Quantized
 
 
 class AutoencoderLoss(nn.Module):
@@ -45,13 +46,21 @@ class AutoencoderLoss(nn.Module):
         return self.discriminator is not None and step >= self.config.adversarial_start_step
 
     def forward(
-        self, images: Tensor, reconstructions: Tensor, posterior: DiagonalGaussianDistribution, step: int
+        self,
+        images: Tensor,
+        reconstructions: Tensor,
+        posterior: DiagonalGaussianDistribution | Quantized,
+        step: int,
     ) -> dict[str, Tensor]:
         """Weighted terms, whose sum the autoencoder minimizes; images [N, 3, H, W], about [-1, 1]."""
         config = self.config
         difference = F.l1_loss if config.reconstruction == "l1" else F.mse_loss
         terms = {"reconstruction": difference(reconstructions, images)}
-        if config.kl_weight:
+        if isinstance(posterior, Quantized):
+            terms["codebook"] = F.mse_loss(posterior.vectors.float(), posterior.latents.detach().float())
+            distance = F.mse_loss(posterior.latents.float(), posterior.vectors.detach().float())
+            terms["commitment"] = config.commitment_weight * distance
+        elif config.kl_weight:
             terms["kl"] = config.kl_weight * posterior.kl().mean()
         if self.perceptual is not None:
             distance = feature_distance(self.perceptual, images, reconstructions, self.heads)

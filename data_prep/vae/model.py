@@ -1,9 +1,9 @@
-"""The AutoencoderKL of a configuration, and its folder: diffusers' files, report and reconstructions."""
+"""The autoencoder of a configuration, and its folder: diffusers' files, report and reconstructions."""
 
 import json
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
 from data_prep.vae.config import AutoencoderConfig, NetworkConfig
@@ -16,8 +16,8 @@ from megafusion.storage import new_folder, refuse_foreign
 FILES = (CONFIG_NAME, WEIGHTS_NAME, "recipe.yaml", "report.json", "reconstructions.png")
 
 
-def build_model(config: NetworkConfig) -> AutoencoderKL:
-    """A freshly initialized AutoencoderKL."""
+def build_model(config: NetworkConfig) -> AutoencoderKL | VQModel:
+    """A freshly initialized AutoencoderKL; a VQModel if the configuration has a codebook."""
     for channels in config.channels:
         if channels % config.norm_num_groups:
             raise UserError(
@@ -26,18 +26,21 @@ def build_model(config: NetworkConfig) -> AutoencoderKL:
             )
     num_levels = len(config.channels)
     pixel_channels = 3 * config.unshuffle**2
-    return AutoencoderKL(
-        in_channels=pixel_channels,
-        out_channels=pixel_channels,
-        down_block_types=("DownEncoderBlock2D",) * num_levels,
-        up_block_types=("UpDecoderBlock2D",) * num_levels,
-        block_out_channels=tuple(config.channels),
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_num_groups,
-        mid_block_add_attention=config.mid_block_attention,
-        scaling_factor=1.0,
-    )
+    keys = {
+        "in_channels": pixel_channels,
+        "out_channels": pixel_channels,
+        "down_block_types": ("DownEncoderBlock2D",) * num_levels,
+        "up_block_types": ("UpDecoderBlock2D",) * num_levels,
+        "block_out_channels": tuple(config.channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "mid_block_add_attention": config.mid_block_attention,
+        "scaling_factor": 1.0,
+    }
+    if config.codebook_size:
+        return VQModel(**keys, num_vq_embeddings=config.codebook_size)
+    return AutoencoderKL(**keys)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -53,7 +56,7 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def write_autoencoder(
-    config: AutoencoderConfig, model: AutoencoderKL, report: dict, sheet: Image.Image
+    config: AutoencoderConfig, model: AutoencoderKL | VQModel, report: dict, sheet: Image.Image
 ) -> None:
     """Write the folder atomically; an earlier autoencoder is replaced."""
     check_output(config.out, config.overwrite)

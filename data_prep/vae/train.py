@@ -1,4 +1,4 @@
-"""Training of an AutoencoderKL: `megafusion train-vae configs/vae/emoji.yaml key.path=value ...`."""
+"""Training of an AutoencoderKL or a VQModel: `megafusion train-vae configs/vae/emoji.yaml key=value ...`."""
 
 import copy
 import json
@@ -12,10 +12,11 @@ from pathlib import Path
 from megafusion.device import default_device
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from data_prep.vae.checkpoint import load_checkpoint, read_meta, save_checkpoint
+from data_prep.vae.codebook import CodebookRestarts
 from data_prep.vae.config import AutoencoderConfig, OptimizationConfig
 from data_prep.vae.dataset import (
     BEGINNING,
@@ -30,7 +31,8 @@ from data_prep.vae.losses import AutoencoderLoss
 from data_prep.vae.model import build_model, check_output, write_autoencoder
 from megafusion.config import changed_keys, parse_config
 from megafusion.errors import UserError
-from megafusion.images.codec import ImageCodec, decode, encode
+from megafusion.images.autoencoder import Quantized, decode, encode
+from megafusion.images.codec import ImageCodec
 from megafusion.progress import progress_bar
 
 NUM_STATISTICS_BATCHES = 16
@@ -55,7 +57,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
     device = _device(config.device)
     torch.manual_seed(config.seed)
     model = build_model(config.network).to(device)
-    latent_shape = ImageCodec(model).latent_shape(config.data.image_size, config.data.image_size)
+    latent_shape = ImageCodec.of(model).latent_shape(config.data.image_size, config.data.image_size)
     loss = AutoencoderLoss(config.loss).to(device)
     folder = config.out.with_name(f"{config.out.name}.training")
     inputs = find_images(config.data, (config.out, folder))
@@ -69,19 +71,24 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
     training.run(batches, held_out)
 
     averaged = training.averaged
-    batches = training_batches(config.data, inputs.splits, STATISTICS_BATCH_SIZE, config.seed)
-    images = (pixels for pixels, _ in islice(batches, NUM_STATISTICS_BATCHES))
-    scale, shift = latent_statistics(averaged, images)
-    averaged.register_to_config(scaling_factor=scale, shift_factor=shift)
-    codec = ImageCodec(averaged)
+    if training.restarts:
+        about: dict = {
+            "num_codes": math.prod(latent_shape[1:]),
+            "codebook_size": config.network.codebook_size,
+        }
+    else:
+        batches = training_batches(config.data, inputs.splits, STATISTICS_BATCH_SIZE, config.seed)
+        images = (pixels for pixels, _ in islice(batches, NUM_STATISTICS_BATCHES))
+        scale, shift = latent_statistics(averaged, images)
+        averaged.register_to_config(scaling_factor=scale, shift_factor=shift)
+        about = {"num_latent_numbers": math.prod(latent_shape), "latent_shape": list(latent_shape)}
+        about |= {"scaling_factor": scale, "shift_factor": shift}
+    codec = ImageCodec.of(averaged)
     metrics, reconstructions = measure(codec, held_out)
     report = {
         **metrics,
         "num_held_out_images": len(keys),
-        "num_latent_numbers": math.prod(latent_shape),
-        "latent_shape": list(latent_shape),
-        "scaling_factor": scale,
-        "shift_factor": shift,
+        **about,
         "num_parameters": sum(p.numel() for p in averaged.parameters()),
         "num_steps": config.optimization.num_steps,
         "seconds": round(training.seconds_before + time.perf_counter() - started, 1),
@@ -101,7 +108,7 @@ class _Training:
     def __init__(
         self,
         config: AutoencoderConfig,
-        model: AutoencoderKL,
+        model: AutoencoderKL | VQModel,
         loss: AutoencoderLoss,
         device: torch.device,
         folder: Path,
@@ -111,7 +118,11 @@ class _Training:
         self._config, self._options = config, options
         self._model, self._loss, self._device = model.train(), loss, device
         self.averaged = copy.deepcopy(model).requires_grad_(False)
-        self._modules = {"model": model, "averaged": self.averaged}
+        self._modules: dict[str, torch.nn.Module] = {"model": model, "averaged": self.averaged}
+        self.restarts: CodebookRestarts | None = None
+        if config.network.codebook_size:
+            self.restarts = CodebookRestarts(config.network.codebook_size).to(device)
+            self._modules["restarts"] = self.restarts
         self._optimizers: dict[str, torch.optim.Optimizer] = {
             "model": torch.optim.AdamW(
                 model.parameters(), options.learning_rate, options.betas, weight_decay=options.weight_decay
@@ -151,7 +162,7 @@ class _Training:
                         f"(now {options.learning_rate}) or use optimization.precision=fp32"
                     )
                 if evaluates:
-                    metrics, _ = measure(ImageCodec(self.averaged), held_out)
+                    metrics, _ = measure(ImageCodec.of(self.averaged), held_out)
                     losses = {name: float(term.detach()) for name, term in terms.items()}
                     self.history.append({"step": step, **metrics, **losses})
                     if not bar.console.is_terminal:
@@ -189,6 +200,8 @@ class _Training:
             terms["discriminator"].backward()
             self._optimizers["discriminator"].step()
         self._update_average(step)
+        if self.restarts and isinstance(posterior, Quantized):
+            self.restarts.update(step, posterior, [self._model, self.averaged])
         return terms, norm
 
     @torch.no_grad()

@@ -69,13 +69,13 @@ def dkdv_kernel(
     v_ND = tl.load(v + keys64[:, None] * s_vt + d[None, :] * s_vd, mask=inside[:, None], other=0.0)
     first_row += b * num_keys + keys
     last_row += b * num_keys + keys
-    start, end = at_edges(first_row, last_row, inside, BRANCH)
     scale2 = scale * 1.4426950408889634
     dk_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     # One loop over the steps of all query heads of the group: a loop in a loop makes these kernels spill.
     low &= -2  # a descriptor's box begins at a multiple of 16 bytes, the statistics of two rows
     for part in tl.static_range(1 if BRANCH else 3):
+        start, end = at_edges(first_row, last_row, inside, part, BRANCH)
         begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_M)
         first = begin
         head = kv_head * group
@@ -130,13 +130,13 @@ def dq_kernel(
     lse2_M, delta_M = _unpack(tl.load(statistics + (b * num_heads + head) * num_padded + rows64))
     row_start += b * num_rows + rows
     row_end += b * num_rows + rows
-    start, end = at_edges(row_start, row_end, inside, BRANCH)
     kv_head = head // group
     k = at_head(k, b, kv_head, s_kb, s_kg, TMA)
     v = at_head(v, b, kv_head, s_vb, s_vg, TMA)
     scale2 = scale * 1.4426950408889634
     dq_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for part in tl.static_range(1 if BRANCH else 3):
+        start, end = at_edges(row_start, row_end, inside, part, BRANCH)
         begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_N)
         for i in range(0, num_steps):
             first = begin + i * BLOCK_N

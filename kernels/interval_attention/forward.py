@@ -29,7 +29,6 @@ def forward_kernel(
     q_MD = tl.load(q + rows64[:, None] * s_qs + d[None, :] * s_qd, mask=inside[:, None], other=0.0)
     row_start += b * num_rows + rows
     row_end += b * num_rows + rows
-    start, end = at_edges(row_start, row_end, inside, BRANCH)
     kv_head = head // group
     k = at_head(k, b, kv_head, s_kb, s_kg, TMA)
     v = at_head(v, b, kv_head, s_vb, s_vg, TMA)
@@ -38,6 +37,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], _LOWEST, tl.float32)
     for part in tl.static_range(1 if BRANCH else 3):
+        start, end = at_edges(row_start, row_end, inside, part, BRANCH)
         begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_N)
         for i in range(0, num_steps):  # online softmax in base 2
             first = begin + i * BLOCK_N

@@ -46,9 +46,9 @@ def steps(part: tl.constexpr, low, inner_low, inner_high, high, BRANCH: tl.const
 
 
 @triton.jit
-def at_edges(start, end, inside, BRANCH: tl.constexpr):
-    """The intervals [tile] for `mask_scores`: their addresses if BRANCH, else their values."""
-    if BRANCH:
+def at_edges(start, end, inside, part: tl.constexpr, BRANCH: tl.constexpr):
+    """The intervals [tile] for `mask_scores`: their addresses if BRANCH, else, at edges, their values."""
+    if BRANCH or part == 1:
         return start, end
     else:
         return tl.load(start, mask=inside, other=0), tl.load(end, mask=inside, other=0)

@@ -52,7 +52,8 @@ def train_tokenizer(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 def train_vae(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train the autoencoder that encodes images into latents (a diffusers AutoencoderKL folder).
+    """Train the autoencoder that encodes images into latents (a diffusers AutoencoderKL folder), or into the
+    codes of a codebook (a VQModel).
 
     Example: megafusion train-vae configs/vae/emoji.yaml out=runs/vae
     """

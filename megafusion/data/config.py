@@ -46,11 +46,12 @@ class DataConfig(Config):
     """SentencePiece model, tokenizer.json, or a folder with one of them; must be the one that the shards were
     made with."""
     vae: Path
-    """diffusers AutoencoderKL folder; must be the one that the shards were made with."""
+    """diffusers AutoencoderKL folder, or a VQModel's for a model with a codebook; must be the one that the
+    shards were made with."""
     sequence_length: int = Field(gt=0)
     """Positions S of a packed sequence."""
     images_per_row: int = Field(ge=1)
-    """Image slots N of a packed sequence."""
+    """Image slots N of a packed sequence; with a codebook, its most images."""
     num_streams: int = Field(gt=0)
     """Logical streams M: they define the data order. A multiple of train.global_batch_size."""
     caption_first: float = Field(0.8, ge=0, le=1)

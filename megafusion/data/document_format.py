@@ -1,8 +1,8 @@
 """Parses the bytes of one document in a shard into arrays: a few tar headers and npy headers.
 
 Nothing is ever written to disk, and only these members are accepted: plain files named `KEY.json`,
-`KEY.0.tokens.npy`, `KEY.1.moments.npy` (or `KEY.1.picture.webp`) and so on, of one key, each once. tarfile
-and np.load would take longer than sampling the noise does.
+`KEY.0.tokens.npy`, `KEY.1.moments.npy` (or `KEY.1.picture.webp`, `KEY.1.codes.npy`) and so on, of one key,
+each once. tarfile and np.load would take longer than sampling the noise does.
 """
 
 import ast
@@ -21,10 +21,19 @@ from megafusion.errors import UserError
 from megafusion.sequence.document import Segment
 
 BLOCK = 512
-MEMBER_ENDINGS = {"tokens": "tokens.npy", "moments": "moments.npy", "pixels": "picture.webp"}
+MEMBER_ENDINGS = {
+    "tokens": "tokens.npy",
+    "moments": "moments.npy",
+    "pixels": "picture.webp",
+    "codes": "codes.npy",
+}
 """By kind of segment: its member's name after the number."""
 KINDS: dict[str, Any] = {ending: kind for kind, ending in MEMBER_ENDINGS.items()}
-ARRAYS: dict[str, Any] = {"tokens": (np.dtype("<i4"), 1), "moments": (np.dtype("<f2"), 4)}
+ARRAYS: dict[str, Any] = {
+    "tokens": (np.dtype("<i4"), 1),
+    "moments": (np.dtype("<f2"), 4),
+    "codes": (np.dtype("<i4"), 2),
+}
 """By kind of segment: type and number of axes, where it is an array."""
 NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 AFTER_TEXT = "after_text"
@@ -93,8 +102,10 @@ def tar_members(content: bytes | mmap) -> Iterator[Member]:
         raise CorruptBytes("bytes after the last member")
 
 
-def parse_document(content: bytes, latent_shapes: Collection[tuple[int, ...]]) -> StoredDocument:
-    """Parse a document. latent_shapes: those that an image may have. Raises CorruptBytes."""
+def parse_document(
+    content: bytes, latent_shapes: Collection[tuple[int, ...]], codebook_size: int = 0
+) -> StoredDocument:
+    """Parse a document. latent_shapes, codebook_size: those of the manifest. Raises CorruptBytes."""
     metadata, key = None, None
     segments: dict[int, Segment] = {}
     for member in tar_members(content):
@@ -116,7 +127,8 @@ def parse_document(content: bytes, latent_shapes: Collection[tuple[int, ...]]) -
             raise CorruptBytes("a member of unknown kind")
         if not NUMBER.fullmatch(number) or int(number) in segments:
             raise CorruptBytes("members duplicated or without a number")
-        segments[int(number)] = Segment(kind, _array(data, kind, latent_shapes) if kind in ARRAYS else data)
+        value = _array(data, kind, latent_shapes, codebook_size) if kind in ARRAYS else data
+        segments[int(number)] = Segment(kind, value)
     if metadata is None:
         raise CorruptBytes("no .json member")
     # webdataset writes members in the order of their names, 10 before 2.
@@ -135,8 +147,11 @@ def _metadata(data: bytes) -> dict:
     return metadata
 
 
-def _array(data: bytes, kind: str, latent_shapes: Collection[tuple[int, ...]]) -> np.ndarray:
-    """A view of an npy member: tokens [L], or moments [2, C, H, W] of a shape that the manifest gives."""
+def _array(
+    data: bytes, kind: str, latent_shapes: Collection[tuple[int, ...]], codebook_size: int
+) -> np.ndarray:
+    """A view of an npy member: tokens [L]; moments [2, C, H, W] or codes [H, W] of a shape that the manifest
+    gives."""
     dtype, ndim = ARRAYS[kind]
     if data[:8] != b"\x93NUMPY\x01\x00":
         raise CorruptBytes("a member is not an npy file of version 1")
@@ -144,16 +159,23 @@ def _array(data: bytes, kind: str, latent_shapes: Collection[tuple[int, ...]]) -
     found, shape = _npy_header(data[10:start])
     if found != dtype or len(shape) != ndim:
         raise CorruptBytes(f"an array of type {found} and shape {shape}, expected {dtype} with {ndim} axes")
-    if ndim > 1 and (shape[0] != 2 or shape[1:] not in latent_shapes):
-        known = " or ".join(str((2, *known)) for known in latent_shapes) or "none"
-        raise CorruptBytes(f"moments of shape {shape} where the manifest says {known}")
+    shapes = {
+        "tokens": [shape],
+        "moments": [(2, *each) for each in latent_shapes],
+        "codes": [each[1:] for each in latent_shapes],
+    }
+    if shape not in shapes[kind]:
+        known = " or ".join(map(str, shapes[kind])) or "none"
+        raise CorruptBytes(f"{kind} of shape {shape} where the manifest says {known}")
     size = int(np.prod(shape))
     if len(data) != start + size * dtype.itemsize:
         raise CorruptBytes("an array whose number of bytes does not match its shape")
     array = np.frombuffer(data, dtype, size, start).reshape(shape)
-    if ndim == 1 and size and array.min() < 0:
-        raise CorruptBytes("a negative token")
-    if ndim > 1 and ((array.view(np.uint16) & 0x7C00) == 0x7C00).any():
+    if kind != "moments" and size and array.min() < 0:
+        raise CorruptBytes("a negative token" if kind == "tokens" else "a negative code")
+    if kind == "codes" and size and (largest := array.max()) >= codebook_size:
+        raise CorruptBytes(f"code {largest} beyond the manifest's codebook of {codebook_size}")
+    if kind == "moments" and ((array.view(np.uint16) & 0x7C00) == 0x7C00).any():
         raise CorruptBytes("moments contain NaN or Inf")
     return array
 

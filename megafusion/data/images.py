@@ -74,7 +74,7 @@ def first_images(documents: Iterable[StoredDocument]) -> list[Segment]:
 
 
 def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] = ()) -> list[Image.Image]:
-    """Images, all of one kind, as PIL images: the means of latents decoded, or pixels.
+    """Images, all of one kind, as PIL images: the means of latents decoded, codes decoded, or pixels.
 
     sizes: heights and widths in pixels. Pixels are cropped about the centre to the one nearest in aspect, as
     training does without augmentation; without sizes they are returned as kept.
@@ -83,6 +83,8 @@ def decode(images: Sequence[Segment], codec: ImageCodec, sizes: Sequence[Size] =
         device = codec.model.device
         means = (torch.tensor(image.data[:1], dtype=torch.float32, device=device) for image in images)
         return [shown for mean in means for shown in postprocess_images(codec.decode(mean))]
+    if images[0].kind == "codes":
+        return [shown for image in images for shown in codec.decode_images(torch.tensor(image.data[None]))]
     kept = [decode_pixels(image.data) for image in images]
     if not sizes:
         return kept

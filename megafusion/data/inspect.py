@@ -83,6 +83,11 @@ def _table(shards: ShardFolder, chosen: list[StoredDocument], statistics: Latent
     if images and manifest.image_kind == "pixels":
         mean_bytes = sum(len(image.data) for image in images) // len(images)
         table.add_row("images", f"pixels, WebP of {decimal(mean_bytes)} each")
+    elif images and manifest.image_kind == "codes":
+        used = len(np.unique(np.concatenate([image.data.ravel() for image in images])))
+        for (height, width), count in manifest.count_by_size.items():
+            table.add_row("codes", f"{height} x {width}: {count:,} images")
+        table.add_row("", f"{used} of {manifest.codebook_size} codes in these documents")
     elif statistics:
         shapes = [" x ".join(map(str, shape)) for shape in manifest.latent_shapes]
         for shape, count in zip(shapes, manifest.count_by_size.values(), strict=True):
@@ -99,14 +104,14 @@ def _write_sheet(shards: ShardFolder, chosen: list[StoredDocument], vae: Path, o
     from megafusion.images.codec import ImageCodec  # imports diffusers
 
     codec = ImageCodec.from_pretrained(vae)
-    has_latents = shards.manifest.image_kind == "moments"
-    if has_latents and codec.hash != shards.manifest.vae_sha256:
+    kind = shards.manifest.images
+    if kind != "pictures" and codec.hash != shards.manifest.vae_sha256:
         raise UserError(
-            f"{vae}: is not the autoencoder that made the latents of {shards.folder} (hash "
+            f"{vae}: is not the autoencoder that made the {kind} of {shards.folder} (hash "
             f"{codec.hash[:12]}, there {str(shards.manifest.vae_sha256)[:12]}); name that one with --vae"
         )
     captions = [str(document.metadata.get("caption", "")) for document in chosen]
     images = decode(first_images(chosen), codec)
     write_file(out, encode_png(make_image_grid(list(zip(captions, images, strict=True)))))
-    how = "decoded from their latents" if has_latents else "as kept"
+    how = "as kept" if kind == "pictures" else f"decoded from their {kind}"
     print(f"{out}: {len(chosen)} images {how}, with captions")

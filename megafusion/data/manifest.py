@@ -60,14 +60,17 @@ class Manifest(Config):
     """Maximum images of a document."""
     max_tokens_beside_images: int = 0
     """Maximum text tokens of a document with images."""
-    images: Literal["latents", "pictures"] = "latents"
-    """latents: encoded once, by the autoencoder of vae_sha256; pictures: pixels, encoded in training."""
+    images: Literal["latents", "pictures", "codes"] = "latents"
+    """latents, codes: encoded once, by the autoencoder of vae_sha256 (an AutoencoderKL, a VQModel);
+    pictures: pixels, encoded in training."""
     tokenizer_sha256: str
     """Hash of the tokenizer file that made the tokens."""
     vae_sha256: str | None = None
-    """Hash of the autoencoder that made the latents; null without latents."""
+    """Hash of the autoencoder that made the latents or codes; null without them."""
     latent_shape: tuple[int, int, int] | None = None
-    """Channels, height and width of the latents; null without latents."""
+    """Channels (0 for codes), height and width of the latents or codes; null without them."""
+    codebook_size: int = 0
+    """Codes that an image's positions may have; 0 without codes."""
     more_sizes: tuple[Size, ...] = ()
     """Further heights and widths that latents may have."""
     images_by_size: dict[str, int] = Field({})
@@ -86,9 +89,11 @@ class Manifest(Config):
         return sum(shard.num_documents for shard in self.shards)
 
     @property
-    def image_kind(self) -> Literal["moments", "pixels"]:
+    def image_kind(self) -> Literal["moments", "pixels", "codes"]:
         """Kind of the segments of images."""
-        return "moments" if self.images == "latents" else "pixels"
+        kinds: dict[str, Literal["moments", "pixels", "codes"]]
+        kinds = {"latents": "moments", "pictures": "pixels", "codes": "codes"}
+        return kinds[self.images]
 
     @property
     def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -119,6 +124,7 @@ def write_manifest(folder: Path, summaries: Sequence[ShardSummary], fields: dict
     )
     # Manifests of one size keep the bytes that they had before there were several.
     unused = set() if manifest.more_sizes else {"more_sizes", "images_by_size"}
+    unused |= set() if manifest.codebook_size else {"codebook_size"}
     write_file(folder / MANIFEST, manifest.model_dump_json(indent=1, exclude=unused) + "\n")
     return manifest
 

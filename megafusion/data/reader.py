@@ -65,7 +65,7 @@ class ShardFolder:
         if len(content) != end - start:
             raise UserError(f"{where}: became shorter while it was open; restore it and start again")
         try:
-            return parse_document(content, self.manifest.latent_shapes)
+            return parse_document(content, self.manifest.latent_shapes, self.manifest.codebook_size)
         except CorruptBytes as error:
             raise BadDocument(f"{where}, document {position}", str(error)) from error
 

@@ -63,8 +63,8 @@ def _sized(segment: Segment, shape: SequenceShape, view: View | None) -> Segment
     """A text unchanged; an image with the size of its latents, or pixels at the size nearest to theirs."""
     if segment.kind == "tokens":
         return segment
-    if segment.kind == "moments":
-        return ImageSegment("moments", segment.data, shape.sizes.index(segment.data.shape[2:]))
+    if segment.kind == "moments" or segment.kind == "codes":
+        return ImageSegment(segment.kind, segment.data, shape.sizes.index(segment.data.shape[-2:]))
     assert view is not None
     size = nearest_size(*image_size(segment.data), shape.sizes) if len(shape.sizes) > 1 else 0
     return ImageSegment("pixels", augment(segment.data, shape.image_sizes[size], view), size)
@@ -77,7 +77,10 @@ def sample_noise(
     noise_process: NoiseProcess,
     generator: np.random.Generator,
 ) -> FlatDocument:
-    """The document with latents, noise and t of each image sampled, by the generator of `sample_layout`."""
+    """The document with latents, noise and t of each image sampled, by the generator of `sample_layout`;
+    images of codes have none."""
+    if manifest.image_kind == "codes":
+        return document
     images = []
     for image in document.images:
         size = (2, shape.latent_channels, *shape.sizes[image.size])

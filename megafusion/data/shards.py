@@ -2,8 +2,9 @@
 
 A document is a tar member `KEY.json` (its metadata) followed by its segments in order: `KEY.0.tokens.npy`
 int32 [L] for a text, `KEY.1.moments.npy` float16 [2, C, H, W] for the mean and log-variance of an image's
-latents, or `KEY.1.picture.webp` for its pixels. The index `shard-000000.index.npy`, int64 [n + 1], says where
-each document starts and the last one ends, so any is one read away and no archive is ever scanned.
+latents, `KEY.1.codes.npy` int32 [H, W] for its codes, or `KEY.1.picture.webp` for its pixels. The index
+`shard-000000.index.npy`, int64 [n + 1], says where each document starts and the last one ends, so any is one
+read away and no archive is ever scanned.
 """
 
 import io
@@ -38,8 +39,8 @@ def write_shard(folder: Path, number: int, documents: list[StoredDocument]) -> S
     np.save(path.with_suffix(INDEX), document_offsets(path))
     tokens = [sum(len(s.data) for s in d.segments if s.kind == "tokens") for d in documents]
     images = [sum(s.kind != "tokens" for s in d.segments) for d in documents]
-    latents = (s.data for d in documents for s in d.segments if s.kind == "moments")
-    by_size = Counter(format_sizes([moments.shape[2:]]) for moments in latents)
+    encoded = (s.data for d in documents for s in d.segments if s.kind in ("moments", "codes"))
+    by_size = Counter(format_sizes([each.shape[-2:]]) for each in encoded)
     return ShardSummary(
         entry=ShardEntry(
             name=path.name,

@@ -112,15 +112,25 @@ def counter_generator(seed: int, *counter: int) -> np.random.Generator:
 
 
 def open_sources(
-    config: DataConfig, tokenizer: Tokenizer, vae_sha256: str, seed: int, section: str = "data.sources"
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    vae_sha256: str,
+    seed: int,
+    section: str = "data.sources",
+    codebook_size: int = 0,
 ) -> dict[str, Source]:
-    """Open every source of a section. Raises UserError for shards of another tokenizer or autoencoder."""
+    """Open every source of a section. codebook_size: of the autoencoder, 0 if its images are latents.
+
+    Raises UserError for shards of another tokenizer or autoencoder.
+    """
     sources = {}
     for number, name in enumerate(config.sources):
         folder, key = open_folder(config, name), f"{section}.{name}"
         manifest = folder.manifest
         _check_origin(key, folder, "tokenizer", manifest.tokenizer_sha256, tokenizer.hash)
-        if manifest.num_images and manifest.image_kind == "moments":
+        if manifest.num_images:
+            _check_images(key, folder, codebook_size)
+        if manifest.num_images and manifest.image_kind != "pixels":
             _check_origin(key, folder, "vae", manifest.vae_sha256, vae_sha256)
         sources[name] = Source(name, number, folder, config.num_streams, seed, key)
     return sources
@@ -130,6 +140,23 @@ def open_folder(config: DataConfig, name: str) -> ShardFolder:
     """A source's shards, with a cache if they are on a server."""
     path = config.sources[name].path
     return ShardFolder(path, ShardCache(config.cache_dir, config.cache_bytes) if is_remote(path) else None)
+
+
+def _check_images(key: str, folder: ShardFolder, codebook_size: int) -> None:
+    """Raise UserError if images are codes and the autoencoder's are latents, or the reverse."""
+    kind = folder.manifest.image_kind
+    if (kind == "codes") == bool(codebook_size):
+        return
+    vae = "a VQModel, which makes codes" if codebook_size else "an AutoencoderKL, which makes latents"
+    held, made_with = {
+        "codes": ("codes", "or set data.vae to the VQModel that made them"),
+        "moments": ("latents", "or set data.vae to the AutoencoderKL that made them"),
+        "pixels": ("pixels", "with image_storage: latents"),
+    }[kind]
+    raise UserError(
+        f"{key}: {folder.folder} holds images as {held}, but data.vae is {vae}; preprocess again with it, "
+        f"{made_with}"
+    )
 
 
 def _check_origin(key: str, folder: ShardFolder, what: str, made_with: str | None, given: str) -> None:

@@ -70,8 +70,7 @@ class StreamDocuments:
         if any(np.isin(text, self._image_ids).any() for text in texts):
             raise BadDocument(where, "a text with a token that begins or ends images")
         document = flatten(segments, self._tokenizer, self._shape.patches)
-        start = document.image_start
-        longest = int((document.row_end[start] - start).max(initial=0)) + 4
+        longest = int((document.image_end - document.image_start).max(initial=0)) + 4
         if longest > self._shape.length:
             raise UserError(
                 f"{where} ({stored.metadata.get('caption', '')[:60]!r}): an image takes {longest} positions "

@@ -117,7 +117,8 @@ class Update:
         for number, (storage, gradient) in enumerate(pairs):
             averages = average.ema.storage(storage.weight) if average else None
             fused_update(storage, gradient, averages, parts[number] if parts else None, numbers)
-        torch._foreach_add_([storage.step for storage, _ in pairs], 1.0 - skip)
+        # One tensor for each: a shared one would be read by the host.
+        torch._foreach_add_([storage.step for storage, _ in pairs], [1.0 - skip] * len(pairs))
         if parts:
             self._gradients.gather_model()
         else:

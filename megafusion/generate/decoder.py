@@ -21,11 +21,13 @@ class Guide(NamedTuple):
     """Classifier-free guidance away from a context, on what the rows have and it lacks.
 
     cache: of as many rows, up to their boi. scale: 1 is no guidance. A guided prediction p becomes
-    q + scale (p - q), with q the prediction in this context.
+    q + scale (p - q), with q the prediction in this context. logits [B, V]: of the token after the boi, which
+    images of codes begin with.
     """
 
     cache: KVCache
     scale: float
+    logits: Tensor | None = None
 
 
 @dataclass
@@ -34,6 +36,7 @@ class DenoisingStep:
 
     step: from 1 to num_steps. timestep: as the model took it. latents: float32 [B, C, H, W].
     clean: gives latents of the same shape, without noise, as the model expects them now.
+    Images of codes have a step for each code: see `sample_codes`.
     """
 
     step: int

@@ -74,14 +74,22 @@ def read_pipeline_config(folder: Path) -> PipelineConfig:
 
 def check_components(model: ModelConfig, tokenizer: Tokenizer, codec: ImageCodec) -> None:
     """Raise UserError if the tokenizer or the autoencoder does not fit the model's configuration."""
+    if model.codebook_size != (codes := codec.codebook_size):
+        kind = f"a VQModel with {codes} codes" if codes else "an AutoencoderKL, whose images are latents"
+        keys = f"{codes}, model.latent_channels: 0, model.patch_size: 1" if codes else "0"
+        raise UserError(
+            f"model.codebook_size is {model.codebook_size}, but the autoencoder is {kind}; set "
+            f"model.codebook_size: {keys}, or give the autoencoder of the model"
+        )
     num_more = len(model.image_sizes) - 1
-    num_ids = tokenizer.num_ids(len(model.image_sizes))
+    num_ids = tokenizer.num_ids(len(model.image_sizes), model.codebook_size)
     max_ids = num_ids + max(MIN_PADDING, num_ids // 32)
     if not num_ids <= model.vocab_size <= max_ids:
-        beside = f", and a boi for each of the {num_more} further model.image_sizes"
+        beside = f", and a boi for each of the {num_more} further model.image_sizes" if num_more else ""
+        beside += f", and {model.codebook_size} codes" if model.codebook_size else ""
         raise UserError(
             f"model.vocab_size {model.vocab_size}, but {tokenizer.path} has {num_ids} ids (its tokens, boi "
-            f"and eoi{beside if num_more else ''}); set model.vocab_size: {num_ids} (up to {max_ids} where "
+            f"and eoi{beside}); set model.vocab_size: {num_ids} (up to {max_ids} where "
             "the vocabulary is padded), leave it out, or give the tokenizer of the model"
         )
     for key, found in (("channels", codec.latent_channels), ("downsampling", codec.downsampling)):

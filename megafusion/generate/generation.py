@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megafusion.errors import UserError
 from megafusion.generate.cache import KVCache
+from megafusion.generate.codes import sample_codes
 from megafusion.generate.decoder import Decoder, DenoisingStep, Guide
 from megafusion.generate.events import Event, ImageDone, ImagePreview, ImageStep, RowDone, TextDelta
 from megafusion.generate.row import Part, Request, Row, count_positions, read_image, text_segments
@@ -203,15 +204,8 @@ class Generation:
         chosen = [index in indices for index in range(len(self.live))]
         self._read([self.boi_ids[size]] * len(self.live), chosen)
         index = torch.tensor(indices, device=self.device)
-        cache, sampling = self.cache.select(index), rows[0].request.sampling
-        shape = (self.config.latent_channels, *self.config.latent_sizes[size])
-        noise = torch.stack(
-            [torch.randn(shape, generator=r.generator, device=r.generator.device).cpu() for r in rows]
-        ).to(self.device)
-        guides = self._guides(cache, rows, size)
-        generators = [row.generator for row in rows]
-        latents = noise
-        for state in self.decoder.denoise(cache, guides, noise, sampling, generators):
+        cache = self.cache.select(index)
+        for state in self._image_steps(cache, rows, self.logits[index], size):
             yield ImageStep(tuple(row.number for row in rows), state)
             latents = state.latents
             if all(row.is_cancelled for row in rows):
@@ -226,6 +220,22 @@ class Generation:
             row.add_image(image, own.cpu().numpy(), size)
             yield ImageDone(row.number, image)
 
+    def _image_steps(
+        self, cache: KVCache, rows: list[Row], logits_BV: Tensor, size: int
+    ) -> Iterator[DenoisingStep]:
+        """Denoise an image behind each row's boi, or sample its codes; logits_BV: after the boi."""
+        guides, sampling = self._guides(cache, rows, size), rows[0].request.sampling
+        generators = [row.generator for row in rows]
+        if self.config.codebook_size:
+            first_code = self.tokenizer.num_ids(len(self.boi_ids))
+            grid = self.config.grids[size]
+            return sample_codes(
+                self.decoder, cache, guides, logits_BV, grid, first_code, sampling, generators
+            )
+        shape = (self.config.latent_channels, *self.config.latent_sizes[size])
+        noise = torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
+        return self.decoder.denoise(cache, guides, noise.to(self.device), sampling, generators)
+
     def _guides(self, cache: KVCache, rows: list[Row], size: int) -> list[Guide]:
         """Contexts that images of these rows are guided away from, each up to its boi.
 
@@ -239,21 +249,23 @@ class Generation:
             negative = [text_segments(r.request.sampling.negative_prompt, self.tokenizer) for r in rows]
             kept = [[] if image_scale is None else row.images for row in rows]
             without_text = [a + b for a, b in zip(kept, negative, strict=True)]
-            guides.append(Guide(self._context(cache, rows, without_text, size), text_scale))
+            guides.append(self._guide(cache, rows, without_text, size, text_scale))
         if image_scale is not None and image_scale != 1:
             without_images = [row.texts for row in rows]
-            guides.append(Guide(self._context(cache, rows, without_images, size), image_scale))
+            guides.append(self._guide(cache, rows, without_images, size, image_scale))
         return guides
 
-    def _context(self, cache: KVCache, rows: list[Row], contexts: list[list[Segment]], size: int) -> KVCache:
-        """A cache of other documents of some rows, up to a boi; cache: of the rows themselves."""
+    def _guide(
+        self, cache: KVCache, rows: list[Row], contexts: list[list[Segment]], size: int, scale: float
+    ) -> Guide:
+        """Guidance away from other documents of some rows, up to a boi; cache: of the rows themselves."""
         boi = torch.tensor([self.boi_ids[size]], device=self.device)
         every = torch.arange(len(rows), device=self.device)
         if not any(contexts):  # the same for all: computed once
             made = self.decoder.new_cache(1, self.cache.capacity)
-            for token in (torch.full_like(boi, self.tokenizer.bos), boi):
-                self.decoder.read_tokens(made, token)
-            return made.select(every * 0)
+            self.decoder.read_tokens(made, torch.full_like(boi, self.tokenizer.bos))
+            logits = self.decoder.read_tokens(made, boi)
+            return Guide(made.select(every * 0), scale, logits.expand(len(rows), -1))
         documents = [flatten(segments, self.tokenizer, self.config.patches) for segments in contexts]
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
         if all(row.begins_with(context) for row, context in zip(rows, contexts, strict=True)):
@@ -262,8 +274,7 @@ class Generation:
         else:
             made = self.decoder.new_cache(len(rows), self.cache.capacity)
             self._prefill(made, documents, lengths)
-        self.decoder.read_tokens(made, boi.expand(len(rows)))
-        return made
+        return Guide(made, scale, self.decoder.read_tokens(made, boi.expand(len(rows))))
 
     def _prefill(self, cache: KVCache, documents: list[FlatDocument], lengths: Tensor) -> Tensor:
         batch = collate([pack_row([document], self._shape(documents)) for document in documents])

@@ -141,5 +141,7 @@ def read_image(image: Image.Image, codec: ImageCodec, sizes: Sequence[Size]) -> 
 
 
 def image_segment(latents: np.ndarray, size: int) -> ImageSegment:
-    """Clean latents as a segment."""
+    """Clean latents [C, h, w], or codes [h, w], as a segment."""
+    if latents.ndim == 2:
+        return ImageSegment("codes", latents, size)
     return ImageSegment(size=size, latents=latents, noise=np.zeros_like(latents))

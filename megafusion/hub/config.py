@@ -60,6 +60,7 @@ def read_hub_config(folder: Path) -> dict[str, Any]:
 def model_keys(values: dict[str, Any], origin: Path) -> dict[str, Any]:
     """The keys of `model` for a text model's config.json, read from `origin`, as plain values."""
     keys = {ours: values.get(theirs, OPTIONAL.get(theirs)) for theirs, ours in KEYS.items()}
+    keys["post_norm"] = False
     return keys | ARCHITECTURES[values["architectures"][0]] | _rope(values, origin)
 
 
@@ -83,6 +84,8 @@ def hub_config(model: ModelConfig, vocab_size: int, base: dict[str, Any]) -> dic
 
     UserError if no architecture has all of the model's keys.
     """
+    if model.post_norm:
+        raise UserError("no architecture of transformers that is supported has model.post_norm")
     implied = {key: getattr(model, key) for key in ("attention_bias", "qk_norm")}
     fitting = [
         architecture

@@ -31,7 +31,8 @@ def import_config(folder: Path, out: Path, sizes: list[Size], vae: Path, patch_s
     tokenizer = Tokenizer.from_pretrained(tokenizer_files(folder)[0])
     codec = ImageCodec.from_pretrained(vae)
     keys = model_keys(values, folder / "config.json") | {
-        "vocab_size": max(values["vocab_size"], tokenizer.num_ids(len(sizes))),
+        "vocab_size": max(values["vocab_size"], tokenizer.num_ids(len(sizes), codec.codebook_size)),
+        "codebook_size": codec.codebook_size,
         "latent_channels": codec.latent_channels,
         "latent_downsampling": codec.downsampling,
         "image_sizes": [list(size) for size in sizes],

@@ -11,10 +11,11 @@ from megafusion.errors import UserError
 from megafusion.storage import read_json
 
 CONFIG_NAME = "config.json"
+CLASSES = ("AutoencoderKL", "VQModel")
 
 
 class CodecConfig(BaseModel):
-    """Keys of an AutoencoderKL, with its defaults, that say how images become latents."""
+    """Keys of an AutoencoderKL or a VQModel, with defaults, that say how images become latents or codes."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -24,6 +25,8 @@ class CodecConfig(BaseModel):
     latent_channels: int = Field(4, gt=0)
     scaling_factor: float = Field(0.18215, gt=0)
     shift_factor: float | None = None
+    num_vq_embeddings: int = Field(0, ge=0, le=2**24)
+    """Codes of a VQModel's codebook; 0: an AutoencoderKL."""
     latents_mean: None = None
     latents_std: None = None
 
@@ -48,6 +51,11 @@ class CodecConfig(BaseModel):
         return config
 
     @property
+    def model_channels(self) -> int:
+        """Channels of the latents that a transformer is trained on; 0 where it is trained on codes."""
+        return 0 if self.num_vq_embeddings else self.latent_channels
+
+    @property
     def unshuffle(self) -> int:
         """Side f of the blocks of pixels that are read as 3 f^2 channels."""
         return round((self.in_channels / 3) ** 0.5)
@@ -59,14 +67,18 @@ class CodecConfig(BaseModel):
 
 
 def read_codec_config(folder: Path) -> dict[str, Any]:
-    """config.json of an AutoencoderKL folder with safetensors weights. Raises UserError for another."""
-    advice = "name a diffusers AutoencoderKL folder (config.json and safetensors), or train one: train-vae"
+    """config.json of an AutoencoderKL's or a VQModel's folder with safetensors weights, with its
+    `_class_name`. Raises UserError for another."""
+    named = " or ".join(CLASSES)
+    advice = f"name a diffusers {named} folder (config.json and safetensors), or train one: train-vae"
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder}: no {CONFIG_NAME} there; {advice}")
     config = read_json(path, advice)
-    if (found := config.get("_class_name")) != "AutoencoderKL":
-        raise UserError(f"{path}: a {found or 'model without _class_name'}, not an AutoencoderKL; {advice}")
+    if (found := config.get("_class_name")) not in CLASSES:
+        raise UserError(f"{path}: a {found or 'model without _class_name'}, not an {named}; {advice}")
+    if found == "VQModel":
+        config.setdefault("num_vq_embeddings", 256)  # diffusers' default
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder}: no safetensors weights there; pickled ones are not read; {advice}")
     return config

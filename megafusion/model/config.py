@@ -100,16 +100,23 @@ class ModelConfig(Config):
     attention_bias: bool = False
     """Whether queries, keys and values have a bias, as in Qwen2."""
     qk_norm: bool = False
-    """Whether each head's queries and keys are normalized (RMSNorm), as in Qwen3."""
+    """Whether each head's queries and keys are normalized (RMSNorm), as in Qwen3 and Chameleon."""
+    post_norm: bool = False
+    """Whether a block normalizes the outputs of attention and feed-forward, as in Swin Transformer V2 (arXiv
+    2111.09883) and Chameleon, in place of their inputs."""
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Size of the feed-forward's hidden layer; 8/3 of hidden_size, rounded up to 128 by default."""
     vocab_size: int = Field(gt=0)
-    """The tokenizer's ids with boi and eoi, and one boi more for each image size but the first; or more: a
-    padded vocabulary. If left out, those of data.tokenizer."""
+    """The tokenizer's ids with boi and eoi, one boi more for each image size but the first, and the codes of
+    the codebook; or more: a padded vocabulary. If left out, those of data.tokenizer and data.vae."""
+    codebook_size: int = Field(0, ge=0)
+    """Codes of the autoencoder's codebook: images are then tokens behind the text's, and predicted as these
+    (Chameleon, arXiv 2405.09818), without patches and adapters. 0: images are latents, and denoised. If left
+    out together with another key that data.vae gives, that of data.vae."""
     tie_embeddings: bool = False
     """Whether the language head is the embedding's weight; not with parallel.pipeline."""
-    latent_channels: int = Field(gt=0)
-    """Channels of an image's latents. If left out, those of data.vae."""
+    latent_channels: int = Field(ge=0)
+    """Channels of an image's latents; 0 with a codebook. If left out, those of data.vae."""
     latent_downsampling: int = Field(gt=0)
     """Pixels per latent along a side: the downsampling factor of the autoencoder. If left out, that of
     data.vae."""
@@ -117,7 +124,8 @@ class ModelConfig(Config):
     """Heights and widths of images in pixels. Each size has a begin-of-image token of its own. If left out,
     those of the sources' latents."""
     patch_size: Literal[1, 2, 4, 8]
-    """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions."""
+    """Side of a patch in latents; an image takes (height / patch_size) x (width / patch_size) positions. With
+    a codebook 1: a code is a position."""
     adapter: AdapterName = "linear"
     """Adapter between latents and the transformer: linear, or the paper's U-Net blocks."""
     unet_channels: int = Field(320, gt=0)
@@ -142,6 +150,17 @@ class ModelConfig(Config):
             raise ValueError(f"head_dim = {heads} must be an even integer")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if bool(self.codebook_size) == bool(self.latent_channels):
+            raise ValueError(
+                f"codebook_size {self.codebook_size} with latent_channels {self.latent_channels}: images are "
+                "codes or latents, so one of them must be 0; leave both out, or set it"
+            )
+        latent_keys = {"patch_size": 1, "adapter": "linear", "modality_weights": "none"}
+        for key, only in latent_keys.items() if self.codebook_size else ():
+            if (value := getattr(self, key)) != only:
+                raise ValueError(
+                    f"{key} {value}: is for images that are latents; with codebook_size set it to {only}"
+                )
         patch = self.latent_downsampling * self.patch_size
         if bad := [size for size in self.image_sizes if any(side % patch for side in size)]:
             multiple = f"latent_downsampling x patch_size = {patch} pixels"

@@ -163,10 +163,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); x + norm(attention(x)) with post_norm."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.post_norm = config.post_norm
         size, weights = config.hidden_size, config.modality_weights
         self.attention_norm = declare(_norm(size, config, weights == "all"), Replicated("positions"))
         self.attention = SelfAttention(config)
@@ -174,5 +175,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
+        if self.post_norm:
+            x_BSD = x_BSD + normed(self.attention_norm, self.attention(x_BSD, context, cache), context)
+            return x_BSD + normed(self.feed_forward_norm, self.feed_forward(x_BSD, context), context)
         x_BSD = x_BSD + self.attention(normed(self.attention_norm, x_BSD, context), context, cache)
         return x_BSD + self.feed_forward(normed(self.feed_forward_norm, x_BSD, context), context)

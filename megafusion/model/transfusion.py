@@ -1,5 +1,7 @@
 """The whole model: stem, blocks and tail, which pipeline stages divide among them."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -16,12 +18,15 @@ from megafusion.sequence.packing import PackedBatch
 
 
 class Stem(nn.Module):
-    """Tokens and noised latents to the residual stream: Megatron's pre_process stage."""
+    """Tokens and noised latents to the residual stream: Megatron's pre_process stage.
+
+    A model with a codebook has no adapter: its images are tokens.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embedding = declare(nn.Embedding(config.vocab_size, config.hidden_size), "vocab")
-        self.adapter = declare(adapter_module(config.adapter).Down(config), Replicated("images"))
+        self.adapter = _adapter("Down", config)
 
     def forward(
         self,
@@ -32,6 +37,8 @@ class Stem(nn.Module):
         image_size_BN: Tensor,
     ) -> tuple[Tensor, Skips]:
         """x [B, S, D] with patches at their positions, and skips; image_size_BN: index of each size."""
+        if self.adapter is None:
+            return self.embedding(tokens_BS), ()
         latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
         patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten(), image_size_BN.flatten())
         patches_BPD = patches_NPD.unflatten(0, (len(tokens_BS), -1)).flatten(1, 2)
@@ -48,7 +55,7 @@ class Tail(nn.Module):
         self.max_patches = max(config.patches)
         self.norm = declare(nn.RMSNorm(config.hidden_size, eps=config.norm_eps), Replicated("positions"))
         self.head = declare(LanguageHead(config.hidden_size, config.vocab_size), "vocab")
-        self.adapter = declare(adapter_module(config.adapter).Up(config), Replicated("images"))
+        self.adapter = _adapter("Up", config)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Normalised hidden states [B, S, D], which `head` and `images` read."""
@@ -57,7 +64,9 @@ class Tail(nn.Module):
     def images(
         self, hidden_BSD: Tensor, start_BN: Tensor, timesteps_BN: Tensor, skips: Skips, image_size_BN: Tensor
     ) -> Tensor:
-        """Predictions [B, N, C, H, W] of images whose patches begin at start_BN."""
+        """Predictions [B, N, C, H, W] of images whose patches begin at start_BN; C is 0 with a codebook."""
+        if self.adapter is None:
+            return hidden_BSD.new_zeros(*start_BN.shape, 0, 1, 1)
         patch = torch.arange(self.max_patches, device=hidden_BSD.device)
         # A small image at a row's end has fewer positions after its start than the largest image.
         index = (start_BN.clamp(min=0).long()[..., None] + patch).clamp(max=hidden_BSD.shape[1] - 1)
@@ -65,6 +74,13 @@ class Tail(nn.Module):
         hidden_NPD = hidden_BSD.gather(1, index_BPD).unflatten(1, (-1, self.max_patches)).flatten(0, 1)
         images_NCHW = self.adapter(hidden_NPD, timesteps_BN.flatten(), skips, image_size_BN.flatten())
         return images_NCHW.unflatten(0, start_BN.shape)
+
+
+def _adapter(half: Literal["Down", "Up"], config: ModelConfig) -> Any:
+    """Half of the adapter of a model whose images are latents."""
+    if config.codebook_size:
+        return None
+    return declare(getattr(adapter_module(config.adapter), half)(config), Replicated("images"))
 
 
 def tie_embeddings(stem: Stem, tail: Tail) -> None:

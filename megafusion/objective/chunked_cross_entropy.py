@@ -28,15 +28,17 @@ def summed_nats(
     first_column: int = 0,
     merge: Merge = lambda statistics: statistics,
     is_compiled: bool = False,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy in nats, float32 [], summed over the labels that count.
 
     index_R: the row of hidden_ND that each label belongs to, each row at most once. first_column: the token
-    of the weight's first row. is_compiled: torch.compile fuses the passes over logits.
+    of the weight's first row. is_compiled: torch.compile fuses the passes over logits. z_loss: where there
+    are gradients, the weight of log(sum of exponentials)^2 of each label that counts, which is added.
     """
     wants_gradients = torch.is_grad_enabled()
     return _SummedNats.apply(
-        hidden_ND, weight_VD, labels_R, index_R, first_column, merge, is_compiled, wants_gradients
+        hidden_ND, weight_VD, labels_R, index_R, first_column, merge, is_compiled, wants_gradients, z_loss
     )
 
 
@@ -52,6 +54,7 @@ class _SummedNats(torch.autograd.Function):
         merge: Merge,
         is_compiled: bool,
         wants_gradients: bool,
+        z_loss: float,
     ) -> Tensor:
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         log_sum, to_softmax = _passes(is_compiled)
@@ -73,11 +76,19 @@ class _SummedNats(torch.autograd.Function):
             largest, total, target = merge(torch.stack([*log_sum(logits), target]))
             target, counts = target - largest, labels != IGNORED_LABEL
             nats += torch.where(counts, total - target, 0).sum()
+            log_sums = largest + total
+            if z_loss and wants_gradients:
+                nats += torch.where(counts, z_loss * log_sums.square(), 0).sum()
             if not (wants_hidden or wants_weight):
                 continue
             # The gradient is softmax - 1 at the target, softmax elsewhere, and 0 without a target.
             to_softmax(logits, largest, torch.where(counts, total, torch.inf))
-            at_column = torch.where(is_local, torch.expm1(target - total), logits.gather(1, column)[:, 0])
+            at_target = torch.expm1(target - total)
+            if z_loss:  # whose gradient is softmax x 2 z_loss log_sums
+                slope = 2 * z_loss * log_sums
+                logits.mul_(1 + slope[:, None])
+                at_target += slope * torch.exp(target - total)
+            at_column = torch.where(is_local, at_target, logits.gather(1, column)[:, 0])
             logits.scatter_(1, column, at_column[:, None].to(logits.dtype))
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, index, all_logits @ padded_VD)
@@ -95,7 +106,7 @@ class _SummedNats(torch.autograd.Function):
             None if each is None else (each.float() * gradient).to(dtype)
             for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, *[None] * 6
+        return *scaled, *[None] * 7
 
 
 @cache

@@ -30,6 +30,9 @@ class ObjectiveConfig(Config):
 
     image_weight: float = Field(5.0, ge=0)
     """The paper's lambda: weight of the mean diffusion loss per image beside the mean loss per token."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the mean squared log of the softmax's denominator of next tokens, added to the text loss of a
+    step: keeps logits small (1e-5 in Chameleon). Not in the losses of data.validation."""
     noise_process: NoiseProcessConfig = DDPMConfig()
     """How images are noised, and the model's target."""
 
@@ -59,6 +62,11 @@ class SamplingConfig(Config):
     """How far guidance keeps the deviation of the conditional prediction (arXiv 2305.08891)."""
     negative_prompt: str = ""
     """Text that guidance leads away from, in place of no text."""
+    image_temperature: float = Field(1.0, ge=0, le=100)
+    """Divides the logits of an image's codes, in models with a codebook; 0 is greedy. There, guidance is on
+    these logits, and the keys above that are of samplers have no effect."""
+    image_top_p: float = Field(1.0, gt=0, le=1)
+    """Sample codes from the most probable ones whose probabilities add up to p."""
     max_new_tokens: int = Field(128, ge=0, le=1_000_000)
     """Maximum text tokens in an answer."""
     temperature: float = Field(0.0, ge=0, le=100)
@@ -94,8 +102,9 @@ class SamplingConfig(Config):
         first, last = self.guidance_interval
         if first > last:
             raise ValueError(f"guidance_interval {first} to {last}: the first must not exceed the last")
-        if 0 < self.temperature < 0.01:
-            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or from 0.01 to 100")
+        for key in ("temperature", "image_temperature"):
+            if 0 < (value := getattr(self, key)) < 0.01:
+                raise ValueError(f"{key} {value} must be 0 (greedy) or from 0.01 to 100")
         if not all(self.stop):
             raise ValueError("stop has an empty text, which would end every answer; leave it out")
         return self

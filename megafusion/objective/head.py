@@ -17,12 +17,16 @@ class LanguageHead(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False, device=device)
 
     def forward(
-        self, hidden: Tensor, labels_R: Tensor | None = None, index_R: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels_R: Tensor | None = None,
+        index_R: Tensor | None = None,
+        z_loss: float = 0.0,
     ) -> Tensor:
         if labels_R is None or index_R is None:
             return super().forward(hidden)
         return summed_nats(
-            hidden, self.weight, labels_R, index_R, self.first_token, self.merge, self.is_compiled
+            hidden, self.weight, labels_R, index_R, self.first_token, self.merge, self.is_compiled, z_loss
         )
 
     def merge(self, statistics_3R: Tensor) -> Tensor:

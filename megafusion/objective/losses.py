@@ -26,7 +26,7 @@ class Losses(NamedTuple):
 class Head(Protocol):
     """The language head of a model, which holds the weights."""
 
-    def __call__(self, hidden_ND: Tensor, labels_R: Tensor, index_R: Tensor) -> Tensor:
+    def __call__(self, hidden_ND: Tensor, labels_R: Tensor, index_R: Tensor, z_loss: float) -> Tensor:
         """Nats of the labels that count, summed; see `summed_nats`."""
 
 
@@ -79,7 +79,10 @@ class Objective(nn.Module):
     def nats(self, head: Head, hidden_BSD: Tensor, targets: Targets) -> Tensor:
         """Cross-entropy summed over the text targets, float32 []. The head reads their positions alone."""
         return head(
-            hidden_BSD.flatten(0, 1), targets.labels.flatten()[targets.target_index], targets.target_index
+            hidden_BSD.flatten(0, 1),
+            targets.labels.flatten()[targets.target_index],
+            targets.target_index,
+            self.config.z_loss,
         )
 
     def sums(self, head: Head, hidden_BSD: Tensor, images_BNCHW: Tensor, targets: Targets) -> Tensor:

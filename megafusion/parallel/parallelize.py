@@ -59,7 +59,7 @@ def parallelize(
     image_shard = ImageShard(mesh.tensor_context_group)
     stages = stage_blocks(layer_flops(model.config, shape), mesh.size("pipeline"))
     num_local = image_shard.num_local(micro_batch_size * shape.num_images)
-    skips = model.tail.adapter.skip_shapes(num_local)
+    skips = model.tail.adapter.skip_shapes(num_local) if model.tail.adapter else ()
     stage = Stage(model, stages[mesh.rank("pipeline")], mesh, shape, micro_batch_size, skips)
     if image_shard.num_ranks > 1:
         shard_weights(stage, mesh)
@@ -70,9 +70,9 @@ def parallelize(
         if precision == "fp8":
             stage.blocks[name] = Fp8Block(block, mesh.group("tensor"))
     if image_shard.num_ranks > 1:
-        if stage.stem:
+        if stage.stem and stage.stem.adapter:
             stage.stem.adapter = ImageParallelDown(stage.stem.adapter, image_shard)
-        if stage.tail:
+        if stage.tail and stage.tail.adapter:
             stage.tail.adapter = ImageParallelUp(stage.tail.adapter, image_shard)
     materialize(stage, mesh, seed, device, trains, is_read)
     if model.config.tie_embeddings and stage.stem and stage.tail:

@@ -38,7 +38,9 @@ def num_features(layers: tuple[Layer, ...]) -> int:
 
 
 def adapter_layers(model: ModelConfig) -> Adapter:
-    """The layers of a model's adapter, for an image of the first size."""
+    """The layers of a model's adapter, for an image of the first size; none where images are codes."""
+    if model.codebook_size:
+        return Adapter((), ())
     return _LAYERS[model.adapter](model)
 
 

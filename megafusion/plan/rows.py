@@ -20,9 +20,11 @@ class RowStatistics(NamedTuple):
 
 
 @cache
-def row_statistics(kind: RowKind, length: int, patches: int, slots: int) -> RowStatistics:
+def row_statistics(
+    kind: RowKind, length: int, patches: int, slots: int, is_causal: bool = False
+) -> RowStatistics:
     """Rows as benchmarks/train.py packs them: texts (log-normal, about 1,100 tokens), captions of 8 to 60
-    tokens with an image, or half of each; whole: one causal text a row."""
+    tokens with an image, or half of each; whole: one causal text a row. is_causal: within images too."""
     if kind == "whole":
         return RowStatistics((length + 1) / 2, 0, 1)
     sampled = random.Random(0)
@@ -36,9 +38,11 @@ def row_statistics(kind: RowKind, length: int, patches: int, slots: int) -> RowS
                 before, image, after = caption + 1, patches, 2  # boi; eoi and eos
                 # Causal, but each patch sees its whole image.
                 pairs += (before + image + after) * (before + image + after + 1) // 2
-                pairs += image * (image - 1) // 2
+                pairs += 0 if is_causal else image * (image - 1) // 2
                 filled, in_row = filled + before + image + after, in_row + 1
-                targets += before  # not boi, but eoi
+                targets += before + (
+                    image + 1 if is_causal else 0
+                )  # of latents neither boi nor patches, but eoi
             elif kind == "pairs" and in_row:
                 break
             else:

@@ -20,10 +20,11 @@ class Segment:
     tokens   a text: token ids without bos and eos, int [L]
     moments  an image: mean and log-variance of its raw latents, float16 [2, C, h, w]
     pixels   an image: a WebP file; uint8 [3, H, W] once decoded
+    codes    an image: indices into an autoencoder's codebook, int32 [h, w]
     latents  an image that never was in a shard: none
     """
 
-    kind: Literal["tokens", "moments", "pixels", "latents"]
+    kind: Literal["tokens", "moments", "pixels", "codes", "latents"]
     data: Any
 
 
@@ -32,12 +33,12 @@ class ImageSegment(Segment):
     """An image with the values that training samples for it.
 
     size: index of its size among the model's. max_t: limit of its t. is_given: a condition, as in a prompt:
-    clean (t 0 and no noise), and without a loss.
+    clean (t 0 and no noise), and without a loss. Codes have none of the values below.
     latents, noise: float32 [C, h, w], None until sampled. t: its time in the noise process, in [0, 1).
     If kind is pixels, latents are a standard normal sample until the image encoder has encoded the pixels.
     """
 
-    kind: Literal["moments", "pixels", "latents"] = "latents"
+    kind: Literal["moments", "pixels", "codes", "latents"] = "latents"
     data: Any = None
     size: int = 0
     max_t: float = 1.0
@@ -49,13 +50,13 @@ class ImageSegment(Segment):
 
 @dataclass(frozen=True)
 class FlatDocument:
-    """One document as a sequence of L positions with n images of at most P patches each.
+    """One document as a sequence of L positions with n images of at most P patches or codes each.
 
-    tokens int64 [L], a filler under patches; labels int64 [L], -100 where there is no text loss;
-    patch int32 [L]: index of the position's patch among the document's n x P, -1 for text (an image of fewer
-    than P patches leaves the last of its indices unused);
+    tokens int64 [L], a filler under patches; labels int64 [L], -100 where there is no next-token loss;
+    patch int32 [L]: index of the position's patch among the document's n x P, -1 for text and codes (an image
+    of fewer than P patches leaves the last of its indices unused);
     row_end int32 [L]: exclusive end of the visible keys, counted from the document's start;
-    image_start int32 [n]: position of each image's first patch.
+    image_start, image_end int32 [n]: positions of each image's first patch or code, and of its eoi.
     """
 
     tokens: np.ndarray
@@ -63,6 +64,7 @@ class FlatDocument:
     patch: np.ndarray
     row_end: np.ndarray
     image_start: np.ndarray
+    image_end: np.ndarray
     images: tuple[ImageSegment, ...]
 
     def __len__(self) -> int:
@@ -73,34 +75,40 @@ def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
     The only place where the kind of a segment decides on tokens, labels and mask. patches: number of patches
-    of an image of each size, which also decides on its boi.
+    or codes of an image of each size, which also decides on its boi.
     Every position has a next-token target except boi and patches: the position before predicts boi, what
-    follows boi is denoised, and eoi is never predicted.
+    follows boi is denoised, and eoi is never predicted. An image of codes is as text: its codes are tokens
+    behind the tokenizer's, each sees those before it, and they and eoi are predicted, unless it is given.
     """
     max_patches = max(patches)
     length = 2 + sum(_num_positions(segment, patches) for segment in segments)
     tokens = np.full(length, tokenizer.eoi, np.int64)  # the filler under patches is never read
     patch = np.full(length, -1, np.int32)
-    is_boi = np.zeros(length, bool)
+    has_target = np.ones(length, bool)
     row_end = np.arange(1, length + 1, dtype=np.int32)
     images: list[ImageSegment] = []
-    image_start, start = [], 1
+    image_start, image_end, start = [], [], 1
     tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
     for segment in segments:
         end = start + _num_positions(segment, patches)
         if not isinstance(segment, ImageSegment):
             tokens[start:end] = segment.data
         else:
-            tokens[start], is_boi[start] = tokenizer.boi_of_size(segment.size), True
-            patch[start + 1 : end - 1] = len(images) * max_patches + np.arange(patches[segment.size])
-            row_end[start + 1 : end - 1] = end - 1
+            tokens[start] = tokenizer.boi_of_size(segment.size)
+            if segment.kind == "codes":
+                tokens[start + 1 : end - 1] = tokenizer.num_ids(len(patches)) + segment.data.ravel()
+            else:
+                patch[start + 1 : end - 1] = len(images) * max_patches + np.arange(patches[segment.size])
+                row_end[start + 1 : end - 1] = end - 1
+            has_target[start : end - 1] = segment.kind == "codes" and not segment.is_given
             image_start.append(start + 1)
+            image_end.append(end - 1)
             images.append(segment)
         start = end
     labels = np.full(length, IGNORED_LABEL, np.int64)
-    has_target = (patch[:-1] < 0) & ~is_boi[:-1]
-    labels[:-1][has_target] = tokens[1:][has_target]
-    return FlatDocument(tokens, labels, patch, row_end, np.array(image_start, np.int32), tuple(images))
+    labels[:-1][has_target[:-1]] = tokens[1:][has_target[:-1]]
+    starts, ends = (np.array(bound, np.int32) for bound in (image_start, image_end))
+    return FlatDocument(tokens, labels, patch, row_end, starts, ends, tuple(images))
 
 
 def _num_positions(segment: Segment, patches: Sequence[int]) -> int:
@@ -123,6 +131,7 @@ def cut_document(document: FlatDocument, start: int, end: int) -> FlatDocument:
         patch=patch,
         row_end=document.row_end[start:end] - start,
         image_start=image_start - start,
+        image_end=document.image_end[here] - start,
         images=document.images[here],
     )
 
@@ -145,7 +154,6 @@ def find_cut(document: FlatDocument, start: int, end: int, room: int, slots: int
             cut = min(cut, int(document.image_start[here.start + slots]) - 1)
         image = bisect_right(document.image_start, cut) - 1
         if image >= 0:
-            first_patch = int(document.image_start[image])
-            # From boi to eoi, which follows the image's last patch.
-            cut = first_patch - 1 if cut <= document.row_end[first_patch] else cut
+            boi = int(document.image_start[image]) - 1
+            cut = boi if cut <= document.image_end[image] else cut
     return cut if cut == end or cut - start >= min_length else start

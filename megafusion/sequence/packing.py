@@ -21,7 +21,8 @@ TARGETS_ALIGNMENT = 128
 class SequenceShape:
     """The fixed shape of a packed sequence: S positions and N image slots.
 
-    An image of size n has patches[n] patches, and latents [C, h, w] where h x w is sizes[n].
+    An image of size n has patches[n] patches, and latents [C, h, w] where h x w is sizes[n]. Images of codes
+    have no latents (C is 0), and take no slot: N is then the most images of a row.
     pixels_per_latent: along a side, where images come as pixels; 0 where they come as latents.
     """
 
@@ -156,6 +157,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         row["row_start"][here] = start
         row["row_end"][here] = document.row_end + start
         for image, image_start in zip(document.images, document.image_start, strict=True):
+            if image.kind == "codes":
+                continue
             assert image.latents is not None
             height, width = image.latents.shape[1:]
             row["latents"][slot, :, :height, :width] = image.latents

@@ -94,9 +94,12 @@ class Tokenizer:
         """The ids that begin and end images of so many sizes."""
         return [self._image_id(index) for index in range(num_image_sizes + 1)]
 
-    def num_ids(self, num_image_sizes: int) -> int:
-        """Ids of the file and new ones, for so many image sizes: the minimum vocab_size of a model."""
-        return self.num_text_ids + max(0, num_image_sizes + 1 - len(self.reserved))
+    def num_ids(self, num_image_sizes: int, codebook_size: int = 0) -> int:
+        """Ids of the file, new ones for so many image sizes, and codes: the minimum vocab_size of a model.
+
+        The id of the first code is the number without codes.
+        """
+        return self.num_text_ids + max(0, num_image_sizes + 1 - len(self.reserved)) + codebook_size
 
     def _image_id(self, index: int) -> int:
         num_reserved = len(self.reserved)

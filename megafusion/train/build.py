@@ -104,7 +104,8 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
     check_parts(config)
-    sources = open_sources(config.data, tokenizer, codec.hash, config.seed)
+    codes = codec.codebook_size
+    sources = open_sources(config.data, tokenizer, codec.hash, config.seed, codebook_size=codes)
     if config.samples.every and not any(s.folder.manifest.kind == "pair" for s in sources.values()):
         raise UserError(
             f"samples.every {config.samples.every}: no source holds pairs, and samples draw the captions of "
@@ -113,7 +114,8 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     loader, validation_loader = _make_loader(config, config.data, sources, tokenizer, codec, mesh), None
     if config.data.validation:
         data = _validation_data(config.data, config.data.validation, config.train.global_batch_size)
-        held_out = open_sources(data, tokenizer, codec.hash, config.seed, "data.validation.sources")
+        section = "data.validation.sources"
+        held_out = open_sources(data, tokenizer, codec.hash, config.seed, section, codes)
         validation_loader = _make_loader(config, data, held_out, tokenizer, codec, mesh)
     started_from = None
     if config.train.init_from and not newest_step(config.out):

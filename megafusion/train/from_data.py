@@ -32,7 +32,8 @@ def load_training_config(path: Path | str, overrides: Sequence[str] = ()) -> Run
         given = {key: value for key, value in values.items() if key == "data"}
         data = parse_config(_Data, given, str(path)).data
         try:
-            values["model"] = model | _from_data(data, {key: model[key] for key in KEYS if key in model})
+            known = {key: model[key] for key in (*KEYS, "codebook_size") if key in model}
+            values["model"] = model | _from_data(data, known)
         except UserError as error:
             names = ", ".join(f"model.{key}" for key in missing)
             raise UserError(f"{path}: without {names}, which the data cannot give: {error}") from error
@@ -40,13 +41,18 @@ def load_training_config(path: Path | str, overrides: Sequence[str] = ()) -> Run
 
 
 def _from_data(data: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
-    """KEYS of a model that fits the data; those that are known are kept."""
+    """KEYS and codebook_size of a model that fits the data; those that are known are kept."""
     codec = CodecConfig.parse(read_codec_config(data.vae), str(data.vae / CONFIG_NAME))
-    found = {"latent_channels": codec.latent_channels, "latent_downsampling": codec.downsampling} | known
+    found = {
+        "latent_channels": codec.model_channels,
+        "latent_downsampling": codec.downsampling,
+        "codebook_size": codec.num_vq_embeddings,
+    } | known
     if "image_sizes" not in found:
         found["image_sizes"] = _image_sizes(data, codec.downsampling)
     if "vocab_size" not in found and isinstance(sizes := found["image_sizes"], list):
-        found["vocab_size"] = Tokenizer.from_pretrained(data.tokenizer).num_ids(len(sizes))
+        tokenizer = Tokenizer.from_pretrained(data.tokenizer)
+        found["vocab_size"] = tokenizer.num_ids(len(sizes), codec.num_vq_embeddings)
     return found
 
 

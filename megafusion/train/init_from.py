@@ -31,6 +31,7 @@ FIXED = {
     "num_kv_heads": "kv_heads",
     "head_dim": "head_size",
     "norm_eps": "norm_eps",
+    "post_norm": "post_norm",
 }
 """Model keys that decide what weights compute and show in no shape, with the attribute of each."""
 CHANGEABLE = ("rope_theta", "rope_scaling", "image_sizes")

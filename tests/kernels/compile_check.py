@@ -114,14 +114,14 @@ def loop_of(sass: str) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
     # The branches of `mask_scores`: over many comparisons, which a step between the edges jumps.
     skipped = [(at + 1, to - 1) for at, to in jumps if first <= at < to <= last]
-    edges = sum(count(".", *block) for block in skipped if count("ISETP", *block) >= 8)
+    edges = sum(count(".", *block) for block in skipped if count("ISETP", *block) >= 4)
     return count(".", first, last) - edges, edges, products, count("I2F|MUFU.RCP", first, last)
 
 
 def steps_ahead(ttgir: str) -> int:
-    """How many steps' copies are issued before the loop's first wait; 0 if the loop has none."""
+    """How many steps' copies are issued before the first loop's first wait; 0 if no loop copies."""
     before, *loops = ttgir.split("scf.for")
-    ahead, inside = (part.count("copy_global_to_local") for part in (before, loops[0] if loops else ""))
+    ahead, inside = (part.count("copy_global_to_local") for part in (before, loops[-1] if loops else ""))
     return ahead // inside if inside else 0
 
 

@@ -31,18 +31,24 @@ def labelled(num_positions: int, num_targets: int, num_tokens: int, seed: int) -
     return labels[None]
 
 
-def whole(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+def whole(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float = 0.0
+) -> list[torch.Tensor]:
     """Loss and gradients of a mean by torch's own cross-entropy of all logits, in float64."""
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    loss = F.cross_entropy(hidden @ weight.T, labels.flatten(), reduction="sum") / 7
+    logits = hidden @ weight.T
+    loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    loss = (loss + z_loss * logits.logsumexp(-1)[labels.flatten() >= 0].square().sum()) / 7
     loss.backward()
     return [loss.detach(), hidden.grad, weight.grad]
 
 
-def chunked(head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+def chunked(
+    head: LanguageHead, hidden: torch.Tensor, labels: torch.Tensor, z_loss: float = 0.0
+) -> list[torch.Tensor]:
     head.weight.grad, hidden = None, hidden.detach().requires_grad_()
     index = target_index(labels)
-    loss = head(hidden, labels.flatten()[index], index) / 7
+    loss = head(hidden, labels.flatten()[index], index, z_loss) / 7
     loss.backward()
     return [loss.detach(), hidden.grad, head.weight.grad]
 
@@ -74,6 +80,21 @@ def test_chunks_give_the_loss_and_the_gradients_of_whole_logits(layout, num_toke
     bounds = number, head.weight.abs().max().item(), number * hidden.abs().max().item()
     for ours, theirs, bound in zip(found, whole(hidden, head.weight, labels), bounds, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=rounding * bound / 7)
+
+
+def test_z_loss_adds_the_squared_log_of_the_denominator_where_there_are_gradients():
+    labels, head = labelled(300, 140, 200, 0), head_of(200)
+    hidden = torch.randn(300, WIDTH, generator=torch.manual_seed(2))
+    with chunks_of(1, 200, 4):
+        found = chunked(head, hidden, labels, 0.3)
+        index = target_index(labels)
+        with torch.no_grad():
+            nats = head(hidden, labels.flatten()[index], index, 0.3)
+    for ours, theirs in zip(found, whole(hidden, head.weight, labels, 0.3), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    plain, *_ = whole(hidden, head.weight, labels)
+    torch.testing.assert_close(nats.double() / 7, plain, rtol=1e-5, atol=0)
+    assert found[0] > 1.5 * plain
 
 
 def test_bf16_logits_have_float32_statistics():

@@ -26,12 +26,16 @@ from tests.parallel.cases import (
     plain_steps,
 )
 from tests.support.cases import chosen_cases
+from tests.support.quantized import QUANTIZED_MODEL, make_vq
 from tests.support.small import make_shards, make_vae, small_run
 from tests.support.workers import WorkersFailed, run_workers
 
 NUM_STEPS = 20
 MAX_LOSS_ERROR, MAX_NORM_ERROR, MAX_PARAMETER_ERROR = 1e-5, 1e-4, 1e-4
 MAX_BF16_LOSS_ERROR = 1e-2
+
+
+Inputs = tuple[Path, Path]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Case:
     train: dict = field(default_factory=dict)
     recipe: dict[str, dict] = field(default_factory=dict)
     """Options by section that one device has, too."""
+    quantized: bool = False
+    """Images are codes of a VQModel, predicted as text is."""
 
     @property
     def is_exact(self) -> bool:
@@ -59,6 +65,7 @@ class Case:
         values["data"]["images_per_row"] = 3
         values["model"] |= {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4}
         values["model"] |= {"adapter": self.adapter, "unet_channels": 8}
+        values["model"] |= QUANTIZED_MODEL if self.quantized else {}
         # Half the micro-batches with a U-Net: each all-reduces about a hundred small gradients.
         rows = 4 if self.adapter == "unet" else 8
         values["train"] |= {"num_steps": NUM_STEPS, "global_batch_size": rows, "micro_batch_size": 2}
@@ -149,6 +156,18 @@ LORA_TOPOLOGIES = FROZEN_TOPOLOGIES | {
 }
 
 
+QUANTIZED = {
+    "tp2": TOPOLOGIES["tp2"],
+    "tp2-sp": TOPOLOGIES["tp2-sp"],
+    "pp2": TOPOLOGIES["pp2"],
+    "ulysses2": TOPOLOGIES["ulysses2"],
+    "dp2-zero1": (2, {"zero_stage": 1}),
+    "dp2-zero3": (2, {"zero_stage": 3}),
+    "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+}
+"""Topologies of the quantized baseline, with norms of queries and keys and behind sublayers."""
+
+
 def make_cases() -> list[Case]:
     """All cases."""
     cases = [Case("one", 1, {}), Case("one-unet", 1, {}, "unet")]
@@ -196,6 +215,8 @@ def make_cases() -> list[Case]:
     cases.append(Case("tp2-adapters-bf16", 2, {"tensor": 2}, train=bf16, recipe=adapters))
     for name, (world, degrees) in LORA_TOPOLOGIES.items():
         cases.append(Case(f"{name}-lora", world, degrees, recipe={"train": {"lora": LORA}}))
+    recipe = {"objective": {"z_loss": 0.01}}  # a thousand times Chameleon's, so that it is seen
+    cases += [Case(f"{name}-quantized", *t, recipe=recipe, quantized=True) for name, t in QUANTIZED.items()]
     return [
         case
         if case.adapter == "unet"
@@ -232,38 +253,43 @@ class Result:
 
 
 class OneDevice:
-    """The plain model's steps, computed once for each adapter and recipe."""
+    """The plain model's steps, computed once for each adapter and recipe.
 
-    def __init__(self, shards: Path, vae: Path, out: Path, num_steps: int = NUM_STEPS):
-        self.paths, self.num_steps, self.outcomes = (shards, vae, out), num_steps, {}
+    inputs: shards and the autoencoder that made them; quantized: the same of a VQModel, for cases of codes.
+    """
+
+    def __init__(self, inputs: Inputs, quantized: Inputs, out: Path, num_steps: int = NUM_STEPS):
+        self.inputs, self.out, self.num_steps, self.outcomes = (inputs, quantized), out, num_steps, {}
 
     def of(self, case: Case) -> Outcome:
         """The outcome that every topology must reproduce."""
-        key = (case.adapter, json.dumps(case.recipe))
+        key = (case.adapter, json.dumps(case.recipe), case.quantized)
         if key not in self.outcomes:
-            values = Case("plain", 1, {}, case.adapter, recipe=case.recipe).values(*self.paths)
+            values = self._values(replace(case, parallel={}, train={}))
             (self.outcomes[key],) = run_workers(plain_steps, 1, values, self.num_steps)
         return self.outcomes[key]
 
     def compare(self, case: Case) -> Result:
         """Run a case and measure its errors against one device."""
         plain, begin = self.of(case), time.monotonic()
-        values = case.values(*self.paths)
+        values = self._values(case)
         outcomes = run_workers(parallel_steps, case.world, values, self.num_steps, timeout=240)
         seconds = time.monotonic() - begin
         loss = max(loss_error(outcome, plain) for outcome in outcomes)
         norm = max(norm_error(outcome, plain) for outcome in outcomes)
         return Result(case.name, case.world, loss, norm, parameter_error(outcomes, plain), seconds)
 
+    def _values(self, case: Case) -> dict:
+        return case.values(*self.inputs[case.quantized], self.out)
+
 
 def main(names: list[str]) -> int:
     """Run these cases; returns the number of failures."""
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
-        vae = make_vae(Path(folder) / "vae")
-        shards = Path(folder) / "shards"
-        shards.mkdir()
-        one = OneDevice(make_shards(shards, vae), vae, Path(folder) / "run")
+        vae, vq = make_vae(Path(folder) / "vae"), make_vq(Path(folder) / "vq")
+        inputs = make_shards(Path(folder) / "shards", vae), vae
+        one = OneDevice(inputs, (make_shards(Path(folder) / "codes", vq), vq), Path(folder) / "run")
         for name in track(names, description="topologies", console=Console(stderr=True)):
             try:
                 results.append(one.compare(CASES[name]))

@@ -8,7 +8,7 @@ from tests.support.marks import full
 from tests.support.workers import run_workers
 
 # Each form of parallelism (with the linear adapter, of a model with every key that hub/ needs), ZeRO 3,
-# recomputation, offloading, bf16, flow matching, LoRA, and weights of image patches.
+# recomputation, offloading, bf16, flow matching, LoRA, weights of image patches, and images as codes.
 QUICK = [
     "one",
     "dp2-zero3-linear",
@@ -21,6 +21,7 @@ QUICK = [
     "pp2-flow-sample",
     "pp2-lora",
     "pp2-modality-all",
+    "tp2-sp-quantized",
 ]
 # Other stages, products of the degrees above, and recipes at other topologies.
 FULL = [
@@ -59,13 +60,20 @@ FULL = [
     "tp2-lora",
     "tp2-pp2-lora",
     "ulysses2-tp2-sp-lora",
+    "tp2-quantized",
+    "pp2-quantized",
+    "ulysses2-quantized",
+    "dp2-zero1-quantized",
+    "dp2-zero3-quantized",
+    "tp2-pp2-quantized",
 ]
 
 
 @pytest.fixture(scope="module")
-def one_device(shards, vae_folder, tmp_path_factory) -> OneDevice:
+def one_device(shards, vae_folder, quantized_shards, vq_folder, tmp_path_factory) -> OneDevice:
     """Ten steps, two of each kind of batch; `make test-parallel` makes twenty."""
-    return OneDevice(shards, vae_folder, tmp_path_factory.mktemp("matrix"), num_steps=10)
+    quantized = quantized_shards, vq_folder
+    return OneDevice((shards, vae_folder), quantized, tmp_path_factory.mktemp("matrix"), num_steps=10)
 
 
 @pytest.mark.parametrize("name", [*QUICK, *full(*FULL)])

@@ -1,5 +1,7 @@
 """Parameters, FLOPs and stages by formula are those of the real model."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -16,22 +18,19 @@ from megafusion.train.config import RunConfig
 from tests.support.small import ROOT
 
 CONFIGS = ["quickstart.yaml", "7b.yaml", "baselines/7b-unet-8x8.yaml"]
+QUANTIZED = "baselines/quantized-quickstart.yaml"
+OVERRIDES: list[tuple[str, ...]] = [
+    (),
+    ("model.modality_weights=feed_forward",),
+    ("model.qk_norm=true", "model.attention_bias=true", "model.modality_weights=all"),
+]
 
 
 def configuration(name: str, *overrides: str) -> RunConfig:
     return load_config(RunConfig, ROOT / "configs" / name, overrides)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (),
-        ("model.modality_weights=feed_forward",),
-        ("model.qk_norm=true", "model.attention_bias=true", "model.modality_weights=all"),
-    ],
-    ids=len,
-)
+@pytest.mark.parametrize(("name", "overrides"), [*product(CONFIGS, OVERRIDES), (QUANTIZED, ())])
 def test_parameters_are_those_of_the_model(name, overrides):
     config = configuration(name, "model.num_layers=2", *overrides)
     with torch.device("meta"):
@@ -69,7 +68,7 @@ def test_trained_parameters_are_those_that_are_not_frozen():
     assert job.num_weights(0) == sum(sizes.values())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, QUANTIZED])
 def test_flops_and_stages_are_those_that_pytorch_counts(name):
     config = configuration(name)
     counted = layer_flops(config.model, config.sequence_shape)
@@ -103,3 +102,11 @@ def test_rows_without_images_see_their_documents_alone():
     assert 400 < text.visible_keys < 1200
     assert 10 < pairs.images <= 15
     assert 200 < pairs.visible_keys < 320
+
+
+def test_codes_see_those_before_them_and_are_predicted():
+    latents = row_statistics("pairs", 4096, 256, 15)
+    codes = row_statistics("pairs", 4096, 256, 15, is_causal=True)
+    unseen = latents.visible_keys - codes.visible_keys
+    assert unseen == pytest.approx(latents.images * 256 * 255 / 2 / 4096)
+    assert codes.targets - latents.targets == pytest.approx(codes.images * 257 / 4096)

@@ -21,6 +21,7 @@ def documents(lengths: list[int], seed: int) -> list[FlatDocument]:
             patch=np.full(length, -1, np.int32),
             row_end=np.arange(1, length + 1, dtype=np.int32),
             image_start=nothing,
+            image_end=nothing,
             images=(),
         )
         for length in lengths
