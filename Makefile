@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+WEB := $(VENV)/web
 
-.PHONY: help quickstart test test-all coverage test-parallel test-faults slurm-test audit lint format preprocess \
+.PHONY: help quickstart demo test test-all coverage test-parallel test-faults slurm-test audit lint format preprocess \
   benchmark clean
 
 help:  ## Show this list.
@@ -16,17 +17,21 @@ quickstart: $(INSTALLED)  ## Install, preprocess, train a small model on emoji, 
 	$(BIN)/megafusion train configs/quickstart.yaml; \
 	$(BIN)/megafusion report runs/quickstart --seconds-before $$(( $$(date +%s) - begin ))
 
+demo: $(WEB)  ## Open a page that chats, draws, describes and edits with the quickstart's model; trains it if needed.
+	@test -f runs/quickstart/captions.txt || $(MAKE) --no-print-directory quickstart
+	@$(BIN)/megafusion serve runs/quickstart --open
+
 # A file's tests share its fixtures, so they run on one process. Three keep two cores busy, because many tests wait.
 # The files of several ranks come first (tests/conftest.py), so that none is left over at the end.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-test: $(INSTALLED)  ## Run the quick tests, on three processes.
+test: $(WEB)  ## Run the quick tests, on three processes.
 	$(PYTEST)
 
 # The tests marked slow run by their file: .venv/bin/python -m pytest -m slow FILE
-test-all: $(INSTALLED)  ## Run the tests marked full, too; those marked slow need -m slow.
+test-all: $(WEB)  ## Run the tests marked full, too; those marked slow need -m slow.
 	$(PYTEST) -m "not slow"
 
-coverage: $(INSTALLED)  ## Run the quick tests, with a table of the lines not covered.
+coverage: $(WEB)  ## Run the quick tests, with a table of the lines not covered.
 	$(PYTEST) --cov --cov-report=term
 
 test-parallel: $(INSTALLED)  ## Every form of parallelism against one device: a table, and runs/parallel.json.
@@ -42,8 +47,8 @@ audit:  ## Look every pinned package up among known vulnerabilities (needs the i
 	@mkdir -p build; rm -f build/audit.json; : > build/audit.log
 	@{ test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
 	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }; } && \
-	build/audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --progress-spinner off \
-	  --format json --output build/audit.json > build/audit.log 2>&1 || \
+	build/audit/bin/pip-audit --requirement requirements.txt --requirement requirements-web.txt --no-deps \
+	  --disable-pip --progress-spinner off --format json --output build/audit.json > build/audit.log 2>&1 || \
 	  test -f build/audit.json || tail -n 1 build/audit.log
 	@$(PYTHON) -m tests.audit build/audit.json
 
@@ -78,3 +83,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -r requirements.txt; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .; \
 	echo $$(( $$(date +%s) - begin )) > $@
+
+# gradio's own limit on pillow is a version behind; the page's tests run with ours.
+$(WEB): $(INSTALLED) requirements-web.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-web.txt
+	@touch $@

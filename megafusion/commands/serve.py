@@ -1,5 +1,8 @@
 """`megafusion serve`."""
 
+import os
+import sys
+import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +26,18 @@ def serve(
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 for any free one.", min=0, max=65535)
     ] = 8000,
+    page: Annotated[
+        bool, typer.Option("--page", help="Serve a page to chat, draw, describe and edit, too.")
+    ] = False,
+    open_page: Annotated[
+        bool, typer.Option("--open", help="Serve the page, and open it in a browser if there is a desktop.")
+    ] = False,
 ) -> None:
-    """Serve a pipeline over HTTP in OpenAI's shapes: chat, images, edits.
+    """Serve a pipeline over HTTP in OpenAI's shapes: chat, images, edits; and, with --page, in a browser.
 
     Limits are keys: `megafusion keys serve`. With MEGAFUSION_API_KEYS, each request must bear one of them.
 
-    Example: megafusion serve runs/quickstart --port 8000 max_batch=16
+    Example: megafusion serve runs/quickstart --page max_batch=16
     """
     from megafusion.checkpoint.folder import checkpoint_at
     from megafusion.serve.config import ServeConfig
@@ -37,7 +46,8 @@ def serve(
     folders = (pipeline, pipeline / "pipeline")
     if not any((folder / "config.json").is_file() for folder in folders) and not checkpoint_at(pipeline):
         raise UserError(f"{pipeline}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
-    packages = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+    page = page or open_page
+    packages = ["fastapi", "prometheus_client", "python_multipart", "uvicorn", *(["gradio"] if page else [])]
     if missing := [name for name in packages if not find_spec(name)]:
         raise UserError(f"{missing[0]} is not installed: pip install 'megafusion[web]'")
     from megafusion.serve.server import listen, model_name, read_keys
@@ -54,5 +64,18 @@ def serve(
     opened = TransfusionPipeline.from_pretrained(pipeline).to(default_device())
     app = make_app(opened, config, model_name(pipeline), keys)
     where = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving {pipeline} at http://{where}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)")
+    address = f"http://{where}:{listener.getsockname()[1]}"
+    if page:
+        from megafusion.serve.page.mount import mount_page, read_captions
+
+        app = mount_page(app, model_name(pipeline), read_captions(pipeline), keys)
+        typer.echo(f"the page: {address}")
+    typer.echo(f"serving {pipeline} at {address}/v1 (Ctrl-C ends it)")
+    if open_page and has_desktop():
+        webbrowser.open(address)  # which waits until the server answers
     run_server(app, listener)
+
+
+def has_desktop() -> bool:
+    """Whether a browser can show a window; elsewhere webbrowser may start one in the terminal."""
+    return sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))

@@ -15,6 +15,7 @@ HEAVY = {
     "torch",
     "deepspeed",
     "diffusers",
+    "gradio",
     "scipy",
     "pyarrow",
     "tokenizers",
@@ -60,6 +61,7 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
                 "evaluate",
                 "launch",
                 "plan",
+                "serve",
             )
         ],
         ["import", "--help"],
