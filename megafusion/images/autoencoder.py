@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they take longer to import than torch
 
 
 class Quantized:
-    """What a VQModel makes of pixels, with gradients.
+    """The encoding of pixels by a VQModel, with gradients.
 
     latents [N, C, h, w]: the encoder's; codes int64 [N, h, w]: indices of the nearest vectors of the
     codebook; vectors [N, C, h, w]: these.
