@@ -37,9 +37,17 @@ def goodput(
     """failures: of a GPU in an hour. state_bytes: what a rank saves. every: instead of the best."""
     stall = state_bytes / STALL_BYTES_PER_SECOND
     between = 3600 / (world_size * failures) if failures else math.inf
-    if every is None:
-        every = max(1, round(math.sqrt(2 * stall * between) / step_seconds)) if failures else 1_000_000
-    interval = every * step_seconds
-    # A failure loses half an interval and a restart; a save, its stall.
-    lost = (interval / 2 + stall + restart) / between
-    return Goodput(between, stall, restart, every, max(0.0, 1 - lost) * interval / (interval + stall))
+
+    def saving_every(steps: int) -> Goodput:
+        interval = steps * step_seconds
+        # A failure loses half an interval and a restart; a save, its stall.
+        lost = (interval / 2 + stall + restart) / between
+        return Goodput(between, stall, restart, steps, max(0.0, 1 - lost) * interval / (interval + stall))
+
+    if every is not None:
+        return saving_every(every)
+    best = math.sqrt(2 * stall * between) / step_seconds if failures else 1e6
+    return max(
+        (saving_every(max(1, steps)) for steps in (math.floor(best), math.ceil(best))),
+        key=lambda found: found.share,
+    )

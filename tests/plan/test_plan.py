@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megafusion.commands.launch import _planned
@@ -182,6 +182,7 @@ def test_every_figure_of_a_chip_has_a_source_and_its_peak_is_the_one_of_mfu():
 
 @settings(deadline=None)
 @given(world=st.integers(1, 20_000), step=st.floats(0.1, 100), state=st.floats(1e8, 1e11))
+@example(world=257, step=100.0, state=1e8)
 def test_no_other_interval_trains_more_than_the_best(world, step, state):
     best = goodput(world, step, state)
     for factor in (0.5, 0.8, 1.25, 2):
