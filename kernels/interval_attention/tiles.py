@@ -25,8 +25,9 @@ def locate(schedule, num_runs, section, BLOCK: tl.constexpr):
     schedule += (b * num_runs + tile // parts) * 64
     first = tl.load(schedule) * _RUN + part * BLOCK
     schedule += 4 * (parts + part)
-    low, high = tl.load(schedule), tl.load(schedule + 3)
-    return b, head, first, tl.minimum(low, high), tl.load(schedule + 1), tl.load(schedule + 2), high
+    high = tl.load(schedule + 3)  # 0 if no position of the tile sees or is seen
+    low, inner_high = tl.minimum(tl.load(schedule), high), tl.minimum(tl.load(schedule + 2), high)
+    return b, head, first, low, tl.load(schedule + 1), inner_high, high
 
 
 @triton.jit

@@ -66,14 +66,18 @@ def serve(
     where = f"[{host}]" if ":" in host else host
     address = f"http://{where}:{listener.getsockname()[1]}"
     if page:
-        from megafusion.serve.page.mount import mount_page, read_captions
+        from megafusion.serve.page.mount import mount_page, read_captions, remove_files
 
         app = mount_page(app, model_name(pipeline), read_captions(pipeline), keys)
         typer.echo(f"the page: {address}")
     typer.echo(f"serving {pipeline} at {address}/v1 (Ctrl-C ends it)")
     if open_page and has_desktop():
         webbrowser.open(address)  # which waits until the server answers
-    run_server(app, listener)
+    try:
+        run_server(app, listener)
+    finally:
+        if page:
+            remove_files(app)
 
 
 def has_desktop() -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megafusion.objective.config import LOGITS_ALIGNMENT, positions_in_chunk
+from megafusion.objective.config import LOGITS_ALIGNMENT
 from megafusion.sequence.document import IGNORED_LABEL
 
 Merge = Callable[[Tensor], Tensor]
@@ -25,6 +25,7 @@ def summed_nats(
     weight_VD: Tensor,
     labels_R: Tensor,
     index_R: Tensor,
+    chunk_size: int,
     first_column: int = 0,
     merge: Merge = lambda statistics: statistics,
     is_compiled: bool = False,
@@ -32,13 +33,23 @@ def summed_nats(
 ) -> Tensor:
     """Cross-entropy in nats, float32 [], summed over the labels that count.
 
-    index_R: the row of hidden_ND that each label belongs to, each row at most once. first_column: the token
-    of the weight's first row. is_compiled: torch.compile fuses the passes over logits. z_loss: where there
-    are gradients, the weight of log(sum of exponentials)^2 of each label that counts, which is added.
+    index_R: the row of hidden_ND that each label belongs to, each row at most once. chunk_size: labels
+    whose logits are there at once. first_column: the token of the weight's first row. is_compiled:
+    torch.compile fuses the passes over logits. z_loss: where there are gradients, the weight of
+    log(sum of exponentials)^2 of each label that counts, which is added.
     """
     wants_gradients = torch.is_grad_enabled()
     return _SummedNats.apply(
-        hidden_ND, weight_VD, labels_R, index_R, first_column, merge, is_compiled, wants_gradients, z_loss
+        hidden_ND,
+        weight_VD,
+        labels_R,
+        index_R,
+        chunk_size,
+        first_column,
+        merge,
+        is_compiled,
+        wants_gradients,
+        z_loss,
     )
 
 
@@ -50,6 +61,7 @@ class _SummedNats(torch.autograd.Function):
         weight_VD: Tensor,
         labels_R: Tensor,
         index_R: Tensor,
+        chunk_size: int,
         first_column: int,
         merge: Merge,
         is_compiled: bool,
@@ -64,9 +76,8 @@ class _SummedNats(torch.autograd.Function):
         # Products whose rows are not aligned leave the GPU's fast kernels. The logits of these columns are 0.
         num_columns = len(weight_VD)
         padded_VD = F.pad(weight_VD, (0, 0, 0, -num_columns % LOGITS_ALIGNMENT))
-        size = positions_in_chunk(len(padded_VD), weight_VD.element_size())
         nats = torch.zeros((), device=hidden_ND.device)
-        for labels, index in zip(labels_R.split(size), index_R.split(size), strict=True):
+        for labels, index in zip(labels_R.split(chunk_size), index_R.split(chunk_size), strict=True):
             hidden = hidden_ND.index_select(0, index)
             all_logits = hidden @ padded_VD.T
             logits = all_logits[:, :num_columns]
@@ -107,7 +118,7 @@ class _SummedNats(torch.autograd.Function):
             None if each is None else (each.float() * gradient).to(dtype)
             for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, *[None] * 7
+        return *scaled, *[None] * 8
 
 
 @cache

@@ -17,7 +17,8 @@ LOGITS_ALIGNMENT = 128
 
 def positions_in_chunk(num_columns: int, bytes_per_logit: int) -> int:
     """Positions whose logits are computed at once."""
-    return max(1, LOGITS_BYTES // (num_columns * bytes_per_logit * LOGITS_ALIGNMENT)) * LOGITS_ALIGNMENT
+    padded = -(-num_columns // LOGITS_ALIGNMENT) * LOGITS_ALIGNMENT
+    return max(1, LOGITS_BYTES // (padded * bytes_per_logit * LOGITS_ALIGNMENT)) * LOGITS_ALIGNMENT
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -112,6 +112,7 @@ class VocabularyParallelHead(LanguageHead):
     def __init__(self, head: nn.Linear, vocab_shard: range, group: dist.ProcessGroup):
         super().__init__(head.in_features, len(vocab_shard), head.weight.device)
         self.first_token, self.group = vocab_shard.start, group
+        self.most_columns = vocab_shard_size(head.out_features, dist.get_world_size(group))
         set_shard_spec(self.weight, _vocab_spec(head.weight, vocab_shard))
 
     def merge(self, statistics_3R: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import hmac
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,6 +37,10 @@ class Gate:
         except Refusal as refusal:
             return await refusal.response()(scope, receive, send)
         if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+            try:
+                self._check_size(scope["method"], Headers(scope=scope))
+            except Refusal as refusal:
+                return await refusal.response()(scope, receive, send)
             return await self.app(scope, receive, send)
         answer = _Answer(scope, receive, send, self.worker.metrics)
         try:
@@ -56,15 +60,23 @@ class Gate:
         """Raise Refusal for a wrong key; without keys, for what another site's page made a browser send."""
         if not self.keys:
             host = headers.get("host", "")
-            if urlsplit(f"//{host}").hostname not in LOCAL_HOSTS:
+            if _split(f"//{host}").hostname not in LOCAL_HOSTS:
                 raise Refusal(403, f"Host {host:.80}: this server answers for localhost alone")
-            if (origin := headers.get("origin")) and urlsplit(origin).netloc != host:
+            if (origin := headers.get("origin")) and _split(origin).netloc != host:
                 raise Refusal(403, f"Origin {origin:.80}: pages of other sites may not ask this server")
         elif path.startswith("/v1/") or path == "/metrics":
             given = headers.get("authorization", "").removeprefix("Bearer ").encode()
             # Every key is compared, so that the time tells nothing.
             if not sum(hmac.compare_digest(given, key.encode()) for key in self.keys):
                 raise Refusal(401, "Authorization: Bearer KEY is missing or not a key of this server")
+
+    def _check_size(self, method: str, headers: Headers) -> None:
+        """Raise Refusal for a body of the page's routes that is too large or does not tell its size."""
+        declared = headers.get("content-length", "0" if method in ("GET", "HEAD", "OPTIONS") else "")
+        if "transfer-encoding" in headers or not declared.isdecimal():
+            raise Refusal(411, "Content-Length is missing", {"connection": "close"})
+        if len(declared) > 18 or int(declared) > (most := self.config.max_body_bytes):
+            raise Refusal(413, f"body exceeds max_body_bytes {most}", {"connection": "close"})
 
     async def _answer_in_time(self, answer: "_Answer") -> None:
         limit = self.config.timeout_seconds
@@ -78,6 +90,14 @@ class Gate:
                     await answer.refuse(Refusal(504, f"not answered within timeout_seconds {limit:g}"))
         except Refusal as refusal:
             await answer.refuse(refusal)
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; none of one that cannot be read."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 class _Answer:

@@ -116,7 +116,10 @@ def test_the_forward_pass_allows_intervals_in_any_order():
     Case.random(start, end, num_keys=50).check(backward=False)
 
 
-def test_fully_masked_rows_give_zeros_and_no_gradient():
+@pytest.mark.parametrize("branches", [True, False])
+def test_fully_masked_rows_give_zeros_and_no_gradient(monkeypatch, branches):
+    """Also where no position of a tile sees a key: its bounds are those of no interval."""
+    monkeypatch.setattr(api, "_branches", lambda device: branches)
     empty = int32([[0] * 20, [20] * 20])
     found = Case.random(empty, empty).results(with_lse, torch.float32)
     assert (found["lse"] == -torch.inf).all()

@@ -17,7 +17,7 @@ from megafusion.parallel.ulysses import SequenceParallelObjective
 from megafusion.sequence.packing import Targets, target_index
 from tests.support.workers import run_workers
 
-VOCABULARY, WIDTH = 90, 8
+VOCABULARY, WIDTH = 270, 8
 
 
 def values() -> tuple[torch.Tensor, ...]:
@@ -62,23 +62,28 @@ def sharded(ulysses: int) -> tuple[torch.Tensor, torch.Tensor, range, torch.Tens
     whole = nn.functional.embedding(tokens, embedding).requires_grad_()
     objective = SequenceParallelObjective(ObjectiveConfig(), ((2, 2),), mesh.group("ulysses"))
     targets = Targets(labels, *[None] * 7, target_index(labels))
-    with mock.patch("megafusion.objective.config.LOGITS_BYTES", 64 * 128 * 4):  # more than one chunk
+    with mock.patch("megafusion.objective.config.LOGITS_BYTES", 256 * 128 * 4):  # more than one chunk
         loss = objective.nats(model.tail.head, whole, targets)
     loss.backward()
     vectors = model.stem.embedding(tokens).detach()
     return vectors, loss.detach(), vocab_shard, whole.grad, model.tail.head.weight.grad
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """By norm: with logits of hundreds, single gradients differ more between two orders of a product."""
+    return float((found - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("ulysses", [1, 2])
 def test_an_uneven_vocabulary_gives_the_plain_loss_and_gradients(ulysses):
     vectors, loss, hidden_gradient, head_gradient = plain()
     ranks = run_workers(sharded, 2 * ulysses, ulysses)
-    assert [len(rank[2]) for rank in ranks[:2]] == [64, 26]
+    assert [len(rank[2]) for rank in ranks[:2]] == [192, 78]  # padded to 256 and 128 columns
     torch.testing.assert_close(sum(vectors for vectors, *_ in ranks), vectors)
-    torch.testing.assert_close(sum(rank[3] for rank in ranks), hidden_gradient, rtol=1e-4, atol=1e-4)
-    for tensor_rank, shard in enumerate((range(64), range(64, VOCABULARY))):
+    assert relative_error(sum(rank[3] for rank in ranks), hidden_gradient) < 1e-5
+    for tensor_rank, shard in enumerate((range(192), range(192, VOCABULARY))):
         # Ulysses ranks hold the same shard, and each adds the gradient of its targets.
         gradient = sum(rank[4] for rank in ranks[tensor_rank::2])
-        torch.testing.assert_close(gradient, head_gradient[shard.start : shard.stop], rtol=1e-4, atol=1e-4)
+        assert relative_error(gradient, head_gradient[shard.start : shard.stop]) < 1e-5
     for _, found, *_ in ranks:
         torch.testing.assert_close(found, loss)

@@ -72,6 +72,24 @@ def is_skipped(value):
     return isinstance(value, dict) and value.get("__type__") == "update"
 
 
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+def test_a_path_that_was_not_uploaded_is_not_opened(page, page_address, image_path, meta):
+    values = [{"path": str(image_path)} | meta, *SETTINGS.values()]
+    body = {"data": values, "session_hash": "x", "api_name": "/describe"}
+    names = {value["api_name"]: number for number, value in enumerate(page.config["dependencies"])}
+    body["fn_index"] = names["describe"]
+    session = requests.post(f"{page_address}/gradio_api/queue/join", json=body, timeout=30)
+    assert session.status_code == 200, session.text
+    address = f"{page_address}/gradio_api/queue/data?session_hash=x"
+    with requests.get(address, stream=True, timeout=30) as stream:
+        said = []
+        for line in stream.iter_lines():
+            said.append(unescape(line.decode()))
+            if "process_completed" in said[-1]:
+                break
+    assert any("was not uploaded here" in text or '"success":false' in text for text in said), said
+
+
 def images_in(text):
     """The images that are done: PNGs; previews are JPEGs."""
     found = re.findall(r'<img src="data:image/png;base64,(.*?)"', text)

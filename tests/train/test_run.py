@@ -275,7 +275,7 @@ def test_a_start_that_trains_nothing_says_so(run_values, capsys):
 def test_what_leaves_a_gpu_idle_is_told_and_the_papers_sizes_do_not(run_config):
     said = [sentence.partition(" ")[0] for sentence in idle_gpu(run_config)]
     assert said == ["train.precision", "model.attention", "data.num_workers"]
-    sizes = [*(ROOT / "configs").glob("*b.yaml"), *(ROOT / "configs/baselines").glob("*.yaml")]
+    sizes = [*(ROOT / "configs").glob("*b.yaml"), *(ROOT / "configs/baselines").glob("*b-*.yaml")]
     assert len(sizes) == 9
     for path in sizes:
         assert idle_gpu(load_config(RunConfig, path)) == [], path

@@ -37,7 +37,7 @@ def make_page(worker: Worker, name: str, captions: Sequence[str], folder: Path) 
         gr.HTML(header(about))
         gallery = Gallery(folder)
         with gr.Tabs() as tabs:  # holds tabs alone: gradio takes them by their number
-            page = Page(worker, settings, gallery, tabs, captions)
+            page = Page(worker, settings, gallery, tabs, captions, folder.parent)
             with gr.Tab("Draw", id="draw"):
                 prompt = draw_tab(page)
             with gr.Tab("Describe", id="describe"):

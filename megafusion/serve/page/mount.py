@@ -27,7 +27,7 @@ def mount_page(app: FastAPI, name: str, captions: Sequence[str], keys: Sequence[
     """Mount the page under / of an application of `make_app`, whose other routes come first.
 
     name: of the model. captions: examples of what it knows. keys: one of which is the password, if any.
-    Files live as long as the application.
+    Files live until `remove_files`.
     """
     worker = app.state.worker
     app.state.page_files = files = TemporaryDirectory(prefix="megafusion-page-")
@@ -35,6 +35,8 @@ def mount_page(app: FastAPI, name: str, captions: Sequence[str], keys: Sequence[
     drawn.mkdir()
     os.environ["GRADIO_TEMP_DIR"] = str(cache)  # read by each component
     blocks = make_page(worker, name, captions, drawn)
+    # Only then does gradio refuse files that were not uploaded; mounting leaves it out.
+    blocks.has_launched = True
     app.add_middleware(_Policy)
     return gr.mount_gradio_app(
         app,
@@ -50,6 +52,11 @@ def mount_page(app: FastAPI, name: str, captions: Sequence[str], keys: Sequence[
         max_file_size=worker.config.max_body_bytes,
         enable_monitoring=False,
     )
+
+
+def remove_files(app: FastAPI) -> None:
+    """Remove what was uploaded and drawn."""
+    app.state.page_files.cleanup()
 
 
 def read_captions(pipeline: Path) -> list[str]:

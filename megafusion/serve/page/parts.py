@@ -33,13 +33,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Page:
-    """The things that the tabs share. captions: examples of what the model knows."""
+    """The things that the tabs share.
+
+    captions: examples of what the model knows. files: the folder of what was uploaded or drawn.
+    """
 
     worker: Worker
     settings: Settings
     gallery: Gallery
     tabs: gr.Tabs
     captions: Sequence[str]
+    files: Path
 
     async def answers(
         self, prompts: Sequence[Sequence[Part]], options: Options, begin: Begin, max_images: int = 1
@@ -68,7 +72,17 @@ class Page:
         """An image that was uploaded. Raises Refusal for one that is missing or cannot be used."""
         if not file:
             raise Refusal(400, "Image is missing: upload one, paste one, or take one from the gallery")
-        return await asyncio.to_thread(lambda: content.image(Path(file["path"]).read_bytes(), "Image"))
+        return await asyncio.to_thread(lambda: content.image(self._read(file), "Image"))
+
+    def _read(self, file: Any) -> bytes:
+        """An uploaded file. A client of gradio's routes may name any path: only the page's own are opened."""
+        name = file.get("path") if isinstance(file, dict) else file
+        path = Path(str(name)).resolve()
+        if not (path.is_relative_to(self.files.resolve()) and path.is_file()):
+            raise Refusal(400, "Image is no longer there or was not uploaded here: upload it again")
+        if path.stat().st_size > (most := self.worker.config.max_body_bytes):
+            raise Refusal(413, f"Image exceeds max_body_bytes {most}")
+        return path.read_bytes()
 
     def text(self, text: str, field: str, content: Content) -> str:
         """A text that was written. Raises Refusal for an empty or too long one."""
