@@ -1,5 +1,6 @@
 """Images with reference captions, from COCO's annotation file for captions. Imports no torch."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from megafusion.storage import read_json
 T = TypeVar("T")
 ALL = "all"
 """Group of images without a `group`."""
+GROUP = re.compile(r"\w[\w.-]*")
+"""It names a file, too."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ def read_annotations(path: Path, image_folder: Path | None = None) -> list[Annot
     ]
     if len({image.id for image in found}) < len(found):
         raise UserError(f"{path}: two images have one id; give each its own")
+    groups = {image.group for image in found}
+    if bad := sorted(group for group in groups if not GROUP.fullmatch(group)):
+        raise UserError(f"{path}: group {bad[0]!r:.80}: give it a name of letters, digits, '.', '_' and '-'")
+    if ALL in groups and len(groups) > 1:
+        raise UserError(f"{path}: some images have a group, others none or {ALL!r}; name it for each")
     if captions:
         raise UserError(f"{path}: captions of image {min(captions, key=str)}, which is not among its images")
     if uncaptioned := [image for image in found if not image.captions]:

@@ -18,6 +18,7 @@ from megafusion.evaluate.reconstruction import Reconstruction
 from megafusion.evaluate.report import check_finite, write_report, write_suite
 from megafusion.evaluate.suite import Suite, claim_folder, run_batches
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.storage import file_sha256
 
 SUITES: dict[str, Callable[[EvaluateConfig, Path], Suite]] = {
     "perplexity": lambda config, _: Perplexity(config),
@@ -30,6 +31,8 @@ OPTIONS: dict[str, set[str]] = {
     "images": {"kid_subset_size", "kid_subsets"},
 }
 """Options of a suite's summary, for its metrics file; those of its records are in its recipe."""
+JUDGES = {"images": ("judge", "inception")}
+"""Files that a suite's figures depend on: figures are comparable for the same alone."""
 
 
 def evaluate(
@@ -56,6 +59,9 @@ def evaluate(
         metrics = suite.summarize(records, pipeline.device)
         check_finite(name, metrics)
         options = config.model_dump(mode="json", include=OPTIONS.get(name, set()))
+        for judge in JUDGES.get(name, ()):
+            path: Path | None = getattr(config, judge)
+            options[judge] = path and file_sha256(path)
         result = {"metrics": metrics, "recipe": suite.recipe, "options": options}
         if proof := getattr(suite, "proof", None):
             result["judge"] = proof

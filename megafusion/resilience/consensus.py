@@ -6,8 +6,8 @@ shard or a full disk. It runs on the host over gloo, because no rank may begin a
 refuses. The second has the losses and the gradients' squared norm, which show whether every rank's gradients
 are finite. Every rank decides from the same sums, so all decide alike.
 
-The second stays on the device, where the update obeys it, and reaches the host through pinned memory. So the
-host never waits within a step: it reads the outcome when it has given the device the next step's work.
+The second stays on the device, where the update obeys it, and reaches the host through pinned memory, so that
+the host does not wait for it: it reads the outcome when it has given the device the next step's work.
 """
 
 import math

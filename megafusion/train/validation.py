@@ -33,14 +33,17 @@ class Validation:
             for _ in range(config.num_batches):
                 self._micro_batches += [batch.to("cpu") for batch in encoder.encode(loader.next())]
         num_bytes = sum(_num_bytes(batch, tokenizer) for batch in self._micro_batches)
-        self._num_bytes = int(engine.consensus.reduce_counts(torch.tensor([num_bytes, 0]))[0])
+        num_codes = sum(_num_codes(batch, tokenizer) for batch in self._micro_batches)
+        num_bytes, num_codes = engine.consensus.reduce_counts(torch.tensor([num_bytes, num_codes])).tolist()
+        self._num_bytes = 0 if num_codes else num_bytes
 
     def measure(self) -> dict[str, float]:
         """Figures of a line of metrics. Called by every rank.
 
         validation_text_loss in nats a token, validation_text_loss_per_byte; validation_image_loss, the mean
         over images, and validation_image_loss_t0 to _t9, that of images with t in [0, 0.1) to [0.9, 1);
-        validation_loss, the total. Without text targets, or images, theirs are absent.
+        validation_loss, the total. Without text targets, or images, theirs are absent; so is
+        that of a byte where image codes are among the targets.
         """
         nats, num_targets, *images = self._engine.evaluate(self._micro_batches)
         errors, counts = images[:NUM_TIME_BUCKETS], images[NUM_TIME_BUCKETS:]
@@ -48,6 +51,7 @@ class Validation:
         if num_targets:
             figures["validation_loss"] += nats / num_targets
             figures["validation_text_loss"] = nats / num_targets
+        if num_targets and self._num_bytes:
             figures["validation_text_loss_per_byte"] = nats / self._num_bytes
         if sum(counts):
             image_loss = sum(errors) / sum(counts)
@@ -57,6 +61,12 @@ class Validation:
             if count:
                 figures[f"validation_image_loss_t{bucket}"] = error / count
         return figures
+
+
+def _num_codes(batch: PackedBatch, tokenizer: Tokenizer) -> int:
+    """Targets that belong to quantized images."""
+    is_quantized = batch.latents.shape[2] == 0
+    return int((batch.labels >= tokenizer.num_text_ids).sum()) if is_quantized else 0
 
 
 def _num_bytes(batch: PackedBatch, tokenizer: Tokenizer) -> int:

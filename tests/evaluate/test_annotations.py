@@ -58,6 +58,8 @@ IMAGE, CAPTION = {"id": 1, "file_name": "a.png"}, {"id": 5, "image_id": 1, "capt
         ({"annotations": [CAPTION, {"id": 9, "image_id": 1}]}, "'caption' is missing"),
         ({"annotations": [CAPTION, {"id": 9, "image_id": 8, "caption": "x"}]}, "captions of image 8"),
         ({"images": [IMAGE, IMAGE]}, "two images have one id"),
+        ({"images": [IMAGE | {"group": "/../../x"}], "annotations": [CAPTION]}, "group '/../../x'"),
+        ({"images": [IMAGE | {"group": "a"}, IMAGE | {"id": 2}]}, "some images have a group, others none"),
         (
             {"images": [IMAGE, {"id": 2, "file_name": "b.png"}], "annotations": [CAPTION]},
             "b.png without a caption",
