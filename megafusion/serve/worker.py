@@ -178,6 +178,7 @@ class Worker:
             for kind, batch in list(self._batches.items()):
                 if not batch.take_turn():
                     del self._batches[kind]
+                del batch  # its memory, while the worker waits
         for job in [*self._waiting, *(job for batch in self._batches.values() for job in batch.jobs)]:
             if job.rows_left:
                 job.tell(JobDone(RuntimeError("the server has ended"), tuple(job.num_tokens)))
@@ -237,6 +238,7 @@ class _Batch:
                     return True
         except Exception as error:
             logger.exception("generation failed")
+            error = error.with_traceback(None)  # which would keep the generation's memory
             for job in self.jobs:
                 if job.rows_left:
                     job.rows_left = 0
