@@ -22,6 +22,17 @@ from tests.launchers.test_launch import ENVIRONMENT, LAUNCHERS, common
 from tests.support.container import make_image, program
 from tests.support.small import ROOT
 
+HANDED_ON = (signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def heed_signals():
+    """Started with nohup or in the background of a script, the tests would hand ignored signals on."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in HANDED_ON}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 @pytest.fixture
 def endless(run_values, tmp_path) -> Path:

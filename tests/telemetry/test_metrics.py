@@ -21,6 +21,7 @@ def test_only_rank_0_prints(run_config, capfd, silent):
 def test_the_flops_of_a_model_are_counted_once(run_config, monkeypatch):
     """On a chip whose peak is known; counting runs a model."""
     start_process_group()
+    throughput._row_flops.cache_clear()  # another test may have counted this model
     monkeypatch.setattr(throughput, "peak_flops", lambda precision: 1e12)
     counted, count = [], throughput.layer_flops
     monkeypatch.setattr(throughput, "layer_flops", lambda *given: counted.append(given) or count(*given))
