@@ -106,7 +106,8 @@ class Engine:
         return self.consensus.reduce_sums()
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks, which would keep all of this engine's memory until the process ends."""
+        """Remove hooks, which would keep all of this engine's memory until the process ends."""
+        self._update.close()
         with contextlib.redirect_stdout(io.StringIO()):
             self._deepspeed.destroy()
 

@@ -12,6 +12,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megafusion.engine.optimizer_state import OptimizerState
 
@@ -39,6 +40,7 @@ class Gradients(ABC):
 
     def __init__(self, engine: DeepSpeedEngine, state: OptimizerState):
         self._engine, self._optimizer, self._state = engine, engine.optimizer, state
+        self._hooks: list[RemovableHandle] = []
 
     @abstractmethod
     def take(self) -> list[Tensor | None]:
@@ -50,6 +52,11 @@ class Gradients(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Drop the gradients."""
+
+    def close(self) -> None:
+        """Remove hooks."""
+        for hook in self._hooks:
+            hook.remove()
 
     def sync_model(self) -> None:
         """Copy the updated master weights into the model's, on every rank."""
@@ -90,8 +97,10 @@ class Float32Sums(Gradients):
         ]
         self._has_gradient = [False] * len(self._sums)
         parameters = [parameter for group in optimizer.bf16_groups for parameter in group]
-        for index, parameter in enumerate(parameters):
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._add, index))
+            for index, parameter in enumerate(parameters)
+        ]
         self._group, self._rank = optimizer.dp_process_group, dist.get_rank(optimizer.dp_process_group)
         self.model_parts = [parts[self._rank] for parts in optimizer.bf16_partitioned_groups]
 

@@ -50,6 +50,10 @@ class Update:
             for pieces in kind:
                 pieces[:] = [p for p in pieces if (counts_all and (is_first or p[2] in sharded)) == is_kept]
 
+    def close(self) -> None:
+        """Remove hooks."""
+        self._gradients.close()
+
     @torch.no_grad()
     def make_or_skip(self, average: EmaUpdate | None) -> None:
         """Update weights and averages. Called by every rank after backward; waits for no device."""
