@@ -19,7 +19,9 @@ from megafusion.serve.server import listen
 def running(app: FastAPI) -> Iterator[str]:
     """The address of an application that answers in a thread."""
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http="h11", ws="none"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", http="h11", ws="none", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
