@@ -4,6 +4,8 @@ from pydantic import Field
 
 from megafusion.config import Config
 
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
 
 class ServeConfig(Config):
     """Limits of a server; a request beyond one is refused with the limit."""

@@ -11,12 +11,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megafusion.serve.answers import sse
-from megafusion.serve.config import ServeConfig
+from megafusion.serve.config import LOCAL_HOSTS, ServeConfig
 from megafusion.serve.errors import Refusal
 from megafusion.serve.metrics import Metrics
 from megafusion.serve.worker import NoSlot, Worker
 
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 ROUTES = ("/v1/chat/completions", "/v1/images/generations", "/v1/images/edits")
 CLIENT_LEFT = 499
 """Status in the metrics, as nginx's, of a request whose client left."""
@@ -75,8 +74,8 @@ class Gate:
         declared = headers.get("content-length", "0" if method in ("GET", "HEAD", "OPTIONS") else "")
         if "transfer-encoding" in headers or not declared.isdecimal():
             raise Refusal(411, "Content-Length is missing", {"connection": "close"})
-        if len(declared) > 18 or int(declared) > (most := self.config.max_body_bytes):
-            raise Refusal(413, f"body exceeds max_body_bytes {most}", {"connection": "close"})
+        if exceeds(declared, most := self.config.max_body_bytes):
+            raise too_large(most)
 
     async def _answer_in_time(self, answer: "_Answer") -> None:
         limit = self.config.timeout_seconds
@@ -90,6 +89,16 @@ class Gate:
                     await answer.refuse(Refusal(504, f"not answered within timeout_seconds {limit:g}"))
         except Refusal as refusal:
             await answer.refuse(refusal)
+
+
+def exceeds(declared: str, most: int) -> bool:
+    """Whether a declared size, in decimal digits, is larger; of very many digits, it is."""
+    return len(declared) > 18 or int(declared) > most
+
+
+def too_large(most: int) -> Refusal:
+    """The refusal of a body."""
+    return Refusal(413, f"body exceeds max_body_bytes {most}", {"connection": "close"})
 
 
 def _split(address: str) -> SplitResult:
@@ -112,10 +121,9 @@ class _Answer:
 
     async def read_body(self, most: int) -> None:
         """Read the body; of one that is too large, nothing beyond the limit. Raises Refusal."""
-        too_large = Refusal(413, f"body exceeds max_body_bytes {most}", {"connection": "close"})
         declared = Headers(scope=self.scope).get("content-length", "0")
-        if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
-            raise too_large
+        if declared.isdecimal() and exceeds(declared, most):
+            raise too_large(most)
         body, more = bytearray(), True
         while more:
             message = await self._receive()
@@ -124,7 +132,7 @@ class _Answer:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > most:
-                raise too_large
+                raise too_large(most)
         self._body = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
     async def run(self, app: ASGIApp) -> None:

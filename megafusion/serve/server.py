@@ -12,9 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from megafusion.errors import UserError
+from megafusion.serve.config import LOCAL_HOSTS
 
 API_KEYS = "MEGAFUSION_API_KEYS"
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LAST_SECONDS = 5
 """How long connections without a request, such as a page's, hold up the end."""
 

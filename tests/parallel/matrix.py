@@ -156,15 +156,7 @@ LORA_TOPOLOGIES = FROZEN_TOPOLOGIES | {
 }
 
 
-QUANTIZED = {
-    "tp2": TOPOLOGIES["tp2"],
-    "tp2-sp": TOPOLOGIES["tp2-sp"],
-    "pp2": TOPOLOGIES["pp2"],
-    "ulysses2": TOPOLOGIES["ulysses2"],
-    "dp2-zero1": (2, {"zero_stage": 1}),
-    "dp2-zero3": (2, {"zero_stage": 3}),
-    "tp2-pp2": TOPOLOGIES["tp2-pp2"],
-}
+QUANTIZED = {"tp2": TOPOLOGIES["tp2"], **RECIPES}
 """Topologies of the quantized baseline, with norms of queries and keys and behind sublayers."""
 
 
