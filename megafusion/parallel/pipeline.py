@@ -71,7 +71,9 @@ class Stage(nn.Module):
             x_BSD = block(x_BSD, context)
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        return self._end(self.tail, x_BSD, slots_3BN, skips)
+        # From the batch, where they are on the host; from the previous stage, on the device.
+        image_size_BN = slots_3BN[2] if self.stem is None else Inputs(*inputs).image_size
+        return self._end(self.tail, x_BSD, slots_3BN, skips, image_size_BN)
 
     @property
     def head(self) -> LanguageHead:
@@ -93,17 +95,20 @@ class Stage(nn.Module):
             x_BSD = self.region.reduce_or_scatter(x_BSD)
         rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end, inputs.patch_index])
         # The bits of t: exact, and no second float tensor.
-        slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
+        image_size_BN = inputs.image_size.to(inputs.image_start, non_blocking=True)
+        slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), image_size_BN])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
-    def _end(self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips) -> tuple[Tensor, Tensor]:
-        image_start, t_bits, image_size = slots_3BN
+    def _end(
+        self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips, image_size_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        image_start, t_bits, _ = slots_3BN
         hidden_BSD = tail(x_BSD)
         if self.region is not None:
             hidden_BSD = self.region.gather_or_copy(hidden_BSD)
         hidden_BSD = self.sequence_shard.all_gather(hidden_BSD)
         timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
-        images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
+        images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size_BN)
         return hidden_BSD, images
 
     def _unpack(self, floats: Tensor) -> tuple[Tensor, Skips]:
