@@ -150,6 +150,8 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
     if differing := [f"model.{key} {b} instead of {a}" for key, (a, b) in fixed.items() if a != b]:
         raise UserError(f"{', '.join(differing)}, which {path} was trained with; use its model keys")
     wanted, stored = weight_shapes(config), origin.source.shapes()
+    # The projection of objective.alignment serves a run's training alone.
+    stored = {name: n for name, n in stored.items() if name in wanted or not name.startswith("alignment.")}
     if (rows := stored.get(EMBEDDING, [tokenizer.num_text_ids])[0]) < tokenizer.num_text_ids:
         raise UserError(
             f"train.init_from {path}: {rows} token ids, but its tokenizer {tokenizer.path} has "

@@ -6,6 +6,7 @@ import megafusion.device  # noqa: F401 - before deepspeed
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megafusion.config import parse_config
@@ -51,7 +52,15 @@ class Batches:
         self.config, self.mesh, self.number = configs[0], mesh, 0
 
     def next(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the next global batch."""
+        """This rank's micro-batches of the next global batch, with latents as features if these are read."""
+        batches = self._next()
+        if self.config.objective.alignment:
+            for batch in batches:
+                patches = F.unfold(batch.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
+                batch.features = patches.unflatten(0, batch.t.shape)
+        return batches
+
+    def _next(self) -> list[PackedBatch]:
         self.number += 1
         mixed, text, images = self.streams
         match self.number % 5:
