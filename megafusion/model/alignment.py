@@ -8,6 +8,8 @@ from megafusion.objective.config import AlignmentConfig
 
 PROJECTION_SIZE = 2048
 """Size of the projection's hidden layers, as in REPA."""
+ALIGNMENT = "alignment."
+"""Beginning of the names of the projection's weights."""
 
 
 class Alignment(nn.Module):

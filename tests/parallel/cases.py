@@ -43,7 +43,10 @@ class Batches:
     """
 
     def __init__(self, values: dict, mesh: Mesh):
-        data = values["data"]
+        data, objective = values["data"], values.get("objective", {})
+        self.has_features = "alignment" in objective
+        # No vision model is loaded: see `next`.
+        values = {**values, "objective": {k: v for k, v in objective.items() if k != "alignment"}}
         text = {**data, "sources": {"text": data["sources"]["text"]}}
         images = {**data, "sources": {"pairs": data["sources"]["pairs"]}}
         images |= {"caption_first": 1.0, "caption_dropout": 1.0}
@@ -54,7 +57,7 @@ class Batches:
     def next(self) -> list[PackedBatch]:
         """This rank's micro-batches of the next global batch, with latents as features if these are read."""
         batches = self._next()
-        if self.config.objective.alignment:
+        if self.has_features:
             for batch in batches:
                 patches = F.unfold(batch.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
                 batch.features = patches.unflatten(0, batch.t.shape)

@@ -126,6 +126,7 @@ def test_a_run_aligns_resumes_and_publishes_no_projection(aligned, tmp_path):
     # A run without it may start from one with it; with it, its projection is new.
     aligned["train"] = aligned["train"] | {"init_from": str(run), "num_steps": 1}
     start(aligned | {"objective": {}}, out=str(tmp_path / "without"))
+    start(aligned, out=str(tmp_path / "with"))
 
 
 def _run(values: dict) -> None:
