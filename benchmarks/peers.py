@@ -93,7 +93,8 @@ class Size(NamedTuple):
             "train.micro_batch_size": self.num_rows,
             "train.precision": "bf16" if on_gpu else "fp32",
             "train.compile": self.is_compiled,
-            "parallel.zero_stage": 1 if on_gpu else 0,  # one rank has nothing to shard; bf16's update is ZeRO 1's
+            # One rank has nothing to shard, but bf16's update is ZeRO 1's.
+            "parallel.zero_stage": 1 if on_gpu else 0,
             "optimizer.gradient_clip": CLIP,
             "samples.every": 0,
         }
