@@ -195,6 +195,8 @@ def make_cases() -> list[Case]:
     for weights, names in MODALITY_WEIGHTS.items():
         recipe = {"model": {"modality_weights": weights}}
         cases += [Case(f"{name}-modality-{weights}", *RECIPES[name], recipe=recipe) for name in names]
+    causal = {"model": {"image_attention": "causal"}}
+    cases += [Case(f"{name}-causal", *RECIPES[name], recipe=causal) for name in ("tp2-sp", "pp2")]
     for name, (world, degrees) in FROZEN_TOPOLOGIES.items():
         cases.append(Case(f"{name}-frozen", world, degrees, recipe={"train": {"freeze": FROZEN}}))
     for stage in (1, 2, 3):
