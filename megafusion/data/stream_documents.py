@@ -45,7 +45,9 @@ class StreamDocuments:
         generator = self._kept[key][1]
         if generator:
             manifest = self._sources[key.source].folder.manifest
-            document = sample_noise(document, manifest, self._shape, self._noise_process, generator)
+            document = sample_noise(
+                document, manifest, self._config, self._shape, self._noise_process, generator
+            )
             self._kept[key] = document, None
         return document
 

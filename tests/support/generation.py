@@ -7,6 +7,7 @@ from megafusion.generate.folder import PipelineConfig
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.row import Request
+from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
@@ -48,7 +49,8 @@ def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
     timesteps = model.objective.noise_process.timesteps(batch.t)
     x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
-    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype, batch.patch_index >= 0)
+    positions = rope_positions(model.config, batch.positions, batch.patch_index, batch.image_size)
+    context = block_context(model.config, batch.intervals(), positions, x.dtype, batch.patch_index >= 0)
     for block in model.blocks:
         x = block(x, context)
     return model.tail(x), skips
