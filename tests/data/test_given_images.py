@@ -77,7 +77,8 @@ def times_of(folder, given: list[int], num: int, **changes) -> list[list[float]]
     )
     found = []
     for row in (row for _ in range(8) for row in rows.next()):
-        starts = row.row_start[0][row.image_start[0].clamp(min=0)]
+        at = row.image_start[0].clamp(min=0)
+        starts = at - row.positions[0][at]
         for start in starts[row.has_loss[0]].unique():
             found.append(row.t[0][row.has_loss[0] & (starts == start)].tolist())
     return found
