@@ -133,7 +133,10 @@ class Decoder:
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
         dtype = self.model.tail.head.weight.dtype
         patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW.to(dtype), timesteps_B)
-        end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
+        num = patches_BPD.shape[1]
+        end = torch.full(patches_BPD.shape[:2], num, device=latents_BCHW.device)
+        if self.model.config.image_attention == "causal":
+            end = torch.arange(1, num + 1, device=end.device).expand_as(end)
         grid = self._grid(latents_BCHW)
         index_BP = torch.arange(end.shape[1], device=end.device).expand_as(end)
         size_B1 = torch.full_like(end[:, :1], self.model.config.grids.index(grid))

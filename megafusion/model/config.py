@@ -133,6 +133,9 @@ class ModelConfig(Config):
     modality_weights: Literal["none", "feed_forward", "all"] = "none"
     """Weights of their own for image patches (mixture of transformers, arXiv 2411.04996): none; of norm and
     feed-forward; or of attention's projections and all norms too. A step costs the same FLOPs."""
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether a patch sees its whole image, or what is before it alone, as text does: the paper's ablation.
+    Codes see what is before them in any case."""
     attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
     CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest supported."""

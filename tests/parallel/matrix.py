@@ -198,6 +198,8 @@ def make_cases() -> list[Case]:
     for weights, names in MODALITY_WEIGHTS.items():
         recipe = {"model": {"modality_weights": weights}}
         cases += [Case(f"{name}-modality-{weights}", *RECIPES[name], recipe=recipe) for name in names]
+    causal = {"model": {"image_attention": "causal"}}
+    cases += [Case(f"{name}-causal", *RECIPES[name], recipe=causal) for name in ("tp2-sp", "pp2")]
     for adapter, names in IMAGE_ROPE.items():
         recipe = {"model": {"image_rope": "2d"}}
         kind = adapter.removeprefix("-") or "linear"

@@ -65,6 +65,7 @@ FULL = [
     "tp2-lora",
     "tp2-pp2-lora",
     "ulysses2-tp2-sp-lora",
+    "pp2-causal",
     "tp2-quantized",
     "pp2-quantized",
     "ulysses2-quantized",

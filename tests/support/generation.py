@@ -38,7 +38,8 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
 def prompt_batch(pipeline, segments_of_rows):
     """A batch of one document per row, and their lengths without eos."""
     model = pipeline.config.model
-    documents = [flat_document(s, pipeline.tokenizer, model.patches) for s in segments_of_rows]
+    causal = model.image_attention == "causal"
+    documents = [flat_document(s, pipeline.tokenizer, model.patches, causal) for s in segments_of_rows]
     length = max(map(len, documents))
     shape = SequenceShape(length, 3, model.patches, model.latent_channels, model.latent_sizes)
     return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
