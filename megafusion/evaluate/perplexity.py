@@ -105,9 +105,14 @@ def text_nats(model: Transfusion, documents: Sequence[FlatDocument]) -> tuple[Te
     context = block_context(model.config, intervals, positions_BS.int().to(device), x_BSD.dtype, is_patch)
     for block in model.blocks:
         x_BSD = block(x_BSD, context)
-    logits_BSV = model.tail.head(model.tail(x_BSD)).float()
-    labels_BS = labels_BS.to(device)
-    nats = F.cross_entropy(
-        logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    hidden_BSD, labels_BS = model.tail(x_BSD), labels_BS.to(device)
+    # A row at a time, because logits are the largest tensor.
+    nats_BS = torch.stack(
+        [
+            F.cross_entropy(
+                model.tail.head(hidden_SD).float(), labels_S, ignore_index=IGNORED_LABEL, reduction="none"
+            )
+            for hidden_SD, labels_S in zip(hidden_BSD, labels_BS, strict=True)
+        ]
     )
-    return nats.double().view_as(labels_BS).cpu(), (labels_BS != IGNORED_LABEL).cpu()
+    return nats_BS.double().cpu(), (labels_BS != IGNORED_LABEL).cpu()

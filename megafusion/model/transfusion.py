@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megafusion.model.adapters import Skips, adapter_module
 from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
+from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import Block, block_context
 from megafusion.model.weights import Replicated, declare
 from megafusion.model.wrapper import canonical_name
@@ -111,8 +112,9 @@ class Transfusion(nn.Module):
         noised = self.objective.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
         timesteps = self.objective.noise_process.timesteps(inputs.t)
         x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
+        positions = rope_positions(self.config, inputs.positions, inputs.patch_index, inputs.image_size)
         is_patch = inputs.patch_index >= 0
-        context = block_context(self.config, batch.intervals(), inputs.positions, x_BSD.dtype, is_patch)
+        context = block_context(self.config, batch.intervals(), positions, x_BSD.dtype, is_patch)
         for block in self.blocks:
             x_BSD = block(x_BSD, context)
         hidden_BSD = self.tail(x_BSD)

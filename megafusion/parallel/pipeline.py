@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips
+from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Stem, Tail, Transfusion
 from megafusion.model.wrapper import canonical_name
@@ -64,6 +65,7 @@ class Stage(nn.Module):
         rows_4BS, slots_3BN = self._unpack_integers(integers)
         positions, row_start, row_end, patch_index = rows_4BS
         intervals = Intervals(row_start, row_end, self.shape.length)
+        positions = rope_positions(self.config, positions, patch_index, slots_3BN[2])
         positions, is_patch = map(self.sequence_shard.shard, (positions, patch_index >= 0))
         is_patch_residual = self.region.shard(is_patch) if self.region else is_patch
         context = block_context(self.config, intervals, positions, x_BSD.dtype, is_patch, is_patch_residual)

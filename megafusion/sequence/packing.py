@@ -24,6 +24,7 @@ class SequenceShape:
     An image of size n has patches[n] patches, and latents [C, h, w] where h x w is sizes[n]. Images of codes
     have no latents (C is 0), and take no slot: N is then the most images of a row.
     pixels_per_latent: along a side, where images come as pixels; 0 where they come as latents.
+    causal_images: see `flatten`.
     """
 
     length: int
@@ -32,6 +33,7 @@ class SequenceShape:
     latent_channels: int
     sizes: tuple[Size, ...]
     pixels_per_latent: int = 0
+    causal_images: bool = False
 
     @cached_property
     def image_sizes(self) -> tuple[Size, ...]:

@@ -160,4 +160,5 @@ class RunConfig(Config):
             model.patches,
             model.latent_channels,
             model.latent_sizes,
+            causal_images=model.image_attention == "causal",
         )

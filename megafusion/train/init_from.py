@@ -34,7 +34,7 @@ FIXED = {
     "post_norm": "post_norm",
 }
 """Model keys that decide what weights compute and show in no shape, with the attribute of each."""
-CHANGEABLE = ("rope_theta", "rope_scaling", "image_sizes")
+CHANGEABLE = ("rope_theta", "rope_scaling", "image_rope", "image_attention", "image_sizes")
 """The same, where a change is part of a recipe: for longer rows or other images."""
 
 

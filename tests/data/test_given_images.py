@@ -70,6 +70,36 @@ def test_the_other_samples_are_those_of_a_document_without_given_images(tmp_path
     assert torch.equal(given.noise[given.has_loss], plain.noise[given.has_loss])
 
 
+def times_of(folder, given: list[int], num: int, **changes) -> list[list[float]]:
+    """Times by document, in order of a stream, of the images that are denoised."""
+    rows = rows_of(
+        folder, [triple(n, {GIVEN: given}) for n in range(1, num)], packing_buffer_size=1, **changes
+    )
+    found = []
+    for row in (row for _ in range(8) for row in rows.next()):
+        starts = row.row_start[0][row.image_start[0].clamp(min=0)]
+        for start in starts[row.has_loss[0]].unique():
+            found.append(row.t[0][row.has_loss[0] & (starts == start)].tolist())
+    return found
+
+
+def test_a_document_may_have_one_time_and_by_default_each_image_its_own(tmp_path):
+    """Without a limit of t; with one, the first image, which no text precedes, has as far to its limit."""
+    own = times_of(tmp_path / "edits", [], 20, image_first_max_t=1.0)
+    shared, again = (
+        times_of(tmp_path / "edits", [], 20, image_first_max_t=1.0, t_per="document") for _ in range(2)
+    )
+    pairs = [times for times in shared if len(times) == 2]
+    assert len(pairs) > 10
+    assert all(one == other for one, other in pairs)
+    assert len({one for one, _ in pairs}) > 10
+    assert not any(times[0] == times[1] for times in own if len(times) == 2)
+    assert shared == again
+    limited = times_of(tmp_path / "edits", [], 20, image_first_max_t=0.5, t_per="document")
+    for one, other in [times for times in limited if len(times) == 2]:
+        assert one == pytest.approx(other / 2, abs=2e-3)
+
+
 @pytest.mark.parametrize("given", [[2], [-1], [True], ["0"], {"0": 1}, 0, None])
 def test_what_is_no_list_of_its_images_is_refused(tmp_path, given):
     with pytest.raises(BadDocument, match="'given' is not a list of indices of its images"):
