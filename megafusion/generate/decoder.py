@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megafusion.generate.cache import KVCache
+from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
@@ -69,7 +70,7 @@ class Decoder:
         x_BSD, _ = self.model.stem(
             batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
         )
-        hidden_BSD = self._forward(cache, x_BSD, row_end, batch.patch_index >= 0)
+        hidden_BSD = self._forward(cache, x_BSD, row_end, batch.patch_index, batch.image_size)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
         return self.model.tail.head(hidden_BSD.gather(1, last))[:, 0]
@@ -82,7 +83,7 @@ class Decoder:
         """
         counts = torch.ones_like(tokens_B) if is_read_B is None else is_read_B.to(tokens_B.dtype)
         x_BSD = self.model.stem.embedding(tokens_B[:, None])
-        hidden_BSD = self._forward(cache, x_BSD, counts[:, None], counts[:, None] < 0)
+        hidden_BSD = self._forward(cache, x_BSD, counts[:, None], -torch.ones_like(tokens_B)[:, None])
         cache.advance(counts)
         return self.model.tail.head(hidden_BSD)[:, 0]
 
@@ -132,9 +133,14 @@ class Decoder:
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
         dtype = self.model.tail.head.weight.dtype
         patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW.to(dtype), timesteps_B)
-        end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
-        hidden_BPD = self._forward(cache, patches_BPD, end, end > 0)
+        num = patches_BPD.shape[1]
+        end = torch.full(patches_BPD.shape[:2], num, device=latents_BCHW.device)
+        if self.model.config.image_attention == "causal":
+            end = torch.arange(1, num + 1, device=end.device).expand_as(end)
         grid = self._grid(latents_BCHW)
+        index_BP = torch.arange(end.shape[1], device=end.device).expand_as(end)
+        size_B1 = torch.full_like(end[:, :1], self.model.config.grids.index(grid))
+        hidden_BPD = self._forward(cache, patches_BPD, end, index_BP, size_B1)
         return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, grid).float()
 
     def _grid(self, latents_BCHW: Tensor) -> tuple[int, int]:
@@ -142,9 +148,20 @@ class Decoder:
         height, width = latents_BCHW.shape[2:]
         return height // self.model.config.patch_size, width // self.model.config.patch_size
 
-    def _forward(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor, is_patch_BS: Tensor) -> Tensor:
+    def _forward(
+        self,
+        cache: KVCache,
+        x_BSD: Tensor,
+        row_end_BS: Tensor,
+        patch_index_BS: Tensor,
+        image_size_BN: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of new positions; without sizes of images they are text."""
+        config = self.model.config
         positions, intervals = cache.allocate(row_end_BS)
-        context = block_context(self.model.config, intervals, positions, x_BSD.dtype, is_patch_BS)
+        if image_size_BN is not None:
+            positions = rope_positions(config, positions, patch_index_BS, image_size_BN)
+        context = block_context(config, intervals, positions, x_BSD.dtype, patch_index_BS >= 0)
         for block, layer in zip(self.model.blocks, cache.layers, strict=True):
             x_BSD = block(x_BSD, context, layer)
         return self.model.tail(x_BSD)

@@ -144,11 +144,11 @@ def test_a_row_holds_each_image_at_the_top_left():
 LAYOUTS = st.lists(st.lists(st.integers(-3, 4).filter(bool), min_size=1, max_size=3), min_size=2, max_size=4)
 
 
-@pytest.mark.parametrize("adapter", ["linear", "unet"])
+@pytest.mark.parametrize("changes", [{}, {"adapter": "unet"}, {"image_rope": "2d"}])
 @given(layout=LAYOUTS.filter(lambda documents: any(part < 0 for d in documents for part in d)))
 @settings(max_examples=12)
-def test_a_packed_row_equals_its_documents_one_by_one(adapter, layout):
-    net = model(adapter)
+def test_a_packed_row_equals_its_documents_one_by_one(changes, layout):
+    net = model(**{"adapter": "linear"} | changes)
     documents = [document(parts, seed) for seed, parts in enumerate(layout)]
     # The last image ends with the row, where the largest size would not fit.
     packed = collate([pack_row(documents, shape(sum(map(len, documents)), 12))])
@@ -204,11 +204,11 @@ def test_merge_inverts_split(sizes):
     assert torch.equal(groups.merge(split), index)
 
 
-@pytest.mark.parametrize("adapter", ["linear", "unet"])
-def test_a_step_groups_images_without_reading_from_the_device(adapter):
+@pytest.mark.parametrize(("adapter", "rope"), [("linear", "2d"), ("unet", "1d")])
+def test_a_step_groups_images_without_reading_from_the_device(adapter, rope):
     """Tensors of the meta device have no values: reading one raises."""
     batch = collate([pack_row([document([-1, -2, 3, -1], 0)], shape(60, 4))]).to("meta")
-    losses, gradients = losses_and_gradients(model(adapter).to("meta"), batch)
+    losses, gradients = losses_and_gradients(model(adapter, image_rope=rope).to("meta"), batch)
     assert losses.is_meta
     assert all(gradient.is_meta for gradient in gradients.values())
 
