@@ -14,7 +14,7 @@ from megafusion.sweep.members import Member
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 
 RESULTS, TABLE = "sweep.json", "sweep.md"
-TRAINING = ("text_loss", "image_loss", "seconds", "validation_loss")
+TRAINING = ("text_loss", "image_loss", "seconds", "flops", "validation_loss")
 """Figures of the last line of a run's metrics."""
 
 
