@@ -63,8 +63,8 @@ class Stage(nn.Module):
             floats, integers = inputs
             x_BSD, skips = self._unpack(floats)
         rows_4BS, slots_3BN = self._unpack_integers(integers)
-        positions, row_start, row_end, patch_index = rows_4BS
-        intervals = Intervals(row_start, row_end, self.shape.length)
+        positions, row_end, last_query, patch_index = rows_4BS
+        intervals = Intervals(row_end, last_query, self.shape.length)
         positions = rope_positions(self.config, positions, patch_index, slots_3BN[2])
         positions, is_patch = map(self.sequence_shard.shard, (positions, patch_index >= 0))
         is_patch_residual = self.region.shard(is_patch) if self.region else is_patch
@@ -93,7 +93,7 @@ class Stage(nn.Module):
         x_BSD = self.sequence_shard.reduce_scatter(x_BSD)
         if self.region is not None:
             x_BSD = self.region.reduce_or_scatter(x_BSD)
-        rows = torch.stack([inputs.positions, inputs.row_start, inputs.row_end, inputs.patch_index])
+        rows = torch.stack([inputs.positions, inputs.row_end, inputs.last_query, inputs.patch_index])
         # The bits of t: exact, and no second float tensor.
         slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips

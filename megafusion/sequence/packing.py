@@ -43,7 +43,7 @@ class SequenceShape:
 
 
 Inputs = namedtuple(
-    "Inputs", "tokens patch_index positions row_start row_end latents noise t image_start image_size"
+    "Inputs", "tokens patch_index positions row_end last_query latents noise t image_start image_size"
 )
 """The fields of a PackedBatch that the model reads."""
 Targets = namedtuple(
@@ -58,7 +58,7 @@ class PackedBatch:
 
     tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where there is no text loss;
     positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: index of the position's
-    patch among the row's N x P, -1 for text; row_start, row_end int32 [B, S]: the mask;
+    patch among the row's N x P, -1 for text; row_end, last_query int32 [B, S]: the mask;
     latents, noise float32 [B, N, C, H, W], zeros in unused slots;
     t float32 [B, N]: each image's time in the noise process, in [0, 1);
     image_start int32 [B, N]: position of each image's first patch, -1 for an unused slot;
@@ -74,8 +74,8 @@ class PackedBatch:
     labels: Tensor
     positions: Tensor
     patch_index: Tensor
-    row_start: Tensor
     row_end: Tensor
+    last_query: Tensor
     latents: Tensor
     noise: Tensor
     t: Tensor
@@ -104,7 +104,7 @@ class PackedBatch:
 
     def intervals(self) -> Intervals:
         """The mask of this batch, to be made once and handed to every layer."""
-        return Intervals(self.row_start, self.row_end, self.tokens.shape[1])
+        return Intervals(self.row_end, self.last_query, self.tokens.shape[1])
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         return PackedBatch(**{n: tensor.to(device, non_blocking=True) for n, tensor in vars(self).items()})
@@ -119,7 +119,9 @@ class PackedBatch:
 
     def work(self) -> Tensor:
         """int64 [2]: text targets, and pairs of a query and a key that it sees, in these rows alone."""
-        return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.row_end - self.row_start).sum()])
+        # The queries of key j begin behind all i whose row_end is at most j; there are S - row_end(i) such j.
+        num_pairs = (self.last_query + self.row_end - self.row_end.shape[1]).sum()
+        return torch.stack([(self.labels != IGNORED_LABEL).sum(), num_pairs])
 
 
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
@@ -135,8 +137,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         "labels": np.full(length, IGNORED_LABEL, np.int64),
         "positions": np.zeros(length, np.int32),
         "patch_index": np.full(length, -1, np.int32),
-        "row_start": own.copy(),
         "row_end": own + 1,
+        "last_query": own + 1,
         "latents": np.zeros((slots, *latents), np.float32),
         "noise": np.zeros((slots, *latents), np.float32),
         "t": np.zeros(slots, np.float32),
@@ -156,8 +158,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         row["positions"][here] = own[: len(document)]
         patch = document.patch
         row["patch_index"][here] = np.where(patch < 0, -1, patch + slot * max_patches)
-        row["row_start"][here] = start
         row["row_end"][here] = document.row_end + start
+        row["last_query"][here] = here.stop
         for image, image_start in zip(document.images, document.image_start, strict=True):
             if image.kind == "codes":
                 continue
