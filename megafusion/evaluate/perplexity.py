@@ -98,8 +98,8 @@ def text_nats(model: Transfusion, documents: Sequence[FlatDocument]) -> tuple[Te
         tokens_BS[row, : len(document)] = torch.from_numpy(document.tokens)
         labels_BS[row, : len(document)] = torch.from_numpy(document.labels)
     # Padding sees itself alone.
-    row_start = torch.where(positions_BS < num, 0, positions_BS).int().to(device)
-    intervals = Intervals(row_start, (positions_BS + 1).int().to(device), length)
+    last_query = torch.where(positions_BS < num, num, positions_BS + 1).int().to(device)
+    intervals = Intervals((positions_BS + 1).int().to(device), last_query, length)
     x_BSD = model.stem.embedding(tokens_BS.to(device))
     is_patch = torch.zeros(x_BSD.shape[:2], dtype=torch.bool, device=device)
     context = block_context(model.config, intervals, positions_BS.int().to(device), x_BSD.dtype, is_patch)

@@ -64,7 +64,7 @@ def test_the_other_samples_are_those_of_a_document_without_given_images(tmp_path
     ]
     given, plain = (collate(stream.next()) for stream in streams)
     assert plain.has_loss.equal(plain.image_start >= 0)
-    for field in ("tokens", "labels", "row_start", "row_end", "positions", "latents", "image_start"):
+    for field in ("tokens", "labels", "row_end", "last_query", "positions", "latents", "image_start"):
         assert torch.equal(getattr(given, field), getattr(plain, field)), field
     assert torch.equal(given.t[given.has_loss], plain.t[given.has_loss])
     assert torch.equal(given.noise[given.has_loss], plain.noise[given.has_loss])
@@ -77,7 +77,8 @@ def times_of(folder, given: list[int], num: int, **changes) -> list[list[float]]
     )
     found = []
     for row in (row for _ in range(8) for row in rows.next()):
-        starts = row.row_start[0][row.image_start[0].clamp(min=0)]
+        at = row.image_start[0].clamp(min=0)
+        starts = at - row.positions[0][at]
         for start in starts[row.has_loss[0]].unique():
             found.append(row.t[0][row.has_loss[0] & (starts == start)].tolist())
     return found
@@ -114,7 +115,7 @@ def test_an_edit_is_not_cut_to_fill_a_row(tmp_path, metadata, is_cut):
     for row in (row for _ in range(10) for row in stream.next()):
         starts, value = row.image_start[0], row.latents.flatten(2).mean(2)[0]
         for target in starts[(starts >= 0) & (value < 0)].tolist():
-            document = row.row_start[0, target].item()
+            document = target - row.positions[0, target].item()
             parted += not any(document <= start < target for start in starts.tolist())
     assert (parted > 0) == is_cut
 

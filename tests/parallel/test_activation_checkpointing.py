@@ -28,7 +28,7 @@ def gradients(block: nn.Module, config: ModelConfig) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x_BSD = torch.randn(ROWS, LENGTH, WIDTH, generator=generator, requires_grad=True)
     end = torch.arange(1, LENGTH + 1, dtype=torch.int32).expand(ROWS, -1)
-    context = block_context(config, Intervals(end * 0, end, LENGTH), end - 1, x_BSD.dtype, end % 2 == 0)
+    context = block_context(config, Intervals(end, None, LENGTH), end - 1, x_BSD.dtype, end % 2 == 0)
     return list(torch.autograd.grad(block(x_BSD, context).square().sum(), [x_BSD, *block.parameters()]))
 
 

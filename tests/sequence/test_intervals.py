@@ -64,12 +64,13 @@ def check(documents, num_patches, padding, causal):
     intervals = batch.intervals()
     expected = mask_by_definition(documents, num_patches, padding, causal)
     assert torch.equal(intervals.dense_mask[0, 0], expected)
-    prepared = prepare(intervals.row_start, intervals.row_end)
-    first, last = prepared.first_row, prepared.last_row
-    row = torch.arange(length)[:, None]
-    assert torch.equal((row >= first) & (row < last), expected)
-    for bound in (batch.row_start[0], batch.row_end[0]):
-        assert (bound.diff() >= 0).all()
+    prepared = prepare(intervals.row_end, intervals.last_query, check=True)
+    at = torch.arange(length)
+    by_keys = (at[:, None] >= prepared.first_query[0]) & (at[:, None] < prepared.last_query[0])
+    by_rows = (at >= prepared.row_start[0, :, None]) & (at < prepared.row_end[0, :, None])
+    assert torch.equal(by_keys, expected)
+    assert torch.equal(by_rows, expected)
+    assert batch.work()[1] == expected.sum()
 
 
 def test_dense_mask_equals_the_definition_on_1000_random_layouts():
@@ -95,7 +96,6 @@ def test_dense_mask_equals_the_definition(documents, num_patches, padding, causa
 
 
 def test_fully_masked_queries_are_marked():
-    start = torch.tensor([[0, 1, 2]], dtype=torch.int32)
-    intervals = Intervals(start, torch.tensor([[1, 1, 3]], dtype=torch.int32), 3)
+    intervals = Intervals(torch.tensor([[1, 0, 3]], dtype=torch.int32), None, 3)
     assert intervals.not_empty.tolist() == [[True, False, True]]
     assert not intervals.dense_mask[0, 0, 1].any()
