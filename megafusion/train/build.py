@@ -99,6 +99,10 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
+    if config.parallel.async_tensor and not torch.cuda.is_available():
+        raise UserError(
+            "parallel.async_tensor needs GPUs that read each other's memory (NVLink); set it to false"
+        )
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     check_backend(config.model.attention, config.model.head_size, dtype, training=True)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
