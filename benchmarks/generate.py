@@ -214,9 +214,9 @@ def first_event(pipeline, batch: int, kind: type, begin="image", **options) -> f
     """Seconds from a request to its first event of a kind."""
     start = time.perf_counter()
     images = 1 if begin == "image" else 0
-    request = Request([SAMPLES], pipeline.config.sampling, begin=begin, max_images=images)
+    request = Request([SAMPLES], pipeline.config.sampling, begin=begin, max_images=images, **options)
     parts = pipeline.model, pipeline.tokenizer, pipeline.codec
-    next(event for event in Generation(*parts, [request] * batch, **options) if isinstance(event, kind))
+    next(event for event in Generation(*parts, [request] * batch) if isinstance(event, kind))
     return time.perf_counter() - start
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megafusion.generate.cache import KVCache
-from megafusion.model.transformer import block_context
+from megafusion.model.transformer import BlockContext, block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.sampler import apply_guidance, rescale_guidance
@@ -108,10 +108,14 @@ class Decoder:
         everything, latents = cache, noise_BCHW
         for guide in guides:
             everything = everything.concatenate(guide.cache)
+        # A row's image stays where it is: the mask and the rotary angles are the same in every step.
+        alone = self._image_context(cache, latents)
+        together = self._image_context(everything, latents) if guides else alone
         for index, (timestep, t) in enumerate(zip(sampler.timesteps, sampler.times.tolist(), strict=True)):
             is_guided = bool(guides) and first <= t <= last
             copies = [latents] * (1 + len(guides) if is_guided else 1)
-            predictions = self._predict(everything if is_guided else cache, torch.cat(copies), timestep)
+            where = (everything, together) if is_guided else (cache, alone)
+            predictions = self._predict(*where, torch.cat(copies), timestep)
             conditional, *others = predictions.chunk(len(copies))
             prediction = conditional
             for guide, other in zip(guides, others, strict=False):
@@ -124,16 +128,23 @@ class Decoder:
             yield state
             latents = state.latents
         # Later tokens must attend to the clean image: its keys and values replace those of the noised one.
-        self._predict(cache, latents, process.timesteps(torch.zeros(())))
+        self._predict(cache, alone, latents, process.timesteps(torch.zeros(())))
         cache.advance(torch.full_like(cache.lengths, math.prod(self._grid(latents))))
 
-    def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
+    def _image_context(self, cache: KVCache, latents: Tensor) -> BlockContext:
+        """The context of passes over an image after each row, for which it allocates slots."""
+        num_patches = math.prod(self._grid(latents))
+        end = torch.full((len(cache.lengths), num_patches), num_patches, device=latents.device)
+        return self._context(cache, end, end > 0, self.model.tail.head.weight.dtype)
+
+    def _predict(
+        self, cache: KVCache, context: BlockContext, latents_BCHW: Tensor, timestep: Tensor
+    ) -> Tensor:
         """The model's prediction, float32 [B, C, H, W], for noised latents after each row."""
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
         dtype = self.model.tail.head.weight.dtype
         patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW.to(dtype), timesteps_B)
-        end = torch.full(patches_BPD.shape[:2], patches_BPD.shape[1], device=latents_BCHW.device)
-        hidden_BPD = self._forward(cache, patches_BPD, end, end > 0)
+        hidden_BPD = self._run(cache, patches_BPD, context)
         grid = self._grid(latents_BCHW)
         return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, grid).float()
 
@@ -143,8 +154,15 @@ class Decoder:
         return height // self.model.config.patch_size, width // self.model.config.patch_size
 
     def _forward(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor, is_patch_BS: Tensor) -> Tensor:
+        return self._run(cache, x_BSD, self._context(cache, row_end_BS, is_patch_BS, x_BSD.dtype))
+
+    def _context(
+        self, cache: KVCache, row_end_BS: Tensor, is_patch_BS: Tensor, dtype: torch.dtype
+    ) -> BlockContext:
         positions, intervals = cache.allocate(row_end_BS)
-        context = block_context(self.model.config, intervals, positions, x_BSD.dtype, is_patch_BS)
+        return block_context(self.model.config, intervals, positions, dtype, is_patch_BS)
+
+    def _run(self, cache: KVCache, x_BSD: Tensor, context: BlockContext) -> Tensor:
         for block, layer in zip(self.model.blocks, cache.layers, strict=True):
             x_BSD = block(x_BSD, context, layer)
         return self.model.tail(x_BSD)

@@ -85,5 +85,6 @@ def _encode_preview(image: Image.Image) -> bytes:
     small = image.copy()
     small.thumbnail((MAX_PREVIEW_SIDE, MAX_PREVIEW_SIDE))
     buffer = io.BytesIO()
-    small.convert("RGB").save(buffer, "JPEG", quality=90)
+    # Images are small and shown large: at half resolution their colors would bleed.
+    small.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
