@@ -77,9 +77,11 @@ def test_a_cached_denoising_pass_equals_the_training_layout(pipeline):
     cache = decoder.new_cache(1, 40)
     decoder.read_prompts(cache, prefix, lengths)
     decoder.read_tokens(cache, torch.tensor([pipeline.tokenizer.boi]))
+    latents = torch.from_numpy(noised.latents)[None]
+    context = decoder._image_context(cache, latents)
     for _ in range(2):  # a second pass does not attend to the first
         with torch.no_grad():
-            found = decoder._predict(cache, torch.from_numpy(noised.latents)[None], torch.tensor(400))[0]
+            found = decoder._predict(cache, context, latents, torch.tensor(400))[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

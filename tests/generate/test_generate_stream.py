@@ -83,8 +83,9 @@ def test_latents_alone_are_those_among_eight_others_within_rounding(pipeline):
 
     together, other = latents(range(9)), latents([4, 8, 1, 0, 7, 2, 6, 3, 5])
     for row in range(9):
-        np.testing.assert_allclose(other[row], together[row], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(latents([row])[row], together[row], rtol=1e-4, atol=1e-4)
+        most = 1e-4 * max(1, np.abs(together[row]).max())  # random models draw large ones
+        np.testing.assert_allclose(other[row], together[row], rtol=0, atol=most)
+        np.testing.assert_allclose(latents([row])[row], together[row], rtol=0, atol=most)
 
 
 def test_answers_do_not_depend_on_the_slots_that_a_cache_begins_with(pipeline, monkeypatch):
