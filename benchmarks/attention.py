@@ -159,7 +159,7 @@ def measure_case(
             spent = milliseconds(call, plan.device, before)
             if number >= 2 or plan.rounds == 1:
                 times[key].append(spent)
-    visible = visible_pairs(inputs.row_start, inputs.row_end)
+    visible = visible_pairs(inputs.row_end, inputs.last_query)
     rows = []
     for (backend, direction), spent in times.items():
         ms = statistics.median(spent)
@@ -184,19 +184,19 @@ def measure_case(
 def measure_prepare(plan: Plan) -> list[dict]:
     """Time and memory of preparing the mask for each backend, once a batch."""
     batch, seq = plan.prepare_size
-    start, end = (x.to(plan.device).repeat(batch, 1) for x in layout("interleaved-256", seq, plan.shrink))
-    sees = sees_of(start, end)
+    mask = tuple(x.to(plan.device).repeat(batch, 1) for x in layout("interleaved-256", seq, plan.shrink))
+    sees = sees_of(*mask)
     ways = {
-        "interval": lambda: prepare(start, end),
-        "create_block_mask": partial(make_block_mask, sees, start),
-        "create_block_mask compiled": partial(make_block_mask, sees, start, compiled(create_block_mask)),
+        "interval": lambda: prepare(*mask),
+        "create_block_mask": partial(make_block_mask, sees, mask[0]),
+        "create_block_mask compiled": partial(make_block_mask, sees, mask[0], compiled(create_block_mask)),
     }
     try:
-        package = flash_package(start.device)
-        ways["flash"] = lambda: flash_prepare(start, end, seq, package)
+        package = flash_package(mask[0].device)
+        ways["flash"] = lambda: flash_prepare(*mask, seq, package)
     except ValueError:
         if plan.device == "cpu":  # the lists can be made on a CPU, where no kernel reads them
-            ways["flash"] = lambda: flash_prepare(start, end, seq, "flash-attn-4")
+            ways["flash"] = lambda: flash_prepare(*mask, seq, "flash-attn-4")
     rows = []
     for way, call in ways.items():
         peak = peak_bytes(call, plan.device)
@@ -224,7 +224,7 @@ def measure_errors(plan: Plan) -> list[dict]:
             }
 
         exact = found(
-            lambda q, k, v, i=inputs: reference_attention(q, k, v, i.row_start, i.row_end)[0], torch.float64
+            lambda q, k, v, i=inputs: reference_attention(q, k, v, i.row_end, i.last_query)[0], torch.float64
         )
         errors = {}
         for backend in [name for name in ("sdpa", "interval", "flash", "flex") if name in plan.backends]:

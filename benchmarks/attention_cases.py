@@ -31,29 +31,28 @@ class NotServed(Exception):
 
 
 def layout(name: str, seq: int, shrink: int = 1) -> tuple[Tensor, Tensor]:
-    """row_start and row_end, int32 [1, seq]: consecutive documents, the last truncated at the end.
+    """row_end and last_query, int32 [1, seq]: consecutive documents, the last truncated at the end.
 
     `shrink` divides every length, for runs on a CPU.
     """
     if name == "causal":
         end = torch.arange(1, seq + 1, dtype=torch.int32)[None]
-        return torch.zeros_like(end), end
+        return end, torch.full_like(end, seq)
     shortest, longest, patches, num_images = _MIXED[name]
-    rng, start, end = random.Random(0), [], []
-    while len(start) < seq:
-        document = len(start)
+    rng, end, last = random.Random(0), [], []
+    while len(end) < seq:
         for _ in range(num_images):
             text = max(1, rng.randint(shortest, longest) // shrink)
             end += range(len(end) + 1, len(end) + text + 1)
             end += [len(end) + patches // shrink] * (patches // shrink)
-        start += [document] * (len(end) - len(start))
-    cut = torch.tensor([start[:seq], end[:seq]], dtype=torch.int32).clamp_(max=seq)
+        last += [len(end)] * (len(end) - len(last))
+    cut = torch.tensor([end[:seq], last[:seq]], dtype=torch.int32).clamp_(max=seq)
     return cut[:1], cut[1:]
 
 
-def visible_pairs(row_start: Tensor, row_end: Tensor) -> int:
-    """Number of visible query-key pairs."""
-    return int((row_end - row_start).long().sum())
+def visible_pairs(row_end: Tensor, last_query: Tensor) -> int:
+    """Number of visible query-key pairs; see `PackedBatch.work`."""
+    return int((row_end + last_query - row_end.shape[1]).long().sum())
 
 
 def tile_pairs(row_start: Tensor, row_end: Tensor, rows: int, keys: int, *, grid: bool) -> int:
@@ -77,8 +76,8 @@ class Inputs:
     k: Tensor
     v: Tensor
     do: Tensor
-    row_start: Tensor
     row_end: Tensor
+    last_query: Tensor
 
     @classmethod
     def random(cls, bounds: tuple[Tensor, Tensor], batch: int, heads: int, head_dim: int, device, dtype):
@@ -94,31 +93,31 @@ def intervals_in_kernels(inputs: Inputs) -> Callable:
         check_supported(inputs.q.device, inputs.q.dtype, inputs.q.shape[3])
     except ValueError as error:
         raise NotServed(str(error)) from error
-    prepared = prepare(inputs.row_start, inputs.row_end)
+    prepared = prepare(inputs.row_end, inputs.last_query)
     return partial(prepared_attention, prepared=prepared)
 
 
 def flash_4(inputs: Inputs) -> Callable:
     try:
         package = check_flash(inputs.q.device, inputs.q.dtype, inputs.q.shape[3])
-        prepared = flash_prepare(inputs.row_start, inputs.row_end, inputs.q.shape[1], package)
+        prepared = flash_prepare(inputs.row_end, inputs.last_query, inputs.q.shape[1], package)
     except ValueError as error:
         raise NotServed(str(error)) from error
     return partial(flash_attention, prepared=prepared)
 
 
-def sees_of(row_start: Tensor, row_end: Tensor) -> Callable:
+def sees_of(row_end: Tensor, last_query: Tensor) -> Callable:
     """The intervals as a mask function of FlexAttention."""
 
     def sees(row, head, query, key):
-        return (key >= row_start[row, query]) & (key < row_end[row, query])
+        return (key < row_end[row, query]) & (query < last_query[row, key])
 
     return sees
 
 
-def make_block_mask(sees: Callable, row_start: Tensor, create: Callable = create_block_mask) -> BlockMask:
+def make_block_mask(sees: Callable, row_end: Tensor, create: Callable = create_block_mask) -> BlockMask:
     """FlexAttention's block lists; `create` may be the compiled form of its function."""
-    (num_batch, seq), device = row_start.shape, str(row_start.device)
+    (num_batch, seq), device = row_end.shape, str(row_end.device)
     return create(sees, num_batch, None, seq, seq, device=device)
 
 
@@ -130,17 +129,17 @@ def compiled(function: Callable) -> Callable:
 
 
 def flex(inputs: Inputs) -> Callable:
-    sees = sees_of(inputs.row_start, inputs.row_end)
-    mask = make_block_mask(sees, inputs.row_start, compiled(create_block_mask))
+    sees = sees_of(inputs.row_end, inputs.last_query)
+    mask = make_block_mask(sees, inputs.row_end, compiled(create_block_mask))
     attend = compiled(flex_attention)
     return lambda q, k, v: attend(*heads_first(q, k, v), block_mask=mask).transpose(1, 2)
 
 
 def sdpa_dense(inputs: Inputs) -> Callable:
-    num_bytes = inputs.row_start.numel() * inputs.row_start.shape[1]
+    num_bytes = inputs.row_end.numel() * inputs.row_end.shape[1]
     if inputs.q.is_cuda and 8 * num_bytes > torch.cuda.get_device_properties(0).total_memory:
         raise NotServed(f"a dense mask of {num_bytes:,} pairs and its copies do not fit")
-    mask = dense_mask(inputs.row_start, inputs.row_end, inputs.q.shape[1])
+    mask = dense_mask(inputs.row_end, inputs.last_query)
     return lambda q, k, v: F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=mask).transpose(
         1, 2
     )
@@ -149,7 +148,7 @@ def sdpa_dense(inputs: Inputs) -> Callable:
 def sdpa_causal(kind: SDPBackend, inputs: Inputs) -> Callable:
     """A plain causal mask in one of PyTorch's kernels: the upper bound of speed."""
     end = torch.arange(1, inputs.q.shape[1] + 1, device=inputs.q.device)
-    if inputs.row_start.any() or (inputs.row_end != end).any():
+    if (inputs.last_query != len(end)).any() or (inputs.row_end != end).any():
         raise NotServed("not a plain causal mask")
     if not inputs.q.is_cuda:
         raise NotServed("runs on CUDA only")
@@ -178,9 +177,11 @@ BACKENDS: dict[str, Callable[[Inputs], Callable]] = {
 
 def computed_pairs(backend: str, inputs: Inputs, direction: str) -> int:
     """Pairs in the tiles that a backend computes; for our backward pass, the mean of its two kernels."""
-    bounds, seq = (inputs.row_start.cpu(), inputs.row_end.cpu()), inputs.q.shape[1]
+    seq = inputs.q.shape[1]
     if backend == "sdpa":
-        return len(bounds[0]) * seq**2
+        return len(inputs.row_end) * seq**2
+    prepared = prepare(inputs.row_end.cpu(), inputs.last_query.cpu())
+    bounds = prepared.row_start, prepared.row_end
     if backend != "interval":
         return tile_pairs(*bounds, FLEX_BLOCK, FLEX_BLOCK, grid=True)
     tiles = stored_tiles(inputs.q.device, inputs.q.shape[3], inputs.q.dtype, seq)
@@ -190,8 +191,9 @@ def computed_pairs(backend: str, inputs: Inputs, direction: str) -> int:
 
     if direction == "forward":
         return by_rows(tiles.forward)
-    prepared = prepare(*bounds)
-    by_keys = tile_pairs(prepared.first_row, prepared.last_row, tiles.dkdv.keys, tiles.dkdv.rows, grid=False)
+    by_keys = tile_pairs(
+        prepared.first_query, prepared.last_query, tiles.dkdv.keys, tiles.dkdv.rows, grid=False
+    )
     backward = (by_keys + by_rows(tiles.dq)) // 2
     # A forward pass is 2 matrix products, a backward pass 5.
     return backward if direction == "backward" else (2 * by_rows(tiles.forward) + 5 * backward) // 7

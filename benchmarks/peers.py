@@ -14,9 +14,10 @@ A step is forward, backward, clipping and fused AdamW. Ours is the real engine's
 and images, half of texts. Every peer takes its turn in each round. A ratio is the median over the rounds
 of its seconds to ours, so that other load on the machine affects both alike; for a CPU also of the seconds
 of processors, which other load hardly changes as long as one thread computes. Memory is how much a process
-of its own grows at its peak, from before the model is made; on a GPU, the most that is allocated. A peer that
-is not installed or does not run here is named with the reason. float32 on a CPU; on a GPU bf16, the others'
-by autocast.
+of its own grows at its peak, from before the model is made; on a GPU, the most that is allocated. --compile
+compiles ours (train.compile) and the plain one; the others are used as their pages show. A peer that is not
+installed or does not run here is named with the reason. float32 on a CPU; on a GPU bf16, the others' by
+autocast.
 """
 
 import argparse
@@ -64,6 +65,7 @@ class Size(NamedTuple):
     length: int
     num_rows: int
     vocab_size: int = 2048
+    is_compiled: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -90,6 +92,9 @@ class Size(NamedTuple):
             "train.global_batch_size": self.num_rows,
             "train.micro_batch_size": self.num_rows,
             "train.precision": "bf16" if on_gpu else "fp32",
+            "train.compile": self.is_compiled,
+            # One rank has nothing to shard, but bf16's update is ZeRO 1's.
+            "parallel.zero_stage": 1 if on_gpu else 0,
             "optimizer.gradient_clip": CLIP,
             "samples.every": 0,
         }
@@ -203,7 +208,10 @@ def on_text(model: nn.Module, size: Size) -> Stepper:
 
 
 def plain(size: Size) -> Stepper:
-    return on_text(Plain(size), size)
+    model = Plain(size)
+    if size.is_compiled:
+        model.compile()
+    return on_text(model, size)
 
 
 def torchtitan(size: Size) -> Stepper:
@@ -353,7 +361,8 @@ def resident(key: str) -> int:
 
 def peak_memory(name: str, size: Size) -> int:
     """Bytes by which this process grows at the most."""
-    PEERS[name](SIZES["192x5"]._replace(num_layers=1)).step()  # imports and libraries' own buffers
+    small = SIZES["192x5"]._replace(num_layers=1, is_compiled=size.is_compiled)
+    PEERS[name](small).step()  # imports and libraries' own buffers
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -369,9 +378,10 @@ def peak_memory(name: str, size: Size) -> int:
     return peak - before
 
 
-def peak_memory_apart(name: str, size: str, peers: Path) -> int:
+def peak_memory_apart(name: str, size: str, peers: Path, is_compiled: bool) -> int:
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--peers", str(peers), "--size", size, "--memory", name]
+    command += ["--compile"] if is_compiled else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
@@ -411,26 +421,28 @@ def main() -> None:
     parser.add_argument("--size", action="append", choices=list(SIZES), help="of all that the device is for")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--compile", action="store_true", help="ours and the plain step by torch.compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.add_argument("--memory", choices=list(PEERS), help="print the peak memory of one, in bytes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sys.path.append(str(options.peers))  # last, so that it replaces no package that is here
     sizes = options.size or [name for name in SIZES if name != "2048x8" or DEVICE.type == "cuda"]
+    chosen = {name: size._replace(is_compiled=options.compile) for name, size in SIZES.items()}
     if options.memory:
-        print(peak_memory(options.memory, SIZES[sizes[0]]))
+        print(peak_memory(options.memory, chosen[sizes[0]]))
         return
     packages = ("megafusion", "torch", "deepspeed", "transfusion-pytorch", "torchtitan")
     record: dict = {"sizes": {}, "versions": {name: installed(name) for name in packages}} | machine()
     record["num_cores"] = len(os.sched_getaffinity(0))
     for name in sizes:
-        found, reasons = compare(SIZES[name], options.rounds)
+        found, reasons = compare(chosen[name], options.rounds)
         for peer, line in found.items():
-            line["peak_bytes"] = peak_memory_apart(peer, name, options.peers)
+            line["peak_bytes"] = peak_memory_apart(peer, name, options.peers, options.compile)
         for line in found.values():
             line["our_bytes_over_its"] = found["ours"]["peak_bytes"] / line["peak_bytes"]
         show(name, found, reasons)
-        record["sizes"][name] = {"size": SIZES[name]._asdict(), "steps": found, "not_run": reasons}
+        record["sizes"][name] = {"size": chosen[name]._asdict(), "steps": found, "not_run": reasons}
         if options.json:
             write_file(options.json, json.dumps(record, indent=1) + "\n")
 

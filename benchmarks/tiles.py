@@ -125,7 +125,7 @@ def measure(head_dim: int, kernel: str, tile: Tile, best: Tiles) -> dict:
                 call, before = directions(BACKENDS["interval"](inputs), inputs)[direction]
                 times = sorted(milliseconds(call, PLAN.device, before) for _ in range(PLAN.rounds + 2))
                 ms = times[len(times) // 2]
-                pairs = visible_pairs(inputs.row_start, inputs.row_end) * inputs.q.shape[2]
+                pairs = visible_pairs(inputs.row_end, inputs.last_query) * inputs.q.shape[2]
                 flops = (4 if kernel == "forward" else 10) * head_dim * pairs
                 row[name] = {"milliseconds": ms, "tflops_visible": flops / ms / 1e9}
         except Exception as error:

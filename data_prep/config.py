@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from data_prep.augmentation import CopiesConfig
 from megafusion.config import Config
 from megafusion.data.manifest import FOLDERS, Kind
 from megafusion.images.sizes import Size, format_sizes
@@ -17,7 +18,7 @@ PATHS_OF_INPUTS = {"images", "keys", "texts", "documents", "document_images"}
 _KEYS_OF_ALL = ("filters", "documents_per_shard", "on_error")
 _KEYS_OF_IMAGES = ("image_sizes", "image_storage", "batch_size", *_KEYS_OF_ALL)
 KEYS_OF_KIND: dict[Kind, tuple[str, ...]] = {
-    "pair": ("images", "keys", "image_column", "caption_column", *_KEYS_OF_IMAGES),
+    "pair": ("images", "keys", "image_column", "caption_column", "augmentation", *_KEYS_OF_IMAGES),
     "text": ("texts", "text_column", *_KEYS_OF_ALL),
     "interleaved": ("documents", "document_images", "split", *_KEYS_OF_IMAGES),
 }
@@ -113,6 +114,9 @@ class PreprocessConfig(Config):
     """Parquet column of an image's bytes, plain or as Hugging Face's {bytes, path}."""
     caption_column: str = "caption"
     """Parquet column of its caption."""
+    augmentation: CopiesConfig | None = None
+    """Shifted and scaled copies of each captioned image, so that a small set is not memorized; none by
+    default."""
     filters: FilterConfig = FilterConfig()
     """Which records are kept."""
     split: SplitConfig = SplitConfig()

@@ -97,12 +97,10 @@ class DocumentBuilder:
     def _parse(self, record: Record, raw: Any, origin: dict) -> list[tuple[dict, list[RawSegment]]]:
         """Metadata and segments of the documents that a record becomes; images are not encoded yet."""
         if isinstance(raw, RawPair):
-            caption = decode_caption(raw.caption)
-            segments = [self._tokens(caption), self._image(raw.image)]
-            return [({"key": record.key, "caption": caption}, segments)]
+            return self._pair_documents(record.key, raw)
         if isinstance(raw, str):
             return [({"line": int(record.key)} | origin, [self._tokens(clean_text(raw))])]
-        segments = [self._image(s) if isinstance(s, bytes) else self._tokens(s) for s in raw]
+        segments = [self._image(open_rgb(s)) if isinstance(s, bytes) else self._tokens(s) for s in raw]
         metadata = {"key": record.key, "caption": _caption_preview(raw)}
         given = iter([isinstance(s, GivenImage) for s in raw if isinstance(s, bytes)])
         found, has_text = [], False
@@ -115,11 +113,22 @@ class DocumentBuilder:
             has_text |= any(isinstance(segment, np.ndarray) for segment in part)
         return found
 
+    def _pair_documents(self, key: str, raw: RawPair) -> list[tuple[dict, list[RawSegment]]]:
+        """The document of a pair, and those of its augmented copies."""
+        metadata, image = {"key": key, "caption": decode_caption(raw.caption)}, open_rgb(raw.image)
+        tokens, augmentation = self._tokens(metadata["caption"]), self._config.augmentation
+        if not augmentation:
+            return [(metadata, [tokens, self._image(image)])]
+        return [
+            (metadata | {"copy": copy}, [tokens, self._image(augmentation.augment(image, key, copy))])
+            for copy in range(augmentation.copies)
+        ]
+
     def _tokens(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text), np.int32)
 
-    def _image(self, content: bytes) -> Image.Image | bytes:
-        image, sizes = open_rgb(content), self._config.image_sizes
+    def _image(self, image: Image.Image) -> Image.Image | bytes:
+        sizes = self._config.image_sizes
         height, width = sizes[nearest_size(image.height, image.width, sizes)]
         return resize_and_crop(image, height, width) if self._codec else to_webp(image, height, width)
 

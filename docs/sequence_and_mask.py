@@ -23,15 +23,15 @@ ROW = (
 
 
 def intervals() -> tuple[np.ndarray, np.ndarray]:
-    """row_start and row_end of the row above, as packing makes them: two integers a position."""
-    start = np.array([0] * 14 + [14] * 3)
+    """row_end and last_query of the row above, as packing makes them: two integers a position."""
     end = np.arange(1, 18)
     end[5:11] = 11  # a patch sees its whole image
-    return start, end
+    last = np.array([14] * 14 + [17] * 3)
+    return end, last
 
 
 def main() -> None:
-    start, end = intervals()
+    end, last = intervals()
     size = len(ROW)
     figure = plt.figure(figsize=(12.2, 5.2), dpi=120)
     axes = figure.add_axes((0.02, 0.02, 0.96, 0.96))
@@ -47,17 +47,20 @@ def main() -> None:
         axes.text(
             -3.6,
             i + 0.5,
-            f"[{start[i]}, {end[i]})",
+            str(end[i]),
             ha="right",
             va="center",
             fontsize=7.5,
             family="monospace",
         )
         for j in range(size):
-            seen = start[i] <= j < end[i]
+            seen = j < end[i] and i < last[j]
             shade = (PATCH if j > i else color[kind]) if seen else "#f1f1f1"
             axes.add_patch(Rectangle((j, i), 0.94, 0.94, color=shade, alpha=0.85 if seen else 1))
-    axes.text(-4.6, -1.3, "keys seen", fontsize=8.5, ha="center", weight="bold")
+    for j in range(size):
+        axes.text(j + 0.47, size + 0.45, str(last[j]), fontsize=7.5, ha="center", family="monospace")
+    axes.text(-4.6, -1.3, "row_end", fontsize=8.5, ha="center", weight="bold")
+    axes.text(-1.0, size + 0.45, "last_query", fontsize=8.5, ha="right", weight="bold")
     notes = [
         (
             TEXT,
@@ -84,8 +87,8 @@ def main() -> None:
     axes.text(
         18.6,
         14.6,
-        "The mask is two integers a position: each query sees one\n"
-        "contiguous run of keys, and kernels skip all others.",
+        "The mask is two integers a position: query i sees key j if\n"
+        "j < row_end[i] and i < last_query[j]. Kernels skip all others.",
         fontsize=9.5,
         weight="bold",
         va="top",

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from data_prep.augmentation import AugmentationConfig
 from megafusion.config import Config
 
 
@@ -28,6 +29,8 @@ class ImageDataConfig(Config):
     """Maximum held-out images to evaluate, the first in the shards' order."""
     horizontal_flip: bool = True
     """Whether to flip training images with probability 0.5."""
+    augmentation: AugmentationConfig | None = None
+    """Random shifts and scales of training images, others in each epoch; none by default."""
     shuffle_buffer: int = Field(8192, gt=0)
     """Encoded images held in memory for shuffling; an epoch that fits is shuffled perfectly."""
 

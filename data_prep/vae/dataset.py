@@ -13,6 +13,7 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
+from data_prep.augmentation import Affine, sample_affine
 from data_prep.images import open_rgb
 from data_prep.readers.image_folder import ImageFolderReader
 from data_prep.readers.parquet import ParquetReader, image_bytes
@@ -76,8 +77,12 @@ def training_batches(
     """
     samples = islice(_training_samples(config, splits, seed, start.epoch), start.num_used, None)
     while True:
-        batch, flips, positions = zip(*islice(samples, batch_size), strict=True)
-        pixels = preprocess_images(list(map(_decode, batch)), config.image_size, config.image_size)
+        batch, flips, affines, positions = zip(*islice(samples, batch_size), strict=True)
+        images = [
+            affine.apply(_decode(sample)) if affine else _decode(sample)
+            for sample, affine in zip(batch, affines, strict=True)
+        ]
+        pixels = preprocess_images(images, config.image_size, config.image_size)
         flipped = torch.where(torch.tensor(flips)[:, None, None, None], pixels.flip(-1), pixels)
         yield flipped, positions[-1]
 
@@ -94,8 +99,8 @@ def hash_files(splits: list[InputSplit]) -> str:
 
 def _training_samples(
     config: ImageDataConfig, splits: list[InputSplit], seed: int, first_epoch: int
-) -> Iterator[tuple[Sample, bool, Position]]:
-    """Endless training images, whether to flip each, and the position after it.
+) -> Iterator[tuple[Sample, bool, Affine | None, Position]]:
+    """Endless training images, whether to flip each, how to shift and scale it, and the position after it.
 
     The splits are in random order, and then in a shuffle buffer, anew each epoch.
     """
@@ -106,7 +111,9 @@ def _training_samples(
         num_used, size = 0, config.shuffle_buffer
         for sample in webdataset.filters.shuffle(size, initial=size, rng=rng)(samples):
             num_used += 1
-            yield sample, config.horizontal_flip and rng.random() < 0.5, Position(epoch, num_used)
+            flip = config.horizontal_flip and rng.random() < 0.5
+            affine = sample_affine(config.augmentation, rng) if config.augmentation else None
+            yield sample, flip, affine, Position(epoch, num_used)
         if not num_used:
             raise UserError(
                 f"data.images: {', '.join(map(str, config.images))}: no image left to train on; lower "

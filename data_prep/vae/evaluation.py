@@ -11,6 +11,7 @@ from megafusion.images.autoencoder import Quantized, encode
 from megafusion.images.codec import ImageCodec
 from megafusion.images.grid import make_image_grid
 from megafusion.images.processor import postprocess_images
+from megafusion.images.reconstruction import reconstruct, reconstruction_metrics
 
 BATCH_SIZE, NUM_SHOWN = 64, 48
 
@@ -25,25 +26,12 @@ def latent_statistics(model: AutoencoderKL, batches: Iterable[Tensor]) -> tuple[
     return float(1 / latents.std()), float(latents.mean())
 
 
-@torch.no_grad()
 def measure(codec: ImageCodec, images_N3HW: Tensor) -> tuple[dict[str, float], Tensor]:
-    """Reconstruction metrics of images in [-1, 1] from their mean latents or codes, and the reconstructions.
-
-    On pixels in [0, 1]: psnr is the mean PSNR over images in dB, psnr_of_mean the PSNR of the mean squared
-    error, l1 the mean absolute difference.
-    """
-    device = next(codec.model.parameters()).device
-    reconstructions = torch.cat(
-        [codec.reconstruct(x.to(device)).cpu() for x in images_N3HW.split(BATCH_SIZE)]
-    )
-    difference = (reconstructions - images_N3HW).double() / 2
-    squared_N = difference.square().mean((1, 2, 3)).clamp(min=1e-10)
-    metrics = {
-        "psnr": round(float(-10 * squared_N.log10().mean()), 3),
-        "psnr_of_mean": round(float(-10 * squared_N.mean().log10()), 3),
-        "l1": round(float(difference.abs().mean()), 5),
-    }
-    return metrics, reconstructions
+    """Metrics of images in [-1, 1] from their mean latents or codes, rounded; and the reconstructions."""
+    parts = [reconstruct(codec, images) for images in images_N3HW.split(BATCH_SIZE)]
+    squared_N, absolute_N, reconstructions = (torch.cat(part) for part in zip(*parts, strict=True))
+    metrics = reconstruction_metrics(squared_N, absolute_N)
+    return {name: round(value, 5) for name, value in metrics.items()}, reconstructions
 
 
 def contact_sheet(keys: list[str], originals: Tensor, reconstructions: Tensor) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Attention whose mask is two integers per row; its cost grows with the visible query-key pairs only."""
+"""Attention whose mask is an integer per query and one per key; its cost grows with the visible pairs."""
 
 from interval_attention.api import check_supported, interval_attention, prepared_attention
 from interval_attention.intervals import Prepared, prepare

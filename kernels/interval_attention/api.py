@@ -16,7 +16,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 L2_BYTES = 16 * 2**20
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MASK = (
-    "Tensor row_start, Tensor row_end, Tensor first_row, Tensor last_row, Tensor row_schedule, "
+    "Tensor row_start, Tensor row_end, Tensor first_query, Tensor last_query, Tensor row_schedule, "
     "Tensor key_schedule"
 )
 
@@ -25,24 +25,25 @@ def interval_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_start: Tensor,
     row_end: Tensor,
+    last_query: Tensor | None = None,
     *,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention in which query i of row b sees the keys row_start[b, i] <= j < row_end[b, i].
+    """Attention in which query i of row b sees key j where j < row_end[b, i] and i < last_query[b, j].
 
-    q [B, S, H, K]; k, v [B, T, G, K] with G dividing H (grouped-query), any strides; row_start, row_end
-    int32 [B, S] within 0 .. T, non-decreasing along S if gradients are wanted. scale is 1 / sqrt(K) by
-    default. Returns o [B, S, H, K], and with return_lse also the natural log of each row's sum of exp
-    scores, float32 [B, H, S]. A fully masked row gives zeros, and -inf in lse.
+    q [B, S, H, K]; k, v [B, T, G, K] with G dividing H (grouped-query), any strides; row_end int32 [B, S]
+    within 0 .. T, non-decreasing along S if gradients are wanted; last_query int32 [B, T] within 0 .. S,
+    non-decreasing along T, or None: every query sees the keys from 0 on. scale is 1 / sqrt(K) by default.
+    Returns o [B, S, H, K], and with return_lse also the natural log of each row's sum of exp scores, float32
+    [B, H, S]. A fully masked row gives zeros, and -inf in lse.
 
     Derives the transposed mask on each call; if layers share a mask, call `prepare` once and
     `prepared_attention` in each layer. The backward pass is deterministic. Raises ValueError for a case that
     the kernels do not support.
     """
-    prepared = prepare(row_start, row_end, k.shape[1] if k.ndim == 4 else None)
+    prepared = prepare(row_end, last_query, k.shape[1] if k.ndim == 4 else None)
     return prepared_attention(q, k, v, prepared, scale=scale, return_lse=return_lse)
 
 
@@ -55,7 +56,7 @@ def prepared_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention as `interval_attention`, with a mask prepared once by `prepare(row_start, row_end, T)`."""
+    """Attention as `interval_attention`, with a mask prepared once by `prepare(row_end, last_query, T)`."""
     _check_shapes(q, k, v, prepared)
     check_supported(q.device, q.dtype, q.shape[3])
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -94,14 +95,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> None:
             f"k {list(k.shape)} and v {list(v.shape)} must be (batch, keys, groups, head_dim) with the batch "
             f"and head_dim of q {list(q.shape)} and groups dividing its heads"
         )
-    mask_shape, key_shape = tuple(prepared.row_start.shape), tuple(prepared.first_row.shape)
+    mask_shape, key_shape = tuple(prepared.row_end.shape), tuple(prepared.first_query.shape)
     if mask_shape != (num_batch, num_rows) or key_shape != (num_batch, k.shape[1]):
         raise ValueError(
             f"intervals for {list(mask_shape)} queries and {list(key_shape)} keys, but q is {list(q.shape)} "
             f"and k {list(k.shape)}"
         )
-    if prepared.row_start.device != q.device:
-        raise ValueError(f"row_start is on {prepared.row_start.device}, but q on {q.device}")
+    if prepared.row_end.device != q.device:
+        raise ValueError(f"row_end is on {prepared.row_end.device}, but q on {q.device}")
 
 
 @torch.library.custom_op(
@@ -109,7 +110,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> None:
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, float scale) -> (Tensor, Tensor)",
 )
-def _forward(q, k, v, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale):
+def _forward(q, k, v, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale):
     o, lse = _empty_outputs(q)
     if o.numel():
         _, num_rows, num_heads, head_dim = q.shape
@@ -128,7 +129,7 @@ def _forward(q, k, v, row_start, row_end, first_row, last_row, row_schedule, key
 
 
 @_forward.register_fake
-def _(q, k, v, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale):
+def _(q, k, v, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale):
     return _empty_outputs(q)
 
 
@@ -147,7 +148,7 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     ),
 )
 def _backward(
-    do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale
+    do, dlse, q, k, v, o, lse, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale
 ):
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     num_batch, num_rows, num_heads, head_dim = q.shape
@@ -173,7 +174,7 @@ def _backward(
         if dkdv_tile.tma:
             in_loop = TensorDescriptor.from_tensor(statistics.flatten(), [dkdv_tile.rows])
         dkdv_kernel[_grid(key_schedule, dkdv_tile.keys, num_kv_heads, key_section)](
-            q_in, k, v, do_in, in_loop, dk, dv, first_row, last_row, key_schedule, scale, *strides,
+            q_in, k, v, do_in, in_loop, dk, dv, first_query, last_query, key_schedule, scale, *strides,
             num_keys, num_heads, num_padded, group, key_schedule.shape[1], key_section,
             **_blocks(dkdv_tile, q),
         )  # fmt: skip
@@ -186,7 +187,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(do, dlse, q, k, v, o, lse, row_start, row_end, first_row, last_row, row_schedule, key_schedule, scale):
+def _(
+    do, dlse, q, k, v, o, lse, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale
+):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 

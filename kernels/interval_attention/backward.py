@@ -49,7 +49,7 @@ def _unpack(statistics):
 
 @triton.jit
 def dkdv_kernel(
-    q, k, v, do, statistics, dk, dv, first_row, last_row, schedule, scale,
+    q, k, v, do, statistics, dk, dv, first_query, last_query, schedule, scale,
     s_qb, s_qs, s_qh, s_qd, s_kb, s_kt, s_kg, s_kd, s_vb, s_vt, s_vg, s_vd, s_gb, s_gs, s_gh, s_gd,
     num_keys, num_heads, num_padded, group, num_runs, section,
     TMA: tl.constexpr, BRANCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,15 +67,15 @@ def dkdv_kernel(
     v += b * s_vb + kv_head.to(tl.int64) * s_vg
     k_ND = tl.load(k + keys64[:, None] * s_kt + d[None, :] * s_kd, mask=inside[:, None], other=0.0)
     v_ND = tl.load(v + keys64[:, None] * s_vt + d[None, :] * s_vd, mask=inside[:, None], other=0.0)
-    first_row += b * num_keys + keys
-    last_row += b * num_keys + keys
+    first_query += b * num_keys + keys
+    last_query += b * num_keys + keys
     scale2 = scale * 1.4426950408889634
     dk_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     # One loop over the steps of all query heads of the group: a loop in a loop makes these kernels spill.
     low &= -2  # a descriptor's box begins at a multiple of 16 bytes, the statistics of two rows
     for part in tl.static_range(1 if BRANCH else 3):
-        start, end = at_edges(first_row, last_row, inside, part, BRANCH)
+        start, end = at_edges(first_query, last_query, inside, part, BRANCH)
         begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_M)
         first = begin
         head = kv_head * group
@@ -101,7 +101,7 @@ def dkdv_kernel(
             head += wraps.to(tl.int32)
             first = tl.where(wraps, begin, first)
 
-    some = (tl.load(first_row, mask=inside, other=0) < tl.load(last_row, mask=inside, other=0))[:, None]
+    some = (tl.load(first_query, mask=inside, other=0) < tl.load(last_query, mask=inside, other=0))[:, None]
     at = ((b * num_keys + keys64) * (num_heads // group) + kv_head)[:, None] * HEAD_DIM + d[None, :]
     tl.store(dk + at, tl.where(some, dk_ND * scale, 0.0).to(dk.dtype.element_ty), mask=inside[:, None])
     tl.store(dv + at, tl.where(some, dv_ND, 0.0).to(dv.dtype.element_ty), mask=inside[:, None])

@@ -1,15 +1,10 @@
-"""Intervals as block lists, the mask format of flash-attention 4."""
+"""The mask as block lists, the mask format of flash-attention 4."""
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
-
-from interval_attention.intervals import FAR as LARGEST
-
-FAR = tl.constexpr(LARGEST)
 
 
 class BlockLists(NamedTuple):
@@ -26,63 +21,34 @@ class BlockLists(NamedTuple):
     full_index: Tensor
 
 
-@triton.jit
-def block_lists_kernel(
-    start, end, clamped_start, clamped_end, mask_count, mask_index, full_count, full_index,
-    num_positions, num_others, num_other_blocks,
-    BLOCK: tl.constexpr, OTHER: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One program per block of positions: its visited blocks are one range, its full blocks a subrange."""
-    num_blocks = tl.cdiv(num_positions, BLOCK)
-    pid = tl.program_id(0)
-    block = pid % num_blocks
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    inside = at < num_positions
-    from64 = (pid // num_blocks).to(tl.int64) * num_positions
-    s = tl.load(start + from64 + at, mask=inside, other=0)
-    e = tl.load(end + from64 + at, mask=inside, other=0)
-    s = tl.minimum(tl.maximum(s, 0), num_others - 1)
-    e = tl.maximum(tl.minimum(e, num_others), s + 1)
-    at_clamped = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(clamped_start + at_clamped, tl.where(inside, s, num_others))
-    tl.store(clamped_end + at_clamped, tl.where(inside, e, num_others))
-
-    first = tl.min(tl.where(inside, s, FAR)) // OTHER
-    last = tl.cdiv(tl.max(tl.where(inside, e, 0)), OTHER)
-    full_first = tl.cdiv(tl.max(tl.where(inside, s, 0)), OTHER)
-    num_full = tl.min(tl.where(inside, e, FAR)) // OTHER - full_first
-    num_full = tl.where((block + 1) * BLOCK <= num_positions, tl.maximum(num_full, 0), 0)
-    num_left = tl.where(num_full > 0, full_first - first, 0)
-    num_masked = last - first - num_full
-    tl.store(mask_count + pid, num_masked)
-    tl.store(full_count + pid, num_full)
-    mask_index += pid.to(tl.int64) * num_other_blocks
-    full_index += pid.to(tl.int64) * num_other_blocks
-    for chunk in range(0, num_other_blocks, CHUNK):
-        i = chunk + tl.arange(0, CHUNK)
-        masked = first + i + tl.where(i < num_left, 0, num_full)
-        tl.store(mask_index + i, tl.where(i < num_masked, masked, 0), mask=i < num_other_blocks)
-        full = full_first + i
-        tl.store(full_index + i, tl.where(i < num_full, full, 0), mask=i < num_other_blocks)
-
-
 def block_lists(
-    start: Tensor, end: Tensor, num_others: int, block: int, other_block: int
-) -> tuple[BlockLists, Tensor, Tensor]:
-    """Block lists of intervals int32 [B, S] over `num_others` positions, and the clamped intervals.
+    row_end: Tensor, last_query: Tensor, block_rows: int, block_keys: int
+) -> tuple[BlockLists, BlockLists]:
+    """The lists of blocks of rows, and those of blocks of keys; O(S x T / (block_rows x block_keys)).
 
-    The returned intervals, int32 [B, N x block], are clamped to 0 .. num_others and never empty, because
-    flash-attention divides by a row's sum: an empty interval becomes its own position, and the caller zeroes
-    that row's result. Past S they are empty. `block` and `other_block` must be powers of two.
+    row_end int32 [B, S], non-decreasing but for fully masked rows at its end; last_query int32 [B, T], which
+    may rise and fall. A row that sees a key is assumed to see its own, if there is one.
     """
-    num_batch, num_positions = start.shape
-    num_blocks, num_other_blocks = triton.cdiv(num_positions, block), triton.cdiv(num_others, other_block)
-    counts = start.new_empty((2, num_batch, 1, num_blocks))
-    indices = start.new_empty((2, num_batch, 1, num_blocks, num_other_blocks))
-    clamped = start.new_empty((2, num_batch, num_blocks * block))
-    with torch.cuda.device_of(start):
-        block_lists_kernel[(num_batch * num_blocks,)](
-            start.contiguous(), end.contiguous(), *clamped, counts[0], indices[0], counts[1], indices[1],
-            num_positions, num_others, num_other_blocks, BLOCK=block, OTHER=other_block, CHUNK=64,
-        )  # fmt: skip
-    return BlockLists(counts[0], indices[0], counts[1], indices[1]), clamped[0], clamped[1]
+    first_row, past_row, least_end, most_end = _blocks(row_end, block_rows)
+    first_key, past_key, least_query, most_query = _blocks(last_query, block_keys)
+    is_visited = (first_key[:, None] < most_end[..., None]) & (first_row[..., None] < most_query[:, None])
+    is_full = (past_key[:, None] <= least_end[..., None]) & (past_row[..., None] <= least_query[:, None])
+    by_rows = BlockLists(*_listed(is_visited & ~is_full), *_listed(is_full))
+    by_keys = BlockLists(*_listed((is_visited & ~is_full).mT), *_listed(is_full.mT))
+    return by_rows, by_keys
+
+
+def _blocks(bound: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each block of positions: its first and past its last, and the least and largest bound in it, the
+    least 0 where it extends past the end; each [B or 1, N]."""
+    blocks = F.pad(bound, (0, -bound.shape[1] % block)).unflatten(1, (-1, block))
+    first = torch.arange(0, blocks.shape[1] * block, block, device=bound.device)[None]
+    return first, first + block, blocks.amin(2), blocks.amax(2)
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and indices of the chosen blocks of bool [B, N, M], as in `BlockLists`."""
+    count = chosen.sum(-1, dtype=torch.int32)
+    order = chosen.byte().argsort(dim=-1, descending=True, stable=True).int()
+    index = order.where(torch.arange(chosen.shape[-1], device=chosen.device) < count[..., None], 0)
+    return count[:, None], index[:, None]

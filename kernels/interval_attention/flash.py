@@ -9,10 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from interval_attention.blocks import BlockLists, block_lists
-from interval_attention.intervals import transpose
+from interval_attention.intervals import row_starts
 
 Package = Literal["flash-attn-4", "flash-attn"]
 # The values of head_dim for which flash-attention 4 takes blocks of 128 keys, forward and backward.
@@ -23,35 +24,39 @@ BLOCK_KEYS = 128
 class FlashPrepared(NamedTuple):
     """A batch's mask for `flash_attention`, made once by `flash_prepare`.
 
-    With flash-attn-4: row_start, row_end, int32 [B, S padded to whole blocks], never empty; lists for the
-    forward pass, by blocks of rows, and if S = T for the backward pass, by blocks of keys. With flash-attn:
-    starts of the documents of all rows, int32 [documents + 1].
+    With flash-attn-4: row_end int32 [B, S] and last_query int32 [B, T], padded with zeros to whole blocks; no
+    row sees nothing, because flash-attention divides by a row's sum. Lists for the forward pass, by blocks of
+    rows, and if S = T for the backward pass, by blocks of keys. With flash-attn: starts of the documents of
+    all rows, int32 [documents + 1].
     """
 
     package: Package
-    row_start: Tensor | None = None
     row_end: Tensor | None = None
+    last_query: Tensor | None = None
     block_rows: int = 0
     by_rows: BlockLists | None = None
     by_keys: BlockLists | None = None
     document_starts: Tensor | None = None
 
 
-def flash_prepare(row_start: Tensor, row_end: Tensor, num_keys: int, package: Package) -> FlashPrepared:
-    """Intervals int32 [B, S] over num_keys T keys, for the package that `check_flash` named.
+def flash_prepare(
+    row_end: Tensor, last_query: Tensor | None, num_keys: int, package: Package
+) -> FlashPrepared:
+    """The mask of `prepare` over num_keys T keys, for the package that `check_flash` named; last_query may
+    rise and fall with flash-attn-4.
 
-    The lists by keys need row_start and row_end to be non-decreasing along S. For flash-attn this
-    synchronizes with the device, and raises ValueError if a row contains an image.
+    For flash-attn this synchronizes with the device, and raises ValueError if a row contains an image.
     """
+    num_batch, num_rows = row_end.shape
+    if last_query is None:
+        last_query = row_end.new_full((num_batch, num_keys), num_rows)
     if package == "flash-attn":
-        return FlashPrepared(package, document_starts=document_starts(row_start, row_end, num_keys))
-    num_rows = row_start.shape[1]
-    block_rows = 256 if _architecture(row_start.device) >= 100 and num_rows > 128 else 128
-    by_rows, start, end = block_lists(row_start, row_end, num_keys, block_rows, BLOCK_KEYS)
-    by_keys = None
-    if num_rows == num_keys:
-        by_keys, _, _ = block_lists(*transpose(start, end, num_keys), num_rows, BLOCK_KEYS, block_rows)
-    return FlashPrepared(package, start, end, block_rows, by_rows, by_keys)
+        return FlashPrepared(package, document_starts=document_starts(row_end, last_query))
+    block_rows = 256 if _architecture(row_end.device) >= 100 and num_rows > 128 else 128
+    row_end = row_end.clamp(1, num_keys)
+    by_rows, by_keys = block_lists(row_end, last_query, block_rows, BLOCK_KEYS)
+    padded = F.pad(row_end, (0, -num_rows % block_rows)), F.pad(last_query, (0, -num_keys % BLOCK_KEYS))
+    return FlashPrepared(package, *padded, block_rows, by_rows, by_keys if num_rows == num_keys else None)
 
 
 def flash_attention(
@@ -82,7 +87,7 @@ def flash_4_arguments(prepared: FlashPrepared) -> dict:
     assert prepared.by_rows is not None
     arguments = {
         "mask_mod": sees,
-        "aux_tensors": [prepared.row_start, prepared.row_end],
+        "aux_tensors": [prepared.row_end, prepared.last_query],
         "block_sparse_tensors": BlockSparseTensorsTorch(*prepared.by_rows, block_size=size),
         "pack_gqa": False,
     }
@@ -108,14 +113,15 @@ def _flash_2(q: Tensor, k: Tensor, v: Tensor, prepared: FlashPrepared, scale: fl
     return o.view(q.shape)
 
 
-def document_starts(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor:
+def document_starts(row_end: Tensor, last_query: Tensor) -> Tensor:
     """The first position of each document in the concatenated rows, and the end: int32 [documents + 1].
 
     Raises ValueError for rows that are not consecutive text documents.
     """
-    num_batch, num_rows = row_start.shape
+    (num_batch, num_rows), num_keys = row_end.shape, last_query.shape[1]
     if num_rows != num_keys:
         raise ValueError(f"flash-attn supports as many queries as keys, not {num_rows} and {num_keys}")
+    row_start = row_starts(last_query, num_rows)
     position = torch.arange(num_rows, device=row_start.device)
     begins = row_start == position
     continues = torch.zeros_like(begins)

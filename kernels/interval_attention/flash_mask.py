@@ -7,8 +7,8 @@ from flash_attn.cute.utils import scalar_to_ssa
 
 @cute.jit
 def sees(batch, head, query, key, seqlen_info, aux_tensors):
-    """Whether a query sees a key: aux_tensors are row_start and row_end, int32 [B, padded S]."""
-    row_start, row_end = aux_tensors
-    start = scalar_to_ssa(row_start[batch[0], query[0]], cutlass.Int32)
+    """Whether a query sees a key: aux_tensors are row_end and last_query, int32 [B, padded S or T]."""
+    row_end, last_query = aux_tensors
     end = scalar_to_ssa(row_end[batch[0], query[0]], cutlass.Int32)
-    return (key >= start) & (key < end)
+    last = scalar_to_ssa(last_query[batch[0], key[0]], cutlass.Int32)
+    return (key < end) & (query < last)

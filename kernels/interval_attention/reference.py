@@ -4,21 +4,21 @@ import torch
 from torch import Tensor
 
 
-def dense_mask(row_start: Tensor, row_end: Tensor, num_keys: int) -> Tensor:
+def dense_mask(row_end: Tensor, last_query: Tensor) -> Tensor:
     """bool [B, 1, S, T], True where a query sees a key. O(S x T) memory: for tests."""
-    key = torch.arange(num_keys, device=row_start.device)
-    return ((key >= row_start[..., None]) & (key < row_end[..., None]))[:, None]
+    query, key = (torch.arange(x.shape[1], device=x.device) for x in (row_end, last_query))
+    return ((key < row_end[..., None]) & (query[:, None] < last_query[:, None]))[:, None]
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_start: Tensor, row_end: Tensor, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, row_end: Tensor, last_query: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """(o [B, S, H, K], lse [B, H, S]) of `interval_attention` by its definition, in the dtype of q."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     score_BHST = torch.einsum("bshk,bthk->bhst", q, k) * scale
-    visible = dense_mask(row_start, row_end, k.shape[1])
+    visible = dense_mask(row_end, last_query)
     not_empty = visible.any(-1, keepdim=True)
     # A fully masked row keeps finite scores here and is zeroed below, because a row of -inf would give NaN.
     score_BHST = score_BHST.masked_fill(~visible & not_empty, float("-inf"))

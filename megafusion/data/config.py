@@ -58,6 +58,9 @@ class DataConfig(Config):
     """Share of pairs in which the caption comes before the image."""
     image_first_max_t: float = Field(0.5, gt=0, le=1)
     """Limit of the noise process's time t for images before their caption (the paper's 500 of 1000 steps)."""
+    t_per: Literal["image", "document"] = "image"
+    """Whether each image has a time t of its own (as diffusion forcing, arXiv 2407.01392), or all images of a
+    document share one. With different limits they share the quantile of t below each one's limit."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of caption-first pairs whose caption is dropped, for classifier-free guidance."""
     crop: float = Field(1.0, gt=0, le=1)

@@ -73,6 +73,7 @@ def _sized(segment: Segment, shape: SequenceShape, view: View | None) -> Segment
 def sample_noise(
     document: FlatDocument,
     manifest: Manifest,
+    config: DataConfig,
     shape: SequenceShape,
     noise_process: NoiseProcess,
     generator: np.random.Generator,
@@ -82,6 +83,7 @@ def sample_noise(
     if manifest.image_kind == "codes":
         return document
     images = []
+    seed = generator.integers(2**63) if config.t_per == "document" else None
     for image in document.images:
         size = (2, shape.latent_channels, *shape.sizes[image.size])
         latents, noise = generator.standard_normal(size, np.float32)
@@ -92,7 +94,8 @@ def sample_noise(
             if manifest.latent_shift:
                 latents -= np.float32(manifest.latent_shift)
             latents *= np.float32(manifest.latent_scale)
-        t = noise_process.sample_t(generator, image.max_t)
+        of_t = generator if seed is None else np.random.default_rng(seed)
+        t = noise_process.sample_t(of_t, image.max_t)
         if image.is_given:
             noise, t = np.zeros_like(noise), 0.0
         images.append(replace(image, latents=latents, noise=noise, t=t))

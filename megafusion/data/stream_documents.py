@@ -45,7 +45,9 @@ class StreamDocuments:
         generator = self._kept[key][1]
         if generator:
             manifest = self._sources[key.source].folder.manifest
-            document = sample_noise(document, manifest, self._shape, self._noise_process, generator)
+            document = sample_noise(
+                document, manifest, self._config, self._shape, self._noise_process, generator
+            )
             self._kept[key] = document, None
         return document
 
@@ -69,7 +71,7 @@ class StreamDocuments:
             raise BadDocument(where, "a token that the tokenizer does not have")
         if any(np.isin(text, self._image_ids).any() for text in texts):
             raise BadDocument(where, "a text with a token that begins or ends images")
-        document = flatten(segments, self._tokenizer, self._shape.patches)
+        document = flatten(segments, self._tokenizer, self._shape.patches, self._shape.causal_images)
         longest = int((document.image_end - document.image_start).max(initial=0)) + 4
         if longest > self._shape.length:
             raise UserError(

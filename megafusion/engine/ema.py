@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megafusion.engine.optimizer_state import OptimizerShard
@@ -31,12 +30,6 @@ class Ema:
     def after(self, step: int) -> "EmaUpdate":
         """The update of the averages that belongs to update number `step` of the weights."""
         return EmaUpdate(self, 1 - min(self.decay, (1 + step) / (10 + step)))
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the averages towards the weights after `step` updates."""
-        if self.fragments:  # a rank may own none
-            torch._foreach_lerp_(self.fragments, self.weights, self.after(step).weight)
 
 
 class EmaUpdate(NamedTuple):

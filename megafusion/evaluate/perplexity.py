@@ -98,16 +98,21 @@ def text_nats(model: Transfusion, documents: Sequence[FlatDocument]) -> tuple[Te
         tokens_BS[row, : len(document)] = torch.from_numpy(document.tokens)
         labels_BS[row, : len(document)] = torch.from_numpy(document.labels)
     # Padding sees itself alone.
-    row_start = torch.where(positions_BS < num, 0, positions_BS).int().to(device)
-    intervals = Intervals(row_start, (positions_BS + 1).int().to(device), length)
+    last_query = torch.where(positions_BS < num, num, positions_BS + 1).int().to(device)
+    intervals = Intervals((positions_BS + 1).int().to(device), last_query, length)
     x_BSD = model.stem.embedding(tokens_BS.to(device))
     is_patch = torch.zeros(x_BSD.shape[:2], dtype=torch.bool, device=device)
     context = block_context(model.config, intervals, positions_BS.int().to(device), x_BSD.dtype, is_patch)
     for block in model.blocks:
         x_BSD = block(x_BSD, context)
-    logits_BSV = model.tail.head(model.tail(x_BSD)).float()
-    labels_BS = labels_BS.to(device)
-    nats = F.cross_entropy(
-        logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+    hidden_BSD, labels_BS = model.tail(x_BSD), labels_BS.to(device)
+    # A row at a time, because logits are the largest tensor.
+    nats_BS = torch.stack(
+        [
+            F.cross_entropy(
+                model.tail.head(hidden_SD).float(), labels_S, ignore_index=IGNORED_LABEL, reduction="none"
+            )
+            for hidden_SD, labels_S in zip(hidden_BSD, labels_BS, strict=True)
+        ]
     )
-    return nats.double().view_as(labels_BS).cpu(), (labels_BS != IGNORED_LABEL).cpu()
+    return nats_BS.double().cpu(), (labels_BS != IGNORED_LABEL).cpu()

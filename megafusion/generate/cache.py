@@ -74,7 +74,7 @@ class KVCache:
         slots = (rows * self.capacity + positions.clamp(max=self.capacity - 1)).flatten()
         for layer in self.layers:
             layer.slots = slots
-        return positions, Intervals(torch.zeros_like(end), end, self.capacity, may_be_empty=True)
+        return positions, Intervals(end, None, self.capacity, may_be_empty=True)
 
     def _resize(self, capacity: int) -> None:
         """Add slots until there are `capacity`."""

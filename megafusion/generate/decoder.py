@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megafusion.generate.cache import KVCache
+from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import BlockContext, block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
@@ -69,7 +70,8 @@ class Decoder:
         x_BSD, _ = self.model.stem(
             batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
         )
-        hidden_BSD = self._forward(cache, x_BSD, row_end, batch.patch_index >= 0)
+        context = self._context(cache, row_end, batch.patch_index, batch.image_size)
+        hidden_BSD = self._run(cache, x_BSD, context)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
         return self.model.tail.head(hidden_BSD.gather(1, last))[:, 0]
@@ -82,7 +84,8 @@ class Decoder:
         """
         counts = torch.ones_like(tokens_B) if is_read_B is None else is_read_B.to(tokens_B.dtype)
         x_BSD = self.model.stem.embedding(tokens_B[:, None])
-        hidden_BSD = self._forward(cache, x_BSD, counts[:, None], counts[:, None] < 0)
+        context = self._context(cache, counts[:, None], -torch.ones_like(tokens_B)[:, None])
+        hidden_BSD = self._run(cache, x_BSD, context)
         cache.advance(counts)
         return self.model.tail.head(hidden_BSD)[:, 0]
 
@@ -133,9 +136,14 @@ class Decoder:
 
     def _image_context(self, cache: KVCache, latents: Tensor) -> BlockContext:
         """The context of passes over an image after each row, for which it allocates slots."""
-        num_patches = math.prod(self._grid(latents))
-        end = torch.full((len(cache.lengths), num_patches), num_patches, device=latents.device)
-        return self._context(cache, end, end > 0, self.model.tail.head.weight.dtype)
+        grid, config = self._grid(latents), self.model.config
+        num = math.prod(grid)
+        end = torch.full((len(cache.lengths), num), num, device=latents.device)
+        if config.image_attention == "causal":
+            end = torch.arange(1, num + 1, device=end.device).expand_as(end)
+        index_BP = torch.arange(num, device=end.device).expand_as(end)
+        size_B1 = torch.full_like(end[:, :1], config.grids.index(grid))
+        return self._context(cache, end, index_BP, size_B1)
 
     def _predict(
         self, cache: KVCache, context: BlockContext, latents_BCHW: Tensor, timestep: Tensor
@@ -153,16 +161,22 @@ class Decoder:
         height, width = latents_BCHW.shape[2:]
         return height // self.model.config.patch_size, width // self.model.config.patch_size
 
-    def _forward(self, cache: KVCache, x_BSD: Tensor, row_end_BS: Tensor, is_patch_BS: Tensor) -> Tensor:
-        return self._run(cache, x_BSD, self._context(cache, row_end_BS, is_patch_BS, x_BSD.dtype))
-
     def _context(
-        self, cache: KVCache, row_end_BS: Tensor, is_patch_BS: Tensor, dtype: torch.dtype
+        self,
+        cache: KVCache,
+        row_end_BS: Tensor,
+        patch_index_BS: Tensor,
+        image_size_BN: Tensor | None = None,
     ) -> BlockContext:
+        """The context of new positions; without sizes of images they are text."""
+        config, dtype = self.model.config, self.model.tail.head.weight.dtype
         positions, intervals = cache.allocate(row_end_BS)
-        return block_context(self.model.config, intervals, positions, dtype, is_patch_BS)
+        if image_size_BN is not None:
+            positions = rope_positions(config, positions, patch_index_BS, image_size_BN)
+        return block_context(config, intervals, positions, dtype, patch_index_BS >= 0)
 
     def _run(self, cache: KVCache, x_BSD: Tensor, context: BlockContext) -> Tensor:
+        """Hidden states of the positions that a context was made for."""
         for block, layer in zip(self.model.blocks, cache.layers, strict=True):
             x_BSD = block(x_BSD, context, layer)
         return self.model.tail(x_BSD)

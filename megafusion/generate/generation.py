@@ -64,7 +64,7 @@ class Generation:
         for number, request in enumerate(requests):
             check_request(request, f"prompt {number}", tokenizer, config, sequence_length)
         self.rows = [self._row(number, request) for number, request in enumerate(requests)]
-        documents = [flatten(row.segments, tokenizer, config.patches) for row in self.rows]
+        documents = [self._flatten(row.segments) for row in self.rows]
         for row, document in zip(self.rows, documents, strict=True):
             row.num_prompt_tokens = len(document)
         longest = max(len(document) for document in documents)
@@ -268,7 +268,7 @@ class Generation:
             self.decoder.read_tokens(made, torch.full_like(boi, self.tokenizer.bos))
             logits = self.decoder.read_tokens(made, boi)
             return Guide(made.select(every * 0), scale, logits.expand(len(rows), -1))
-        documents = [flatten(segments, self.tokenizer, self.config.patches) for segments in contexts]
+        documents = [self._flatten(segments) for segments in contexts]
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
         if all(row.begins_with(context) for row, context in zip(rows, contexts, strict=True)):
             made = cache.select(every)  # an image before its instruction: the row's own beginning
@@ -303,6 +303,10 @@ class Generation:
             else:
                 segments.append(read_image(part, self.codec, self.config.image_sizes))
         return Row.of(number, request, segments, self.tokenizer)
+
+    def _flatten(self, segments: list[Segment]) -> FlatDocument:
+        causal = self.config.image_attention == "causal"
+        return flatten(segments, self.tokenizer, self.config.patches, causal)
 
     def _shape(self, documents: Sequence[FlatDocument]) -> SequenceShape:
         return SequenceShape(

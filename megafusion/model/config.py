@@ -133,6 +133,9 @@ class ModelConfig(Config):
     modality_weights: Literal["none", "feed_forward", "all"] = "none"
     """Weights of their own for image patches (mixture of transformers, arXiv 2411.04996): none; of norm and
     feed-forward; or of attention's projections and all norms too. A step costs the same FLOPs."""
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """Whether a patch sees its whole image, or what is before it alone, as text does: the paper's ablation.
+    Codes see what is before them in any case."""
     attention: BackendName = "sdpa"
     """Attention backend: sdpa anywhere; interval, the Triton kernels on CUDA; flash, flash-attention 4 on
     CUDA (or 2, for text only); flex, PyTorch's FlexAttention; auto, the fastest supported."""
@@ -140,6 +143,9 @@ class ModelConfig(Config):
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary frequencies; none by default."""
+    image_rope: Literal["1d", "2d"] = "1d"
+    """Rotary positions of image patches: 1d, that in the sequence; 2d, row and column, which take turns over
+    the frequencies (as M-RoPE, arXiv 2409.12191). Those of text are the same in both."""
     norm_eps: float = Field(1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
 
@@ -155,7 +161,12 @@ class ModelConfig(Config):
                 f"codebook_size {self.codebook_size} with latent_channels {self.latent_channels}: images are "
                 "codes or latents, so one of them must be 0; leave both out, or set it"
             )
-        latent_keys = {"patch_size": 1, "adapter": "linear", "modality_weights": "none"}
+        if self.image_rope == "2d" and self.head_size % 4:
+            raise ValueError(
+                f"image_rope 2d divides head_dim {self.head_size} into pairs for rows and columns: make it a "
+                "multiple of 4, or leave image_rope out"
+            )
+        latent_keys = {"patch_size": 1, "adapter": "linear", "modality_weights": "none", "image_rope": "1d"}
         for key, only in latent_keys.items() if self.codebook_size else ():
             if (value := getattr(self, key)) != only:
                 raise ValueError(

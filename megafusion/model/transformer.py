@@ -1,49 +1,18 @@
 """Llama's block: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megafusion.model.attention import attention_backend
-from megafusion.model.config import ModelConfig, RopeScaling
+from megafusion.model.config import ModelConfig
 from megafusion.model.modality import Modality, ModalityLinear, ModalityRMSNorm, modality_of
+from megafusion.model.rope import Rope, rope_at
 from megafusion.model.weights import Replicated, declare
 from megafusion.sequence.intervals import Intervals
-
-
-class Rope(NamedTuple):
-    """Rotary position embedding (Su et al., arXiv 2104.09864): cosines and sines, float32 [B, S, 1, K/2]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def rotate(self, x_BSHK: Tensor) -> Tensor:
-        """Rotate each pair (x_i, x_{i + K/2}), as Llama pairs them, by its position's angle."""
-        first, second = x_BSHK.float().chunk(2, dim=-1)
-        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat(rotated, dim=-1).to(x_BSHK.dtype)
-
-
-def rope_at(positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
-    """The rotation of integer positions, with frequencies theta^(-2i/K), scaled or not."""
-    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
-    frequencies = theta**-exponent
-    if scaling is not None:
-        frequencies = _scaled(frequencies, scaling)
-    angles = positions_BS[..., None].float() * frequencies
-    return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])
-
-
-def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's frequencies: slow ones divided by the factor, fast ones as they are."""
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = frequencies * scaling.original_max_position_embeddings / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 @dataclass(frozen=True)
@@ -62,18 +31,19 @@ class BlockContext:
 def block_context(
     config: ModelConfig,
     intervals: Intervals,
-    positions_BS: Tensor,
+    positions: Tensor,
     dtype: torch.dtype,
     is_patch_BS: Tensor,
     is_patch_residual_BS: Tensor | None = None,
 ) -> BlockContext:
     """The context of all blocks of a model; dtype: the residual stream's.
 
-    is_patch_BS: bool, the positions of image patches. is_patch_residual_BS: those of the residual stream, if
-    it has other positions, as with sequence parallelism.
+    positions: [B, S], or of `rope_positions` where there are images. is_patch_BS: bool, the positions of
+    image patches. is_patch_residual_BS: those of the residual stream, if it has other positions, as with
+    sequence parallelism.
     """
     mask = attention_backend(config.attention).prepare(intervals, dtype, config.head_size)
-    rope = rope_at(positions_BS, config.head_size, config.rope_theta, config.rope_scaling)
+    rope = rope_at(positions, config.head_size, config.rope_theta, config.rope_scaling)
     if config.modality_weights == "none":
         return BlockContext(mask, rope, ())
     residual_BS = is_patch_BS if is_patch_residual_BS is None else is_patch_residual_BS

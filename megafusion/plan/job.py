@@ -58,9 +58,9 @@ class Job:
 
     @cached_property
     def statistics(self) -> RowStatistics:
-        is_causal = self.model.codebook_size > 0
-        patches = max(self.model.patches)
-        return row_statistics(self.rows, self.sequence_length, patches, self.images_per_row, is_causal)
+        model, shape = self.model, (self.sequence_length, max(self.model.patches), self.images_per_row)
+        is_causal = model.image_attention == "causal"
+        return row_statistics(self.rows, *shape, model.codebook_size > 0, is_causal)
 
     @property
     def local_slots(self) -> int:

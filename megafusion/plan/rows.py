@@ -21,10 +21,11 @@ class RowStatistics(NamedTuple):
 
 @cache
 def row_statistics(
-    kind: RowKind, length: int, patches: int, slots: int, is_causal: bool = False
+    kind: RowKind, length: int, patches: int, slots: int, has_codes: bool = False, is_causal: bool = False
 ) -> RowStatistics:
     """Rows as benchmarks/train.py packs them: texts (log-normal, about 1,100 tokens), captions of 8 to 60
-    tokens with an image, or half of each; whole: one causal text a row. is_causal: within images too."""
+    tokens with an image, or half of each; whole: one causal text a row. has_codes: images are targets, and
+    causal; is_causal: within images of patches, too."""
     if kind == "whole":
         return RowStatistics((length + 1) / 2, 0, 1)
     sampled = random.Random(0)
@@ -38,11 +39,9 @@ def row_statistics(
                 before, image, after = caption + 1, patches, 2  # boi; eoi and eos
                 # Causal, but each patch sees its whole image.
                 pairs += (before + image + after) * (before + image + after + 1) // 2
-                pairs += 0 if is_causal else image * (image - 1) // 2
+                pairs += 0 if has_codes or is_causal else image * (image - 1) // 2
                 filled, in_row = filled + before + image + after, in_row + 1
-                targets += before + (
-                    image + 1 if is_causal else 0
-                )  # of latents neither boi nor patches, but eoi
+                targets += before + (image + 1 if has_codes else 0)  # of latents none
             elif kind == "pairs" and in_row:
                 break
             else:

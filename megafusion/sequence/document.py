@@ -71,11 +71,14 @@ class FlatDocument:
         return len(self.tokens)
 
 
-def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence[int]) -> FlatDocument:
+def flatten(
+    segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence[int], causal_images: bool = False
+) -> FlatDocument:
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
     The only place where the kind of a segment decides on tokens, labels and mask. patches: number of patches
-    or codes of an image of each size, which also decides on its boi.
+    or codes of an image of each size, which also decides on its boi. causal_images: patches see what is
+    before them alone, and not their whole image.
     Every position has a next-token target except boi and patches: the position before predicts boi, what
     follows boi is denoised, and eoi is never predicted. An image of codes is as text: its codes are tokens
     behind the tokenizer's, each sees those before it, and they and eoi are predicted, unless it is given.
@@ -99,7 +102,8 @@ def flatten(segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence
                 tokens[start + 1 : end - 1] = tokenizer.num_ids(len(patches)) + segment.data.ravel()
             else:
                 patch[start + 1 : end - 1] = len(images) * max_patches + np.arange(patches[segment.size])
-                row_end[start + 1 : end - 1] = end - 1
+                if not causal_images:
+                    row_end[start + 1 : end - 1] = end - 1
             has_target[start : end - 1] = segment.kind == "codes" and not segment.is_given
             image_start.append(start + 1)
             image_end.append(end - 1)

@@ -24,6 +24,7 @@ class SequenceShape:
     An image of size n has patches[n] patches, and latents [C, h, w] where h x w is sizes[n]. Images of codes
     have no latents (C is 0), and take no slot: N is then the most images of a row.
     pixels_per_latent: along a side, where images come as pixels; 0 where they come as latents.
+    causal_images: see `flatten`.
     """
 
     length: int
@@ -32,6 +33,7 @@ class SequenceShape:
     latent_channels: int
     sizes: tuple[Size, ...]
     pixels_per_latent: int = 0
+    causal_images: bool = False
 
     @cached_property
     def image_sizes(self) -> tuple[Size, ...]:
@@ -41,7 +43,8 @@ class SequenceShape:
 
 
 Inputs = namedtuple(
-    "Inputs", "tokens patch_index positions row_start row_end latents noise t image_start image_size"
+    "Inputs",
+    "tokens patch_index positions row_end last_query latents noise t image_start image_size features",
 )
 """The fields of a PackedBatch that the model reads."""
 Targets = namedtuple(
@@ -56,13 +59,14 @@ class PackedBatch:
 
     tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where there is no text loss;
     positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: index of the position's
-    patch among the row's N x P, -1 for text; row_start, row_end int32 [B, S]: the mask;
+    patch among the row's N x P, -1 for text; row_end, last_query int32 [B, S]: the mask;
     latents, noise float32 [B, N, C, H, W], zeros in unused slots;
     t float32 [B, N]: each image's time in the noise process, in [0, 1);
     image_start int32 [B, N]: position of each image's first patch, -1 for an unused slot;
     image_size int64 [B, N]: index of each image's size. P is the largest size's number of patches, H and W
     are the largest height and width, and an image lies at the top left, padded with zeros;
     has_loss bool [B, N]: the slot holds an image that is denoised, and not one that is given;
+    features float32 [B, N, P, F] of a vision model at each patch, zeros where there are none; or of no size;
     pixels uint8 [B, N, 3, H, W] or empty; has_pixels bool [B, N]: latents are still to be encoded from them.
     num_text_targets, num_images (with a loss) int64 []: of the whole global batch, the losses' denominators;
     target_index int64 [R]: the positions of `target_index`.
@@ -72,8 +76,8 @@ class PackedBatch:
     labels: Tensor
     positions: Tensor
     patch_index: Tensor
-    row_start: Tensor
     row_end: Tensor
+    last_query: Tensor
     latents: Tensor
     noise: Tensor
     t: Tensor
@@ -85,6 +89,7 @@ class PackedBatch:
     num_text_targets: Tensor = ZERO
     num_images: Tensor = ZERO
     target_index: Tensor = ZERO
+    features: Tensor = ZERO
 
     def __getstate__(self) -> dict[str, np.ndarray]:
         """Arrays, which a worker process sends through a pipe: tensors would go through shared memory, of
@@ -102,7 +107,7 @@ class PackedBatch:
 
     def intervals(self) -> Intervals:
         """The mask of this batch, to be made once and handed to every layer."""
-        return Intervals(self.row_start, self.row_end, self.tokens.shape[1])
+        return Intervals(self.row_end, self.last_query, self.tokens.shape[1])
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         return PackedBatch(**{n: tensor.to(device, non_blocking=True) for n, tensor in vars(self).items()})
@@ -117,7 +122,9 @@ class PackedBatch:
 
     def work(self) -> Tensor:
         """int64 [2]: text targets, and pairs of a query and a key that it sees, in these rows alone."""
-        return torch.stack([(self.labels != IGNORED_LABEL).sum(), (self.row_end - self.row_start).sum()])
+        # The queries of key j begin behind all i whose row_end is at most j; there are S - row_end(i) such j.
+        num_pairs = (self.last_query + self.row_end - self.row_end.shape[1]).sum()
+        return torch.stack([(self.labels != IGNORED_LABEL).sum(), num_pairs])
 
 
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
@@ -133,8 +140,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         "labels": np.full(length, IGNORED_LABEL, np.int64),
         "positions": np.zeros(length, np.int32),
         "patch_index": np.full(length, -1, np.int32),
-        "row_start": own.copy(),
         "row_end": own + 1,
+        "last_query": own + 1,
         "latents": np.zeros((slots, *latents), np.float32),
         "noise": np.zeros((slots, *latents), np.float32),
         "t": np.zeros(slots, np.float32),
@@ -154,8 +161,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         row["positions"][here] = own[: len(document)]
         patch = document.patch
         row["patch_index"][here] = np.where(patch < 0, -1, patch + slot * max_patches)
-        row["row_start"][here] = start
         row["row_end"][here] = document.row_end + start
+        row["last_query"][here] = here.stop
         for image, image_start in zip(document.images, document.image_start, strict=True):
             if image.kind == "codes":
                 continue

@@ -72,10 +72,10 @@ def _num_codes(batch: PackedBatch, tokenizer: Tokenizer) -> int:
 def _num_bytes(batch: PackedBatch, tokenizer: Tokenizer) -> int:
     """Bytes of the text whose tokens are targets."""
     has_label = batch.labels != IGNORED_LABEL
-    documents = zip(batch.labels, batch.row_start, has_label, strict=True)
+    number = (batch.positions == 0).cumsum(1)  # of the document in its row
     texts = [
-        tokenizer.decode(labels[(start == first) & is_target].numpy())
-        for labels, start, is_target in documents
-        for first in start[is_target].unique()
+        tokenizer.decode(labels[(number == each) & is_target].numpy())
+        for labels, number, is_target in zip(batch.labels, number, has_label, strict=True)
+        for each in number[is_target].unique()
     ]
     return sum(len(text.encode()) for text in texts)

@@ -31,7 +31,7 @@ def test_synthetic_rows_are_full_and_as_real_ones(run_values, kind):
     assert ((row.patch_index >= 0).sum(1) == images * config.model.patches[0]).all()
     if kind != "pairs":
         assert (row.labels != IGNORED_LABEL).float().mean() > 0.4
-        used = (row.row_end - row.row_start > 1) | (row.labels != IGNORED_LABEL)
+        used = (row.positions > 0) | (row.labels != IGNORED_LABEL)
         assert used.float().mean() > 0.9
     assert int(row.tokens.max()) < config.model.vocab_size
     assert np.isfinite(row.latents).all()
@@ -57,5 +57,5 @@ def test_figures_of_a_run(run_values, tmp_path, monkeypatch, capsys):
     assert figures["tflop_per_step"] == pytest.approx(flops / 1e12)
     rows = SyntheticRows(parsed, "mixed")
     batches = [[rows.next() for _ in range(parsed.train.global_batch_size)] for _ in range(2)]
-    pairs = [sum(int((row.row_end - row.row_start).sum()) for row in batch) for batch in batches]
+    pairs = [sum(int(row.intervals().dense_mask.sum()) for row in batch) for batch in batches]
     assert figures["visible_keys_per_query"] * positions == pytest.approx(sum(pairs) / 2)

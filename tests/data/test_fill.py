@@ -103,8 +103,8 @@ def test_every_target_is_in_the_rows_once_an_epoch(tmp_path):
         row = arrays(logical.next_row())
         asked = row["labels"] >= 0
         found.update(zip(row["tokens"][asked].tolist(), row["labels"][asked].tolist(), strict=True))
-        ends = np.flatnonzero(np.diff(row["row_start"], append=-1))
-        lengths_here = ends - row["row_start"][ends] + 1
+        ends = np.unique(row["last_query"]) - 1
+        lengths_here = row["positions"][ends] + 1
         assert (lengths_here[row["tokens"][ends] > 0] >= 2).all()  # no piece of eos alone
         if logical.state.position["text"][0] > 2:
             break
@@ -131,8 +131,9 @@ def test_a_piece_sees_only_itself_and_restarts_its_positions(tmp_path):
     rows = [stream.next()[0] for _ in range(3)]
     assert rows[1].tokens[0, 0] == rows[0].labels[0, -1]  # a piece's last target opens the next one
     for row in rows:
-        first = row.row_start[0].unique()
-        assert (row.positions[0, first] == 0).all()
+        last = row.last_query[0].unique()
+        assert (row.positions[0, [0, *last[:-1]]] == 0).all()
+        assert (row.positions[0] == 0).sum() == len(last)
         assert (row.row_end[0] == row.row_end[0].sort().values).all()
 
 
@@ -234,4 +235,4 @@ def test_images_alone_leave_the_positions_that_no_image_fits(tmp_path):
     stream = stream_of({"pairs": (folder, 1.0)}, range(2), 2, slots=2)
     row = stream.next()[0]
     assert (row.image_start >= 0).sum() == 2
-    assert (row.row_start[0] == np.arange(64))[-20:].all()
+    assert (row.last_query[0] == np.arange(1, 65))[-20:].all()

@@ -64,10 +64,41 @@ def test_the_other_samples_are_those_of_a_document_without_given_images(tmp_path
     ]
     given, plain = (collate(stream.next()) for stream in streams)
     assert plain.has_loss.equal(plain.image_start >= 0)
-    for field in ("tokens", "labels", "row_start", "row_end", "positions", "latents", "image_start"):
+    for field in ("tokens", "labels", "row_end", "last_query", "positions", "latents", "image_start"):
         assert torch.equal(getattr(given, field), getattr(plain, field)), field
     assert torch.equal(given.t[given.has_loss], plain.t[given.has_loss])
     assert torch.equal(given.noise[given.has_loss], plain.noise[given.has_loss])
+
+
+def times_of(folder, given: list[int], num: int, **changes) -> list[list[float]]:
+    """Times by document, in order of a stream, of the images that are denoised."""
+    rows = rows_of(
+        folder, [triple(n, {GIVEN: given}) for n in range(1, num)], packing_buffer_size=1, **changes
+    )
+    found = []
+    for row in (row for _ in range(8) for row in rows.next()):
+        at = row.image_start[0].clamp(min=0)
+        starts = at - row.positions[0][at]
+        for start in starts[row.has_loss[0]].unique():
+            found.append(row.t[0][row.has_loss[0] & (starts == start)].tolist())
+    return found
+
+
+def test_a_document_may_have_one_time_and_by_default_each_image_its_own(tmp_path):
+    """Without a limit of t; with one, the first image, which no text precedes, has as far to its limit."""
+    own = times_of(tmp_path / "edits", [], 20, image_first_max_t=1.0)
+    shared, again = (
+        times_of(tmp_path / "edits", [], 20, image_first_max_t=1.0, t_per="document") for _ in range(2)
+    )
+    pairs = [times for times in shared if len(times) == 2]
+    assert len(pairs) > 10
+    assert all(one == other for one, other in pairs)
+    assert len({one for one, _ in pairs}) > 10
+    assert not any(times[0] == times[1] for times in own if len(times) == 2)
+    assert shared == again
+    limited = times_of(tmp_path / "edits", [], 20, image_first_max_t=0.5, t_per="document")
+    for one, other in [times for times in limited if len(times) == 2]:
+        assert one == pytest.approx(other / 2, abs=2e-3)
 
 
 @pytest.mark.parametrize("given", [[2], [-1], [True], ["0"], {"0": 1}, 0, None])
@@ -84,7 +115,7 @@ def test_an_edit_is_not_cut_to_fill_a_row(tmp_path, metadata, is_cut):
     for row in (row for _ in range(10) for row in stream.next()):
         starts, value = row.image_start[0], row.latents.flatten(2).mean(2)[0]
         for target in starts[(starts >= 0) & (value < 0)].tolist():
-            document = row.row_start[0, target].item()
+            document = target - row.positions[0, target].item()
             parted += not any(document <= start < target for start in starts.tolist())
     assert (parted > 0) == is_cut
 

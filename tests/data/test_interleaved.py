@@ -19,6 +19,7 @@ from tests.support.rows import (
     NUM_PATCHES,
     arrays,
     digest,
+    document_starts,
     stream_of,
     write_documents,
     write_pairs,
@@ -89,7 +90,7 @@ def found_in(row, positions: Counter, images: Counter, slots: int) -> None:
     tokens = np.where(row["patch_index"] >= 0, PATCH, row["tokens"])[real]
     positions.update(zip(tokens.tolist(), row["labels"][real].tolist(), strict=True))
     own = np.arange(length)
-    assert (row["positions"][real] == (own - row["row_start"])[real]).all()
+    assert (row["positions"][real] == (own - document_starts(row))[real]).all()
     is_patch = row["patch_index"] >= 0
     assert (row["row_end"][~is_patch] == own[~is_patch] + 1).all()
     used = np.flatnonzero(row["image_start"] >= 0)
@@ -101,7 +102,7 @@ def found_in(row, positions: Counter, images: Counter, slots: int) -> None:
         assert row["patch_index"][here].tolist() == list(range(slot * NUM_PATCHES, (slot + 1) * NUM_PATCHES))
         assert (row["row_end"][here] == here.stop).all()
         assert (row["tokens"][start - 1], row["tokens"][here.stop]) == (MANY_IDS.boi, MANY_IDS.eoi)
-        assert len(set(row["row_start"][start - 1 : here.stop + 1])) == 1
+        assert len(set(row["last_query"][start - 1 : here.stop + 1])) == 1
         images[round(float(row["latents"][slot].mean()))] += 1
 
 
@@ -172,7 +173,7 @@ def test_an_image_that_opens_a_piece_keeps_its_range_of_t(tmp_path):
         if row["image_start"][0] >= 0:
             image = round(float(row["latents"][0].mean()))
             times[image].append(row["t"][0])
-            opens[image] += row["row_start"][row["image_start"][0]] == row["image_start"][0] - 1
+            opens[image] += row["positions"][row["image_start"][0]] == 1
     assert max(times[0]) < 0.01
     assert min(opens[2], len(times[2])) > 50
     assert max(times[1]) > 0.8

@@ -199,7 +199,7 @@ def test_packing_neither_loses_nor_repeats_images(data, tokenizer, codec):
     for _ in range(60):
         row = arrays(stream.next_row())
         for start in row["image_start"][row["image_start"] >= 0]:
-            document = row["row_start"][start]
+            document = start - row["positions"][start]
             found[tuple(row["tokens"][document:start])] += 1
     epoch, order, _ = stream.state.position["pairs"]
     waiting = sum(pending.key.source == "pairs" for pending in stream.state.pending)
@@ -291,7 +291,7 @@ def test_layout_t_and_the_noise_limit(data, tokenizer, codec):
         for slot, start in enumerate(row["image_start"]):
             if start < 0:
                 continue
-            document = row["row_start"][start]
+            document = start - row["positions"][start]
             after = start + 16 + 1
             if start - document > 2:
                 kinds["caption first"] += 1

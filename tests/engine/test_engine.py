@@ -124,15 +124,16 @@ def test_weight_decay_applies_to_matrices_only(run_config):
 
 
 def test_average_follows_its_formula(run_config):
-    engine, _ = make_run(run_config)
+    engine, loader = make_run(run_config)
     shards = engine.optimizer_state.shards
     ema = Ema(shards, 0.5)
     expected = [shard.weight.clone() for shard in shards]
-    for step in range(1, 15):
-        for shard in shards:
-            shard.weight.fill_(float(step))
-        ema.update(step)
+    for step in range(1, 9):
+        train_step(engine, loader.next(), 1e-2, ema.after(step))
         decay = min(0.5, (1 + step) / (10 + step))
-        expected = [decay * value + (1 - decay) * step for value in expected]
-    for value, fragment in zip(expected, ema.fragments, strict=True):
+        expected = [
+            decay * value + (1 - decay) * shard.weight for value, shard in zip(expected, shards, strict=True)
+        ]
+    for value, fragment, shard in zip(expected, ema.fragments, shards, strict=True):
         torch.testing.assert_close(fragment, value)
+        assert not torch.equal(fragment, shard.weight)

@@ -28,6 +28,7 @@ PIPELINES = {
     "linear": {"adapter": "linear"},
     "unet": {"adapter": "unet", "unet_channels": 4},
     "modality": {"modality_weights": "all", "attention_bias": True},
+    "causal": {"image_attention": "causal"},
 }
 
 

@@ -27,9 +27,11 @@ from tests.support.sizes import PIXELS, SIZES
 PATCHES = (16, 15, 12)
 
 
-@pytest.fixture(params=["linear", "unet"])
+@pytest.fixture(params=["linear", "unet", "linear-2d"])
 def pipeline(request, run_config, tokenizer, codec) -> TransfusionPipeline:
-    changes = {"adapter": request.param, "unet_channels": 4, "image_sizes": PIXELS, "vocab_size": 2050}
+    adapter, _, rope = request.param.partition("-")
+    changes = {"adapter": adapter, "unet_channels": 4, "image_sizes": PIXELS, "vocab_size": 2050}
+    changes |= {"image_rope": rope or "1d"}
     return make_pipeline(run_config, tokenizer, codec, num_steps=4, **changes)
 
 

@@ -22,7 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from interval_attention.backward import dkdv_kernel, dq_kernel, statistics_kernel
-from interval_attention.blocks import block_lists_kernel
 from interval_attention.configs import ARCHITECTURES, HEAD_DIMS, Tile, read_stored
 from interval_attention.forward import forward_kernel
 
@@ -38,10 +37,7 @@ KERNELS = {
 }
 # The tensors that each kernel's loop loads, through descriptors if its tile says so.
 IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do statistics", "dq_kernel": "k v"}
-_INT32 = (
-    "row_start row_end first_row last_row schedule start end clamped_start clamped_end "
-    "mask_count mask_index full_count full_index"
-)
+_INT32 = "row_start row_end first_query last_query schedule"
 TYPES = dict.fromkeys(_INT32.split(), "i32") | {"lse": "fp32", "dlse": "fp32", "statistics": "i64"}
 
 
@@ -75,7 +71,6 @@ def variants(architecture: int, head_dim: int) -> Iterator[tuple[str, triton.JIT
         stored = read_stored()[architecture, head_dim].values()
         for tile in dict.fromkeys(getattr(tiles, name) for tiles in stored):
             yield name, kernel, tile
-    yield "blocks", block_lists_kernel, Tile(128, 128, 4, 1)
 
 
 def measure(
@@ -128,7 +123,6 @@ def steps_ahead(ttgir: str) -> int:
 def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int, branch: bool) -> ASTSource:
     constants = {
         "TMA": tile.tma, "BRANCH": branch, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
-        "BLOCK": tile.rows, "OTHER": tile.keys, "CHUNK": 64,
     }  # fmt: skip
     types = TYPES | ({"statistics": "fp32"} if kernel is statistics_kernel else {})
     described = set(IN_LOOP[kernel.__name__].split()) if tile.tma else set()
@@ -170,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for architecture in (90,) if options.tma else options.architectures:
         for head_dim in options.head_dims:
             for name, kernel, tile in variants(architecture, head_dim):
-                if options.tma and name in ("delta", "decode", "blocks"):
+                if options.tma and name in ("delta", "decode"):
                     continue
                 if options.tma is not None:
                     tile = tile._replace(tma=options.tma)

@@ -31,39 +31,40 @@ ROW = {
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("seq", [64, 90])
 def test_counts_equal_the_dense_mask(name, seq):
-    start, end = layout(name, seq, shrink=16)
-    seen = dense_mask(start, end, seq)[:, 0]
-    assert visible_pairs(start, end) == seen.sum()
+    mask = layout(name, seq, shrink=16)
+    seen = dense_mask(*mask)[:, 0]
+    assert visible_pairs(*mask) == seen.sum()
+    bounds = prepare(*mask)[:2]
     for rows, keys in ((16, 16), (32, 16), (16, 32)):
         some, _ = blocks_of(seen, rows, keys)
-        assert tile_pairs(start, end, rows, keys, grid=True) == some.sum() * rows * keys
+        assert tile_pairs(*bounds, rows, keys, grid=True) == some.sum() * rows * keys
         steps = 0
         for first in range(0, seq, rows):
             (visited,) = torch.nonzero(seen[0, first : first + rows].any(0), as_tuple=True)
             steps += -(-(int(visited[-1]) + 1 - int(visited[0])) // keys)
-        assert tile_pairs(start, end, rows, keys, grid=False) == steps * rows * keys
+        assert tile_pairs(*bounds, rows, keys, grid=False) == steps * rows * keys
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_schedule_visits_the_pairs_that_are_counted(name):
-    start, end = layout(name, 1024)
-    parts = prepare(start, end).row_schedule[..., 1:, :].flatten(0, 1)
+    prepared = prepare(*layout(name, 1024))
+    parts = prepared.row_schedule[..., 1:, :].flatten(0, 1)
     for rows, keys in ((128, 64), (64, 64), (32, 128)):
         first = RUN // rows
         bounds = parts[:, first - 1 : 2 * first - 1]
         steps = (bounds[..., 3] - bounds[..., 0] + keys - 1) // keys
-        assert tile_pairs(start, end, rows, keys, grid=False) == int(steps.sum()) * rows * keys
+        assert tile_pairs(*prepared[:2], rows, keys, grid=False) == int(steps.sum()) * rows * keys
 
 
 def test_layouts_match_their_names():
-    start, end = (x[0] for x in layout("interleaved-1024", 8192))
+    end, last = (x[0] for x in layout("interleaved-1024", 8192))
     position = torch.arange(8192)
     patches = end > position + 1
     assert 0.5 < patches.float().mean() < 1
     assert int((end - position).max()) == 1024
-    assert start[-1] > 0
+    assert last[0] < 8192
     assert (end > position).all()
-    _, end = layout("pairs", 8192)
+    end, _ = layout("pairs", 8192)
     assert int((end[0] - position).max()) == 256
 
 

@@ -30,7 +30,7 @@ def check(usage: dict) -> None:
     branches only."""
     assert usage["spilled_bytes"] == 0, usage
     assert usage["shared_bytes"] <= SHARED_LIMIT[usage["architecture"]], usage
-    if usage["kernel"] in ("delta", "blocks"):
+    if usage["kernel"] == "delta":
         return
     assert usage["divisions"] == 0, usage
     assert (usage["edges"] > 0) == (usage["architecture"] == 90), usage
@@ -60,7 +60,7 @@ def test_stored_variants():
     assert {(u["architecture"], u["head_dim"]) for u in usages} == {
         (a, d) for a in (80, 90) for d in (64, 128)
     }
-    assert {u["kernel"] for u in usages} == {"forward", "decode", "delta", "dkdv", "dq", "blocks"}
+    assert {u["kernel"] for u in usages} == {"forward", "decode", "delta", "dkdv", "dq"}
     for usage in usages:
         check(usage)
 
@@ -71,7 +71,7 @@ def test_loops_with_tma_descriptors_use_fewer_registers():
         for loads in ("--tma", "--no-tma")
     )
     assert set(tma) == {"forward", "dkdv", "dq"}
-    assert set(pointers) == {"forward", "decode", "delta", "dkdv", "dq", "blocks"}
+    assert set(pointers) == {"forward", "decode", "delta", "dkdv", "dq"}
     for usage in tma.values():
         check(usage)
     for kernel, usage in tma.items():

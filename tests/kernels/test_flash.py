@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from interval_attention.blocks import block_lists
 from interval_attention.flash import check_flash, document_starts, flash_prepare
 from interval_attention.reference import dense_mask, reference_attention
-from tests.support.layouts import DEVICE, Case, packed_rows
+from tests.support.layouts import DEVICE, Case, last_queries, packed_rows
 
 has_flash_4 = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 needs_flash_4 = pytest.mark.skipif(not has_flash_4, reason="flash-attn-4 is not installed")
@@ -64,38 +64,34 @@ def layouts(draw) -> tuple[torch.Tensor, torch.Tensor]:
             here = len(start)
             end += [here + size] * size if image else range(here + 1, here + size + 1)
             start += [first] * size
-    return int32([start[:length]]), int32([[min(e, length) for e in end[:length]]])
+    return int32([[min(e, length) for e in end[:length]]]), last_queries(int32([start[:length]]), length)
 
 
 @settings(max_examples=40, deadline=None)
 @given(layouts(), st.sampled_from([(16, 16), (32, 16), (16, 32)]))
 def test_block_lists_equal_brute_force_over_all_pairs(layout, sizes):
-    (start, end), (block, other_block) = layout, sizes
-    length = start.shape[1]
-    seen = dense_mask(start, end, length)[:, 0]
-    lists, clamped_start, clamped_end = block_lists(start, end, length, block, other_block)
-    check_lists(lists, seen, block, other_block)
-    assert torch.equal(dense_mask(clamped_start, clamped_end, length)[:, 0, :length], seen)
-    assert not dense_mask(clamped_start, clamped_end, length)[:, 0, length:].any()
+    seen = dense_mask(*layout)[:, 0]
+    by_rows, by_keys = block_lists(*layout, *sizes)
+    check_lists(by_rows, seen, *sizes)
+    check_lists(by_keys, seen.mT, *reversed(sizes))
 
 
 @pytest.mark.parametrize("length", [100, 128, 384, 1000])
 def test_lists_by_rows_and_by_keys_agree(length):
-    start, end = packed_rows(length, 3, length)
-    some = end > start
-    prepared = flash_prepare(start, end, length, "flash-attn-4")
-    # A fully masked row is given the key at its own position.
-    seen = dense_mask(torch.where(some, start, start.clamp(max=length - 1)), end.maximum(start + 1), length)[
-        :, 0
-    ]
+    mask = packed_rows(length, 3, length)
+    prepared = flash_prepare(*mask, length, "flash-attn-4")
+    seen = dense_mask(*mask)[:, 0]
     check_lists(prepared.by_rows, seen, 128, 128)
     check_lists(prepared.by_keys, seen.mT, 128, 128)
+    padded = dense_mask(prepared.row_end, prepared.last_query)[:, 0]
+    assert torch.equal(padded[:, :length, :length], seen)
+    assert padded.sum() == seen.sum()
 
 
 def test_one_long_document_has_full_blocks():
     length = 640
     end = int32([list(range(1, length + 1)), [length] * length])
-    prepared = flash_prepare(torch.zeros_like(end), end, length, "flash-attn-4")
+    prepared = flash_prepare(end, None, length, "flash-attn-4")
     assert prepared.by_rows.full_count[:, 0].tolist() == [[0, 1, 2, 3, 4], [5] * 5]
     assert prepared.by_keys.full_count[:, 0].tolist() == [[4, 3, 2, 1, 0], [5] * 5]
     assert prepared.by_rows.mask_count[:, 0].tolist() == [[1] * 5, [0] * 5]
@@ -103,8 +99,9 @@ def test_one_long_document_has_full_blocks():
 
 def test_blocks_past_the_end_are_not_full():
     end = int32([[300] * 300])
-    prepared = flash_prepare(torch.zeros_like(end), end, 300, "flash-attn-4")
-    assert torch.equal(prepared.row_start[:, 300:], prepared.row_end[:, 300:])
+    prepared = flash_prepare(end, None, 300, "flash-attn-4")
+    assert not prepared.row_end[:, 300:].any()
+    assert not prepared.last_query[:, 300:].any()
     for lists in (prepared.by_rows, prepared.by_keys):
         assert lists.full_count[:, 0].tolist() == [[2, 2, 0]]
         assert lists.mask_count[:, 0].tolist() == [[1, 1, 3]]
@@ -112,11 +109,12 @@ def test_blocks_past_the_end_are_not_full():
 
 
 def test_fewer_queries_than_keys_have_no_lists_by_keys():
-    start, end = int32([[0, 0, 0, 0]]), int32([[301, 302, 303, 0]])
-    prepared = flash_prepare(start, end, 500, "flash-attn-4")
+    prepared = flash_prepare(int32([[301, 302, 303, 0]]), None, 500, "flash-attn-4")
     assert prepared.by_keys is None
     assert prepared.by_rows.mask_index[0, 0, 0, : prepared.by_rows.mask_count[0, 0, 0]].tolist() == [0, 1, 2]
-    assert prepared.row_start.shape == (1, 128)
+    assert prepared.row_end.shape == (1, 128)
+    assert prepared.last_query.shape == (1, 512)
+    assert prepared.row_end[0, 3] == 1  # so that no row sees nothing
 
 
 # flash-attention 2
@@ -124,11 +122,12 @@ def test_fewer_queries_than_keys_have_no_lists_by_keys():
 
 def test_documents_of_text_are_causal_attention_of_each():
     starts = [[0] * 5 + [5] + [6] * 14, [0] * 20]
-    start, end = int32(starts), torch.arange(1, 21, dtype=torch.int32, device=DEVICE).repeat(2, 1)
-    bounds = document_starts(start, end, 20)
+    end = torch.arange(1, 21, dtype=torch.int32, device=DEVICE).repeat(2, 1)
+    last = last_queries(int32(starts), 20)
+    bounds = document_starts(end, last)
     assert bounds.tolist() == [0, 5, 6, 20, 40]
     assert bounds.dtype == torch.int32
-    case = Case.random(start, end, 2, 2)
+    case = Case.random(end, last, 2, 2)
     q, k, v = (x.flatten(0, 1).movedim(1, 0) for x in (case.q, case.k, case.v))
     found = torch.cat(
         [
@@ -137,7 +136,7 @@ def test_documents_of_text_are_causal_attention_of_each():
         ],
         dim=1,
     )
-    expected, _ = reference_attention(case.q, case.k, case.v, start, end)
+    expected, _ = reference_attention(case.q, case.k, case.v, end, last)
     torch.testing.assert_close(found.movedim(0, 1).unflatten(0, (2, 20)), expected, atol=1e-5, rtol=0)
 
 
@@ -157,7 +156,7 @@ def test_documents_of_text_are_causal_attention_of_each():
 )
 def test_rows_that_are_not_text_only_are_refused(start, end, num_keys, message):
     with pytest.raises(ValueError, match=message):
-        flash_prepare(int32(start), int32(end), num_keys, "flash-attn")
+        flash_prepare(int32(end), last_queries(int32(start), num_keys), num_keys, "flash-attn")
 
 
 # Refusals, and the real package

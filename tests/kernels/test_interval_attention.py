@@ -14,8 +14,8 @@ import interval_attention as package
 from interval_attention import api, configs, interval_attention, prepare, prepared_attention
 from interval_attention.configs import INTERPRETED, Tile, Tiles, using
 from interval_attention.intervals import RUN
-from interval_attention.reference import reference_attention
-from tests.support.layouts import DEVICE, Case, packed_row, packed_rows
+from interval_attention.reference import dense_mask, reference_attention
+from tests.support.layouts import DEVICE, Case, last_queries, packed_row, packed_rows
 from tests.support.marks import full
 
 
@@ -23,13 +23,13 @@ def int32(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
 
 
-def with_lse(q, k, v, row_start, row_end):
-    return interval_attention(q, k, v, row_start, row_end, return_lse=True)
+def with_lse(q, k, v, row_end, last_query):
+    return interval_attention(q, k, v, row_end, last_query, return_lse=True)
 
 
 def causal(num_rows: int, length: int):
     end = torch.arange(1, length + 1, dtype=torch.int32, device=DEVICE).repeat(num_rows, 1)
-    return torch.zeros_like(end), end
+    return end, torch.full_like(end, length)
 
 
 # 32 of the layouts stand for all.
@@ -68,7 +68,7 @@ def test_heads_in_sections_that_fit_in_the_cache(monkeypatch):
 def test_one_document_over_everything():
     """Full steps for each head of each group, as in plain causal attention and in a single image."""
     size = 96
-    Case.random(int32([[0] * size] * 2), int32([list(range(1, size + 1)), [size] * size]), 4, 2).check()
+    Case.random(int32([list(range(1, size + 1)), [size] * size]), int32([[size] * size] * 2), 4, 2).check()
 
 
 @pytest.mark.parametrize(
@@ -95,43 +95,52 @@ def test_named_layouts(segments):
         document = here if kind == "new" else document
         end += [here + size] * size if kind == "image" else range(here + 1, here + size + 1)
         start += [document] * size
-    Case.random(int32([start]), int32([end])).check()
+    Case.random(int32([end]), last_queries(int32([start]), len(start))).check()
+
+
+def some_rows(bounds, rng: random.Random, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bounds of some of the queries, in their order, and of all keys."""
+    row_end, last_query = bounds
+    chosen = [sorted(rng.sample(range(row_end.shape[1]), num_rows)) for _ in row_end]
+    chosen = torch.tensor(chosen, dtype=torch.int32, device=DEVICE)
+    # The first of the chosen queries that a key's last does not reach.
+    return row_end.gather(1, chosen.long()), torch.searchsorted(chosen, last_query, out_int32=True)
 
 
 @pytest.mark.parametrize("num_rows", [1, 17, *full(7, 16, 40)])
 def test_fewer_queries_than_keys(num_rows):
     """Decoding with a cache: some rows of packed layouts of 70 keys, in their order."""
     rng = random.Random(num_rows)
-    start, end = packed_rows(num_rows, 8, 70)
-    chosen = torch.tensor([sorted(rng.sample(range(70), num_rows)) for _ in range(8)], device=DEVICE)
-    Case.random(start.gather(1, chosen), end.gather(1, chosen), num_keys=70).check()
+    Case.random(*some_rows(packed_rows(num_rows, 8, 70), rng, num_rows)).check()
 
 
-def test_the_forward_pass_allows_intervals_in_any_order():
+def test_the_forward_pass_allows_ends_in_any_order():
     """Generation needs this: its padding after a row's last position is fully masked."""
     rng = random.Random(0)
-    bounds = [[sorted(rng.choices(range(51), k=2)) for _ in range(40)] for _ in range(8)]
-    start, end = (int32([[pair[i] for pair in row] for row in bounds]) for i in (0, 1))
+    end = int32([rng.choices(range(51), k=40) for _ in range(8)])
     end[:, ::7] = 0
-    Case.random(start, end, num_keys=50).check(backward=False)
+    Case.random(end, end.new_full((8, 50), 40)).check(backward=False)
+    case = Case.random(end, end.new_full((8, 50), 40))
+    found, whole = (package.prepare(end, last, 50) for last in (None, case.last_query))
+    assert all(map(torch.equal, found, whole))
 
 
 @pytest.mark.parametrize("branches", [True, False])
 def test_fully_masked_rows_give_zeros_and_no_gradient(monkeypatch, branches):
     """Also where no position of a tile sees a key: its bounds are those of no interval."""
     monkeypatch.setattr(api, "_branches", lambda device: branches)
-    empty = int32([[0] * 20, [20] * 20])
-    found = Case.random(empty, empty).results(with_lse, torch.float32)
+    found = Case.random(int32([[0] * 20, [20] * 20]), int32([[20] * 20, [0] * 20])).results(
+        with_lse, torch.float32
+    )
     assert (found["lse"] == -torch.inf).all()
     for name in ("o", "dq", "dk", "dv"):
         assert (found[name] == 0).all(), name
 
 
 def test_intervals_beyond_the_keys_are_clamped():
-    start, end = packed_rows(3, 2, 40)
-    case = Case.random(start, end)
+    case = Case.random(*packed_rows(3, 2, 40))
     found = case.results(
-        lambda q, k, v, s, e: with_lse(q, k, v, s.where(s > 0, -5), e.where(e < 40, 99)),
+        lambda q, k, v, e, last: with_lse(q, k, v, e.where(e < 40, 99), last.where(last < 40, 99)),
         torch.float32,
         backward=False,
     )
@@ -153,10 +162,10 @@ def every_second(x):
 
 @pytest.mark.parametrize("view", [reverse_strides, heads_first, every_second])
 def test_inputs_and_gradients_of_any_strides(view):
-    def attention(q, k, v, row_start, row_end):
+    def attention(q, k, v, row_end, last_query):
         q, k, v = view(q), view(k), view(v)
         assert not any(x.is_contiguous() for x in (q, k, v))
-        o, lse = interval_attention(q, k, v, row_start, row_end, return_lse=True)
+        o, lse = interval_attention(q, k, v, row_end, last_query, return_lse=True)
         return view(o), lse
 
     # Two heads each, so that no order of dimensions is contiguous by chance.
@@ -164,11 +173,11 @@ def test_inputs_and_gradients_of_any_strides(view):
 
 
 def test_a_broadcast_gradient_and_views_of_one_projection():
-    start, end = packed_rows(12, 2, 33)
+    mask = packed_rows(12, 2, 33)
     qkv = torch.randn(2, 33, 4, 16, device=DEVICE, requires_grad=True)
     q, k, v = qkv.split([2, 1, 1], dim=2)
-    (found,) = torch.autograd.grad(interval_attention(q, k, v, start, end).sum(), qkv)
-    (expected,) = torch.autograd.grad(reference_attention(q, k, v, start, end)[0].sum(), qkv)
+    (found,) = torch.autograd.grad(interval_attention(q, k, v, *mask).sum(), qkv)
+    (expected,) = torch.autograd.grad(reference_attention(q, k, v, *mask)[0].sum(), qkv)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -186,18 +195,15 @@ def test_bfloat16_is_as_accurate_as_pytorch():
     case = Case.random(*packed_rows(22, 8, 300), 4, 2, 128)
     case = Case(*(x.bfloat16() for x in list(vars(case).values())[:3]), *list(vars(case).values())[3:])
 
-    def pytorch(q, k, v, row_start, row_end):
-        mask = (reference_attention(q, k, v, row_start, row_end)[1] > -torch.inf).any()
-        assert mask
-        key = torch.arange(k.shape[1], device=DEVICE)
-        seen = ((key >= row_start[..., None]) & (key < row_end[..., None]))[:, None]
+    def pytorch(q, k, v, row_end, last_query):
+        seen = dense_mask(row_end, last_query)
         o = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, enable_gqa=True
         )
         return o.transpose(1, 2), torch.zeros(1, device=DEVICE)
 
     exact = case.results(reference_attention, torch.float64, backward=False)["o"]
-    some = (case.row_end > case.row_start)[..., None, None]
+    some = dense_mask(case.row_end, case.last_query)[:, 0].any(-1)[..., None, None]
     ours = case.results(with_lse, torch.bfloat16, backward=False)["o"]
     theirs = case.results(pytorch, torch.bfloat16, backward=False)["o"]
     error, their_error = (((o - exact) * some).abs().max() for o in (ours, theirs))
@@ -222,7 +228,7 @@ def test_the_stored_tiles_forward_and_backward(bounds, head_dim):
 
 def test_scale_and_the_shape_of_the_result():
     case = Case.random(*packed_rows(5, 2, 24))
-    inputs = (case.q, case.k, case.v, case.row_start, case.row_end)
+    inputs = (case.q, case.k, case.v, case.row_end, case.last_query)
     o, _ = reference_attention(*inputs, scale=0.3)
     found = interval_attention(*inputs, scale=0.3)
     torch.testing.assert_close(found, o, atol=1e-5, rtol=0)
@@ -238,12 +244,12 @@ def test_the_backward_pass_repeats_bit_for_bit():
 
 
 def test_the_reference_has_correct_gradients():
-    start, end = int32([[0, 0, 2, 2, 4]]), int32([[1, 2, 4, 4, 4]])
+    end, last = int32([[1, 2, 4, 4, 4]]), last_queries(int32([[0, 0, 2, 2, 4]]), 5)
     q, k, v = (
         torch.randn(1, 5, heads, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
         for heads in (2, 1, 1)
     )
-    assert torch.autograd.gradcheck(lambda *x: reference_attention(*x, start, end)[0], (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: reference_attention(*x, end, last)[0], (q, k, v))
 
 
 # Integration with PyTorch
@@ -251,7 +257,7 @@ def test_the_reference_has_correct_gradients():
 
 def gradients(attention, case: Case) -> list[torch.Tensor]:
     inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
-    o = attention(*inputs, case.row_start, case.row_end)
+    o = attention(*inputs, case.row_end, case.last_query)
     return [o.detach(), *torch.autograd.grad((o * case.weight).sum(), inputs)]
 
 
@@ -259,8 +265,8 @@ def gradients(attention, case: Case) -> list[torch.Tensor]:
 def test_torch_compile_keeps_it_in_one_graph(backend):
     case = Case.random(*packed_rows(41, 2, 24))
 
-    def layer(q, k, v, row_start, row_end):
-        return torch.tanh(interval_attention(torch.sin(q), k, v, row_start, row_end) + q)
+    def layer(q, k, v, row_end, last_query):
+        return torch.tanh(interval_attention(torch.sin(q), k, v, row_end, last_query) + q)
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for found, expected in zip(gradients(compiled, case), gradients(layer, case), strict=True):
@@ -269,7 +275,7 @@ def test_torch_compile_keeps_it_in_one_graph(backend):
 
 def test_operators_are_registered_correctly():
     case = Case.random(*packed_rows(42, 2, 20))
-    prepared = prepare(case.row_start, case.row_end)
+    prepared = prepare(case.row_end, case.last_query)
     inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
     torch.library.opcheck(torch.ops.interval_attention.forward.default, (*inputs, *prepared, 0.25))
     o, lse = torch.ops.interval_attention.forward(case.q, case.k, case.v, *prepared, 0.25)
@@ -282,9 +288,9 @@ def test_operators_are_registered_correctly():
 def test_fake_tensors_have_the_shapes_and_strides_of_real_ones():
     case = Case.random(*packed_rows(43, 2, 20), 2, 1)
     q = heads_first(case.q)
-    real = with_lse(q, case.k, case.v, case.row_start, case.row_end)
+    real = with_lse(q, case.k, case.v, case.row_end, case.last_query)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = with_lse(*(mode.from_tensor(x) for x in (q, case.k, case.v, case.row_start, case.row_end)))
+        fake = with_lse(*(mode.from_tensor(x) for x in (q, case.k, case.v, case.row_end, case.last_query)))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
@@ -302,15 +308,16 @@ def test_activation_checkpointing_gives_the_same_gradients():
 
 def test_one_preparation_serves_many_layers():
     case = Case.random(*packed_rows(45, 2, 30))
-    prepared = prepare(case.row_start, case.row_end, 30)
+    prepared = prepare(case.row_end, case.last_query, 30)
     found = gradients(lambda q, k, v, *_: prepared_attention(q, k, v, prepared), case)
     for a, b in zip(found, gradients(interval_attention, case), strict=True):
         assert torch.equal(a, b)
 
 
 def test_an_empty_batch():
-    start, end = (x[:0] for x in packed_rows(0, 2, 8))
-    for value in Case.random(start, end).results(with_lse, torch.float32).values():
+    for value in (
+        Case.random(*(x[:0] for x in packed_rows(0, 2, 8))).results(with_lse, torch.float32).values()
+    ):
         assert value.numel() == 0
 
 
@@ -327,8 +334,9 @@ def test_an_empty_batch():
         ({"q": torch.zeros(1, 8, 32)}, r"q must be of shape .*\[1, 8, 32\]"),
         ({"k": torch.zeros(1, 8, 2, 16, dtype=torch.float16)}, "k is torch.float16.*q is torch.float32"),
         ({"k": torch.zeros(1, 9, 2, 16)}, r"k \[1, 9, 2, 16\] and v \[1, 8, 2, 16\]"),
-        ({"row_start": torch.zeros(1, 7, dtype=torch.int32)}, r"row_start \[1, 7\]"),
-        ({"row_start": torch.zeros(1, 8, dtype=torch.int64)}, "row_start must be int32.*int64"),
+        ({"row_end": torch.zeros(1, 7, dtype=torch.int32)}, r"intervals for \[1, 7\] queries"),
+        ({"last_query": torch.zeros(2, 8, dtype=torch.int32)}, r"row_end \[1, 8\] .*last_query \[2, 8\]"),
+        ({"row_end": torch.zeros(1, 8, dtype=torch.int64)}, "row_end must be int32.*int64"),
         ({"scale": -1.0}, "scale must be greater than 0, got -1.0"),
         ({"q": torch.zeros(1, 8, 3, 16)}, r"groups dividing its heads"),
     ],
@@ -336,7 +344,7 @@ def test_an_empty_batch():
 def test_bad_input_is_named(change, message):
     head_dim = change["q"].shape[-1] if "q" in change and change["q"].ndim == 4 else 16
     inputs = {name: torch.zeros(1, 8, 2, head_dim) for name in ("q", "k", "v")}
-    inputs |= {name: torch.zeros(1, 8, dtype=torch.int32) for name in ("row_start", "row_end")}
+    inputs |= {name: torch.zeros(1, 8, dtype=torch.int32) for name in ("row_end", "last_query")}
     inputs = {n: x.to(DEVICE) if torch.is_tensor(x) else x for n, x in (inputs | change).items()}
     with pytest.raises(ValueError, match=message):
         interval_attention(**inputs)
@@ -396,24 +404,22 @@ class TestTma:
     @pytest.mark.parametrize("num_rows", [7, 40])
     def test_fewer_queries_than_keys(self, with_tma, num_rows):
         rng = random.Random(num_rows)
-        start, end = packed_rows(num_rows, 4, 70)
-        chosen = torch.tensor([sorted(rng.sample(range(70), num_rows)) for _ in range(4)], device=DEVICE)
-        Case.random(start.gather(1, chosen), end.gather(1, chosen), num_keys=70).check()
+        Case.random(*some_rows(packed_rows(num_rows, 4, 70), rng, num_rows)).check()
 
     def test_views_of_one_projection_are_described(self, with_tma):
-        start, end = packed_rows(12, 2, 33)
+        mask = packed_rows(12, 2, 33)
         qkv = torch.randn(2, 33, 4, 16, device=DEVICE, requires_grad=True)
         q, k, v = qkv.split([2, 1, 1], dim=2)
         weight = torch.randn(q.shape, device=DEVICE)
-        (found,) = torch.autograd.grad((interval_attention(q, k, v, start, end) * weight).sum(), qkv)
-        (expected,) = torch.autograd.grad((reference_attention(q, k, v, start, end)[0] * weight).sum(), qkv)
+        (found,) = torch.autograd.grad((interval_attention(q, k, v, *mask) * weight).sum(), qkv)
+        (expected,) = torch.autograd.grad((reference_attention(q, k, v, *mask)[0] * weight).sum(), qkv)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
         assert len(with_tma) == 7
 
     @pytest.mark.parametrize("view", [reverse_strides, every_second])
     def test_unsupported_tensors_are_read_through_pointers(self, with_tma, view):
-        def attention(q, k, v, row_start, row_end):
-            o, lse = interval_attention(view(q), view(k), view(v), row_start, row_end, return_lse=True)
+        def attention(q, k, v, row_end, last_query):
+            o, lse = interval_attention(view(q), view(k), view(v), row_end, last_query, return_lse=True)
             return view(o), lse
 
         Case.random(*packed_rows(11, 4, 37), 2, 2).check(attention)

@@ -15,20 +15,21 @@ from tests.support.layouts import DEVICE, packed_rows
 
 def test_column_bounds_are_the_transpose_on_200_layouts():
     for seed in range(10):
-        start, end = packed_rows(seed, 20, 30 + seed)
-        prepared = prepare(start, end, check=True)
-        row = torch.arange(start.shape[1], device=DEVICE)[:, None]
-        seen = (row >= prepared.first_row[:, None]) & (row < prepared.last_row[:, None])
-        some = (end > start)[..., None]
-        assert torch.equal(seen & some, dense_mask(start, end, start.shape[1])[:, 0])
+        end, last = packed_rows(seed, 20, 30 + seed)
+        prepared = prepare(end, last, check=True)
+        at = torch.arange(end.shape[1], device=DEVICE)
+        by_keys = (at[:, None] >= prepared.first_query[:, None]) & (at[:, None] < last[:, None])
+        by_rows = (at >= prepared.row_start[..., None]) & (at < end[..., None])
+        seen = dense_mask(end, last)[:, 0]
+        assert torch.equal(by_keys & seen.any(2, keepdim=True), seen)
+        assert torch.equal(by_rows, seen)
 
 
 def test_runs_come_longest_first_with_the_bounds_of_their_parts():
-    start, end = packed_rows(5, 4, 5 * RUN + 3)
-    prepared = prepare(start, end)
+    prepared = prepare(*packed_rows(5, 4, 5 * RUN + 3))
     for schedule, low, high in (
-        (prepared.row_schedule, start, end),
-        (prepared.key_schedule, prepared.first_row, prepared.last_row),
+        (prepared.row_schedule, prepared.row_start, prepared.row_end),
+        (prepared.key_schedule, prepared.first_query, prepared.last_query),
     ):
         assert schedule.dtype == torch.int32
         assert schedule.shape == (4, 6, 16, 4)
@@ -54,23 +55,23 @@ def test_memory_is_linear_in_the_length():
     """At S = 131,072 a dense mask would take 17 GB."""
     size = 131_072
     end = torch.arange(1, size + 1, dtype=torch.int32, device=DEVICE)[None]
-    prepared = prepare(torch.zeros_like(end), end)
+    prepared = prepare(end)
     assert sum(x.numel() for x in prepared) <= 5 * size
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "message"),
+    ("end", "last", "message"),
     [
-        ([0, 0, 0], [1, 2, 4], r"row_end\[0, 2\] is 4, outside 0 \.\. 3"),
-        ([0, -1, 0], [1, 2, 3], r"row_start\[0, 1\] is -1, outside 0 \.\. 3"),
-        ([0, 1, 0], [1, 2, 3], r"row_start\[0, 2\] is 0, less than 1 before it"),
+        ([1, 2, 4], [3, 3, 3], r"row_end\[0, 2\] is 4, outside 0 \.\. 3"),
+        ([1, 2, 3], [1, -1, 3], r"last_query\[0, 1\] is -1, outside 0 \.\. 3"),
+        ([1, 2, 3], [1, 3, 2], r"last_query\[0, 2\] is 2, less than 3 before it"),
     ],
 )
-def test_check_names_the_first_bad_value(start, end, message):
-    start, end = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (start, end))
+def test_check_names_the_first_bad_value(end, last, message):
+    end, last = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (end, last))
     with pytest.raises(ValueError, match=message):
-        prepare(start, end, check=True)
-    prepare(start, end)
+        prepare(end, last, check=True)
+    prepare(end, last)
 
 
 def test_the_package_does_not_import_megafusion():

@@ -29,7 +29,7 @@ def test_a_block_normalizes_the_outputs_or_the_inputs_of_its_sublayers(post_norm
     for norm in (block.attention_norm, block.feed_forward_norm):
         torch.nn.init.uniform_(norm.weight)
     end = torch.arange(1, 6, dtype=torch.int32)[None]
-    context = block_context(config, Intervals(end * 0, end, 5), end - 1, x_BSD.dtype, end < 0)
+    context = block_context(config, Intervals(end, None, 5), end - 1, x_BSD.dtype, end < 0)
     expected = x_BSD
     for norm, sublayer in (
         (block.attention_norm, block.attention),

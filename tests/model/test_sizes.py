@@ -144,11 +144,11 @@ def test_a_row_holds_each_image_at_the_top_left():
 LAYOUTS = st.lists(st.lists(st.integers(-3, 4).filter(bool), min_size=1, max_size=3), min_size=2, max_size=4)
 
 
-@pytest.mark.parametrize("adapter", ["linear", "unet"])
+@pytest.mark.parametrize("changes", [{}, {"adapter": "unet"}, {"image_rope": "2d"}])
 @given(layout=LAYOUTS.filter(lambda documents: any(part < 0 for d in documents for part in d)))
 @settings(max_examples=12)
-def test_a_packed_row_equals_its_documents_one_by_one(adapter, layout):
-    net = model(adapter)
+def test_a_packed_row_equals_its_documents_one_by_one(changes, layout):
+    net = model(**{"adapter": "linear"} | changes)
     documents = [document(parts, seed) for seed, parts in enumerate(layout)]
     # The last image ends with the row, where the largest size would not fit.
     packed = collate([pack_row(documents, shape(sum(map(len, documents)), 12))])

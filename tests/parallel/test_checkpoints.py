@@ -50,9 +50,9 @@ class Training:
         losses = []
         for _ in range(num_steps):
             batch = self.loader.next()
-            losses.append([float(x) for x in train_step(self.engine, batch, LEARNING_RATE)])
             self.step, self.state = self.step + 1, self.loader.state_dict()
-            self.ema.update(self.step)
+            update = self.ema.after(self.step)
+            losses.append([float(x) for x in train_step(self.engine, batch, LEARNING_RATE, update)])
         return losses
 
     def save(self) -> None:

@@ -60,7 +60,7 @@ def one_block(values: dict) -> list[tuple[dict, dict]]:
     slices = mesh.size("ulysses") * (mesh.size("tensor") if config.parallel.sequence else 1)
     x = torch.randn(ROWS, LENGTH // slices, WIDTH, requires_grad=True)
     positions = torch.arange(LENGTH).expand(ROWS, -1).int()
-    intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)
+    intervals = Intervals(positions + 1, None, LENGTH)
     positions_shard = stage.sequence_shard.shard(positions)
     context = block_context(config.model, intervals, positions_shard, x.dtype, positions_shard < 0)
     with Sent() as forward:

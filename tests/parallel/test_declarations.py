@@ -61,7 +61,7 @@ def block_gradients(values: dict) -> dict[str, tuple[ShardSpec, Tensor, Tensor]]
     if config.parallel.sequence:
         x, weight = (t.chunk(mesh.size("tensor"), 1)[mesh.rank("tensor")] for t in (x, weight))
     positions = torch.arange(LENGTH).expand(ROWS, -1).int()
-    intervals = Intervals(torch.zeros_like(positions), positions + 1, LENGTH)
+    intervals = Intervals(positions + 1, None, LENGTH)
     context = block_context(config.model, intervals, positions, x.dtype, positions < 0)
     (stage.blocks["0"](x, context) * weight).sum().backward()
     return {

@@ -8,7 +8,7 @@ from tests.support.marks import full
 from tests.support.workers import run_workers
 
 # Each form of parallelism (with the linear adapter, of a model with every key that hub/ needs), ZeRO 3,
-# recomputation, offloading, bf16, flow matching, LoRA, weights of image patches, and images as codes.
+# recomputation, offloading, bf16, flow matching, LoRA, weights and positions of image patches, and codes.
 QUICK = [
     "one",
     "dp2-zero3-linear",
@@ -21,10 +21,20 @@ QUICK = [
     "pp2-flow-sample",
     "pp2-lora",
     "pp2-modality-all",
+    "ulysses2-rope-2d",
+    "tp2-sp-aligned",
     "tp2-sp-quantized",
 ]
 # Other stages, products of the degrees above, and recipes at other topologies.
 FULL = [
+    "tp2-aligned",
+    "ulysses2-aligned",
+    "dp2-zero1-aligned",
+    "dp2-zero3-aligned",
+    "tp2-sp-rope-2d-unet",
+    "pp2-rope-2d",
+    "dp2-zero3-rope-2d",
+    "tp2-pp2-rope-2d",
     "tp2-sp-modality-all",
     "dp2-zero3-frozen",
     "tp2-sp-zero3-lora",
@@ -60,6 +70,7 @@ FULL = [
     "tp2-lora",
     "tp2-pp2-lora",
     "ulysses2-tp2-sp-lora",
+    "pp2-causal",
     "tp2-quantized",
     "pp2-quantized",
     "ulysses2-quantized",

@@ -106,7 +106,9 @@ def test_rows_without_images_see_their_documents_alone():
 
 def test_codes_see_those_before_them_and_are_predicted():
     latents = row_statistics("pairs", 4096, 256, 15)
-    codes = row_statistics("pairs", 4096, 256, 15, is_causal=True)
+    codes = row_statistics("pairs", 4096, 256, 15, has_codes=True)
+    causal = row_statistics("pairs", 4096, 256, 15, is_causal=True)
     unseen = latents.visible_keys - codes.visible_keys
+    assert (causal.visible_keys, causal.targets) == (codes.visible_keys, latents.targets)
     assert unseen == pytest.approx(latents.images * 256 * 255 / 2 / 4096)
     assert codes.targets - latents.targets == pytest.approx(codes.images * 257 / 4096)

@@ -80,10 +80,10 @@ def test_what_a_compiled_block_saves_is_the_choice_of_torchs_partitioner(kv_head
     config = configuration("1.4b.yaml", *overrides, "model.num_heads=8", f"model.num_kv_heads={kv_heads}")
     blocks = make_blocks(config, 2)
     own = {parameter.untyped_storage()._cdata for parameter in blocks.parameters()}
-    start, positions = torch.zeros(1, LENGTH, dtype=torch.int32), torch.arange(LENGTH, dtype=torch.int32)
+    positions = torch.arange(LENGTH, dtype=torch.int32)
     context = block_context(
         config.model,
-        Intervals(start, positions[None] + 1, LENGTH),
+        Intervals(positions[None] + 1, None, LENGTH),
         positions[None],
         torch.bfloat16,
         positions[None] < 0,

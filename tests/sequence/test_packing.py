@@ -60,7 +60,7 @@ def test_a_row_concatenates_its_documents():
     row = arrays(pack_row([first, second], shape))
     n, m = len(first), len(second)
     assert row["positions"].tolist() == [*range(n), *range(m), *[0] * (26 - n - m)]
-    assert row["row_start"].tolist() == [*[0] * n, *[n] * m, *range(n + m, 26)]
+    assert row["last_query"].tolist() == [*[n] * n, *[n + m] * m, *range(n + m + 1, 27)]
     assert row["image_start"].tolist() == [5, n + 2, -1]
     assert (row["patch_index"] >= 0).sum() == 2 * NUM_PATCHES
     assert row["patch_index"].max() == 2 * NUM_PATCHES - 1
@@ -75,7 +75,7 @@ def test_a_text_is_cut_into_documents_that_keep_its_targets():
     assert pieces[0].labels[-1] == pieces[1].tokens[0]
     assert [p.row_end.tolist() for p in pieces] == [[*range(1, n + 1)] for n in (8, 3, 11)]
     row = arrays(pack_row(pieces, SequenceShape(22, 1, (NUM_PATCHES,), 2, ((4, 4),))))
-    assert row["row_start"].tolist() == [0] * 8 + [8] * 3 + [11] * 11
+    assert row["last_query"].tolist() == [8] * 8 + [11] * 3 + [22] * 11
     assert row["positions"].tolist() == [*range(8), *range(3), *range(11)]
 
 

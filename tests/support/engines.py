@@ -90,7 +90,7 @@ class Run:
         loss = self.engine(rows, (rows * 3 + 1) % 11)
         self.engine.backward(loss)
         self.engine.step()
-        self.ema.update(number)
+        torch._foreach_lerp_(self.ema.fragments, self.ema.weights, self.ema.after(number).weight)
         total = loss.detach().float()
         dist.all_reduce(total)
         return total.item() / dist.get_world_size()

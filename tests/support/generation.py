@@ -7,6 +7,7 @@ from megafusion.generate.folder import PipelineConfig
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.row import Request
+from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
@@ -37,7 +38,8 @@ def make_pipeline(run_config, tokenizer, codec, num_steps: int, **changes) -> Tr
 def prompt_batch(pipeline, segments_of_rows):
     """A batch of one document per row, and their lengths without eos."""
     model = pipeline.config.model
-    documents = [flat_document(s, pipeline.tokenizer, model.patches) for s in segments_of_rows]
+    causal = model.image_attention == "causal"
+    documents = [flat_document(s, pipeline.tokenizer, model.patches, causal) for s in segments_of_rows]
     length = max(map(len, documents))
     shape = SequenceShape(length, 3, model.patches, model.latent_channels, model.latent_sizes)
     return collate([pack_row([d], shape) for d in documents]), torch.tensor([len(d) - 1 for d in documents])
@@ -48,7 +50,8 @@ def full_hidden(model, batch):
     """Hidden states of whole rows, and the skips."""
     timesteps = model.objective.noise_process.timesteps(batch.t)
     x, skips = model.stem(batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size)
-    context = block_context(model.config, batch.intervals(), batch.positions, x.dtype, batch.patch_index >= 0)
+    positions = rope_positions(model.config, batch.positions, batch.patch_index, batch.image_size)
+    context = block_context(model.config, batch.intervals(), positions, x.dtype, batch.patch_index >= 0)
     for block in model.blocks:
         x = block(x, context)
     return model.tail(x), skips

@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def packed_row(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
-    """row_start and row_end of a row of random documents, images of one patch and more, and padding."""
+    """First key and row_end of each query of random documents, images of one patch and more, and padding."""
     start, end = [], []
     while len(start) < length:
         first = len(start)
@@ -34,11 +34,17 @@ def packed_row(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
 
 
 def packed_rows(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """int32 [num_rows, length] starts and ends of random layouts."""
+    """row_end and last_query int32 [num_rows, length] of random layouts."""
     rng = random.Random(seed)
     rows = [packed_row(rng, length) for _ in range(num_rows)]
     start, end = (torch.tensor(bound, dtype=torch.int32, device=DEVICE) for bound in zip(*rows, strict=True))
-    return start, end
+    return end, last_queries(start, length)
+
+
+def last_queries(row_start: Tensor, num_keys: int) -> Tensor:
+    """last_query int32 [B, T] of rows that see no key before row_start [B, S], which does not decrease."""
+    key = torch.arange(num_keys, dtype=torch.int32, device=DEVICE).repeat(len(row_start), 1)
+    return torch.searchsorted(row_start.contiguous(), key, right=True, out_int32=True)
 
 
 @dataclass
@@ -48,26 +54,24 @@ class Case:
     q: Tensor
     k: Tensor
     v: Tensor
-    row_start: Tensor
     row_end: Tensor
+    last_query: Tensor
     weight: Tensor
     lse_weight: Tensor
 
     @classmethod
     def random(
         cls,
-        row_start: Tensor,
         row_end: Tensor,
+        last_query: Tensor,
         num_heads: int = 2,
         num_kv_heads: int = 1,
         head_dim: int = 16,
-        num_keys: int | None = None,
         seed: int = 0,
     ) -> "Case":
-        """Normal values; num_keys is the number of queries by default."""
+        """Normal values."""
         generator = torch.Generator().manual_seed(seed)
-        num_batch, num_rows = row_start.shape
-        num_keys = num_rows if num_keys is None else num_keys
+        (num_batch, num_rows), num_keys = row_end.shape, last_query.shape[1]
 
         def normal(*shape):
             return torch.randn(shape, generator=generator).to(DEVICE)
@@ -76,16 +80,16 @@ class Case:
             normal(num_batch, num_rows, num_heads, head_dim),
             normal(num_batch, num_keys, num_kv_heads, head_dim),
             normal(num_batch, num_keys, num_kv_heads, head_dim),
-            row_start,
             row_end,
+            last_query,
             normal(num_batch, num_rows, num_heads, head_dim),
             normal(num_batch, num_heads, num_rows),
         )
 
     def results(self, attention, dtype: torch.dtype, backward: bool = True) -> dict[str, Tensor]:
-        """Output, log-sum-exp and gradients of attention(q, k, v, row_start, row_end)."""
+        """Output, log-sum-exp and gradients of attention(q, k, v, row_end, last_query)."""
         q, k, v = (x.detach().to(dtype).requires_grad_(backward) for x in (self.q, self.k, self.v))
-        o, lse = attention(q, k, v, self.row_start, self.row_end)
+        o, lse = attention(q, k, v, self.row_end, self.last_query)
         found = {"o": o.detach(), "lse": lse.detach()}
         if backward:
             finite = torch.where(lse.isfinite(), lse, 0)

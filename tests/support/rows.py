@@ -128,6 +128,12 @@ def arrays(row: PackedBatch) -> dict[str, np.ndarray]:
     return {name: tensor[0].numpy() for name, tensor in vars(row).items() if tensor.ndim}
 
 
+def document_starts(row: dict[str, np.ndarray]) -> np.ndarray:
+    """[S] the first position of each position's document, in a row as `arrays` gives it."""
+    own = np.arange(len(row["positions"]))
+    return np.maximum.accumulate(np.where(row["positions"] == 0, own, 0))
+
+
 def digest(micro_batches) -> list[str]:
     """A hash of each row of a global batch."""
     rows = []

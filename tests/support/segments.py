@@ -18,8 +18,11 @@ def image_of(
 
 
 def flat_document(
-    segments: Sequence[np.ndarray | Segment], tokenizer: Tokenizer, patches: Sequence[int]
+    segments: Sequence[np.ndarray | Segment],
+    tokenizer: Tokenizer,
+    patches: Sequence[int],
+    causal_images: bool = False,
 ) -> FlatDocument:
     """`flatten`, where a text may be given by its ids alone."""
     whole = [segment if isinstance(segment, Segment) else Segment("tokens", segment) for segment in segments]
-    return flatten(whole, tokenizer, patches)
+    return flatten(whole, tokenizer, patches, causal_images)

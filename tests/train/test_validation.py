@@ -137,10 +137,10 @@ def test_any_topology_measures_and_trains_as_one_device(validated, tmp_path, wor
 def test_bytes_are_those_of_the_text(tokenizer):
     texts = ["ten bytes, café", "two"]
     ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
-    labels, row_start = torch.full((2, 64), -100), torch.zeros(2, 64, dtype=torch.int32)
+    labels, positions = torch.full((2, 64), -100), torch.arange(64).repeat(2, 1)
     labels[1, 3 : 3 + len(ids[0])], labels[1, 40 : 40 + len(ids[1])] = ids
-    row_start[1, 30:] = 30
-    batch = SimpleNamespace(labels=labels, row_start=row_start)
+    positions[1, 30:] -= 30
+    batch = SimpleNamespace(labels=labels, positions=positions)
     assert _num_bytes(batch, tokenizer) == len("".join(texts).encode())
 
 

@@ -33,7 +33,7 @@ def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: tuple[Callable,
 def choose(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> attention.BackendName:
     """The fastest by `stored_choices`, if measured; else, and for decoding, `interval` in half precision on
     CUDA if supported, or `sdpa`."""
-    device, num_rows = intervals.row_start.device, intervals.row_start.shape[1]
+    device, num_rows = intervals.row_end.device, intervals.row_end.shape[1]
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     names: list[attention.BackendName] = ["interval", "sdpa"]

@@ -20,10 +20,10 @@ def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> Mask:
 
     Raises UserError for rows with images if only flash-attention 2 is installed.
     """
-    row_start, not_empty = intervals.row_start, intervals.not_empty[..., None, None]
+    row_end, not_empty = intervals.row_end, intervals.not_empty[..., None, None]
     try:
-        package = flash_package(row_start.device)
-        prepared = flash_prepare(row_start, intervals.row_end, intervals.num_keys, package)
+        package = flash_package(row_end.device)
+        prepared = flash_prepare(row_end, intervals.last_query, intervals.num_keys, package)
     except ValueError as error:
         raise UserError(f"model.attention: flash is not supported ({error})") from error
     return prepared, not_empty if intervals.may_be_empty else None

@@ -15,12 +15,13 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> BlockMask:
     """Evaluates all S x T pairs."""
-    row_start, row_end = intervals.row_start, intervals.row_end
+    row_end, last_query = intervals.row_end, intervals.last_query
 
     def is_visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= row_start[row, query]) & (key < row_end[row, query])
+        is_before = key < row_end[row, query]
+        return is_before if last_query is None else is_before & (query < last_query[row, key])
 
-    (num_rows, length), device = row_start.shape, row_start.device
+    (num_rows, length), device = row_end.shape, row_end.device
     return create_block_mask(is_visible, num_rows, None, length, intervals.num_keys, device=device)
 
 

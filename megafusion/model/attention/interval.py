@@ -13,7 +13,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 
 def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> interval_attention.Prepared:
-    return interval_attention.prepare(intervals.row_start, intervals.row_end, intervals.num_keys)
+    return interval_attention.prepare(intervals.row_end, intervals.last_query, intervals.num_keys)
 
 
 def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: interval_attention.Prepared) -> Tensor:

@@ -376,3 +376,22 @@ def test_the_committed_autoencoder_matches_its_report():
     noised = codec.decode(codec.denormalize(latents + 0.1 * noise))
     squared = ((noised - held_out) / 2).square().mean((1, 2, 3))
     assert float(-10 * squared.log10().mean()) >= 27.0
+
+
+def test_augmented_images_are_others_each_epoch_and_the_same_after_a_resume(config):
+    data = config(
+        data={"augmentation": {"max_shift": 0.2, "scale": [0.5, 0.9]}, "horizontal_flip": False}
+    ).data
+    splits = find_images(data).splits
+    plain = data.model_copy(update={"augmentation": None})
+    batches = training_batches(data, splits, 8, seed=0)
+    first = [next(batches) for _ in range(12)]
+    resumed = training_batches(data, splits, 8, 0, first[4][1])
+    for pixels, position in first[5:]:
+        again, position_again = next(resumed)
+        assert torch.equal(again, pixels)
+        assert position_again == position
+    every = torch.cat([pixels for pixels, _ in first]).flatten(1)
+    assert len(torch.unique(every, dim=0)) == len(every)
+    held_out = held_out_images(data, splits)[1]
+    assert torch.equal(held_out, held_out_images(plain, splits)[1])

@@ -1,0 +1,71 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), of one axis, or of rows and columns."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megafusion.model.config import ModelConfig, RopeScaling
+
+
+class Rope(NamedTuple):
+    """Rotary position embedding (Su et al., arXiv 2104.09864): cosines and sines, float32 [B, S, 1, K/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x_BSHK: Tensor) -> Tensor:
+        """Rotate each pair (x_i, x_{i + K/2}), as Llama pairs them, by its position's angle."""
+        first, second = x_BSHK.float().chunk(2, dim=-1)
+        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(rotated, dim=-1).to(x_BSHK.dtype)
+
+
+def rope_at(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
+    """The rotation of integer positions, with frequencies theta^(-2i/K), scaled or not.
+
+    positions: [B, S]; or [B, S, A], of A axes, which take turns: frequency i is of axis i mod A.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    frequencies = theta**-exponent
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
+    if positions.ndim == 3:
+        positions = positions[..., torch.arange(head_dim // 2, device=positions.device) % positions.shape[2]]
+    else:
+        positions = positions[..., None]
+    angles = positions.float() * frequencies
+    return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's frequencies: slow ones divided by the factor, fast ones as they are."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = frequencies * scaling.original_max_position_embeddings / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rope_positions(
+    config: ModelConfig, positions_BS: Tensor, patch_index_BS: Tensor, image_size_BN: Tensor
+) -> Tensor:
+    """The positions that `rope_at` takes: [B, S] with one axis, [B, S, 2] with rows and columns.
+
+    With two, as in Qwen2-VL's M-RoPE (arXiv 2409.12191), the patch in row r and column c of an image whose
+    first patch is at position p is at (p + r, p + c), and a text's token at position p is at (p, p): its
+    rotation is that of one axis, bit for bit. Unlike there, the text after an image has its place in the
+    document, not the one behind the image's last row or column.
+    patch_index_BS, image_size_BN: as in `PackedBatch`.
+    """
+    if config.image_rope == "1d":
+        return positions_BS
+    num_columns = torch.tensor([columns for _, columns in config.grids], device=positions_BS.device)
+    index_BS, max_patches = patch_index_BS.clamp(min=0).long(), max(config.patches)
+    slot, patch = index_BS // max_patches, index_BS % max_patches
+    columns_BS = num_columns[image_size_BN.long().gather(1, slot)]
+    places = torch.stack([patch // columns_BS, patch % columns_BS], dim=-1)
+    first_patch_BS = positions_BS - patch
+    return torch.where(
+        patch_index_BS[..., None] >= 0, first_patch_BS[..., None] + places, positions_BS[..., None]
+    )
