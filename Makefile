@@ -80,19 +80,22 @@ reproduce-small: $(INSTALLED)  ## Claims (a) and (b) of the paper, small and fro
 	  --signs benchmarks/results/claims/signs-b.json
 
 # Fold 0 alone, as latents and as codes; the other folds: docs/claims.md.
-CLAIMS_SHARDS := data/claims/fold-0/held-out/pairs/manifest.json data/claims-quantized/fold-0/held-out/pairs/manifest.json
-FOLD := data/styles/fold-0
+FOLD := data/styles-64/fold-0
+CLAIMS_SHARDS := data/claims-64/fold-0/held-out/pairs/manifest.json data/claims-64-quantized/fold-0/held-out/pairs/manifest.json
 claims-inputs: $(CLAIMS_SHARDS)
+data/styles/fold-0/captions.json: | $(INSTALLED)
+	$(BIN)/python -m data_prep.emoji.styles split --fold 0 --out data/styles/fold-0
 $(FOLD)/captions.json: | $(INSTALLED)
-	$(BIN)/python -m data_prep.emoji.styles split --fold 0 --out $(FOLD)
-runs/vae-%/config.json: | $(FOLD)/captions.json
+	$(BIN)/python -m data_prep.emoji.styles split --fold 0 --num-concepts 64 --out $(FOLD)
+runs/vae-%/config.json: | data/styles/fold-0/captions.json
 	$(BIN)/megafusion train-vae configs/vae/$*.yaml
-data/claims/fold-0/held-out/pairs/manifest.json: | runs/vae-styles/config.json
-data/claims-quantized/fold-0/held-out/pairs/manifest.json: | runs/vae-quantized-styles/config.json
-$(CLAIMS_SHARDS): data/%/fold-0/held-out/pairs/manifest.json:
-	OMP_NUM_THREADS=1 $(BIN)/megafusion preprocess configs/preprocess/$*.yaml
-	OMP_NUM_THREADS=1 $(BIN)/megafusion preprocess configs/preprocess/$*.yaml out=data/$*/fold-0/held-out texts=[] \
-	  keys=$(FOLD)/held-out.txt augmentation.copies=4
+data/claims-64/fold-0/held-out/pairs/manifest.json: | runs/vae-styles/config.json
+data/claims-64-quantized/fold-0/held-out/pairs/manifest.json: | runs/vae-quantized-styles/config.json
+$(CLAIMS_SHARDS): data/claims-64%/fold-0/held-out/pairs/manifest.json: | $(FOLD)/captions.json
+	OMP_NUM_THREADS=1 $(BIN)/megafusion preprocess configs/preprocess/claims$*.yaml out=data/claims-64$*/fold-0/train \
+	  keys=$(FOLD)/train.txt texts=[$(FOLD)/text.txt]
+	OMP_NUM_THREADS=1 $(BIN)/megafusion preprocess configs/preprocess/claims$*.yaml out=data/claims-64$*/fold-0/held-out \
+	  keys=$(FOLD)/held-out.txt texts=[] augmentation.copies=8
 
 clean:  ## Remove the environment, the shards and the quickstart's run.
 	rm -rf $(VENV) data/quickstart runs/quickstart

@@ -36,6 +36,8 @@ FIGURES = {
     "perplexity": ("bits_per_byte",),
 }
 """Metrics of each suite that a claim is about."""
+COUNTS = ("steps", "seconds")
+"""What a run took; no claim is about it."""
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 
@@ -65,7 +67,10 @@ def collect(sweep: Path) -> dict[str, dict]:
 
 
 def compare(runs: dict[str, dict], first: str, second: str) -> dict[str, dict]:
-    """By figure: mean of both arms, and mean and standard deviation of their difference, paired by seed."""
+    """By figure: mean of both arms, and mean and standard deviation of their difference, paired by seed.
+
+    Losses of validation are left out where one arm predicts codes, because they are among its text targets.
+    """
     arms: dict[str, dict[int, dict]] = {first: {}, second: {}}
     for run in runs.values():
         if run["arm"] in arms:
@@ -74,7 +79,10 @@ def compare(runs: dict[str, dict], first: str, second: str) -> dict[str, dict]:
     if not seeds:
         raise UserError(f"no seed has finished runs of both {first} and {second}")
     found = {}
-    names = [name for name in arms[first][seeds[0]] if all(name in arms[a][s] for a in arms for s in seeds)]
+    every = [arms[arm][seed] for arm in arms for seed in seeds]
+    names = [name for name in every[0] if name not in COUNTS and all(name in figures for figures in every)]
+    if any("validation_image_loss" not in figures for figures in every):
+        names = [name for name in names if not name.startswith("validation_")]
     for name in names:
         pairs = [(arms[first][seed][name], arms[second][seed][name]) for seed in seeds]
         differences = [a - b for a, b in pairs]

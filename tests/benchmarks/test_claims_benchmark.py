@@ -57,6 +57,14 @@ def test_figures_of_finished_runs_are_paired_by_seed(claims, sweep, capsys):
     assert (accuracy["a"], accuracy["b"]) == pytest.approx((0.45, 0.25))
     assert (accuracy["difference"], accuracy["std"]) == pytest.approx((0.2, 0.02**0.5))
     assert "| images/held-out/both_accuracy | 0.45 | 0.25 | +0.2 ± 0.14 | 2 |" in claims.table(found)
+    assert "seconds" not in found
+    codes = {name: run | {"figures": dict(run["figures"])} for name, run in runs.items()}
+    for seed in (0, 1):
+        figures = codes[f"b,seed={seed}"]["figures"]
+        figures["validation_text_loss"] = figures.pop("validation_image_loss")
+    for run in codes.values():
+        run["figures"]["validation_loss"] = 1.0
+    assert list(claims.compare(codes, "a", "b")) == ["images/held-out/both_accuracy"]
     del runs["b,seed=0"]
     assert claims.compare(runs, "a", "b")["validation_image_loss"]["difference"] == pytest.approx(-0.1)
     with pytest.raises(UserError, match="no seed has finished runs of both a and c"):
