@@ -213,12 +213,15 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
         )
 
 
-def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
-    """A pipeline of a run's model, with weights not loaded yet."""
+def make_pipeline(
+    config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec, training_flops: float | None = None
+) -> TransfusionPipeline:
+    """A pipeline of a run's model, with weights not loaded yet. training_flops: see PipelineConfig."""
     pipeline_config = PipelineConfig(
         model=config.model,
         objective=config.objective.model_copy(update={"alignment": None}),
         sampling=config.sampling,
         sequence_length=config.data.sequence_length,
+        training_flops=training_flops,
     )
     return TransfusionPipeline(build_model(pipeline_config), tokenizer, codec, pipeline_config)
