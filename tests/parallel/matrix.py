@@ -124,6 +124,9 @@ MODALITY_WEIGHTS = {"feed_forward": ["tp2-sp"], "all": list(RECIPES)}
 IMAGE_ROPE = {"": list(RECIPES), "-unet": ["tp2-sp", "pp2"]}
 """Topologies of rotary positions by row and column, by adapter."""
 
+CLEAN_CONTEXT = {"": list(RECIPES), "-unet": ["tp2-sp", "pp2", "ulysses2", "dp2-zero3"]}
+"""Topologies of clean context, by adapter; of flow matching and weights for patches with it, all recipes'."""
+
 FROZEN = ["stem.*", "blocks.[12].*", "*.out.weight"]
 """Patterns that freeze the beginning of the model, all of two blocks and a part of the others."""
 
@@ -204,6 +207,12 @@ def make_cases() -> list[Case]:
         recipe = {"model": {"image_rope": "2d"}}
         kind = adapter.removeprefix("-") or "linear"
         cases += [Case(f"{name}-rope-2d{adapter}", *RECIPES[name], kind, recipe=recipe) for name in names]
+    clean = {"data": {"clean_context": True}}
+    for adapter, names in CLEAN_CONTEXT.items():
+        kind = adapter.removeprefix("-") or "linear"
+        cases += [Case(f"{name}-clean{adapter}", *RECIPES[name], kind, recipe=clean) for name in names]
+    recipe = {"objective": {"noise_process": {"kind": "flow"}}, "model": {"modality_weights": "all"}}
+    cases += [Case(f"{name}-clean-flow-modality", *RECIPES[name], recipe=clean | recipe) for name in RECIPES]
     for name, (world, degrees) in FROZEN_TOPOLOGIES.items():
         cases.append(Case(f"{name}-frozen", world, degrees, recipe={"train": {"freeze": FROZEN}}))
     for stage in (1, 2, 3):
