@@ -20,6 +20,7 @@ from megafusion.commands.launch import launch
 from megafusion.commands.plan import plan
 from megafusion.commands.serve import serve
 from megafusion.commands.status import status
+from megafusion.commands.sweep import sweep
 from megafusion.commands.train import listen_for_signals, train
 from megafusion.errors import UserError, exit_on_user_error
 from megafusion.processes import exit_on_stop_signals, ignore_write_errors
@@ -54,6 +55,7 @@ for command in (
     report,
     plan,
     launch,
+    sweep,
     keys,
 ):
     app.command()(expand_paths(command))
@@ -67,9 +69,9 @@ def main() -> None:
     os.umask(os.umask(0o077) | 0o002)  # nothing that a run writes is writable by the world
     if sys.argv[1:2] == ["train"]:
         listen_for_signals()
-    elif sys.argv[1:2] in (["preprocess"], ["train-vae"], ["evaluate"]):
+    elif sys.argv[1:2] in (["preprocess"], ["train-vae"], ["evaluate"], ["sweep"]):
         exit_on_stop_signals()
-    if sys.argv[1:2] in (["train"], ["preprocess"], ["train-vae"], ["evaluate"]):
+    if sys.argv[1:2] in (["train"], ["preprocess"], ["train-vae"], ["evaluate"], ["sweep"]):
         ignore_write_errors()
     with exit_on_user_error():
         try:

@@ -7,7 +7,7 @@ import typer
 from megafusion.config import FROM_DATA, REQUIRED, Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
 
-Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve", "evaluate"]
+Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve", "evaluate", "sweep"]
 REGENERATE = "python -m megafusion.commands.keys > docs/configuration.md"
 
 
@@ -81,6 +81,10 @@ def _config_class(command: str) -> type[Config]:
         from megafusion.evaluate.config import EvaluateConfig
 
         return EvaluateConfig
+    if command == "sweep":
+        from megafusion.sweep.config import SweepConfig
+
+        return SweepConfig
     from data_prep.vae.config import AutoencoderConfig
 
     return AutoencoderConfig

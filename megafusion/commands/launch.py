@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +10,6 @@ from megafusion.commands.arguments import ConfigFile, Overrides
 from megafusion.config import dump_config
 
 if TYPE_CHECKING:
-    from megafusion.data.config import DataConfig
     from megafusion.train.config import RunConfig
 
 
@@ -45,6 +43,7 @@ def launch(
     """
     from megafusion.launch.job import make_job, render, submit
     from megafusion.train.from_data import load_training_config
+    from megafusion.train.inputs import missing_inputs
     from megafusion.train.run_folder import changed_recipe
 
     values = load_training_config(config, overrides or [])
@@ -53,7 +52,7 @@ def launch(
     changed_recipe(values)
     for warning in values.warnings():
         print(warning, file=sys.stderr)
-    for missing in _missing_inputs(values.data, values.train.init_from):
+    for missing in missing_inputs(values.data, values.train.init_from):
         print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)
     for line in _planned(values, job.world_size, gpu or job.site.environment.get("MEGAFUSION_GPU")):
         print(line, file=sys.stderr)
@@ -78,18 +77,3 @@ def _planned(values: "RunConfig", world_size: int, gpu: str | None) -> Iterator[
     yield f"plan: {one_line(plan_job(job, chip))}"
     for sentence in does_not_fit(job, chip.memory_bytes, f"a GPU ({chip.name})"):
         yield f"warning: {sentence}"
-
-
-def _missing_inputs(data: "DataConfig", init_from: Path | None) -> Iterator[str]:
-    """Inputs that this machine does not see. A login node need not see all that the nodes do."""
-    from megafusion.data.manifest import MANIFEST
-
-    for name, source in data.sources.items():
-        if "://" not in source.path and not (Path(source.path) / MANIFEST).is_file():
-            yield f"data.sources.{name}.path {source.path}"
-    if not data.tokenizer.exists():
-        yield f"data.tokenizer {data.tokenizer}"
-    if not data.vae.is_dir():
-        yield f"data.vae {data.vae}"
-    if init_from and not init_from.is_dir():
-        yield f"train.init_from {init_from}"

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -67,26 +68,32 @@ def make_job(out: Path, site_name: str, nodes: int, launcher: str | None, time: 
 
 def render(job: Job) -> str:
     """The script for sbatch. It names the frozen configuration and holds none of its values."""
+    options = job_options(job) | {"job-name": job.name, "output": f"{job.run}/logs/job-%j.log"}
+    values = job_values(job) | {"MEGAFUSION_RUN": str(job.run)}
+    return fill(TEMPLATE, options, values, [f"set -- {shlex.quote(str(job.config))}"])
+
+
+def job_options(job: Job) -> dict[str, str]:
+    """sbatch's options that a job takes from its site and its size."""
     options = job.site.options | ({"time": job.time} if job.time else {})
-    options |= {
-        "job-name": job.name,
-        "nodes": str(job.nodes),
-        "ntasks-per-node": str(job.site.ranks_per_node),
-        "output": f"{job.run}/logs/job-%j.log",
-    }
+    return options | {"nodes": str(job.nodes), "ntasks-per-node": str(job.site.ranks_per_node)}
+
+
+def job_values(job: Job) -> dict[str, str]:
+    """Environment variables of a job, the run's folder excepted."""
     # A container has its own Python.
     in_container = job.site.environment.get("MEGAFUSION_CONTAINER", CONTAINERS[0]) != CONTAINERS[0]
     values = {"MEGAFUSION_PYTHON": "python3" if in_container else sys.executable} | job.site.environment
-    values |= {
-        "MEGAFUSION_ROOT": str(ROOT),
-        "MEGAFUSION_RUN": str(job.run),
-        "MEGAFUSION_LAUNCHER": job.launcher,
-    }
+    return values | {"MEGAFUSION_ROOT": str(ROOT), "MEGAFUSION_LAUNCHER": job.launcher}
+
+
+def fill(template: Path, options: Mapping[str, str], values: Mapping[str, str], commands: list[str]) -> str:
+    """A template's job script with options of sbatch, variables, and lines of shell, quoted by the caller."""
     lines = [f"#SBATCH --{name}={value}" for name, value in sorted(options.items())]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(values.items())]
-    lines += ["unset MEGAFUSION_SITE", f"set -- {shlex.quote(str(job.config))}"]
-    before, marker, after = TEMPLATE.read_text().partition(MARKER)
-    assert marker, f"{TEMPLATE}: the line {MARKER!r} is gone"
+    lines += ["unset MEGAFUSION_SITE", *commands]
+    before, marker, after = template.read_text().partition(MARKER)
+    assert marker, f"{template}: the line {MARKER!r} is gone"
     return before + "\n".join(lines) + "\n" + after
 
 
@@ -95,24 +102,37 @@ def submit(job: Job, script: str, config: str) -> str:
 
     UserError without sbatch, or if it refuses the job; the files of the run's other jobs are then unchanged.
     """
-    if not shutil.which("sbatch"):
-        raise UserError(
-            "sbatch is not on the PATH: launch from a login node, or look at the job with --dry-run"
-        )
+    refuse_without_sbatch()
     (job.run / "logs").mkdir(parents=True, exist_ok=True)
     write_file(job.config, config)
     write_file(job.script, script)
     queued = _run("squeue", "--noheader", "--me", "--format=%A", f"--name={job.name}").stdout.split()
-    job_id = _sbatch(job)
-    # A job that ends reads here whether a newer one has replaced it.
-    write_file(job.run / "launch" / "job", f"{job_id}\n")
+    try:
+        job_id = sbatch(job.script)
+    except UserError:
+        shutil.rmtree(job.script.parent)
+        raise
+    replace_job(job.run, job_id)
     return _instructions(job, job_id, queued)
 
 
-def _sbatch(job: Job) -> str:
-    done = _run("sbatch", "--parsable", str(job.script))
+def refuse_without_sbatch() -> None:
+    """UserError on a machine that cannot submit."""
+    if not shutil.which("sbatch"):
+        raise UserError(
+            "sbatch is not on the PATH: launch from a login node, or look at the job with --dry-run"
+        )
+
+
+def replace_job(run: Path, job_id: str) -> None:
+    """Name the newest job of a run: one that ends reads here whether another has replaced it."""
+    write_file(run / "launch" / "job", f"{job_id}\n")
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submit a script; the job's id. UserError if sbatch refuses it."""
+    done = _run("sbatch", "--parsable", *options, str(script))
     if done.returncode:
-        shutil.rmtree(job.script.parent)
         raise UserError(f"sbatch refused the job, which --dry-run shows: {done.stderr.strip()}")
     job_id = done.stdout.strip().split(";")[0]  # "id" or "id;cluster"
     if not re.fullmatch(r"\d+", job_id):

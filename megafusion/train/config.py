@@ -72,6 +72,7 @@ class RunConfig(Config):
             )
         if self.train.lora and is_fp8:
             raise ValueError("train.lora is not supported with train.precision fp8; use bf16")
+        self._check_alignment()
         clean_context = self.data.clean_context
         positions = max(self.model.patches) * (2 if clean_context else 1) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
@@ -108,6 +109,23 @@ class RunConfig(Config):
                 f"{self.checkpoint.every}: sheets are drawn from checkpoints"
             )
         return self
+
+    def _check_alignment(self) -> None:
+        """Raise ValueError where objective.alignment does not go with another key."""
+        if not (alignment := self.objective.alignment):
+            return
+        if alignment.layer > self.model.num_layers:
+            raise ValueError(
+                f"objective.alignment.layer {alignment.layer} is above model.num_layers "
+                f"{self.model.num_layers}; name one of the blocks"
+            )
+        others = {
+            f"parallel.pipeline {self.parallel.pipeline}": self.parallel.pipeline > 1,
+            f"model.codebook_size {self.model.codebook_size}": self.model.codebook_size > 0,
+            "train.lora": bool(self.train.lora),
+        }
+        if found := [name for name, is_given in others.items() if is_given]:
+            raise ValueError(f"objective.alignment is not supported with {found[0]}; leave one of them out")
 
     def warnings(self) -> list[str]:
         """Values that cannot do what they say, and what happens instead."""

@@ -50,6 +50,7 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
         ["keys", "train-tokenizer"],
         ["keys", "train-vae"],
         ["keys", "evaluate"],
+        ["keys", "sweep"],
         *[
             [command, "--help"]
             for command in (
@@ -62,6 +63,7 @@ def heavy_imports(*arguments: str, status: int = 0) -> set[str]:
                 "launch",
                 "plan",
                 "serve",
+                "sweep",
             )
         ],
         ["import", "--help"],
@@ -91,6 +93,15 @@ def test_an_invalid_configuration_is_refused_before_anything_heavy_is_imported(c
 def test_an_evaluation_with_an_unknown_key_or_no_suite_is_refused_before_anything_heavy_is_imported():
     assert heavy_imports("evaluate", "no-run", "--suite", "captions", "zzz=1", status=2) == set()
     assert heavy_imports("evaluate", "no-run", status=2) == set()
+
+
+def test_a_sweep_is_checked_before_anything_heavy_is_imported(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    values = {"base": "configs/quickstart.yaml", "out": str(tmp_path / "out"), "grid": {"seed": [0, 1]}}
+    path.write_text(yaml.safe_dump(values))
+    assert heavy_imports("sweep", str(path), "runs.a=[zzz=1]", status=2) == set()
+    model = "overrides=['model={vocab_size: 2048, image_sizes: [[64, 64]]}']"
+    assert heavy_imports("sweep", str(path), model, "--dry-run") == set()
 
 
 def test_a_plan_imports_nothing_heavy():

@@ -127,6 +127,9 @@ IMAGE_ROPE = {"": list(RECIPES), "-unet": ["tp2-sp", "pp2"]}
 CLEAN_CONTEXT = {"": list(RECIPES), "-unet": ["tp2-sp", "pp2", "ulysses2", "dp2-zero3"]}
 """Topologies of clean context, by adapter; of flow matching and weights for patches with it, all recipes'."""
 
+ALIGNED = {"tp2": TOPOLOGIES["tp2"], **{n: t for n, t in RECIPES.items() if "pipeline" not in t[1]}}
+"""Topologies of alignment with features, which a pipeline does not serve."""
+
 FROZEN = ["stem.*", "blocks.[12].*", "*.out.weight"]
 """Patterns that freeze the beginning of the model, all of two blocks and a part of the others."""
 
@@ -213,6 +216,9 @@ def make_cases() -> list[Case]:
         cases += [Case(f"{name}-clean{adapter}", *RECIPES[name], kind, recipe=clean) for name in names]
     recipe = {"objective": {"noise_process": {"kind": "flow"}}, "model": {"modality_weights": "all"}}
     cases += [Case(f"{name}-clean-flow-modality", *RECIPES[name], recipe=clean | recipe) for name in RECIPES]
+    alignment = {"model": "none", "feature_size": 16, "layer": 2, "weight": 3.0}
+    recipe = {"objective": {"alignment": alignment}}
+    cases += [Case(f"{name}-aligned", *t, recipe=recipe) for name, t in ALIGNED.items()]
     for name, (world, degrees) in FROZEN_TOPOLOGIES.items():
         cases.append(Case(f"{name}-frozen", world, degrees, recipe={"train": {"freeze": FROZEN}}))
     for stage in (1, 2, 3):

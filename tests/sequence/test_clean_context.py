@@ -231,7 +231,7 @@ def _hidden(model: Transfusion, batch: PackedBatch) -> tuple[torch.Tensor, torch
     found = {}
 
     class Recorded(torch.nn.Module):
-        def forward(self, head, hidden_BSD, images, targets):
+        def forward(self, head, hidden_BSD, images, targets, *alignment):
             found["images"], found["logits"] = images, head(hidden_BSD)
 
     objective, model.objective = model.objective, Recorded()

@@ -1,0 +1,77 @@
+"""`megafusion sweep`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megafusion.commands.arguments import Overrides
+from megafusion.errors import ExitStatus, UserError
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(help="YAML file of the sweep.", metavar="SWEEP")],
+    overrides: Overrides = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time: 1 by default here, all in SLURM.", min=1)
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Start nothing: gather the results that are there.")
+    ] = False,
+    site: Annotated[
+        str | None, typer.Option(help="Run as an array of SLURM on this cluster, as `launch` does.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="With --site: nodes of a run.", min=1)] = 1,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="With --site: time limit in sbatch's form.")
+    ] = None,
+    launcher: Annotated[str | None, typer.Option(help="With --site: srun or deepspeed.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, start nothing.")
+    ] = False,
+) -> None:
+    """Train and evaluate many runs over one configuration: sweep.json and sweep.md.
+
+    A run that is finished is skipped, one that was interrupted resumes, and one that fails does not stop the
+    others: the exit status is then 1.
+
+    Example: megafusion sweep sweep.yaml --jobs 2
+    """
+    from megafusion.sweep.config import load_sweep
+    from megafusion.sweep.members import expand
+    from megafusion.sweep.results import claim, write_results
+
+    values = load_sweep(config, overrides or [])
+    members = expand(values, str(config))
+    claim(values.out, members)
+    if site:
+        from megafusion.sweep.array import make_arrays
+
+        arrays = make_arrays(members, values.out, site, nodes, launcher, time_limit, jobs)
+        for member in members:
+            for missing in member.missing:
+                print(f"warning: {member.name}: {missing} not found on this machine", file=sys.stderr)
+        if not dry_run and not report:
+            typer.echo(arrays.submit() if arrays.tasks else f"{values.out}: every run is done")
+            return
+        if dry_run:
+            typer.echo("\n".join(filter(None, (arrays.train(), arrays.evaluate()))))
+            return
+    if dry_run:
+        for member in members:
+            typer.echo(f"{member.out}: {member.num_steps} steps{', '.join(['', *member.suites])}")
+        return
+    errors: dict[str, str] = {}
+    if not report:
+        from megafusion.sweep.local import run_members
+
+        for member in members:
+            member.check_world_size(1)
+            if member.missing:
+                raise UserError(f"{config}: {member.name}: {', '.join(member.missing)} not found")
+        errors = run_members(members, values.out / "sweep.launch/local", jobs or 1)
+    write_results(values.out, members, errors)
+    typer.echo((values.out / "sweep.md").read_text(), nl=False)
+    if errors:
+        raise typer.Exit(ExitStatus.FAILED)

@@ -1,0 +1,1 @@
+"""`megafusion sweep`: many runs over one configuration, their evaluation, and one table of results."""

@@ -1,0 +1,172 @@
+"""The runs of a sweep, each checked before the first is started. Imports no torch."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from megafusion.config import dump_config, parse_config
+from megafusion.errors import UserError
+from megafusion.evaluate.config import EvaluateConfig
+from megafusion.resilience.attempts import read_attempts
+from megafusion.storage import read_json
+from megafusion.sweep.config import ArmConfig, SweepConfig, label
+from megafusion.train.from_data import load_training_config
+from megafusion.train.inputs import missing_inputs
+from megafusion.train.run_folder import changed_recipe
+from megafusion.yaml_values import apply_overrides
+
+SEED = "seed"
+"""The axis over which the runs of a group differ."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a sweep, with its evaluation."""
+
+    name: str
+    arm: str
+    point: dict[str, str]
+    """Its place in the grid: the name of its value, by key."""
+    out: Path
+    num_steps: int
+    config: str
+    """Its configuration in full, as YAML."""
+    suites: tuple[str, ...]
+    evaluation: EvaluateConfig
+    check_degrees: Callable[[int], None]
+    missing: tuple[str, ...]
+    """Inputs that this machine does not see."""
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise UserError unless the run's degrees of parallelism fill so many ranks."""
+        try:
+            self.check_degrees(world_size)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+
+    @property
+    def group(self) -> str:
+        """The name without the seed."""
+        return _name(self.arm, {key: value for key, value in self.point.items() if key != SEED})
+
+    @property
+    def results(self) -> Path:
+        """Folder of its evaluation."""
+        return self.out / f"evaluation-{self.num_steps}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether every step is made and the model is published."""
+        ends = [each["step"] for each in read_attempts(self.out) if each["ended"] == "finished"]
+        return self.num_steps in ends and (self.out / "pipeline").is_dir()
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation that the sweep asks for is there."""
+        done = self.results / "sweep.json"
+        return not self.suites or (done.is_file() and read_json(done, "delete it") == self.asked)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The evaluation as JSON."""
+        return {"suites": list(self.suites), "options": self.evaluation.model_dump(mode="json")}
+
+
+def expand(sweep: SweepConfig, origin: str) -> list[Member]:
+    """Every run of a sweep. Raises UserError naming the file, the run and the key that is wrong."""
+    short = _short_names(list(sweep.grid))
+    axes = [[(key, name, value) for name, value in _values(values)] for key, values in sweep.grid.items()]
+    members: list[Member] = []
+    for arm, config in (sweep.runs or {"": ArmConfig()}).items():
+        for point in product(*axes):
+            labels = {short[key]: name for key, name, _ in point}
+            name = _name(arm, labels)
+            try:
+                members.append(_member(sweep, config, name, arm, point, labels))
+            except UserError as error:
+                place = f"runs.{arm}" if arm else "grid"
+                raise UserError(f"{origin}: {place} ({name}): {error}") from error
+    return members
+
+
+def _member(
+    sweep: SweepConfig, arm: ArmConfig, name: str, arm_name: str, point: Any, labels: dict[str, str]
+) -> Member:
+    overrides = [*sweep.overrides, *arm.overrides]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key == "out":
+            raise UserError("override 'out': the sweep gives each run its folder; remove it")
+        if key in sweep.grid:
+            raise UserError(f"override {key!r} undoes grid.{key}; leave one of them out")
+    grid = [f"{key}={json.dumps(value)}" for key, _, value in point]
+    out = sweep.out / name
+    chosen = [*grid, *(_filled(each, labels) for each in overrides), f"out={json.dumps(str(out))}"]
+    run = load_training_config(arm.base or sweep.base, chosen)
+    changed_recipe(run)
+    suites: tuple[str, ...] = ()
+    options = EvaluateConfig()
+    if sweep.evaluate:
+        values = apply_overrides(sweep.evaluate.options, arm.evaluate)
+        filled = {key: _filled(value, labels) for key, value in values.items()}
+        suites, options = sweep.evaluate.suites, parse_config(EvaluateConfig, filled, "evaluate.options")
+    elif arm.evaluate:
+        raise UserError("has an evaluate of its own, but the sweep has none; add evaluate.suites")
+    missing = [*missing_inputs(run.data, run.train.init_from), *_missing_files(options)]
+    return Member(
+        name,
+        arm_name,
+        labels,
+        out,
+        run.train.num_steps,
+        dump_config(run),
+        tuple(suites),
+        options,
+        run.check_degrees,
+        tuple(missing),
+    )
+
+
+def _values(values: list[Any] | dict[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(values, dict):
+        return list(values.items())
+    return [(label(value), value) for value in values]
+
+
+def _short_names(keys: list[str]) -> dict[str, str]:
+    """The last parts of dotted keys, where no two are the same."""
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+
+
+def _name(arm: str, labels: dict[str, str]) -> str:
+    return ",".join(filter(None, [arm, *(f"{key}={value}" for key, value in labels.items())]))
+
+
+def _filled(value: Any, labels: dict[str, str]) -> Any:
+    """A value, or those within it, with {key} replaced by the run's value of that key of the grid."""
+    if isinstance(value, dict):
+        return {key: _filled(each, labels) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each, labels) for each in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in labels:
+            known = ", ".join(f"{{{key}}}" for key in labels) or "nothing, because there is no grid"
+            raise UserError(f"{value!r}: {match[0]} stands for no key of the grid, which gives {known}")
+        return labels[match[1]]
+
+    return re.sub(r"\{([\w.]+)\}", replace, value)
+
+
+def _missing_files(options: EvaluateConfig) -> Iterator[str]:
+    for key, value in options:
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and not path.exists():
+                yield f"evaluate.options.{key} {path}"

@@ -1,0 +1,119 @@
+"""Results of a sweep: sweep.json, with every run's figures and the mean of each group, and sweep.md."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from megafusion.errors import UserError
+from megafusion.resilience.attempts import is_running, read_attempts
+from megafusion.storage import read_json, write_file
+from megafusion.sweep.members import Member
+from megafusion.telemetry.metrics_file import METRICS, read_metrics
+
+RESULTS, TABLE = "sweep.json", "sweep.md"
+TRAINING = ("text_loss", "image_loss", "seconds", "validation_loss")
+"""Figures of the last line of a run's metrics."""
+
+
+def claim(out: Path, members: Sequence[Member]) -> None:
+    """Raise UserError if a folder holds the results of runs that the sweep has not."""
+    if not (out / RESULTS).is_file():
+        return
+    found = read_json(out / RESULTS, "remove it").get("runs", {})
+    if strange := sorted(found.keys() - {member.name for member in members}):
+        raise UserError(
+            f"{out / RESULTS}: holds results of {', '.join(strange[:3])}, which are no runs of this sweep; "
+            "choose another out, or remove that file"
+        )
+
+
+def write_results(out: Path, members: Sequence[Member], errors: Mapping[str, str]) -> dict[str, Any]:
+    """Gather the figures of every run from its folder, and write them; returns what sweep.json holds.
+
+    errors: what members have just failed with, by name.
+    """
+    runs = {member.name: _run(member, errors.get(member.name)) for member in members}
+    groups: dict[str, list[dict]] = {}
+    for member in members:
+        groups.setdefault(member.group, []).append(runs[member.name]["metrics"])
+    results = {"runs": runs, "groups": {name: _spread(each) for name, each in groups.items()}}
+    write_file(out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_file(out / TABLE, markdown(results))
+    return results
+
+
+def _run(member: Member, error: str | None) -> dict[str, Any]:
+    """State, place in the grid and metrics of a run, of its folder."""
+    attempts = read_attempts(member.out)
+    last = attempts[-1] if attempts else {}
+    if error:
+        state = "failed"
+    elif is_running(member.out):
+        state = "training"
+    elif member.is_trained:
+        state = "finished" if member.is_evaluated else "not evaluated"
+    else:
+        state, error = last.get("ended", "not started"), last.get("error")
+    return {
+        "state": state,
+        "step": last.get("step", 0),
+        "num_steps": member.num_steps,
+        "arm": member.arm,
+        "group": member.group,
+        "point": member.point,
+        "error": error,
+        "metrics": {key: value for key, value in _metrics(member).items() if math.isfinite(value)},
+    }
+
+
+def _metrics(member: Member) -> dict[str, float]:
+    """Figures by name: of training by their key, of a suite as suite/group/metric."""
+    found: dict[str, float] = {}
+    lines = read_metrics(member.out) if (member.out / METRICS).is_file() else []
+    for line in lines:
+        found |= {key: line[key] for key in TRAINING if line.get(key) is not None}
+    report = member.results / "report.json"
+    suites = read_json(report, "delete it")["suites"] if report.is_file() else {}
+    for suite, result in suites.items():
+        for group, figures in result["metrics"].items():
+            found |= {f"{suite}/{group}/{name}": value for name, value in figures.items()}
+    return found
+
+
+def _spread(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """By metric: mean, sample standard deviation (0 of one run) and number of a group's runs that have it."""
+    found = {}
+    for name in dict.fromkeys(key for run in runs for key in run):
+        values = [run[name] for run in runs if name in run]
+        spread = stdev(values) if len(values) > 1 else 0.0
+        found[name] = {"mean": fmean(values), "std": spread, "runs": len(values)}
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table of the runs, and one with a line for each metric and a column for each group."""
+    lines = ["# Sweep", "", "| run | state | step |", "|---|---|---|"]
+    for name, run in results["runs"].items():
+        error = f": {' '.join(run['error'].split())}" if run["error"] else ""
+        state = f"{run['state']}{error}".replace("|", "\\|")
+        lines.append(f"| {name} | {state} | {run['step']:,} of {run['num_steps']:,} |")
+    groups = results["groups"]
+    rows = list(dict.fromkeys(metric for each in groups.values() for metric in each))
+    lines += ["", "Mean ± standard deviation over seeds (number of runs).", ""]
+    lines += [
+        f"| metric | {' | '.join(name or 'all' for name in groups)} |",
+        "|---" * (1 + len(groups)) + "|",
+    ]
+    for metric in rows:
+        lines.append(f"| {metric} | {' | '.join(_cell(each.get(metric)) for each in groups.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figures: dict[str, float] | None) -> str:
+    if figures is None:
+        return ""
+    spread = f" ± {figures['std']:.2g}" if figures["runs"] > 1 else ""
+    return f"{figures['mean']:.5g}{spread} ({figures['runs']})"

@@ -1,0 +1,93 @@
+"""The runs of a sweep, and what is refused before one is started."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megafusion.errors import UserError
+from megafusion.sweep.config import load_sweep
+from megafusion.sweep.members import Member, expand
+
+
+def members(path: Path, *overrides: str) -> list[Member]:
+    return expand(load_sweep(path, overrides), str(path))
+
+
+def test_every_arm_is_trained_at_every_point_of_the_grid(sweep_file):
+    changes = [
+        "runs={plain: [train.num_steps=3], causal: {overrides: ['data.caption_dropout=0.{num_streams}']}}",
+        "grid={seed: [0, 1], model: {small: {num_layers: 1}, wide: {hidden_size: 64}}}",
+        "grid={data.num_streams: [4, 8]}",
+        "evaluate={suites: [perplexity], options: {texts: ['held-out-{seed}.txt'], seed: 5}}",
+        "runs.causal.evaluate=[batch_size=2]",
+    ]
+    found = members(sweep_file, *changes)
+    assert len(found) == 16
+    last = found[-1]
+    assert last.name == "causal,seed=1,model=wide,num_streams=8"
+    assert last.group == "causal,model=wide,num_streams=8"
+    config = yaml.safe_load(last.config)
+    assert config["out"] == str(last.out) == f"{last.out.parent}/{last.name}"
+    assert (config["seed"], config["model"]["hidden_size"], config["model"]["num_layers"]) == (1, 64, 2)
+    assert config["data"]["caption_dropout"] == 0.8
+    assert last.evaluation.texts == (Path("held-out-1.txt"),)
+    assert (last.evaluation.batch_size, found[0].evaluation.batch_size) == (2, 16)
+    assert [member.num_steps for member in found] == [3] * 8 + [6] * 8
+    assert len({member.out for member in found}) == 16
+
+
+def test_a_sweep_without_arms_or_without_a_grid(sweep_file):
+    values = yaml.safe_load(sweep_file.read_text())
+    for changes, name in (({"runs": {}}, "seed=0"), ({"grid": {}, "runs": {"a": []}}, "a")):
+        sweep_file.write_text(yaml.safe_dump(values | changes))
+        assert [(each.name, each.group) for each in members(sweep_file)] == [
+            (name, name.replace("seed=0", ""))
+        ]
+    sweep_file.write_text(yaml.safe_dump(values | {"runs": {}, "grid": {}}))
+    with pytest.raises(UserError, match="neither runs nor grid"):
+        members(sweep_file)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("runs.bad=[model.hiden_size=3]", r"sweep\.yaml: runs\.bad \(bad,seed=0\): .*'model.hidden_size'"),
+        ("runs.bad=[train.num_steps]", r"runs\.bad .*not of the form key.path=value"),
+        ("runs.bad=[out=elsewhere]", r"runs\.bad .*override 'out': the sweep gives each run its folder"),
+        ("runs.bad=[seed=3]", r"runs\.bad .*override 'seed' undoes grid\.seed; leave one of them out"),
+        ("runs.bad=['data.vae=v-{sed}']", r"\{sed\} stands for no key of the grid, which gives \{seed\}"),
+        ("runs={../up: []}", r"runs: '\.\./up' cannot be a folder's name here"),
+        ("runs={sweep.json: []}", "letters, digits and"),
+        ("runs.bad={bass: 3}", r"unknown key 'runs\.bad\.bass'; did you mean 'runs\.bad\.base'"),
+        ("runs.bad={evaluate: [seed=3]}", r"has an evaluate of its own, but the sweep has none"),
+        ("runs.bad={base: no.yaml}", r"runs\.bad .*no\.yaml: no such configuration file"),
+        ("grid.seed=[]", r"sweep\.yaml: grid\.seed is empty; give it a value, or leave it out"),
+        ("grid.seed=[1, '1']", r"grid\.seed: 1 is there twice, and both runs would write one folder"),
+        ("grid={data.vae: [a/b]}", r"grid\.data\.vae: a/b cannot be part of a folder's name"),
+        ("grid.model=[{num_layers: 3}]", "cannot be part of a folder's name; write the values by name"),
+        ("grid.sed=[0]", r"unknown key 'sed'; did you mean 'seed'\?"),
+        ("evaluate={suites: []}", "evaluate.suites"),
+        ("evaluate={suites: [nonsense]}", "evaluate.suites.0.*perplexity"),
+        ("evaluate={suites: [perplexity], options: {text: []}}", "unknown key 'text'; did you mean 'texts'"),
+    ],
+)
+def test_bad_input_is_refused_with_the_run_and_the_key(sweep_file, change, fault):
+    with pytest.raises(UserError, match=fault):
+        members(sweep_file, change)
+    assert not (sweep_file.parent / "sweep").exists()
+
+
+def test_an_unparsable_base_is_refused(sweep_file):
+    (sweep_file.parent / "config.yaml").write_text("data: [")
+    with pytest.raises(UserError, match=r"runs\.plain .*config\.yaml: not readable as YAML: .* in line 1"):
+        members(sweep_file)
+
+
+def test_inputs_that_are_not_there_are_named(sweep_file):
+    changes = [
+        "runs.plain=[data.vae=no/vae]",
+        "evaluate={suites: [captions], options: {annotations: no.json}}",
+    ]
+    first = members(sweep_file, *changes)[0]
+    assert first.missing == ("data.vae no/vae", "evaluate.options.annotations no.json")

@@ -1,0 +1,160 @@
+"""`megafusion sweep`: real runs; one fails, one is interrupted, one is finished before."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megafusion.resilience.attempts import read_attempts
+from megafusion.sweep.config import load_sweep
+from megafusion.sweep.local import environment, run_members
+from megafusion.sweep.members import expand
+from megafusion.sweep.results import write_results
+from megafusion.telemetry.metrics_file import read_metrics
+from tests.support.container import program
+from tests.support.runs import start
+from tests.support.small import ROOT
+
+
+def sweep(path: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "megafusion.cli", "sweep", str(path), *arguments],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.full
+def test_a_failed_run_does_not_stop_the_others_and_the_exit_status_says_so(sweep_file, texts, vq_folder):
+    """The first arm reads latents with a VQModel, which training refuses; the second is evaluated."""
+    values = yaml.safe_load(sweep_file.read_text())
+    values["runs"] = {"codes": [f"data.vae={vq_folder}"], "latents": ["train.num_steps=2"]}
+    values["evaluate"] = {"suites": ["perplexity"], "options": {"texts": [str(texts)], "max_items": 2}}
+    sweep_file.write_text(yaml.safe_dump(values, sort_keys=False))
+    process = sweep(sweep_file)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 1, output
+    found = json.loads((sweep_file.parent / "sweep/sweep.json").read_text())
+    assert [run["state"] for run in found["runs"].values()] == ["failed", "finished"]
+    failed, finished = found["runs"].values()
+    assert failed["error"].startswith("train: exit status 2: ")
+    assert "codebook" in failed["error"]
+    assert finished["metrics"]["perplexity/all/perplexity"] > 1
+    assert finished["step"] == 2
+    assert "latents,seed=0: done" in output
+    assert "| codes,seed=0 | failed: train: exit status 2" in output
+
+    modified = (sweep_file.parent / "sweep/latents,seed=0/starts.json").stat().st_mtime_ns
+    values["runs"].pop("codes")
+    sweep_file.write_text(yaml.safe_dump(values, sort_keys=False))
+    process = sweep(sweep_file)
+    assert (
+        "holds results of codes,seed=0, which are no runs of this sweep"
+        in process.communicate(timeout=100)[0]
+    )
+    assert process.returncode == 2
+    (sweep_file.parent / "sweep/sweep.json").unlink()
+    process = sweep(sweep_file)
+    assert "| latents,seed=0 | finished | 2 of 2 |" in process.communicate(timeout=100)[0]
+    assert process.returncode == 0
+    assert (sweep_file.parent / "sweep/latents,seed=0/starts.json").stat().st_mtime_ns == modified
+
+
+@pytest.mark.full
+def test_a_sweep_that_is_stopped_resumes_to_the_results_of_one_that_was_not(sweep_file):
+    """Two runs at a time; SIGTERM makes both save."""
+    long = ["overrides=[telemetry.log_every=1,train.num_steps=40,checkpoint.every=5]"]
+    process = sweep(sweep_file, "--jobs", "2", *long)
+    runs = [sweep_file.parent / f"sweep/{name},seed=0" for name in ("plain", "causal")]
+    try:
+        deadline = time.monotonic() + 200
+        while not all((run / "checkpoints/step-00000005/manifest.json").is_file() for run in runs):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=100)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 75, output
+    ends = [read_attempts(run)[-1]["ended"] for run in runs]
+    assert "preempted" in ends
+    assert set(ends) <= {"preempted", "finished"}
+    process = sweep(sweep_file, "--jobs", "2", *long)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    base = yaml.safe_load((sweep_file.parent / "config.yaml").read_text())
+    alone = yaml.safe_load(
+        (sweep_file.parent / "sweep/sweep.launch/local/plain,seed=0/config.yaml").read_text()
+    )
+    assert alone["data"]["sources"].keys() == base["data"]["sources"].keys()
+    other = start(alone | {"out": str(sweep_file.parent / "alone")})
+    assert [line["text_loss"] for line in read_metrics(runs[0])] == [
+        line["text_loss"] for line in read_metrics(other)
+    ]
+
+
+STAND_IN = """
+out=$(sed -n 's/^out: //p' "$4")
+echo "start $MEGAFUSION_START"
+case $out in
+    *plain*) [ -f "$out/again" ] || { touch "$out/again"; kill -9 $$; } ;;
+    *causal*) echo "error: no such data"; echo "more"; exit 2 ;;
+    *unfinished*) exit 0 ;;
+esac
+mkdir "$out/pipeline"
+echo '[{"ended": "finished", "step": 6}]' > "$out/starts.json"
+"""
+"""A trainer that is killed at its first start, one that refuses its data, and one that ends too early."""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_lost_run_is_started_again_and_a_failed_one_is_not(sweep_file, monkeypatch, tmp_path, jobs):
+    program(tmp_path / "python", STAND_IN)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    members = expand(load_sweep(sweep_file, ["runs.unfinished=[]"]), "sweep.yaml")
+    errors = run_members(members, tmp_path / "frozen", jobs)
+    assert errors.keys() == {"causal,seed=0", "unfinished,seed=0"}
+    assert errors["causal,seed=0"] == "train: exit status 2: no such data"
+    assert errors["unfinished,seed=0"].startswith("train: ended without being finished; see ")
+    log = (members[0].out / "logs/train.log").read_text()
+    assert [line[-2:] for line in log.splitlines() if line.startswith("start ")] == [":1", ":2"]
+    assert run_members(members[:1], tmp_path / "frozen", jobs) == {}
+    assert (members[0].out / "logs/train.log").read_text() == log, "a finished run is skipped"
+
+
+def test_groups_have_mean_and_spread_over_seeds(sweep_file):
+    members = expand(load_sweep(sweep_file, ["grid.seed=[0, 1, 2]"]), "sweep.yaml")
+    for member, loss in zip(members, (1.0, 2.0, 6.0, 5.0), strict=False):
+        member.out.mkdir(parents=True)
+        lines = [{"step": 1, "text_loss": 9.0, "validation_loss": 7.0}, {"step": 2, "text_loss": loss}]
+        (member.out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = write_results(
+        members[0].out.parent, members, {members[1].name: "train: exit status 1: bad | luck"}
+    )
+    assert found["groups"]["plain"]["text_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5), "runs": 3}
+    assert found["groups"]["causal"]["text_loss"] == {"mean": 5.0, "std": 0.0, "runs": 1}
+    assert found["groups"]["plain"]["validation_loss"]["mean"] == 7.0
+    table = (members[0].out.parent / "sweep.md").read_text()
+    assert "| text_loss | 3 ± 2.6 (3) | 5 (1) |" in table
+    assert "| plain,seed=1 | failed: train: exit status 1: bad \\| luck | 0 of 6 |" in table
+    assert "| causal,seed=2 | not started | 0 of 6 |" in table
+
+
+def test_runs_at_a_time_have_a_gpu_each(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert [environment(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)] == ["3", "GPU-5", "3"]
+    assert "CUDA_VISIBLE_DEVICES" not in environment(0, 1), "a run alone may see all"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "OMP_NUM_THREADS" not in environment(0, 2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert int(environment(0, 2)["OMP_NUM_THREADS"]) >= 1
