@@ -9,7 +9,9 @@ from megafusion.config import parse_config
 from megafusion.data.config import DataConfig
 from megafusion.errors import UserError
 from megafusion.train.config import RunConfig
+from tests.support.quantized import QUANTIZED_MODEL
 from tests.support.rows import (
+    MANY_IDS,
     NUM_PATCHES,
     arrays,
     digest,
@@ -30,7 +32,9 @@ def sources(folder):
 
 
 def loader(folder, **changes):
-    return stream_of(sources(folder), range(2), 2, length=48, slots=3, clean_context=True, **changes)
+    return stream_of(
+        sources(folder), range(2), 2, length=48, slots=3, clean_context=True, ids=MANY_IDS, **changes
+    )
 
 
 def test_rows_hold_each_image_clean_in_its_place_and_noised_behind_its_document(tmp_path):
@@ -82,7 +86,7 @@ def test_a_limit_of_noise_is_refused_and_by_default_there_is_none(run_values):
     [
         ("data", {"sequence_length": 35}, r"an image takes 36 positions with data\.clean_context true.* 35"),
         ("model", {"image_attention": "causal"}, r"data\.clean_context true .*model\.image_attention causal"),
-        ("model", {"codebook_size": 16}, r"data\.clean_context true .*model\.codebook_size 16"),
+        ("model", QUANTIZED_MODEL, r"data\.clean_context true .*model\.codebook_size \d+"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(run_values, section, changes, message):

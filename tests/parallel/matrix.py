@@ -210,7 +210,7 @@ def make_cases() -> list[Case]:
         recipe = {"model": {"image_rope": "2d"}}
         kind = adapter.removeprefix("-") or "linear"
         cases += [Case(f"{name}-rope-2d{adapter}", *RECIPES[name], kind, recipe=recipe) for name in names]
-    clean = {"data": {"clean_context": True}}
+    clean = {"data": {"clean_context": True, "sequence_length": 128}}  # three images twice, as three once
     for adapter, names in CLEAN_CONTEXT.items():
         kind = adapter.removeprefix("-") or "linear"
         cases += [Case(f"{name}-clean{adapter}", *RECIPES[name], kind, recipe=clean) for name in names]
