@@ -215,10 +215,11 @@ def test_generation_equals_training(model):
     noised = process.add_noise(batch.latents, batch.noise, batch.t)[:, 1]
     timestep = process.timesteps(batch.t[0, 1])
     with torch.no_grad():
-        found = decoder._predict(cache, noised, timestep)
+        where = cache, decoder._image_context(cache, noised)
+        found = decoder._predict(*where, noised, timestep)
         torch.testing.assert_close(found, trained[:, 1], rtol=1e-4, atol=1e-4)
         # What `denoise` ends with.
-        decoder._predict(cache, batch.latents[:, 1], process.timesteps(torch.zeros(())))
+        decoder._predict(*where, batch.latents[:, 1], process.timesteps(torch.zeros(())))
         cache.advance(torch.tensor([4]))
         for position in range(second + 4, len(flat)):
             logits = decoder.read_tokens(cache, torch.tensor([flat.tokens[position]]))
