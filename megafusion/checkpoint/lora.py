@@ -7,6 +7,7 @@ import torch
 
 from megafusion.checkpoint.chunks import Chunks
 from megafusion.checkpoint.reader import CheckpointWeights, TensorSource, read_tensors
+from megafusion.model.alignment import ALIGNMENT
 from megafusion.model.config import LoraConfig, is_lora_weight
 from megafusion.model.lora import lora_update
 
@@ -38,6 +39,6 @@ class MergedLora:
 
 
 def open_weights(checkpoint: Path, kind: Literal["ema", "model"], lora: LoraConfig | None) -> TensorSource:
-    """Averaged or raw weights of a checkpoint as those of the plain model. lora: of its run."""
-    weights = CheckpointWeights(checkpoint, kind)
+    """Averaged or raw weights of a checkpoint as those of the model that is published. lora: of its run."""
+    weights = CheckpointWeights(checkpoint, kind, without=ALIGNMENT)
     return MergedLora(weights, lora) if lora else weights

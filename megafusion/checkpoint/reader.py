@@ -72,11 +72,12 @@ def describe_misfit(name: str, there: torch.Size | None, here: torch.Size | None
 class CheckpointWeights:
     """Weights of a checkpoint by parameter name, averaged or raw: a TensorSource.
 
-    Of a frozen parameter there is no average: its weight is read instead.
+    Of a frozen parameter there is no average: its weight is read instead. without: of the beginning of names,
+    parameters that are left out.
     """
 
-    def __init__(self, checkpoint: Path, kind: Literal["ema", "model"]):
-        self._reader, self._kind = CheckpointReader(checkpoint), kind
+    def __init__(self, checkpoint: Path, kind: Literal["ema", "model"], without: str | None = None):
+        self._reader, self._kind, self._without = CheckpointReader(checkpoint), kind, without
 
     def __str__(self) -> str:
         return str(self._reader)
@@ -94,6 +95,8 @@ class CheckpointWeights:
         keys: dict[str, str] = {}
         for kind in ("model", self._kind):  # the second replaces the first
             keys |= {key.partition(".")[2]: key for key in stored if key.startswith(f"{kind}.")}
+        if self._without is not None:
+            keys = {name: key for name, key in keys.items() if not name.startswith(self._without)}
         return keys
 
 

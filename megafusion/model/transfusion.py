@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips, adapter_module
+from megafusion.model.alignment import Alignment
 from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
 from megafusion.model.rope import rope_positions
@@ -68,13 +69,26 @@ class Tail(nn.Module):
         """Predictions [B, N, C, H, W] of images whose patches begin at start_BN; C is 0 with a codebook."""
         if self.adapter is None:
             return hidden_BSD.new_zeros(*start_BN.shape, 0, 1, 1)
-        patch = torch.arange(self.max_patches, device=hidden_BSD.device)
-        # A small image at a row's end has fewer positions after its start than the largest image.
-        index = (start_BN.clamp(min=0).long()[..., None] + patch).clamp(max=hidden_BSD.shape[1] - 1)
-        index_BPD = index.flatten(1)[..., None].expand(-1, -1, hidden_BSD.shape[-1])
-        hidden_NPD = hidden_BSD.gather(1, index_BPD).unflatten(1, (-1, self.max_patches)).flatten(0, 1)
+        hidden_NPD = at_patches(hidden_BSD, start_BN, self.max_patches)
         images_NCHW = self.adapter(hidden_NPD, timesteps_BN.flatten(), skips, image_size_BN.flatten())
         return images_NCHW.unflatten(0, start_BN.shape)
+
+
+def at_patches(hidden_BSD: Tensor, start_BN: Tensor, num_patches: int) -> Tensor:
+    """Hidden states [B x N, P, D] at the patches of the images that begin at start_BN."""
+    patch = torch.arange(num_patches, device=hidden_BSD.device)
+    # A small image at a row's end has fewer positions after its start than the largest image.
+    index = (start_BN.clamp(min=0).long()[..., None] + patch).clamp(max=hidden_BSD.shape[1] - 1)
+    index_BPD = index.flatten(1)[..., None].expand(-1, -1, hidden_BSD.shape[-1])
+    return hidden_BSD.gather(1, index_BPD).unflatten(1, (-1, num_patches)).flatten(0, 1)
+
+
+def alignment_errors(
+    alignment: nn.Module, hidden_BSD: Tensor, start_BN: Tensor, features_BNPF: Tensor
+) -> Tensor:
+    """Errors [B, N] of `Alignment` for each image slot, from the hidden states of all positions."""
+    hidden_NPD = at_patches(hidden_BSD, start_BN, features_BNPF.shape[2])
+    return alignment(hidden_NPD, features_BNPF.flatten(0, 1)).unflatten(0, start_BN.shape)
 
 
 def _adapter(half: Literal["Down", "Up"], config: ModelConfig) -> Any:
@@ -99,6 +113,9 @@ class Transfusion(nn.Module):
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.tail = Tail(config)
+        self.alignment: Alignment | None = None
+        if objective.alignment:
+            self.alignment = declare(Alignment(config.hidden_size, objective.alignment), Replicated("images"))
         if config.tie_embeddings:
             tie_embeddings(self.stem, self.tail)
 
@@ -115,8 +132,12 @@ class Transfusion(nn.Module):
         positions = rope_positions(self.config, inputs.positions, inputs.patch_index, inputs.image_size)
         is_patch = inputs.patch_index >= 0
         context = block_context(self.config, batch.intervals(), positions, x_BSD.dtype, is_patch)
-        for block in self.blocks:
+        alignment: list[Tensor] = []
+        for number, block in enumerate(self.blocks, start=1):
             x_BSD = block(x_BSD, context)
+            if self.alignment and self.objective.aligns(number) and inputs.features.ndim:
+                errors = alignment_errors(self.alignment, x_BSD, inputs.image_start, inputs.features)
+                alignment.append(errors)
         hidden_BSD = self.tail(x_BSD)
         images = self.tail.images(hidden_BSD, inputs.image_start, timesteps, skips, inputs.image_size)
-        return self.objective(self.tail.head, hidden_BSD, images, batch.targets())
+        return self.objective(self.tail.head, hidden_BSD, images, batch.targets(), *alignment)

@@ -1,6 +1,7 @@
 """The noise process, the weights of the losses, and how images are sampled. Imports no torch."""
 
 import difflib
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -24,8 +25,22 @@ def positions_in_chunk(num_columns: int, bytes_per_logit: int) -> int:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class AlignmentConfig(Config):
+    """Alignment of hidden states of images with a frozen vision model's features (REPA, arXiv 2410.06940)."""
+
+    model: Path
+    """Folder of a vision model of transformers, such as DINOv2, where objective.alignment is given. It sees
+    the images' pixels, so sources must keep these (image_storage: pixels)."""
+    feature_size: int = Field(gt=0)
+    """Size of its features: hidden_size of its config.json."""
+    layer: int = Field(gt=0)
+    """The block, counted from 1, whose outputs are aligned; REPA takes one in the first third."""
+    weight: float = Field(0.5, gt=0)
+    """Weight of 1 - cosine similarity, averaged over the patches of an image and over images, in the loss."""
+
+
 class ObjectiveConfig(Config):
-    """total = text + image_weight x image."""
+    """total = text + image_weight x image, and alignment.weight x alignment where there is one."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"schedule": "noise_process"}
 
@@ -34,6 +49,7 @@ class ObjectiveConfig(Config):
     z_loss: float = Field(0.0, ge=0)
     """Weight of the mean squared log of the softmax's denominator of next tokens, added to the text loss of a
     step: keeps logits small (1e-5 in Chameleon). Not in the losses of data.validation."""
+    alignment: AlignmentConfig | None = None
     noise_process: NoiseProcessConfig = DDPMConfig()
     """How images are noised, and the model's target."""
 

@@ -69,12 +69,27 @@ class Objective(nn.Module):
         self.register_buffer("areas", areas, persistent=False)
         self.bounding_area = math.prod(bounding_size(sizes)) if sizes else 0
 
-    def forward(self, head: Head, hidden_BSD: Tensor, images_BNCHW: Tensor, targets: Targets) -> Losses:
+    def forward(
+        self,
+        head: Head,
+        hidden_BSD: Tensor,
+        images_BNCHW: Tensor,
+        targets: Targets,
+        alignment_BN: Tensor | None = None,
+    ) -> Losses:
         """Losses of next tokens, from normalised hidden states, and of predictions [B, N, C, H, W] for every
-        image slot."""
+        image slot. alignment_BN: errors of `Alignment`, which the total has a share of, too."""
         text = self.nats(head, hidden_BSD, targets) / targets.num_text_targets.clamp(min=1)
         image = self._image_errors(images_BNCHW, targets).sum() / targets.num_images.clamp(min=1)
-        return Losses(text, image, text + self.config.image_weight * image)
+        total = text + self.config.image_weight * image
+        if self.config.alignment and alignment_BN is not None:
+            errors_BN = torch.where(targets.has_loss, alignment_BN, 0)
+            total = total + self.config.alignment.weight * errors_BN.sum() / targets.num_images.clamp(min=1)
+        return Losses(text, image, total)
+
+    def aligns(self, block: int) -> bool:
+        """Whether the outputs of a block, counted from 1, are aligned with features."""
+        return self.config.alignment is not None and self.config.alignment.layer == block
 
     def nats(self, head: Head, hidden_BSD: Tensor, targets: Targets) -> Tensor:
         """Cross-entropy summed over the text targets, float32 []. The head reads their positions alone."""

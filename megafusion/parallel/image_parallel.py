@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megafusion.model.adapters import DownAdapter, Skips, UpAdapter
+from megafusion.model.alignment import Alignment
 from megafusion.model.wrapper import Wrapper
 from megafusion.parallel import collectives
 
@@ -52,6 +53,19 @@ class ImageParallelDown(Wrapper):
         local = (self.image_shard.shard(x) for x in (latents_NCHW, timesteps_N, sizes_N))
         patches, skips = self._wrapped_module(*local)
         return self.image_shard.pad(patches, latents_NCHW.shape[0]), skips
+
+
+class ImageParallelAlignment(Wrapper):
+    """The projection of alignment on this rank's images."""
+
+    def __init__(self, alignment: Alignment, image_shard: ImageShard):
+        super().__init__(alignment)
+        self.image_shard = image_shard
+
+    def forward(self, hidden_NPD: Tensor, features_NPF: Tensor) -> Tensor:
+        """Errors [N] of all images on every rank."""
+        local = map(self.image_shard.shard, (hidden_NPD, features_NPF))
+        return self.image_shard.all_gather(self._wrapped_module(*local), len(hidden_NPD))
 
 
 class ImageParallelUp(Wrapper):

@@ -15,12 +15,17 @@ from megafusion.parallel.activation_checkpointing import checkpointed
 from megafusion.parallel.balance import layer_flops
 from megafusion.parallel.config import Recompute
 from megafusion.parallel.fp8 import Fp8Block
-from megafusion.parallel.image_parallel import ImageParallelDown, ImageParallelUp, ImageShard
+from megafusion.parallel.image_parallel import (
+    ImageParallelAlignment,
+    ImageParallelDown,
+    ImageParallelUp,
+    ImageShard,
+)
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.partition import stage_blocks
 from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
-from megafusion.parallel.tensor import shard_weights, sum_partial_gradients
+from megafusion.parallel.tensor import overlap_collectives, shard_weights, sum_partial_gradients
 from megafusion.parallel.ulysses import SequenceParallelObjective, ulysses_attention
 from megafusion.sequence.packing import SequenceShape
 
@@ -74,11 +79,15 @@ def parallelize(
             stage.stem.adapter = ImageParallelDown(stage.stem.adapter, image_shard)
         if stage.tail and stage.tail.adapter:
             stage.tail.adapter = ImageParallelUp(stage.tail.adapter, image_shard)
+        if stage.alignment:
+            stage.alignment = ImageParallelAlignment(stage.alignment, image_shard)
     materialize(stage, mesh, seed, device, trains, is_read)
     if model.config.tie_embeddings and stage.stem and stage.tail:
         tie_embeddings(stage.stem, stage.tail)
     if mesh.size("tensor") > 1:
         sum_partial_gradients(stage, mesh)
+    if mesh.config.async_tensor:
+        overlap_collectives(mesh.group("tensor"))
     for name, block in stage.blocks.items():
         if recompute != "none":
             stage.blocks[name] = checkpointed(block, recompute)

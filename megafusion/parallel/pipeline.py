@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megafusion.model.adapters import Skips
 from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import block_context
-from megafusion.model.transfusion import Stem, Tail, Transfusion
+from megafusion.model.transfusion import Stem, Tail, Transfusion, alignment_errors
 from megafusion.model.wrapper import canonical_name
 from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Losses, Objective
@@ -48,14 +48,16 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in blocks})
         self.tail = model.tail if blocks.stop == len(model.blocks) else None
         self.noise_process = model.objective.noise_process
+        self.alignment, self.aligns = model.alignment, model.objective.aligns
         self.sequence_shard = SequenceShard(mesh.group("ulysses"))
         self.region = TensorParallelRegion(mesh) if mesh.size("tensor") > 1 else None
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """inputs: the fields of `Inputs` in the first stage, else the previous stage's floats and integers.
 
         Returns floats and integers for the next stage; from the last stage normalised hidden states
-        [B, S, D] for the head, and predictions [B, N, C, H, W], of all positions and images of the rows.
+        [B, S, D] for the head, and predictions [B, N, C, H, W], of all positions and images of the rows; and
+        errors [B, N] of alignment where the objective has it, which then has one stage.
         """
         if self.stem is not None:
             x_BSD, integers, skips = self._begin(self.stem, Inputs(*inputs))
@@ -69,11 +71,14 @@ class Stage(nn.Module):
         positions, is_patch = map(self.sequence_shard.shard, (positions, patch_index >= 0))
         is_patch_residual = self.region.shard(is_patch) if self.region else is_patch
         context = block_context(self.config, intervals, positions, x_BSD.dtype, is_patch, is_patch_residual)
-        for block in self.blocks.values():
+        alignment: list[Tensor] = []
+        for index, block in self.blocks.items():
             x_BSD = block(x_BSD, context)
+            if self.alignment and self.aligns(int(index) + 1):
+                alignment = self._align(x_BSD, Inputs(*inputs))
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        return self._end(self.tail, x_BSD, slots_3BN, skips)
+        return *self._end(self.tail, x_BSD, slots_3BN, skips), *alignment
 
     @property
     def head(self) -> LanguageHead:
@@ -100,13 +105,23 @@ class Stage(nn.Module):
 
     def _end(self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips) -> tuple[Tensor, Tensor]:
         image_start, t_bits, image_size = slots_3BN
-        hidden_BSD = tail(x_BSD)
-        if self.region is not None:
-            hidden_BSD = self.region.gather_or_copy(hidden_BSD)
-        hidden_BSD = self.sequence_shard.all_gather(hidden_BSD)
+        hidden_BSD = self._all_positions(tail(x_BSD))
         timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
         images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
         return hidden_BSD, images
+
+    def _align(self, x_BSD: Tensor, inputs: Inputs) -> list[Tensor]:
+        """Errors [B, N] of alignment, where the batch has features."""
+        if self.alignment is None or not inputs.features.ndim:
+            return []
+        x_BSD = self._all_positions(x_BSD)
+        return [alignment_errors(self.alignment, x_BSD, inputs.image_start, inputs.features)]
+
+    def _all_positions(self, x_BSD: Tensor) -> Tensor:
+        """All positions of the residual stream, for different work on each rank."""
+        if self.region is not None:
+            x_BSD = self.region.gather_or_copy(x_BSD)
+        return self.sequence_shard.all_gather(x_BSD)
 
     def _unpack(self, floats: Tensor) -> tuple[Tensor, Skips]:
         sizes = [shape.numel() for shape in self.skip_shapes]
@@ -129,9 +144,11 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Losses | Tensor:
         """Both losses, each a share of its mean over the global batch; or `Objective.sums`."""
-        hidden_BSD, images = self.stage(batch.inputs())
-        losses = self.objective if torch.is_grad_enabled() else self.objective.sums
-        return losses(self.stage.head, hidden_BSD, images, batch.targets())
+        hidden_BSD, images, *alignment = self.stage(batch.inputs())
+        head, targets = self.stage.head, batch.targets()
+        if not torch.is_grad_enabled():
+            return self.objective.sums(head, hidden_BSD, images, targets)
+        return self.objective(head, hidden_BSD, images, targets, *alignment)
 
 
 class PipelineLosses:

@@ -43,7 +43,8 @@ class SequenceShape:
 
 
 Inputs = namedtuple(
-    "Inputs", "tokens patch_index positions row_end last_query latents noise t image_start image_size"
+    "Inputs",
+    "tokens patch_index positions row_end last_query latents noise t image_start image_size features",
 )
 """The fields of a PackedBatch that the model reads."""
 Targets = namedtuple(
@@ -65,6 +66,7 @@ class PackedBatch:
     image_size int64 [B, N]: index of each image's size. P is the largest size's number of patches, H and W
     are the largest height and width, and an image lies at the top left, padded with zeros;
     has_loss bool [B, N]: the slot holds an image that is denoised, and not one that is given;
+    features float32 [B, N, P, F] of a vision model at each patch, zeros where there are none; or of no size;
     pixels uint8 [B, N, 3, H, W] or empty; has_pixels bool [B, N]: latents are still to be encoded from them.
     num_text_targets, num_images (with a loss) int64 []: of the whole global batch, the losses' denominators;
     target_index int64 [R]: the positions of `target_index`.
@@ -87,6 +89,7 @@ class PackedBatch:
     num_text_targets: Tensor = ZERO
     num_images: Tensor = ZERO
     target_index: Tensor = ZERO
+    features: Tensor = ZERO
 
     def __getstate__(self) -> dict[str, np.ndarray]:
         """Arrays, which a worker process sends through a pipe: tensors would go through shared memory, of

@@ -31,6 +31,7 @@ from megafusion.telemetry.trackers import check_trackers
 from megafusion.train.config import RunConfig
 from megafusion.train.init_from import check_origin, open_origin
 from megafusion.train.parts import check_parts
+from megafusion.train.vision_features import check_vision_model
 
 
 @dataclass
@@ -98,12 +99,18 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
+    if config.parallel.async_tensor and not torch.cuda.is_available():
+        raise UserError(
+            "parallel.async_tensor needs GPUs that read each other's memory (NVLink); set it to false"
+        )
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     check_backend(config.model.attention, config.model.head_size, dtype, training=True)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
     check_parts(config)
+    if config.objective.alignment:
+        check_vision_model(config.objective.alignment)
     codes = codec.codebook_size
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed, codebook_size=codes)
     if config.samples.every and not any(s.folder.manifest.kind == "pair" for s in sources.values()):
@@ -134,6 +141,12 @@ def _make_loader(
     shape = config.sequence_shape
     for source in sources.values():
         _check_rows(source.key, source.folder.manifest, config)
+        manifest = source.folder.manifest
+        if config.objective.alignment and manifest.num_images and manifest.image_kind != "pixels":
+            raise UserError(
+                f"objective.alignment: its model sees pixels, and {source.key} keeps {manifest.images}; "
+                "preprocess it with image_storage: pixels, or leave objective.alignment out"
+            )
         if source.folder.manifest.image_kind == "pixels":
             shape = replace(shape, pixels_per_latent=codec.downsampling)
     return DataLoader(
@@ -206,7 +219,7 @@ def make_pipeline(
     """A pipeline of a run's model, with weights not loaded yet. training_flops: see PipelineConfig."""
     pipeline_config = PipelineConfig(
         model=config.model,
-        objective=config.objective,
+        objective=config.objective.model_copy(update={"alignment": None}),
         sampling=config.sampling,
         sequence_length=config.data.sequence_length,
         training_flops=training_flops,

@@ -60,6 +60,8 @@ class RunConfig(Config):
                 f"train.precision {self.train.precision} needs float32 master weights, which ZeRO stage 0 "
                 "does not keep; set parallel.zero_stage: 1"
             )
+        if self.parallel.async_tensor and not self.train.compile:
+            raise ValueError("parallel.async_tensor is the work of torch.compile; set train.compile: true")
         if self.train.lora and self.train.freeze:
             raise ValueError(
                 "train.freeze: with train.lora all weights but its own are frozen; leave train.freeze out"
@@ -72,6 +74,7 @@ class RunConfig(Config):
             )
         if self.train.lora and is_fp8:
             raise ValueError("train.lora is not supported with train.precision fp8; use bf16")
+        self._check_alignment()
         positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
             raise ValueError(
@@ -97,6 +100,23 @@ class RunConfig(Config):
                 f"{self.checkpoint.every}: sheets are drawn from checkpoints"
             )
         return self
+
+    def _check_alignment(self) -> None:
+        """Raise ValueError where objective.alignment does not go with another key."""
+        if not (alignment := self.objective.alignment):
+            return
+        if alignment.layer > self.model.num_layers:
+            raise ValueError(
+                f"objective.alignment.layer {alignment.layer} is above model.num_layers "
+                f"{self.model.num_layers}; name one of the blocks"
+            )
+        others = {
+            f"parallel.pipeline {self.parallel.pipeline}": self.parallel.pipeline > 1,
+            f"model.codebook_size {self.model.codebook_size}": self.model.codebook_size > 0,
+            "train.lora": bool(self.train.lora),
+        }
+        if found := [name for name, is_given in others.items() if is_given]:
+            raise ValueError(f"objective.alignment is not supported with {found[0]}; leave one of them out")
 
     def warnings(self) -> list[str]:
         """Values that cannot do what they say, and what happens instead."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import Size
 from megafusion.sequence.packing import PackedBatch
+from megafusion.train.vision_features import VisionFeatures
 
 PIXELS_AT_ONCE = 2**21
 """That are encoded together, 32 images of 256 x 256: more would need gigabytes and be no faster."""
@@ -20,6 +21,7 @@ class ImageEncoder:
 
     In float32 a row at a time: the last bits of a convolution depend on how many images it takes, and rows
     are the same at every topology. In another dtype the images of all rows together, several times as fast.
+    vision: gives each image's features at patches of patch_size, from the same pixels.
     """
 
     def __init__(
@@ -28,8 +30,11 @@ class ImageEncoder:
         sizes: Sequence[Size],
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        patch_size: int = 1,
+        vision: VisionFeatures | None = None,
     ):
         self._codec, self._sizes, self._device, self._dtype = codec, sizes, torch.device(device), dtype
+        self._patch_size, self._vision = patch_size, vision
         self._is_exact = dtype == torch.float32
         self._on_device: ImageCodec | None = None
 
@@ -47,14 +52,28 @@ class ImageEncoder:
         batch = batch.to(self._device)
         latents, pixels = batch.latents.clone(), batch.pixels.flatten(0, 1)
         flat, factor = latents.flatten(0, 1), self._on_device.downsampling
+        features = self._no_features(batch)
         for (height, width), slots in groups:
             shown = pixels[slots, :, : height * factor, : width * factor]
             mean, log_variance = self._on_device.encode(shown.float() / 127.5 - 1)
             noise = flat[slots, :, :height, :width]
             sample = mean + noise * torch.exp(0.5 * log_variance)
             flat[slots, :, :height, :width] = self._on_device.normalize(sample)
+            if self._vision:
+                found = self._vision.at_patches(
+                    shown, (height // self._patch_size, width // self._patch_size)
+                )
+                features.flatten(0, 1)[slots, : found.shape[1]] = found
         empty = batch.pixels[..., :0, :0]
-        return replace(batch, latents=latents, pixels=empty, has_pixels=torch.zeros_like(batch.has_pixels))
+        none = torch.zeros_like(batch.has_pixels)
+        return replace(batch, latents=latents, pixels=empty, has_pixels=none, features=features)
+
+    def _no_features(self, batch: PackedBatch) -> Tensor:
+        """Features of images that have none, where the encoder has a vision model."""
+        if self._vision is None:
+            return batch.features
+        num_patches = max(height * width for height, width in self._sizes) // self._patch_size**2
+        return torch.zeros(*batch.has_pixels.shape, num_patches, self._vision.size, device=self._device)
 
     def _groups(self, batch: PackedBatch) -> Iterator[tuple[Size, Tensor]]:
         """Images that are encoded together: their size as latents, and their indices among B x N slots.

@@ -18,6 +18,7 @@ from megafusion.generate.folder import read_pipeline_config
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
 from megafusion.hub.folder import tokenizer_files
 from megafusion.hub.weights import open_hub_weights
+from megafusion.model.alignment import ALIGNMENT
 from megafusion.model.config import ModelConfig
 from megafusion.model.hub_names import EMBEDDING, HEAD, IMAGES
 from megafusion.sequence.tokenizer import Tokenizer
@@ -157,6 +158,7 @@ def check_origin(origin: Origin, config: RunConfig, tokenizer: Tokenizer) -> dic
         )
     patterns = config.train.init_new
     check_patterns("train.init_new", patterns, list(wanted))
+    patterns = *patterns, f"{ALIGNMENT}*"  # of which no model is published
     new, misfits = [], Counter[str]()
     for name in sorted(wanted.keys() | stored.keys()):
         there, here = stored.get(name), wanted.get(name)

@@ -42,6 +42,7 @@ from megafusion.train.open_model import export_lora
 from megafusion.train.run_folder import check_run_folder, describe_changes, freeze
 from megafusion.train.samples import SampleSheets
 from megafusion.train.validation import Validation
+from megafusion.train.vision_features import VisionFeatures
 
 Outcome = Literal["finished", "stopped", "preempted"]
 
@@ -266,12 +267,7 @@ class Run:
             self._began -= state["seconds"]
         self._attempts.resumed(self.step)
         self._sampler = SampleSheets(config, self._components, self.engine.device) if self._is_rank0 else None
-        self._encoder = ImageEncoder(
-            self._components.codec,
-            config.model.latent_sizes,
-            self.engine.device,
-            torch.float32 if config.train.precision == "fp32" else torch.bfloat16,
-        )
+        self._encoder = self._make_encoder()
         self._outputs.enter_context(self._manager)
         self._outputs.enter_context(self._loader)
         with raise_on_all_ranks():
@@ -306,6 +302,17 @@ class Run:
                 verify_checkpoint(origin.checkpoint, dist.get_rank(), dist.get_world_size())
         return False, origin
 
+    def _make_encoder(self) -> ImageEncoder:
+        config, device = self._config, self.engine.device
+        dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+        model, aligned = config.model, config.objective.alignment
+        vision = None
+        with raise_on_all_ranks():
+            if aligned:
+                vision = VisionFeatures(aligned, device, dtype)
+        codec = self._components.codec
+        return ImageEncoder(codec, model.latent_sizes, device, dtype, model.patch_size, vision)
+
     def _open_validation(self) -> Validation | None:
         config, loader = self._config, self._components.validation_loader
         if not (config.data.validation and loader):
@@ -324,12 +331,21 @@ class Run:
         self._validated = self.step, figures["validation_loss"]
         return figures
 
+    def _alignment_loss(self, losses: Losses) -> dict[str, float]:
+        """1 - cosine similarity, from the total that has a share of it."""
+        objective = self._config.objective
+        if not objective.alignment:
+            return {}
+        rest = losses.total - losses.text - objective.image_weight * losses.image
+        return {"alignment_loss": rest.item() / objective.alignment.weight}
+
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config
         speed, warning = self._stragglers.read()
         figures = {
             "text_loss": losses.text.item(),
             "image_loss": losses.image.item(),
+            **self._alignment_loss(losses),
             "gradient_norm": self.engine.grad_norm(),
             "learning_rate": learning_rate,
             "seconds": time.monotonic() - self._began,

@@ -269,4 +269,8 @@ def _with_paths(config: RunConfig, out: Path, change: Callable[[Path], Path]) ->
     data, train = data.model_copy(update=paths), config.train
     if train.init_from:
         train = train.model_copy(update={"init_from": change(train.init_from)})
-    return config.model_copy(update={"out": out, "data": data, "train": train})
+    objective = config.objective
+    if objective.alignment:
+        aligned = objective.alignment.model_copy(update={"model": change(objective.alignment.model)})
+        objective = objective.model_copy(update={"alignment": aligned})
+    return config.model_copy(update={"out": out, "data": data, "train": train, "objective": objective})

@@ -269,4 +269,4 @@ def test_importing_the_model_imports_no_kernels_compiler_or_diffusers():
 
 def test_the_model_folder_stays_short():
     lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "megafusion/model").rglob("*.py"))
-    assert lines < 1430
+    assert lines < 1500

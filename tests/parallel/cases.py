@@ -6,6 +6,7 @@ import megafusion.device  # noqa: F401 - before deepspeed
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megafusion.config import parse_config
@@ -42,7 +43,10 @@ class Batches:
     """
 
     def __init__(self, values: dict, mesh: Mesh):
-        data = values["data"]
+        data, objective = values["data"], values.get("objective", {})
+        self.has_features = "alignment" in objective
+        # No vision model is loaded: see `next`.
+        values = {**values, "objective": {k: v for k, v in objective.items() if k != "alignment"}}
         text = {**data, "sources": {"text": data["sources"]["text"]}}
         images = {**data, "sources": {"pairs": data["sources"]["pairs"]}}
         images |= {"caption_first": 1.0, "caption_dropout": 1.0}
@@ -51,7 +55,15 @@ class Batches:
         self.config, self.mesh, self.number = configs[0], mesh, 0
 
     def next(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the next global batch."""
+        """This rank's micro-batches of the next global batch, with latents as features if these are read."""
+        batches = self._next()
+        if self.has_features:
+            for batch in batches:
+                patches = F.unfold(batch.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
+                batch.features = patches.unflatten(0, batch.t.shape)
+        return batches
+
+    def _next(self) -> list[PackedBatch]:
         self.number += 1
         mixed, text, images = self.streams
         match self.number % 5:

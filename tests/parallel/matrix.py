@@ -124,6 +124,9 @@ MODALITY_WEIGHTS = {"feed_forward": ["tp2-sp"], "all": list(RECIPES)}
 IMAGE_ROPE = {"": list(RECIPES), "-unet": ["tp2-sp", "pp2"]}
 """Topologies of rotary positions by row and column, by adapter."""
 
+ALIGNED = {"tp2": TOPOLOGIES["tp2"], **{n: t for n, t in RECIPES.items() if "pipeline" not in t[1]}}
+"""Topologies of alignment with features, which a pipeline does not serve."""
+
 FROZEN = ["stem.*", "blocks.[12].*", "*.out.weight"]
 """Patterns that freeze the beginning of the model, all of two blocks and a part of the others."""
 
@@ -204,6 +207,9 @@ def make_cases() -> list[Case]:
         recipe = {"model": {"image_rope": "2d"}}
         kind = adapter.removeprefix("-") or "linear"
         cases += [Case(f"{name}-rope-2d{adapter}", *RECIPES[name], kind, recipe=recipe) for name in names]
+    alignment = {"model": "none", "feature_size": 16, "layer": 2, "weight": 3.0}
+    recipe = {"objective": {"alignment": alignment}}
+    cases += [Case(f"{name}-aligned", *t, recipe=recipe) for name, t in ALIGNED.items()]
     for name, (world, degrees) in FROZEN_TOPOLOGIES.items():
         cases.append(Case(f"{name}-frozen", world, degrees, recipe={"train": {"freeze": FROZEN}}))
     for stage in (1, 2, 3):

@@ -22,10 +22,15 @@ QUICK = [
     "pp2-lora",
     "pp2-modality-all",
     "ulysses2-rope-2d",
+    "tp2-sp-aligned",
     "tp2-sp-quantized",
 ]
 # Other stages, products of the degrees above, and recipes at other topologies.
 FULL = [
+    "tp2-aligned",
+    "ulysses2-aligned",
+    "dp2-zero1-aligned",
+    "dp2-zero3-aligned",
     "tp2-sp-rope-2d-unet",
     "pp2-rope-2d",
     "dp2-zero3-rope-2d",

@@ -1,0 +1,178 @@
+"""Alignment of hidden states with a vision model's features."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Dinov2Config, Dinov2Model
+
+from megafusion.checkpoint.folder import complete_checkpoints
+from megafusion.errors import UserError
+from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.model.alignment import Alignment
+from megafusion.model.transfusion import Transfusion
+from megafusion.objective.config import AlignmentConfig
+from megafusion.sequence.packing import PackedBatch
+from megafusion.telemetry.metrics_file import read_metrics
+from megafusion.train.image_encoder import ImageEncoder
+from megafusion.train.vision_features import VisionFeatures
+from tests.data.test_pixels import write_pixels
+from tests.model.test_modality import first_batch
+from tests.support.marks import full
+from tests.support.runs import losses, parsed, start, tensors
+from tests.support.workers import run_workers
+from tests.train.test_image_encoder import SIZES, batch
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> Path:
+    """A random DINOv2 of 24 features and patches of 7 pixels."""
+    folder = tmp_path_factory.mktemp("vision") / "dino"
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    return folder
+
+
+@pytest.fixture
+def aligned(run_values, vision, tokenizer, tmp_path) -> dict:
+    """A run over pixels."""
+    folder = write_pixels(tmp_path / "pixels", 40, tokenizer.hash)
+    run_values["data"]["sources"]["pairs"]["path"] = str(folder)
+    alignment = {"model": str(vision), "feature_size": 24, "layer": 1}
+    return run_values | {"objective": {"alignment": alignment}}
+
+
+def test_features_are_those_of_transformers_at_the_grid_of_patches(codec, vision):
+    """Of images of two sizes, each alone and resized to 7 pixels a patch; none where there are no pixels."""
+    config = AlignmentConfig(model=vision, feature_size=24, layer=1)
+    features = VisionFeatures(config, torch.device("cpu"), torch.float32)
+    before = batch()
+    (after,) = ImageEncoder(codec, SIZES, "cpu", patch_size=2, vision=features).encode([before])
+    (plain,) = ImageEncoder(codec, SIZES, "cpu").encode([before])
+    assert torch.equal(after.latents, plain.latents)
+    assert torch.equal(plain.features, before.features)
+    assert after.features.shape == (3, 4, 16, 24)
+    model = Dinov2Model.from_pretrained(vision).eval()
+    for row, slot in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
+        found = after.features[row, slot]
+        if not before.has_pixels[row, slot]:
+            assert not found.any()
+            continue
+        rows, columns = (side // 2 for side in SIZES[before.image_size[row, slot]])
+        pixels = before.pixels[row, slot, :, : 8 * rows, : 8 * columns][None].float()
+        resized = F.interpolate(pixels, (7 * rows, 7 * columns), mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
+        with torch.no_grad():
+            hidden = model((resized.clamp(0, 255) / 255 - mean) / std).last_hidden_state[0, 1:]
+        torch.testing.assert_close(found[: rows * columns], hidden, rtol=1e-4, atol=1e-4)
+        assert not found[rows * columns :].any()
+
+
+def test_the_error_is_the_cosine_over_the_patches_that_have_features():
+    torch.manual_seed(0)
+    layer = Alignment(8, AlignmentConfig(model=Path("m"), feature_size=6, layer=1))
+    hidden, features = torch.randn(3, 5, 8), torch.randn(3, 5, 6)
+    features[1, 3:], features[2] = 0, 0
+    projected = layer.layers(hidden)
+    cosine = (projected * features).sum(-1) / projected.norm(dim=-1) / features.norm(dim=-1).clamp(min=1e-9)
+    expected = torch.stack([1 - cosine[0].mean(), 1 - cosine[1, :3].mean(), torch.zeros(())])
+    torch.testing.assert_close(layer(hidden, features), expected)
+
+
+def test_it_is_a_share_of_the_total_and_reaches_the_blocks_up_to_its_layer(run_values):
+    """On a batch whose latents are the features; images that are given do not count."""
+    alignment = {"model": "m", "feature_size": 16, "layer": 1, "weight": 2.0}
+    config = parsed(run_values | {"objective": {"alignment": alignment}})
+    packed: PackedBatch = first_batch(parsed(run_values))
+    packed.features = F.unfold(packed.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
+    packed.features = packed.features.unflatten(0, packed.t.shape)
+    torch.manual_seed(0)
+    model = Transfusion(config.model, config.objective)
+    found = model(packed)
+    share = found.total - found.text - 5 * found.image
+    assert 1 < share < 3  # twice 1 - cosine of random projections
+    share.backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(name.startswith("blocks.0.") for name in reached)
+    assert not any(name.startswith(("blocks.1.", "tail.")) for name in reached)
+    assert {name for name in model.weights() if name.startswith("alignment.")} <= reached
+    packed.has_loss = torch.zeros_like(packed.has_loss)
+    none = model(packed)
+    assert none.total == none.text
+
+
+def test_a_run_aligns_resumes_and_publishes_no_projection(aligned, tmp_path):
+    run = start(aligned)
+    found = [line["alignment_loss"] for line in read_metrics(run)]
+    assert all(0 < each < 2 for each in found)
+    assert found[-1] < found[0]
+    (*_, last) = complete_checkpoints(run / "checkpoints")
+    assert any("alignment." in name for name in tensors(last))
+    pipeline = TransfusionPipeline.from_pretrained(run)
+    assert not any(name.startswith("alignment.") for name in pipeline.model.weights())
+    assert pipeline.config.objective.alignment is None
+    pipeline("apple", num_inference_steps=2)
+    resumed = str(tmp_path / "resumed")
+    start(aligned, stop_after=3, out=resumed)
+    assert losses(start(aligned, out=resumed)) == losses(run)
+    # A run without it may start from one with it; with it, its projection is new.
+    aligned["train"] = aligned["train"] | {"init_from": str(run), "num_steps": 1}
+    start(aligned | {"objective": {}}, out=str(tmp_path / "without"))
+    start(aligned, out=str(tmp_path / "with"))
+
+
+def _run(values: dict) -> None:
+    start(values)
+
+
+@pytest.mark.parametrize("parallel", full({"tensor": 2, "sequence": True}, {"zero_stage": 3}))
+def test_a_run_is_the_same_on_two_ranks(aligned, tmp_path, parallel):
+    run_workers(_run, 1, aligned)
+    other = aligned | {"out": str(tmp_path / "other"), "parallel": parallel}
+    run_workers(_run, 2, other)
+    figures = [
+        [line[name] for line in read_metrics(Path(v["out"])) for name in ("image_loss", "alignment_loss")]
+        for v in (aligned, other)
+    ]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("parallel", {"pipeline": 2}, "is not supported with parallel.pipeline 2; leave one of them out"),
+        ("train", {"lora": {"rank": 2}}, "is not supported with train.lora"),
+        ("model", {"num_layers": 1}, r"objective.alignment.layer 2 is above model.num_layers 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(aligned, section, changes, message):
+    aligned["objective"]["alignment"]["layer"] = 2
+    aligned[section] = aligned.get(section, {}) | changes
+    with pytest.raises(UserError, match=message):
+        parsed(aligned)
+
+
+def test_inputs_that_do_not_fit_are_refused_before_anything_is_written(aligned, shards, tmp_path):
+    alignment = aligned["objective"]["alignment"]
+    cases = [
+        ({"feature_size": 768}, r"feature_size 768: the features of .*dino have 24 numbers .*; set it to 24"),
+        ({"model": str(tmp_path)}, r"no config.json; name a folder of a vision model"),
+        ({"model": aligned["data"]["vae"]}, r"config.json: no hidden_size; give a vision model"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            start(aligned | {"objective": {"alignment": alignment | changes}})
+    aligned["data"]["sources"]["pairs"]["path"] = str(shards / "pairs")
+    with pytest.raises(
+        UserError, match=r"data.sources.pairs keeps latents; preprocess it with image_storage"
+    ):
+        start(aligned)
+    assert not Path(aligned["out"]).exists()
