@@ -6,7 +6,8 @@ INSTALLED := $(VENV)/installed
 WEB := $(VENV)/web
 
 .PHONY: help quickstart demo test test-all coverage test-parallel test-faults slurm-test audit lint format preprocess \
-  benchmark clean
+  benchmark reproduce-small \
+  claims-inputs clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -68,6 +69,33 @@ preprocess: $(INSTALLED)  ## Turn images, captions and text into shards (CONFIG=
 
 benchmark: $(INSTALLED)  ## Time a training step of the quickstart model.
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train.py
+
+reproduce-small: $(INSTALLED)  ## Claims (a) and (b) of the paper, small and from nothing: the signs of the differences.
+	@$(MAKE) --no-print-directory -j 2 claims-inputs
+	OMP_NUM_THREADS=1 $(BIN)/megafusion sweep configs/sweeps/claims-small.yaml --jobs 2
+	$(BIN)/python benchmarks/claims.py collect runs/claims/small --json runs/claims/small/claims.json
+	$(BIN)/python benchmarks/claims.py compare runs/claims/small/claims.json transfusion quantized \
+	  --signs benchmarks/results/claims/signs-a.json
+	$(BIN)/python benchmarks/claims.py compare runs/claims/small/claims.json transfusion causal \
+	  --signs benchmarks/results/claims/signs-b.json
+
+# Fold 0 alone, as latents and as codes; the other folds: docs/claims.md.
+FOLD := data/styles-64/fold-0
+CLAIMS_SHARDS := data/claims-64/fold-0/held-out/pairs/manifest.json data/claims-64-quantized/fold-0/held-out/pairs/manifest.json
+claims-inputs: $(CLAIMS_SHARDS)
+data/styles/fold-0/captions.json: | $(INSTALLED)
+	$(BIN)/python -m data_prep.emoji.styles split --fold 0 --out data/styles/fold-0
+$(FOLD)/captions.json: | $(INSTALLED)
+	$(BIN)/python -m data_prep.emoji.styles split --fold 0 --num-concepts 64 --out $(FOLD)
+runs/vae-%/config.json: | data/styles/fold-0/captions.json
+	$(BIN)/megafusion train-vae configs/vae/$*.yaml
+data/claims-64/fold-0/held-out/pairs/manifest.json: | runs/vae-styles/config.json
+data/claims-64-quantized/fold-0/held-out/pairs/manifest.json: | runs/vae-quantized-styles/config.json
+$(CLAIMS_SHARDS): data/claims-64%/fold-0/held-out/pairs/manifest.json: | $(FOLD)/captions.json
+	OMP_NUM_THREADS=1 $(BIN)/megafusion preprocess configs/preprocess/claims$*.yaml out=data/claims-64$*/fold-0/train \
+	  keys=$(FOLD)/train.txt texts=[$(FOLD)/text.txt]
+	OMP_NUM_THREADS=1 $(BIN)/megafusion preprocess configs/preprocess/claims$*.yaml out=data/claims-64$*/fold-0/held-out \
+	  keys=$(FOLD)/held-out.txt texts=[] augmentation.copies=8
 
 clean:  ## Remove the environment, the shards and the quickstart's run.
 	rm -rf $(VENV) data/quickstart runs/quickstart

@@ -1,18 +1,21 @@
 """Measure generation: tokens and images a second, time to the first token, cached and not, and transformers'.
 
-    python benchmarks/generate.py PIPELINE [--batch 1 8] [--tokens 128] [--steps 25] [--json FILE]
+    python benchmarks/generate.py PIPELINE [--batch 1 8] [--tokens 128] [--steps 25] [--peers DIR]
 
 Text: `decode` greedily continues prompts of 16 random tokens by so many, without ending at eos, beside
 transformers' `generate` on the model that `megafusion export --to hf` writes of the same pipeline, in
 alternate runs of one process; the tokens must be equal. `generate` is all that a call of the pipeline does,
 of as many tokens. `no cache` is one forward pass over the whole row for each token. Images: draws of the
-pipeline's sampler with guidance. Medians of --runs runs after one to warm up.
+pipeline's sampler with guidance. Medians of --runs rounds after one to warm up; a ratio is the median of the
+rounds' ratios, so that other load on the machine affects both alike. With --peers, a folder as
+benchmarks/peers.py takes it, images beside transfusion-pytorch's `sample_many` as well: see sample_many.py.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peers", type=Path, help="folder with transfusion-pytorch")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     pipeline = TransfusionPipeline.from_pretrained(arguments.pipeline).to(megafusion.device.default_device())
@@ -53,10 +57,13 @@ def main() -> None:
     for batch in arguments.batch:
         rows += [text_row(pipeline, theirs, batch, arguments), image_row(pipeline, batch, arguments)]
         print(json.dumps(rows[-2]), json.dumps(rows[-1]), sep="\n", flush=True)
+    if arguments.peers:
+        rows += peer_rows(pipeline, arguments)
+    packages = ["torch", "transformers", "diffusers", *(["transfusion-pytorch"] if arguments.peers else [])]
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers")},
+        "versions": {name: version(name) for name in packages},
         "date": time.strftime("%Y-%m-%d"),
         "pipeline": str(arguments.pipeline),
         "rows": rows,
@@ -95,17 +102,21 @@ def text_row(pipeline, theirs, batch: int, arguments: argparse.Namespace) -> dic
         "transformers": transformers,
         "no cache": lambda: decode_without_cache(pipeline, ids, num_new),
     }
-    seconds, outputs = timed(runs, arguments.runs)
+    rounds, outputs = timed(runs, arguments.runs)
     assert torch.equal(outputs["decode"].cpu(), outputs["transformers"].cpu()), "tokens differ"
-    rates = {name: batch * num_new / each for name, each in seconds.items()}
+    rates = {name: batch * num_new / median(rounds, name) for name in runs}
     return {
         "kind": "text",
         "batch": batch,
         "new_tokens": num_new,
         **{f"tokens_per_second {name}": round(rate, 1) for name, rate in rates.items()},
-        "ratio to transformers": round(rates["decode"] / rates["transformers"], 3),
-        "ratio of generate to transformers": round(rates["generate"] / rates["transformers"], 3),
-        "ratio to no cache": round(rates["decode"] / rates["no cache"], 3),
+        "ratio to transformers": ratio(rounds, "transformers", "decode"),
+        "ratio to transformers by processor seconds": ratio(rounds, "transformers", "decode", clock=1),
+        "ratio of generate to transformers": ratio(rounds, "transformers", "generate"),
+        "ratio of generate to transformers by processor seconds": ratio(
+            rounds, "transformers", "generate", clock=1
+        ),
+        "ratio to no cache": ratio(rounds, "no cache", "decode"),
         "seconds to first token": round(first_event(pipeline, batch, TextDelta, begin="text"), 4),
     }
 
@@ -169,39 +180,68 @@ def decode_without_cache(pipeline: TransfusionPipeline, ids: torch.Tensor, num_n
 def image_row(pipeline: TransfusionPipeline, batch: int, arguments: argparse.Namespace) -> dict:
     """Images a second with the pipeline's sampler and guidance."""
     sampling = pipeline.config.sampling.model_copy(update={"num_inference_steps": arguments.steps})
-    seconds, _ = timed({"draw": lambda: pipeline.draw([SAMPLES] * batch, sampling=sampling)}, arguments.runs)
+    runs = {"draw": lambda: pipeline.draw([SAMPLES] * batch, sampling=sampling)}
+    rounds, _ = timed(runs, arguments.runs)
     return {
         "kind": "images",
         "batch": batch,
         "steps": arguments.steps,
         "size": pipeline.sizes[0],
-        "images_per_second": round(batch / seconds["draw"], 3),
+        "images_per_second": round(batch / median(rounds, "draw"), 3),
         "seconds to first preview": round(first_event(pipeline, batch, ImagePreview, preview_every=1), 4),
     }
+
+
+def peer_rows(pipeline, arguments: argparse.Namespace) -> list[dict]:
+    """Images beside transfusion-pytorch, of the pipeline's size and of 512 x 8 with 8 x 8 patches."""
+    sys.path.append(str(arguments.peers))  # last, so that it replaces no package that is here
+    from sample_many import compare_images
+
+    own = pipeline.config.model
+    wide = {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "ffn_hidden_size": 1368}
+    height, width = (8 * own.latent_downsampling * own.patch_size,) * 2
+    large = own.model_copy(update={**wide, "image_sizes": ((height, width),)})
+    rows = []
+    for model, batches in ((own, arguments.batch), (large, arguments.batch[:1])):
+        for batch in batches:
+            sizes = batch, arguments.steps, arguments.runs
+            rows.append(compare_images(model, pipeline.config.objective, pipeline.tokenizer, *sizes))
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def first_event(pipeline, batch: int, kind: type, begin="image", **options) -> float:
     """Seconds from a request to its first event of a kind."""
     start = time.perf_counter()
     images = 1 if begin == "image" else 0
-    request = Request([SAMPLES], pipeline.config.sampling, begin=begin, max_images=images)
+    request = Request([SAMPLES], pipeline.config.sampling, begin=begin, max_images=images, **options)
     parts = pipeline.model, pipeline.tokenizer, pipeline.codec
-    next(event for event in Generation(*parts, [request] * batch, **options) if isinstance(event, kind))
+    next(event for event in Generation(*parts, [request] * batch) if isinstance(event, kind))
     return time.perf_counter() - start
 
 
-def timed(runs: dict[str, Callable], num_runs: int) -> tuple[dict[str, float], dict]:
-    """Median seconds by name, in alternate runs, and the last outputs."""
+def timed(runs: dict[str, Callable], num_runs: int) -> tuple[list[dict], dict]:
+    """Seconds by name, by the clock and of processors, of rounds in which each has its turn; last outputs."""
     outputs = {name: run() for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(num_runs):
+    rounds: list[dict[str, tuple[float, float]]] = [{} for _ in range(num_runs)]
+    for found in rounds:
         for name, run in runs.items():
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             outputs[name] = run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}, outputs
+            found[name] = time.perf_counter() - start, time.process_time() - used
+    return rounds, outputs
+
+
+def median(rounds: list[dict], name: str) -> float:
+    """Seconds of one by the clock."""
+    return statistics.median(found[name][0] for found in rounds)
+
+
+def ratio(rounds: list[dict], one: str, other: str, clock: int = 0) -> float:
+    """How many times as long one takes as another; clock 1: by the seconds of processors."""
+    return round(statistics.median(found[one][clock] / found[other][clock] for found in rounds), 3)
 
 
 if __name__ == "__main__":

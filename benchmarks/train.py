@@ -82,7 +82,7 @@ def measure(config: RunConfig, rows: str, num_steps: int, num_warmup_steps: int)
     times = step.run(num_steps)
     seconds = statistics.median(times)
     num_positions = config.train.global_batch_size * config.data.sequence_length
-    work = Work(*torch.stack(step.work[-num_steps:]).double().mean(0).tolist())
+    work = Work.of(torch.stack(step.work[-num_steps:]).double().mean(0).tolist())
     flops = step_flops(config.train.global_batch_size, config.model, config.sequence_shape, work)
     peak = peak_flops(config.train.precision)
     figures |= {
@@ -118,6 +118,7 @@ class Step:
         self.engine: Engine = build_engine(config, make_mesh(config.parallel))
         self._ema = Ema(self.engine.optimizer_state.shards, config.train.ema_decay)
         self.on_gpu = self.engine.device.type == "cuda"
+        self._num_sizes = len(config.model.image_sizes)
         self.losses: list[float] = []
         self.work: list[torch.Tensor] = []
         self._number = 0
@@ -130,7 +131,7 @@ class Step:
             self.update(batches)
             marks.append(self._mark())
             losses.append(self.engine.consensus.losses[-1].clone())
-            self.work.append(torch.stack([batch.work() for batch in batches]).sum(0))
+            self.work.append(torch.stack([batch.work(self._num_sizes) for batch in batches]).sum(0))
         self.finish()
         self.losses += torch.stack(losses).tolist()
         if self.on_gpu:

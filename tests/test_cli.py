@@ -152,7 +152,11 @@ def test_every_configuration_is_valid(path):
     from data_prep.config import PreprocessConfig
     from data_prep.tokenizer.config import TokenizerConfig
     from data_prep.vae.config import AutoencoderConfig
+    from megafusion.sweep.config import load_sweep
 
+    if "base" in yaml.safe_load(path.read_text()):
+        assert load_sweep(path).base.is_file()
+        return
     classes = {"preprocess": PreprocessConfig, "tokenizer": TokenizerConfig, "vae": AutoencoderConfig}
     load_config(classes.get(path.parent.name, RunConfig), path)
 

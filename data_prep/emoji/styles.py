@@ -74,6 +74,23 @@ def common_keys(keys: Iterable[str], styles: Sequence[str]) -> list[str]:
     return [key for row in rows if found.issuperset(row) for key in row]
 
 
+def ranked_concepts(concepts: Iterable[str]) -> list[str]:
+    """Concepts in the order of their hashes, in which neighbours in the alphabet (the hearts) are apart."""
+    return sorted(set(concepts), key=lambda concept: hashlib.sha256(concept.encode()).digest())
+
+
+def keys_of_concepts(keys: Sequence[str], num_concepts: int) -> list[str]:
+    """Keys of the first concepts in the order of hashes. A fold of fewer concepts is a part of that of more.
+
+    Raises UserError if there are fewer.
+    """
+    ranked = ranked_concepts(map(concept_of, keys))
+    if num_concepts > len(ranked):
+        raise UserError(f"--num-concepts {num_concepts}: there are {len(ranked)}; give at most as many")
+    chosen = set(ranked[:num_concepts])
+    return [key for key in keys if concept_of(key) in chosen]
+
+
 def held_out_keys(keys: Sequence[str], fold: int, num_folds: int = NUM_FOLDS) -> list[str]:
     """Keys that a fold holds out, in their order; over all folds, each key is held out exactly once.
 
@@ -93,9 +110,7 @@ def held_out_keys(keys: Sequence[str], fold: int, num_folds: int = NUM_FOLDS) ->
         by_concept[concept_of(key)].add(style_of(key))
     if alone := sorted(concept for concept, own in by_concept.items() if len(own) == 1):
         raise UserError(f"concept {alone[0]} has one style, so its image cannot be held out; remove it")
-    # By hash, so that neighbours in the alphabet (the five hearts) are in no regular order.
-    ranked = sorted(by_concept, key=lambda concept: hashlib.sha256(concept.encode()).digest())
-    rank = {concept: place for place, concept in enumerate(ranked)}
+    rank = {concept: place for place, concept in enumerate(ranked_concepts(by_concept))}
     return [k for k in keys if (rank[concept_of(k)] + styles.index(style_of(k))) % num_folds == fold]
 
 
@@ -140,6 +155,7 @@ def split(
     out: Annotated[Path, typer.Option(help="Folder to write the fold to.")],
     fold: Annotated[int, typer.Option(min=0, help="Fold, such as the run's seed modulo the folds.")] = 0,
     num_folds: Annotated[int, typer.Option(min=2, help="Folds; 1 of so many combinations is held out.")] = 5,
+    num_concepts: Annotated[int | None, typer.Option(min=1, help="Concepts to keep; all by default.")] = None,
     styles: Annotated[Path, typer.Option(help="Folder that `build` wrote.")] = COMMITTED,
     pack_tar: Annotated[Path, typer.Option("--pack", help="The emoji pack: the other two styles.")] = PACK,
     texts: Annotated[Path, typer.Option(help="Texts, one a line; the last 500 are held out.")] = GLOSSES,
@@ -149,6 +165,7 @@ def split(
     captions.json is in COCO's format for captions; `group` is seen or held-out, `key` names each image.
     """
     keys = read_lines(styles / "keys.txt")
+    keys = keys_of_concepts(keys, num_concepts) if num_concepts else keys
     tars = (pack_tar, styles / "twemoji.tar", styles / "openmoji.tar")
     pairs = {pair.key: pair for tar in tars for pair in tar_pairs(tar)}
     if missing := [key for key in keys if key not in pairs]:

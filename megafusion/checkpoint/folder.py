@@ -54,6 +54,12 @@ def _validation_loss(path: Path) -> float | None:
         return None
 
 
+def training_flops(checkpoint: Path) -> float | None:
+    """FLOPs of training until a checkpoint; None of one that an earlier version of megafusion began."""
+    flops = read_json(checkpoint / "state.json").get("flops")
+    return None if flops is None else float(flops)
+
+
 def latest_checkpoint(run: Path) -> Path:
     """The latest complete checkpoint of a run folder. UserError if it has none."""
     found = complete_checkpoints(run / "checkpoints")

@@ -19,6 +19,13 @@ def sweep(
     report: Annotated[
         bool, typer.Option("--report", help="Start nothing: gather the results that are there.")
     ] = False,
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(help="With --report: fit a metric against compute, and plot it; repeat for several."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="With --fit: arm whose compute is the measure; default: the first.")
+    ] = None,
     site: Annotated[
         str | None, typer.Option(help="Run as an array of SLURM on this cluster, as `launch` does.")
     ] = None,
@@ -40,8 +47,10 @@ def sweep(
     """
     from megafusion.sweep.config import load_sweep
     from megafusion.sweep.members import expand
-    from megafusion.sweep.results import claim, write_results
+    from megafusion.sweep.results import claim, write_files, write_results
 
+    if fit and not report:
+        raise UserError("--fit reads the results that are there: add --report")
     values = load_sweep(config, overrides or [])
     members = expand(values, str(config))
     claim(values.out, members)
@@ -71,7 +80,12 @@ def sweep(
             if member.missing:
                 raise UserError(f"{config}: {member.name}: {', '.join(member.missing)} not found")
         errors = run_members(members, values.out / "sweep.launch/local", jobs or 1)
-    write_results(values.out, members, errors)
+    results = write_results(values.out, members, errors)
+    if fit:
+        from megafusion.sweep.plot import describe, fit_metric
+
+        results["fits"] = {name: fit_metric(results, name, baseline, values.out) for name in fit}
+        write_files(values.out, results, describe(results["fits"]))
     typer.echo((values.out / "sweep.md").read_text(), nl=False)
     if errors:
         raise typer.Exit(ExitStatus.FAILED)

@@ -56,7 +56,10 @@ def write_report(out: Path, model: dict[str, Any]) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """A table for each suite: a line for each metric, a column for each group."""
     model = report["model"]
-    lines = ["# Evaluation", "", f"Weights {model['weights'][:12]}, {model['parameters']:,} parameters."]
+    flops = model.get("training_flops")
+    compute = "" if flops is None else f", trained with {flops:.4g} FLOPs"
+    weights = f"Weights {model['weights'][:12]}, {model['parameters']:,} parameters{compute}."
+    lines = ["# Evaluation", "", weights]
     for name, result in report["suites"].items():
         groups = result["metrics"]
         rows = list(dict.fromkeys(metric for each in groups.values() for metric in each))

@@ -66,7 +66,9 @@ def evaluate(
         if proof := getattr(suite, "proof", None):
             result["judge"] = proof
         write_suite(out / name, result)
-    return write_report(out, model) if done else None
+    # Beside the hashes, because records do not depend on it.
+    compute = {"training_flops": pipeline.config.training_flops}
+    return write_report(out, model | compute) if done else None
 
 
 def describe_model(pipeline: TransfusionPipeline) -> dict[str, Any]:

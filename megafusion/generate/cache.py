@@ -20,16 +20,18 @@ MAX_GROWTH = 1024
 
 @dataclass
 class _Layer:
-    """One layer's keys and values [B, T, G, K], and the slots that the current pass writes, int64 [B, S]."""
+    """One layer's keys and values [B, T, G, K], and the slots that the current pass writes.
+
+    slots: int64 [B x S], of all rows' slots one after another.
+    """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
 
     def update(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(self.keys), device=self.keys.device)[:, None]
-        self.keys[rows, self.slots] = k_BSGK
-        self.values[rows, self.slots] = v_BSGK
+        self.keys.view(-1, *self.keys.shape[2:]).index_copy_(0, self.slots, k_BSGK.flatten(0, 1))
+        self.values.view(-1, *self.values.shape[2:]).index_copy_(0, self.slots, v_BSGK.flatten(0, 1))
         return self.keys, self.values
 
 
@@ -48,7 +50,7 @@ class KVCache:
     def empty(cls, num_rows: int, capacity: int, config: ModelConfig, like: Tensor) -> "KVCache":
         """An empty cache of `capacity` slots per row, on the device and in the dtype of `like`."""
         size = (num_rows, capacity, config.kv_heads, config.head_size)
-        no_slots = torch.zeros((num_rows, 0), dtype=torch.int64, device=like.device)
+        no_slots = torch.zeros(0, dtype=torch.int64, device=like.device)
         layers = [
             _Layer(like.new_zeros(size), like.new_zeros(size), no_slots) for _ in range(config.num_layers)
         ]
@@ -68,7 +70,8 @@ class KVCache:
             self._resize(max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH)))
         end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
         # Padding may reach past the capacity; it is written to the last slot, which no row uses.
-        slots = positions.clamp(max=self.capacity - 1)
+        rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
+        slots = (rows * self.capacity + positions.clamp(max=self.capacity - 1)).flatten()
         for layer in self.layers:
             layer.slots = slots
         return positions, Intervals(end, None, self.capacity, may_be_empty=True)
@@ -85,7 +88,9 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """A copy of some rows, which may repeat."""
-        layers = [_Layer(each.keys[rows], each.values[rows], each.slots[rows]) for each in self.layers]
+        # The slots of the last pass are dropped, here and below: the next one allocates its own.
+        none = self.lengths.new_zeros(0)
+        layers = [_Layer(each.keys[rows], each.values[rows], none) for each in self.layers]
         return KVCache(self.capacity, self.lengths[rows], layers)
 
     def assign(self, rows: Tensor, other: "KVCache") -> None:
@@ -99,12 +104,11 @@ class KVCache:
     def concatenate(self, other: "KVCache") -> "KVCache":
         """A copy of the rows of both, this cache's first."""
         capacity = max(self.capacity, other.capacity)
-        # The slots of the last passes, of unequal lengths, are dropped: the next pass allocates its own.
         layers = [
             _Layer(
                 torch.cat([_padded(a.keys, capacity), _padded(b.keys, capacity)]),
                 torch.cat([_padded(a.values, capacity), _padded(b.values, capacity)]),
-                self.lengths.new_zeros(0, 0),
+                self.lengths.new_zeros(0),
             )
             for a, b in zip(self.layers, other.layers, strict=True)
         ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megafusion.generate.cache import KVCache
 from megafusion.model.rope import rope_positions
-from megafusion.model.transformer import block_context
+from megafusion.model.transformer import BlockContext, block_context
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.sampler import apply_guidance, rescale_guidance
@@ -70,7 +70,8 @@ class Decoder:
         x_BSD, _ = self.model.stem(
             batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
         )
-        hidden_BSD = self._forward(cache, x_BSD, row_end, batch.patch_index, batch.image_size)
+        context = self._context(cache, row_end, batch.patch_index, batch.image_size)
+        hidden_BSD = self._run(cache, x_BSD, context)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
         return self.model.tail.head(hidden_BSD.gather(1, last))[:, 0]
@@ -83,7 +84,8 @@ class Decoder:
         """
         counts = torch.ones_like(tokens_B) if is_read_B is None else is_read_B.to(tokens_B.dtype)
         x_BSD = self.model.stem.embedding(tokens_B[:, None])
-        hidden_BSD = self._forward(cache, x_BSD, counts[:, None], -torch.ones_like(tokens_B)[:, None])
+        context = self._context(cache, counts[:, None], -torch.ones_like(tokens_B)[:, None])
+        hidden_BSD = self._run(cache, x_BSD, context)
         cache.advance(counts)
         return self.model.tail.head(hidden_BSD)[:, 0]
 
@@ -109,10 +111,14 @@ class Decoder:
         everything, latents = cache, noise_BCHW
         for guide in guides:
             everything = everything.concatenate(guide.cache)
+        # A row's image stays where it is: the mask and the rotary angles are the same in every step.
+        alone = self._image_context(cache, latents)
+        together = self._image_context(everything, latents) if guides else alone
         for index, (timestep, t) in enumerate(zip(sampler.timesteps, sampler.times.tolist(), strict=True)):
             is_guided = bool(guides) and first <= t <= last
             copies = [latents] * (1 + len(guides) if is_guided else 1)
-            predictions = self._predict(everything if is_guided else cache, torch.cat(copies), timestep)
+            where = (everything, together) if is_guided else (cache, alone)
+            predictions = self._predict(*where, torch.cat(copies), timestep)
             conditional, *others = predictions.chunk(len(copies))
             prediction = conditional
             for guide, other in zip(guides, others, strict=False):
@@ -125,22 +131,29 @@ class Decoder:
             yield state
             latents = state.latents
         # Later tokens must attend to the clean image: its keys and values replace those of the noised one.
-        self._predict(cache, latents, process.timesteps(torch.zeros(())))
+        self._predict(cache, alone, latents, process.timesteps(torch.zeros(())))
         cache.advance(torch.full_like(cache.lengths, math.prod(self._grid(latents))))
 
-    def _predict(self, cache: KVCache, latents_BCHW: Tensor, timestep: Tensor) -> Tensor:
+    def _image_context(self, cache: KVCache, latents: Tensor) -> BlockContext:
+        """The context of passes over an image after each row, for which it allocates slots."""
+        grid, config = self._grid(latents), self.model.config
+        num = math.prod(grid)
+        end = torch.full((len(cache.lengths), num), num, device=latents.device)
+        if config.image_attention == "causal":
+            end = torch.arange(1, num + 1, device=end.device).expand_as(end)
+        index_BP = torch.arange(num, device=end.device).expand_as(end)
+        size_B1 = torch.full_like(end[:, :1], config.grids.index(grid))
+        return self._context(cache, end, index_BP, size_B1)
+
+    def _predict(
+        self, cache: KVCache, context: BlockContext, latents_BCHW: Tensor, timestep: Tensor
+    ) -> Tensor:
         """The model's prediction, float32 [B, C, H, W], for noised latents after each row."""
         timesteps_B = timestep.expand(len(latents_BCHW)).to(latents_BCHW.device)
         dtype = self.model.tail.head.weight.dtype
         patches_BPD, skips = self.model.stem.adapter.encode(latents_BCHW.to(dtype), timesteps_B)
-        num = patches_BPD.shape[1]
-        end = torch.full(patches_BPD.shape[:2], num, device=latents_BCHW.device)
-        if self.model.config.image_attention == "causal":
-            end = torch.arange(1, num + 1, device=end.device).expand_as(end)
+        hidden_BPD = self._run(cache, patches_BPD, context)
         grid = self._grid(latents_BCHW)
-        index_BP = torch.arange(end.shape[1], device=end.device).expand_as(end)
-        size_B1 = torch.full_like(end[:, :1], self.model.config.grids.index(grid))
-        hidden_BPD = self._forward(cache, patches_BPD, end, index_BP, size_B1)
         return self.model.tail.adapter.decode(hidden_BPD, timesteps_B, skips, grid).float()
 
     def _grid(self, latents_BCHW: Tensor) -> tuple[int, int]:
@@ -148,20 +161,22 @@ class Decoder:
         height, width = latents_BCHW.shape[2:]
         return height // self.model.config.patch_size, width // self.model.config.patch_size
 
-    def _forward(
+    def _context(
         self,
         cache: KVCache,
-        x_BSD: Tensor,
         row_end_BS: Tensor,
         patch_index_BS: Tensor,
         image_size_BN: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states of new positions; without sizes of images they are text."""
-        config = self.model.config
+    ) -> BlockContext:
+        """The context of new positions; without sizes of images they are text."""
+        config, dtype = self.model.config, self.model.tail.head.weight.dtype
         positions, intervals = cache.allocate(row_end_BS)
         if image_size_BN is not None:
             positions = rope_positions(config, positions, patch_index_BS, image_size_BN)
-        context = block_context(config, intervals, positions, x_BSD.dtype, patch_index_BS >= 0)
+        return block_context(config, intervals, positions, dtype, patch_index_BS >= 0)
+
+    def _run(self, cache: KVCache, x_BSD: Tensor, context: BlockContext) -> Tensor:
+        """Hidden states of the positions that a context was made for."""
         for block, layer in zip(self.model.blocks, cache.layers, strict=True):
             x_BSD = block(x_BSD, context, layer)
         return self.model.tail(x_BSD)

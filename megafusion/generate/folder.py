@@ -34,6 +34,8 @@ class PipelineConfig(Config):
     """Defaults of how images and text are sampled."""
     sequence_length: int | None = Field(None, gt=0)
     """Positions of a row in training: the longest prompt with its answer. Not known of older pipelines."""
+    training_flops: float | None = Field(None, ge=0)
+    """FLOPs of the run until these weights, not of what it started from. Not known of older runs."""
 
 
 def build_model(config: PipelineConfig) -> Transfusion:

@@ -65,6 +65,8 @@ class Generation:
             check_request(request, f"prompt {number}", tokenizer, config, sequence_length)
         self.rows = [self._row(number, request) for number, request in enumerate(requests)]
         documents = [self._flatten(row.segments) for row in self.rows]
+        for row, document in zip(self.rows, documents, strict=True):
+            row.num_prompt_tokens = len(document)
         longest = max(len(document) for document in documents)
         room = max(r.max_images * self.image_positions + r.sampling.max_new_tokens for r in requests)
         first = max(FIRST_CAPACITY, self.image_positions)

@@ -74,6 +74,14 @@ class TransfusionPipeline(LoraPipeline):
             nn.Module.to(module, *args, **kwargs)  # diffusers' own warns of an empty list of layers
         return self
 
+    def enable_vae_slicing(self) -> None:
+        """Decode images one by one from now on: as much memory as one image takes, whatever the batch."""
+        self.codec.use_slicing = True
+
+    def disable_vae_slicing(self) -> None:
+        """Decode the images of a batch together, as by default."""
+        self.codec.use_slicing = False
+
     @classmethod
     def from_pretrained(
         cls, path: Path | str, *, torch_dtype: torch.dtype | str | None = None

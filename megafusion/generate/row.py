@@ -49,7 +49,7 @@ class Row:
 
     segments: its prompt and answer, as documents have them. generator: of its noise; one for each row, so
     that it does not depend on the others. uniform: random numbers of its tokens. output: images, and token
-    ids that are not decoded to text yet.
+    ids that are not decoded to text yet. num_prompt_tokens: positions of the prompt, from bos to eos.
     """
 
     number: int
@@ -59,6 +59,7 @@ class Row:
     uniform: np.random.Generator
     text: TextStream
     images_left: int
+    num_prompt_tokens: int = 0
     output: list[Any] = field(default_factory=list)
     steps: int = 0
     is_cancelled: bool = False

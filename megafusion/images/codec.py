@@ -53,6 +53,8 @@ class ImageCodec:
 
     codebook_size = 0
     """Codes of the codebook; 0 where images become latents."""
+    use_slicing = False
+    """Whether images are decoded one by one, as diffusers' autoencoders do with slicing: less memory."""
 
     def __init__(self, model: Model) -> None:
         self._read(CodecConfig.parse(model.config, "autoencoder"))
@@ -119,7 +121,11 @@ class ImageCodec:
     @torch.no_grad()
     def decode(self, latents_NCHW: Tensor) -> Tensor:
         """Raw latents [N, C, h, w] to pixels [N, 3, H, W], clamped to [-1, 1]."""
-        return decode(self.model, latents_NCHW.to(self.model.device, self.model.dtype)).clamp(-1, 1)
+        return self._decode(latents_NCHW.to(self.model.device, self.model.dtype))
+
+    def _decode(self, latents_NCHW: Tensor) -> Tensor:
+        slices = latents_NCHW.split(1) if self.use_slicing else [latents_NCHW]
+        return torch.cat([decode(self.model, each).clamp(-1, 1) for each in slices])
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Raw latents to about zero mean and unit standard deviation, which the transformer is trained on."""
@@ -162,7 +168,7 @@ class QuantizedCodec(ImageCodec):
                 f"codes from {int(codes.min())} to {int(codes.max())}, but the codebook has "
                 f"{self.codebook_size}; give codes of this autoencoder"
             )
-        return decode(self.model, codebook_vectors(self.model, codes)).clamp(-1, 1)
+        return self._decode(codebook_vectors(self.model, codes))
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Codes as they are."""

@@ -18,6 +18,8 @@ class ParallelConfig(Config):
     """Tensor-parallel ranks (Megatron), over which heads, hidden units and vocabulary are sharded."""
     sequence: bool = False
     """Megatron's sequence parallelism: norms and residuals are sharded by positions over the tensor ranks."""
+    async_tensor: bool = False
+    """Whether `train.compile` divides the collectives of `sequence`; the parts run beside matrix products."""
     ulysses: int = Field(1, gt=0)
     """Ranks over which positions are sharded, and exchanged for heads in attention (DeepSpeed Ulysses)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -30,6 +32,11 @@ class ParallelConfig(Config):
         if self.sequence and self.tensor == 1:
             raise ValueError(
                 "sequence is a form of tensor parallelism: set tensor to 2 or more, or sequence to false"
+            )
+        if self.async_tensor and not self.sequence:
+            raise ValueError(
+                "async_tensor overlaps the collectives of sequence parallelism; set sequence to true, or "
+                "async_tensor to false"
             )
         if self.pipeline > 1 and self.zero_stage > 1:
             raise ValueError(

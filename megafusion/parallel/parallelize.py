@@ -25,7 +25,7 @@ from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.partition import stage_blocks
 from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
-from megafusion.parallel.tensor import shard_weights, sum_partial_gradients
+from megafusion.parallel.tensor import overlap_collectives, shard_weights, sum_partial_gradients
 from megafusion.parallel.ulysses import SequenceParallelObjective, ulysses_attention
 from megafusion.sequence.packing import SequenceShape
 
@@ -86,6 +86,8 @@ def parallelize(
         tie_embeddings(stage.stem, stage.tail)
     if mesh.size("tensor") > 1:
         sum_partial_gradients(stage, mesh)
+    if mesh.config.async_tensor:
+        overlap_collectives(mesh.group("tensor"))
     for name, block in stage.blocks.items():
         if recompute != "none":
             stage.blocks[name] = checkpointed(block, recompute)

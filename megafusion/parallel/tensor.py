@@ -5,6 +5,7 @@ Column-parallel layers begin a region and row-parallel layers end it. With Megat
 (arXiv 2205.05198) the residual stream and its norms, outside the regions, are sharded by positions.
 """
 
+import warnings
 from functools import partial
 
 import torch
@@ -154,6 +155,22 @@ def _sharded(module: nn.Module, region: TensorParallelRegion, mesh: Mesh) -> nn.
             return VocabularyParallelHead(module, vocab_shard, region.group)
         case Replicated():
             return module
+
+
+def overlap_collectives(group: dist.ProcessGroup) -> None:
+    """Let torch.compile divide the group's collectives into parts that run beside parts of the products.
+
+    An all-gather before a product, and a reduce-scatter after one, become one operator each, over symmetric
+    memory (Wang et al., "Overlap Communication with Dependent Computation via Decomposition", ASPLOS 2023).
+    """
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        # torch 2.13 calls it needless, but the compiler's pass leaves other groups alone.
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(group.group_name)
 
 
 def _vocab_spec(whole: Tensor, vocab_shard: range) -> ShardSpec:

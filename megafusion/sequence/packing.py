@@ -120,11 +120,14 @@ class PackedBatch:
         """int64 [2]: text targets and images with a loss in these rows alone."""
         return torch.stack([(self.labels != IGNORED_LABEL).sum(), self.has_loss.sum()])
 
-    def work(self) -> Tensor:
-        """int64 [2]: text targets, and pairs of a query and a key that it sees, in these rows alone."""
+    def work(self, num_sizes: int = 1) -> Tensor:
+        """int64 [2 + num_sizes], of these rows alone: text targets, pairs of a query and a key that it sees,
+        images of each size."""
+        images = torch.bincount(self.image_size[self.image_start >= 0], minlength=num_sizes)
         # The queries of key j begin behind all i whose row_end is at most j; there are S - row_end(i) such j.
         num_pairs = (self.last_query + self.row_end - self.row_end.shape[1]).sum()
-        return torch.stack([(self.labels != IGNORED_LABEL).sum(), num_pairs])
+        counts = torch.stack([(self.labels != IGNORED_LABEL).sum(), num_pairs])
+        return torch.cat([counts, images])
 
 
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:

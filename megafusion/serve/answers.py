@@ -61,7 +61,6 @@ class Chat:
     def __init__(self, worker: Worker, requests: Sequence[Request], model: str):
         self.worker, self.requests = worker, requests
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self.prompt_tokens = worker.pipeline.check(requests[0])
         self.usage: dict = {}
         self._num_characters = [0] * len(requests)
         self._num_images = [0] * len(requests)
@@ -78,12 +77,12 @@ class Chat:
                         yield _choice(row, {"images": [await self._image(row, image)]})
                     case RowDone(row, reason):
                         yield _choice(row, {}, "length" if reason == "length" else "stop")
-                    case JobDone(_, num_tokens):
+                    case JobDone(_, num_tokens, num_prompt_tokens):
                         sampled = sum(num_tokens)
                         self.usage = {
-                            "prompt_tokens": self.prompt_tokens,
+                            "prompt_tokens": num_prompt_tokens,
                             "completion_tokens": sampled,
-                            "total_tokens": self.prompt_tokens + sampled,
+                            "total_tokens": num_prompt_tokens + sampled,
                         }
 
     async def whole(self) -> dict:

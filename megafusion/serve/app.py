@@ -73,7 +73,7 @@ def _add_state_routes(app: FastAPI, worker: Worker, name: str) -> None:
 
     @app.get("/health")
     def health() -> JSONResponse:
-        status = "closing" if worker.is_closing else "ok" if worker.is_alive else "failed"
+        status = "failed" if worker.failure else "closing" if worker.is_closing else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")

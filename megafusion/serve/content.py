@@ -4,7 +4,7 @@ import base64
 import binascii
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from PIL import Image
@@ -40,6 +40,17 @@ class Content:
             raise Refusal(400, f"{field}: the request has more than max_prompt_characters {most}; shorten it")
         return value
 
+    def count(self, parts: Iterable[Part], field: str) -> None:
+        """Count texts and images that were read before and belong to this request, too. Raises Refusal."""
+        for part in parts:
+            if isinstance(part, str):
+                self.text(part, field)
+            else:
+                self._count_image(field)
+                if (num := part.width * part.height) > self.config.max_pixels - self.num_pixels:
+                    raise self._too_many_pixels(field, f"its images have {self.num_pixels + num} pixels")
+                self.num_pixels += num
+
     def data_url(self, value: Any, field: str) -> Image.Image:
         """The image of a data URL. Raises Refusal; no address is fetched."""
         if not isinstance(value, str) or not (head := DATA_URL.match(value)):
@@ -54,9 +65,7 @@ class Content:
 
     def image(self, content: bytes, field: str) -> Image.Image:
         """An encoded image as upright RGB. Raises Refusal before it decodes one that has too many pixels."""
-        self.num_images += 1
-        if self.num_images > (most := self.config.max_images):
-            raise Refusal(400, f"{field}: the request has more than max_images {most} images")
+        self._count_image(field)
         left = self.config.max_pixels - self.num_pixels
 
         def convert(image: Image.Image) -> Image.Image:
@@ -68,10 +77,18 @@ class Content:
             with _decoding:
                 image = open_image(content, convert)
         except BadImage as error:
-            limit = f"max_pixels {self.config.max_pixels} for all images of a request"
-            raise Refusal(400, f"{field}: {error}; the limit is {limit}") from error
+            raise self._too_many_pixels(field, str(error)) from error
         self.num_pixels += image.width * image.height
         return image
+
+    def _count_image(self, field: str) -> None:
+        self.num_images += 1
+        if self.num_images > (most := self.config.max_images):
+            raise Refusal(400, f"{field}: the request has more than max_images {most} images")
+
+    def _too_many_pixels(self, field: str, reason: str) -> Refusal:
+        limit = f"max_pixels {self.config.max_pixels} for all images of a request"
+        return Refusal(400, f"{field}: {reason}; the limit is {limit}")
 
 
 def read_messages(messages: list, content: Content) -> list[Part]:

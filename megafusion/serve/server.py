@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from megafusion.errors import UserError
+from megafusion.errors import ExitStatus, UserError
 from megafusion.serve.config import LOCAL_HOSTS
 
 API_KEYS = "MEGAFUSION_API_KEYS"
@@ -55,10 +55,20 @@ def model_name(pipeline: Path) -> str:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answer until SIGTERM or SIGINT, and then what was accepted; a second one ends at once."""
+    """Answer until SIGTERM or SIGINT, and then what was accepted; a second one ends at once.
+
+    Raises UserError where the model's thread failed for good: what was accepted is then answered with 500.
+    """
     options: dict[str, Any] = {"http": "h11", "ws": "none", "loop": "asyncio", "server_header": False}
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_SECONDS, **options)
     asyncio.run(_Server(config, app).serve(sockets=[listener]))
+    if failure := app.state.worker.failure:
+        first_line = str(failure).partition("\n")[0]
+        raise UserError(
+            "the server has ended, because its model cannot go on: "
+            f"{type(failure).__name__}: {first_line}; the log above has where. Start it again",
+            exit_status=ExitStatus.FAILED,
+        )
 
 
 class _Server(uvicorn.Server):

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from megafusion.generate.events import Event, ImageDone, ImageStep, RowDone
 from megafusion.generate.generation import Generation, image_options
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -38,10 +40,14 @@ class NoSlot(Exception):
 
 @dataclass(frozen=True)
 class JobDone:
-    """A job's last event. error: what ended it, if not its rows. num_tokens: sampled for each row."""
+    """A job's last event. error: what ended it, if not its rows. num_tokens: sampled for each row.
+
+    num_prompt_tokens: positions of its prompt; 0 where it was not read.
+    """
 
     error: Exception | None
     num_tokens: tuple[int, ...]
+    num_prompt_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -96,6 +102,8 @@ class Worker:
     def __init__(self, pipeline: TransfusionPipeline, config: ServeConfig, metrics: Metrics):
         self.pipeline, self.config, self.metrics = pipeline, config, metrics
         self.is_closing = False
+        self.failure: Exception | None = None
+        """What ended the thread before its time."""
         self._changed = threading.Condition()
         self._num_slots, self._mean_seconds = 0, 1.0
         self._waiting: list[Job] = []
@@ -135,12 +143,17 @@ class Worker:
     def submit(self, requests: Sequence[Request], receive: Callable[[Any], object]) -> Job:
         """Queue requests that `pipeline.check` has passed, at most max_batch.
 
-        receive is called in the worker's thread with each event, a JobDone last.
+        receive is called in the worker's thread with each event, a JobDone last; in the caller's if the
+        thread has ended.
         """
         job = Job(requests, receive)
         with self._changed:
-            self._waiting.append(job)
-            self._changed.notify()
+            is_late = self._is_ended
+            if not is_late:
+                self._waiting.append(job)
+                self._changed.notify()
+        if is_late:
+            job.tell(JobDone(self.failure or RuntimeError("the server has ended"), tuple(job.num_tokens)))
         return job
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Event | JobDone, None]:
@@ -174,14 +187,22 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._admit():
-            for kind, batch in list(self._batches.items()):
-                if not batch.take_turn():
-                    del self._batches[kind]
-                del batch  # its memory, while the worker waits
-        for job in [*self._waiting, *(job for batch in self._batches.values() for job in batch.jobs)]:
+        try:
+            while self._admit():
+                for kind, batch in list(self._batches.items()):
+                    if not batch.take_turn():
+                        del self._batches[kind]
+                    del batch  # its memory, while the worker waits
+        except Exception as error:  # of a device that answers no further call, or a fault of ours
+            logger.exception("the thread of the model ends")
+            self.failure = error.with_traceback(None)
+        with self._changed:
+            self.is_closing = self._is_ended = True
+            jobs = [*self._waiting, *(job for batch in self._batches.values() for job in batch.jobs)]
+        reason = self.failure or RuntimeError("the server has ended")
+        for job in jobs:
             if job.rows_left:
-                job.tell(JobDone(RuntimeError("the server has ended"), tuple(job.num_tokens)))
+                job.tell(JobDone(reason, tuple(job.num_tokens)))
 
     def _admit(self) -> bool:
         """Start batches of kinds that have none, waiting while there is nothing to do; false at the end."""
@@ -227,7 +248,10 @@ class _Batch:
         metrics.batch_rows.labels(jobs[0].kind).observe(len(self.rows))
 
     def take_turn(self) -> bool:
-        """Generate for TURN_SECONDS or one step; false once all has ended. An error ends the batch's jobs."""
+        """Generate for TURN_SECONDS or one step; false once all has ended. An error ends the batch's jobs.
+
+        Raises AcceleratorError, after which the device does nothing more in this process.
+        """
         end = time.monotonic() + TURN_SECONDS
         try:
             if self.generation is None:
@@ -236,6 +260,8 @@ class _Batch:
             while self._advance(self.generation):
                 if time.monotonic() > end:
                     return True
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             logger.exception("generation failed")
             error = error.with_traceback(None)  # which would keep the generation's memory
@@ -265,5 +291,6 @@ class _Batch:
             self.metrics.tokens.inc(job.num_tokens[index])
             job.rows_left -= 1
             if not job.rows_left:
-                job.tell(JobDone(None, tuple(job.num_tokens)))
+                num_prompt_tokens = generation.rows[event.row].num_prompt_tokens
+                job.tell(JobDone(None, tuple(job.num_tokens), num_prompt_tokens))
         return True

@@ -14,7 +14,7 @@ from megafusion.sweep.members import Member
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 
 RESULTS, TABLE = "sweep.json", "sweep.md"
-TRAINING = ("text_loss", "image_loss", "seconds", "validation_loss")
+TRAINING = ("text_loss", "image_loss", "seconds", "flops", "validation_loss")
 """Figures of the last line of a run's metrics."""
 
 
@@ -40,9 +40,14 @@ def write_results(out: Path, members: Sequence[Member], errors: Mapping[str, str
     for member in members:
         groups.setdefault(member.group, []).append(runs[member.name]["metrics"])
     results = {"runs": runs, "groups": {name: _spread(each) for name, each in groups.items()}}
-    write_file(out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_file(out / TABLE, markdown(results))
+    write_files(out, results)
     return results
+
+
+def write_files(out: Path, results: dict[str, Any], more: str = "") -> None:
+    """Write sweep.json, and sweep.md with more Markdown at its end."""
+    write_file(out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_file(out / TABLE, markdown(results) + more)
 
 
 def _run(member: Member, error: str | None) -> dict[str, Any]:

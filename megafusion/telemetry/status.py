@@ -110,6 +110,10 @@ def _figures(last: dict, steps_left: int) -> list[tuple[str, str]]:
         ("MFU", mfu),
         ("slowest rank", straggler),
         ("memory", f"{memory}, peak of any rank"),
+        (
+            "training FLOPs",
+            f"{last['flops']:.4g}" if "flops" in last else "not counted by an earlier version",
+        ),
         ("training time", _duration(last["seconds"])),
         ("time left", _duration(steps_left * seconds) if steps_left > 0 else "none"),
     ]

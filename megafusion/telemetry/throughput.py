@@ -1,6 +1,7 @@
 """Figures of a line of metrics: speed, and how full the rows are."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -37,10 +38,18 @@ def peak_flops(precision: str) -> float | None:
 
 
 class Work(NamedTuple):
-    """Counts of a global batch that its FLOPs depend on; see `PackedBatch.work`."""
+    """Counts that FLOPs depend on, of a global batch or of several; see `PackedBatch.work`."""
 
     text_targets: float
     visible_pairs: float
+    images: tuple[float, ...]
+    """Images of each size."""
+
+    @classmethod
+    def of(cls, counts: Sequence[float]) -> "Work":
+        """The counts in `PackedBatch.work`'s order."""
+        targets, pairs, *images = counts
+        return cls(targets, pairs, tuple(images))
 
 
 def throughput(
@@ -55,56 +64,106 @@ def throughput(
 
 
 def step_flops(num_rows: int, model: ModelConfig, shape: SequenceShape, work: Work) -> float:
-    """FLOPs that a step needs, three times those of a forward pass.
+    """FLOPs that training needs for rows with this work, three times those of a forward pass.
 
-    Forward, all matrix products of stem, blocks and tail at every position and image slot, but the head's at
-    text targets alone (2 x vocab_size x hidden_size each), and attention for visible pairs alone (4 x
-    num_heads x head_dim each, in every block). Recomputation is not counted, nor masked pairs that are
-    computed.
+    Forward, all matrix products: blocks at every position, the head at text targets alone (2 x vocab_size x
+    hidden_size each), attention for visible pairs alone (4 x num_heads x head_dim each, in every block), the
+    adapter for each image. Recomputation is not counted, nor masked pairs and empty image slots that are
+    computed. An integer of integers, so sums of it are exact. Frozen weights and LoRA are counted as trained.
     """
-    per_target = 2 * model.vocab_size * model.hidden_size
     per_pair = 4 * model.num_layers * model.num_heads * model.head_size
-    dense_row = _row_flops(model, shape) - per_target * shape.length - per_pair * shape.length**2
-    return 3 * (num_rows * dense_row + per_target * work.text_targets + per_pair * work.visible_pairs)
+    dense_row = _block_flops(model, shape) - per_pair * shape.length**2
+    images = zip(work.images, _image_flops(model, shape), strict=True)
+    forward = num_rows * dense_row + _head_flops(model) * work.text_targets + per_pair * work.visible_pairs
+    return 3 * (forward + sum(number * flops for number, flops in images))
+
+
+def _head_flops(model: ModelConfig) -> int:
+    """Of the language head for a position."""
+    return 2 * model.vocab_size * model.hidden_size
 
 
 @cache
-def _row_flops(model: ModelConfig, shape: SequenceShape) -> int:
-    """Forward FLOPs of a row with every position and pair. Counting them runs a model on the meta device."""
-    return sum(layer_flops(model, shape))
+def _block_flops(model: ModelConfig, shape: SequenceShape) -> int:
+    """Forward FLOPs of all blocks for a row with every pair; counting runs a model on the meta device."""
+    return sum(layer_flops(model, shape)[1:-1])
+
+
+@cache
+def _image_flops(model: ModelConfig, shape: SequenceShape) -> tuple[int, ...]:
+    """Forward FLOPs of the adapter for an image of each size; 0 where images are codes."""
+    found = []
+    for number, size in enumerate(model.image_sizes):
+        one = model.model_copy(update={"image_sizes": (size,), "num_layers": 1})
+        patches, sizes = shape.patches[number : number + 1], shape.sizes[number : number + 1]
+        slot = replace(shape, num_images=1, patches=patches, sizes=sizes)
+        stem, _, tail = layer_flops(one, slot)
+        found.append(stem + tail - _head_flops(model) * shape.length)
+    return tuple(found)
 
 
 class PackingMonitor:
-    """Fill and work of all ranks' rows, and each source's share. num_tokens: positions of a global batch.
+    """Fill and work of all ranks' rows, and each source's share.
 
-    work: of a global batch, the mean over those between the last two readings.
+    state: of the loader at the start of this attempt. flops: of training until then; None where they are not
+    known, because an earlier version began the run. work: of a global batch, the mean over those between the
+    last two readings.
     """
 
-    def __init__(self, sources: Iterable[str], num_tokens: int, engine: Engine, state: dict):
-        self._names, self._num_tokens, self._engine = list(sources), num_tokens, engine
-        self._added = torch.zeros(2, dtype=torch.int64)
-        self._before = self._counts(state)
+    def __init__(
+        self,
+        sources: Iterable[str],
+        num_rows: int,
+        model: ModelConfig,
+        shape: SequenceShape,
+        engine: Engine,
+        state: dict,
+        flops: int | None,
+    ):
+        self._names, self._num_rows, self._engine = list(sources), num_rows, engine
+        self._model, self._shape, self._flops_before = model, shape, flops
+        self._added = torch.zeros(2 + len(model.image_sizes), dtype=torch.int64)
+        self._before = self._start = self._counts(state)
 
     def add(self, micro_batches: Iterable[PackedBatch]) -> None:
         """Count this rank's rows of a global batch, which are still on the host."""
         for batch in micro_batches:
-            self._added += batch.work()
+            self._added += batch.work(len(self._model.image_sizes))
 
     def read(self, state: dict) -> dict[str, float]:
         """Fractions of the positions since the last reading: real, padding, of each source among the real
-        ones; documents skipped since the run began."""
-        counts = self._counts(state)
-        *packed, _, targets, pairs, batches = (counts - self._before).tolist()
-        self._before, self.work = counts, Work(targets / batches, pairs / batches)
-        fill = sum(packed) / (batches * self._num_tokens)
+        ones; since the run began, documents skipped and FLOPs of training."""
+        counts, num_sources = self._counts(state), len(self._names)
+        packed, _, work, batches = _parted(counts - self._before, num_sources)
+        self._before, self.work = counts, Work.of([number / batches for number in work])
+        fill = sum(packed) / (batches * self._num_rows * self._shape.length)
         shares = {f"share/{n}": p / sum(packed) for n, p in zip(self._names, packed, strict=True)}
-        return {"fill": fill, "padding": 1 - fill, **shares, "documents_skipped": int(counts[-4])}
+        skipped, flops = _parted(counts, num_sources)[1], self._flops(counts)
+        known = {} if flops is None else {"flops": float(flops)}
+        return {"fill": fill, "padding": 1 - fill, **shares, "documents_skipped": skipped, **known}
+
+    def flops(self, state: dict) -> int | None:
+        """FLOPs of training since the run began, skipped steps included; see `step_flops`."""
+        return self._flops(self._counts(state))
+
+    def _flops(self, counts: torch.Tensor) -> int | None:
+        if self._flops_before is None:
+            return None
+        _, _, work, batches = _parted(counts - self._start, len(self._names))
+        new = step_flops(self._num_rows * batches, self._model, self._shape, Work.of(work))
+        return self._flops_before + int(new)
 
     def _counts(self, state: dict) -> torch.Tensor:
-        """int64 [sources + 4]: positions packed by source, documents skipped, text targets and visible pairs,
-        summed over the data-parallel ranks; global batches."""
+        """int64 [sources + 4 + sizes]: positions packed by source, documents skipped, work, summed over the
+        data-parallel ranks; global batches."""
         packed, skipped = packed_and_skipped(state)
         values = [*(packed[name] for name in self._names), skipped, *self._added.tolist()]
         counts = torch.tensor(values, dtype=torch.int64, device=self._engine.device)
         dist.all_reduce(counts, group=self._engine.mesh.group("data"))
         return torch.cat([counts, counts.new_tensor([state["batch_number"]])])
+
+
+def _parted(counts: torch.Tensor, num_sources: int) -> tuple[list[int], int, list[int], int]:
+    """Positions packed by source, documents skipped, work, global batches."""
+    values = counts.tolist()
+    return values[:num_sources], values[num_sources], values[num_sources + 1 : -1], values[-1]

@@ -99,6 +99,10 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
         check_fp8()
     if config.train.compile:
         _check_compiler()
+    if config.parallel.async_tensor and not torch.cuda.is_available():
+        raise UserError(
+            "parallel.async_tensor needs GPUs that read each other's memory (NVLink); set it to false"
+        )
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     check_backend(config.model.attention, config.model.head_size, dtype, training=True)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
@@ -211,12 +215,15 @@ def _check_rows(key: str, manifest: Manifest, config: RunConfig) -> None:
         )
 
 
-def make_pipeline(config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec) -> TransfusionPipeline:
-    """A pipeline of a run's model, with weights not loaded yet."""
+def make_pipeline(
+    config: RunConfig, tokenizer: Tokenizer, codec: ImageCodec, training_flops: float | None = None
+) -> TransfusionPipeline:
+    """A pipeline of a run's model, with weights not loaded yet. training_flops: see PipelineConfig."""
     pipeline_config = PipelineConfig(
         model=config.model,
         objective=config.objective.model_copy(update={"alignment": None}),
         sampling=config.sampling,
         sequence_length=config.data.sequence_length,
+        training_flops=training_flops,
     )
     return TransfusionPipeline(build_model(pipeline_config), tokenizer, codec, pipeline_config)

@@ -60,6 +60,8 @@ class RunConfig(Config):
                 f"train.precision {self.train.precision} needs float32 master weights, which ZeRO stage 0 "
                 "does not keep; set parallel.zero_stage: 1"
             )
+        if self.parallel.async_tensor and not self.train.compile:
+            raise ValueError("parallel.async_tensor is the work of torch.compile; set train.compile: true")
         if self.train.lora and self.train.freeze:
             raise ValueError(
                 "train.freeze: with train.lora all weights but its own are frozen; leave train.freeze out"

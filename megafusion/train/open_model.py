@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from megafusion.checkpoint.folder import checkpoint_at, verify_checkpoint
+from megafusion.checkpoint.folder import checkpoint_at, training_flops, verify_checkpoint
 from megafusion.checkpoint.lora import open_weights
 from megafusion.checkpoint.reader import CheckpointWeights, fill_tensors, read_tensors
 from megafusion.errors import UserError
@@ -28,8 +28,8 @@ def open_checkpoint(path: Path, kind: Literal["ema", "model"]) -> TransfusionPip
     config = load_run_config(path.parent.parent)
     tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
     codec = ImageCodec.from_pretrained(config.data.vae)
-    pipeline = make_pipeline(config, tokenizer, codec)
     verify_checkpoint(path)
+    pipeline = make_pipeline(config, tokenizer, codec, training_flops(path))
     fill_tensors(open_weights(path, kind, config.train.lora), pipeline.model.weights())
     return pipeline
 

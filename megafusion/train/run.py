@@ -276,10 +276,15 @@ class Run:
             self._metrics.say(f"{config.out}: {self._standing()}")
         if dist.get_world_size() > 1:
             self._metrics.say(self._layout())
-        num_tokens = config.train.global_batch_size * config.data.sequence_length
         self._validation = self._open_validation()
         self._packing = PackingMonitor(
-            config.data.sources, num_tokens, self.engine, self._loader.state_dict()
+            config.data.sources,
+            config.train.global_batch_size,
+            config.model,
+            config.sequence_shape,
+            self.engine,
+            self._loader.state_dict(),
+            state.get("flops") if state else 0,
         )
         self._stragglers = StragglerMonitor(
             self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
@@ -362,6 +367,7 @@ class Run:
             "seconds": time.monotonic() - self._began,
             "topology": {"world_size": dist.get_world_size(), **self._config.parallel.model_dump()},
             "health": self._rollback.state_dict(),
+            "flops": self._packing.flops(self._loader.state_dict()),
         }
         if self._validated and self._validated[0] == self.step:
             state["validation_loss"] = self._validated[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from megafusion.checkpoint.folder import step_of
+from megafusion.checkpoint.folder import step_of, training_flops
 from megafusion.checkpoint.lora import open_weights
 from megafusion.checkpoint.reader import fill_tensors
 from megafusion.data.document_format import BadDocument
@@ -86,6 +86,8 @@ class SampleSheets:
         """The pipeline with the averaged weights of a checkpoint."""
         weights = open_weights(checkpoint, "ema", self._config.train.lora)
         fill_tensors(weights, self._pipeline.model.weights())
+        update = {"training_flops": training_flops(checkpoint)}
+        self._pipeline.config = self._pipeline.config.model_copy(update=update)
         return self._pipeline
 
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:

@@ -16,7 +16,7 @@ from webdataset import WebDataset
 
 from data_prep.emoji import build as emoji
 from data_prep.emoji import styles
-from data_prep.emoji.styles import concept_of, held_out_keys, style_of
+from data_prep.emoji.styles import concept_of, held_out_keys, keys_of_concepts, style_of
 from megafusion.errors import UserError
 from tests.data_prep.test_emoji_pack import image, write_tarball
 from tests.support.small import ROOT
@@ -76,6 +76,17 @@ def test_every_style_is_held_out_equally_often(num_concepts, num_styles, fold):
 def test_keys_that_cannot_be_held_out_are_refused(keys, fold, fault):
     with pytest.raises(UserError, match=fault):
         held_out_keys(keys, fold)
+
+
+@pytest.mark.parametrize("fold", range(5))
+def test_a_fold_of_fewer_concepts_is_a_part_of_that_of_all(fold):
+    fewer = keys_of_concepts(KEYS, 64)
+    assert len({concept_of(key) for key in fewer}) == 64
+    assert len(fewer) == 256
+    whole = set(held_out_keys(KEYS, fold))
+    assert held_out_keys(fewer, fold) == [key for key in fewer if key in whole]
+    with pytest.raises(UserError, match="--num-concepts 129: there are 128"):
+        keys_of_concepts(KEYS, 129)
 
 
 def test_the_committed_keys_are_128_concepts_in_four_styles():

@@ -69,6 +69,20 @@ def test_each_output_type_is_the_same_image(pipeline):
     assert pixels(pipeline.codec.decode_images(latents)) == pixels(pil)
 
 
+def test_sliced_decoding_takes_one_image_at_a_time_and_gives_the_same(pipeline, codec):
+    sizes: list[int] = []
+    handle = codec.model.decoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    together = pipeline.draw(["apple", "x", "pizza"])
+    pipeline.enable_vae_slicing()
+    sliced = pipeline.draw(["apple", "x", "pizza"])
+    pipeline.disable_vae_slicing()
+    assert pixels(pipeline.draw(["apple", "x", "pizza"])) == pixels(together)
+    handle.remove()
+    assert sizes == [3, 1, 1, 1, 3]
+    for a, b in zip(sliced, together, strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+
+
 def test_a_callback_sees_each_step_and_may_change_the_latents(pipeline):
     seen = []
 

@@ -8,6 +8,7 @@ from PIL import Image
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import postprocess_images, preprocess_images
+from megafusion.model.transformer import block_context
 from megafusion.objective.config import SamplingConfig
 from megafusion.objective.ddpm import DDPMConfig, scheduler
 from megafusion.objective.sampler import apply_guidance
@@ -77,9 +78,11 @@ def test_a_cached_denoising_pass_equals_the_training_layout(pipeline):
     cache = decoder.new_cache(1, 40)
     decoder.read_prompts(cache, prefix, lengths)
     decoder.read_tokens(cache, torch.tensor([pipeline.tokenizer.boi]))
+    latents = torch.from_numpy(noised.latents)[None]
+    context = decoder._image_context(cache, latents)
     for _ in range(2):  # a second pass does not attend to the first
         with torch.no_grad():
-            found = decoder._predict(cache, torch.from_numpy(noised.latents)[None], torch.tensor(400))[0]
+            found = decoder._predict(cache, context, latents, torch.tensor(400))[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -218,6 +221,21 @@ def test_the_seed_and_the_caption_fix_the_image(pipeline):
     assert np.array_equal(draw("apple", 1), draw("apple", 1))
     assert not np.array_equal(draw("apple", 1), draw("apple", 2))
     assert not np.array_equal(draw("apple", 1), draw("pizza", 1))
+
+
+def test_the_mask_of_an_image_is_made_once_for_all_steps(pipeline, monkeypatch):
+    """And with it the rotary angles: no step makes the host wait to see whether the cache must grow."""
+    made = []
+    monkeypatch.setattr(
+        "megafusion.generate.decoder.block_context", lambda *a: made.append(a) or block_context(*a)
+    )
+    counts = []
+    for num_steps in (2, 5):
+        sampling = SamplingConfig(num_inference_steps=num_steps, guidance_scale=2.0, max_new_tokens=0)
+        pipeline.draw(["apple", "x"], sampling=sampling)
+        counts.append(len(made))
+        made.clear()
+    assert counts[0] == counts[1] > 2
 
 
 def test_guidance_of_one_is_the_conditional_prediction_alone(pipeline):

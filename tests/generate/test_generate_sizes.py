@@ -78,7 +78,9 @@ def test_a_cached_denoising_pass_and_what_follows_it_equal_the_training_layout(p
     decoder.read_prompts(cache, prefix, lengths)
     decoder.read_tokens(cache, begin)
     with torch.no_grad():
-        found = decoder._predict(cache, torch.from_numpy(noised.latents)[None], torch.tensor(400))[0]
+        latents = torch.from_numpy(noised.latents)[None]
+        context = decoder._image_context(cache, latents)
+        found = decoder._predict(cache, context, latents, torch.tensor(400))[0]
     torch.testing.assert_close(found, expected[0, 0, :, :height, :width], rtol=1e-4, atol=1e-4)
     for token in (torch.tensor([pipeline.tokenizer.bos]), begin):
         decoder.read_tokens(empty, token)

@@ -30,6 +30,14 @@ def test_codes_are_the_nearest_vectors(codec):
     assert (codec.codebook_size, codec.latent_channels, codec.downsampling) == (CODEBOOK_SIZE, 0, 8)
 
 
+def test_sliced_decoding_gives_the_same(codec):
+    codes = codec.encode(PIXELS)
+    together = codec.decode(codes)
+    codec.use_slicing = True
+    torch.testing.assert_close(codec.decode(codes), together)
+    codec.use_slicing = False
+
+
 def test_a_saved_model_is_the_same_codec(codec, vq_folder):
     model = VQModel.from_pretrained(vq_folder)
     again = ImageCodec.of(model)

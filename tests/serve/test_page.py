@@ -12,8 +12,10 @@ import requests
 from gradio_client import Client, handle_file
 from PIL import Image
 
+from megafusion.images.grid import encode_png
 from megafusion.serve.app import make_app
 from megafusion.serve.config import ServeConfig
+from megafusion.serve.page import answer
 from megafusion.serve.page.mount import POLICY, mount_page, read_captions
 from tests.support.serving import running
 
@@ -34,7 +36,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def app(pipeline):
-    config = ServeConfig(max_pixels=10_000, max_batch=8)
+    config = ServeConfig(max_pixels=10_000, max_batch=8, max_prompt_characters=700)
     return mount_page(make_app(pipeline, config, "small", []), "small", ["red apple"], [])
 
 
@@ -144,12 +146,28 @@ def test_chats_with_texts_and_images_that_stay_text(page, pipeline, image_path):
     )
     job.result(timeout=60)
     views = [update[1] for update in job.outputs() if not is_skipped(update[1])]
-    (answer,) = pipeline.generate([[Path(image_path), text]], seed=7, sampling=sampling_of(pipeline))
+    (expected,) = pipeline.generate([[Path(image_path), text]], seed=7, sampling=sampling_of(pipeline))
     user, assistant = (message["content"][0]["text"] for message in views[-1])
     assert len(images_in(user)) == 1
     assert "what is &lt;b&gt;this&lt;/b&gt;" in user
-    assert images_in(assistant) == [part.tobytes() for part in answer if not isinstance(part, str)]
-    assert all(escape(part) in assistant for part in answer if isinstance(part, str))
+    assert images_in(assistant) == [part.tobytes() for part in expected if not isinstance(part, str)]
+    assert all(escape(part) in assistant for part in expected if isinstance(part, str))
+
+
+def test_a_whole_conversation_counts_towards_the_limits(page_address):
+    """400 characters, nearly all invisible, twice: with what came before, more than 700."""
+    page, long = Client(page_address, verbose=False), {"text": "a" + "\u200b" * 398 + "b", "files": []}
+    for sees_all in (False, True, False):
+        _, statuses = ask(page, "chat", long, sees_all)
+        assert ("max_prompt_characters 700" in statuses[-1]) == sees_all, statuses
+    page.close()
+
+
+def test_an_image_is_encoded_once_however_often_it_is_shown(page, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(answer, "encode_png", lambda image: encoded.append(image) or encode_png(image))
+    shown, _ = ask(page, "draw", "red apple", 2, num_inference_steps=60)
+    assert len(encoded) == len(images_in(shown[-1])) == 2
 
 
 @pytest.mark.parametrize(

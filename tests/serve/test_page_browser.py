@@ -1,14 +1,20 @@
-"""The page in headless Chromium. Slow, and skipped where there is no Chromium or playwright."""
+"""The page in headless Chromium, with a model that is trained for it in half a minute.
+
+Slow, and skipped where there is no Chromium or playwright: `python -m pytest -m slow` and this file.
+"""
 
 import shutil
 
 import pytest
 from PIL import Image
 
+from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.serve.app import make_app
 from megafusion.serve.config import ServeConfig
 from megafusion.serve.page.mount import mount_page
+from tests.support.runs import start
 from tests.support.serving import running
+from tests.support.small import small_run
 
 pytest.importorskip("playwright")
 pytestmark = [
@@ -18,9 +24,21 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
+def pipeline(shards, vae_folder, tmp_path_factory):
+    """A trained model: what a random one expects an image to become does not approach what it draws."""
+    values = small_run(shards, vae_folder, tmp_path_factory.mktemp("page") / "run")
+    values["data"]["sources"]["text"]["weight"] = 0.1
+    values["model"] |= {"hidden_size": 64, "ffn_hidden_size": 128}
+    values["objective"] = {"noise_process": {"kind": "flow"}}
+    values["train"] |= {"num_steps": 300, "micro_batch_size": 4}
+    values["checkpoint"] = {"every": 300}
+    values["sampling"] |= {"num_inference_steps": 600}  # so that there is time to see them, and to stop
+    values["telemetry"] = {"log_every": 100}
+    return TransfusionPipeline.from_pretrained(start(values))
+
+
+@pytest.fixture(scope="module")
 def page_address(pipeline):
-    sampling = pipeline.config.sampling.model_copy(update={"num_inference_steps": 600})
-    pipeline.config = pipeline.config.model_copy(update={"sampling": sampling})
     app = mount_page(make_app(pipeline, ServeConfig(), "small", []), "small", ["red apple, 3d style"], [])
     with running(app) as address:
         yield address

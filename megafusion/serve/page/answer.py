@@ -1,5 +1,6 @@
 """Answers as far as they are, from the events of their rows."""
 
+import base64
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -9,9 +10,15 @@ from PIL import Image
 
 from megafusion.generate.events import ImageDone, ImagePreview, RowDone, TextDelta
 from megafusion.generate.row import Part
+from megafusion.images.grid import encode_png
 
 MIN_INTERVAL = 0.1
 """Seconds between two updates of what a browser shows."""
+
+
+def png_address(image: Image.Image) -> str:
+    """An image as the data URL of a PNG."""
+    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
 
 
 @dataclass
@@ -19,10 +26,12 @@ class Answer:
     """A row's answer so far.
 
     preview: the image that is being denoised, as the model expects it to become, after `step` of num_steps.
-    reason: of the row's end, as RowDone has it.
+    addresses: data URLs of the images, each encoded once for all updates. reason: of the row's end, as
+    RowDone has it.
     """
 
     parts: list[Part] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
     preview: Image.Image | None = None
     step: int = 0
     num_steps: int = 0
@@ -50,6 +59,7 @@ class Answer:
                 self.preview, self.step, self.num_steps = image, step, num_steps
             case ImageDone(image=image):
                 self.parts.append(image)
+                self.addresses.append(png_address(image))
                 self.preview = None
             case RowDone(reason=reason):
                 self.reason = reason

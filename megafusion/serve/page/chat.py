@@ -6,6 +6,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from megafusion.generate.row import Part
+from megafusion.serve.content import Content
 from megafusion.serve.errors import Refusal
 from megafusion.serve.page.parts import Controls, Page, Update, file_name, progress
 from megafusion.serve.page.render import message, turn
@@ -50,9 +51,8 @@ def chat_tab(page: Page) -> None:
         add = gr.Button("Add without an answer", size="sm", min_width=120)
         clear = gr.Button("Clear", size="sm", min_width=80)
 
-    async def taken(given: dict[str, Any], before: list[Turn]) -> list[Turn]:
+    async def taken(given: dict[str, Any], before: list[Turn], content: Content) -> list[Turn]:
         """The turns with a message more; its images come before its text."""
-        content = page.content()
         parts: list[Part] = [await page.load(file, content) for file in given["files"]]
         if given["text"].strip():
             parts.append(content.text(given["text"], "Message"))
@@ -63,17 +63,19 @@ def chat_tab(page: Page) -> None:
     ) -> AsyncGenerator[Update]:
         """Add a message to the conversation, and answer it."""
         options = page.settings.read(values)
-        now = await taken(given, before)
+        content = page.content()
+        content.count(_document(before, whole), "The conversation")
+        now = await taken(given, before, content)
         if not now or now[-1][0] == "assistant":
             raise Refusal(400, "Message is empty: write a text, attach an image, or both")
-        document = _document(now, whole)
+        document, shown = _document(now, whole), _messages(now)
         texts = [part for part in document if isinstance(part, str)]
         name = file_name(texts[-1] if texts else "answer", options.seed)
         update: Update = {page.settings.seed: options.seed, box: None}
         async for (answer,) in page.answers([document], options, "free"):
             update |= {
                 turns: [*now, ("assistant", list(answer.parts))],
-                view: [*_messages(now), {"role": "assistant", "content": turn(answer, name)}],
+                view: [*shown, {"role": "assistant", "content": turn(answer, name)}],
                 controls.status: progress([answer]),
             }
             yield update
@@ -86,7 +88,7 @@ def chat_tab(page: Page) -> None:
 
     async def add_only(given: dict[str, Any], before: list[Turn]) -> Update:
         try:
-            now = await taken(given, before)
+            now = await taken(given, before, page.content())
         except Refusal as error:
             return controls.idle(str(error), is_error=True)
         return {turns: now, view: _messages(now), box: None} | controls.idle("")

@@ -2,14 +2,13 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from PIL import Image
 
 from megafusion.generate.row import Part
-from megafusion.images.grid import encode_png
-from megafusion.serve.page.answer import Answer
+from megafusion.serve.page.answer import Answer, png_address
 
 MAX_PREVIEW_SIDE = 256
 """Pixels of the longer side of previews, which are sent many times."""
@@ -29,19 +28,25 @@ def grid(answers: Sequence[Answer], labels: Sequence[str], names: Sequence[str])
     return f'<div class="mf-grid mf-columns-{min(len(cells), 4)}">{"".join(cells)}</div>'
 
 
-def message(parts: Iterable[Part], name: str | None = None) -> str:
-    """Texts and images of a turn of a chat, in order. name: of files to download; None for no link."""
+def message(parts: Sequence[Part], name: str | None = None, addresses: Sequence[str] | None = None) -> str:
+    """Texts and images of a turn of a chat, in order. name: of files to download; None for no link.
+
+    addresses: of the images, if they are encoded already.
+    """
+    if addresses is None:
+        addresses = [png_address(part) for part in parts if not isinstance(part, str)]
+    images = iter(addresses)
     return "".join(
         f'<div class="mf-text">{escape(part)}</div>'.replace("\n", "<br>")
         if isinstance(part, str)
-        else f'<div class="mf-part">{_done(part, name)}</div>'
+        else f'<div class="mf-part">{_done(next(images), name)}</div>'
         for part in parts
     )
 
 
 def turn(answer: Answer, name: str) -> str:
     """The model's turn of a chat, as far as it is."""
-    shown = message(answer.parts, name)
+    shown = message(answer.parts, name, answer.addresses)
     if answer.preview is not None:
         shown += f'<div class="mf-part">{_live(answer)}</div>'
     return shown or '<div class="mf-wait" role="status" aria-label="waiting"></div>'
@@ -53,11 +58,10 @@ def status(text: str, is_error: bool = False) -> str:
 
 
 def _image_of(answer: Answer, name: str) -> str:
-    return _done(answer.images[0], name) if answer.images else _live(answer)
+    return _done(answer.addresses[0], name) if answer.addresses else _live(answer)
 
 
-def _done(image: Image.Image, name: str | None) -> str:
-    address = _address(encode_png(image), "png")
+def _done(address: str, name: str | None) -> str:
     link = ""
     if name is not None:
         label = escape(f"Download {name}")
@@ -72,7 +76,7 @@ def _live(answer: Answer) -> str:
     done = 100 * answer.step / max(answer.num_steps, 1)
     image = '<div class="mf-blank"></div>'
     if answer.preview is not None:
-        address = _address(_encode_preview(answer.preview), "jpeg")
+        address = f"data:image/jpeg;base64,{base64.b64encode(_encode_preview(answer.preview)).decode()}"
         image = f'<img src="{address}" alt="step {answer.step} of {answer.num_steps}">'
     return f'<div class="mf-frame mf-live">{image}<div class="mf-bar" style="width:{done:.0f}%"></div></div>'
 
@@ -81,9 +85,6 @@ def _encode_preview(image: Image.Image) -> bytes:
     small = image.copy()
     small.thumbnail((MAX_PREVIEW_SIDE, MAX_PREVIEW_SIDE))
     buffer = io.BytesIO()
-    small.convert("RGB").save(buffer, "JPEG", quality=90)
+    # Images are small and shown large: at half resolution their colors would bleed.
+    small.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
-
-
-def _address(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,82 @@
+"""Plots and words of a sweep's fits."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megafusion.errors import UserError
+from megafusion.sweep.fit import Law, Point, fit_arms
+
+COMPUTE = "flops"
+
+
+def points_of(results: Mapping[str, Any], metric: str) -> dict[str, list[Point]]:
+    """By arm, the runs that have the metric. UserError where none has it."""
+    arms: dict[str, list[Point]] = {}
+    for run in results["runs"].values():
+        found = run["metrics"]
+        if metric in found and COMPUTE in found:
+            point = Point(run["group"], found[COMPUTE], found[metric])
+            arms.setdefault(run["arm"], []).append(point)
+    if not arms:
+        known = sorted({name for run in results["runs"].values() for name in run["metrics"]})
+        raise UserError(f"--fit {metric}: no run has it; there are {', '.join(known) or 'no metrics yet'}")
+    return arms
+
+
+def fit_metric(results: Mapping[str, Any], metric: str, baseline: str | None, out: Path) -> dict[str, Any]:
+    """The fit of a metric of a sweep, whose plot is written to OUT/sweep.METRIC.png. Raises UserError."""
+    arms = points_of(results, metric)
+    found = fit_arms(arms, next(iter(arms)) if baseline is None else baseline)
+    found["plot"] = f"sweep.{metric.replace('/', '-')}.png"
+    draw(arms, found, metric, out / found["plot"])
+    return found
+
+
+def draw(arms: Mapping[str, Sequence[Point]], found: Mapping[str, Any], metric: str, path: Path) -> None:
+    """Write a plot of runs and laws against compute, both axes logarithmic where values allow it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    if all(point.value > 0 for points in arms.values() for point in points):
+        axes.set_yscale("log")
+    for number, (name, points) in enumerate(arms.items()):
+        fit, color = found["arms"][name], f"C{number}"
+        law = Law(fit["unit"], fit["floor"], fit["scale"], fit["exponent"])
+        compute = [point.compute for point in points]
+        line = np.geomspace(min(compute), max(compute), 100)
+        label = f"{name or 'runs'}: exponent {fit['exponent']:.3f}"
+        axes.plot(compute, [point.value for point in points], "o", color=color, markersize=4)
+        axes.plot(line, law.at(line), "-", color=color, label=label)
+    axes.set_xlabel("training FLOPs")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def describe(fits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown of some fits, by metric."""
+    lines = ["", "## Against compute", ""]
+    lines += ["| metric | arm | exponent (95%) | parity ratio of compute (95%) | runs |", "|---" * 5 + "|"]
+    for metric, found in fits.items():
+        for name, fit in found["arms"].items():
+            exponent = f"{fit['exponent']:.3g}{_bounds(fit['exponent_interval'])}"
+            ratio = "baseline"
+            if name != found["baseline"]:
+                value = "never" if fit["parity"] is None else f"{fit['parity']:.3g}"
+                ratio = f"{value}{_bounds(fit['parity_interval'])}"
+            lines.append(f"| {metric} | {name or 'all'} | {exponent} | {ratio} | {fit['runs']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _bounds(interval: Sequence[float | None] | None) -> str:
+    if not interval:
+        return ""
+    low, high = ("∞" if bound is None else f"{bound:.3g}" for bound in interval)
+    return f" ({low} to {high})"
