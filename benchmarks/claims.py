@@ -23,7 +23,7 @@ from megafusion.evaluate.annotations import spread
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.run import evaluate
 from megafusion.storage import read_json, write_file
-from megafusion.telemetry.metrics_file import read_metrics
+from megafusion.telemetry.metrics_file import METRICS, read_metrics
 from megafusion.train.config import RunConfig
 
 RUN = re.compile(r"(?P<arm>[^,]+)(,.*)?,seed=(?P<seed>\d+)")
@@ -37,7 +37,7 @@ FIGURES = {
 }
 """Metrics of each suite that a claim is about."""
 COUNTS = ("steps", "seconds")
-"""What a run took; no claim is about it."""
+"""Costs of a run, about which there is no claim."""
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 
@@ -47,7 +47,7 @@ def collect(sweep: Path) -> dict[str, dict]:
     runs = {}
     for folder in sorted(path for path in sweep.iterdir() if RUN.fullmatch(path.name)):
         config = load_config(RunConfig, folder / "config.yaml")
-        lines = read_metrics(folder)
+        lines = read_metrics(folder) if (folder / METRICS).is_file() else []
         if not lines or lines[-1]["step"] < config.train.num_steps:
             print(f"{folder}: not finished", file=sys.stderr)  # it is collected when it is
             continue
@@ -144,8 +144,12 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.command == "compare":
         found = compare(read_json(arguments.json, "collect it"), arguments.first, arguments.second)
         print(table(found))
-        wrong = check_signs(found, read_json(arguments.signs, "restore it")) if arguments.signs else []
-        print(*wrong, sep="\n")
+        signs = read_json(arguments.signs, "restore it") if arguments.signs else {}
+        wrong = check_signs(found, signs)
+        if arguments.signs:
+            print(
+                f"{arguments.signs}: {len(signs)} signs are committed, {len(wrong)} differ", *wrong, sep="\n"
+            )
         return min(1, len(wrong))
     if arguments.command == "collect":
         found = collect(arguments.sweep)

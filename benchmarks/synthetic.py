@@ -42,13 +42,14 @@ class SyntheticRows:
                 break
             document = document or self._text(room)
             documents.append(document)
-            length, num_images = length + len(document), num_images + len(document.images)
+            length += document.positions_in_row(0, len(document))
+            num_images += len(document.images)
         return pack_row(documents, self._shape)
 
     def _pair(self, room: int) -> FlatDocument | None:
         """A caption of 8 to 60 tokens and an image; None if the room is too small for one."""
         size = int(self._random.integers(len(self._shape.patches)))
-        room -= self._shape.patches[size] + 4
+        room -= self._shape.patches[size] * (2 if self._shape.clean_context else 1) + 4
         if room < 8:
             return None
         shape = (self._shape.latent_channels, *self._shape.sizes[size])
@@ -64,4 +65,5 @@ class SyntheticRows:
         return Segment("tokens", self._random.integers(3, self._tokenizer.boi, length))
 
     def _flatten(self, segments: list[Segment]) -> FlatDocument:
-        return flatten(segments, self._tokenizer, self._shape.patches)
+        shape = self._shape
+        return flatten(segments, self._tokenizer, shape.patches, shape.causal_images, shape.clean_context)

@@ -16,8 +16,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 L2_BYTES = 16 * 2**20
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MASK = (
-    "Tensor row_start, Tensor row_end, Tensor first_query, Tensor last_query, Tensor row_schedule, "
-    "Tensor key_schedule"
+    "Tensor row_start, Tensor row_end, Tensor first_query, Tensor last_query, Tensor? holes, "
+    "Tensor row_schedule, Tensor key_schedule"
 )
 
 
@@ -28,6 +28,7 @@ def interval_attention(
     row_end: Tensor,
     last_query: Tensor | None = None,
     *,
+    has_holes: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -35,15 +36,15 @@ def interval_attention(
 
     q [B, S, H, K]; k, v [B, T, G, K] with G dividing H (grouped-query), any strides; row_end int32 [B, S]
     within 0 .. T, non-decreasing along S if gradients are wanted; last_query int32 [B, T] within 0 .. S,
-    non-decreasing along T, or None: every query sees the keys from 0 on. scale is 1 / sqrt(K) by default.
-    Returns o [B, S, H, K], and with return_lse also the natural log of each row's sum of exp scores, float32
-    [B, H, S]. A fully masked row gives zeros, and -inf in lse.
+    non-decreasing along T unless has_holes (see `prepare`), or None: every query sees the keys from 0 on.
+    scale is 1 / sqrt(K) by default. Returns o [B, S, H, K], and with return_lse also the natural log of each
+    row's sum of exp scores, float32 [B, H, S]. A fully masked row gives zeros, and -inf in lse.
 
-    Derives the transposed mask on each call; if layers share a mask, call `prepare` once and
+    Derives the bounds by rows and by keys on each call; if layers share a mask, call `prepare` once and
     `prepared_attention` in each layer. The backward pass is deterministic. Raises ValueError for a case that
     the kernels do not support.
     """
-    prepared = prepare(row_end, last_query, k.shape[1] if k.ndim == 4 else None)
+    prepared = prepare(row_end, last_query, k.shape[1] if k.ndim == 4 else None, has_holes=has_holes)
     return prepared_attention(q, k, v, prepared, scale=scale, return_lse=return_lse)
 
 
@@ -110,7 +111,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared) -> None:
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, float scale) -> (Tensor, Tensor)",
 )
-def _forward(q, k, v, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale):
+def _forward(q, k, v, row_start, row_end, first_query, last_query, holes, row_schedule, key_schedule, scale):
     o, lse = _empty_outputs(q)
     if o.numel():
         _, num_rows, num_heads, head_dim = q.shape
@@ -121,15 +122,16 @@ def _forward(q, k, v, row_start, row_end, first_query, last_query, row_schedule,
         section = group * _section(k)
         with torch.cuda.device_of(q):
             forward_kernel[_grid(row_schedule, tile.rows, num_heads, section)](
-                q, k_in, v_in, o, lse, row_start, row_end, row_schedule, scale,
+                q, k_in, v_in, o, lse, row_start, row_end, holes, row_schedule, scale,
                 *q.stride(), *k.stride(), *v.stride(),
-                num_rows, num_heads, group, row_schedule.shape[1], section, **_blocks(tile, q),
+                num_rows, num_heads, group, row_schedule.shape[1], section,
+                HOLES=holes is not None, **_blocks(tile, q),
             )  # fmt: skip
     return o, lse
 
 
 @_forward.register_fake
-def _(q, k, v, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale):
+def _(q, k, v, row_start, row_end, first_query, last_query, holes, row_schedule, key_schedule, scale):
     return _empty_outputs(q)
 
 
@@ -148,7 +150,21 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     ),
 )
 def _backward(
-    do, dlse, q, k, v, o, lse, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale
+    do,
+    dlse,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    row_start,
+    row_end,
+    first_query,
+    last_query,
+    holes,
+    row_schedule,
+    key_schedule,
+    scale,
 ):
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     num_batch, num_rows, num_heads, head_dim = q.shape
@@ -179,16 +195,30 @@ def _backward(
             **_blocks(dkdv_tile, q),
         )  # fmt: skip
         dq_kernel[_grid(row_schedule, dq_tile.rows, num_heads, row_section)](
-            q, k_in, v_in, do, statistics, dq, row_start, row_end, row_schedule, scale, *strides,
+            q, k_in, v_in, do, statistics, dq, row_start, row_end, holes, row_schedule, scale, *strides,
             num_rows, num_heads, num_padded, group, row_schedule.shape[1], row_section,
-            **_blocks(dq_tile, q),
+            HOLES=holes is not None, **_blocks(dq_tile, q),
         )  # fmt: skip
     return dq, dk, dv
 
 
 @_backward.register_fake
 def _(
-    do, dlse, q, k, v, o, lse, row_start, row_end, first_query, last_query, row_schedule, key_schedule, scale
+    do,
+    dlse,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    row_start,
+    row_end,
+    first_query,
+    last_query,
+    holes,
+    row_schedule,
+    key_schedule,
+    scale,
 ):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -201,7 +231,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, do, dlse):
     q, k, v, o, lse, *mask = ctx.saved_tensors
     gradients = torch.ops.interval_attention.backward(do, dlse, q, k, v, o, lse, *mask, ctx.scale)
-    return (*gradients, *[None] * 7)
+    return (*gradients, *[None] * 8)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -6,7 +6,7 @@ Each gradient is summed by one program in one order, without atomics: the backwa
 import triton
 import triton.language as tl
 
-from interval_attention.tiles import at_edges, at_head, load_tile, locate, mask_scores, steps
+from interval_attention.tiles import at_edges, at_head, hole_bounds, load_tile, locate, mask_scores, steps
 
 
 @triton.jit
@@ -56,7 +56,9 @@ def dkdv_kernel(
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, T, G, K], contiguous; one program per tile of BLOCK_N keys of a key head."""
-    b, kv_head, first_key, low, inner_low, inner_high, high = locate(schedule, num_runs, section, BLOCK_N)
+    b, kv_head, first_key, low, inner_low, inner_high, high, gap = locate(
+        schedule, num_runs, section, BLOCK_N, False
+    )
     if first_key >= num_keys:
         return
     keys = first_key + tl.arange(0, BLOCK_N)
@@ -75,8 +77,8 @@ def dkdv_kernel(
     # One loop over the steps of all query heads of the group: a loop in a loop makes these kernels spill.
     low &= -2  # a descriptor's box begins at a multiple of 16 bytes, the statistics of two rows
     for part in tl.static_range(1 if BRANCH else 3):
-        start, end = at_edges(first_query, last_query, inside, part, BRANCH)
-        begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_M)
+        start, end, hole = at_edges(first_query, last_query, 0, inside, part, BRANCH, False)
+        begin, num_steps, _, _ = steps(part, low, inner_low, inner_high, high, gap, BRANCH, False, BLOCK_M)
         first = begin
         head = kv_head * group
         for _ in range(0, num_steps * group):
@@ -88,7 +90,9 @@ def dkdv_kernel(
             else:
                 lse2_M, delta_M = _unpack(tl.load(statistics + at + tl.arange(0, BLOCK_M)))
             s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision="ieee")
-            s_NM = mask_scores(s_NM, start, end, inside, first, inner_low, inner_high, part, BRANCH)
+            s_NM = mask_scores(
+                s_NM, start, end, hole, inside, first, inner_low, inner_high, gap, part, BRANCH, False
+            )
             p_NM = tl.exp2(s_NM * scale2 - lse2_M[None, :])
             do_at = at_head(do, b, head, s_gb, s_gh, TMA)
             do_MD = load_tile(do_at, b, head, first, s_gs, s_gd, high, part != 1, TMA, BLOCK_M, HEAD_DIM)
@@ -109,14 +113,16 @@ def dkdv_kernel(
 
 @triton.jit
 def dq_kernel(
-    q, k, v, do, statistics, dq, row_start, row_end, schedule, scale,
+    q, k, v, do, statistics, dq, row_start, row_end, holes, schedule, scale,
     s_qb, s_qs, s_qh, s_qd, s_kb, s_kt, s_kg, s_kd, s_vb, s_vt, s_vg, s_vd, s_gb, s_gs, s_gh, s_gd,
     num_rows, num_heads, num_padded, group, num_runs, section,
-    TMA: tl.constexpr, BRANCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    TMA: tl.constexpr, BRANCH: tl.constexpr, HOLES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """dq [B, S, H, K], contiguous; one program per tile of BLOCK_M queries of a head."""
-    b, head, first_row, low, inner_low, inner_high, high = locate(schedule, num_runs, section, BLOCK_M)
+    b, head, first_row, low, inner_low, inner_high, high, gap = locate(
+        schedule, num_runs, section, BLOCK_M, HOLES
+    )
     if first_row >= num_rows:
         return
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -130,20 +136,27 @@ def dq_kernel(
     lse2_M, delta_M = _unpack(tl.load(statistics + (b * num_heads + head) * num_padded + rows64))
     row_start += b * num_rows + rows
     row_end += b * num_rows + rows
+    holes = hole_bounds(holes, b, num_rows, rows, HOLES)
     kv_head = head // group
     k = at_head(k, b, kv_head, s_kb, s_kg, TMA)
     v = at_head(v, b, kv_head, s_vb, s_vg, TMA)
     scale2 = scale * 1.4426950408889634
     dq_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for part in tl.static_range(1 if BRANCH else 3):
-        start, end = at_edges(row_start, row_end, inside, part, BRANCH)
-        begin, num_steps = steps(part, low, inner_low, inner_high, high, BRANCH, BLOCK_N)
+        start, end, hole = at_edges(row_start, row_end, holes, inside, part, BRANCH, HOLES)
+        begin, num_steps, turn, jump = steps(
+            part, low, inner_low, inner_high, high, gap, BRANCH, HOLES, BLOCK_N
+        )
         for i in range(0, num_steps):
             first = begin + i * BLOCK_N
+            if HOLES:
+                first += tl.where(i >= turn, jump, 0)
             k_ND = load_tile(k, b, kv_head, first, s_kt, s_kd, high, part != 1, TMA, BLOCK_N, HEAD_DIM)
             v_ND = load_tile(v, b, kv_head, first, s_vt, s_vd, high, part != 1, TMA, BLOCK_N, HEAD_DIM)
             s = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-            s = mask_scores(s, start, end, inside, first, inner_low, inner_high, part, BRANCH)
+            s = mask_scores(
+                s, start, end, hole, inside, first, inner_low, inner_high, gap, part, BRANCH, HOLES
+            )
             p = tl.exp2(s * scale2 - lse2_M[:, None])
             dp = tl.dot(do_MD, tl.trans(v_ND), input_precision="ieee")
             ds = p * (dp - delta_M[:, None])

@@ -9,57 +9,92 @@ _RUN = tl.constexpr(RUN)
 
 
 @triton.jit
-def locate(schedule, num_runs, section, BLOCK: tl.constexpr):
-    """(batch row, head, first position, low, inner_low, inner_high, high) of this program.
+def locate(schedule, num_runs, section, BLOCK: tl.constexpr, HOLES: tl.constexpr):
+    """(batch row, head, first position, low, inner_low, inner_high, high, gap) of this program.
 
     The grid is (runs x tiles of a run x section, heads / section, batch rows): the heads of a section go side
     by side, the longest runs first. The intervals of the tile's positions have the union [low, high) and the
-    intersection [inner_low, inner_high); empty intervals are ignored.
+    intersection [inner_low, inner_high); empty intervals are ignored. gap, if HOLES: none of the positions
+    sees the keys from gap[0] to gap[1], and their holes are between gap[2] and gap[3].
     """
+    fields: tl.constexpr = 8 if HOLES else 4
     parts: tl.constexpr = _RUN // BLOCK
     pid = tl.program_id(0)
     tile = pid // section
     head = tl.program_id(1) * section + pid % section
     b = tl.program_id(2).to(tl.int64)
     part = tile % parts
-    schedule += (b * num_runs + tile // parts) * 64
+    schedule += (b * num_runs + tile // parts) * 16 * fields
     first = tl.load(schedule) * _RUN + part * BLOCK
-    schedule += 4 * (parts + part)
+    schedule += fields * (parts + part)
     high = tl.load(schedule + 3)  # 0 if no position of the tile sees or is seen
     low, inner_high = tl.minimum(tl.load(schedule), high), tl.minimum(tl.load(schedule + 2), high)
-    return b, head, first, low, tl.load(schedule + 1), inner_high, high
+    gap = (high, high, high, high)
+    if HOLES:
+        gap = (tl.load(schedule + 4), tl.load(schedule + 5), tl.load(schedule + 6), tl.load(schedule + 7))
+    return b, head, first, low, tl.load(schedule + 1), inner_high, high, gap
 
 
 @triton.jit
-def steps(part: tl.constexpr, low, inner_low, inner_high, high, BRANCH: tl.constexpr, BLOCK: tl.constexpr):
-    """(first position, number) of a loop's steps: all if BRANCH; else, in three loops, those over left edges,
-    those between the edges, and those over right edges. They are the same steps."""
+def steps(
+    part: tl.constexpr, low, inner_low, inner_high, high, gap,
+    BRANCH: tl.constexpr, HOLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(first position, number, turn, jump) of a loop's steps: all if BRANCH; else, in three loops, those over
+    left edges, those between the edges, and those over right edges. They are the same steps.
+
+    If HOLES, step number `turn` and those behind it begin `jump` later, past the keys that no position sees:
+    behind the step before, which may reach over a small gap, so that no key is visited twice.
+    """
+    if HOLES:
+        inner_high = tl.minimum(inner_high, gap[2])
     full_low = low + tl.cdiv(inner_low - low, BLOCK) * BLOCK
     full_high = full_low + tl.maximum(inner_high - full_low, 0) // BLOCK * BLOCK
-    if BRANCH:
-        return low, tl.cdiv(high - low, BLOCK)
-    elif part == 0:
-        return low, tl.cdiv(tl.minimum(full_low, high) - low, BLOCK)
-    elif part == 1:
-        return full_low, (full_high - full_low) // BLOCK
+    if not BRANCH and part == 0:
+        num_steps = tl.cdiv(tl.minimum(full_low, high) - low, BLOCK)
+        return low, num_steps, num_steps, 0
+    elif not BRANCH and part == 1:
+        num_steps = (full_high - full_low) // BLOCK
+        return full_low, num_steps, num_steps, 0
     else:
-        return full_high, tl.cdiv(tl.maximum(high - full_high, 0), BLOCK)
+        begin = low if BRANCH else full_high
+        turn = tl.cdiv(tl.maximum(high - begin, 0), BLOCK)
+        if HOLES:
+            turn = tl.cdiv(tl.maximum(gap[0] - begin, 0), BLOCK)
+            jump = tl.maximum(gap[1] - begin - turn * BLOCK, 0)
+            return begin, turn + tl.cdiv(tl.maximum(high - begin - jump - turn * BLOCK, 0), BLOCK), turn, jump
+        else:
+            return begin, turn, turn, 0
 
 
 @triton.jit
-def at_edges(start, end, inside, part: tl.constexpr, BRANCH: tl.constexpr):
-    """The intervals [tile] for `mask_scores`: their addresses if BRANCH, else, at edges, their values."""
-    if BRANCH or part == 1:
-        return start, end
+def hole_bounds(holes, b, num_rows, rows, HOLES: tl.constexpr):
+    """The addresses of the first and past the last key of each row's hole, of holes [2, B, S]."""
+    if HOLES:
+        start = holes + b * num_rows + rows
+        return start, start + tl.num_programs(2).to(tl.int64) * num_rows
     else:
-        return tl.load(start, mask=inside, other=0), tl.load(end, mask=inside, other=0)
+        return 0, 0
+
+
+@triton.jit
+def at_edges(start, end, holes, inside, part: tl.constexpr, BRANCH: tl.constexpr, HOLES: tl.constexpr):
+    """The intervals [tile] and holes for `mask_scores`: addresses if BRANCH, else, at edges, their values."""
+    if BRANCH or part == 1:
+        return start, end, holes
+    else:
+        if HOLES:
+            holes = (tl.load(holes[0], mask=inside, other=0), tl.load(holes[1], mask=inside, other=0))
+        return tl.load(start, mask=inside, other=0), tl.load(end, mask=inside, other=0), holes
 
 
 @triton.jit
 def mask_scores(
-    s, start, end, inside, first, inner_low, inner_high, part: tl.constexpr, BRANCH: tl.constexpr
-):
-    """Set s [tile, step] to -inf outside the intervals of the tile's positions; no work between edges.
+    s, start, end, holes, inside, first, inner_low, inner_high, gap,
+    part: tl.constexpr, BRANCH: tl.constexpr, HOLES: tl.constexpr,
+):  # fmt: skip
+    """Set s [tile, step] to -inf outside the intervals of the tile's positions, and in their holes; no work
+    between edges.
 
     Loads in a branch keep the compiler from computing the mask in every step.
     """
@@ -69,8 +104,15 @@ def mask_scores(
             s = tl.where(step >= (tl.load(start, mask=inside, other=0) - first)[:, None], s, float("-inf"))
         if first + s.shape[1] > inner_high:
             s = tl.where(step < (tl.load(end, mask=inside, other=0) - first)[:, None], s, float("-inf"))
+        if HOLES:  # noqa: SIM102 - a constant of the compiler
+            if (first + s.shape[1] > gap[2]) & (first < gap[3]):
+                before = step < (tl.load(holes[0], mask=inside, other=0) - first)[:, None]
+                behind = step >= (tl.load(holes[1], mask=inside, other=0) - first)[:, None]
+                s = tl.where(before | behind, s, float("-inf"))
     elif part != 1:
         seen = (step >= (start - first)[:, None]) & (step < (end - first)[:, None])
+        if HOLES:
+            seen &= (step < (holes[0] - first)[:, None]) | (step >= (holes[1] - first)[:, None])
         s = tl.where(seen, s, float("-inf"))
     return s
 

@@ -1,9 +1,9 @@
 """Configuration of the training data."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from megafusion.config import Config
 from megafusion.data.remote import check_location
@@ -57,7 +57,12 @@ class DataConfig(Config):
     caption_first: float = Field(0.8, ge=0, le=1)
     """Share of pairs in which the caption comes before the image."""
     image_first_max_t: float = Field(0.5, gt=0, le=1)
-    """Limit of the noise process's time t for images before their caption (the paper's 500 of 1000 steps)."""
+    """Limit of the noise process's time t for images before their caption (the paper's 500 of 1000 steps);
+    by default 1 with clean_context, where no text sees the noise."""
+    clean_context: bool = False
+    """An image with a loss stands twice in a row: clean in its place, for what follows it, and noised behind
+    its document, where it sees what is before it and itself, and nothing else sees it (BAGEL's mask, arXiv
+    2505.14683). It takes twice its positions."""
     t_per: Literal["image", "document"] = "image"
     """Whether each image has a time t of its own (as diffusion forcing, arXiv 2407.01392), or all images of a
     document share one. With different limits they share the quantile of t below each one's limit."""
@@ -83,3 +88,18 @@ class DataConfig(Config):
     """Folder on a local disk that caches the shards of URLs, shared by all processes of a machine."""
     cache_bytes: int = Field(100_000_000_000, gt=0, lt=2**63)
     """Maximum size of the cache; the least recently opened shards are evicted first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_limit_of_noise(cls, values: Any) -> Any:
+        is_clean = isinstance(values, dict) and values.get("clean_context") is True
+        return {"image_first_max_t": 1.0} | values if is_clean else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if self.clean_context and self.image_first_max_t < 1:
+            raise ValueError(
+                f"image_first_max_t {self.image_first_max_t} limits the noise of images that texts see, but "
+                "with clean_context true they see none; leave image_first_max_t out, or set it to 1"
+            )
+        return self

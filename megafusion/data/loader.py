@@ -77,7 +77,7 @@ class DataLoader:
                 f"{global_batch_size}"
             )
         self._config, self._rows, self._micro_batch_size = config, rows, micro_batch_size
-        self._drops_unused_slots = drops_unused_slots
+        self._drops_unused_slots, self._max_patches = drops_unused_slots, max(shape.patches)
         self._streams = {
             number: LogicalStream(number, sources, config, shape, tokenizer, noise_process)
             for number in range(config.num_streams)
@@ -113,7 +113,7 @@ class DataLoader:
             for i in range(first, first + len(self._rows), size)
         ]
         if self._drops_unused_slots:
-            micro_batches = list(map(drop_unused_slots, micro_batches))
+            micro_batches = [drop_unused_slots(batch, self._max_patches) for batch in micro_batches]
         return [batch.pinned() for batch in micro_batches] if torch.cuda.is_available() else micro_batches
 
     def state_dict(self) -> dict:

@@ -74,9 +74,10 @@ class LogicalStream:
             else:
                 self.state.pending.remove(pending)
             chosen.append(piece)
-            room -= len(piece)
+            length = piece.positions_in_row(0, len(piece))
+            room -= length
             slots -= len(piece.images)
-            self.state.positions_packed[pending.key.source] += len(piece)
+            self.state.positions_packed[pending.key.source] += length
         self._documents.keep_only(self._needed())
         return pack_row(chosen, self._shape)
 
@@ -85,19 +86,26 @@ class LogicalStream:
         best: dict[str, tuple[bool, int, Pending]] = {}
         for pending in self.state.pending:
             source = pending.key.source
-            length = pending.end - pending.start
+            length = self._length(pending)
             fits = length <= room and pending.num_images <= slots
             if not fits:
                 end = self._find_cut(pending, room, slots) if self._may_cut(pending) else pending.start
                 if end == pending.start:
                     continue
-                length = end - pending.start if pending.num_images else length
+                if pending.num_images:
+                    length = self._documents.get(pending.key).positions_in_row(pending.start, end)
             if source not in best or (fits, length) > best[source][:2]:
                 best[source] = fits, length, pending
         if not best:
             return None
         lengths = {name: min(length, room) for name, (_, length, _) in best.items()}
         return best[self._next_source(lengths, self._tokens_served())][2]
+
+    def _length(self, pending: Pending) -> int:
+        """Positions that a document takes in a row."""
+        if not (self._shape.clean_context and pending.num_images):
+            return pending.end - pending.start
+        return self._documents.get(pending.key).positions_in_row(pending.start, pending.end)
 
     def _tokens_served(self) -> dict[str, int]:
         """By source: positions packed, plus its initial lead."""
@@ -134,7 +142,7 @@ class LogicalStream:
         """Add a document, or a piece of one, to the packing buffer: of the source that lags most."""
         served = self._tokens_served()
         for pending in self.state.pending:
-            served[pending.key.source] += pending.end - pending.start
+            served[pending.key.source] += self._length(pending)
         name = self._next_source({name: self._next_length(name) for name in self._sources}, served)
         epoch, order, start = self.state.position[name]
         key = DocumentKey(name, epoch, order)
@@ -158,7 +166,8 @@ class LogicalStream:
         """Positions that would be read next of a source; 0 where its next document is bad."""
         epoch, order, start = self.state.position[name]
         try:
-            return self._piece_end(self._documents.get(DocumentKey(name, epoch, order)), start) - start
+            document = self._documents.get(DocumentKey(name, epoch, order))
+            return document.positions_in_row(start, self._piece_end(document, start))
         except BadDocument:
             return 0
 

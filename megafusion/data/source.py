@@ -67,6 +67,7 @@ class Source:
         manifest = self.folder.manifest
         counts = manifest.count_by_size or {shape.sizes[0]: manifest.num_images}
         patches = sum(n * shape.patches[shape.sizes.index(size)] for size, n in counts.items() if n)
+        patches *= 2 if shape.clean_context else 1
         return 2 + (manifest.num_tokens + patches + 2 * manifest.num_images) / len(self.folder)
 
     def check(self, stored: StoredDocument, where: str) -> None:

@@ -71,8 +71,15 @@ class StreamDocuments:
             raise BadDocument(where, "a token that the tokenizer does not have")
         if any(np.isin(text, self._image_ids).any() for text in texts):
             raise BadDocument(where, "a text with a token that begins or ends images")
-        document = flatten(segments, self._tokenizer, self._shape.patches, self._shape.causal_images)
-        longest = int((document.image_end - document.image_start).max(initial=0)) + 4
+        document = flatten(
+            segments,
+            self._tokenizer,
+            self._shape.patches,
+            self._shape.causal_images,
+            self._shape.clean_context,
+        )
+        copies = 0 if document.copies is None else document.copies
+        longest = int((document.image_end - document.image_start + copies).max(initial=0)) + 4
         if longest > self._shape.length:
             raise UserError(
                 f"{where} ({stored.metadata.get('caption', '')[:60]!r}): an image takes {longest} positions "

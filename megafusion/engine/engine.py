@@ -133,7 +133,7 @@ def make_engine(
     Weights start at random, or as zeros where `is_read` says of a canonical name that the caller reads it.
     """
     with torch.device("meta"):
-        whole_model = Transfusion(model, objective)
+        whole_model = Transfusion(model, objective, shape.clean_context)
         if train.lora:
             add_lora(whole_model, train.lora)
     device = default_device()

@@ -37,16 +37,26 @@ class Stem(nn.Module):
         latents_BNCHW: Tensor,
         timesteps_BN: Tensor,
         image_size_BN: Tensor,
+        clean: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Skips]:
-        """x [B, S, D] with patches at their positions, and skips; image_size_BN: index of each size."""
+        """x [B, S, D] with patches at their positions, and skips; image_size_BN: index of each size. clean:
+        with clean context, clean latents and their timesteps."""
         if self.adapter is None:
             return self.embedding(tokens_BS), ()
-        latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
-        patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten(), image_size_BN.flatten())
-        patches_BPD = patches_NPD.unflatten(0, (len(tokens_BS), -1)).flatten(1, 2)
+        patches_BPD, skips = self._patches(latents_BNCHW, timesteps_BN, image_size_BN)
+        if clean is not None:
+            patches_BPD = torch.cat([patches_BPD, self._patches(*clean, image_size_BN)[0]], dim=1)
         index = patch_index_BS.clamp(min=0).long()[..., None].expand(-1, -1, patches_BPD.shape[-1])
         is_patch = patch_index_BS[..., None] >= 0
         return torch.where(is_patch, patches_BPD.gather(1, index), self.embedding(tokens_BS)), skips
+
+    def _patches(
+        self, latents_BNCHW: Tensor, timesteps_BN: Tensor, image_size_BN: Tensor
+    ) -> tuple[Tensor, Skips]:
+        """Patches [B, N x P, D], and skips."""
+        latents_NCHW = latents_BNCHW.flatten(0, 1).to(self.embedding.weight.dtype)
+        patches_NPD, skips = self.adapter(latents_NCHW, timesteps_BN.flatten(), image_size_BN.flatten())
+        return patches_NPD.unflatten(0, (len(latents_BNCHW), -1)).flatten(1, 2), skips
 
 
 class Tail(nn.Module):
@@ -104,10 +114,14 @@ def tie_embeddings(stem: Stem, tail: Tail) -> None:
 
 
 class Transfusion(nn.Module):
-    """One transformer over text tokens and image patches, with both losses."""
+    """One transformer over text tokens and image patches, with both losses.
 
-    def __init__(self, config: ModelConfig, objective: ObjectiveConfig):
+    clean_context: whether the batches that `forward` takes hold each image twice, noised and clean.
+    """
+
+    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, clean_context: bool = False):
         super().__init__()
+        self.clean_context = clean_context
         check_backend(config.attention, config.head_size)
         self.config, self.objective = config, Objective(objective, config.latent_sizes)
         self.stem = Stem(config)
@@ -127,11 +141,16 @@ class Transfusion(nn.Module):
         """Both losses of a packed batch, each a share of its mean over the global batch."""
         inputs = batch.inputs()
         noised = self.objective.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
-        timesteps = self.objective.noise_process.timesteps(inputs.t)
-        x_BSD, skips = self.stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
+        timesteps, clean = self.objective.noise_process.timesteps(inputs.t), None
+        if self.clean_context:
+            clean = inputs.latents, self.objective.noise_process.timesteps(torch.zeros_like(inputs.t))
+        x_BSD, skips = self.stem(
+            inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size, clean
+        )
         positions = rope_positions(self.config, inputs.positions, inputs.patch_index, inputs.image_size)
         is_patch = inputs.patch_index >= 0
-        context = block_context(self.config, batch.intervals(), positions, x_BSD.dtype, is_patch)
+        intervals = batch.intervals(self.clean_context)
+        context = block_context(self.config, intervals, positions, x_BSD.dtype, is_patch)
         alignment: list[Tensor] = []
         for number, block in enumerate(self.blocks, start=1):
             x_BSD = block(x_BSD, context)

@@ -33,7 +33,8 @@ def layer_flops(config: ModelConfig, shape: SequenceShape) -> list[int]:
         bounds = torch.zeros(1, shape.length, dtype=torch.int32)
         latents = torch.zeros(1, shape.num_images, shape.latent_channels, *shape.sizes[0])
         timesteps = torch.zeros(1, shape.num_images, dtype=torch.int64)
-    (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps, timesteps)
+        clean = (latents, timesteps) if shape.clean_context else None
+    (x, skips), stem = _counted(model.stem, tokens, bounds, latents, timesteps, timesteps, clean)
     context = block_context(one_block, Intervals(bounds, bounds, shape.length), bounds, x.dtype, bounds > 0)
     hidden, block = _counted(model.blocks[0], x, context)
     _, head = _counted(model.tail.head, hidden)

@@ -66,7 +66,7 @@ class Stage(nn.Module):
             x_BSD, skips = self._unpack(floats)
         rows_4BS, slots_3BN = self._unpack_integers(integers)
         positions, row_end, last_query, patch_index = rows_4BS
-        intervals = Intervals(row_end, last_query, self.shape.length)
+        intervals = Intervals(row_end, last_query, self.shape.length, has_holes=self.shape.clean_context)
         positions = rope_positions(self.config, positions, patch_index, slots_3BN[2])
         positions, is_patch = map(self.sequence_shard.shard, (positions, patch_index >= 0))
         is_patch_residual = self.region.shard(is_patch) if self.region else is_patch
@@ -93,8 +93,10 @@ class Stage(nn.Module):
 
     def _begin(self, stem: Stem, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
         noised = self.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)
-        timesteps = self.noise_process.timesteps(inputs.t)
-        x_BSD, skips = stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size)
+        timesteps, clean = self.noise_process.timesteps(inputs.t), None
+        if self.shape.clean_context:
+            clean = inputs.latents, self.noise_process.timesteps(torch.zeros_like(inputs.t))
+        x_BSD, skips = stem(inputs.tokens, inputs.patch_index, noised, timesteps, inputs.image_size, clean)
         x_BSD = self.sequence_shard.reduce_scatter(x_BSD)
         if self.region is not None:
             x_BSD = self.region.reduce_or_scatter(x_BSD)

@@ -23,6 +23,7 @@ class Job:
     images_per_row: int
     world_size: int
     rows: RowKind = "mixed"
+    clean_context: bool = False
 
     @property
     def data(self) -> int:
@@ -60,7 +61,12 @@ class Job:
     def statistics(self) -> RowStatistics:
         model, shape = self.model, (self.sequence_length, max(self.model.patches), self.images_per_row)
         is_causal = model.image_attention == "causal"
-        return row_statistics(self.rows, *shape, model.codebook_size > 0, is_causal)
+        return row_statistics(self.rows, *shape, model.codebook_size > 0, is_causal, self.clean_context)
+
+    @property
+    def down_passes(self) -> int:
+        """Passes of an image through the stem's adapter: with clean context, noised and clean."""
+        return 2 if self.clean_context else 1
 
     @property
     def local_slots(self) -> int:
@@ -73,7 +79,7 @@ class Job:
         """Blocks of each pipeline stage, as parallelize assigns them: by dense FLOPs of a row."""
         model, length = self.model, self.sequence_length
         block = 2 * length * matrix_weights(model) + 4 * length**2 * model.num_heads * model.head_size
-        stem = self.images_per_row * num_flops(self.adapter.down)
+        stem = self.images_per_row * self.down_passes * num_flops(self.adapter.down)
         tail = self.images_per_row * num_flops(self.adapter.up)
         tail += 2 * length * model.vocab_size * model.hidden_size
         return stage_blocks([stem, *[block] * model.num_layers, tail], self.parallel.pipeline)
@@ -210,5 +216,5 @@ def token_flops(job: Job) -> dict[str, float]:
         * model.head_size
         * job.statistics.visible_keys,
         "head": 6.0 * model.vocab_size * model.hidden_size * job.statistics.targets,
-        "adapter": 3.0 * images * (num_flops(job.adapter.down) + num_flops(job.adapter.up)),
+        "adapter": 3.0 * images * (job.down_passes * num_flops(job.adapter.down) + num_flops(job.adapter.up)),
     }

@@ -73,7 +73,9 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
         per_token += job.model.hidden_size / (parallel.tensor if parallel.sequence else 1)  # what is sent
     saved = in_flight * (number * job.tokens * per_token + saved_once(job, software))
     saved += number * saved_by_tail(job, software) * is_last
-    features = num_features(job.adapter.down) * is_first + num_features(job.adapter.up) * is_last
+    features = (
+        job.down_passes * num_features(job.adapter.down) * is_first + num_features(job.adapter.up) * is_last
+    )
     adapters = in_flight * features * job.local_slots * number
     logits = _loss_peak(job, software) if is_last else 0.0
     # Backward of a block comes after that of the loss.

@@ -21,11 +21,17 @@ class RowStatistics(NamedTuple):
 
 @cache
 def row_statistics(
-    kind: RowKind, length: int, patches: int, slots: int, has_codes: bool = False, is_causal: bool = False
+    kind: RowKind,
+    length: int,
+    patches: int,
+    slots: int,
+    has_codes: bool = False,
+    is_causal: bool = False,
+    clean_context: bool = False,
 ) -> RowStatistics:
     """Rows as benchmarks/train.py packs them: texts (log-normal, about 1,100 tokens), captions of 8 to 60
     tokens with an image, or half of each; whole: one causal text a row. has_codes: images are targets, and
-    causal; is_causal: within images of patches, too."""
+    causal; is_causal: within images of patches, too; clean_context: images have noised copies."""
     if kind == "whole":
         return RowStatistics((length + 1) / 2, 0, 1)
     sampled = random.Random(0)
@@ -34,13 +40,15 @@ def row_statistics(
         filled = in_row = 0
         while (room := length - filled) >= 3:
             wants_image = kind == "pairs" or (kind == "mixed" and filled < length // 2)
-            if wants_image and in_row < slots and room >= patches + 12:
-                caption = sampled.randint(8, min(60, room - patches - 4)) + 1  # with bos
+            copied = patches if clean_context else 0
+            if wants_image and in_row < slots and room >= patches + copied + 12:
+                caption = sampled.randint(8, min(60, room - patches - copied - 4)) + 1  # with bos
                 before, image, after = caption + 1, patches, 2  # boi; eoi and eos
                 # Causal, but each patch sees its whole image.
                 pairs += (before + image + after) * (before + image + after + 1) // 2
                 pairs += 0 if has_codes or is_causal else image * (image - 1) // 2
-                filled, in_row = filled + before + image + after, in_row + 1
+                pairs += copied * (before + copied)  # each sees what is before its image, and its copy
+                filled, in_row = filled + before + image + after + copied, in_row + 1
                 targets += before + (image + 1 if has_codes else 0)  # of latents none
             elif kind == "pairs" and in_row:
                 break

@@ -128,7 +128,7 @@ def _micro_batch(job: Job, chip: Chip, software: Software, stage: int) -> dict[s
         "gradient sums": gradient * job.num_trained(stage) / chip.memory_bandwidth,
         "head and loss": _head(job, chip, software) if is_last else 0.0,
     }
-    flops = num_flops(job.adapter.down) * is_first + num_flops(job.adapter.up) * is_last
+    flops = job.down_passes * num_flops(job.adapter.down) * is_first + num_flops(job.adapter.up) * is_last
     # Convolutions reach about half the rate of large products.
     rate = _rate(job, chip, software) * (0.5 if job.model.adapter == "unet" else 1)
     parts["adapters"] = 3 * job.local_slots * flops / rate

@@ -56,7 +56,9 @@ class FlatDocument:
     patch int32 [L]: index of the position's patch among the document's n x P, -1 for text and codes (an image
     of fewer than P patches leaves the last of its indices unused);
     row_end int32 [L]: exclusive end of the visible keys, counted from the document's start;
-    image_start, image_end int32 [n]: positions of each image's first patch or code, and of its eoi.
+    image_start, image_end int32 [n]: positions of each image's first patch or code, and of its eoi;
+    copies int32 [n]: with clean context, the patches of each image's noised copy, which a row holds behind
+    the document, 0 for a given image; else None.
     """
 
     tokens: np.ndarray
@@ -66,19 +68,29 @@ class FlatDocument:
     image_start: np.ndarray
     image_end: np.ndarray
     images: tuple[ImageSegment, ...]
+    copies: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def positions_in_row(self, start: int, end: int) -> int:
+        """Positions that [start, end) takes in a row, with the copies of its images."""
+        copied = 0 if self.copies is None else int(self.copies[images_between(self, start, end)].sum())
+        return end - start + copied
+
 
 def flatten(
-    segments: Sequence[Segment], tokenizer: Tokenizer, patches: Sequence[int], causal_images: bool = False
+    segments: Sequence[Segment],
+    tokenizer: Tokenizer,
+    patches: Sequence[int],
+    causal_images: bool = False,
+    clean_context: bool = False,
 ) -> FlatDocument:
     """Lay out a document: bos, its texts and images in order (each image between boi and eoi), eos.
 
     The only place where the kind of a segment decides on tokens, labels and mask. patches: number of patches
     or codes of an image of each size, which also decides on its boi. causal_images: patches see what is
-    before them alone, and not their whole image.
+    before them alone, and not their whole image. clean_context: images that are not given have copies.
     Every position has a next-token target except boi and patches: the position before predicts boi, what
     follows boi is denoised, and eoi is never predicted. An image of codes is as text: its codes are tokens
     behind the tokenizer's, each sees those before it, and they and eoi are predicted, unless it is given.
@@ -112,7 +124,10 @@ def flatten(
     labels = np.full(length, IGNORED_LABEL, np.int64)
     labels[:-1][has_target[:-1]] = tokens[1:][has_target[:-1]]
     starts, ends = (np.array(bound, np.int32) for bound in (image_start, image_end))
-    return FlatDocument(tokens, labels, patch, row_end, starts, ends, tuple(images))
+    copies = None
+    if clean_context:
+        copies = np.array([0 if i.is_given else patches[i.size] for i in images], np.int32)
+    return FlatDocument(tokens, labels, patch, row_end, starts, ends, tuple(images), copies)
 
 
 def _num_positions(segment: Segment, patches: Sequence[int]) -> int:
@@ -137,6 +152,7 @@ def cut_document(document: FlatDocument, start: int, end: int) -> FlatDocument:
         image_start=image_start - start,
         image_end=document.image_end[here] - start,
         images=document.images[here],
+        copies=None if document.copies is None else document.copies[here],
     )
 
 
@@ -146,11 +162,19 @@ def images_between(document: FlatDocument, start: int, end: int) -> slice:
 
 
 def find_cut(document: FlatDocument, start: int, end: int, room: int, slots: int, min_length: int) -> int:
-    """Where to cut [start, end) so that the first piece has at most `room` positions and `slots` images.
+    """Where to cut [start, end) so that the first piece takes at most `room` positions and `slots` images of
+    a row.
 
     `end` if no cut is needed; `start` if no cut leaves `min_length` positions on either side and every image
     complete.
     """
+    if document.copies is not None:
+        here = images_between(document, start, end)
+        copied = document.copies[here].cumsum()
+        # The images that fit with their copies, and the room beside these.
+        num_fit = int((document.image_end[here] + 1 - start + copied <= room).sum())
+        slots = min(slots, num_fit)
+        room -= int(copied[num_fit - 1]) if num_fit else 0
     cut = end if end - start <= room else min(start + room, end - min_length)
     if document.images:
         here = images_between(document, start, end)

@@ -24,7 +24,7 @@ class SequenceShape:
     An image of size n has patches[n] patches, and latents [C, h, w] where h x w is sizes[n]. Images of codes
     have no latents (C is 0), and take no slot: N is then the most images of a row.
     pixels_per_latent: along a side, where images come as pixels; 0 where they come as latents.
-    causal_images: see `flatten`.
+    causal_images: see `flatten`. clean_context: whether documents have noised copies of their images.
     """
 
     length: int
@@ -34,6 +34,7 @@ class SequenceShape:
     sizes: tuple[Size, ...]
     pixels_per_latent: int = 0
     causal_images: bool = False
+    clean_context: bool = False
 
     @cached_property
     def image_sizes(self) -> tuple[Size, ...]:
@@ -59,10 +60,12 @@ class PackedBatch:
 
     tokens int64 [B, S] with a filler under patches; labels int64 [B, S], -100 where there is no text loss;
     positions int32 [B, S], restarting at each document; patch_index int32 [B, S]: index of the position's
-    patch among the row's N x P, -1 for text; row_end, last_query int32 [B, S]: the mask;
+    patch among the row's N x P noised ones, or, with clean context, behind them among as many clean ones, -1
+    for text; row_end, last_query int32 [B, S]: the mask;
     latents, noise float32 [B, N, C, H, W], zeros in unused slots;
     t float32 [B, N]: each image's time in the noise process, in [0, 1);
-    image_start int32 [B, N]: position of each image's first patch, -1 for an unused slot;
+    image_start int32 [B, N]: position of each image's first patch, with clean context that of its noised
+    copy, -1 for an unused slot;
     image_size int64 [B, N]: index of each image's size. P is the largest size's number of patches, H and W
     are the largest height and width, and an image lies at the top left, padded with zeros;
     has_loss bool [B, N]: the slot holds an image that is denoised, and not one that is given;
@@ -105,9 +108,9 @@ class PackedBatch:
     def targets(self) -> Targets:
         return Targets(*(getattr(self, name) for name in Targets._fields))
 
-    def intervals(self) -> Intervals:
-        """The mask of this batch, to be made once and handed to every layer."""
-        return Intervals(self.row_end, self.last_query, self.tokens.shape[1])
+    def intervals(self, has_holes: bool = False) -> Intervals:
+        """The mask, to be made once and handed to every layer. has_holes: with clean context."""
+        return Intervals(self.row_end, self.last_query, self.tokens.shape[1], has_holes=has_holes)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         return PackedBatch(**{n: tensor.to(device, non_blocking=True) for n, tensor in vars(self).items()})
@@ -133,7 +136,8 @@ class PackedBatch:
 def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedBatch:
     """A batch of one row, from documents that fit in it together; `collate` sets its denominators.
 
-    Padding positions attend only to themselves.
+    Padding positions attend only to themselves. Behind a document come the noised copies of its images, the
+    last image's first: so the copies that see a key are the first ones, and its queries one interval.
     """
     length, slots = shape.length, shape.num_images
     own = np.arange(length, dtype=np.int32)
@@ -156,7 +160,8 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
     }
     start, slot = 0, 0
     for document in documents:
-        assert start + len(document) <= length
+        past = start + document.positions_in_row(0, len(document))
+        assert past <= length
         assert slot + len(document.images) <= slots
         here = slice(start, start + len(document))
         row["tokens"][here] = document.tokens
@@ -166,7 +171,10 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
         row["patch_index"][here] = np.where(patch < 0, -1, patch + slot * max_patches)
         row["row_end"][here] = document.row_end + start
         row["last_query"][here] = here.stop
-        for image, image_start in zip(document.images, document.image_start, strict=True):
+        image_starts = document.image_start + start
+        if document.copies is not None:
+            image_starts = _append_copies(row, document, start, slots * max_patches)
+        for image, image_start in zip(document.images, image_starts, strict=True):
             if image.kind == "codes":
                 continue
             assert image.latents is not None
@@ -174,7 +182,7 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
             row["latents"][slot, :, :height, :width] = image.latents
             row["noise"][slot, :, :height, :width] = image.noise
             row["t"][slot] = image.t
-            row["image_start"][slot] = start + image_start
+            row["image_start"][slot] = image_start
             row["image_size"][slot] = image.size
             row["has_loss"][slot] = not image.is_given
             if image.kind == "pixels":
@@ -182,8 +190,33 @@ def pack_row(documents: Sequence[FlatDocument], shape: SequenceShape) -> PackedB
                 row["pixels"][slot, :, :height, :width] = image.data
                 row["has_pixels"][slot] = True
             slot += 1
-        start += len(document)
+        start = past
     return PackedBatch(**{name: torch.from_numpy(array[None]) for name, array in row.items()})
+
+
+def _append_copies(
+    row: dict[str, np.ndarray], document: FlatDocument, start: int, num_noised: int
+) -> np.ndarray:
+    """Make the images of a document at `start` of a row clean, and write their noised copies behind it.
+
+    num_noised: N x P, from which the clean patches are counted. Returns the start of each image's copy; of a
+    given image, which has none, its own.
+    """
+    assert document.copies is not None
+    end, image_starts = start + len(document), document.image_start + start
+    here = slice(start, end)
+    # Patches of the copies from each image's on, and 0: the copies of later images stand before an image's.
+    copied = np.append(document.copies[::-1].cumsum()[::-1], 0).astype(np.int32)
+    behind = np.searchsorted(image_starts, np.arange(start, end), side="right")
+    row["last_query"][here] += copied[behind]
+    for number in np.flatnonzero(document.copies):
+        first, size = image_starts[number], document.copies[number]
+        image, copy = slice(first, first + size), slice(end + copied[number + 1], end + copied[number])
+        for name in ("tokens", "positions", "patch_index"):
+            row[name][copy] = row[name][image]
+        row["row_end"][copy] = row["last_query"][copy] = copy.stop
+    row["patch_index"][here] += np.where(document.patch < 0, 0, num_noised).astype(np.int32)
+    return np.where(document.copies > 0, end + copied[1:], image_starts)
 
 
 def collate(rows: Sequence[PackedBatch]) -> PackedBatch:
@@ -210,16 +243,20 @@ SLOT_FIELDS = ("latents", "noise", "t", "image_start", "image_size", "has_loss",
 """Fields of a PackedBatch with a dimension N of image slots, their second."""
 
 
-def drop_unused_slots(batch: PackedBatch) -> PackedBatch:
+def drop_unused_slots(batch: PackedBatch, max_patches: int) -> PackedBatch:
     """The batch without the last image slots that no row uses; of N, one of four numbers is kept.
 
     Few numbers, because memory is allocated and convolutions are chosen for each shape; at least one slot,
-    because every parameter is to have a gradient.
+    because every parameter is to have a gradient. max_patches: P, of the largest size.
     """
     num_slots, num_used = batch.t.shape[1], int((batch.image_start >= 0).sum(1).max())
     quarter = -(-num_slots // 4)
     num_kept = quarter * max(1, -(-num_used // quarter))
-    return replace(batch, **{name: getattr(batch, name)[:, :num_kept].contiguous() for name in SLOT_FIELDS})
+    kept = {name: getattr(batch, name)[:, :num_kept].contiguous() for name in SLOT_FIELDS}
+    # Clean patches are counted behind the noised ones of all slots.
+    is_clean = batch.patch_index >= num_slots * max_patches
+    index = batch.patch_index - is_clean.int() * ((num_slots - num_kept) * max_patches)
+    return replace(batch, patch_index=index, **kept)
 
 
 def with_counts(batch: PackedBatch, counts: Tensor) -> PackedBatch:

@@ -80,12 +80,23 @@ class RunConfig(Config):
                 f"data.t_per {self.data.t_per} with model.codebook_size {codes}: images of codes are not "
                 "noised and have no t; leave one of them out"
             )
-        positions = max(self.model.patches) + 4  # bos, boi, eoi, eos
+        clean_context = self.data.clean_context
+        positions = max(self.model.patches) * (2 if clean_context else 1) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:
+            twice = " with data.clean_context true, which holds it twice" if clean_context else ""
             raise ValueError(
-                f"an image takes {positions} positions, more than data.sequence_length "
+                f"an image takes {positions} positions{twice}, more than data.sequence_length "
                 f"{self.data.sequence_length}; raise it or model.patch_size"
             )
+        for key, value, is_other in (
+            ("codebook_size", self.model.codebook_size, self.model.codebook_size > 0),
+            ("image_attention", "causal", self.model.image_attention == "causal"),
+        ):
+            if clean_context and is_other:
+                raise ValueError(
+                    f"data.clean_context true is for images that are denoised and whose patches see one "
+                    f"another, not for model.{key} {value}; leave one of them out"
+                )
         if reason := self.objective.noise_process.build().unsupported_reason(self.sampling):
             raise ValueError(reason)
         validation, log_every = self.data.validation, self.telemetry.log_every
@@ -170,7 +181,14 @@ class RunConfig(Config):
 
         data = self.data
         return Job(
-            self.model, self.train, self.parallel, data.sequence_length, data.images_per_row, world_size, rows
+            self.model,
+            self.train,
+            self.parallel,
+            data.sequence_length,
+            data.images_per_row,
+            world_size,
+            rows,
+            data.clean_context,
         )
 
     @property
@@ -186,4 +204,5 @@ class RunConfig(Config):
             model.latent_channels,
             model.latent_sizes,
             causal_images=model.image_attention == "causal",
+            clean_context=data.clean_context,
         )

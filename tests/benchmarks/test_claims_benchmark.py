@@ -40,9 +40,10 @@ def sweep(run_config, tmp_path) -> Path:
         report = folder / "evaluation-20/report.json"
         report.parent.mkdir()
         report.write_text(json.dumps({"suites": {"images": {"metrics": metrics}}}))
-    unfinished = tmp_path / "c,seed=0"
-    unfinished.mkdir()
-    (unfinished / "config.yaml").write_text((tmp_path / "a,seed=0/config.yaml").read_text())
+    for name in ("c,seed=0", "c,seed=1"):
+        unfinished = tmp_path / name
+        unfinished.mkdir()
+        (unfinished / "config.yaml").write_text((tmp_path / "a,seed=0/config.yaml").read_text())
     (unfinished / "metrics.jsonl").write_text(json.dumps({"step": 10, "seconds": 1.0}) + "\n")
     return tmp_path
 
@@ -50,7 +51,7 @@ def sweep(run_config, tmp_path) -> Path:
 def test_figures_of_finished_runs_are_paired_by_seed(claims, sweep, capsys):
     runs = claims.collect(sweep)
     assert list(runs) == ["a,seed=0", "a,seed=1", "b,seed=0", "b,seed=1"]
-    assert "c,seed=0: not finished" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("not finished") == 2
     assert runs["a,seed=1"]["figures"]["validation_image_loss"] == 0.6
     found = claims.compare(runs, "a", "b")
     accuracy = found["images/held-out/both_accuracy"]

@@ -1,6 +1,7 @@
 """Compile every stored variant for a GPU, without needing one, and print the resources that each uses.
 
-python -m tests.kernels.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma | --no-tma] [--json]
+python -m tests.kernels.compile_check [--architectures 80 90] [--head-dims 64 128] [--tma | --no-tma]
+    [--holes] [--json]
 
 Registers and spills are ptxas's own figures, read with the cuobjdump that comes with Triton. They show
 whether a variant fits on the chip, not its speed.
@@ -37,7 +38,7 @@ KERNELS = {
 }
 # The tensors that each kernel's loop loads, through descriptors if its tile says so.
 IN_LOOP = {"forward_kernel": "k v", "dkdv_kernel": "q do statistics", "dq_kernel": "k v"}
-_INT32 = "row_start row_end first_query last_query schedule"
+_INT32 = "row_start row_end holes first_query last_query schedule"
 TYPES = dict.fromkeys(_INT32.split(), "i32") | {"lse": "fp32", "dlse": "fp32", "statistics": "i64"}
 
 
@@ -74,10 +75,16 @@ def variants(architecture: int, head_dim: int) -> Iterator[tuple[str, triton.JIT
 
 
 def measure(
-    name: str, kernel: triton.JITFunction, tile: Tile, architecture: int, dtype: str, head_dim: int
+    name: str,
+    kernel: triton.JITFunction,
+    tile: Tile,
+    architecture: int,
+    dtype: str,
+    head_dim: int,
+    holes: bool = False,
 ) -> Usage:
     """Compile one variant as a launch with aligned, contiguous tensors would."""
-    source = _source(kernel, tile, dtype, head_dim, architecture >= 90)
+    source = _source(kernel, tile, dtype, head_dim, architecture >= 90, holes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -120,10 +127,13 @@ def steps_ahead(ttgir: str) -> int:
     return ahead // inside if inside else 0
 
 
-def _source(kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int, branch: bool) -> ASTSource:
+def _source(
+    kernel: triton.JITFunction, tile: Tile, dtype: str, head_dim: int, branch: bool, holes: bool
+) -> ASTSource:
     constants = {
         "TMA": tile.tma, "BRANCH": branch, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "HEAD_DIM": head_dim,
-    }  # fmt: skip
+        "HOLES": holes,
+    } | ({} if holes else {"holes": None})  # fmt: skip
     types = TYPES | ({"statistics": "fp32"} if kernel is statistics_kernel else {})
     described = set(IN_LOOP[kernel.__name__].split()) if tile.tma else set()
     block = tile.rows if kernel is dkdv_kernel else tile.keys
@@ -158,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action=argparse.BooleanOptionalAction,
         help="each loop through TMA descriptors (sm_90 only), or each through pointers; default as stored",
     )
+    parser.add_argument("--holes", action="store_true", help="forward and dq of rows that may have a hole")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(arguments)
     usages = []
@@ -166,9 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, kernel, tile in variants(architecture, head_dim):
                 if options.tma and name in ("delta", "decode"):
                     continue
+                if options.holes and name not in ("forward", "dq"):
+                    continue
                 if options.tma is not None:
                     tile = tile._replace(tma=options.tma)
-                usages.append(measure(name, kernel, tile, architecture, options.dtype, head_dim))
+                case = architecture, options.dtype, head_dim, options.holes
+                usages.append(measure(name, kernel, tile, *case))
                 if not options.json:
                     print(_line(usages[-1]), flush=True)
     if options.json:

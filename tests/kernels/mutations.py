@@ -30,10 +30,19 @@ TESTS = {
         "test_the_forward_pass_allows_ends_in_any_order",
         "test_inputs_and_gradients_of_any_strides[every_second]",
         "test_intervals_beyond_the_keys_are_clamped",
+        "test_random_layouts_with_holes_equal_dense_attention[0]",
+        "test_a_hole_smaller_or_larger_than_a_step",
+        "test_holes_in_three_loops_as_on_sm_80",
+        "test_holes_in_rows_longer_than_a_run_of_the_schedule",
         "TestTma::test_random_layouts[0]",
         "test_which_tensors_support_a_descriptor",
     ),
+    "test_interval_prepare.py": (
+        "test_rows_have_one_hole_each_in_400_layouts_with_noised_copies",
+        "test_rows_of_more_than_two_runs_are_refused",
+    ),
     "test_flash.py": (
+        "test_block_lists_of_rows_with_holes_equal_brute_force",
         "test_one_long_document_has_full_blocks",
         "test_blocks_past_the_end_are_not_full",
         "test_lists_by_rows_and_by_keys_agree[1000]",
@@ -43,7 +52,7 @@ TESTS = {
 }
 
 
-TESTED_IN = {"blocks.py": "test_flash.py", "flash.py": "test_flash.py"}
+TESTED_IN = {"blocks.py": ["test_flash.py"], "flash.py": ["test_flash.py"]}
 
 
 class Mutation(NamedTuple):
@@ -127,6 +136,42 @@ MUTATIONS = {
     ),
     "lists by keys one row off": Mutation("blocks.py", "is_full.mT)", "is_full.mT.roll(1, 1))"),
     "images accepted as text": Mutation("flash.py", "row_end != position + 1", "row_end < position + 1"),
+    "keys behind a small hole counted twice": Mutation(
+        "tiles.py", "tl.maximum(gap[1] - begin - turn * BLOCK, 0)", "gap[1] - begin - turn * BLOCK"
+    ),
+    "keys behind a hole skipped": Mutation(
+        "tiles.py", "tl.maximum(gap[1] - begin - turn * BLOCK, 0)", "tl.maximum(gap[1] - begin, 0)"
+    ),
+    "the last step before a hole skipped": Mutation(
+        "tiles.py", "tl.cdiv(tl.maximum(gap[0] - begin, 0), BLOCK)", "tl.maximum(gap[0] - begin, 0) // BLOCK"
+    ),
+    "a hole's first key seen": Mutation(
+        "tiles.py", "before = step < (tl.load(holes[0]", "before = step <= (tl.load(holes[0]"
+    ),
+    "the first key behind a hole hidden": Mutation(
+        "tiles.py", "behind = step >= (tl.load(holes[1]", "behind = step > (tl.load(holes[1]"
+    ),
+    "holes masked in steps that begin in them alone": Mutation(
+        "tiles.py", "first + s.shape[1] > gap[2]", "first > gap[2]"
+    ),
+    "holes masked up to the first one's end": Mutation(
+        "intervals.py", "hole_end.amax(-1)]", "hole_end.amin(-1)]"
+    ),
+    "holes masked from the last one's start": Mutation(
+        "intervals.py", "hole_start.amin(-1)", "hole_start.amax(-1)"
+    ),
+    "full steps on sm_80 over holes": Mutation("tiles.py", "tl.minimum(inner_high, gap[2])", "inner_high"),
+    "a gap from where the first row's keys end": Mutation("intervals.py", "seen.amax(-1)", "seen[..., 0]"),
+    "a gap up to the last hole's end": Mutation(
+        "intervals.py", ".amin(-1, keepdim=True)\n    # Where", ".amax(-1, keepdim=True)\n    # Where"
+    ),
+    "a hole one key too long": Mutation("intervals.py", "(document_end - row)", "(document_end - row - 1)"),
+    "a row's own group taken for its hole": Mutation(
+        "intervals.py", "(before_group <= row)", "(before_group > row)"
+    ),
+    "documents by the last key's bound": Mutation(
+        "intervals.py", "last_query.cummax(1).values if has_holes", "last_query if has_holes"
+    ),
     "last stride assumed to be 1": Mutation("tiles.py", "[None, :] * stride_d", "[None, :]"),
 }
 
@@ -142,7 +187,8 @@ def run_tests(mutation: Mutation | None) -> subprocess.CompletedProcess:
                 raise SystemExit(f"{mutation.file} does not contain {mutation.old!r}: update mutations.py")
             (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--noconftest"]
-        files = TESTS if mutation is None else [TESTED_IN.get(mutation.file, "test_interval_attention.py")]
+        others = ["test_interval_prepare.py", "test_interval_attention.py"]
+        files = TESTS if mutation is None else TESTED_IN.get(mutation.file, others)
         command += [f"{ROOT / 'tests/kernels' / file}::{test}" for file in files for test in TESTS[file]]
         environment = os.environ | {"PYTHONPATH": folder, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

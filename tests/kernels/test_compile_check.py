@@ -65,6 +65,19 @@ def test_stored_variants():
         check(usage)
 
 
+STEPS = {(128, "forward"): 343, (128, "dkdv"): 280, (128, "dq"): 291}
+"""Instructions of a step between edges on sm_90, of kernels that knew no holes."""
+
+
+@pytest.mark.full
+def test_rows_with_holes_cost_others_nothing_and_do_not_spill():
+    for usage in compiled("--head-dims", "64", "128", "--holes"):
+        check(usage)
+    for usage in compiled("--head-dims", "128", "--architectures", "90"):
+        if limit := STEPS.get((usage["head_dim"], usage["kernel"])):
+            assert usage["step"] <= 1.02 * limit, usage
+
+
 def test_loops_with_tma_descriptors_use_fewer_registers():
     tma, pointers = (
         {u["kernel"]: u for u in compiled("--architectures", "90", "--head-dims", "128", loads)}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from interval_attention.blocks import block_lists
 from interval_attention.flash import check_flash, document_starts, flash_prepare
 from interval_attention.reference import dense_mask, reference_attention
-from tests.support.layouts import DEVICE, Case, last_queries, packed_rows
+from tests.support.layouts import DEVICE, Case, last_queries, packed_rows, rows_with_holes
 
 has_flash_4 = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 needs_flash_4 = pytest.mark.skipif(not has_flash_4, reason="flash-attn-4 is not installed")
@@ -86,6 +86,20 @@ def test_lists_by_rows_and_by_keys_agree(length):
     padded = dense_mask(prepared.row_end, prepared.last_query)[:, 0]
     assert torch.equal(padded[:, :length, :length], seen)
     assert padded.sum() == seen.sum()
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (32, 16), (16, 32)])
+def test_block_lists_of_rows_with_holes_equal_brute_force(sizes):
+    mask = rows_with_holes(11, 12, 300)
+    seen = dense_mask(*mask)[:, 0]
+    by_rows, by_keys = block_lists(*mask, *sizes)
+    check_lists(by_rows, seen, *sizes)
+    check_lists(by_keys, seen.mT, *reversed(sizes))
+
+
+def test_flash_attention_2_refuses_holes():
+    with pytest.raises(ValueError, match="images need flash-attn-4 or another backend"):
+        flash_prepare(*rows_with_holes(12, 1, 60), 60, "flash-attn")
 
 
 def test_one_long_document_has_full_blocks():

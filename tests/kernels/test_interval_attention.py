@@ -15,7 +15,15 @@ from interval_attention import api, configs, interval_attention, prepare, prepar
 from interval_attention.configs import INTERPRETED, Tile, Tiles, using
 from interval_attention.intervals import RUN
 from interval_attention.reference import dense_mask, reference_attention
-from tests.support.layouts import DEVICE, Case, last_queries, packed_row, packed_rows
+from tests.support.layouts import (
+    DEVICE,
+    Case,
+    attention_with_holes,
+    last_queries,
+    packed_row,
+    packed_rows,
+    rows_with_holes,
+)
 from tests.support.marks import full
 
 
@@ -45,6 +53,42 @@ def test_three_loops_as_on_sm_80(monkeypatch, heads):
     monkeypatch.setattr(api, "_branches", lambda device: False)
     Case.random(*packed_rows(9, 6, 44), *heads).check()
     Case.random(*causal(1, 140), *heads).check()
+
+
+@pytest.mark.parametrize("seed", [*range(3), *full(*range(3, 20))])
+def test_random_layouts_with_holes_equal_dense_attention(seed):
+    rng = random.Random(seed)
+    heads = rng.choice([(1, 1), (2, 1), (2, 2), (3, 1)])
+    Case.random(*rows_with_holes(seed, 8, rng.randint(16, 60)), *heads, seed=seed).check(attention_with_holes)
+
+
+@pytest.mark.parametrize("branches", [True, False])
+@pytest.mark.parametrize(("text", "patches", "after"), [(40, 1, 0), (33, 2, 3), (70, 20, 60), (0, 5, 70)])
+def test_a_hole_smaller_or_larger_than_a_step(monkeypatch, branches, text, patches, after):
+    """A text, an image, a text, and the image's noised copy; steps of 16 keys and 16 rows."""
+    monkeypatch.setattr(api, "_branches", lambda device: branches)
+    main = text + patches + after
+    whole = main + patches
+    end = [*range(1, text + 1), *[text + patches] * patches, *range(text + patches + 1, main + 1)]
+    last = [*[whole] * text, *[main] * (patches + after), *[whole] * patches]
+    mask = int32([end + [whole] * patches]), int32([last])
+    Case.random(*mask).check(attention_with_holes)
+
+
+def test_holes_in_three_loops_as_on_sm_80(monkeypatch):
+    monkeypatch.setattr(api, "_branches", lambda device: False)
+    Case.random(*rows_with_holes(4, 4, 90), 2, 1).check(attention_with_holes)
+
+
+def test_holes_in_rows_longer_than_a_run_of_the_schedule():
+    Case.random(*rows_with_holes(5, 2, 200), 1, 1).check(attention_with_holes)
+
+
+def test_holes_do_not_change_a_row_without_them():
+    case = Case.random(*packed_rows(6, 4, 60))
+    found, plain = (case.results(each, torch.float32) for each in (attention_with_holes, with_lse))
+    for name, value in plain.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize(("seed", "length"), [(100, 131), (101, 160), (102, 128)])
@@ -397,6 +441,9 @@ class TestTma:
         rng = random.Random(seed)
         Case.random(*packed_rows(seed, 4, rng.randint(16, 44)), 2, 1, seed=seed).check()
         assert len(with_tma) == 7  # two tensors in each of three kernels, and the statistics
+
+    def test_holes(self, with_tma):
+        Case.random(*rows_with_holes(7, 2, 60), 2, 1).check(attention_with_holes)
 
     def test_rows_longer_than_a_run(self, with_tma):
         Case.random(*packed_rows(100, 1, 131), 1, 1).check()

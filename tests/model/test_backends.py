@@ -21,6 +21,7 @@ from megafusion.parallel.mesh import make_mesh
 from megafusion.sequence.intervals import Intervals
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
+from tests.support.layouts import rows_with_holes
 
 SMALL = {
     "num_layers": 1,
@@ -157,6 +158,22 @@ def test_interval_equals_sdpa_under_the_interpreter():
         found.append([o, *torch.autograd.grad((o * torch.arange(16)).sum(), (q, k, v))])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+@without_gpu
+@eager_flex
+def test_backends_equal_sdpa_where_rows_have_holes():
+    """Clean context: each row's keys are one interval or two."""
+    row_end, last_query = rows_with_holes(3, 1, 90)
+    intervals, found = Intervals(row_end, last_query, 90, has_holes=True), []
+    for name in ("interval", "sdpa"):
+        q, k, v = (x.requires_grad_() for x in inputs(90, 90))
+        o = run(name, q, k, v, intervals)
+        found.append([o, *torch.autograd.grad((o * torch.arange(16)).sum(), (q, k, v))])
+    found.append([run("flex", *inputs(90, 90), intervals)])
+    for others in (found[0], found[2]):
+        for ours, expected in zip(others, found[1], strict=False):
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
 @without_gpu

@@ -135,7 +135,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
     values = {**values, "parallel": {}}
     config = parse_config(RunConfig, values, "test")
     batches = Batches(values, make_mesh(config.parallel))
-    model = Transfusion(config.model, config.objective)
+    model = Transfusion(config.model, config.objective, config.data.clean_context)
     if config.train.lora:
         add_lora(model, config.train.lora)
     initialize(model, config.model.num_layers, config.seed)

@@ -124,6 +124,9 @@ MODALITY_WEIGHTS = {"feed_forward": ["tp2-sp"], "all": list(RECIPES)}
 IMAGE_ROPE = {"": list(RECIPES), "-unet": ["tp2-sp", "pp2"]}
 """Topologies of rotary positions by row and column, by adapter."""
 
+CLEAN_CONTEXT = {"": list(RECIPES), "-unet": ["tp2-sp", "pp2", "ulysses2", "dp2-zero3"]}
+"""Topologies of clean context, by adapter; of flow matching and weights for patches with it, all recipes'."""
+
 ALIGNED = {"tp2": TOPOLOGIES["tp2"], **{n: t for n, t in RECIPES.items() if "pipeline" not in t[1]}}
 """Topologies of alignment with features, which a pipeline does not serve."""
 
@@ -207,6 +210,12 @@ def make_cases() -> list[Case]:
         recipe = {"model": {"image_rope": "2d"}}
         kind = adapter.removeprefix("-") or "linear"
         cases += [Case(f"{name}-rope-2d{adapter}", *RECIPES[name], kind, recipe=recipe) for name in names]
+    clean = {"data": {"clean_context": True, "sequence_length": 128}}  # three images twice, as three once
+    for adapter, names in CLEAN_CONTEXT.items():
+        kind = adapter.removeprefix("-") or "linear"
+        cases += [Case(f"{name}-clean{adapter}", *RECIPES[name], kind, recipe=clean) for name in names]
+    recipe = {"objective": {"noise_process": {"kind": "flow"}}, "model": {"modality_weights": "all"}}
+    cases += [Case(f"{name}-clean-flow-modality", *RECIPES[name], recipe=clean | recipe) for name in RECIPES]
     alignment = {"model": "none", "feature_size": 16, "layer": 2, "weight": 3.0}
     recipe = {"objective": {"alignment": alignment}}
     cases += [Case(f"{name}-aligned", *t, recipe=recipe) for name, t in ALIGNED.items()]

@@ -8,7 +8,8 @@ from tests.support.marks import full
 from tests.support.workers import run_workers
 
 # Each form of parallelism (with the linear adapter, of a model with every key that hub/ needs), ZeRO 3,
-# recomputation, offloading, bf16, flow matching, LoRA, weights and positions of image patches, and codes.
+# recomputation, offloading, bf16, flow matching, LoRA, weights and positions of image patches, codes, clean
+# context.
 QUICK = [
     "one",
     "dp2-zero3-linear",
@@ -24,6 +25,8 @@ QUICK = [
     "ulysses2-rope-2d",
     "tp2-sp-aligned",
     "tp2-sp-quantized",
+    "pp2-clean-flow-modality",
+    "ulysses2-clean",
 ]
 # Other stages, products of the degrees above, and recipes at other topologies.
 FULL = [
@@ -77,6 +80,16 @@ FULL = [
     "dp2-zero1-quantized",
     "dp2-zero3-quantized",
     "tp2-pp2-quantized",
+    "tp2-sp-clean",
+    "tp2-sp-clean-unet",
+    "pp2-clean",
+    "pp2-clean-unet",
+    "dp2-zero1-clean",
+    "dp2-zero3-clean-unet",
+    "tp2-pp2-clean",
+    "tp2-sp-clean-flow-modality",
+    "ulysses2-clean-flow-modality",
+    "dp2-zero3-clean-flow-modality",
 ]
 
 

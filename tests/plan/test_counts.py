@@ -1,5 +1,6 @@
 """Parameters, FLOPs and stages by formula are those of the real model."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -68,9 +69,13 @@ def test_trained_parameters_are_those_that_are_not_frozen():
     assert job.num_weights(0) == sum(sizes.values())
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, QUANTIZED])
-def test_flops_and_stages_are_those_that_pytorch_counts(name):
-    config = configuration(name)
+CLEAN = ("data.clean_context=true", "data.image_first_max_t=1")
+FLOPS = [*((name, ()) for name in [*CONFIGS, QUANTIZED]), ("baselines/7b-unet-8x8.yaml", CLEAN)]
+
+
+@pytest.mark.parametrize(("name", "overrides"), FLOPS)
+def test_flops_and_stages_are_those_that_pytorch_counts(name, overrides):
+    config = configuration(name, *overrides)
     counted = layer_flops(config.model, config.sequence_shape)
     model, job = config.model, config.job(1)
     length, slots = job.sequence_length, job.images_per_row
@@ -78,12 +83,29 @@ def test_flops_and_stages_are_those_that_pytorch_counts(name):
     assert counted[1] == 2 * length * matrix_weights(model) + dense
     adapter = adapter_layers(model)
     head = 2 * length * model.vocab_size * model.hidden_size
-    assert counted[0] == slots * num_flops(adapter.down)
+    assert counted[0] == slots * num_flops(adapter.down) * (2 if overrides else 1)
     assert counted[-1] == head + slots * num_flops(adapter.up)
     for pipeline in (1, 2, 4):
         parallel = config.parallel.model_copy(update={"pipeline": pipeline})
         staged = config.model_copy(update={"parallel": parallel}).job(4)
         assert staged.stages == stage_blocks(counted, pipeline)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "pairs"])
+def test_clean_context_counts_the_pairs_of_packed_rows(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from synthetic import SyntheticRows
+
+    config = configuration("quickstart.yaml", *CLEAN, "data.sequence_length=2048", "data.images_per_row=12")
+    rows, length = SyntheticRows(config, kind), config.data.sequence_length
+    packed = [rows.next() for _ in range(64)]
+    statistics = config.job(1, kind).statistics
+    visible = sum(int(row.work()[1]) for row in packed) / (64 * length)
+    images = sum(int(row.has_loss.sum()) for row in packed) / 64
+    assert statistics.visible_keys == pytest.approx(visible, rel=0.1)
+    assert statistics.images == pytest.approx(images, rel=0.1)
+    plain = config.job(1, kind)
+    assert statistics.images <= replace(plain, clean_context=False).statistics.images
 
 
 def test_a_token_costs_what_benchmarks_train_counts():

@@ -168,7 +168,7 @@ def test_unused_slots_change_no_loss_and_no_gradient(adapter, lengths, kept):
     net, shape = model(adapter), SequenceShape(48, 7, (NUM_PATCHES,), 2, ((4, 4),))
     rows = [pack_row([document(row, seed)], shape) for seed, row in enumerate(lengths)]
     whole = collate(rows)
-    less = drop_unused_slots(whole)
+    less = drop_unused_slots(whole, NUM_PATCHES)
     assert less.latents.shape[:2] == less.t.shape == less.has_pixels.shape == (2, kept)
     assert torch.equal(less.tokens, whole.tokens)
     found = []

@@ -41,6 +41,38 @@ def packed_rows(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
     return end, last_queries(start, length)
 
 
+def row_with_holes(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
+    """row_end and last_query of a row of documents whose images stand twice: in their place, where all that
+    follows sees them, and at the document's end, last image first, where each sees what is before the image
+    and itself."""
+    end, last = [], []
+    while len(end) < length:
+        first, images = len(end), []
+        for _ in range(rng.randint(1, 5)):
+            here, size = len(end), rng.choice([1, 1, 2, 5, 9, 20])
+            if rng.random() < 0.5:
+                images.append((here, size))
+                end += [here + size] * size
+            else:
+                end += range(here + 1, here + size + 1)
+        last += [len(end) + sum(n for at, n in images if at > key) for key in range(first, len(end))]
+        for _, size in reversed(images):
+            end += [len(end) + size] * size
+            last += [len(end)] * size
+    return tuple([min(bound, length) for bound in bounds[:length]] for bounds in (end, last))
+
+
+def rows_with_holes(seed: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """row_end and last_query int32 [num_rows, length] of random layouts."""
+    rng = random.Random(seed)
+    rows = [row_with_holes(rng, length) for _ in range(num_rows)]
+    return tuple(torch.tensor(bound, dtype=torch.int32, device=DEVICE) for bound in zip(*rows, strict=True))
+
+
+def attention_with_holes(q, k, v, row_end, last_query) -> tuple[Tensor, Tensor]:
+    return interval_attention(q, k, v, row_end, last_query, has_holes=True, return_lse=True)
+
+
 def last_queries(row_start: Tensor, num_keys: int) -> Tensor:
     """last_query int32 [B, T] of rows that see no key before row_start [B, S], which does not decrease."""
     key = torch.arange(num_keys, dtype=torch.int32, device=DEVICE).repeat(len(row_start), 1)

@@ -118,7 +118,9 @@ def stream_of(
     channels, *first = latents
     sizes = (tuple(first), *more_sizes)
     patches = tuple(height * width * num_patches // (first[0] * first[1]) for height, width in sizes)
-    shape = SequenceShape(length, slots, patches, channels, sizes, pixels_per_latent)
+    shape = SequenceShape(
+        length, slots, patches, channels, sizes, pixels_per_latent, clean_context=config.clean_context
+    )
     opened = open_sources(config, ids, "v", seed)
     return DataLoader(config, opened, shape, ids, DDPMConfig().build(), num_rows, rows, micro)
 

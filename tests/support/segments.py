@@ -22,7 +22,8 @@ def flat_document(
     tokenizer: Tokenizer,
     patches: Sequence[int],
     causal_images: bool = False,
+    clean_context: bool = False,
 ) -> FlatDocument:
     """`flatten`, where a text may be given by its ids alone."""
     whole = [segment if isinstance(segment, Segment) else Segment("tokens", segment) for segment in segments]
-    return flatten(whole, tokenizer, patches, causal_images)
+    return flatten(whole, tokenizer, patches, causal_images, clean_context)

@@ -13,7 +13,8 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 
 def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> interval_attention.Prepared:
-    return interval_attention.prepare(intervals.row_end, intervals.last_query, intervals.num_keys)
+    bounds = intervals.row_end, intervals.last_query, intervals.num_keys
+    return interval_attention.prepare(*bounds, has_holes=intervals.has_holes)
 
 
 def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: interval_attention.Prepared) -> Tensor:
