@@ -7,7 +7,7 @@ from pydantic import Field
 
 from megafusion.config import Config
 
-SuiteName = Literal["perplexity", "captions", "images", "reconstruction", "geneval"]
+SuiteName = Literal["perplexity", "captions", "images", "reconstruction", "geneval", "lm"]
 
 
 class EvaluateConfig(Config):
@@ -22,11 +22,13 @@ class EvaluateConfig(Config):
     image_folder: Path | None = None
     """Folder of the images that the annotations name; by default the annotation file's own."""
     max_items: int | None = Field(None, gt=0)
-    """Maximum number of texts, and of images in each group, spread evenly over the input; all by default."""
+    """Maximum number of texts, of images in each group, and of documents of each of lm's tasks, spread
+    evenly over the input; all by default."""
     batch_size: int = Field(16, gt=0)
-    """Texts or images at a time. Which are together is fixed by it, whatever the number of processes."""
+    """Texts, images or requests at a time. Which are together is fixed by it, whatever the number of
+    processes."""
     seed: int = Field(0, ge=0, le=2**62)
-    """Seed of drawn images and sampled captions: item n uses seed + n."""
+    """Seed of drawn images and of sampled captions and answers: item n uses seed + n."""
     sampling: dict[str, Any] = Field({})
     """Keys of the model's `sampling` to replace, as guidance_scale and num_inference_steps."""
     words: Literal["simple", "ptb"] = "simple"
@@ -48,6 +50,11 @@ class EvaluateConfig(Config):
     takes a PIL image and returns objects with label, score, box and perhaps color."""
     images_per_prompt: int = Field(4, gt=0)
     """geneval: images drawn of each prompt."""
+    task_folder: Path | None = None
+    """lm: folder of lm-evaluation-harness's task files (.yaml). They are code, and are run; nothing is
+    downloaded, so their data are files."""
+    tasks: tuple[str, ...] = ()
+    """lm: names of tasks, groups or tags in the folder; all its tasks by default."""
     kid_subset_size: int = Field(1000, ge=2)
     """images: images in each subset of KID; fewer where there are fewer."""
     kid_subsets: int = Field(100, gt=0)

@@ -19,7 +19,7 @@ from megafusion.evaluate.clip import Clip
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.detector import Found, load_detector
 from megafusion.evaluate.groups import sampling_of
-from megafusion.evaluate.suite import Metrics
+from megafusion.evaluate.suite import Metrics, model_sha256
 from megafusion.generate.arguments import load_image
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png
@@ -46,7 +46,7 @@ class GenEval:
                 "geneval: give it prompts=FILE, GenEval's evaluation_metadata.jsonl, and detector=FOLDER or "
                 "MODULE:FUNCTION"
             )
-        prompts = read_prompts(config.prompts)
+        prompts, detector = read_prompts(config.prompts), Path(config.detector)
         self._detect = load_detector(config.detector)
         self._clip = Clip(config.clip) if config.clip else None
         self.items: Sequence[tuple[dict, int]] = [
@@ -54,8 +54,8 @@ class GenEval:
         ]
         self.recipe: dict[str, Any] = {
             "prompts": file_sha256(config.prompts),
-            "detector": config.detector,
-            "clip": str(config.clip),
+            "detector": model_sha256(detector) if detector.is_dir() else config.detector,
+            "clip": config.clip and model_sha256(config.clip),
             "items": len(self.items),
             "seed": config.seed,
             "sampling": config.sampling,

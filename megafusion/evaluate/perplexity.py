@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -89,23 +90,11 @@ def text_nats(model: Transfusion, documents: Sequence[FlatDocument]) -> tuple[Te
 
     Documents of texts alone, one a row.
     """
-    device, length = model.tail.head.weight.device, max(map(len, documents))
-    num = torch.tensor([len(document) for document in documents])[:, None]
-    positions_BS = torch.arange(length).expand(len(documents), length)
-    tokens_BS = torch.zeros(len(documents), length, dtype=torch.int64)
-    labels_BS = torch.full_like(tokens_BS, IGNORED_LABEL)
+    hidden_BSD = text_hidden(model, [document.tokens for document in documents])
+    labels_BS = torch.full(hidden_BSD.shape[:2], IGNORED_LABEL)
     for row, document in enumerate(documents):
-        tokens_BS[row, : len(document)] = torch.from_numpy(document.tokens)
         labels_BS[row, : len(document)] = torch.from_numpy(document.labels)
-    # Padding sees itself alone.
-    last_query = torch.where(positions_BS < num, num, positions_BS + 1).int().to(device)
-    intervals = Intervals((positions_BS + 1).int().to(device), last_query, length)
-    x_BSD = model.stem.embedding(tokens_BS.to(device))
-    is_patch = torch.zeros(x_BSD.shape[:2], dtype=torch.bool, device=device)
-    context = block_context(model.config, intervals, positions_BS.int().to(device), x_BSD.dtype, is_patch)
-    for block in model.blocks:
-        x_BSD = block(x_BSD, context)
-    hidden_BSD, labels_BS = model.tail(x_BSD), labels_BS.to(device)
+    labels_BS = labels_BS.to(hidden_BSD.device)
     # A row at a time, because logits are the largest tensor.
     nats_BS = torch.stack(
         [
@@ -116,3 +105,23 @@ def text_nats(model: Transfusion, documents: Sequence[FlatDocument]) -> tuple[Te
         ]
     )
     return nats_BS.double().cpu(), (labels_BS != IGNORED_LABEL).cpu()
+
+
+@torch.no_grad()
+def text_hidden(model: Transfusion, rows: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+    """Hidden states [B, S, D] of rows of token ids, padded to the longest; those of padding mean nothing."""
+    device, length = model.tail.head.weight.device, max(map(len, rows))
+    num = torch.tensor([len(row) for row in rows])[:, None]
+    positions_BS = torch.arange(length).expand(len(rows), length)
+    tokens_BS = torch.zeros(len(rows), length, dtype=torch.int64)
+    for tokens_S, row in zip(tokens_BS, rows, strict=True):
+        tokens_S[: len(row)] = torch.as_tensor(row)
+    # Padding sees itself alone.
+    last_query = torch.where(positions_BS < num, num, positions_BS + 1).int().to(device)
+    intervals = Intervals((positions_BS + 1).int().to(device), last_query, length)
+    x_BSD = model.stem.embedding(tokens_BS.to(device))
+    is_patch = torch.zeros(x_BSD.shape[:2], dtype=torch.bool, device=device)
+    context = block_context(model.config, intervals, positions_BS.int().to(device), x_BSD.dtype, is_patch)
+    for block in model.blocks:
+        x_BSD = block(x_BSD, context)
+    return model.tail(x_BSD)

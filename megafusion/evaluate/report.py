@@ -20,9 +20,11 @@ HIGHER = {
     "psnr_of_mean",
     "clip_score",
     "geneval",
+    "acc",
+    "acc_norm",
 }
 LOWER = {"perplexity", "nats_per_token", "bits_per_token", "nats_per_byte", "bits_per_byte", "l1"}
-LOWER |= {"fid", "kid", "judge_frechet_distance"}
+LOWER |= {"fid", "kid", "judge_frechet_distance", "word_perplexity", "byte_perplexity"}
 """Metrics by the better direction; the others say what was measured on."""
 NOTES = {
     "judge_frechet_distance": "in the judge's features; not FID, and comparable for one judge alone",

@@ -14,12 +14,12 @@ from megafusion.evaluate.captions import Captions
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.geneval import GenEval
 from megafusion.evaluate.images import Images
+from megafusion.evaluate.language_tasks import LanguageTasks
 from megafusion.evaluate.perplexity import Perplexity
 from megafusion.evaluate.reconstruction import Reconstruction
 from megafusion.evaluate.report import check_finite, write_report, write_suite
-from megafusion.evaluate.suite import Suite, claim_folder, run_batches
+from megafusion.evaluate.suite import Suite, claim_folder, model_sha256, run_batches
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.storage import file_sha256
 
 SUITES: dict[str, Callable[[EvaluateConfig, Path], Suite]] = {
     "perplexity": lambda config, _: Perplexity(config),
@@ -27,14 +27,15 @@ SUITES: dict[str, Callable[[EvaluateConfig, Path], Suite]] = {
     "images": Images,
     "reconstruction": Reconstruction,
     "geneval": GenEval,
+    "lm": lambda config, _: LanguageTasks(config),
 }
 OPTIONS: dict[str, set[str]] = {
     "captions": {"words"},
     "images": {"kid_subset_size", "kid_subsets"},
 }
 """Options of a suite's summary, for its metrics file; those of its records are in its recipe."""
-JUDGES = {"images": ("judge", "inception")}
-"""Files that a suite's figures depend on: figures are comparable for the same alone."""
+JUDGES = {"images": ("judge", "inception", "clip")}
+"""Files and folders of models that a suite's figures depend on: figures are comparable for the same alone."""
 
 
 def evaluate(
@@ -63,7 +64,7 @@ def evaluate(
         options = config.model_dump(mode="json", include=OPTIONS.get(name, set()))
         for judge in JUDGES.get(name, ()):
             path: Path | None = getattr(config, judge)
-            options[judge] = path and file_sha256(path)
+            options[judge] = path and model_sha256(path)
         result = {"metrics": metrics, "recipe": suite.recipe, "options": options}
         if proof := getattr(suite, "proof", None):
             result["judge"] = proof

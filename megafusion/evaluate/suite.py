@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megafusion.errors import UserError
 from megafusion.processes import world_size
 from megafusion.progress import progress_bar
-from megafusion.storage import read_json, write_file
+from megafusion.storage import file_sha256, folder_sha256, read_json, write_file
 
 if TYPE_CHECKING:
     from megafusion.generate.pipeline import TransfusionPipeline
 
 Metrics = dict[str, float | int]
 RECIPE = "recipe.json"
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
+"""Of folders of transformers: weights, configurations and vocabularies. Other weights are not read."""
 
 
 class Suite(Protocol):
@@ -70,3 +72,8 @@ def claim_folder(folder: Path, recipe: dict[str, Any]) -> None:
         raise UserError(
             f"{folder}: holds results with another {', '.join(changed)} (see {path}); choose another --out"
         )
+
+
+def model_sha256(path: Path) -> str:
+    """Hex digest of a judging model: a file of weights, or a folder of transformers."""
+    return folder_sha256(path, MODEL_FILES) if path.is_dir() else file_sha256(path)

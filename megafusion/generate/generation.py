@@ -300,6 +300,8 @@ class Generation:
         for part in request.prompt:
             if isinstance(part, str):
                 segments += text_segments(part, self.tokenizer)
+            elif isinstance(part, Segment):
+                segments.append(Segment("tokens", list(part.data)))
             else:
                 segments.append(read_image(part, self.codec, self.config.image_sizes))
         return Row.of(number, request, segments, self.tokenizer)

@@ -27,13 +27,14 @@ Begin = Literal["free", "text", "image"]
 class Request:
     """One row to generate.
 
+    prompt: texts, which are cleaned, images, and segments of tokens, which are taken as they are.
     begin, max_images: as in `TransfusionPipeline.generate`. seed: of the row's noise and tokens, whatever its
     batch; noise: a generator of the noise in place of the seed's. size: index of the size of drawn images;
     None lets the model choose by its begin-of-image (boi) token. preview_every: denoising steps between
     previews of its images; 0 for none.
     """
 
-    prompt: Sequence[Part]
+    prompt: Sequence[Part | Segment]
     sampling: SamplingConfig
     seed: int = 0
     begin: Begin = "free"
@@ -122,12 +123,14 @@ def text_segments(text: str, tokenizer: Tokenizer) -> list[Segment]:
     return [Segment("tokens", list(ids))] if ids else []
 
 
-def count_positions(prompt: Sequence[Part], tokenizer: Tokenizer, model: ModelConfig) -> int:
+def count_positions(prompt: Sequence[Part | Segment], tokenizer: Tokenizer, model: ModelConfig) -> int:
     """Positions of a prompt as a document, from bos to eos. Encodes no image."""
     count = 2
     for part in prompt:
         if isinstance(part, str):
             count += sum(len(segment.data) for segment in text_segments(part, tokenizer))
+        elif isinstance(part, Segment):
+            count += len(part.data)
         else:
             image = convert_to_rgb(part)
             count += model.patches[nearest_size(image.height, image.width, model.image_sizes)] + 2
