@@ -182,6 +182,7 @@ def test_a_model_that_copies_the_real_images_is_judged_right_and_at_distance_zer
         ),
         ("images", {"inception": Path("no.pth"), "max_items": 1}, "group 'seen' has one image; FID needs 2"),
         ("images", {"clip": Path("no/clip")}, "clip: no/clip: no folder of a CLIP model; save"),
+        ("lm", {}, "lm: give it task_folder=FOLDER, of lm-evaluation-harness"),
         ("geneval", {}, "geneval: give it prompts=FILE, GenEval's evaluation_metadata.jsonl, and detector"),
         (
             "images",
@@ -206,6 +207,12 @@ def test_pickled_code_in_place_of_weights_is_not_run(config, tmp_path):
     with pytest.raises(UserError, match="not readable as tensors alone"):
         evaluate(tmp_path / "no-model", ["images"], config.model_copy(update=changes), tmp_path / "out")
     assert not (tmp_path / "ran").exists()
+
+
+def test_lm_eval_is_named_where_it_is_missing(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match=r"lm: needs lm-eval; pip install 'megafusion\[eval\]'"):
+        evaluate(tmp_path, ["lm"], config.model_copy(update={"task_folder": tmp_path}), tmp_path / "out")
 
 
 def test_java_is_asked_for_only_by_the_words_that_need_it(config, tmp_path, monkeypatch):

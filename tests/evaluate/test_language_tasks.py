@@ -11,14 +11,13 @@ from transformers import AutoTokenizer
 from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.run import evaluate
-from megafusion.generate.pipeline import TransfusionPipeline
-from tests.hub.test_export import pipeline_from
-from tests.support.hub import make_folder
+from tests.support.hub import make_folder, pipeline_from
 
 pytest.importorskip("lm_eval")
 
 LENGTH = 96
-WORDS = "apple ghost water cat house red green old small round tree moon river stone fish bird".split()
+TEXT = "apple ghost water cat house red green old small round tree moon river stone fish bird"
+WORDS = TEXT.split()
 CHOICE = {
     "task": "choose",
     "output_type": "multiple_choice",
@@ -95,18 +94,17 @@ def task_folder(tmp_path) -> Path:
 
 @pytest.fixture
 def llama(tmp_path, tokenizer, codec):
-    """A Llama of transformers, and the same with an image path as a pipeline folder."""
+    """A Llama of transformers, its folder, and a pipeline folder of the same with an image path."""
     theirs = make_folder(tmp_path / "hub", "llama2")
-    names = tokenizer.transformers_config()
-    (tmp_path / "hub/tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "hub/tokenizer_config.json").write_text(json.dumps(tokenizer.transformers_config()))
     pipeline = pipeline_from(tmp_path / "hub", tokenizer, codec)
     pipeline.config = pipeline.config.model_copy(update={"sequence_length": LENGTH})
     pipeline.save_pretrained(tmp_path / "pipeline")
     return theirs, tmp_path / "hub", tmp_path / "pipeline"
 
 
-def by_hf(model, folder: Path, task_folder: Path, names: list[str], **options) -> dict:
-    """Results of lm-eval's own loop with its own model of transformers."""
+def by_hf(model, folder: Path, task_folder: Path, names: list[str], **options) -> tuple[dict, dict]:
+    """Metrics and samples of lm-eval's own loop with its own model of transformers."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -114,10 +112,8 @@ def by_hf(model, folder: Path, task_folder: Path, names: list[str], **options) -
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=LENGTH, batch_size=4, **options)
     manager = TaskManager(include_path=str(task_folder), include_defaults=False)
-    found = simple_evaluate(
-        theirs, tasks=names, task_manager=manager, bootstrap_iters=1000, log_samples=False
-    )
-    return {
+    found = simple_evaluate(theirs, tasks=names, task_manager=manager, bootstrap_iters=1000)
+    metrics = {
         name: {
             key.removesuffix(",none"): value
             for key, value in values.items()
@@ -125,6 +121,14 @@ def by_hf(model, folder: Path, task_folder: Path, names: list[str], **options) -
         }
         for name, values in found["results"].items()
     }
+    return metrics, found["samples"]
+
+
+def answers(folder: Path, task: str) -> list:
+    """What was recorded of a task, in the order of its documents."""
+    paths = sorted(folder.glob("batch-*.json"))
+    records = [record for path in paths for record in json.loads(path.read_text())["records"]]
+    return [record["answer"] for record in records if record["task"] == task]
 
 
 def test_scores_equal_those_of_hf(llama, task_folder, tmp_path, monkeypatch):
@@ -132,8 +136,9 @@ def test_scores_equal_those_of_hf(llama, task_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     theirs, hub, pipeline = llama
     # Whole texts without the probability of bos, which `hf` counts where the tokenizer writes one.
-    expected = by_hf(theirs, hub, task_folder, ["whole_text"], add_bos_token=False)
-    expected |= by_hf(theirs, hub, task_folder, ["both", "write"])
+    expected, _ = by_hf(theirs, hub, task_folder, ["whole_text"], add_bos_token=False)
+    metrics, samples = by_hf(theirs, hub, task_folder, ["both", "write"])
+    expected |= metrics
     config = EvaluateConfig(task_folder=task_folder, tasks=("both", "write", "whole_text"), batch_size=5)
     found = evaluate(pipeline, ["lm"], config, tmp_path / "out")["suites"]["lm"]["metrics"]
     assert found.keys() == expected.keys() == {"both", "choose", "next_word", "write", "whole_text"}
@@ -141,6 +146,98 @@ def test_scores_equal_those_of_hf(llama, task_folder, tmp_path, monkeypatch):
         assert figures.pop("documents") == (24 if name == "both" else 12)
         assert figures == pytest.approx(expected[name], rel=1e-5), name
     assert 0 < found["choose"]["acc"] < 1
-    assert 0 < found["write"]["exact_match"] < 1
     assert found["next_word"]["perplexity"] > 100
+    written = answers(tmp_path / "out/lm", "write")
+    theirs = [sample["resps"][0][0] for sample in sorted(samples["write"], key=lambda each: each["doc_id"])]
+    # The prompt of one is cut: here after its bos, there bos is lost.
+    assert [text for text, ours in zip(theirs, written, strict=True) if text != ours] in ([], [theirs[2]])
+    assert len(set(written)) > 6
     assert "| acc ↑ |" in (tmp_path / "out/report.md").read_text()
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_two_processes_and_a_resumed_one_give_the_files_of_one(saved, task_folder, tmp_path, monkeypatch):
+    """Answers are sampled, each from its own seed; of each task, some documents."""
+    path = task_folder / "write.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["generation_kwargs"] |= {"do_sample": True, "temperature": 1.0}
+    values["repeats"] = 2
+    path.write_text(yaml.safe_dump(values))
+    config = EvaluateConfig(task_folder=task_folder, max_items=3, batch_size=4)
+    report = evaluate(saved, ["lm"], config, tmp_path / "one")
+    assert {
+        name: each["documents"] for name, each in report["suites"]["lm"]["metrics"].items()
+    } == dict.fromkeys(("choose", "next_word", "whole_text", "write"), 3)
+    assert len(set(answers(tmp_path / "one/lm", "write"))) == 6
+    for name, value in {"WORLD_SIZE": "2", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        found = evaluate(saved, ["lm"], config, tmp_path / "two")
+        assert (found is None) == (rank == 1)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    for lost in ("lm/batch-000001.json", "lm/metrics.json", "report.json"):
+        (tmp_path / "two" / lost).unlink()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    evaluate(saved, ["lm"], config, tmp_path / "two")
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    data = task_folder / "test.jsonl"
+    data.write_text(data.read_text().replace(WORDS[1], WORDS[2]))
+    with pytest.raises(UserError, match="results with another requests, task_files"):
+        evaluate(saved, ["lm"], config, tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "changes", "fault"),
+    [
+        (("chose",), {}, r"tasks: chose: not in .*, which has both, choose, next_word, whole_text, write"),
+        ((), {"dataset_path": "glue"}, "a task cannot be loaded .*nothing is downloaded: give its data"),
+        ((), {"dataset_kwargs": {"data_files": ["https://x/a.jsonl"]}}, r"dataset_kwargs: https.* fetched"),
+        ((), {"metric_list": [{"metric": "no_such_metric"}]}, "a task cannot be loaded"),
+        ((), {"unsafe_code": True}, "tasks: write: runs what the model writes"),
+    ],
+)
+def test_a_task_that_cannot_be_measured_is_refused(task_folder, tmp_path, tasks, changes, fault):
+    path = task_folder / "write.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+    config = EvaluateConfig(task_folder=task_folder, tasks=tasks)
+    with pytest.raises(UserError, match=fault):
+        evaluate(tmp_path / "no-model", ["lm"], config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_lm_eval_would_leave_out_is_refused(task_folder, tmp_path):
+    (task_folder / "write.yaml").write_text("task: write\n  x: [")
+    with pytest.raises(UserError, match=r"write\.yaml: not readable as YAML"):
+        evaluate(tmp_path, ["lm"], EvaluateConfig(task_folder=task_folder), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"max_gen_toks": LENGTH}, "max_gen_toks 96 of a task leaves no room for its prompt"),
+        ({"num_beams": 4}, "generation_kwargs of a task.*num_beams"),
+    ],
+)
+def test_options_of_answers_that_are_not_there_are_refused(pipeline, options, fault):
+    from lm_eval.api.instance import Instance
+
+    from megafusion.evaluate.lm_eval_model import LMEvalModel
+
+    pipeline.config = pipeline.config.model_copy(update={"sequence_length": LENGTH})
+    request = Instance("generate_until", {}, ("apple", {"until": ["x"], "do_sample": False} | options), 0)
+    with pytest.raises(UserError, match=fault):
+        LMEvalModel(pipeline).generate_until([request])
+
+
+def test_a_model_with_nan_is_refused_although_accuracy_is_a_number(pipeline, task_folder, tmp_path):
+    with torch.no_grad():
+        pipeline.model.tail.head.weight[5] = torch.nan
+    pipeline.save_pretrained(tmp_path / "nan")
+    config = EvaluateConfig(task_folder=task_folder, tasks=("choose",))
+    with pytest.raises(UserError, match="lm: a likelihood of choose is nan: the weights"):
+        evaluate(tmp_path / "nan", ["lm"], config, tmp_path / "out")
+    assert not (tmp_path / "out/report.json").exists()

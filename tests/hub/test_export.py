@@ -27,11 +27,10 @@ from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train
 from tests.support.generation import full_hidden, prompt_batch
-from tests.support.hub import FAMILIES, IMAGES, PIECES, load_here, make_folder
+from tests.support.hub import FAMILIES, IMAGES, PIECES, load_here, make_folder, pipeline_from
 from tests.support.runs import start
 from tests.support.small import small_run
 from tests.support.tokenizers import make_qwen
-from tests.support.weights import initialize
 
 # None begins with a space, before which transformers puts no other, as SentencePiece does.
 TEXTS = ["red apple, 3d style", "two  spaces ", "Ein Läufer, 走る 🏃", "", "a" * 40]
@@ -44,18 +43,6 @@ def run(*arguments: str) -> str:
         return str(result.exception)
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def pipeline_from(folder: Path, tokenizer, codec) -> TransfusionPipeline:
-    """A folder's model with two more token ids, as a run from it has."""
-    text_model = load_here(folder)
-    config = text_model.config.model_copy(update={"vocab_size": PIECES + 2})
-    model = Transfusion(config, ObjectiveConfig())
-    initialize(model, 2, seed=1)
-    for name, weight in text_model.weights().items():
-        model.weights()[name][: len(weight)] = weight
-    pipeline_config = PipelineConfig(model=config, objective=ObjectiveConfig(), sampling=SamplingConfig())
-    return TransfusionPipeline(model, tokenizer, codec, pipeline_config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,12 +13,14 @@ from transformers.models.qwen3 import Qwen3Config
 
 from megafusion.checkpoint.reader import fill_tensors
 from megafusion.config import parse_config
+from megafusion.generate.folder import PipelineConfig
+from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.hub.config import model_keys, read_hub_config
 from megafusion.hub.weights import open_hub_weights
 from megafusion.model.config import ModelConfig
 from megafusion.model.hub_names import hub_names
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.config import ObjectiveConfig
+from megafusion.objective.config import ObjectiveConfig, SamplingConfig
 from tests.support.small import TOKENIZER
 from tests.support.weights import initialize
 
@@ -86,3 +88,15 @@ def load_here(folder: Path, **changes) -> Transfusion:
     text = {name: model.weights()[name] for name in hub_names(model.weights())}
     fill_tensors(open_hub_weights(folder, text, values.get("tie_word_embeddings", False)), text)
     return model.eval()
+
+
+def pipeline_from(folder: Path, tokenizer, codec) -> TransfusionPipeline:
+    """A folder's model with two more token ids, as a run from it has."""
+    text_model = load_here(folder)
+    config = text_model.config.model_copy(update={"vocab_size": PIECES + 2})
+    model = Transfusion(config, ObjectiveConfig())
+    initialize(model, 2, seed=1)
+    for name, weight in text_model.weights().items():
+        model.weights()[name][: len(weight)] = weight
+    pipeline_config = PipelineConfig(model=config, objective=ObjectiveConfig(), sampling=SamplingConfig())
+    return TransfusionPipeline(model, tokenizer, codec, pipeline_config)
