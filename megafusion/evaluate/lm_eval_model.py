@@ -53,6 +53,7 @@ class LMEvalModel(TemplateLM):
         ids = self._ids.encode(string)
         return ids if add_special_tokens is False else [self._ids.bos, *ids]
 
+    @torch.no_grad()
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:

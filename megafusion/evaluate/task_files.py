@@ -56,6 +56,9 @@ def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         for attribute, what in REFUSED.items():
             if getattr(task, attribute, False):
                 raise UserError(f"tasks: {name}: {what}, which this suite does not; leave it out")
+        metrics = {} if task.get_config("process_results") else getattr(task, "_metric_fn_list", {})
+        if unknown := [metric for metric, function in metrics.items() if function is None]:
+            raise UserError(f"tasks: {name}: lm-eval has no metric {unknown[0]}, and none is downloaded")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded

@@ -1,5 +1,7 @@
 """CLIP score of a random CLIP in a folder, against torchmetrics' on the same images and texts."""
 
+import json
+import shutil
 import string
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -14,8 +17,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from megafusion.errors import UserError
 from megafusion.evaluate.clip import Clip
+from megafusion.evaluate.config import EvaluateConfig
+from megafusion.evaluate.geneval import GenEval
 from megafusion.evaluate.images import Images
 from megafusion.evaluate.run import evaluate
+from megafusion.evaluate.suite import model_sha256
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +99,21 @@ def test_the_images_suite_reports_it_by_group(clip_folder, config, saved, tmp_pa
         (metrics["seen"]["clip_score"] + metrics["held-out"]["clip_score"]) / 2
     )
     assert Images.name in report["suites"]
+    assert report["suites"]["images"]["options"]["clip"] == model_sha256(clip_folder)
+
+
+def test_a_folder_is_known_by_what_is_read_of_it(clip_folder, tmp_path):
+    copy = shutil.copytree(clip_folder, tmp_path / "copy")
+    (copy / ".cache").mkdir()
+    (copy / ".cache/etag.json").write_text("{}")
+    (copy / "pytorch_model.bin").write_bytes(b"another format")
+    assert model_sha256(copy) == model_sha256(clip_folder)
+    prompt = {"tag": "a", "prompt": "b", "include": [{"class": "c", "count": 1}]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    config = EvaluateConfig(prompts=tmp_path / "prompts.jsonl", detector="json:loads", clip=copy)
+    before = GenEval(config, tmp_path).recipe
+    weights = load_file(copy / "model.safetensors")
+    weights["logit_scale"] += 1
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    after = GenEval(config, tmp_path).recipe
+    assert [key for key in before if before[key] != after[key]] == ["clip"]
