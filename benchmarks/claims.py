@@ -37,7 +37,7 @@ FIGURES = {
 }
 """Metrics of each suite that a claim is about."""
 COUNTS = ("steps", "seconds")
-"""What a run took; no claim is about it."""
+"""Costs of a run, about which there is no claim."""
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 

@@ -1,4 +1,4 @@
-"""What do weights per modality cost a step? The same rows, dense and not, in turns.
+"""The cost of weights per modality for a step: the same rows, dense and not, in turns.
 
     python benchmarks/modality.py [CONFIG] [KEY=VALUE ...] [--rounds 20] [--rows mixed] [--json FILE]
 

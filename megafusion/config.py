@@ -165,11 +165,17 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
         case "extra_forbidden":
             if new_names := _new_names(cls, location):
                 return f"key {path!r} was renamed: it is {' and '.join(map(repr, new_names))} now"
+            path_of_kind, _, others = _other_kinds(cls, location)
+            if kind := next((k for k, each in others.items() if location[-1] in each.model_fields), None):
+                return f"unknown key {path!r}; it is one of {path_of_kind} {kind}: set that, or leave it out"
             owner, parents = _resolve(cls, location[:-1])
             section = [".".join([*map(str, parents), name]) for name in owner.model_fields]
             # Every key, and every section that holds one.
             known = {path for key in keys_of(cls) for path in accumulate(key.path.split("."), "{}.{}".format)}
             return f"unknown key {path!r}; {suggest(path, section, sorted(known))}"
+        case "union_tag_invalid":
+            tags = detail["ctx"]
+            return f"key '{path}.kind': {tags['tag']!r} is unknown; the kinds are {tags['expected_tags']}"
         case "missing":
             return f"key {path!r} is required and missing"
         case "value_error":  # ours: the message names the values itself
@@ -188,10 +194,37 @@ def _way_out(cls: type[Config], detail: ErrorDetails) -> str:
         return "; put a text that looks like a number in quotes"
     if kind == "bool_type" and str(value).lower() in ("yes", "no", "on", "off", "y", "n"):
         return "; write true or false"
+    if kind == "literal_error":
+        path, own, others = _other_kinds(cls, detail["loc"])
+        has_value = (k for k, each in others.items() if value in _choices(each, detail["loc"][-1]))
+        if other := next(has_value, None):
+            return f" with {path} {own}; {value} is one of {path} {other}"
     if kind.startswith(("greater_than", "less_than")):
         limits = _limits(_resolve(cls, detail["loc"][:-1])[0], detail["loc"][-1])
         return f"; it must be {limits}" if " and " in limits else ""
     return ""
+
+
+def _other_kinds(
+    cls: type[Config], location: Sequence[str | int]
+) -> tuple[str, str | int, dict[str, type[Config]]]:
+    """Of a key of one of several kinds: the path of `kind`, its value, and the classes of the other values.
+
+    Without any for another key.
+    """
+    if len(location) >= 3:
+        *parents, name, own, _ = location
+        field = _resolve(cls, parents)[0].model_fields.get(str(name))
+        configs = _configs_in(field.annotation) if field else []
+        kinds = {c.model_fields["kind"].default: c for c in configs} if len(configs) > 1 else {}
+        if kinds.pop(own, None):
+            return f"{_path(cls, location[:-2])}.kind", own, kinds
+    return "", "", {}
+
+
+def _choices(cls: type[Config], key: str | int) -> tuple:
+    field = cls.model_fields.get(str(key))
+    return get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
 
 
 def _limits(cls: type[Config], key: str | int | None) -> str:

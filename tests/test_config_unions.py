@@ -40,6 +40,12 @@ def test_the_kind_may_be_omitted():
     ("values", "message"),
     [
         ({"kind": "other", "shfit": 2}, r"unknown key 'process.shfit'; did you mean 'process.shift'\?"),
+        ({"shift": 2.0}, r"unknown key 'process.shift'; it is one of process.kind other: set that, or leave"),
+        (
+            {"kind": "other", "prediction_type": "epsilon"},
+            r"unknown key 'process.prediction_type'; it is one of process.kind ddpm: set that",
+        ),
+        ({"kind": "edm"}, r"key 'process.kind': 'edm' is unknown; the kinds are 'ddpm', 'other'"),
         ({"num_steps": 7}, r"key 'process.num_steps' was renamed: it is 'process.num_train_timesteps' now"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
@@ -150,6 +151,9 @@ def make_engine(
         trains=train.trains,
         is_read=is_read,
     )
+    if train.compile and mesh.config.zero_stage == 3:
+        for block in stage.blocks.values():
+            _gather_whole(block)
     losses = shard_objective(objective, model, mesh).to(device)
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))
     accumulation = train.global_batch_size // (train.micro_batch_size * mesh.size("data"))
@@ -169,6 +173,20 @@ def make_engine(
             mpu=grid,
         )
     return Engine(engine, stage, mesh, consensus, optimizer.gradient_clip)
+
+
+def _gather_whole(block: nn.Module) -> None:
+    """Make ZeRO 3 gather a compiled block at once, as its hooks on the modules inside would break the graph.
+
+    DeepSpeed then reduces the block's gradients when that of its input is there, so the input must have one.
+    """
+
+    def require_gradient(_: nn.Module, inputs: tuple) -> None:
+        if torch.is_grad_enabled():
+            inputs[0].requires_grad_()
+
+    set_z3_leaf_module(block, True)
+    block.register_forward_pre_hook(require_gradient)
 
 
 def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:

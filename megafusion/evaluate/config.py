@@ -7,7 +7,7 @@ from pydantic import Field
 
 from megafusion.config import Config
 
-SuiteName = Literal["perplexity", "captions", "images", "reconstruction"]
+SuiteName = Literal["perplexity", "captions", "images", "reconstruction", "geneval"]
 
 
 class EvaluateConfig(Config):
@@ -38,6 +38,16 @@ class EvaluateConfig(Config):
     inception: Path | None = None
     """images: weights of torch-fidelity's InceptionV3 (.pth or .safetensors), for FID and KID. Nothing is
     downloaded."""
+    clip: Path | None = None
+    """images: folder of a CLIP model of transformers, for CLIP score. geneval: it names the colors that the
+    detector does not."""
+    prompts: Path | None = None
+    """geneval: GenEval's evaluation_metadata.jsonl, or lines of that form."""
+    detector: str | None = None
+    """geneval: folder of an object detection model of transformers, or MODULE:FUNCTION, which is run: it
+    takes a PIL image and returns objects with label, score, box and perhaps color."""
+    images_per_prompt: int = Field(4, gt=0)
+    """geneval: images drawn of each prompt."""
     kid_subset_size: int = Field(1000, ge=2)
     """images: images in each subset of KID; fewer where there are fewer."""
     kid_subsets: int = Field(100, gt=0)

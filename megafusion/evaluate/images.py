@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megafusion.errors import UserError
 from megafusion.evaluate.annotations import AnnotatedImage
 from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
+from megafusion.evaluate.clip import Clip
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.distances import features_of, frechet_distance, kernel_distance
 from megafusion.evaluate.groups import annotated_images, by_group, sampling_of
@@ -31,7 +32,7 @@ SEEN = "seen"
 
 
 class Images:
-    """FID and KID with the user's weights; the judge's verdicts, and a Frechet distance in its features.
+    """FID, KID and CLIP score with the user's weights; the judge's verdicts and Frechet distance.
 
     folder: where drawn images and sheets are written.
     """
@@ -40,9 +41,10 @@ class Images:
 
     def __init__(self, config: EvaluateConfig, folder: Path):
         self._config, self._folder = config, folder
-        if not (config.judge or config.inception):
+        if not (config.judge or config.inception or config.clip):
             raise UserError(
-                "images: nothing would measure the drawn images; give judge=FILE, inception=FILE or both"
+                "images: nothing would measure the drawn images; give judge=FILE, inception=FILE, "
+                "clip=FOLDER or several"
             )
         self.items: Sequence[AnnotatedImage]
         self.items, self.recipe = annotated_images(config, self.name)
@@ -51,6 +53,7 @@ class Images:
             raise UserError(f"inception: group {alone[0]!r} has one image; FID needs 2 or more of each group")
         self._judge, self.proof = self._open_judge()
         self._inception = load_inception(config.inception) if config.inception else None
+        self._clip = Clip(config.clip) if config.clip else None
 
     def measure(
         self, pipeline: TransfusionPipeline, first: int, items: Sequence[AnnotatedImage]
@@ -72,6 +75,8 @@ class Images:
         verdicts = self._add_judged(drawn, metrics, groups) if self._judge else None
         if self._inception:
             self._add_distances(self._inception.to(device), drawn, metrics, groups)
+        if self._clip:
+            self._add_clip_score(self._clip, drawn, metrics, groups)
         for group, chosen in groups.items():
             shown = chosen[:: -(-len(chosen) // MAX_SHOWN)]
             rows = [
@@ -141,6 +146,18 @@ class Images:
             metrics[group]["fid"] = frechet_distance(*pair)
             kid = kernel_distance(*pair, self._config.kid_subsets, self._config.kid_subset_size)
             metrics[group] |= {"kid": kid[0], "kid_deviation": kid[1]}
+
+    def _add_clip_score(
+        self, clip: Clip, drawn: list[Path], metrics: dict[str, Metrics], groups: dict[str, list[int]]
+    ) -> None:
+        """Add the mean CLIP score of drawn images with the captions that they were drawn from."""
+        scores: list[float] = []
+        for first in range(0, len(drawn), self._config.batch_size):
+            chosen = range(first, min(first + self._config.batch_size, len(drawn)))
+            texts = [self.items[i].captions[0] for i in chosen]
+            scores += clip.scores([load_image(drawn[i]) for i in chosen], texts)
+        for group, members in groups.items():
+            metrics[group]["clip_score"] = fmean(scores[i] for i in members)
 
     @property
     def _paths(self) -> list[Path]:

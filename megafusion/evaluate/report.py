@@ -18,6 +18,8 @@ HIGHER = {
     "both_accuracy",
     "psnr",
     "psnr_of_mean",
+    "clip_score",
+    "geneval",
 }
 LOWER = {"perplexity", "nats_per_token", "bits_per_token", "nats_per_byte", "bits_per_byte", "l1"}
 LOWER |= {"fid", "kid", "judge_frechet_distance"}
@@ -25,6 +27,8 @@ LOWER |= {"fid", "kid", "judge_frechet_distance"}
 NOTES = {
     "judge_frechet_distance": "in the judge's features; not FID, and comparable for one judge alone",
     "cider": "0 to 10, by pycocoevalcap",
+    "clip_score": "100 x cosine, comparable for one CLIP model alone",
+    "geneval": "comparable for one detector alone; all is the mean of the tasks",
 }
 
 

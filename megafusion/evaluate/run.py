@@ -12,6 +12,7 @@ import torch
 
 from megafusion.evaluate.captions import Captions
 from megafusion.evaluate.config import EvaluateConfig
+from megafusion.evaluate.geneval import GenEval
 from megafusion.evaluate.images import Images
 from megafusion.evaluate.perplexity import Perplexity
 from megafusion.evaluate.reconstruction import Reconstruction
@@ -25,6 +26,7 @@ SUITES: dict[str, Callable[[EvaluateConfig, Path], Suite]] = {
     "captions": lambda config, _: Captions(config),
     "images": Images,
     "reconstruction": Reconstruction,
+    "geneval": GenEval,
 }
 OPTIONS: dict[str, set[str]] = {
     "captions": {"words"},

@@ -60,12 +60,15 @@ def rope_positions(
     """
     if config.image_rope == "1d":
         return positions_BS
-    num_columns = torch.tensor([columns for _, columns in config.grids], device=positions_BS.device)
+    num_columns = torch.tensor([columns for _, columns in config.grids])
+    num_columns, image_size_BN = (
+        x.to(positions_BS.device, torch.int64, non_blocking=True) for x in (num_columns, image_size_BN)
+    )
     max_patches = max(config.patches)
     # Clean patches are counted behind the noised ones of all slots.
     index_BS = patch_index_BS.clamp(min=0).long() % (image_size_BN.shape[1] * max_patches)
     slot, patch = index_BS // max_patches, index_BS % max_patches
-    columns_BS = num_columns[image_size_BN.long().gather(1, slot)]
+    columns_BS = num_columns[image_size_BN.gather(1, slot)]
     places = torch.stack([patch // columns_BS, patch % columns_BS], dim=-1)
     first_patch_BS = positions_BS - patch
     return torch.where(

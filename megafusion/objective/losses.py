@@ -114,6 +114,9 @@ class Objective(nn.Module):
     def _image_errors(self, images_BNCHW: Tensor, targets: Targets) -> Tensor:
         """The loss [B, N] of each image; 0 in slots without one."""
         target = self.noise_process.target(targets.latents, targets.noise, targets.t)
-        share = self.areas[targets.image_size] / self.bounding_area if len(self.areas) > 1 else None
+        share = None
+        if len(self.areas) > 1:
+            sizes_BN = targets.image_size.to(self.areas.device, non_blocking=True)
+            share = self.areas[sizes_BN] / self.bounding_area
         weight = self.noise_process.loss_weight(targets.t)
         return squared_errors(images_BNCHW, target, targets.has_loss, share, weight)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion, tie_embeddings
 from megafusion.model.weights import Weight, initial_value, named_weights
+from megafusion.model.wrapper import Wrapper
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Objective
 from megafusion.parallel.activation_checkpointing import checkpointed
@@ -92,10 +93,21 @@ def parallelize(
         if recompute != "none":
             stage.blocks[name] = checkpointed(block, recompute)
         if compile:
-            stage.blocks[name].compile()
+            stage.blocks[name] = CompiledBlock(stage.blocks[name])
     if stage.tail:
         stage.tail.head.is_compiled = compile
     return stage
+
+
+class CompiledBlock(Wrapper):
+    """A block that torch.compile makes one graph of; hooks of this module run outside the graph."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__(block)
+        block.compile()
+
+    def forward(self, *arguments: object) -> Tensor:
+        return self._wrapped_module(*arguments)
 
 
 def materialize(

@@ -78,7 +78,9 @@ class Stage(nn.Module):
                 alignment = self._align(x_BSD, Inputs(*inputs))
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        return *self._end(self.tail, x_BSD, slots_3BN, skips), *alignment
+        # From the batch, where they are on the host; from the previous stage, on the device.
+        image_size_BN = slots_3BN[2] if self.stem is None else Inputs(*inputs).image_size
+        return *self._end(self.tail, x_BSD, slots_3BN, skips, image_size_BN), *alignment
 
     @property
     def head(self) -> LanguageHead:
@@ -102,14 +104,17 @@ class Stage(nn.Module):
             x_BSD = self.region.reduce_or_scatter(x_BSD)
         rows = torch.stack([inputs.positions, inputs.row_end, inputs.last_query, inputs.patch_index])
         # The bits of t: exact, and no second float tensor.
-        slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), inputs.image_size.int()])
+        image_size_BN = inputs.image_size.to(inputs.image_start, non_blocking=True)
+        slots = torch.stack([inputs.image_start, inputs.t.view(torch.int32), image_size_BN])
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
-    def _end(self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips) -> tuple[Tensor, Tensor]:
-        image_start, t_bits, image_size = slots_3BN
+    def _end(
+        self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips, image_size_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        image_start, t_bits, _ = slots_3BN
         hidden_BSD = self._all_positions(tail(x_BSD))
         timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
-        images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size)
+        images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size_BN)
         return hidden_BSD, images
 
     def _align(self, x_BSD: Tensor, inputs: Inputs) -> list[Tensor]:

@@ -66,8 +66,8 @@ class PackedBatch:
     t float32 [B, N]: each image's time in the noise process, in [0, 1);
     image_start int32 [B, N]: position of each image's first patch, with clean context that of its noised
     copy, -1 for an unused slot;
-    image_size int64 [B, N]: index of each image's size. P is the largest size's number of patches, H and W
-    are the largest height and width, and an image lies at the top left, padded with zeros;
+    image_size int64 [B, N], on the host: index of each image's size. P is the largest size's number of
+    patches, H and W are the largest height and width, and an image lies at the top left, padded with zeros;
     has_loss bool [B, N]: the slot holds an image that is denoised, and not one that is given;
     features float32 [B, N, P, F] of a vision model at each patch, zeros where there are none; or of no size;
     pixels uint8 [B, N, 3, H, W] or empty; has_pixels bool [B, N]: latents are still to be encoded from them.
@@ -113,7 +113,9 @@ class PackedBatch:
         return Intervals(self.row_end, self.last_query, self.tokens.shape[1], has_holes=has_holes)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        return PackedBatch(**{n: tensor.to(device, non_blocking=True) for n, tensor in vars(self).items()})
+        """The batch on a device; image_size stays on the host, which groups images by it."""
+        sent = {name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()}
+        return PackedBatch(**sent | {"image_size": self.image_size})
 
     def pinned(self) -> "PackedBatch":
         """A copy in memory from which a GPU copies without waiting."""

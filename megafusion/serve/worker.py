@@ -103,7 +103,7 @@ class Worker:
         self.pipeline, self.config, self.metrics = pipeline, config, metrics
         self.is_closing = False
         self.failure: Exception | None = None
-        """What ended the thread before its time."""
+        """The error that ended the thread before its time."""
         self._changed = threading.Condition()
         self._num_slots, self._mean_seconds = 0, 1.0
         self._waiting: list[Job] = []

@@ -142,7 +142,9 @@ def _make_loader(
     for source in sources.values():
         _check_rows(source.key, source.folder.manifest, config)
         manifest = source.folder.manifest
-        if config.objective.alignment and manifest.num_images and manifest.image_kind != "pixels":
+        # Held-out losses have no alignment.
+        is_aligned = config.objective.alignment and data is config.data
+        if is_aligned and manifest.num_images and manifest.image_kind != "pixels":
             raise UserError(
                 f"objective.alignment: its model sees pixels, and {source.key} keeps {manifest.images}; "
                 "preprocess it with image_storage: pixels, or leave objective.alignment out"

@@ -75,6 +75,11 @@ class RunConfig(Config):
         if self.train.lora and is_fp8:
             raise ValueError("train.lora is not supported with train.precision fp8; use bf16")
         self._check_alignment()
+        if self.data.t_per != "image" and (codes := self.model.codebook_size):
+            raise ValueError(
+                f"data.t_per {self.data.t_per} with model.codebook_size {codes}: images of codes are not "
+                "noised and have no t; leave one of them out"
+            )
         clean_context = self.data.clean_context
         positions = max(self.model.patches) * (2 if clean_context else 1) + 4  # bos, boi, eoi, eos
         if positions > self.data.sequence_length:

@@ -49,8 +49,9 @@ class ImageEncoder:
                 model = model.to(memory_format=torch.channels_last)  # as tensor cores compute convolutions
             self._on_device = ImageCodec(model)
         groups = [(size, self._send(slots)) for size, slots in self._groups(batch)]
-        batch = batch.to(self._device)
-        latents, pixels = batch.latents.clone(), batch.pixels.flatten(0, 1)
+        # The rest of the batch stays on the host, which reads its counts.
+        latents = batch.latents.to(self._device, non_blocking=True, copy=True)
+        pixels = batch.pixels.to(self._device, non_blocking=True).flatten(0, 1)
         flat, factor = latents.flatten(0, 1), self._on_device.downsampling
         features = self._no_features(batch)
         for (height, width), slots in groups:

@@ -181,6 +181,8 @@ def test_a_model_that_copies_the_real_images_is_judged_right_and_at_distance_zer
             r"no\.pth: no such file; fetch weights-inception",
         ),
         ("images", {"inception": Path("no.pth"), "max_items": 1}, "group 'seen' has one image; FID needs 2"),
+        ("images", {"clip": Path("no/clip")}, "clip: no/clip: no folder of a CLIP model; save"),
+        ("geneval", {}, "geneval: give it prompts=FILE, GenEval's evaluation_metadata.jsonl, and detector"),
         (
             "images",
             {"judge": None, "inception": Path(__file__)},

@@ -69,12 +69,7 @@ MUTATIONS = {
     "right edge not masked": Mutation("tiles.py", "first + s.shape[1] > inner_high", "first > inner_high"),
     "left edge not masked": Mutation("tiles.py", "if first < inner_low", "if first < 0"),
     "last step skipped": Mutation(
-        "tiles.py", "low, tl.cdiv(high - low, BLOCK)", "low, (high - low) // BLOCK"
-    ),
-    "last step skipped on sm_80": Mutation(
-        "tiles.py",
-        "tl.cdiv(tl.maximum(high - full_high, 0), BLOCK)",
-        "tl.maximum(high - full_high, 0) // BLOCK",
+        "tiles.py", "tl.cdiv(tl.maximum(high - begin, 0), BLOCK)", "tl.maximum(high - begin, 0) // BLOCK"
     ),
     "a step counted as full on sm_80 that is not": Mutation(
         "tiles.py", "low + tl.cdiv(inner_low - low, BLOCK) * BLOCK", "low"
@@ -82,8 +77,8 @@ MUTATIONS = {
     "heads go on before a part ends": Mutation(
         "backward.py", "begin + num_steps * BLOCK_M", "high - BLOCK_M"
     ),
-    "the bounds of another part": Mutation("tiles.py", "4 * (parts + part)", "4 * parts"),
-    "the bounds of the whole run's first half": Mutation("tiles.py", "4 * (parts + part)", "8"),
+    "the bounds of another part": Mutation("tiles.py", "fields * (parts + part)", "fields * parts"),
+    "the bounds of the whole run's first half": Mutation("tiles.py", "fields * (parts + part)", "fields * 2"),
     "maxima of starts are minima": Mutation(
         "intervals.py", "-x.masked_fill(empty, 0)", "x.masked_fill(empty, FAR)"
     ),

@@ -195,7 +195,7 @@ def test_every_parameter_has_a_gradient_if_a_batch_lacks_a_size():
 @given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=9))
 def test_merge_inverts_split(sizes):
     index = torch.arange(len(sizes))[:, None]
-    groups = SizeGroups(torch.tensor(sizes), 4)
+    groups = SizeGroups(torch.tensor(sizes), 4, index.device)
     split = groups.split(index)
     assert all(len(group) for group in split)
     for size, group in enumerate(split):
@@ -204,8 +204,17 @@ def test_merge_inverts_split(sizes):
     assert torch.equal(groups.merge(split), index)
 
 
+@pytest.mark.parametrize(("adapter", "rope"), [("linear", "2d"), ("unet", "1d")])
+def test_a_step_groups_images_without_reading_from_the_device(adapter, rope):
+    """Tensors of the meta device have no values: reading one raises."""
+    batch = collate([pack_row([document([-1, -2, 3, -1], 0)], shape(60, 4))]).to("meta")
+    losses, gradients = losses_and_gradients(model(adapter, image_rope=rope).to("meta"), batch)
+    assert losses.is_meta
+    assert all(gradient.is_meta for gradient in gradients.values())
+
+
 def test_merge_pads_to_the_longest():
-    groups = SizeGroups(torch.tensor([1, 0]), 2)
+    groups = SizeGroups(torch.tensor([1, 0]), 2, torch.device("cpu"))
     merged = groups.merge([torch.ones(1, 3, 2), torch.ones(1, 1, 2)])
     assert merged[..., 0].tolist() == [[1, 0, 0], [1, 1, 1]]
 

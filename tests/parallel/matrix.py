@@ -189,6 +189,9 @@ def make_cases() -> list[Case]:
         cases.append(Case("one-compile", 1, {}, train={"compile": True}))
         compiled = {"compile": True, "recompute": "selective"}
         cases.append(Case("tp2-sp-compile-selective", 2, TOPOLOGIES["tp2-sp"][1], train=compiled))
+        cases.append(Case("dp2-zero3-compile-selective", 2, {"zero_stage": 3}, train=compiled))
+        frozen = {"train": {"freeze": FROZEN}}
+        cases.append(Case("dp2-zero3-compile-frozen", 2, {"zero_stage": 3}, train=compiled, recipe=frozen))
     for stage in (1, 2, 3):
         degrees = {"zero_stage": stage, "offload_optimizer": True}
         cases.append(Case(f"dp2-zero{stage}-offload", 2, degrees))

@@ -20,6 +20,7 @@ CASES = {
     "one": (1, {}, "none"),
     "tp2-sp-selective": (2, {"tensor": 2, "sequence": True}, "selective"),
     "pp2-full": (2, {"pipeline": 2}, "full"),
+    "dp2-zero3-selective": (2, {"zero_stage": 3}, "selective"),
 }
 
 
@@ -32,7 +33,7 @@ def graphs(values: dict) -> tuple[int, dict]:
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
-@pytest.mark.parametrize("name", full("one", "tp2-sp-selective", "pp2-full"))
+@pytest.mark.parametrize("name", full(*CASES))
 def test_a_block_is_one_graph(shards, vae_folder, tmp_path, name):
     world, degrees, recompute = CASES[name]
     train = {"compile": True, "recompute": recompute}

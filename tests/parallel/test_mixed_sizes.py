@@ -1,7 +1,16 @@
 """With images of several sizes, every form of parallelism gives the numbers of one device."""
 
 import pytest
+import torch
 
+from megafusion.config import parse_config
+from megafusion.engine.process_group import start_process_group
+from megafusion.model.transfusion import Transfusion
+from megafusion.parallel.mesh import make_mesh
+from megafusion.parallel.parallelize import parallelize, shard_objective
+from megafusion.parallel.pipeline import ModelWithLoss
+from megafusion.train.build import build_components
+from megafusion.train.config import RunConfig
 from tests.parallel.cases import (
     Outcome,
     loss_error,
@@ -64,3 +73,33 @@ def test_equals_one_device(plain, paths, case):
     assert max(loss_error(outcome, true) for outcome in outcomes) < MAX_LOSS_ERROR
     assert max(norm_error(outcome, true) for outcome in outcomes) < MAX_NORM_ERROR
     assert parameter_error(outcomes, true) < MAX_PARAMETER_ERROR
+
+
+def gradients_on_meta(values: dict) -> bool:
+    """Whether all gradients of a micro-batch on the meta device are there."""
+    start_process_group()
+    config, device = parse_config(RunConfig, values, "test"), torch.device("meta")
+    mesh = make_mesh(config.parallel)
+    with device:
+        model = Transfusion(config.model, config.objective)
+    stage = parallelize(
+        model,
+        mesh,
+        shape=config.sequence_shape,
+        micro_batch_size=config.train.micro_batch_size,
+        precision="fp32",
+        recompute="none",
+        compile=False,
+        seed=0,
+        device=device,
+    )
+    losses = shard_objective(config.objective, config.model, mesh).to(device)
+    batch = build_components(config, mesh).loader.next()[0]
+    ModelWithLoss(stage, losses)(batch.to(device)).total.backward()
+    return all(parameter.grad.is_meta for parameter in stage.parameters())
+
+
+def test_a_micro_batch_reads_nothing_from_the_device(paths):
+    """Tensors of the meta device have no values: reading one raises."""
+    (found,) = run_workers(gradients_on_meta, 1, values_of(Case("meta", 1, {}, "unet"), paths))
+    assert found

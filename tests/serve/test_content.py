@@ -1,4 +1,4 @@
-"""What the texts and images of one request may be, counted together."""
+"""Limits of the texts and images of one request, counted together."""
 
 import pytest
 from PIL import Image

@@ -82,3 +82,12 @@ def test_in_bf16_images_of_all_rows_are_encoded_together(codec, monkeypatch):
     numbers.clear()
     ImageEncoder(codec, SIZES, "cpu").encode([batch()])
     assert numbers == [(2, 32), (1, 16), (1, 32), (2, 16)]
+
+
+def test_the_encoder_reads_nothing_from_the_device(codec):
+    """Tensors of the meta device have no values: reading one raises. The step counts targets on the host."""
+    before = batch()
+    (after,) = ImageEncoder(codec, SIZES, "meta", torch.bfloat16).encode([before])
+    assert after.latents.is_meta
+    assert after.latents.shape == before.latents.shape
+    assert not any(tensor.is_meta for name, tensor in vars(after).items() if name != "latents")

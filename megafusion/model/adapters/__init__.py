@@ -29,12 +29,14 @@ class SizeGroups:
 
     Every size has at least one slot, so that all ranks run the same modules and every parameter has a
     gradient, whatever the batch: if no image has a size, another slot is computed, and `merge` drops it.
+    sizes_N: on the host, or the host waits for its device. device: of the slots.
     """
 
-    def __init__(self, sizes_N: Tensor, num_sizes: int):
-        self._order = sizes_N.argsort(stable=True)
-        sizes = torch.arange(num_sizes, device=sizes_N.device)
-        self._counts = (sizes_N == sizes[:, None]).sum(1).tolist()  # one synchronization with the device
+    def __init__(self, sizes_N: Tensor, num_sizes: int, device: torch.device):
+        on_host = sizes_N.cpu()
+        order = on_host.argsort(stable=True)
+        self._counts = on_host.bincount(minlength=num_sizes).tolist()
+        self._order, self._inverse = (x.to(device, non_blocking=True) for x in (order, order.argsort()))
 
     def split(self, x: Tensor) -> list[Tensor]:
         """For each size, its slots of [N, ...]."""
@@ -45,7 +47,7 @@ class SizeGroups:
         longest = max(group.shape[1] for group in groups)
         kept = (x[:count] for x, count in zip(groups, self._counts, strict=True))
         padded = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in kept]
-        return torch.cat(padded)[self._order.argsort()]
+        return torch.cat(padded)[self._inverse]
 
 
 class DownAdapter(nn.Module):
@@ -60,14 +62,14 @@ class DownAdapter(nn.Module):
         raise NotImplementedError
 
     def forward(self, latents_NCHW: Tensor, timesteps_N: Tensor, sizes_N: Tensor) -> tuple[Tensor, Skips]:
-        """Patches [N, P, D] of noised latents, and skips; sizes_N: index of each image's size.
+        """Patches [N, P, D] of noised latents, and skips; sizes_N: index of each image's size, on the host.
 
         With several sizes, each image is at the top left of its latents. Its patches, and its flattened
         skips, are zero-padded to those of the largest size, so that shapes do not depend on the batch.
         """
         if len(self.sizes) == 1:
             return self.encode(latents_NCHW, timesteps_N)
-        groups = SizeGroups(sizes_N, len(self.sizes))
+        groups = SizeGroups(sizes_N, len(self.sizes), latents_NCHW.device)
         inputs = zip(self.sizes, groups.split(latents_NCHW), groups.split(timesteps_N), strict=True)
         encoded = [self.encode(latents[..., :height, :width], t) for (height, width), latents, t in inputs]
         patches, skips = zip(*encoded, strict=True)
@@ -95,7 +97,7 @@ class UpAdapter(nn.Module):
         """Predictions [N, C, H, W]; several sizes as in DownAdapter, zero-padded."""
         if len(self.grids) == 1:
             return self.decode(hidden_NPD, timesteps_N, skips, self.grids[0])
-        groups = SizeGroups(sizes_N, len(self.grids))
+        groups = SizeGroups(sizes_N, len(self.grids), hidden_NPD.device)
         height, width = self.bounding_size
         predictions = []
         inputs = zip(self.grids, *map(groups.split, (hidden_NPD, timesteps_N, *skips)), strict=True)
