@@ -166,7 +166,8 @@ def test_the_forward_pass_allows_ends_in_any_order():
     Case.random(end, end.new_full((8, 50), 40)).check(backward=False)
     case = Case.random(end, end.new_full((8, 50), 40))
     found, whole = (package.prepare(end, last, 50) for last in (None, case.last_query))
-    assert all(map(torch.equal, found, whole))
+    for one, other in zip(found[:4] + found[5:], whole[:4] + whole[5:], strict=True):  # without holes
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("branches", [True, False])
