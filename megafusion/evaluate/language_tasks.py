@@ -19,7 +19,7 @@ from megafusion.storage import folder_sha256
 
 BOOTSTRAP = 1000
 """Samples of a standard error that has no closed form."""
-NO_NUMBERS = ("name", "alias", "sample_len")
+NO_FIGURES = ("name", "alias", "sample_len", "sample_count")
 
 
 class LanguageTasks:
@@ -45,7 +45,7 @@ class LanguageTasks:
         }
 
     def measure(self, pipeline: TransfusionPipeline, first: int, items: Sequence[Any]) -> list[dict]:
-        """What the model answers to each request: nats and whether it is greedy, nats, or a text."""
+        """The answer of the model to each request: nats and whether it is greedy, nats, or a text."""
         from megafusion.evaluate.lm_eval_model import LMEvalModel
 
         model = LMEvalModel(pipeline)
@@ -106,7 +106,7 @@ def _figures(name: str, values: dict[str, Any]) -> Metrics:
     """Numbers of a task by metric, with its filter where it has one that is named."""
     figures: Metrics = {"documents": int(values["sample_len"])} if "sample_len" in values else {}
     for key, value in values.items():
-        if key in NO_NUMBERS or value == "N/A":  # a standard error that has no formula
+        if key in NO_FIGURES or value == "N/A":  # a standard error that has no formula
             continue
         metric, _, chosen = key.partition(",")
         try:

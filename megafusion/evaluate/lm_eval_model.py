@@ -100,7 +100,10 @@ class LMEvalModel(TemplateLM):
         """The answer to each prompt, up to the first of the task's stop texts, eos or the limit of tokens."""
         pipeline = self._pipeline
         seeds = self.seeds or [0] * len(requests)
-        asked = [self._request(*r.args, seed) for r, seed in zip(requests, seeds, strict=True)]
+        asked = []
+        for request, seed in zip(requests, seeds, strict=True):
+            context, options = request.args
+            asked.append(self._request(context, options, seed))
         # One position more, which is for the eos of a document in training.
         parts = pipeline.model, pipeline.tokenizer, pipeline.codec
         answers = Generation(*parts, asked, self.max_length + 1, streams_text=False).run()

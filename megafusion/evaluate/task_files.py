@@ -21,7 +21,7 @@ SWITCHES = {
     "datasets.config": "HF_HUB_OFFLINE",
     "evaluate.config": "HF_EVALUATE_OFFLINE",
 }
-"""What turns the network off in the libraries that lm-eval loads data and metrics with."""
+"""Switches that turn the network off in the libraries that lm-eval loads data and metrics with."""
 REFUSED = {"UNSAFE_CODE": "runs what the model writes", "MULTIMODAL": "asks about images"}
 DATA = "give its data as files, as `dataset_path: json` with `dataset_kwargs: {data_files: FILE}`"
 

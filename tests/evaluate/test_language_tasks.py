@@ -125,7 +125,7 @@ def by_hf(model, folder: Path, task_folder: Path, names: list[str], **options) -
 
 
 def answers(folder: Path, task: str) -> list:
-    """What was recorded of a task, in the order of its documents."""
+    """Recorded answers of a task, in the order of its documents."""
     paths = sorted(folder.glob("batch-*.json"))
     records = [record for path in paths for record in json.loads(path.read_text())["records"]]
     return [record["answer"] for record in records if record["task"] == task]
@@ -176,6 +176,7 @@ def test_two_processes_and_a_resumed_one_give_the_files_of_one(saved, task_folde
         monkeypatch.setenv(name, value)
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
         found = evaluate(saved, ["lm"], config, tmp_path / "two")
         assert (found is None) == (rank == 1)
     assert files(tmp_path / "two") == files(tmp_path / "one")
