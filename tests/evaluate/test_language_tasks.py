@@ -131,6 +131,7 @@ def answers(folder: Path, task: str) -> list:
     return [record["answer"] for record in records if record["task"] == task]
 
 
+@pytest.mark.full
 def test_scores_equal_those_of_hf(llama, task_folder, tmp_path, monkeypatch):
     """Few-shot choices, next words after texts longer than the model's rows, whole texts, and answers."""
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
