@@ -57,12 +57,6 @@ def test_what_is_for_latents_is_refused_with_a_codebook(run_values, section, cha
         parsed(run_values)
 
 
-def test_muon_is_refused_with_its_reason(run_values):
-    run_values["optimizer"]["name"] = "muon"
-    with pytest.raises(UserError, match=r"optimizer.name: muon needs whole matrices, .*; use adamw"):
-        parsed(run_values)
-
-
 def test_the_sweep_of_choices_has_runs_that_are_valid():
     code = (
         "import sys, pathlib\n"
