@@ -20,7 +20,7 @@ from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
 from tests.parallel.test_mesh import refuse
-from tests.support.marks import full
+from tests.support.marks import full, without_gpu
 from tests.support.workers import run_workers
 
 DEGREES = {"tensor": 2, "sequence": True}

@@ -78,11 +78,14 @@ def test_a_vision_model_takes_grids_that_it_was_not_trained_with(tmp_path, confi
         assert (change.argmax(1) == grid[1] + 2).all()
 
 
+def save_swin(folder: Path) -> Path:
+    sizes = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    return save_model(folder, lambda **_: SwinConfig(**sizes, image_size=32, patch_size=4), SwinModel)
+
+
 def test_a_model_whose_tokens_are_no_patches_is_refused(tmp_path):
     """Swin merges them."""
-    sizes = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
-    save_model(tmp_path, lambda **_: SwinConfig(**sizes, image_size=32, patch_size=4), SwinModel)
-    aligned = AlignmentConfig(model=tmp_path, feature_size=24, layer=1)
+    aligned = AlignmentConfig(model=save_swin(tmp_path), feature_size=24, layer=1)
     with pytest.raises(
         UserError, match=r"features of shape \[1, 4, 24\] .* 4 x 4 patches, not \[1, 16, 24\]"
     ):
@@ -236,6 +239,7 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_written(aligned, 
         ({"feature_size": 768}, r"feature_size 768: the features of .*dino have 24 numbers .*; set it to 24"),
         ({"model": str(tmp_path)}, r"no config.json; name a folder of a vision model"),
         ({"model": aligned["data"]["vae"]}, r"config.json: no hidden_size; give a vision model"),
+        ({"model": str(save_swin(tmp_path / "swin"))}, r"swin: gives features of shape"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
