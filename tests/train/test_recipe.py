@@ -63,7 +63,7 @@ def test_the_sweep_of_choices_has_runs_that_are_valid():
         "from megafusion.sweep.config import load_sweep\n"
         "from megafusion.config import load_config\n"
         "from megafusion.train.config import RunConfig\n"
-        "sweep = load_sweep(pathlib.Path('configs/recipes.yaml'))\n"
+        "sweep = load_sweep(pathlib.Path('configs/sweeps/recipes.yaml'))\n"
         "configs = [load_config(RunConfig, sweep.base, [*sweep.overrides, *arm.overrides])"
         " for arm in sweep.runs.values()]\n"
         "assert len({each.model_dump_json() for each in configs}) == len(configs) > 5\n"
