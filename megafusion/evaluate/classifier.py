@@ -83,6 +83,12 @@ class ImageClassifier(nn.Module):
         found = zip(cosines.tolist(), nearest.tolist(), strict=True)
         return [self.keys[index] if cosine >= REJECTION_COSINE else OTHER for cosine, index in found]
 
+    @torch.no_grad()
+    def classify_closed(self, images_N3HW: Tensor, keys: Sequence[str]) -> list[str]:
+        """Of these keys the one nearest to each image of [N, 3, 64, 64] in [0, 1]; never `other`."""
+        columns = torch.tensor([self.keys.index(key) for key in keys])
+        return [keys[index] for index in self(images_N3HW)[:, columns].argmax(-1).tolist()]
+
     def accuracy(
         self, images_N3HW: Tensor, keys: Sequence[str], corruption: str = "clean", seed: int = 0
     ) -> float:

@@ -101,13 +101,18 @@ class Images:
     ) -> list[str]:
         """Add the judge's figures; returns its verdict on each drawn image.
 
+        Closed figures are of the key of all items that is nearest, where verdicts may be `other`.
         A drawn image is also compared with the real images of the group `seen`: nearest_seen_concept and
         _style are the shares that a copy of the nearest of these would have right.
         """
         judge = self._judge
         assert judge
         real, fake = (features_of(judge.embed, _for_judge(paths)) for paths in (self._paths, drawn))
-        verdicts = [key for image in _for_judge(drawn) for key in judge.classify(image[None])]
+        keys = sorted({str(item.key) for item in self.items})
+        verdicts, closed = [], []
+        for image in _for_judge(drawn):
+            verdicts += judge.classify(image[None])
+            closed += [split_key(key) for key in judge.classify_closed(image[None], keys)]
         wanted = [split_key(str(item.key)) for item in self.items]
         found = [split_key(verdict) for verdict in verdicts]
         seen = torch.tensor([index for index, item in enumerate(self.items) if item.group == SEEN])
@@ -116,11 +121,13 @@ class Images:
             figures = metrics[group]
             for part, name in enumerate(("concept", "style")):
                 figures[f"{name}_accuracy"] = fmean(found[i][part] == wanted[i][part] for i in chosen)
+                figures[f"closed_{name}_accuracy"] = fmean(closed[i][part] == wanted[i][part] for i in chosen)
                 figures[f"{name}_chance"] = 1 / len({pair[part] for pair in wanted})
                 if nearest:
                     copied = (wanted[nearest[i]][part] == wanted[i][part] for i in chosen)
                     figures[f"nearest_seen_{name}"] = fmean(copied)
             figures["both_accuracy"] = fmean(found[i] == wanted[i] for i in chosen)
+            figures["closed_both_accuracy"] = fmean(closed[i] == wanted[i] for i in chosen)
             if len(chosen) > 1:
                 figures["judge_frechet_distance"] = frechet_distance(real[chosen], fake[chosen])
         return verdicts

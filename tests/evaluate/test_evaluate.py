@@ -142,6 +142,7 @@ def test_drawn_images_are_judged_by_group_with_what_chance_and_a_copy_would_have
         assert group["judge_frechet_distance"] > 0
         assert "fid" not in group
         assert 0 <= group["nearest_seen_concept"] <= 1
+        assert group["both_accuracy"] <= group["closed_both_accuracy"] <= group["closed_style_accuracy"]
     assert min(report["suites"]["images"]["judge"].values()) >= 0.95
     assert "judge_frechet_distance ↓" in (tmp_path / "out/report.md").read_text()
     for name in ("sheet-seen.png", "sheet-held-out.png", "drawn/000007.png"):
@@ -161,6 +162,7 @@ def test_a_model_that_copies_the_real_images_is_judged_right_and_at_distance_zer
         records.append({"image_id": item.id, "file": f"{number}.png"})
     metrics = suite.summarize(records)
     assert metrics["held-out"]["both_accuracy"] == metrics["all"]["both_accuracy"] == 1
+    assert metrics["all"]["closed_both_accuracy"] == 1
     assert metrics["all"]["judge_frechet_distance"] == pytest.approx(0, abs=1e-4)
     assert metrics["seen"]["nearest_seen_concept"] == metrics["seen"]["nearest_seen_style"] == 1
     assert metrics["held-out"]["nearest_seen_concept"] == 0, "the held-out concept is not among the seen here"
