@@ -114,7 +114,7 @@ def test_a_value_beside_those_of_the_grid_undoes_none(sweep_file):
     [
         ("optimizer.learning_rate=0.125", r"optimizer\.learning_rate 0\.003 instead of 0\.125"),
         ("sampling.num_inference_steps=5", r"sampling\.num_inference_steps 4 instead of 5"),
-        ("model.attention=sdpa", r"model\.attention auto instead of sdpa"),
+        ("model.attention=flex", r"model\.attention sdpa instead of flex"),
         ("train.num_steps=5", r"train\.num_steps 6 instead of 5"),
         ("train.freeze=['head']", r"train\.freeze"),
         ("data.sources.pairs.path=OTHER", r"data\.sources\.pairs\.path .*/pairs instead of .*OTHER"),
