@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +19,20 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path, suffixes: Collection[str] = ()) -> str:
+    """Hex digest of the names and contents of a folder's files.
+
+    suffixes: of the files that count, all by default. Hidden files and compiled Python never do.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if path.is_file() and not hidden and (not suffixes or path.suffix in suffixes):
+            digest.update(f"{name.as_posix()} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def expand_path(path: str | Path) -> str:

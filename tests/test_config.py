@@ -46,10 +46,10 @@ def test_the_kind_selects_the_class():
     ("shape", "message"),
     [
         ({"kind": "square", "sidde": 2}, r"unknown key 'shape\.sidde'; did you mean 'shape\.side'\?"),
-        ({"kind": "square", "radius": 2}, r"unknown key 'shape\.radius'; valid keys: kind, side"),
+        ({"kind": "square", "radius": 2}, r"unknown key 'shape\.radius'; it is one of shape\.kind circle"),
         ({"kind": "circle", "radius": "x"}, r"key 'shape\.radius': Input should be a valid integer"),
         ({"kind": "circle", "size": 2}, r"key 'shape\.size' was renamed: it is 'shape\.radius' now"),
-        ({"kind": "cube"}, r"key 'shape': Input tag 'cube' .* 'circle', 'square'"),
+        ({"kind": "cube"}, r"key 'shape\.kind': 'cube' is unknown; the kinds are 'circle', 'square'"),
     ],
 )
 def test_messages_name_the_key_without_its_kind(shape, message):

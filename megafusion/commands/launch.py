@@ -52,7 +52,7 @@ def launch(
     changed_recipe(values)
     for warning in values.warnings():
         print(warning, file=sys.stderr)
-    for missing in missing_inputs(values.data, values.train.init_from):
+    for missing in missing_inputs(values):
         print(f"warning: {missing} not found on this machine: the job would fail", file=sys.stderr)
     for line in _planned(values, job.world_size, gpu or job.site.environment.get("MEGAFUSION_GPU")):
         print(line, file=sys.stderr)

@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from megafusion.config import Config
 from megafusion.model.config import LoraConfig, is_lora_weight
@@ -16,8 +16,6 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Config):
     """AdamW (arXiv 1711.05101) and the schedule of its learning rate."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """The optimizer: adamw. muon is refused, with the reason in docs/decisions.md."""
     learning_rate: float = Field(3e-4, gt=0)
     """Peak learning rate, reached after the warm-up."""
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field({})
@@ -41,16 +39,6 @@ class OptimizerConfig(Config):
     """Weight decay of matrices and convolutions; vectors (biases, norms) have none."""
     gradient_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
-
-    @field_validator("name")
-    @classmethod
-    def _supported(cls, name: str) -> str:
-        if name == "muon":
-            raise ValueError(
-                "muon needs whole matrices, and a rank holds slices of them with parallel.tensor and with "
-                "parallel.zero_stage above 0 (docs/decisions.md); use adamw"
-            )
-        return name
 
     def learning_rate_scale(self, name: str) -> float:
         """A weight's learning rate over `learning_rate`. name: canonical."""

@@ -77,11 +77,13 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI):
         super().__init__(config)
         self.worker = app.state.worker
+        self._is_asked_to_end = False  # a worker also closes by itself, when its device is lost
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.worker.is_closing:
+        if self._is_asked_to_end:
             self.should_exit = self.force_exit = True
         else:  # a handler must not wait for the worker's lock, which the code that it interrupts may hold
+            self._is_asked_to_end = True
             asyncio.get_event_loop().call_soon_threadsafe(self.worker.close)
 
     async def on_tick(self, counter: int) -> bool:

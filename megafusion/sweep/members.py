@@ -117,7 +117,7 @@ def _member(
         suites, options = sweep.evaluate.suites, parse_config(EvaluateConfig, filled, "evaluate.options")
     elif arm.evaluate:
         raise UserError("has an evaluate of its own, but the sweep has none; add evaluate.suites")
-    missing = [*missing_inputs(run.data, run.train.init_from), *_missing_files(options)]
+    missing = [*missing_inputs(run), *_missing_files(options)]
     return Member(
         name,
         arm_name,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from megafusion.device import default_device
+
 import torch
 import torch.distributed as dist
 
@@ -31,7 +33,7 @@ from megafusion.telemetry.trackers import check_trackers
 from megafusion.train.config import RunConfig
 from megafusion.train.init_from import check_origin, open_origin
 from megafusion.train.parts import check_parts
-from megafusion.train.vision_features import check_vision_model
+from megafusion.train.vision_features import VisionFeatures
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Components:
     validation_loader: DataLoader | None
     started_from: dict | None
     """The record of `train.init_from` in a new run's folder."""
+    vision: VisionFeatures | None = None
 
     def warnings(self, config: RunConfig) -> list[str]:
         """Values of the configuration that cannot do what they say with these inputs."""
@@ -109,8 +112,6 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     codec = ImageCodec.from_pretrained(config.data.vae)
     check_components(config.model, tokenizer, codec)
     check_parts(config)
-    if config.objective.alignment:
-        check_vision_model(config.objective.alignment)
     codes = codec.codebook_size
     sources = open_sources(config.data, tokenizer, codec.hash, config.seed, codebook_size=codes)
     if config.samples.every and not any(s.folder.manifest.kind == "pair" for s in sources.values()):
@@ -127,7 +128,10 @@ def build_components(config: RunConfig, mesh: Mesh) -> Components:
     started_from = None
     if config.train.init_from and not newest_step(config.out):
         started_from = check_origin(open_origin(config), config, tokenizer)
-    return Components(tokenizer, codec, sources, loader, validation_loader, started_from)
+    vision = None
+    if aligned := config.objective.alignment:
+        vision = VisionFeatures(aligned, config.model.grids, default_device(), dtype)
+    return Components(tokenizer, codec, sources, loader, validation_loader, started_from, vision)
 
 
 def _make_loader(

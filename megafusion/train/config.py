@@ -62,6 +62,11 @@ class RunConfig(Config):
             )
         if self.parallel.async_tensor and not self.train.compile:
             raise ValueError("parallel.async_tensor is the work of torch.compile; set train.compile: true")
+        if self.parallel.async_tensor and self.train.precision == "fp8":
+            raise ValueError(
+                "parallel.async_tensor has no effect with train.precision fp8, whose products are "
+                "transformer-engine's; set parallel.async_tensor: false, or train.precision: bf16"
+            )
         if self.train.lora and self.train.freeze:
             raise ValueError(
                 "train.freeze: with train.lora all weights but its own are frozen; leave train.freeze out"

@@ -38,11 +38,12 @@ class ImageEncoder:
         self._is_exact = dtype == torch.float32
         self._on_device: ImageCodec | None = None
 
-    def encode(self, micro_batches: list[PackedBatch]) -> list[PackedBatch]:
+    def encode(self, micro_batches: list[PackedBatch], with_features: bool = True) -> list[PackedBatch]:
         """The batches with a sample of each image's normalized latents in place of its pixels."""
-        return [self._encode(batch) if batch.pixels.numel() else batch for batch in micro_batches]
+        vision = self._vision if with_features else None
+        return [self._encode(batch, vision) if batch.pixels.numel() else batch for batch in micro_batches]
 
-    def _encode(self, batch: PackedBatch) -> PackedBatch:
+    def _encode(self, batch: PackedBatch, vision: VisionFeatures | None) -> PackedBatch:
         if self._on_device is None:
             model = copy.deepcopy(self._codec.model).to(self._device, self._dtype)
             if not self._is_exact:
@@ -53,28 +54,26 @@ class ImageEncoder:
         latents = batch.latents.to(self._device, non_blocking=True, copy=True)
         pixels = batch.pixels.to(self._device, non_blocking=True).flatten(0, 1)
         flat, factor = latents.flatten(0, 1), self._on_device.downsampling
-        features = self._no_features(batch)
+        features = self._no_features(batch, vision)
         for (height, width), slots in groups:
             shown = pixels[slots, :, : height * factor, : width * factor]
             mean, log_variance = self._on_device.encode(shown.float() / 127.5 - 1)
             noise = flat[slots, :, :height, :width]
             sample = mean + noise * torch.exp(0.5 * log_variance)
             flat[slots, :, :height, :width] = self._on_device.normalize(sample)
-            if self._vision:
-                found = self._vision.at_patches(
-                    shown, (height // self._patch_size, width // self._patch_size)
-                )
+            if vision:
+                found = vision.at_patches(shown, (height // self._patch_size, width // self._patch_size))
                 features.flatten(0, 1)[slots, : found.shape[1]] = found
         empty = batch.pixels[..., :0, :0]
         none = torch.zeros_like(batch.has_pixels)
         return replace(batch, latents=latents, pixels=empty, has_pixels=none, features=features)
 
-    def _no_features(self, batch: PackedBatch) -> Tensor:
-        """Features of images that have none, where the encoder has a vision model."""
-        if self._vision is None:
+    def _no_features(self, batch: PackedBatch, vision: VisionFeatures | None) -> Tensor:
+        """Features of images that have none, where there is a vision model."""
+        if vision is None:
             return batch.features
         num_patches = max(height * width for height, width in self._sizes) // self._patch_size**2
-        return torch.zeros(*batch.has_pixels.shape, num_patches, self._vision.size, device=self._device)
+        return torch.zeros(*batch.has_pixels.shape, num_patches, vision.size, device=self._device)
 
     def _groups(self, batch: PackedBatch) -> Iterator[tuple[Size, Tensor]]:
         """Images that are encoded together: their size as latents, and their indices among B x N slots.

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from megafusion.data.config import DataConfig
 from megafusion.data.manifest import MANIFEST
+from megafusion.train.config import RunConfig
 
 
-def missing_inputs(data: DataConfig, init_from: Path | None) -> Iterator[str]:
+def missing_inputs(config: RunConfig) -> Iterator[str]:
     """Keys and paths of inputs that are not there. A login node need not see all that the nodes do."""
+    data, init_from, aligned = config.data, config.train.init_from, config.objective.alignment
     for key, sources in (
         ("data", data.sources),
         ("data.validation", data.validation.sources if data.validation else {}),
@@ -22,3 +23,5 @@ def missing_inputs(data: DataConfig, init_from: Path | None) -> Iterator[str]:
         yield f"data.vae {data.vae}"
     if init_from and not init_from.is_dir():
         yield f"train.init_from {init_from}"
+    if aligned and not aligned.model.is_dir():
+        yield f"objective.alignment.model {aligned.model}"

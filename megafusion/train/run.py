@@ -42,7 +42,6 @@ from megafusion.train.open_model import export_lora
 from megafusion.train.run_folder import check_run_folder, describe_changes, freeze
 from megafusion.train.samples import SampleSheets
 from megafusion.train.validation import Validation
-from megafusion.train.vision_features import VisionFeatures
 
 Outcome = Literal["finished", "stopped", "preempted"]
 
@@ -303,15 +302,10 @@ class Run:
         return False, origin
 
     def _make_encoder(self) -> ImageEncoder:
-        config, device = self._config, self.engine.device
+        config, parts = self._config, self._components
         dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-        model, aligned = config.model, config.objective.alignment
-        vision = None
-        with raise_on_all_ranks():
-            if aligned:
-                vision = VisionFeatures(aligned, device, dtype)
-        codec = self._components.codec
-        return ImageEncoder(codec, model.latent_sizes, device, dtype, model.patch_size, vision)
+        sizes, patch_size = config.model.latent_sizes, config.model.patch_size
+        return ImageEncoder(parts.codec, sizes, self.engine.device, dtype, patch_size, parts.vision)
 
     def _open_validation(self) -> Validation | None:
         config, loader = self._config, self._components.validation_loader

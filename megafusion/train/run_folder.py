@@ -19,7 +19,7 @@ from megafusion.engine.optimizer import learning_rate
 from megafusion.errors import UserError, refuse_os_errors
 from megafusion.processes import world_size
 from megafusion.resilience.attempts import STEP, read_attempts
-from megafusion.storage import read_json, refuse_foreign, write_file
+from megafusion.storage import folder_sha256, read_json, refuse_foreign, write_file
 from megafusion.train.config import RunConfig
 
 ENVIRONMENT = "environment.json"
@@ -55,7 +55,7 @@ RECIPE_KEYS = (
 """Keys that may also change, to make a run longer, to save one that diverges or to use another kernel;
 starts.json records it."""
 
-LOCATION = re.compile(r"data\.(tokenizer|vae|(validation\.)?sources\..+\.path)")
+LOCATION = re.compile(r"data\.(tokenizer|vae|(validation\.)?sources\..+\.path)|objective\.alignment\.model")
 """Keys that may name another place of the same files, by the hashes that the run recorded."""
 
 
@@ -140,6 +140,8 @@ def freeze(
     """
     changed = changed_recipe(config)
     hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
+    if aligned := config.objective.alignment:
+        hashes["vision_model"] = folder_sha256(aligned.model, (".json", ".safetensors"))
     path = config.out / "config.yaml"
     unwritable = f"{config.out}: cannot be written", "; free space or choose another out="
     if changed is None:
@@ -150,11 +152,12 @@ def freeze(
         return {}
     _check_inputs(config, changed, hashes)
     if any(map(LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
-        began, now = load_run_config(config.out), absolute_paths(config).data
-        moved = {"tokenizer": now.tokenizer, "vae": now.vae, "sources": now.sources}
-        data = began.data.model_copy(update=moved)
+        began, now = load_run_config(config.out), absolute_paths(config)
+        moved = {name: getattr(now.data, name) for name in ("tokenizer", "vae", "sources")}
+        # Of the objective nothing else may change.
+        sections = {"data": began.data.model_copy(update=moved), "objective": now.objective}
         with refuse_os_errors(*unwritable):
-            write_file(path, dump_config(began.model_copy(update={"data": data})))
+            write_file(path, dump_config(began.model_copy(update=sections)))
     return changed
 
 
@@ -197,7 +200,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
-    """Raise UserError if a resumed run would read other shards, or another tokenizer or autoencoder."""
+    """Raise UserError if a resumed run would read other shards, or another of its models or tokenizer."""
     path = config.out / ENVIRONMENT
     try:
         recorded = read_json(path)
@@ -208,10 +211,11 @@ def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> 
             "it, or choose another out="
         ) from error
     found = {f"data.sources.{name}": each for name, each in hashes["shards"].items()}
-    for name in ("tokenizer", "vae"):
-        found[key := f"data.{name}"] = hashes[name]
-        # Earlier versions recorded the shards alone.
-        began[key] = recorded.get(name, None if key in changed else hashes[name])
+    keys = {"tokenizer": "data.tokenizer", "vae": "data.vae", "vision_model": "objective.alignment.model"}
+    for name, key in keys.items():
+        found[key] = hashes.get(name)
+        # Earlier versions recorded less.
+        began[key] = recorded.get(name, None if key in changed else found[key])
     for key, value in found.items():
         if value != began.get(key):
             raise UserError(

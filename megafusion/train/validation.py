@@ -31,7 +31,8 @@ class Validation:
         self._micro_batches: list[PackedBatch] = []
         with engine.consensus.defer_errors():
             for _ in range(config.num_batches):
-                self._micro_batches += [batch.to("cpu") for batch in encoder.encode(loader.next())]
+                batches = encoder.encode(loader.next(), with_features=False)  # losses have no alignment
+                self._micro_batches += [batch.to("cpu") for batch in batches]
         num_bytes = sum(_num_bytes(batch, tokenizer) for batch in self._micro_batches)
         num_codes = sum(_num_codes(batch, tokenizer) for batch in self._micro_batches)
         num_bytes, num_codes = engine.consensus.reduce_counts(torch.tensor([num_bytes, num_codes])).tolist()

@@ -47,15 +47,16 @@ def test_figures_of_a_run(run_values, tmp_path, monkeypatch, capsys):
     assert all(figures[name] > 0 for name in (*benchmark.PHASES, "step_seconds", "tokens_per_second"))
     assert len(figures["losses"]) == 3
     parsed = parse_config(RunConfig, run_values, "test")
-    model, slots = parsed.model, parsed.train.global_batch_size * parsed.data.images_per_row
+    model = parsed.model
+    rows = SyntheticRows(parsed, "mixed")
+    batches = [[rows.next() for _ in range(parsed.train.global_batch_size)] for _ in range(2)]
+    images = sum(int((row.image_start >= 0).sum()) for batch in batches for row in batch) / 2
     positions = parsed.train.global_batch_size * parsed.data.sequence_length
     flops = 6 * model.num_layers * matrix_weights(model) * positions
     flops += 12 * model.hidden_size * model.num_layers * figures["visible_keys_per_query"] * positions
     flops += 6 * model.vocab_size * model.hidden_size * figures["text_target_share"] * positions
     adapter = adapter_layers(model)
-    flops += 3 * slots * (num_flops(adapter.down) + num_flops(adapter.up))
+    flops += 3 * images * (num_flops(adapter.down) + num_flops(adapter.up))
     assert figures["tflop_per_step"] == pytest.approx(flops / 1e12)
-    rows = SyntheticRows(parsed, "mixed")
-    batches = [[rows.next() for _ in range(parsed.train.global_batch_size)] for _ in range(2)]
     pairs = [sum(int(row.intervals().dense_mask.sum()) for row in batch) for batch in batches]
     assert figures["visible_keys_per_query"] * positions == pytest.approx(sum(pairs) / 2)

@@ -22,6 +22,7 @@ from megafusion.sequence.intervals import Intervals
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from tests.support.layouts import rows_with_holes
+from tests.support.marks import without_gpu
 
 SMALL = {
     "num_layers": 1,
@@ -33,7 +34,6 @@ SMALL = {
     "image_sizes": ((8, 8),),
     "patch_size": 4,
 }
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 eager_flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 

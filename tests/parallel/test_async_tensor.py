@@ -12,13 +12,15 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch._inductor.fx_passes import post_grad
 
 from megafusion.config import parse_config
+from megafusion.errors import UserError
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 from tests.parallel.matrix import Case
-from tests.support.marks import full
+from tests.parallel.test_mesh import refuse
+from tests.support.marks import full, without_gpu
 from tests.support.workers import run_workers
 
 DEGREES = {"tensor": 2, "sequence": True}
@@ -70,11 +72,24 @@ def test_every_collective_of_a_block_is_divided(shards, vae_folder, tmp_path, re
         assert divided_graphs == [dict.fromkeys(FUSED, 2)] * 2  # forward, backward
 
 
+@pytest.mark.parametrize(
+    ("degrees", "train", "reason"),
+    [
+        ({"sequence": False}, {"compile": True}, "set sequence to true"),
+        ({}, {}, "set train.compile: true"),
+        ({}, {"compile": True, "precision": "fp8"}, "no effect with train.precision fp8"),
+    ],
+)
+def test_is_refused_where_it_would_do_nothing(shards, vae_folder, tmp_path, degrees, train, reason):
+    parallel = DEGREES | {"async_tensor": True} | degrees
+    values = Case("tensor", 2, parallel, train=train).values(shards, vae_folder, tmp_path)
+    with pytest.raises(UserError, match=reason):
+        parse_config(RunConfig, values, "test")
+
+
+@without_gpu
 def test_is_refused_without_a_gpu(shards, vae_folder, tmp_path):
-    values = Case("tensor", 1, {}).values(shards, vae_folder, tmp_path)
-    for wrong, reason in (
-        ({"tensor": 2, "async_tensor": True}, "set sequence to true"),
-        (DEGREES | {"async_tensor": True}, "set train.compile: true"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            parse_config(RunConfig, values | {"parallel": wrong}, "test")
+    parallel = DEGREES | {"async_tensor": True}
+    values = Case("tensor", 2, parallel, train={"compile": True}).values(shards, vae_folder, tmp_path)
+    for message in run_workers(refuse, 2, values):
+        assert message.startswith("parallel.async_tensor needs GPUs that read each other's memory")

@@ -1,15 +1,18 @@
 """A device that fails for good ends the server, with its reason; any other failure does not."""
 
+import asyncio
+import signal
 import threading
 
 import pytest
 import requests
 import torch
+import uvicorn
 
 from megafusion.errors import ExitStatus, UserError
 from megafusion.serve.app import make_app
 from megafusion.serve.config import ServeConfig
-from megafusion.serve.server import listen, serve
+from megafusion.serve.server import _Server, listen, serve
 
 LOST = "CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA` ..."
 BODY = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
@@ -69,3 +72,23 @@ def test_what_waits_for_a_lost_device_is_told(pipeline, fails):
     assert isinstance(told(submit(worker, text(pipeline)))[-1].error, torch.AcceleratorError)
     assert worker.is_closing
     worker.end()
+
+
+def test_one_signal_after_a_lost_device_cuts_no_answer_off(pipeline, fails):
+    from tests.serve.test_worker import submit, text, told
+
+    app = make_app(pipeline, ServeConfig(), "small", [])
+    worker, server = app.state.worker, _Server(uvicorn.Config(app), app)
+    worker.start()
+    fails.append(torch.AcceleratorError(LOST))
+    told(submit(worker, text(pipeline)))
+    worker.end()
+
+    async def stop() -> bool:
+        server.handle_exit(signal.SIGTERM, None)
+        await asyncio.sleep(0)
+        return server.force_exit
+
+    assert worker.is_closing
+    assert not asyncio.run(stop())
+    assert asyncio.run(stop())

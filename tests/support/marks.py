@@ -1,6 +1,9 @@
-"""Parameters of the full suite: `make test-all` runs them, `make test` does not."""
+"""Marks: parameters of the full suite, which `make test-all` runs and `make test` does not, and devices."""
 
 import pytest
+import torch
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
 def full(*values: object) -> list:

@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    PretrainedConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.errors import UserError
@@ -31,14 +43,53 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory) -> Path:
     """A random DINOv2 of 24 features and patches of 7 pixels."""
-    folder = tmp_path_factory.mktemp("vision") / "dino"
+    return save_model(tmp_path_factory.mktemp("vision") / "dino", Dinov2Config, Dinov2Model)
+
+
+def save_model(folder: Path, config: type[PretrainedConfig], model: type) -> Path:
+    """A random vision model of 24 features, trained with 4 x 4 patches of 7 pixels."""
     torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
-    )
-    Dinov2Model(config).save_pretrained(folder)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model(config(**sizes, image_size=28, patch_size=7)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
     return folder
+
+
+MODELS = [
+    (CLIPVisionConfig, CLIPVisionModel),
+    (SiglipVisionConfig, SiglipVisionModel),
+    (ViTConfig, ViTModel),
+    (Dinov2Config, Dinov2Model),
+]
+
+
+@pytest.mark.parametrize(("config", "model"), MODELS, ids=["clip", "siglip", "vit", "dinov2"])
+def test_a_vision_model_takes_grids_that_it_was_not_trained_with(tmp_path, config, model):
+    """And its last tokens are patches in raster order: the features of one change most with its pixels."""
+    folder, grids = save_model(tmp_path, config, model), [(4, 4), (3, 6)]
+    aligned = AlignmentConfig(model=folder, feature_size=24, layer=1)
+    vision = VisionFeatures(aligned, grids, torch.device("cpu"), torch.float32)
+    for grid in grids:
+        pixels = torch.randint(0, 256, (2, 3, 7 * grid[0], 7 * grid[1]), dtype=torch.uint8)
+        before = vision.at_patches(pixels, grid)
+        assert before.shape == (2, grid[0] * grid[1], 24)
+        pixels[:, :, 7:14, 14:21] = 255 - pixels[:, :, 7:14, 14:21]
+        change = (vision.at_patches(pixels, grid) - before).norm(dim=-1)
+        assert (change.argmax(1) == grid[1] + 2).all()
+
+
+def save_swin(folder: Path) -> Path:
+    sizes = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    return save_model(folder, lambda **_: SwinConfig(**sizes, image_size=32, patch_size=4), SwinModel)
+
+
+def test_a_model_whose_tokens_are_no_patches_is_refused(tmp_path):
+    """Swin merges them."""
+    aligned = AlignmentConfig(model=save_swin(tmp_path), feature_size=24, layer=1)
+    with pytest.raises(
+        UserError, match=r"features of shape \[1, 4, 24\] .* 4 x 4 patches, not \[1, 16, 24\]"
+    ):
+        VisionFeatures(aligned, [(4, 4)], torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -53,12 +104,15 @@ def aligned(run_values, vision, tokenizer, tmp_path) -> dict:
 def test_features_are_those_of_transformers_at_the_grid_of_patches(codec, vision):
     """Of images of two sizes, each alone and resized to 7 pixels a patch; none where there are no pixels."""
     config = AlignmentConfig(model=vision, feature_size=24, layer=1)
-    features = VisionFeatures(config, torch.device("cpu"), torch.float32)
+    features = VisionFeatures(config, [(4, 4), (2, 4)], torch.device("cpu"), torch.float32)
     before = batch()
     (after,) = ImageEncoder(codec, SIZES, "cpu", patch_size=2, vision=features).encode([before])
     (plain,) = ImageEncoder(codec, SIZES, "cpu").encode([before])
     assert torch.equal(after.latents, plain.latents)
     assert torch.equal(plain.features, before.features)
+    (held_out,) = ImageEncoder(codec, SIZES, "cpu", patch_size=2, vision=features).encode([before], False)
+    assert torch.equal(held_out.latents, plain.latents)
+    assert torch.equal(held_out.features, before.features)
     assert after.features.shape == (3, 4, 16, 24)
     model = Dinov2Model.from_pretrained(vision).eval()
     for row, slot in torch.cartesian_prod(torch.arange(3), torch.arange(4)).tolist():
@@ -129,6 +183,25 @@ def test_a_run_aligns_resumes_and_publishes_no_projection(aligned, tmp_path):
     start(aligned, out=str(tmp_path / "with"))
 
 
+def test_held_out_losses_take_no_features_and_no_projection(aligned, monkeypatch):
+    """Counted are the rows whose features are computed, and the projections with and without gradients."""
+    sources, calls = aligned["data"]["sources"], []
+    at_patches, forward = VisionFeatures.at_patches, Alignment.forward
+    monkeypatch.setattr(VisionFeatures, "at_patches", lambda *a: calls.append("features") or at_patches(*a))
+    monkeypatch.setattr(
+        Alignment, "forward", lambda *a: calls.append(f"gradients {torch.is_grad_enabled()}") or forward(*a)
+    )
+    start(aligned, stop_after=2)
+    expected = calls.copy()
+    calls.clear()
+    aligned["data"]["validation"] = {"sources": sources, "every": 1, "num_batches": 2}
+    aligned["telemetry"] = {"log_every": 1}
+    run = start(aligned, stop_after=2, out=aligned["out"] + "-measured")
+    assert [line["validation_image_loss"] > 0 for line in read_metrics(run)] == [True] * 2
+    assert set(expected) == {"features", "gradients True"}
+    assert calls == expected
+
+
 def _run(values: dict) -> None:
     start(values)
 
@@ -166,6 +239,7 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_written(aligned, 
         ({"feature_size": 768}, r"feature_size 768: the features of .*dino have 24 numbers .*; set it to 24"),
         ({"model": str(tmp_path)}, r"no config.json; name a folder of a vision model"),
         ({"model": aligned["data"]["vae"]}, r"config.json: no hidden_size; give a vision model"),
+        ({"model": str(save_swin(tmp_path / "swin"))}, r"swin: gives features of shape"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):

@@ -10,6 +10,7 @@ import yaml
 from megafusion.engine.process_group import start_process_group
 from megafusion.errors import UserError
 from megafusion.resilience.attempts import read_attempts
+from megafusion.train.inputs import missing_inputs
 from megafusion.train.open_model import open_checkpoint
 from megafusion.train.run_folder import freeze
 from tests.support.runs import parsed, start
@@ -89,6 +90,37 @@ def test_other_files_are_refused_wherever_they_are(run_values, which, where):
     with pytest.raises(UserError, match=rf"data\.{which}: other files than .* was started with"):
         freeze(config, **{f"{name}_hash": value for name, value in hashes.items()})
     assert (config.out / "config.yaml").read_text() == before
+
+
+def test_a_vision_model_may_move_and_may_not_change(run_values, shards, tmp_path):
+    start_process_group()
+    place = tmp_path / "vision"
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    (place / "model.safetensors").write_bytes(b"first")
+    alignment = {"model": str(place), "feature_size": 4, "layer": 1}
+    run_values["objective"] = {"alignment": alignment}
+    config = parsed(run_values)
+    assert freeze(config, "a", "b") == {}
+    record = json.loads((config.out / "environment.json").read_text())
+    alignment["model"] = str(place.rename(tmp_path / "moved"))
+    key = "objective.alignment.model"
+    assert freeze(parsed(run_values), "a", "b") == {key: [str(place), alignment["model"]]}
+    assert freeze(parsed(run_values), "a", "b") == {}  # config.yaml has the new place
+    (tmp_path / "moved/README.md").write_text("no part of the model")
+    freeze(parsed(run_values), "a", "b")
+    (tmp_path / "moved/model.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match=rf"{key}: other files than .* was started with"):
+        freeze(parsed(run_values), "a", "b")
+    del record["vision_model"]  # as of an earlier version
+    (config.out / "environment.json").write_text(json.dumps(record))
+    freeze(parsed(run_values), "a", "b")
+    shutil.copytree(tmp_path / "moved", place)
+    alignment["model"] = str(place)
+    with pytest.raises(UserError, match=rf"{key}: other files than .* was started with"):
+        freeze(parsed(run_values), "a", "b")
+    alignment["model"] = str(tmp_path / "gone")
+    assert list(missing_inputs(parsed(run_values))) == [f"{key} {tmp_path}/gone"]
 
 
 def test_another_source_or_another_order_is_another_recipe(run_values):
