@@ -106,7 +106,7 @@ def submit(job: Job, script: str, config: str) -> str:
     (job.run / "logs").mkdir(parents=True, exist_ok=True)
     write_file(job.config, config)
     write_file(job.script, script)
-    queued = _run("squeue", "--noheader", "--me", "--format=%A", f"--name={job.name}").stdout.split()
+    queued = queued_jobs(job.name)
     try:
         job_id = sbatch(job.script)
     except UserError:
@@ -124,19 +124,26 @@ def refuse_without_sbatch() -> None:
         )
 
 
+def queued_jobs(name: str) -> list[str]:
+    """Ids of this user's jobs of a name that are queued or running."""
+    return _run("squeue", "--noheader", "--me", "--format=%A", f"--name={name}").stdout.split()
+
+
 def replace_job(run: Path, job_id: str) -> None:
     """Name the newest job of a run: one that ends reads here whether another has replaced it."""
     write_file(run / "launch" / "job", f"{job_id}\n")
 
 
 def sbatch(script: Path, *options: str) -> str:
-    """Submit a script; the job's id. UserError if sbatch refuses it."""
+    """Submit a script; the job's id. UserError if sbatch refuses it, RuntimeError if its answer is no id."""
     done = _run("sbatch", "--parsable", *options, str(script))
     if done.returncode:
         raise UserError(f"sbatch refused the job, which --dry-run shows: {done.stderr.strip()}")
     job_id = done.stdout.strip().split(";")[0]  # "id" or "id;cluster"
     if not re.fullmatch(r"\d+", job_id):
-        raise RuntimeError(f"sbatch answered {done.stdout!r}, which is not a job id")
+        raise RuntimeError(
+            f"sbatch answered {done.stdout!r}, which is not a job id; the job may be queued: squeue --me"
+        )
     return job_id
 
 

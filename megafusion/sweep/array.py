@@ -14,6 +14,7 @@ from megafusion.launch.job import (
     job_options,
     job_values,
     make_job,
+    queued_jobs,
     refuse_without_sbatch,
     replace_job,
     sbatch,
@@ -60,6 +61,11 @@ class Arrays:
     def submit(self) -> str:
         """Freeze the configurations and submit both; returns how to follow them. Raises UserError."""
         refuse_without_sbatch()
+        if queued := queued_jobs(self.job.name):
+            raise UserError(
+                f"{self.job.run}: array {queued[0]} of this sweep is queued or running; wait for it, or "
+                f"end it: scancel {queued[0]}"
+            )
         for member in self.tasks.values():
             freeze(member, self.folder)
         trainings, evaluations = self._write("train", self.train()), self.evaluate()
@@ -72,13 +78,19 @@ class Arrays:
             replace_job(member.out.absolute(), f"{job_id}_{number}")
         lines = [f"array {job_id}: {len(self.tasks)} runs, {self.folder}"]
         if evaluations:
-            after = sbatch(self._write("evaluate", evaluations), f"--dependency=aftercorr:{job_id}")
+            script = self._write("evaluate", evaluations)
+            try:
+                after = sbatch(script, f"--dependency=aftercorr:{job_id}")
+            except (UserError, RuntimeError) as error:
+                raise UserError(
+                    f"{error}; the trainings are queued as array {job_id}: when they have ended, the same "
+                    "command submits the evaluations"
+                ) from error
             lines.append(f"array {after}: their evaluations, each after its training")
         return "\n".join([*lines, f"follow them: squeue --job {job_id}; the same command with --report"])
 
     def _options(self, stage: str) -> dict[str, str]:
-        name = "megafusion:" + str(self.job.run).strip("/").replace("/", ":")
-        return {"array": self.array, "job-name": name, "output": f"{self.folder}/{stage}-%a.log"}
+        return {"array": self.array, "job-name": self.job.name, "output": f"{self.folder}/{stage}-%a.log"}
 
     def _commands(self, stage: str) -> list[str]:
         """Shell that sets the arguments of a task."""

@@ -1,6 +1,5 @@
 """The runs of a sweep as processes of this machine, one after another or some at a time."""
 
-import json
 import os
 import signal
 import subprocess
@@ -40,6 +39,8 @@ class Job:
     process: subprocess.Popen | None = None
     starts: int = 0
     log: Path = field(default_factory=Path)
+    log_start: int = 0
+    """Bytes of the log before this start."""
 
     def next_stage(self) -> str:
         """The first stage that is not done; empty when all are."""
@@ -53,6 +54,7 @@ class Job:
         self.stage, self.log = stage, self.member.out / "logs" / f"{stage}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self.log_start = log.tell()
             log.write(f"== {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {stage}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
@@ -70,7 +72,8 @@ class Job:
 
     def error(self, status: int) -> str:
         """The failure of the stage, in a line."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        log = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        lines = [line for line in log.splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
         return f"{self.stage}: exit status {status}: {said.removeprefix('error: ')}"
 
@@ -97,7 +100,7 @@ def environment(slot: int, jobs: int) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (
         visible.split(",")
-        if visible
+        if visible is not None  # empty: all are hidden
         else [path.name[6:] for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
     )
     found = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if jobs > 1 and gpus else {}
@@ -156,8 +159,6 @@ def _advance(job: Job, jobs: int, progress: Progress) -> str | None:
             return None
         if status and not job.may_restart(status):
             return job.error(status)
-        if not status and job.stage == "evaluate":
-            write_file(job.member.results / "sweep.json", json.dumps(job.member.asked, indent=1) + "\n")
     stage = job.next_stage()
     if not stage:
         return ""

@@ -1,5 +1,6 @@
 """The runs of a sweep, each checked before the first is started. Imports no torch."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,15 +13,17 @@ from megafusion.config import dump_config, parse_config
 from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.resilience.attempts import read_attempts
-from megafusion.storage import read_json
 from megafusion.sweep.config import ArmConfig, SweepConfig, label
+from megafusion.train.config import RunConfig
 from megafusion.train.from_data import load_training_config
 from megafusion.train.inputs import missing_inputs
-from megafusion.train.run_folder import changed_recipe
+from megafusion.train.run_folder import FREE_KEYS, LOCATION, run_changes
 from megafusion.yaml_values import apply_overrides
 
 SEED = "seed"
 """The axis over which the runs of a group differ."""
+UNMEASURED_KEYS = tuple(set(FREE_KEYS) - {"data.validation", "sampling."})
+"""Keys that change no figure that a sweep compares."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,26 @@ class Member:
 
     @property
     def results(self) -> Path:
-        """Folder of its evaluation."""
-        return self.out / f"evaluation-{self.num_steps}"
+        """Folder of its evaluation: one for each number of steps, suites and options."""
+        asked = {"suites": self.suites, "options": self.evaluation.model_dump(mode="json")}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return self.out / f"evaluation-{self.num_steps}-{digest[:8]}"
+
+    @property
+    def report(self) -> Path:
+        """What `megafusion evaluate` writes when every suite is measured."""
+        return self.results / "report.json"
 
     @property
     def is_trained(self) -> bool:
         """Whether every step is made and the model is published."""
         ends = [each["step"] for each in read_attempts(self.out) if each["ended"] == "finished"]
-        return self.num_steps in ends and (self.out / "pipeline").is_dir()
+        return ends[-1:] == [self.num_steps] and (self.out / "pipeline").is_dir()
 
     @property
     def is_evaluated(self) -> bool:
         """Whether the evaluation that the sweep asks for is there."""
-        done = self.results / "sweep.json"
-        return not self.suites or (done.is_file() and read_json(done, "delete it") == self.asked)
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The evaluation as JSON."""
-        return {"suites": list(self.suites), "options": self.evaluation.model_dump(mode="json")}
+        return not self.suites or self.report.is_file()
 
 
 def expand(sweep: SweepConfig, origin: str) -> list[Member]:
@@ -96,18 +100,15 @@ def expand(sweep: SweepConfig, origin: str) -> list[Member]:
 def _member(
     sweep: SweepConfig, arm: ArmConfig, name: str, arm_name: str, point: Any, labels: dict[str, str]
 ) -> Member:
-    overrides = [*sweep.overrides, *arm.overrides]
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key == "out":
-            raise UserError("override 'out': the sweep gives each run its folder; remove it")
-        if key in sweep.grid:
-            raise UserError(f"override {key!r} undoes grid.{key}; leave one of them out")
+    overrides = [_filled(each, labels) for each in (*sweep.overrides, *arm.overrides)]
+    if any(override.partition("=")[0] == "out" for override in overrides):
+        raise UserError("override 'out': the sweep gives each run its folder; remove it")
+    _refuse_undone(point, overrides)
     grid = [f"{key}={json.dumps(value)}" for key, _, value in point]
     out = sweep.out / name
-    chosen = [*grid, *(_filled(each, labels) for each in overrides), f"out={json.dumps(str(out))}"]
+    chosen = [*grid, *overrides, f"out={json.dumps(str(out))}"]
     run = load_training_config(arm.base or sweep.base, chosen)
-    changed_recipe(run)
+    _refuse_other_figures(run)
     suites: tuple[str, ...] = ()
     options = EvaluateConfig()
     if sweep.evaluate:
@@ -129,6 +130,43 @@ def _member(
         run.check_degrees,
         tuple(missing),
     )
+
+
+def _refuse_undone(point: Any, overrides: list[str]) -> None:
+    """UserError if a value of the grid is replaced, by an override or by another key of the grid."""
+    axes = [(key, leaf) for key, _, value in point for leaf in _leaves(value, key)]
+    setters = [(f"grid.{key}", key, leaf) for key, leaf in axes]
+    for override in overrides:
+        name = f"override {override.partition('=')[0]!r}"
+        setters += [(name, "", leaf) for leaf in _leaves(apply_overrides({}, [override]))]
+    for setter, own, leaf in setters:
+        for key, other in axes:
+            if own != key and (f"{leaf}.".startswith(f"{other}.") or f"{other}.".startswith(f"{leaf}.")):
+                raise UserError(f"{setter} undoes grid.{key}; leave one of them out")
+
+
+def _leaves(value: Any, key: str = "") -> list[str]:
+    """Dotted keys of a value's innermost values."""
+    if not isinstance(value, dict):
+        return [key]
+    return [leaf for name, each in value.items() for leaf in _leaves(each, f"{key}.{name}".lstrip("."))]
+
+
+def _refuse_other_figures(run: RunConfig) -> None:
+    """UserError if the folder holds a run whose figures are not of this configuration.
+
+    A run may become longer, and a location may be another when the earlier one is gone: training compares the
+    files.
+    """
+    way_out = "choose another out for the sweep, or remove that folder"
+    for key, (old, new) in (run_changes(run) or {}).items():
+        is_longer = key == "train.num_steps" and new > old
+        is_moved = LOCATION.fullmatch(key) and not Path(str(old)).exists()
+        if not (key.startswith(UNMEASURED_KEYS) or is_longer or is_moved):
+            raise UserError(f"{run.out}: holds a run with {key} {old} instead of {new}; {way_out}")
+    step = max((each["step"] for each in read_attempts(run.out)[-1:]), default=0)
+    if step > (end := run.train.num_steps):
+        raise UserError(f"{run.out}: has trained {step} steps, more than train.num_steps {end}; {way_out}")
 
 
 def _values(values: list[Any] | dict[str, Any]) -> list[tuple[str, Any]]:

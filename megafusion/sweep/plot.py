@@ -8,21 +8,23 @@ import numpy as np
 
 from megafusion.errors import UserError
 from megafusion.sweep.fit import Law, Point, fit_arms
+from megafusion.sweep.results import FINISHED
 
 COMPUTE = "flops"
 
 
 def points_of(results: Mapping[str, Any], metric: str) -> dict[str, list[Point]]:
-    """By arm, the runs that have the metric. UserError where none has it."""
+    """By arm, the finished runs that have the metric. UserError where none has it."""
     arms: dict[str, list[Point]] = {}
-    for run in results["runs"].values():
+    finished = [run for run in results["runs"].values() if run["state"] == FINISHED]
+    for run in finished:
         found = run["metrics"]
         if metric in found and COMPUTE in found:
             point = Point(run["group"], found[COMPUTE], found[metric])
             arms.setdefault(run["arm"], []).append(point)
     if not arms:
-        known = sorted({name for run in results["runs"].values() for name in run["metrics"]})
-        raise UserError(f"--fit {metric}: no run has it; there are {', '.join(known) or 'no metrics yet'}")
+        names = ", ".join(sorted({name for run in finished for name in run["metrics"]}))
+        raise UserError(f"--fit {metric}: no finished run has it; there are {names or 'no metrics yet'}")
     return arms
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,8 +15,10 @@ from megafusion.sweep.members import Member
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 
 RESULTS, TABLE = "sweep.json", "sweep.md"
-TRAINING = ("text_loss", "image_loss", "seconds", "flops", "validation_loss")
-"""Figures of the last line of a run's metrics."""
+FINISHED = "finished"
+"""State of a run that is trained, and evaluated where the sweep evaluates."""
+TRAINING = re.compile("text_loss|image_loss|seconds|flops|validation_.*")
+"""Figures of a run's metrics, each of the last line that has it."""
 
 
 def claim(out: Path, members: Sequence[Member]) -> None:
@@ -33,12 +36,14 @@ def claim(out: Path, members: Sequence[Member]) -> None:
 def write_results(out: Path, members: Sequence[Member], errors: Mapping[str, str]) -> dict[str, Any]:
     """Gather the figures of every run from its folder, and write them; returns what sweep.json holds.
 
+    Groups are of finished runs alone: the figures of others are not yet what their recipe leads to.
     errors: what members have just failed with, by name.
     """
     runs = {member.name: _run(member, errors.get(member.name)) for member in members}
     groups: dict[str, list[dict]] = {}
     for member in members:
-        groups.setdefault(member.group, []).append(runs[member.name]["metrics"])
+        if runs[member.name]["state"] == FINISHED:
+            groups.setdefault(member.group, []).append(runs[member.name]["metrics"])
     results = {"runs": runs, "groups": {name: _spread(each) for name, each in groups.items()}}
     write_files(out, results)
     return results
@@ -59,7 +64,7 @@ def _run(member: Member, error: str | None) -> dict[str, Any]:
     elif is_running(member.out):
         state = "training"
     elif member.is_trained:
-        state = "finished" if member.is_evaluated else "not evaluated"
+        state = FINISHED if member.is_evaluated else "not evaluated"
     else:
         state, error = last.get("ended", "not started"), last.get("error")
     return {
@@ -79,9 +84,8 @@ def _metrics(member: Member) -> dict[str, float]:
     found: dict[str, float] = {}
     lines = read_metrics(member.out) if (member.out / METRICS).is_file() else []
     for line in lines:
-        found |= {key: line[key] for key in TRAINING if line.get(key) is not None}
-    report = member.results / "report.json"
-    suites = read_json(report, "delete it")["suites"] if report.is_file() else {}
+        found |= {key: value for key, value in line.items() if TRAINING.fullmatch(key) and value is not None}
+    suites = read_json(member.report, "delete it")["suites"] if member.report.is_file() else {}
     for suite, result in suites.items():
         for group, figures in result["metrics"].items():
             found |= {f"{suite}/{group}/{name}": value for name, value in figures.items()}

@@ -55,14 +55,14 @@ RECIPE_KEYS = (
 """Keys that may also change, to make a run longer, to save one that diverges or to use another kernel;
 starts.json records it."""
 
-_LOCATION = re.compile(r"data\.(tokenizer|vae|sources\..+\.path)|objective\.alignment\.model")
+LOCATION = re.compile(r"data\.(tokenizer|vae|(validation\.)?sources\..+\.path)|objective\.alignment\.model")
 """Keys that may name another place of the same files, by the hashes that the run recorded."""
 
 
-def changed_recipe(config: RunConfig) -> dict[str, list] | None:
-    """Recipe keys and locations that a resumed run changes: by key, the run's value and the new one.
+def run_changes(config: RunConfig) -> dict[str, list] | None:
+    """Keys in which a configuration differs from its folder's frozen one: the run's value and the new one.
 
-    None if the folder holds no run yet. Raises UserError if other keys differ, or the run is longer already.
+    None if the folder holds no run yet.
     """
     if not (config.out / "config.yaml").is_file():
         return None
@@ -71,11 +71,21 @@ def changed_recipe(config: RunConfig) -> dict[str, list] | None:
     order_began, order = (list(each.data.sources) for each in (began, config))
     if order_began != order:  # what is sampled depends on it
         changed["data.sources"] = [order_began, order]
+    return changed
+
+
+def changed_recipe(config: RunConfig) -> dict[str, list] | None:
+    """Recipe keys and locations that a resumed run changes: by key, the run's value and the new one.
+
+    None if the folder holds no run yet. Raises UserError if other keys differ, or the run is longer already.
+    """
+    if (changed := run_changes(config)) is None:
+        return None
     step = newest_step(config.out)
     # What a run started from is without effect once it has a checkpoint.
     free = (*FREE_KEYS, "train.init_") if step else FREE_KEYS
     changed = {key: values for key, values in changed.items() if not key.startswith(free)}
-    refused = [key for key in changed if not _is_recipe(key) and not _LOCATION.fullmatch(key)]
+    refused = [key for key in changed if not _is_recipe(key) and not LOCATION.fullmatch(key)]
     if refused:
         raise UserError(
             f"{config.out}: holds a run with other values of {', '.join(refused)} (see its config.yaml); "
@@ -141,7 +151,7 @@ def freeze(
             write_file(path, dump_config(absolute_paths(config)))
         return {}
     _check_inputs(config, changed, hashes)
-    if any(map(_LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
+    if any(map(LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
         began, now = load_run_config(config.out), absolute_paths(config)
         moved = {name: getattr(now.data, name) for name in ("tokenizer", "vae", "sources")}
         # Of the objective nothing else may change.

@@ -1,9 +1,29 @@
 """A sweep of small runs."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+
+from megafusion.sweep.members import Member
+
+
+def train(member: Member, *steps: int, **metrics: float) -> None:
+    """Files of a member that has finished at each of some numbers of steps, its own by default."""
+    (member.out / "pipeline").mkdir(parents=True)
+    (member.out / "config.yaml").write_text(member.config)
+    attempts = [{"ended": "finished", "step": step} for step in steps or (member.num_steps,)]
+    (member.out / "starts.json").write_text(json.dumps(attempts))
+    line = {"step": attempts[-1]["step"]} | metrics
+    (member.out / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def evaluate(member: Member, value: float) -> None:
+    """The report that `megafusion evaluate` writes of a member."""
+    suites = {"perplexity": {"metrics": {"all": {"perplexity": value}}}}
+    member.results.mkdir(parents=True)
+    member.report.write_text(json.dumps({"suites": suites}))
 
 
 @pytest.fixture

@@ -9,7 +9,11 @@ import yaml
 from typer.testing import CliRunner
 
 from megafusion.cli import app
+from megafusion.launch.job import make_job, render, submit
+from megafusion.sweep.config import load_sweep
+from megafusion.sweep.members import expand
 from tests.support.container import program
+from tests.sweep.conftest import evaluate, train
 
 
 def sweep(path: Path, *arguments: str) -> str:
@@ -34,6 +38,7 @@ def slurm(tmp_path) -> dict[str, str]:
     """An environment in which sbatch answers 41, 42, ... and srun prints its arguments."""
     program(tmp_path / "bin/sbatch", 'echo "$@" >> "$0.log"; echo $((40 + $(wc -l < "$0.log")))\n')
     program(tmp_path / "bin/srun", 'printf "%s\\n" "$@" "run $MEGAFUSION_RUN start $MEGAFUSION_START"\n')
+    program(tmp_path / "bin/squeue", "")
     program(tmp_path / "bin/scontrol", "echo JobState=COMPLETED\n")
     values = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n1"}
     values |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_ARRAY_JOB_ID": "41"}
@@ -77,7 +82,7 @@ def test_each_task_of_the_arrays_runs_its_member(evaluated, slurm, monkeypatch, 
                 words = lines[lines.index("megafusion.cli") + 1 :]
                 assert words[:4] == ["evaluate", str(run), "--suite", "perplexity"], done.stderr
                 assert Path(words[5]).is_file()
-                assert words[7] == f"{run}/evaluation-6"
+                assert words[7].startswith(f"{run}/evaluation-6-")
 
 
 def test_a_refused_array_leaves_nothing_and_degrees_must_fill_the_ranks(
@@ -91,3 +96,38 @@ def test_a_refused_array_leaves_nothing_and_degrees_must_fill_the_ranks(
     assert not (tmp_path / "sweep/plain,seed=0").exists()
     result = CliRunner().invoke(app, ["sweep", str(evaluated), "--site", "local-test", "--nodes", "3"])
     assert str(result.exception).startswith("plain,seed=0: ")
+
+
+def test_a_sweep_whose_runs_are_evaluated_is_done(evaluated):
+    """Known by what `megafusion evaluate` writes, because that is all that a task runs."""
+    members = expand(load_sweep(evaluated), "sweep.yaml")
+    for member in members:
+        train(member)
+        evaluate(member, 2.0)
+    output = sweep(evaluated, "--site", "local-test")
+    assert output == f"{members[0].out.parent}: every run is done\n"
+    assert "| plain,seed=0 | finished | 6 of 6 |" in sweep(evaluated, "--report")
+
+
+def test_refused_evaluations_name_the_trainings_that_are_queued(evaluated, slurm, monkeypatch, tmp_path):
+    """The same command then submits no second array beside the first."""
+    program(tmp_path / "bin/sbatch", '[ "$#" = 2 ] && echo 41 || { echo too many jobs >&2; exit 1; }\n')
+    monkeypatch.setenv("PATH", slurm["PATH"])
+    result = CliRunner().invoke(app, ["sweep", str(evaluated), "--site", "local-test"])
+    assert "too many jobs; the trainings are queued as array 41: when they have ended" in str(
+        result.exception
+    )
+    program(tmp_path / "bin/squeue", '[ "${4#--name=megafusion:}" = "$4" ] || echo 41\n')
+    submissions = list((tmp_path / "sweep/sweep.launch").iterdir())
+    result = CliRunner().invoke(app, ["sweep", str(evaluated), "--site", "local-test"])
+    assert "array 41 of this sweep is queued or running; wait for it" in str(result.exception)
+    assert list((tmp_path / "sweep/sweep.launch").iterdir()) == submissions
+
+
+def test_a_job_that_may_be_queued_keeps_its_configuration(slurm, monkeypatch, tmp_path):
+    program(tmp_path / "bin/sbatch", "echo a greeting of the site\n")
+    monkeypatch.setenv("PATH", slurm["PATH"])
+    job = make_job(tmp_path / "run", "local-test", 1, None, None)
+    with pytest.raises(RuntimeError, match=r"a greeting of the site.* the job may be queued: squeue --me"):
+        submit(job, render(job), "seed: 0\n")
+    assert job.config.read_text() == "seed: 0\n"

@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 
 from megafusion.cli import app
 from megafusion.errors import UserError
+from megafusion.sweep.config import load_sweep
 from megafusion.sweep.fit import Point, fit_arms, fit_law
+from megafusion.sweep.members import expand
+from tests.sweep.conftest import train
 
 COMPUTES = (1e13, 3e13, 1e14, 3e14, 1e15)
 
@@ -88,15 +91,14 @@ def test_what_cannot_be_fitted_is_named():
 def test_the_command_fits_plots_and_writes_the_ratio(sweep_file, tmp_path):
     changes = ["grid={seed: [0, 1], train.num_steps: [10, 20, 40]}", "--report"]
     result = CliRunner().invoke(app, ["sweep", str(sweep_file), *changes, "--fit", "text_loss"])
-    assert "--fit text_loss: no run has it; there are no metrics yet" in str(result.exception)
-    for arm, ratio in (("plain", 1.0), ("causal", 0.25)):
-        for seed in (0, 1):
-            for steps in (10, 20, 40):
-                run = tmp_path / f"sweep/{arm},seed={seed},num_steps={steps}"
-                run.mkdir(parents=True)
-                loss = (steps / ratio) ** -0.4 * (1 + 0.01 * seed)
-                line = {"step": steps, "flops": steps * 1e9, "text_loss": loss}
-                (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert "--fit text_loss: no finished run has it; there are no metrics yet" in str(result.exception)
+    for member in expand(load_sweep(sweep_file, changes[:1]), "sweep.yaml"):
+        steps, seed = member.num_steps, int(member.point["seed"])
+        loss = (steps / {"plain": 1.0, "causal": 0.25}[member.arm]) ** -0.4 * (1 + 0.01 * seed)
+        train(member, flops=steps * 1e9, text_loss=loss)
+        if steps == 20:  # was stopped in the middle, where its learning rate is high
+            (member.out / "starts.json").write_text('[{"ended": "preempted", "step": 15}]')
+            (member.out / "metrics.jsonl").write_text('{"step": 15, "flops": 1.5e10, "text_loss": 9}\n')
     fit = ["--fit", "text_loss", "--baseline", "plain"]
     result = CliRunner().invoke(app, ["sweep", str(sweep_file), *changes, *fit])
     assert result.exit_code == 0, result.exception

@@ -8,6 +8,7 @@ import yaml
 from megafusion.errors import UserError
 from megafusion.sweep.config import load_sweep
 from megafusion.sweep.members import Member, expand
+from tests.sweep.conftest import evaluate, train
 
 
 def members(path: Path, *overrides: str) -> list[Member]:
@@ -56,6 +57,8 @@ def test_a_sweep_without_arms_or_without_a_grid(sweep_file):
         ("runs.bad=[train.num_steps]", r"runs\.bad .*not of the form key.path=value"),
         ("runs.bad=[out=elsewhere]", r"runs\.bad .*override 'out': the sweep gives each run its folder"),
         ("runs.bad=[seed=3]", r"runs\.bad .*override 'seed' undoes grid\.seed; leave one of them out"),
+        ("grid={model: {small: {num_layers: 3}}}", r"override 'model\.num_layers' undoes grid\.model;"),
+        ("grid={model.num_layers: [3], model: {a: {num_layers: 4}}}", r"grid\.model.* undoes grid\.model"),
         ("runs.bad=['data.vae=v-{sed}']", r"\{sed\} stands for no key of the grid, which gives \{seed\}"),
         ("runs={../up: []}", r"runs: '\.\./up' cannot be a folder's name here"),
         ("runs={sweep.json: []}", "letters, digits and"),
@@ -78,6 +81,11 @@ def test_bad_input_is_refused_with_the_run_and_the_key(sweep_file, change, fault
     assert not (sweep_file.parent / "sweep").exists()
 
 
+def test_an_override_of_a_mapping_that_undoes_a_value_of_the_grid_is_refused(sweep_file):
+    with pytest.raises(UserError, match=r"override 'train' undoes grid\.train\.num_steps; leave one"):
+        members(sweep_file, "grid={train.num_steps: [3]}", "runs.bad=['train={num_steps: 4}']")
+
+
 def test_an_unparsable_base_is_refused(sweep_file):
     (sweep_file.parent / "config.yaml").write_text("data: [")
     with pytest.raises(UserError, match=r"runs\.plain .*config\.yaml: not readable as YAML: .* in line 1"):
@@ -91,3 +99,59 @@ def test_inputs_that_are_not_there_are_named(sweep_file):
     ]
     first = members(sweep_file, *changes)[0]
     assert first.missing == ("data.vae no/vae", "evaluate.options.annotations no.json")
+
+
+def test_a_value_beside_those_of_the_grid_undoes_none(sweep_file):
+    values = "grid={seed: [0], model: {small: {hidden_size: 64}}, train.num_steps: [3]}"
+    found = members(sweep_file, values, "runs={a: ['train={global_batch_size: 2}', model.num_layers=1]}")
+    config = yaml.safe_load(found[-1].config)
+    assert (config["model"]["hidden_size"], config["model"]["num_layers"]) == (64, 1)
+    assert (config["train"]["num_steps"], config["train"]["global_batch_size"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("optimizer.learning_rate=0.125", r"optimizer\.learning_rate 0\.003 instead of 0\.125"),
+        ("sampling.num_inference_steps=5", r"sampling\.num_inference_steps 4 instead of 5"),
+        ("model.attention=flex", r"model\.attention sdpa instead of flex"),
+        ("train.num_steps=5", r"train\.num_steps 6 instead of 5"),
+        ("train.freeze=['head']", r"train\.freeze"),
+        ("data.sources.pairs.path=OTHER", r"data\.sources\.pairs\.path .*/pairs instead of .*OTHER"),
+        ("data.validation={every: 3, sources: {a: {path: OTHER}}}", r"data\.validation None instead of"),
+    ],
+)
+def test_an_edited_sweep_does_not_take_the_figures_of_the_run_before(sweep_file, change, fault):
+    train(members(sweep_file)[0])
+    with pytest.raises(UserError, match=fault) as refused:
+        members(sweep_file, f"runs.plain=[{change!r}]")
+    assert str(refused.value).startswith(f"{sweep_file}: runs.plain (plain,seed=0): ")
+
+
+def test_what_changes_no_figure_may_change_and_a_run_may_become_longer(sweep_file):
+    train(members(sweep_file)[0])
+    same = members(sweep_file, "runs.plain=[telemetry.log_every=3, checkpoint.every=2]")[0]
+    assert same.is_trained
+    assert not members(sweep_file, "runs.plain=[train.num_steps=9]")[0].is_trained
+    config = same.out / "config.yaml"
+    gone = config.read_text().replace("/pairs", "/gone")
+    config.write_text(gone)
+    assert members(sweep_file)[0].is_trained, "its shards have moved"
+
+
+def test_a_run_that_became_longer_has_no_figures_of_the_shorter_one(sweep_file):
+    train(members(sweep_file)[0], 6, 9)
+    with pytest.raises(UserError, match=r"has trained 9 steps, more than train\.num_steps 6; choose another"):
+        members(sweep_file)
+
+
+def test_an_evaluation_is_known_by_its_suites_and_options(sweep_file):
+    values = "evaluate={suites: [perplexity], options: {texts: [a.txt], max_items: 2}}"
+    first = members(sweep_file, values)[0]
+    evaluate(first, 2.0)
+    assert first.is_evaluated
+    assert members(sweep_file, values)[0].results == first.results
+    for change in ("evaluate.options.max_items=1", "evaluate.suites=[perplexity, captions]"):
+        other = members(sweep_file, values, change)[0]
+        assert not other.is_evaluated
+        assert other.results.parent == first.results.parent

@@ -20,6 +20,7 @@ from megafusion.telemetry.metrics_file import read_metrics
 from tests.support.container import program
 from tests.support.runs import start
 from tests.support.small import ROOT
+from tests.sweep.conftest import evaluate, train
 
 
 def sweep(path: Path, *arguments: str) -> subprocess.Popen:
@@ -109,7 +110,9 @@ out=$(sed -n 's/^out: //p' "$4")
 echo "start $MEGAFUSION_START"
 case $out in
     *plain*) [ -f "$out/again" ] || { touch "$out/again"; kill -9 $$; } ;;
-    *causal*) echo "error: no such data"; echo "more"; exit 2 ;;
+    *causal*)
+        [ -f "$out/again" ] && { echo "Traceback"; exit 1; }
+        touch "$out/again"; echo "error: no such data"; echo "more"; exit 2 ;;
     *unfinished*) exit 0 ;;
 esac
 mkdir "$out/pipeline"
@@ -131,30 +134,55 @@ def test_a_lost_run_is_started_again_and_a_failed_one_is_not(sweep_file, monkeyp
     assert [line[-2:] for line in log.splitlines() if line.startswith("start ")] == [":1", ":2"]
     assert run_members(members[:1], tmp_path / "frozen", jobs) == {}
     assert (members[0].out / "logs/train.log").read_text() == log, "a finished run is skipped"
+    errors = run_members(members[1:2], tmp_path / "frozen", jobs)
+    assert errors == {"causal,seed=0": "train: exit status 1: Traceback"}, (
+        "not the reason of the start before"
+    )
 
 
-def test_groups_have_mean_and_spread_over_seeds(sweep_file):
-    members = expand(load_sweep(sweep_file, ["grid.seed=[0, 1, 2]"]), "sweep.yaml")
-    for member, loss in zip(members, (1.0, 2.0, 6.0, 5.0), strict=False):
-        member.out.mkdir(parents=True)
+def test_groups_have_mean_and_spread_over_the_seeds_that_are_finished(sweep_file):
+    members = expand(load_sweep(sweep_file, ["grid.seed=[0, 1, 2, 3, 4]"]), "sweep.yaml")
+    for member, loss in zip(members, (1.0, 2.0, 6.0, 40.0, 50.0, 5.0), strict=False):
+        train(member)
         lines = [{"step": 1, "text_loss": 9.0, "validation_loss": 7.0}, {"step": 2, "text_loss": loss}]
         (member.out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (members[3].out / "starts.json").write_text('[{"ended": "preempted", "step": 2}]')
     found = write_results(
-        members[0].out.parent, members, {members[1].name: "train: exit status 1: bad | luck"}
+        members[0].out.parent, members, {members[4].name: "train: exit status 1: bad | luck"}
     )
+    assert found["runs"]["plain,seed=3"]["metrics"]["text_loss"] == 40.0
     assert found["groups"]["plain"]["text_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5), "runs": 3}
     assert found["groups"]["causal"]["text_loss"] == {"mean": 5.0, "std": 0.0, "runs": 1}
     assert found["groups"]["plain"]["validation_loss"]["mean"] == 7.0
     table = (members[0].out.parent / "sweep.md").read_text()
     assert "| text_loss | 3 ± 2.6 (3) | 5 (1) |" in table
-    assert "| plain,seed=1 | failed: train: exit status 1: bad \\| luck | 0 of 6 |" in table
+    assert "| plain,seed=4 | failed: train: exit status 1: bad \\| luck | 6 of 6 |" in table
+    assert "| plain,seed=3 | preempted | 2 of 6 |" in table
     assert "| causal,seed=2 | not started | 0 of 6 |" in table
+
+
+def test_a_run_whose_evaluation_is_of_other_options_is_not_evaluated(sweep_file):
+    values = "evaluate={suites: [perplexity], options: {texts: [a.txt], max_items: 2}}"
+    members = expand(load_sweep(sweep_file, [values]), "sweep.yaml")
+    for member in members:
+        train(member, text_loss=1.0)
+    evaluate(members[0], 2.0)
+    for changes, state, expected in (([], "finished", 2.0), (["max_items=1"], "not evaluated", None)):
+        changes = [f"evaluate.options.{each}" for each in changes]
+        members = expand(load_sweep(sweep_file, [values, *changes]), "sweep.yaml")
+        found = write_results(members[0].out.parent, members, {})
+        run = found["runs"]["plain,seed=0"]
+        assert (run["state"], run["metrics"].get("perplexity/all/perplexity")) == (state, expected)
+        assert ("plain" in found["groups"]) == (state == "finished")
+        assert "causal" not in found["groups"]
 
 
 def test_runs_at_a_time_have_a_gpu_each(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert [environment(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)] == ["3", "GPU-5", "3"]
     assert "CUDA_VISIBLE_DEVICES" not in environment(0, 1), "a run alone may see all"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["", ""], "all are hidden"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert "OMP_NUM_THREADS" not in environment(0, 2)
     monkeypatch.delenv("OMP_NUM_THREADS")
