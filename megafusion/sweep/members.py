@@ -14,7 +14,6 @@ from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.resilience.attempts import read_attempts
 from megafusion.sweep.config import ArmConfig, SweepConfig, label
-from megafusion.train.config import RunConfig
 from megafusion.train.from_data import load_training_config
 from megafusion.train.inputs import missing_inputs
 from megafusion.train.run_folder import FREE_KEYS, LOCATION, run_changes
@@ -152,7 +151,7 @@ def _leaves(value: Any, key: str = "") -> list[str]:
     return [leaf for name, each in value.items() for leaf in _leaves(each, f"{key}.{name}".lstrip("."))]
 
 
-def _refuse_other_figures(run: RunConfig) -> None:
+def _refuse_other_figures(run: Any) -> None:
     """UserError if the folder holds a run whose figures are not of this configuration.
 
     A run may become longer, and a location may be another when the earlier one is gone: training compares the
