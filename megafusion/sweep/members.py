@@ -64,7 +64,7 @@ class Member:
 
     @property
     def report(self) -> Path:
-        """What `megafusion evaluate` writes when every suite is measured."""
+        """The report that `megafusion evaluate` writes when every suite is measured."""
         return self.results / "report.json"
 
     @property
