@@ -84,10 +84,11 @@ class ImageClassifier(nn.Module):
         return [self.keys[index] if cosine >= REJECTION_COSINE else OTHER for cosine, index in found]
 
     @torch.no_grad()
-    def classify_closed(self, images_N3HW: Tensor, keys: Sequence[str]) -> list[str]:
-        """Of these keys the one nearest to each image of [N, 3, 64, 64] in [0, 1]; never `other`."""
-        columns = torch.tensor([self.keys.index(key) for key in keys])
-        return [keys[index] for index in self(images_N3HW)[:, columns].argmax(-1).tolist()]
+    def nearest(self, embeddings_ND: Tensor, keys: Sequence[str]) -> list[str]:
+        """Of these keys the one whose reference is nearest to each embedding; never `other`."""
+        references_KD = self.references[[self.keys.index(key) for key in keys]]
+        cosines_NK = embeddings_ND @ F.normalize(references_KD, dim=-1).T
+        return [keys[index] for index in cosines_NK.argmax(-1).tolist()]
 
     def accuracy(
         self, images_N3HW: Tensor, keys: Sequence[str], corruption: str = "clean", seed: int = 0

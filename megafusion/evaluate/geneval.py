@@ -18,12 +18,11 @@ from megafusion.errors import UserError
 from megafusion.evaluate.clip import Clip
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.detector import Found, load_detector
-from megafusion.evaluate.groups import sampling_of
+from megafusion.evaluate.groups import draw
 from megafusion.evaluate.suite import Metrics, model_sha256
 from megafusion.generate.arguments import load_image
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.images.grid import encode_png
-from megafusion.storage import file_sha256, read_lines, write_file
+from megafusion.storage import file_sha256, read_lines
 
 MIN_SCORE, MIN_SCORE_COUNTING = 0.3, 0.9
 MAX_OBJECTS = 16
@@ -65,13 +64,10 @@ class GenEval:
         self, pipeline: TransfusionPipeline, first: int, items: Sequence[tuple[dict, int]]
     ) -> list[dict]:
         """Draw each prompt and record whether its image is right, and the first reason why not."""
-        seeds = [self._config.seed + first + number for number in range(len(items))]
-        sampling = sampling_of(pipeline, self._config)
-        drawn = pipeline.draw([prompt["prompt"] for prompt, _ in items], seed=seeds, sampling=sampling)
-        records = []
-        for number, ((prompt, _), image) in enumerate(zip(items, drawn, strict=True), first):
-            name = f"drawn/{number:06d}.png"
-            write_file(self._folder / name, encode_png(image))
+        prompts = [prompt for prompt, _ in items]
+        texts = [prompt["prompt"] for prompt in prompts]
+        names, records = draw(pipeline, self._config, first, texts, self._folder), []
+        for prompt, name in zip(prompts, names, strict=True):
             reason = self.fault(load_image(self._folder / name), prompt)
             records.append({"file": name, "tag": prompt["tag"], "right": not reason, "reason": reason})
         return records

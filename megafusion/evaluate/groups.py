@@ -3,14 +3,16 @@
 import json
 from collections.abc import Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from megafusion.errors import UserError
 from megafusion.evaluate.annotations import ALL, AnnotatedImage, read_annotations, spread
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.images.grid import encode_png
 from megafusion.objective.config import SamplingConfig
-from megafusion.storage import file_sha256
+from megafusion.storage import file_sha256, write_file
 
 
 def annotated_images(config: EvaluateConfig, suite: str) -> tuple[list[AnnotatedImage], dict[str, Any]]:
@@ -46,3 +48,15 @@ def by_group(items: Sequence[AnnotatedImage]) -> dict[str, list[int]]:
 def sampling_of(pipeline: TransfusionPipeline, config: EvaluateConfig) -> SamplingConfig:
     """The model's sampling with the evaluation's changes."""
     return pipeline.config.sampling.model_copy(update=config.sampling)
+
+
+def draw(
+    pipeline: TransfusionPipeline, config: EvaluateConfig, first: int, prompts: Sequence[str], folder: Path
+) -> list[str]:
+    """Draw a prompt for each item from number `first` on; the names of the files in the folder."""
+    seeds = [config.seed + first + number for number in range(len(prompts))]
+    drawn = pipeline.draw(prompts, seed=seeds, sampling=sampling_of(pipeline, config))
+    names = [f"drawn/{first + number:06d}.png" for number in range(len(prompts))]
+    for name, image in zip(names, drawn, strict=True):
+        write_file(folder / name, encode_png(image))
+    return names

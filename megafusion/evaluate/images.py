@@ -16,7 +16,7 @@ from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
 from megafusion.evaluate.clip import Clip
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.distances import features_of, frechet_distance, kernel_distance
-from megafusion.evaluate.groups import annotated_images, by_group, sampling_of
+from megafusion.evaluate.groups import annotated_images, by_group, draw
 from megafusion.evaluate.inception import load_inception
 from megafusion.evaluate.judge import prove, split_key
 from megafusion.evaluate.suite import Metrics
@@ -59,12 +59,8 @@ class Images:
         self, pipeline: TransfusionPipeline, first: int, items: Sequence[AnnotatedImage]
     ) -> list[dict]:
         """Draw the first caption of each image; the record names the file."""
-        seeds = [self._config.seed + first + number for number in range(len(items))]
-        sampling = sampling_of(pipeline, self._config)
-        drawn = pipeline.draw([item.captions[0] for item in items], seed=seeds, sampling=sampling)
-        names = [f"drawn/{first + number:06d}.png" for number in range(len(items))]
-        for name, image in zip(names, drawn, strict=True):
-            write_file(self._folder / name, encode_png(image))
+        captions = [item.captions[0] for item in items]
+        names = draw(pipeline, self._config, first, captions, self._folder)
         return [{"image_id": item.id, "file": name} for item, name in zip(items, names, strict=True)]
 
     def summarize(self, records: list[dict], device: Any = "cpu") -> dict[str, Metrics]:
@@ -108,11 +104,9 @@ class Images:
         judge = self._judge
         assert judge
         real, fake = (features_of(judge.embed, _for_judge(paths)) for paths in (self._paths, drawn))
+        verdicts = [key for image in _for_judge(drawn) for key in judge.classify(image[None])]
         keys = sorted({str(item.key) for item in self.items})
-        verdicts, closed = [], []
-        for image in _for_judge(drawn):
-            verdicts += judge.classify(image[None])
-            closed += [split_key(key) for key in judge.classify_closed(image[None], keys)]
+        closed = [split_key(key) for key in judge.nearest(fake, keys)]
         wanted = [split_key(str(item.key)) for item in self.items]
         found = [split_key(verdict) for verdict in verdicts]
         seen = torch.tensor([index for index, item in enumerate(self.items) if item.group == SEEN])

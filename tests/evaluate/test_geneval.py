@@ -136,3 +136,16 @@ def test_colors_need_a_detector_or_a_clip_that_names_them(suite):
     colorless = Found("cup", 0.5, (0, 0, 5, 5))
     with pytest.raises(UserError, match="the detector names no color, and prompts ask for some; give clip="):
         suite._fault(Image.new("RGB", (8, 8)), {"cup": [colorless]}, PROMPTS[2])
+
+
+def test_each_prompt_is_drawn_and_searched(suite, pipeline, tmp_path):
+    pipeline.config = pipeline.config.model_copy(
+        update={"sampling": pipeline.config.sampling.model_copy(update={"num_inference_steps": 2})}
+    )
+    records = suite.measure(pipeline, 2, suite.items[2:])
+    assert [each["file"] for each in records] == ["drawn/000002.png", "drawn/000003.png"]
+    assert [each["reason"] for each in records] == ["cup: 0 of 1", "dog: 0 of 1"], (
+        "no detection at this width"
+    )
+    for each in records:
+        assert Image.open(tmp_path / each["file"]).size == tuple(reversed(pipeline.sizes[0]))
