@@ -57,6 +57,12 @@ def check_degrees(
             f"model.num_layers {model.num_layers} is less than the stages of parallel.pipeline "
             f"{parallel.pipeline}"
         )
+    elif model.num_layers < (stages := parallel.pipeline * parallel.virtual_stages):
+        broken.append(
+            f"model.num_layers {model.num_layers} is less than the {stages} virtual stages of "
+            f"parallel.pipeline {parallel.pipeline} x parallel.virtual_stages {parallel.virtual_stages}; set "
+            f"virtual_stages to {model.num_layers // parallel.pipeline} or less"
+        )
     if model.tie_embeddings and parallel.pipeline > 1:
         broken.append(
             "model.tie_embeddings: the embedding and the head are in different stages of parallel.pipeline "
@@ -68,6 +74,13 @@ def check_degrees(
             f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
             f"{micro_batch_size} x {data} data-parallel ranks (a world of {world_size} / "
             f"{world_size // data})"
+        )
+    elif parallel.virtual_stages > 1 and (batches := global_batch_size // (micro_batch_size * data)) % parallel.pipeline:
+        broken.append(
+            f"train.global_batch_size {global_batch_size} / (train.micro_batch_size {micro_batch_size} x {data} "
+            f"data-parallel ranks) = {batches} micro-batches, which are not a multiple of parallel.pipeline "
+            f"{parallel.pipeline}: interleaved stages (parallel.virtual_stages {parallel.virtual_stages}) take "
+            "them in groups of that size; change one of these, or set virtual_stages to 1"
         )
     if broken:
         raise UserError("\n".join(broken))
