@@ -75,13 +75,16 @@ def check_degrees(
             f"{micro_batch_size} x {data} data-parallel ranks (a world of {world_size} / "
             f"{world_size // data})"
         )
-    elif parallel.virtual_stages > 1 and (batches := global_batch_size // (micro_batch_size * data)) % parallel.pipeline:
-        broken.append(
-            f"train.global_batch_size {global_batch_size} / (train.micro_batch_size {micro_batch_size} x {data} "
-            f"data-parallel ranks) = {batches} micro-batches, which are not a multiple of parallel.pipeline "
-            f"{parallel.pipeline}: interleaved stages (parallel.virtual_stages {parallel.virtual_stages}) take "
-            "them in groups of that size; change one of these, or set virtual_stages to 1"
-        )
+    elif parallel.virtual_stages > 1:
+        micro_batches = global_batch_size // (micro_batch_size * data)
+        if micro_batches % parallel.pipeline:
+            broken.append(
+                f"train.global_batch_size {global_batch_size} / (train.micro_batch_size {micro_batch_size} x "
+                f"{data} data-parallel ranks) = {micro_batches} micro-batches, not a multiple of "
+                f"parallel.pipeline {parallel.pipeline}: interleaved stages (parallel.virtual_stages "
+                f"{parallel.virtual_stages}) take them in groups of that size; change one of these, or set "
+                "virtual_stages to 1"
+            )
     if broken:
         raise UserError("\n".join(broken))
 

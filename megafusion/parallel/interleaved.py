@@ -1,7 +1,7 @@
 """Interleaved 1F1B: the passes of a pipeline rank with several virtual stages, and its transfers.
 
-DeepSpeed's pipeline engine knows one stage a rank. It keeps the optimizer and the reduction of gradients; this
-takes the place of its `train_batch` and `eval_batch` (engine/engine.py).
+DeepSpeed's pipeline engine knows one stage a rank. It keeps the optimizer and the reduction of gradients;
+this takes the place of its `train_batch` and `eval_batch` (engine/engine.py).
 """
 
 from collections import deque
@@ -19,18 +19,19 @@ from megafusion.parallel.schedule import Instruction, Pass, evaluation_timeline,
 from megafusion.sequence.packing import PackedBatch
 
 MAX_SENDS = 4
-"""Sends that have begun and are not waited for. A rank then waits for the oldest, which its receiver begins to
-receive before it does anything that the schedule has later (`simulate`): so ranks never wait for each other."""
+"""Sends that have begun and are not waited for. A rank then waits for the oldest, which its receiver begins
+to receive before whatever the schedule has later (`simulate`), so ranks never wait for each other."""
 
 
 class Transfer(NamedTuple):
     """Tensors on their way between two ranks, which stay in memory until they have arrived."""
 
     tensors: list[Tensor]
-    works: list[dist.Work]
+    works: list[dist.Work | None]
 
     def wait(self) -> list[Tensor]:
         for work in self.works:
+            assert work is not None  # of a rank outside the group
             work.wait()
         return self.tensors
 
@@ -111,12 +112,14 @@ class InterleavedPipeline:
         if work.direction == "forward":
             tensors.append(torch.empty(self._stage.num_integers, dtype=torch.int32, device=self._device))
         source = self._neighbour(-1 if work.direction == "forward" else 1)
-        return Transfer(tensors, [dist.irecv(t, group=self._group, group_src=source) for t in tensors])
+        works = [dist.irecv(tensor, group=self._group, group_src=source) for tensor in tensors]
+        return Transfer(tensors, works)
 
     def _send(self, work: Pass, tensors: list[Tensor]) -> Transfer:
         assert tensors[0].dtype == self._dtype, f"{tensors[0].dtype} is sent as {self._dtype}"
         target = self._neighbour(1 if work.direction == "forward" else -1)
-        return Transfer(tensors, [dist.isend(t, group=self._group, group_dst=target) for t in tensors])
+        works = [dist.isend(tensor, group=self._group, group_dst=target) for tensor in tensors]
+        return Transfer(tensors, works)
 
     def _neighbour(self, distance: int) -> int:
         return (self._rank + distance) % self._sizes[0]

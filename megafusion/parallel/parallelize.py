@@ -23,7 +23,7 @@ from megafusion.parallel.image_parallel import (
     ImageShard,
 )
 from megafusion.parallel.mesh import Mesh
-from megafusion.parallel.partition import stage_blocks
+from megafusion.parallel.partition import virtual_stage_blocks
 from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import overlap_collectives, shard_weights, sum_partial_gradients
@@ -63,12 +63,12 @@ def parallelize(
     DeepSpeed then adds ZeRO, mixed precision and data parallelism (engine/engine.py).
     """
     image_shard = ImageShard(mesh.tensor_context_group)
-    num_stages = mesh.size("pipeline")
-    stages = stage_blocks(layer_flops(model.config, shape), num_stages * mesh.config.virtual_stages)
-    own = stages[mesh.rank("pipeline") :: num_stages]
+    stages = virtual_stage_blocks(
+        layer_flops(model.config, shape), mesh.size("pipeline"), mesh.config.virtual_stages
+    )
     num_local = image_shard.num_local(micro_batch_size * shape.num_images)
     skips = model.tail.adapter.skip_shapes(num_local) if model.tail.adapter else ()
-    stage = Stage(model, own, mesh, shape, micro_batch_size, skips)
+    stage = Stage(model, stages[mesh.rank("pipeline")], mesh, shape, micro_batch_size, skips)
     if image_shard.num_ranks > 1:
         shard_weights(stage, mesh)
     for name, block in stage.blocks.items():

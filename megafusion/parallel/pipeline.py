@@ -2,8 +2,7 @@
 
 Stages send two tensors to the next: one of floats (the residual stream and the adapter's skips) and one of
 integers (positions, mask and image slots). One float tensor means one backward pass a stage; the shapes never
-change, so that DeepSpeed allocates its buffers once. A stage may have several virtual stages (interleaved.py),
-which send each other the same.
+change, so that DeepSpeed allocates its buffers once. So do virtual stages (interleaved.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,9 +27,9 @@ from megafusion.sequence.packing import Inputs, PackedBatch, SequenceShape, Targ
 class Stage(nn.Module):
     """Layers of a model, whose parameters have the names that they have there.
 
-    virtual_stages: indices of the consecutive blocks of each virtual stage; without interleaving there is one.
-    The first of the model has the stem too, Megatron's pre_process; the last has the tail, its post_process.
-    num_rows: rows B of a micro-batch. skip_shapes: shapes of the adapter's skips for this rank's images.
+    virtual_stages: indices of the consecutive blocks of each; one without interleaving. The model's first has
+    the stem too, Megatron's pre_process; its last has the tail, its post_process. num_rows: rows B of a
+    micro-batch. skip_shapes: shapes of the adapter's skips for this rank's images.
     """
 
     def __init__(

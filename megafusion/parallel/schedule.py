@@ -2,15 +2,18 @@
 
 Interleaved 1F1B (Narayanan et al., arXiv 2104.04473): the blocks are in virtual stages, `num_virtual` on each
 of `num_ranks` pipeline ranks; virtual stage `v` of rank `r` is the `v * num_ranks + r`-th of the model.
-Micro-batches pass in groups of `num_ranks`: a group passes through one virtual stage of a rank, then the next.
-With one virtual stage a rank it is 1F1B.
+Micro-batches pass in groups of `num_ranks`: a group passes through one virtual stage of a rank, then through
+the next. With one virtual stage a rank it is 1F1B.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
 Direction = Literal["forward", "backward"]
+
+COSTS: dict[Direction, float] = {"forward": 1.0, "backward": 2.0}
+"""Time of a pass, relative to a forward pass."""
 
 
 class Pass(NamedTuple):
@@ -69,44 +72,45 @@ def forward_passes(num_ranks: int, num_virtual: int, num_micro_batches: int) -> 
     ]
 
 
-def simulate(passes: list[list[Pass]], num_virtual: int) -> Timeline:
+def simulate(passes: list[list[Pass]], seconds: Sequence[float]) -> Timeline:
     """Run the passes of all ranks by a simulated clock.
 
-    A backward pass takes twice as long as a forward pass, the forward pass of a rank through all its virtual
-    stages takes 1, and a transfer nothing. A rank sends a result when it has it, and the next rank begins to
-    receive it at that time, so that the transfers of any two ranks are in one order on both. AssertionError if
-    the ranks wait for each other.
+    seconds: of a forward pass through each virtual stage of the model. A backward pass takes twice as long,
+    and a transfer nothing. A rank sends a result when it has it, and the next rank begins to receive it at
+    that time, so that the transfers of any two ranks are in one order on both. AssertionError if the ranks
+    wait for each other.
     """
-    num_ranks = len(passes)
-    last = num_ranks * num_virtual - 1
+    num_ranks, last = len(passes), len(seconds) - 1
     instructions: list[list[Instruction]] = [[] for _ in passes]
     clocks, positions = [0.0] * num_ranks, [0] * num_ranks
-    ends: dict[tuple[Direction, int, int], float] = {}  # by direction, virtual stage of the model, micro-batch
+    # By direction, virtual stage of the model and micro-batch.
+    ends: dict[tuple[Direction, int, int], float] = {}
 
     def finishes(rank: int) -> float | None:
         """When a rank's next pass ends; None without one, or before its input is there."""
         if positions[rank] == len(passes[rank]):
             return None
         direction, virtual_stage, micro_batch = passes[rank][positions[rank]]
-        stage, begin, seconds = virtual_stage * num_ranks + rank, clocks[rank], 1 / num_virtual
+        stage, begin = virtual_stage * num_ranks + rank, clocks[rank]
+        took = seconds[stage] * COSTS[direction]
+        source: tuple[Direction, int]
         if direction == "backward":
-            seconds *= 2
             source = ("backward", stage + 1) if stage < last else ("forward", stage)
         elif stage == 0:
-            return begin + seconds
+            return begin + took
         else:
             source = "forward", stage - 1
         found = ends.get((*source, micro_batch))
-        return None if found is None else max(begin, found) + seconds
+        return None if found is None else max(begin, found) + took
 
     for _ in range(sum(map(len, passes))):
         ready = [(end, rank) for rank in range(num_ranks) if (end := finishes(rank)) is not None]
         assert ready, f"the ranks wait for each other at passes {positions}"
-        clocks_end, rank = min(ready)
+        end, rank = min(ready)
         work = passes[rank][positions[rank]]
         stage = work.virtual_stage * num_ranks + rank
-        clocks[rank], positions[rank] = clocks_end, positions[rank] + 1
-        ends[work.direction, stage, work.micro_batch] = clocks_end
+        clocks[rank], positions[rank] = end, positions[rank] + 1
+        ends[work.direction, stage, work.micro_batch] = end
         instructions[rank].append(Instruction("run", work))
         target = stage + (1 if work.direction == "forward" else -1)
         if 0 <= target <= last:
@@ -114,20 +118,26 @@ def simulate(passes: list[list[Pass]], num_virtual: int) -> Timeline:
             instructions[rank].append(Instruction("send", work))
             received = work._replace(virtual_stage=virtual_stage)
             instructions[receiver].append(Instruction("receive", received))
-    busy = [sum((1 if p.direction == "forward" else 2) / num_virtual for p in own) for own in passes]
+    busy = [
+        sum(seconds[work.virtual_stage * num_ranks + rank] * COSTS[work.direction] for work in own)
+        for rank, own in enumerate(passes)
+    ]
     return Timeline(instructions, [max(clocks) - own for own in busy])
 
 
-def training_timeline(num_ranks: int, num_virtual: int, num_micro_batches: int) -> Timeline:
-    """The timeline of a training step."""
+def training_timeline(
+    num_ranks: int, num_virtual: int, num_micro_batches: int, seconds: Sequence[float] | None = None
+) -> Timeline:
+    """The timeline of a training step; without `seconds`, a rank's forward pass of a micro-batch takes 1."""
     sizes = num_ranks, num_virtual, num_micro_batches
-    return simulate([training_passes(rank, *sizes) for rank in range(num_ranks)], num_virtual)
+    passes = [training_passes(rank, *sizes) for rank in range(num_ranks)]
+    return simulate(passes, seconds or [1 / num_virtual] * (num_ranks * num_virtual))
 
 
 def evaluation_timeline(num_ranks: int, num_virtual: int, num_micro_batches: int) -> Timeline:
     """The timeline of an evaluation."""
     passes = forward_passes(num_ranks, num_virtual, num_micro_batches)
-    return simulate([passes] * num_ranks, num_virtual)
+    return simulate([passes] * num_ranks, [1 / num_virtual] * (num_ranks * num_virtual))
 
 
 def bubble(num_ranks: int, num_virtual: int) -> float:
