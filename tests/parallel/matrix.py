@@ -121,6 +121,7 @@ RECIPES = {
     "dp2-zero1": (2, {"zero_stage": 1}),
     "dp2-zero3": (2, {"zero_stage": 3}),
     "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+    "pp2-v2": VIRTUAL["pp2-v2"],
 }
 """Topologies of every recipe that is not the paper's."""
 
@@ -152,6 +153,7 @@ FROZEN_TOPOLOGIES = {
     "tp2-sp": TOPOLOGIES["tp2-sp"],
     "ulysses2": TOPOLOGIES["ulysses2"],
     "pp2": TOPOLOGIES["pp2"],
+    "pp2-v2": VIRTUAL["pp2-v2"],
 }
 
 
@@ -194,6 +196,10 @@ def make_cases() -> list[Case]:
     degrees = VIRTUAL["pp2-v2"][1]
     cases.append(Case("pp2-v2-zero0", 2, degrees | {"zero_stage": 0}))
     cases.append(Case("pp2-v2-bf16", 2, degrees, train={"precision": "bf16"}))
+    cases.append(Case("pp2-v2-recompute-full", 2, degrees, "unet", {"recompute": "full"}))
+    # All of the model's first virtual stage.
+    frozen = {"train": {"freeze": ["stem.*", "blocks.0.*"]}}
+    cases.append(Case("pp2-v2-frozen-start", 2, degrees, recipe=frozen))
     cases.append(Case("dp4", 4, {}))
     for what in ("selective", "full"):
         cases.append(Case(f"tp2-sp-recompute-{what}", 2, TOPOLOGIES["tp2-sp"][1], train={"recompute": what}))
