@@ -34,7 +34,7 @@ CLAIMED = re.compile(
 """Figures of a run that a claim is about."""
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- table: python benchmarks/claims.py table --write -->\n", "<!-- end of table -->\n"
-"""What docs/results.md has around the table."""
+"""Marks around the table in docs/results.md."""
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 

@@ -169,7 +169,7 @@ def _half_bar(side: Side, values: Mapping[str, float], runs: dict[str, dict]) ->
 
 
 def _set_range(axes: Axes, metric: str) -> None:
-    """From 0 for what may be small; else so that a hundredth of the value does not fill the panel."""
+    """Let an axis begin at 0, or for a loss keep a hundredth of its value from filling the panel."""
     axes.margins(y=0.15)
     low, high = axes.get_ylim()
     if "loss" in metric or "bits" in metric:

@@ -19,7 +19,7 @@ MIN_SEEDS = 3
 
 
 class Side(NamedTuple):
-    """What is compared: a metric of an arm, and its name in a plot."""
+    """One side of a comparison: a metric of an arm, and its name in a plot."""
 
     name: str
     arm: str
@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Of the difference: it is outside its interval, or has none, and its sign."""
+        """Words on the difference: whether it is outside its interval, if it has one, and its sign."""
         seeds, difference = len(self.pairs), fmean(self.differences)
         if not self.row.better:
             return ""
