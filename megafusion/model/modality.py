@@ -101,7 +101,9 @@ class ModalityLinear(nn.Linear):
         if self.gives_sorted:
             return y_TD
         y_BSD = each.unsort(y_TD)
-        return y_BSD if self.bias is None else y_BSD + torch.where(each.is_patch, self.image_bias, self.bias)
+        if self.image_bias is None:
+            return y_BSD
+        return y_BSD + torch.where(each.is_patch, self.image_bias, self.bias)
 
 
 class ModalityRMSNorm(nn.RMSNorm):
@@ -112,6 +114,9 @@ class ModalityRMSNorm(nn.RMSNorm):
         self.image_weight = nn.Parameter(torch.empty_like(self.weight))
 
     def forward(self, x: Tensor, is_patch: Tensor) -> Tensor:  # type: ignore[override]
-        # In float32, rounded once, as with one weight.
-        weight = torch.where(is_patch, self.image_weight, self.weight).float()
-        return (F.rms_norm(x.float(), self.normalized_shape, eps=self.eps) * weight).to(x.dtype)
+        if x.dtype == torch.float32:
+            weight = torch.where(is_patch, self.image_weight, self.weight)
+            return F.rms_norm(x, self.normalized_shape, eps=self.eps) * weight
+        # Half precision would be rounded before the weight, too: a text's bits are those of the plain norm.
+        images = F.rms_norm(x, self.normalized_shape, self.image_weight, self.eps)
+        return torch.where(is_patch, images, super().forward(x))
