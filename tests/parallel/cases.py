@@ -16,6 +16,7 @@ from megafusion.engine.process_group import start_process_group
 from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.wrapper import canonical_name
+from megafusion.objective.losses import Losses
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row, target_index
@@ -30,7 +31,7 @@ LEARNING_RATE = 2e-3
 
 @dataclass
 class Outcome:
-    """A rank's losses (text, image, total, gradient norm) by step, and its shards of the weights."""
+    """A rank's `Losses` and gradient norm by step, and its shards of the weights."""
 
     losses: list[list[float]]
     weights: list[tuple[str, ShardSpec, Tensor]]
@@ -148,7 +149,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
         micro_batches = batches.next()
         counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
         optimizer.zero_grad()
-        sums = torch.zeros(3)
+        sums = torch.zeros(len(Losses._fields))
         for batch in micro_batches:
             batch.num_text_targets, batch.num_images = counts.unbind()
             found = model(batch)
@@ -162,7 +163,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
 
 def loss_error(outcome: Outcome, plain: Outcome) -> float:
     """Largest relative error of any loss at any step; the absolute error of a loss that is 0."""
-    found, true = torch.tensor(outcome.losses)[:, :3], torch.tensor(plain.losses)[:, :3]
+    found, true = torch.tensor(outcome.losses)[:, :-1], torch.tensor(plain.losses)[:, :-1]
     return ((found - true).abs() / torch.where(true == 0, 1, true.abs())).max().item()
 
 
@@ -171,7 +172,7 @@ def norm_error(outcome: Outcome, plain: Outcome) -> float:
 
     The absolute error of a norm that is 0, as that of image adapters is on a batch of text.
     """
-    found, true = torch.tensor(outcome.losses)[:, 3], torch.tensor(plain.losses)[:, 3]
+    found, true = torch.tensor(outcome.losses)[:, -1], torch.tensor(plain.losses)[:, -1]
     return ((found - true).abs() / torch.where(true == 0, 1, true)).max().item()
 
 

@@ -155,7 +155,7 @@ def losses_and_gradients(model: Transfusion, batch: PackedBatch) -> tuple[torch.
 def test_a_packed_row_equals_its_documents_one_by_one(model):
     documents, batch = packed([[3, 0, 2, 0], [0, GIVEN, 4], [5], [0]], padding=2)
     whole, gradients = losses_and_gradients(model, batch)
-    sums, added = torch.zeros(3), [torch.zeros_like(gradient) for gradient in gradients]
+    sums, added = torch.zeros(4), [torch.zeros_like(gradient) for gradient in gradients]
     for single in documents:
         alone = row_of([single], 4, padding=4, latents=(2, 4, 4))
         alone.num_text_targets, alone.num_images = batch.num_text_targets, batch.num_images

@@ -151,9 +151,9 @@ def test_it_is_a_share_of_the_total_and_reaches_the_blocks_up_to_its_layer(run_v
     torch.manual_seed(0)
     model = Transfusion(config.model, config.objective)
     found = model(packed)
-    share = found.total - found.text - 5 * found.image
-    assert 1 < share < 3  # twice 1 - cosine of random projections
-    share.backward()
+    assert 0.5 < found.alignment < 1.5  # 1 - cosine of random projections
+    torch.testing.assert_close(found.total, found.text + 5 * found.image + 2 * found.alignment)
+    found.alignment.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert any(name.startswith("blocks.0.") for name in reached)
     assert not any(name.startswith(("blocks.1.", "tail.")) for name in reached)
