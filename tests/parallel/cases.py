@@ -6,7 +6,6 @@ import megafusion.device  # noqa: F401 - before deepspeed
 
 import deepspeed
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megafusion.config import parse_config
@@ -23,6 +22,7 @@ from megafusion.sequence.packing import PackedBatch, collate, pack_row, target_i
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
+from tests.support.rows import latents_as_features
 from tests.support.weights import initialize
 
 LEARNING_RATE = 2e-3
@@ -60,8 +60,7 @@ class Batches:
         batches = self._next()
         if self.has_features:
             for batch in batches:
-                patches = F.unfold(batch.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
-                batch.features = patches.unflatten(0, batch.t.shape)
+                batch.features = latents_as_features(batch)
         return batches
 
     def _next(self) -> list[PackedBatch]:
