@@ -180,7 +180,7 @@ class StepConsensus:
             self._copied.synchronize()
         values = self._sums.tolist()
         self._is_finite = all(map(math.isfinite, values))
-        total = Losses(*values[:-1]).total
+        total = values[Losses._fields.index("total")]
         self._is_spike = self._is_finite and self.spikes.is_spike(total)
         if not self.is_skipped:
             self.spikes.add(total)
