@@ -326,21 +326,13 @@ class Run:
         self._validated = self.step, figures["validation_loss"]
         return figures
 
-    def _alignment_loss(self, losses: Losses) -> dict[str, float]:
-        """1 - cosine similarity, from the total that has a share of it."""
-        objective = self._config.objective
-        if not objective.alignment:
-            return {}
-        rest = losses.total - losses.text - objective.image_weight * losses.image
-        return {"alignment_loss": rest.item() / objective.alignment.weight}
-
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config
         speed, warning = self._stragglers.read()
         figures = {
             "text_loss": losses.text.item(),
             "image_loss": losses.image.item(),
-            **self._alignment_loss(losses),
+            **({"alignment_loss": losses.alignment.item()} if config.objective.alignment else {}),
             "gradient_norm": self.engine.grad_norm(),
             "learning_rate": learning_rate,
             "seconds": time.monotonic() - self._began,
