@@ -8,8 +8,8 @@ from tests.support.marks import full
 from tests.support.workers import run_workers
 
 # Each form of parallelism (with the linear adapter, of a model with every key that hub/ needs), ZeRO 3,
-# recomputation, offloading, bf16, flow matching, LoRA in interleaved stages, weights and positions of image patches, codes, clean
-# context.
+# recomputation, offloading, bf16, flow matching, LoRA in interleaved stages, weights and positions of image
+# patches, codes, clean context.
 QUICK = [
     "one",
     "dp2-zero3-linear",
