@@ -70,7 +70,7 @@ def as_url(content: bytes) -> str:
     ("change", "message"),
     [
         ({"seed": -1}, "seed.*it must be >= 0 and <= 9223372036854775807"),
-        ({"seed": 2**63}, "seed.*less than or equal to 9223372036854775807"),
+        ({"seed": 2**63}, "seed.*it must be >= 0 and <= 9223372036854775807"),
         ({"guidance_scale": float("nan")}, "guidance_scale.*finite number"),
         ({"guidance_scale": float("inf")}, "guidance_scale.*finite number"),
         ({"guidance_scale": "high"}, "guidance_scale.*valid number"),
