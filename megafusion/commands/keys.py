@@ -34,7 +34,8 @@ def reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key of the configuration files, and of `megafusion generate --option`. NAME is a name of your choice.",
+        "Every key of the configuration files, and of `megafusion generate --option`.",
+        "NAME is a name of your choice.",
         "Values after the file override it: `megafusion train configs/quickstart.yaml train.num_steps=50`.",
         "Keys are text, each once; `true` and `false` alone are booleans; `yes`, `010` and `12:30` are text.",
         "In paths, `~` and `$NAME` are expanded.",
