@@ -36,10 +36,11 @@ class NoiseProcess(Protocol):
     """A path from latents at t = 0 to unit normal noise at t = 1; t is a float32 in [0, 1) everywhere.
 
     Small and picklable: workers that read data sample from it without loading diffusers.
-    samplers: those of the process, by the names of `sampling.sampler`.
     """
 
-    samplers: Mapping[str, SamplerOptions]
+    @property
+    def samplers(self) -> Mapping[str, SamplerOptions]:
+        """Those of the process, by the names of `sampling.sampler`."""
 
     def sample_t(self, generator: np.random.Generator, max_t: float) -> float:
         """A random t below max_t for one image in training."""

@@ -146,7 +146,7 @@ class Reader:
             raise Refusal(400, f"n={body.n}: the events of a stream are of one image; ask for each by itself")
         if body.partial_images and not body.stream:
             raise Refusal(400, f"partial_images={body.partial_images}: needs stream true")
-        document = [*images, body.prompt]
+        document: list[Part] = [*images, body.prompt]
         return self._requests(
             body, content, document, begin="image", num_previews=body.partial_images, max_new_tokens=0
         )
