@@ -284,6 +284,7 @@ class Run:
             self.engine,
             self._loader.state_dict(),
             state.get("flops") if state else 0,
+            config.objective.alignment,
         )
         self._stragglers = StragglerMonitor(
             self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
@@ -338,7 +339,12 @@ class Run:
         }
         figures |= self._packing.read(self._loader.state_dict()) | speed
         figures |= throughput(
-            speed["step_seconds"], config.train, config.model, config.sequence_shape, self._packing.work
+            speed["step_seconds"],
+            config.train,
+            config.model,
+            config.sequence_shape,
+            self._packing.work,
+            config.objective.alignment,
         )
         figures |= self._validate()
         with self.engine.consensus.defer_errors():
