@@ -6,6 +6,7 @@ A round makes a step of each arm, in an order that turns; a figure is the median
 seconds over the first arm's in the same round. Seconds are the processor's own, so that other work does not
 count; those by the clock are beside. Rows are the run's own data, of the first point of the sweep's grid.
 Memory: by how much a process of its own grows at its peak, from before the model is made.
+recipes_table.py makes the table of docs/recipe.md of this and of the sweep's results.
 """
 
 import argparse
