@@ -5,6 +5,7 @@ integers (positions, mask and image slots). One float tensor means one backward 
 change, so that DeepSpeed allocates its buffers once.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -51,6 +52,8 @@ class Stage(nn.Module):
         self.alignment, self.aligns = model.alignment, model.objective.aligns
         self.sequence_shard = SequenceShard(mesh.group("ulysses"))
         self.region = TensorParallelRegion(mesh) if mesh.size("tensor") > 1 else None
+        self.image_sizes: deque[Tensor] | None = None
+        """image_size of the micro-batches to come, on the host, if their inputs have it on the device."""
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """inputs: the fields of `Inputs` in the first stage, else the previous stage's floats and integers.
@@ -59,8 +62,9 @@ class Stage(nn.Module):
         [B, S, D] for the head, and predictions [B, N, C, H, W], of all positions and images of the rows; and
         errors [B, N] of alignment where the objective has it, which then has one stage.
         """
+        sizes_BN = self.image_sizes.popleft() if self.image_sizes is not None else Inputs(*inputs).image_size
         if self.stem is not None:
-            x_BSD, integers, skips = self._begin(self.stem, Inputs(*inputs))
+            x_BSD, integers, skips = self._begin(self.stem, Inputs(*inputs)._replace(image_size=sizes_BN))
         else:
             floats, integers = inputs
             x_BSD, skips = self._unpack(floats)
@@ -78,9 +82,7 @@ class Stage(nn.Module):
                 alignment = self._align(x_BSD, Inputs(*inputs))
         if self.tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        # From the batch, where they are on the host; from the previous stage, on the device.
-        image_size_BN = slots_3BN[2] if self.stem is None else Inputs(*inputs).image_size
-        return *self._end(self.tail, x_BSD, slots_3BN, skips, image_size_BN), *alignment
+        return *self._end(self.tail, x_BSD, slots_3BN, skips, sizes_BN), *alignment
 
     @property
     def head(self) -> LanguageHead:
@@ -109,12 +111,12 @@ class Stage(nn.Module):
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
     def _end(
-        self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips, image_size_BN: Tensor
+        self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips, sizes_BN: Tensor
     ) -> tuple[Tensor, Tensor]:
         image_start, t_bits, _ = slots_3BN
         hidden_BSD = self._all_positions(tail(x_BSD))
         timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
-        images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size_BN)
+        images = tail.images(hidden_BSD, image_start, timesteps, skips, sizes_BN)
         return hidden_BSD, images
 
     def _align(self, x_BSD: Tensor, inputs: Inputs) -> list[Tensor]:
