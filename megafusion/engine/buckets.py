@@ -69,6 +69,7 @@ class Buckets:
         self._rank, self._num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
         self._gradients_a_round = num_micro_batches if whole else 1
         self._keeps_whole = whole is not None
+        assert self._keeps_whole or self._num_ranks > 1, "one rank's share is whole"
         shares = [group.flat.numel() // self._num_ranks for group in groups]
         self._first = [self._rank * share for share in shares]
         if whole:
@@ -117,9 +118,7 @@ class Buckets:
     def add(self, number: int, parameter: nn.Parameter) -> None:
         """Add a parameter's gradient, and drop it. Called in backward. number: among those of all groups."""
         assert parameter.grad is not None
-        if self._num_gradients[number] == self._gradients_a_round:
-            assert not self._keeps_whole, "more gradients than micro-batches in a step"
-            self._end_round()  # this is the next one's first
+        assert self._num_gradients[number] < self._gradients_a_round, "more gradients than micro-batches"
         gradient = parameter.grad.view(-1)
         for bucket, _, own, there in self._pieces[number]:
             sums = self._memory(bucket)[there]
@@ -134,9 +133,15 @@ class Buckets:
                 piece.bucket.num_missing -= 1
             self._reduce_complete()
 
+    def end_micro_batch(self) -> None:
+        """Called after the backward pass of each micro-batch, where sums are not whole."""
+        if not self._keeps_whole:
+            self._end_round()
+
     def finish(self) -> list[Tensor]:
-        """Mean gradients over data ranks: this rank's share of each group, when backward is done."""
-        self._end_round()
+        """Mean gradients over data ranks: this rank's share of each group. Called once a step."""
+        if self._keeps_whole:
+            self._end_round()
         self._settle(0)
         self._has_sums.clear()
         if self._num_ranks > 1:

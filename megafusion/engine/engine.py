@@ -92,6 +92,7 @@ class Engine:
             losses: Losses = self._deepspeed(batch)
             self.consensus.add_losses(losses)
             self._deepspeed.backward(losses.total * averaged_over)
+            self._update.end_micro_batch()
             self._deepspeed.step()  # counts micro-batches; the update after the last one is held back
 
     def _run_schedule(

@@ -40,6 +40,10 @@ class Gradients(ABC):
     def __init__(self, engine: DeepSpeedEngine, state: OptimizerState):
         self._engine, self._optimizer, self._state = engine, engine.optimizer, state
 
+    def end_micro_batch(self) -> None:
+        """Called after the backward pass of each micro-batch, without a pipeline."""
+        return
+
     @abstractmethod
     def take(self) -> list[Tensor | None]:
         """Float32 gradients for each of the optimizer's storages, of its size; None without any.
@@ -106,6 +110,9 @@ class ShardedGradients(Gradients):
             whole,
         )
         self.model_parts = [parts[dist.get_rank(group)] for parts in self._partitions]
+
+    def end_micro_batch(self) -> None:
+        self.buckets.end_micro_batch()
 
     def take(self) -> list[Tensor | None]:
         return [*self.buckets.finish()]

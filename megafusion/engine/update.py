@@ -55,6 +55,10 @@ class Update:
         """Remove hooks."""
         self._gradients.close()
 
+    def end_micro_batch(self) -> None:
+        """Called after the backward pass of each micro-batch, without a pipeline."""
+        self._gradients.end_micro_batch()
+
     @torch.no_grad()
     def make_or_skip(self, average: EmaUpdate | None) -> None:
         """Update weights and averages. Called by every rank after backward; waits for no device."""

@@ -40,6 +40,7 @@ def ours(topology: Topology) -> Run:
 
     def step_and_update() -> None:
         step()
+        update.end_micro_batch()
         update.make_or_skip(None)
 
     run.engine.step = step_and_update
