@@ -1,5 +1,7 @@
-"""The small claims: differences between two arms of a sweep, and guidance tuned for an arm.
+"""The small claims: their table and plots, two arms of a sweep, and guidance tuned for an arm.
 
+    python benchmarks/claims.py table --write       # docs/results.md#claims, of benchmarks/results/claims/
+    python benchmarks/claims.py plot                # docs/claims-*.png, of the same files
     python benchmarks/claims.py compare runs/claims/concepts-64/sweep.json transfusion quantized
     python benchmarks/claims.py guidance "runs/claims/concepts-64/transfusion,seed=0" \
         --annotations data/styles-64/fold-0/captions.json --scales 1 2 3 5
@@ -17,6 +19,8 @@ import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
 
+from claims_rows import CLAIMS, RESULTS, table
+
 from megafusion.errors import UserError, exit_on_user_error
 from megafusion.evaluate.annotations import spread
 from megafusion.evaluate.config import EvaluateConfig
@@ -28,6 +32,9 @@ CLAIMED = re.compile(
     r"|perplexity/.*/bits_per_byte|validation_.*"
 )
 """Figures of a run that a claim is about."""
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- table: python benchmarks/claims.py table --write -->\n", "<!-- end of table -->\n"
+"""Marks around the table in docs/results.md."""
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 
@@ -74,7 +81,7 @@ def check_signs(found: dict[str, dict], wanted: dict[str, int]) -> list[str]:
     return absent + wrong
 
 
-def table(found: dict[str, dict]) -> str:
+def difference_table(found: dict[str, dict]) -> str:
     """A Markdown table of a comparison."""
     first, second = list(next(iter(found.values())))[:2]
     lines = [f"| figure | {first} | {second} | difference | seeds |", "|---|---|---|---|---|"]
@@ -108,15 +115,38 @@ def tune_guidance(run: Path, scales: list[float], annotations: Path, judge: Path
     return found
 
 
+def replace_table(page: str, rows: str) -> str:
+    """A page with other rows between its marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"docs/results.md: the lines {BEGIN!r} and {END!r} are gone; restore them")
+    return before + begin + "\n" + rows + "\n" + end + after
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Run a command; the exit status."""
+    if arguments.command == "table":
+        rows, page = table(CLAIMS, arguments.results), DOCS / "results.md"
+        if arguments.write:
+            write_file(page, replace_table(page.read_text(), rows))
+        else:
+            print(rows, end="")
+        return 0
+    if arguments.command == "plot":
+        from claims_plot import draw_claims, draw_sizes
+
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        sheets = draw_claims(CLAIMS, arguments.results, arguments.out)
+        print(*sheets, *draw_sizes(arguments.results, arguments.out), sep="\n")
+        return 0
     if arguments.command == "guidance":
         found = tune_guidance(arguments.run, arguments.scales, arguments.annotations, arguments.judge)
         print(json.dumps(found, indent=1))
         return 0
     runs = read_json(arguments.json, "megafusion sweep writes it")["runs"]
     found = compare(runs, arguments.first, arguments.second)
-    print(table(found))
+    print(difference_table(found))
     if not arguments.signs:
         return 0
     signs = read_json(arguments.signs, "restore it")
@@ -133,6 +163,11 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    of_table, of_plot = commands.add_parser("table"), commands.add_parser("plot")
+    for each in (of_table, of_plot):
+        each.add_argument("--results", type=Path, default=RESULTS, help="folder of the sweeps' sweep.json")
+    of_table.add_argument("--write", action="store_true", help="into docs/results.md; printed by default")
+    of_plot.add_argument("--out", type=Path, default=DOCS)
     of_arms = commands.add_parser("compare")
     of_arms.add_argument("json", type=Path, help="sweep.json")
     of_arms.add_argument("first")

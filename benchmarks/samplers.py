@@ -1,9 +1,10 @@
 """Judge every sampler on the quickstart's model: the share of captions whose image shows what was asked.
 
-    python benchmarks/samplers.py runs/quickstart [--steps 50] [--captions 44] [--json FILE]
+    python benchmarks/samplers.py runs/quickstart [--names NAME ...] [--steps 50 ...] [--json FILE]
 
-`concept_top1` as in the quickstart's report, of evenly spaced captions, with the pipeline's guidance; the
-first row is the process's default sampler at 250 steps.
+`concept_top1` as in the quickstart's report, of evenly spaced captions, with the pipeline's guidance. Without
+names: all schedulers of diffusers that the process takes, after its default sampler at 250 steps. `default`
+names the pipeline's own sampler.
 """
 
 import argparse
@@ -29,7 +30,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--names", nargs="+", help="of samplers, or default")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument("--captions", type=int, default=44)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -38,10 +40,14 @@ def main() -> None:
     chosen = [pairs[len(pairs) * i // arguments.captions] for i in range(arguments.captions)]
     classifier = ImageClassifier.load(EMOJI / "classifier.safetensors")
     kind = pipeline.config.objective.noise_process.kind
-    names = {"ddpm": ddpm.SAMPLERS, "flow": flow.SAMPLERS}[kind]
+    known = {"ddpm": ddpm.SAMPLERS, "flow": flow.SAMPLERS}[kind]
+    names = arguments.names or [name for name in known if name[0].isupper()]
+    first = [] if arguments.names else [(None, 250)]
     rows = []
-    for name, steps in [(None, 250), *((name, arguments.steps) for name in names if name[0].isupper())]:
-        sampling = pipeline.config.sampling.model_copy(update={"sampler": name, "num_inference_steps": steps})
+    for name, steps in first + [(name, steps) for name in names for steps in arguments.steps]:
+        sampler = pipeline.config.sampling.sampler if name == "default" else name
+        update = {"sampler": sampler, "num_inference_steps": steps}
+        sampling = pipeline.config.sampling.model_copy(update=update)
         start = time.perf_counter()
         drawn = pipeline.draw([pair.caption for pair in chosen], sampling=sampling)
         seconds = time.perf_counter() - start

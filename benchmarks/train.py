@@ -83,7 +83,9 @@ def measure(config: RunConfig, rows: str, num_steps: int, num_warmup_steps: int)
     seconds = statistics.median(times)
     num_positions = config.train.global_batch_size * config.data.sequence_length
     work = Work.of(torch.stack(step.work[-num_steps:]).double().mean(0).tolist())
-    flops = step_flops(config.train.global_batch_size, config.model, config.sequence_shape, work)
+    flops = step_flops(
+        config.train.global_batch_size, config.model, config.sequence_shape, work, config.objective.alignment
+    )
     peak = peak_flops(config.train.precision)
     figures |= {
         "step_seconds": seconds,

@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 from megafusion.config import Config
 
 MIN_SCALE, MAX_SCALE = 0.1, 10.0
+LANCZOS_RADIUS = 3
+"""Half a window of Pillow's filter, in pixels of the smaller of the two images."""
 
 
 class AugmentationConfig(Config):
@@ -53,13 +55,35 @@ class Affine(NamedTuple):
     def apply(self, image: Image.Image) -> Image.Image:
         """The image scaled about its centre, then shifted, at its own size, on white."""
         width, height = image.size
-        left = width / 2 - width * (0.5 + self.right) / self.scale
-        top = height / 2 - height * (0.5 + self.down) / self.scale
+        left, top = (
+            n / 2 - n * (0.5 + s) / self.scale for n, s in ((width, self.right), (height, self.down))
+        )
         right, bottom = left + width / self.scale, top + height / self.scale
-        border = math.ceil(max(0, -left, -top, right - width, bottom - height))
-        # Lanczos of a box, and not an affine transform, because it filters what it shrinks.
-        box = (left + border, top + border, right + border, bottom + border)
-        return ImageOps.expand(image, border, "white").resize(image.size, Image.Resampling.LANCZOS, box)
+        whole = math.ceil(max(0, -left, -top, right - width, bottom - height))
+        # White that is wider than the image, and than the filter sees from one pixel, need not be computed.
+        seen = math.ceil((2 * LANCZOS_RADIUS + 2) * max(1, 1 / self.scale)) + 2
+        border = min(whole, max(width, height, seen))
+        columns, rows = range(width), range(height)
+        if border < whole:
+            columns, rows = self._within(left, width, border), self._within(top, height, border)
+        moved = Image.new(image.mode, image.size, "white")
+        if columns and rows:
+            # Lanczos of a box, and not an affine transform, because it filters what it shrinks.
+            box = (
+                left + columns.start / self.scale + border,
+                top + rows.start / self.scale + border,
+                left + columns.stop / self.scale + border,
+                top + rows.stop / self.scale + border,
+            )
+            around = ImageOps.expand(image, border, "white")
+            shown = around.resize((len(columns), len(rows)), Image.Resampling.LANCZOS, box)
+            moved.paste(shown, (columns.start, rows.start))
+        return moved
+
+    def _within(self, start: float, length: int, border: int) -> range:
+        """Pixels along an axis that come from the image or its border; the first, from `start`."""
+        first, last = ((edge - start) * self.scale for edge in (-border, length + border))
+        return range(max(0, math.ceil(first)), min(length, math.floor(last)))
 
 
 def sample_affine(config: AugmentationConfig, random: Random) -> Affine:

@@ -102,7 +102,11 @@ class CheckpointWeights:
 
 def fill_tensors(source: TensorSource, tensors: dict[str, Tensor]) -> None:
     """Fill whole tensors by name, in one process. UserError if the source has other tensors."""
-    read_chunks(source, _whole(tensors), {name: tensor.shape for name, tensor in tensors.items()})
+    in_rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    read_chunks(source, _whole(in_rows), {name: tensor.shape for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        if in_rows[name] is not tensor:  # a copy of one that is stored by columns, as for decoding on a CPU
+            tensor.copy_(in_rows[name])
 
 
 def read_tensors(source: TensorSource, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -41,19 +41,20 @@ def sweep(
     """Train and evaluate many runs over one configuration: sweep.json and sweep.md.
 
     A run that is finished is skipped, one that was interrupted resumes, and one that fails does not stop the
-    others: the exit status is then 1.
+    others: the exit status is then 1. The results are written whenever a run has ended; runs of other values
+    of the grid, of earlier calls, stay among them.
 
     Example: megafusion sweep sweep.yaml --jobs 2
     """
     from megafusion.sweep.config import load_sweep
-    from megafusion.sweep.members import expand
-    from megafusion.sweep.results import claim, write_files, write_results
+    from megafusion.sweep.members import earlier_members, expand
+    from megafusion.sweep.results import recorded_runs, write_files, write_results
 
     if fit and not report:
         raise UserError("--fit reads the results that are there: add --report")
     values = load_sweep(config, overrides or [])
     members = expand(values, str(config))
-    claim(values.out, members)
+    every = members + earlier_members(values, str(config), recorded_runs(values.out), members)
     if site:
         from megafusion.sweep.array import make_arrays
 
@@ -61,15 +62,19 @@ def sweep(
         for member in members:
             for missing in member.missing:
                 print(f"warning: {member.name}: {missing} not found on this machine", file=sys.stderr)
-        if not dry_run and not report:
-            typer.echo(arrays.submit() if arrays.tasks else f"{values.out}: every run is done")
+        if not arrays.tasks and (dry_run or not report):
+            typer.echo(f"{values.out}: every run is done")
             return
         if dry_run:
             typer.echo("\n".join(filter(None, (arrays.train(), arrays.evaluate()))))
             return
+        if not report:
+            typer.echo(arrays.submit())
+            return
     if dry_run:
         for member in members:
-            typer.echo(f"{member.out}: {member.num_steps} steps{', '.join(['', *member.suites])}")
+            what = ", ".join([f"{member.num_steps} steps", *member.suites])
+            typer.echo(f"{member.out}: {what}{': done' if member.is_done else ''}")
         return
     errors: dict[str, str] = {}
     if not report:
@@ -79,8 +84,13 @@ def sweep(
             member.check_world_size(1)
             if member.missing:
                 raise UserError(f"{config}: {member.name}: {', '.join(member.missing)} not found")
-        errors = run_members(members, values.out / "sweep.launch/local", jobs or 1)
-    results = write_results(values.out, members, errors)
+        errors = run_members(
+            members,
+            values.out / "sweep.launch/local",
+            jobs or 1,
+            lambda failed: write_results(values.out, every, failed),
+        )
+    results = write_results(values.out, every, errors)
     if fit:
         from megafusion.sweep.plot import describe, fit_metric
 

@@ -27,6 +27,7 @@ from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.losses import Losses
+from megafusion.parallel.interleaved import InterleavedPipeline
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage
@@ -45,7 +46,8 @@ class Engine:
     """Trains this rank's stage of the model: forward, backward, accumulation, clipping, optimizer, ZeRO.
 
     stage: the layers on this rank, with the parameter names of a checkpoint. consensus: what all ranks agreed
-    on about the latest step. optimizer_state: this rank's master weights and moments.
+    on about the latest step. optimizer_state: this rank's master weights and moments. interleaved: makes the
+    passes in place of DeepSpeed's pipeline engine.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Engine:
         mesh: Mesh,
         consensus: StepConsensus,
         gradient_clip: float,
+        interleaved: InterleavedPipeline | None = None,
     ):
         self._deepspeed = engine  # a PipelineEngine if there are several stages
+        self._interleaved = interleaved
         self.stage, self.mesh, self.consensus = stage, mesh, consensus
         self.device: torch.device = engine.device
         self.optimizer_state = OptimizerState(engine.optimizer, stage.named_parameters())
@@ -71,7 +75,11 @@ class Engine:
         """
         counts = self.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
         batches = (with_counts(batch.to(self.device), counts) for batch in micro_batches)
-        if isinstance(self._deepspeed, PipelineEngine):
+        if self._interleaved:
+            self.stage.image_sizes = deque(batch.image_size for batch in micro_batches)
+            self._interleaved.train(batches, len(micro_batches))
+            self._deepspeed._exec_reduce_grads()
+        elif isinstance(self._deepspeed, PipelineEngine):
             self._run_schedule(self._deepspeed, micro_batches, batches)
         else:
             self._accumulate(batches, len(micro_batches))
@@ -119,7 +127,10 @@ class Engine:
         """`Objective.sums` over packed rows of every data rank. Changes nothing that training reads."""
         batches = (batch.to(self.device) for batch in micro_batches)
         self._deepspeed.eval()
-        if isinstance(self._deepspeed, PipelineEngine):
+        if self._interleaved:
+            self.stage.image_sizes = deque(batch.image_size for batch in micro_batches)
+            self._interleaved.evaluate(batches, len(micro_batches))
+        elif isinstance(self._deepspeed, PipelineEngine):
             rows = self._stage_batches(micro_batches, batches)
             self._deepspeed.eval_batch(rows, num_micro_batches=len(micro_batches))
         else:
@@ -181,11 +192,17 @@ def make_engine(
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))
     accumulation = train.global_batch_size // (train.micro_batch_size * mesh.size("data"))
     module: nn.Module
+    interleaved = None
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its ranks and its memory
         if mesh.size("pipeline") > 1:
+            # DeepSpeed's passes average over micro-batches, the interleaved ones do not.
+            is_interleaved = mesh.config.virtual_stages > 1
+            averaged = 1 if is_interleaved else accumulation
             pipeline_losses = PipelineLosses(
-                stage, losses, mesh, accumulation, consensus.add_losses, consensus.add_sums
+                stage, losses, mesh, averaged, consensus.add_losses, consensus.add_sums
             )
+            if is_interleaved:
+                interleaved = InterleavedPipeline(stage, pipeline_losses, mesh, device)
             module, grid = _pipeline(stage, pipeline_losses, mesh), None
         else:
             module, grid = ModelWithLoss(stage, losses), PipelineParallelGrid(make_topology(mesh))
@@ -195,7 +212,7 @@ def make_engine(
             config=_deepspeed_config(train, mesh, accumulation, model.hidden_size),
             mpu=grid,
         )
-    return Engine(engine, stage, mesh, consensus, optimizer.gradient_clip)
+    return Engine(engine, stage, mesh, consensus, optimizer.gradient_clip, interleaved)
 
 
 def _gather_whole(block: nn.Module) -> None:

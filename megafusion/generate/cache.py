@@ -17,22 +17,32 @@ from megafusion.sequence.intervals import Intervals
 MAX_GROWTH = 1024
 """Slots that a cache which is full gets at most, beyond those that it needs."""
 
+KEYS_MULTIPLE = 16
+"""A pass sees as many slots as its longest row fills, rounded up to a multiple, and caches have a multiple.
+
+Then few shapes occur, and PyTorch's attention on CPUs gives equal bits, however many empty slots follow."""
+
+
+def _round_up(slots: int) -> int:
+    return -(-slots // KEYS_MULTIPLE) * KEYS_MULTIPLE
+
 
 @dataclass
 class _Layer:
-    """One layer's keys and values [B, T, G, K], and the slots that the current pass writes.
+    """One layer's keys and values [B, T, G, K], and the slots that the current pass writes and sees.
 
-    slots: int64 [B x S], of all rows' slots one after another.
+    slots: int64 [B x S], of all rows' slots one after another. num_keys: of the first slots, which it sees.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
+    num_keys: int = 0
 
     def update(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
         self.keys.view(-1, *self.keys.shape[2:]).index_copy_(0, self.slots, k_BSGK.flatten(0, 1))
         self.values.view(-1, *self.values.shape[2:]).index_copy_(0, self.slots, v_BSGK.flatten(0, 1))
-        return self.keys, self.values
+        return self.keys[:, : self.num_keys], self.values[:, : self.num_keys]
 
 
 @dataclass
@@ -48,7 +58,8 @@ class KVCache:
 
     @classmethod
     def empty(cls, num_rows: int, capacity: int, config: ModelConfig, like: Tensor) -> "KVCache":
-        """An empty cache of `capacity` slots per row, on the device and in the dtype of `like`."""
+        """An empty cache of at least `capacity` slots per row, on the device and in the dtype of `like`."""
+        capacity = _round_up(capacity)
         size = (num_rows, capacity, config.kv_heads, config.head_size)
         no_slots = torch.zeros(0, dtype=torch.int64, device=like.device)
         layers = [
@@ -67,14 +78,15 @@ class KVCache:
         positions = self.lengths[:, None] + own
         needed = int((self.lengths[:, None] + row_end_BS).max()) + 1
         if needed > self.capacity:  # as many slots again, so that it happens seldom
-            self._resize(max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH)))
+            self._resize(_round_up(max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH))))
         end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
         # Padding may reach past the capacity; it is written to the last slot, which no row uses.
         rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
         slots = (rows * self.capacity + positions.clamp(max=self.capacity - 1)).flatten()
+        num_keys = _round_up(needed)
         for layer in self.layers:
-            layer.slots = slots
-        return positions, Intervals(end, None, self.capacity, may_be_empty=True)
+            layer.slots, layer.num_keys = slots, num_keys
+        return positions, Intervals(end, None, num_keys, may_be_empty=True)
 
     def _resize(self, capacity: int) -> None:
         """Add slots until there are `capacity`."""

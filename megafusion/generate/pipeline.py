@@ -115,7 +115,8 @@ class TransfusionPipeline(LoraPipeline):
         """
         with new_folder(Path(expand_path(folder)), WEIGHTS) as partial:
             (partial / CONFIG).write_text(self.config.model_dump_json(indent=1) + "\n")
-            save_file(self.model.weights(), partial / WEIGHTS)
+            weights = {name: weight.contiguous() for name, weight in self.model.weights().items()}
+            save_file(weights, partial / WEIGHTS)
             self.tokenizer.save_pretrained(partial)
             self.codec.model.save_pretrained(partial / "vae")
 

@@ -53,7 +53,7 @@ def _text_weights(
         weight = weights[name][:num_rows] if name in (EMBEDDING, HEAD) else weights[name]
         sizes = {1: [len(weight)], 2: [model.ffn_size] * 2, 3: [q_size, kv_size, kv_size]}[len(theirs)]
         for part, values in zip(theirs, weight.split(sizes), strict=True):
-            found[part] = values.to(dtype, copy=True)
+            found[part] = values.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return found
 
 

@@ -37,26 +37,22 @@ class Modality(NamedTuple):
     ends: Tensor
     num_texts: int | None
 
-    def linear(
-        self,
-        x_BSD: Tensor,
-        weight: Tensor,
-        image_weight: Tensor,
-        bias: Tensor | None,
-        image_bias: Tensor | None,
-    ) -> Tensor:
-        """Each position times the weight of its modality: two products over sorted positions."""
-        x_TD = _Permute.apply(x_BSD.flatten(0, 1), self.order, self.inverse)
+    def sort(self, x_BSD: Tensor) -> Tensor:
+        """[T, D] of all positions, those of texts first."""
+        return _Permute.apply(x_BSD.flatten(0, 1), self.order, self.inverse)
+
+    def unsort(self, x_TD: Tensor) -> Tensor:
+        """[B, S, D] of sorted positions."""
+        return _Permute.apply(x_TD, self.inverse, self.order).unflatten(0, self.is_patch.shape[:2])
+
+    def linear(self, x_TD: Tensor, weight: Tensor, image_weight: Tensor) -> Tensor:
+        """Each of the sorted positions times the weight of its modality."""
         if self.num_texts is None:
             weights = torch.stack([weight, image_weight]).transpose(1, 2)
-            y_TD = F.grouped_mm(x_TD, weights, offs=self.ends)
-        else:
-            texts, patches = x_TD.tensor_split((self.num_texts,))
-            y_TD = torch.cat([F.linear(texts, weight), F.linear(patches, image_weight)])
-        y_BSD = _Permute.apply(y_TD, self.inverse, self.order).unflatten(0, x_BSD.shape[:2])
-        if bias is None or image_bias is None:
-            return y_BSD
-        return y_BSD + torch.where(self.is_patch, image_bias, bias)
+            return F.grouped_mm(x_TD, weights, offs=self.ends)
+        # Backward of `split` is one concatenation; that of `tensor_split` adds up slices filled with zeros.
+        texts, patches = x_TD.split((self.num_texts, len(x_TD) - self.num_texts))
+        return torch.cat([F.linear(texts, weight), F.linear(patches, image_weight)])
 
 
 def modality_of(is_patch_BS: Tensor, is_patch_residual_BS: Tensor) -> Modality:
@@ -73,7 +69,8 @@ def modality_of(is_patch_BS: Tensor, is_patch_residual_BS: Tensor) -> Modality:
 class ModalityLinear(nn.Linear):
     """A linear layer, which with `for_patches` has another weight for image patches.
 
-    It is then called with the modality of its positions.
+    It is then called with the modality of its positions, and computes over sorted ones: it sorts an input
+    [B, S, D], and takes one of [T, D] as sorted. gives_sorted: its output stays sorted, [T, D].
     """
 
     def __init__(
@@ -83,13 +80,16 @@ class ModalityLinear(nn.Linear):
         bias: bool = False,
         for_patches: bool = False,
         device: torch.device | None = None,
+        gives_sorted: bool = False,
     ):
         super().__init__(in_features, out_features, bias, device=device)
+        assert not (bias and gives_sorted), "a bias is added to positions in their own order"
         copies = {
             f"image_{name}": nn.Parameter(torch.empty_like(own)) for name, own in self.named_parameters()
         }
         self.image_weight = copies["image_weight"] if for_patches else None
         self.image_bias = copies.get("image_bias") if for_patches else None
+        self.gives_sorted = gives_sorted
 
     def forward(self, x: Tensor, *modality: Modality) -> Tensor:
         if self.image_weight is None:
@@ -97,7 +97,13 @@ class ModalityLinear(nn.Linear):
             # (ZeRO 3) adds it in place to the product, which selective recomputation has saved: twice.
             return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         (each,) = modality
-        return each.linear(x, self.weight, self.image_weight, self.bias, self.image_bias)
+        y_TD = each.linear(x if x.ndim == 2 else each.sort(x), self.weight, self.image_weight)
+        if self.gives_sorted:
+            return y_TD
+        y_BSD = each.unsort(y_TD)
+        if self.image_bias is None:
+            return y_BSD
+        return y_BSD + torch.where(each.is_patch, self.image_bias, self.bias)
 
 
 class ModalityRMSNorm(nn.RMSNorm):
@@ -108,5 +114,9 @@ class ModalityRMSNorm(nn.RMSNorm):
         self.image_weight = nn.Parameter(torch.empty_like(self.weight))
 
     def forward(self, x: Tensor, is_patch: Tensor) -> Tensor:  # type: ignore[override]
+        if x.dtype == torch.float32:
+            weight = torch.where(is_patch, self.image_weight, self.weight)
+            return F.rms_norm(x, self.normalized_shape, eps=self.eps) * weight
+        # Half precision would be rounded before the weight, too: a text's bits are those of the plain norm.
         images = F.rms_norm(x, self.normalized_shape, self.image_weight, self.eps)
         return torch.where(is_patch, images, super().forward(x))

@@ -61,9 +61,14 @@ class FusedLinear(ModalityLinear):
     """Several linear layers of one input as one matrix product."""
 
     def __init__(
-        self, hidden_size: int, sizes: tuple[int, ...], bias: bool = False, for_patches: bool = False
+        self,
+        hidden_size: int,
+        sizes: tuple[int, ...],
+        bias: bool = False,
+        for_patches: bool = False,
+        gives_sorted: bool = False,
     ):
-        super().__init__(hidden_size, sum(sizes), bias, for_patches)
+        super().__init__(hidden_size, sum(sizes), bias, for_patches, gives_sorted=gives_sorted)
         self.sizes = sizes
 
     def forward(self, x: Tensor, *modality: Modality) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -122,7 +127,7 @@ class FeedForward(nn.Module):
         super().__init__()
         size, ffn_size = config.hidden_size, config.ffn_size
         for_patches = config.modality_weights != "none"
-        gate_up = FusedLinear(size, (ffn_size, ffn_size), for_patches=for_patches)
+        gate_up = FusedLinear(size, (ffn_size, ffn_size), for_patches=for_patches, gives_sorted=True)
         self.gate_up = declare(gate_up, "column")
         down = ModalityLinear(ffn_size, size, for_patches=for_patches)
         self.down = declare(down, "row", init="residual")

@@ -20,6 +20,8 @@ class Losses(NamedTuple):
 
     text: Tensor
     image: Tensor
+    alignment: Tensor
+    """0 without it."""
     total: Tensor
 
 
@@ -78,14 +80,15 @@ class Objective(nn.Module):
         alignment_BN: Tensor | None = None,
     ) -> Losses:
         """Losses of next tokens, from normalised hidden states, and of predictions [B, N, C, H, W] for every
-        image slot. alignment_BN: errors of `Alignment`, which the total has a share of, too."""
+        image slot. alignment_BN: errors of `Alignment`."""
         text = self.nats(head, hidden_BSD, targets) / targets.num_text_targets.clamp(min=1)
         image = self._image_errors(images_BNCHW, targets).sum() / targets.num_images.clamp(min=1)
-        total = text + self.config.image_weight * image
+        total, alignment = text + self.config.image_weight * image, torch.zeros_like(text)
         if self.config.alignment and alignment_BN is not None:
             errors_BN = torch.where(targets.has_loss, alignment_BN, 0)
-            total = total + self.config.alignment.weight * errors_BN.sum() / targets.num_images.clamp(min=1)
-        return Losses(text, image, total)
+            alignment = errors_BN.sum() / targets.num_images.clamp(min=1)
+            total = total + self.config.alignment.weight * alignment
+        return Losses(text, image, alignment, total)
 
     def aligns(self, block: int) -> bool:
         """Whether the outputs of a block, counted from 1, are aligned with features."""

@@ -14,6 +14,9 @@ class ParallelConfig(Config):
 
     pipeline: int = Field(1, gt=0)
     """Pipeline stages; micro-batches pass through them one forward, one backward (1F1B)."""
+    virtual_stages: int = Field(1, gt=0)
+    """Virtual stages of each pipeline stage (interleaved 1F1B, Megatron's virtual pipeline), which divide the
+    time that stages wait for each other. A step's micro-batches must be a multiple of pipeline."""
     tensor: int = Field(1, gt=0)
     """Tensor-parallel ranks (Megatron), over which heads, hidden units and vocabulary are sharded."""
     sequence: bool = False
@@ -42,6 +45,11 @@ class ParallelConfig(Config):
             raise ValueError(
                 f"zero_stage {self.zero_stage} does not work with pipeline {self.pipeline}: gradients and "
                 "weights must stay whole between micro-batches; use 0 or 1"
+            )
+        if self.virtual_stages > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"virtual_stages {self.virtual_stages} interleaves pipeline stages: set pipeline to 2 or "
+                "more, or virtual_stages to 1"
             )
         if self.offload_optimizer and (self.zero_stage == 0 or self.pipeline > 1):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3 and pipeline 1")

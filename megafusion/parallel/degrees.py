@@ -57,6 +57,12 @@ def check_degrees(
             f"model.num_layers {model.num_layers} is less than the stages of parallel.pipeline "
             f"{parallel.pipeline}"
         )
+    elif model.num_layers < (stages := parallel.pipeline * parallel.virtual_stages):
+        broken.append(
+            f"model.num_layers {model.num_layers} is less than the {stages} virtual stages of "
+            f"parallel.pipeline {parallel.pipeline} x parallel.virtual_stages {parallel.virtual_stages}; set "
+            f"virtual_stages to {model.num_layers // parallel.pipeline} or less"
+        )
     if model.tie_embeddings and parallel.pipeline > 1:
         broken.append(
             "model.tie_embeddings: the embedding and the head are in different stages of parallel.pipeline "
@@ -69,6 +75,16 @@ def check_degrees(
             f"{micro_batch_size} x {data} data-parallel ranks (a world of {world_size} / "
             f"{world_size // data})"
         )
+    elif parallel.virtual_stages > 1:
+        micro_batches = global_batch_size // (micro_batch_size * data)
+        if micro_batches % parallel.pipeline:
+            broken.append(
+                f"train.global_batch_size {global_batch_size} / (train.micro_batch_size {micro_batch_size} x "
+                f"{data} data-parallel ranks) = {micro_batches} micro-batches, not a multiple of "
+                f"parallel.pipeline {parallel.pipeline}: interleaved stages (parallel.virtual_stages "
+                f"{parallel.virtual_stages}) take them in groups of that size; change one of these, or set "
+                "virtual_stages to 1"
+            )
     if broken:
         raise UserError("\n".join(broken))
 

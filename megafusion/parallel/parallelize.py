@@ -23,7 +23,7 @@ from megafusion.parallel.image_parallel import (
     ImageShard,
 )
 from megafusion.parallel.mesh import Mesh
-from megafusion.parallel.partition import stage_blocks
+from megafusion.parallel.partition import virtual_stage_blocks
 from megafusion.parallel.pipeline import Stage
 from megafusion.parallel.sharding import shard_spec_of
 from megafusion.parallel.tensor import overlap_collectives, shard_weights, sum_partial_gradients
@@ -49,7 +49,7 @@ def parallelize(
 
     The order matters:
 
-    1. pipeline: a stage of consecutive blocks, balanced by counted FLOPs;
+    1. pipeline: a stage of consecutive blocks, or virtual stages of them, balanced by counted FLOPs;
     2. tensor: column-, row- and vocabulary-parallel layers replace the layers that declare so;
     3. Ulysses: all-to-alls around attention;
     4. fp8: transformer-engine's layers replace the sharded ones;
@@ -63,7 +63,9 @@ def parallelize(
     DeepSpeed then adds ZeRO, mixed precision and data parallelism (engine/engine.py).
     """
     image_shard = ImageShard(mesh.tensor_context_group)
-    stages = stage_blocks(layer_flops(model.config, shape), mesh.size("pipeline"))
+    stages = virtual_stage_blocks(
+        layer_flops(model.config, shape), mesh.size("pipeline"), mesh.config.virtual_stages
+    )
     num_local = image_shard.num_local(micro_batch_size * shape.num_images)
     skips = model.tail.adapter.skip_shapes(num_local) if model.tail.adapter else ()
     stage = Stage(model, stages[mesh.rank("pipeline")], mesh, shape, micro_batch_size, skips)

@@ -1,6 +1,7 @@
 """Assignment of blocks to pipeline stages so that the slowest is as fast as possible. Imports no torch."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from math import inf
 
@@ -13,11 +14,24 @@ def stage_blocks(flops: Sequence[int], num_stages: int) -> list[range]:
     return partition(costs, num_stages)
 
 
+def virtual_stage_blocks(flops: Sequence[int], num_stages: int, num_virtual: int) -> list[list[range]]:
+    """Indices of the blocks of each stage's virtual stages, which take turns: stage r has the r-th of every
+    `num_stages`.
+    """
+    blocks = stage_blocks(flops, num_stages * num_virtual)
+    return [blocks[stage::num_stages] for stage in range(num_stages)]
+
+
 def partition(costs: Sequence[int], num_parts: int) -> list[range]:
     """Consecutive non-empty ranges with the smallest possible largest cost, then the largest smallest cost.
 
     The linear partition problem, solved exactly by dynamic programming.
     """
+    return list(_partition(tuple(costs), num_parts))
+
+
+@cache  # a plan's layouts have few
+def _partition(costs: tuple[int, ...], num_parts: int) -> list[range]:
     slowest = max(sum(costs[i] for i in part) for part in _max_min(costs, num_parts, lambda cost: -cost))
     return _max_min(costs, num_parts, lambda cost: cost if cost <= slowest else -inf)
 

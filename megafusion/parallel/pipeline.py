@@ -1,8 +1,8 @@
-"""The consecutive layers of the model on one rank: all of them, or those of a pipeline stage.
+"""The layers of the model on one rank: all of them, or those of a pipeline stage.
 
 Stages send two tensors to the next: one of floats (the residual stream and the adapter's skips) and one of
 integers (positions, mask and image slots). One float tensor means one backward pass a stage; the shapes never
-change, so that DeepSpeed allocates its buffers once.
+change, so that DeepSpeed allocates its buffers once. So do virtual stages (interleaved.py).
 """
 
 from collections import deque
@@ -26,17 +26,17 @@ from megafusion.sequence.packing import Inputs, PackedBatch, SequenceShape, Targ
 
 
 class Stage(nn.Module):
-    """Consecutive layers of a model, whose parameters have the names that they have there.
+    """Layers of a model, whose parameters have the names that they have there.
 
-    blocks: indices of the blocks. The first stage has the stem too, Megatron's pre_process; the last has the
-    tail, its post_process. num_rows: rows B of a micro-batch. skip_shapes: shapes of the adapter's skips for
-    this rank's images.
+    virtual_stages: indices of the consecutive blocks of each; one without interleaving. The model's first has
+    the stem too, Megatron's pre_process; its last has the tail, its post_process. num_rows: rows B of a
+    micro-batch. skip_shapes: shapes of the adapter's skips for this rank's images.
     """
 
     def __init__(
         self,
         model: Transfusion,
-        blocks: range,
+        virtual_stages: Sequence[range],
         mesh: Mesh,
         shape: SequenceShape,
         num_rows: int,
@@ -44,27 +44,47 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.shape, self.num_rows, self.skip_shapes = shape, num_rows, skip_shapes
-        self.config = model.config
-        self.stem = model.stem if blocks.start == 0 else None
-        self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in blocks})
-        self.tail = model.tail if blocks.stop == len(model.blocks) else None
+        self.config, self.virtual_stages = model.config, virtual_stages
+        self.stem = model.stem if virtual_stages[0].start == 0 else None
+        indices = [index for blocks in virtual_stages for index in blocks]
+        self.blocks = nn.ModuleDict({str(index): model.blocks[index] for index in indices})
+        self.tail = model.tail if virtual_stages[-1].stop == len(model.blocks) else None
         self.noise_process = model.objective.noise_process
         self.alignment, self.aligns = model.alignment, model.objective.aligns
+        positions = shape.length // mesh.size("ulysses")
+        positions //= mesh.size("tensor") if mesh.config.sequence else 1
+        num_skipped = sum(skips.numel() for skips in skip_shapes)
+        self.num_floats = num_rows * positions * model.config.hidden_size + num_skipped
+        self.num_integers = num_rows * (4 * shape.length + 3 * shape.num_images)
+        """Numbers in each of the two tensors that a virtual stage sends."""
         self.sequence_shard = SequenceShard(mesh.group("ulysses"))
         self.region = TensorParallelRegion(mesh) if mesh.size("tensor") > 1 else None
         self.image_sizes: deque[Tensor] | None = None
-        """image_size of the micro-batches to come, on the host, if their inputs have it on the device."""
+        """In a pipeline: image_size of the micro-batches to come, on the host, for the model's two ends."""
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def is_first(self, virtual_stage: int) -> bool:
+        """Whether a virtual stage of this rank is the model's first."""
+        return self.virtual_stages[virtual_stage].start == 0
+
+    def is_last(self, virtual_stage: int) -> bool:
+        """Whether a virtual stage of this rank is the model's last."""
+        return self.virtual_stages[virtual_stage].stop == self.config.num_layers
+
+    def forward(self, inputs: Sequence[Tensor], virtual_stage: int = 0) -> tuple[Tensor, ...]:
         """inputs: the fields of `Inputs` in the first stage, else the previous stage's floats and integers.
 
         Returns floats and integers for the next stage; from the last stage normalised hidden states
         [B, S, D] for the head, and predictions [B, N, C, H, W], of all positions and images of the rows; and
         errors [B, N] of alignment where the objective has it, which then has one stage.
         """
-        sizes_BN = self.image_sizes.popleft() if self.image_sizes is not None else Inputs(*inputs).image_size
-        if self.stem is not None:
-            x_BSD, integers, skips = self._begin(self.stem, Inputs(*inputs)._replace(image_size=sizes_BN))
+        stem = self.stem if self.is_first(virtual_stage) else None
+        tail = self.tail if self.is_last(virtual_stage) else None
+        if self.image_sizes is None:
+            sizes_BN = Inputs(*inputs).image_size
+        elif stem is not None or tail is not None:
+            sizes_BN = self.image_sizes.popleft()
+        if stem is not None:
+            x_BSD, integers, skips = self._begin(stem, Inputs(*inputs)._replace(image_size=sizes_BN))
         else:
             floats, integers = inputs
             x_BSD, skips = self._unpack(floats)
@@ -76,13 +96,13 @@ class Stage(nn.Module):
         is_patch_residual = self.region.shard(is_patch) if self.region else is_patch
         context = block_context(self.config, intervals, positions, x_BSD.dtype, is_patch, is_patch_residual)
         alignment: list[Tensor] = []
-        for index, block in self.blocks.items():
-            x_BSD = block(x_BSD, context)
-            if self.alignment and self.aligns(int(index) + 1):
+        for index in self.virtual_stages[virtual_stage]:
+            x_BSD = self.blocks[str(index)](x_BSD, context)
+            if self.alignment and self.aligns(index + 1):
                 alignment = self._align(x_BSD, Inputs(*inputs))
-        if self.tail is None:
+        if tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        return *self._end(self.tail, x_BSD, slots_3BN, skips, sizes_BN), *alignment
+        return *self._end(tail, x_BSD, slots_3BN, skips, sizes_BN), *alignment
 
     @property
     def head(self) -> LanguageHead:

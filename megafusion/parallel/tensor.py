@@ -54,7 +54,8 @@ class ColumnParallelLinear(FusedLinear):
     def __init__(self, linear: FusedLinear, region: TensorParallelRegion):
         sizes = tuple(size // region.num_ranks for size in linear.sizes)
         for_patches = linear.image_weight is not None
-        super().__init__(linear.in_features, sizes, linear.bias is not None, for_patches)
+        has_bias = linear.bias is not None
+        super().__init__(linear.in_features, sizes, has_bias, for_patches, linear.gives_sorted)
         self.to(linear.weight.device)
         self.region: TensorParallelRegion = region
         spans, local, whole = [], 0, 0

@@ -41,14 +41,15 @@ def ulysses_traffic(job: Job, chip: Chip, num_blocks: int, passes: float) -> Tra
 
 
 def pipeline_traffic(job: Job, chip: Chip) -> Traffic:
-    """The residual stream to the next stage and its gradient back, of one micro-batch."""
+    """The residual stream to the next virtual stage and its gradient back, of one micro-batch."""
     parallel = job.parallel
     if parallel.pipeline == 1:
         return Traffic("pipeline", 0, "node", 0)
-    sent = 2 * job.tokens * job.model.hidden_size * job.bytes_per_number
+    num = 2 * parallel.virtual_stages
+    sent = num * job.tokens * job.model.hidden_size * job.bytes_per_number
     sent /= parallel.tensor if parallel.sequence else 1
     is_near = job.world_size <= chip.node_gpus
-    seconds = sent / (chip.node_bandwidth if is_near else chip.card_bandwidth) + 2 * chip.latency
+    seconds = sent / (chip.node_bandwidth if is_near else chip.card_bandwidth) + num * chip.latency
     return Traffic("pipeline", sent, "node" if is_near else "network", seconds)
 
 

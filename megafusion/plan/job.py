@@ -7,7 +7,7 @@ from megafusion.engine.config import TrainConfig
 from megafusion.model.config import LoraConfig, ModelConfig
 from megafusion.parallel.config import ParallelConfig
 from megafusion.parallel.degrees import data_degree, vocab_shard_size
-from megafusion.parallel.partition import stage_blocks
+from megafusion.parallel.partition import virtual_stage_blocks
 from megafusion.plan.adapters import Adapter, Layer, adapter_layers, num_flops, num_weights
 from megafusion.plan.rows import RowKind, RowStatistics, row_statistics
 
@@ -75,14 +75,20 @@ class Job:
         return -(-slots // (self.parallel.tensor * self.parallel.ulysses))
 
     @cached_property
-    def stages(self) -> list[range]:
-        """Blocks of each pipeline stage, as parallelize assigns them: by dense FLOPs of a row."""
+    def virtual_stages(self) -> list[list[range]]:
+        """Blocks of each stage's virtual stages, as parallelize assigns them: by dense FLOPs of a row."""
         model, length = self.model, self.sequence_length
         block = 2 * length * matrix_weights(model) + 4 * length**2 * model.num_heads * model.head_size
         stem = self.images_per_row * self.down_passes * num_flops(self.adapter.down)
         tail = self.images_per_row * num_flops(self.adapter.up)
         tail += 2 * length * model.vocab_size * model.hidden_size
-        return stage_blocks([stem, *[block] * model.num_layers, tail], self.parallel.pipeline)
+        flops = [stem, *[block] * model.num_layers, tail]
+        return virtual_stage_blocks(flops, self.parallel.pipeline, self.parallel.virtual_stages)
+
+    @cached_property
+    def stages(self) -> list[list[int]]:
+        """Blocks of each pipeline stage."""
+        return [[number for blocks in stage for number in blocks] for stage in self.virtual_stages]
 
     def tensors(self, stage: int) -> dict[str, int]:
         """Numbers in each of a stage's parameters, by name, on the first tensor rank.

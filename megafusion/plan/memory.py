@@ -1,9 +1,11 @@
 """Bytes on a rank by part, at the peak of a step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megafusion.objective.config import LOGITS_ALIGNMENT, positions_in_chunk
+from megafusion.parallel.schedule import in_flight
 from megafusion.plan.activations import backward_of_block, saved_by_block, saved_by_tail, saved_once
 from megafusion.plan.adapters import num_features
 from megafusion.plan.job import Job
@@ -66,32 +68,43 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
     parallel, number = job.parallel, job.bytes_per_number
     is_first, is_last = stage == 0, stage == len(job.stages) - 1
     tensors = list(job.tensors(stage).values())
-    held = state_bytes(job, software, tensors, job.num_trained(stage))
-    in_flight: float = min(job.micro_batches, len(job.stages) - stage)
-    per_token = len(job.stages[stage]) * saved_by_block(job, software)
-    if software.schedule_chunks > 1 and len(job.stages) > 1:  # more warm-up micro-batches of smaller chunks
-        in_flight *= 1 + (len(job.stages) - 1) / (len(job.stages) * software.schedule_chunks)
-    elif not is_last:
-        per_token += job.model.hidden_size / (parallel.tensor if parallel.sequence else 1)  # what is sent
-    saved = in_flight * (number * job.tokens * per_token + saved_once(job, software))
-    saved += number * saved_by_tail(job, software) * is_last
-    features = (
-        job.down_passes * num_features(job.adapter.down) * is_first + num_features(job.adapter.up) * is_last
-    )
-    adapters = in_flight * features * job.local_slots * number
+    state = state_bytes(job, software, tensors, job.num_trained(stage))
+    each = number * job.local_slots
+    down = each * job.down_passes * num_features(job.adapter.down) * is_first
+    up = each * num_features(job.adapter.up) * is_last
+    by_blocks = [_saved_by(job, software, blocks) for blocks in job.virtual_stages[stage]]
+    by_all = [*by_blocks[:-1], by_blocks[-1] + up]
+    by_all[0] += down
+    sizes = len(job.stages), parallel.virtual_stages, job.micro_batches
+    held = max(in_flight(stage, *sizes), key=lambda counts: _weighted(counts, by_all))
+    saved = _weighted(held, by_blocks) + number * saved_by_tail(job, software) * is_last
+    adapters = held[0] * down + held[-1] * up
     logits = _loss_peak(job, software) if is_last else 0.0
     # Backward of a block comes after that of the loss.
     backward = max(0.0, number * job.tokens * backward_of_block(job, software) - logits)
     buffers = _buffers(job, software, tensors)
     dynamic = saved + backward + adapters + logits + buffers
     fragmentation = FRAGMENTATION * dynamic
-    return Memory(stage, *held, saved, backward, adapters, logits, buffers, CONTEXT_BYTES, fragmentation)
+    return Memory(stage, *state, saved, backward, adapters, logits, buffers, CONTEXT_BYTES, fragmentation)
+
+
+def _saved_by(job: Job, software: Software, blocks: range) -> float:
+    """Bytes that a micro-batch's pass through a virtual stage's blocks keeps until its backward pass."""
+    per_token = len(blocks) * saved_by_block(job, software)
+    if blocks.stop < job.model.num_layers:
+        ranks = job.parallel.tensor if job.parallel.sequence else 1
+        per_token += job.model.hidden_size / ranks  # what is sent
+    return job.bytes_per_number * job.tokens * per_token + saved_once(job, software)
+
+
+def _weighted(counts: Sequence[int], sizes: Sequence[float]) -> float:
+    return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
 
 def _loss_peak(job: Job, software: Software) -> float:
-    """Logits that are there at once, what is made of them, and a pipeline's two buffers of outputs."""
+    """Logits that are there at once, what is made of them, and two buffers of DeepSpeed's pipeline."""
     columns, number = job.model.vocab_size / job.parallel.tensor, job.bytes_per_number
-    has_pipeline = len(job.stages) > 1
+    has_pipeline = len(job.stages) > 1 and job.parallel.virtual_stages == 1
     if software.logits_are_whole:
         each = software.logit_bytes + (4 if job.parallel.tensor > 1 else 0)  # one float32 copy more
         return job.tokens * (each + 2 * number * has_pipeline) * columns

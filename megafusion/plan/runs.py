@@ -32,7 +32,7 @@ class Run(NamedTuple):
             "overrides": plan.overrides(),
             "data_ranks": job.data,
             "micro_batches": job.micro_batches,
-            "stages": [[blocks.start, blocks.stop] for blocks in job.stages],
+            "stages": [[[blocks.start, blocks.stop] for blocks in stage] for stage in job.virtual_stages],
             "memory_bytes": plan.memory.parts() | {"total": plan.memory.total, "stage": plan.memory.stage},
             "step_seconds": step.seconds | {"total": step.total},
             "bubble": step.bubble,

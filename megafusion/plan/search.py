@@ -16,6 +16,7 @@ from megafusion.plan.step import Step, step
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+VIRTUAL_STAGES = (1, 2, 4)
 ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
@@ -84,14 +85,21 @@ def layouts(
         )
         for size, kind in product(micro_batches, recompute)
     ]
-    for pipeline, tensor, ulysses, zero in product(
-        (1, 2, 4, 8, 16), (1, 2, 4, 8), sorted({1, job.parallel.ulysses}), ZERO_STAGES
+    for pipeline, tensor, ulysses, zero, virtual in product(
+        (1, 2, 4, 8, 16), (1, 2, 4, 8), sorted({1, job.parallel.ulysses}), ZERO_STAGES, VIRTUAL_STAGES
     ):
         others = pipeline * tensor * ulysses
         if job.world_size % others or (pipeline > 1 and zero > 1) or tensor * ulysses > chip.node_gpus:
             continue
+        if pipeline == 1 < virtual:
+            continue
         parallel = ParallelConfig(
-            pipeline=pipeline, tensor=tensor, sequence=tensor > 1, ulysses=ulysses, zero_stage=zero
+            pipeline=pipeline,
+            virtual_stages=virtual,
+            tensor=tensor,
+            sequence=tensor > 1,
+            ulysses=ulysses,
+            zero_stage=zero,
         )
         for each in trains:
             candidate = replace(job, model=model, train=each, parallel=parallel)

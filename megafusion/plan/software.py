@@ -51,8 +51,6 @@ class Software:
     """The same at ZeRO 2 and 3, of forward and backward."""
     tensor_overlap: float = 0.0
     """Share of tensor-parallel communication that hides under products."""
-    schedule_chunks: int = 1
-    """Model chunks of a pipeline rank (Megatron's interleaved schedule)."""
     host_seconds: float = 3e-3
     """Of a step in which the device waits for the host."""
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from megafusion.parallel.schedule import bubble
 from megafusion.plan.adapters import num_flops
 from megafusion.plan.chip import Chip
 from megafusion.plan.communication import (
@@ -67,8 +68,8 @@ def step(job: Job, chip: Chip, software: Software) -> Step:
     slowest = max(stages, key=lambda parts: sum(parts.values()))
     num, depth = job.micro_batches, len(job.stages)
     seconds = {name: num * value for name, value in slowest.items()}
-    slots = (depth - 1) / software.schedule_chunks
-    seconds["pipeline bubble"] = slots * sum(slowest.values())
+    idle = bubble(depth, job.parallel.virtual_stages)
+    seconds["pipeline bubble"] = idle * sum(slowest.values())
     weights = max(job.num_weights(stage) for stage in range(depth))
     trained = max(job.num_trained(stage) for stage in range(depth))
     every, once = data_traffic(job, chip, software, weights, trained)
@@ -92,7 +93,7 @@ def step(job: Job, chip: Chip, software: Software) -> Step:
     ]
     return Step(
         {name: value for name, value in seconds.items() if value > 0 or name == "products"},
-        slots / (num + slots),
+        idle / (num + idle),
         tuple(found for found in [*traffic, once] if found.bytes),
         job.tokens_per_step,
         sum(token_flops(job).values()) * job.tokens_per_step,

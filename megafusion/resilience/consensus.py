@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafusion.errors import UserError
-from megafusion.objective.losses import NUM_SUMS
+from megafusion.objective.losses import NUM_SUMS, Losses
 from megafusion.parallel.errors import raise_on_all_ranks
 from megafusion.parallel.mesh import Mesh
 from megafusion.resilience.config import ResilienceConfig
@@ -63,12 +63,12 @@ class StepConsensus:
         self.wants_stop = self.stops = False
         """Whether this rank requests a stop; whether any rank did when the latest step began."""
         self.spikes = spikes
-        self.losses = torch.zeros(3, device=device)
-        """float32 [3], on the device: text, image and total loss of the global batch."""
+        self.losses = torch.zeros(len(Losses._fields), device=device)
+        """float32, on the device: `Losses` of the global batch."""
         self.found_inf, self.grad_norm = torch.zeros((), device=device), torch.zeros((), device=device)
         """float32 [], on the device: 1 if the latest update was skipped, else 0; the global gradient norm."""
         on_gpu = device.type == "cuda"
-        self._sums = torch.zeros(4, pin_memory=on_gpu)
+        self._sums = torch.zeros(len(self.losses) + 1, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
         self._is_read, self._is_finite, self._is_spike = True, True, False
         # Tensor and Ulysses ranks compute the same rows; one of them adds these to the sums.
@@ -130,7 +130,7 @@ class StepConsensus:
         return sums[:2].to(self.device, non_blocking=True)
 
     def add_losses(self, losses: Iterable[Tensor]) -> None:
-        """Add a micro-batch's text, image and total loss to those of the step."""
+        """Add a micro-batch's `Losses` to those of the step."""
         self._micro_batch_losses.append(torch.stack([loss.detach().float() for loss in losses]))
 
     def add_sums(self, sums: Tensor) -> None:
@@ -154,14 +154,14 @@ class StepConsensus:
         cannot be clipped.
         """
         self._read()
-        sums = torch.zeros(4, device=self.device)
+        sums = torch.zeros(len(self._sums), device=self.device)
         if self._micro_batch_losses:
             losses = torch.stack(self._micro_batch_losses).sum(0)
             # A rank that does not add its losses still adds NaN if they are not finite.
-            sums[:3] = losses if self._adds_losses else losses - losses
-        sums[3] = square_norm
+            sums[:-1] = losses if self._adds_losses else losses - losses
+        sums[-1] = square_norm
         dist.all_reduce(sums)
-        self.losses, self.grad_norm = sums[:3], sums[3].sqrt()
+        self.losses, self.grad_norm = sums[:-1], sums[-1].sqrt()
         self.found_inf = (~torch.isfinite(sums).all()).float()
         self._sums.copy_(sums, non_blocking=True)
         if self._copied:
@@ -180,6 +180,7 @@ class StepConsensus:
             self._copied.synchronize()
         values = self._sums.tolist()
         self._is_finite = all(map(math.isfinite, values))
-        self._is_spike = self._is_finite and self.spikes.is_spike(values[2])
+        total = values[Losses._fields.index("total")]
+        self._is_spike = self._is_finite and self.spikes.is_spike(total)
         if not self.is_skipped:
-            self.spikes.add(values[2])
+            self.spikes.add(total)

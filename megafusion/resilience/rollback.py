@@ -28,7 +28,7 @@ class Rollback:
             found = "loss spike"
         else:
             return None
-        text, image, _ = consensus.losses.tolist()
+        text, image, *_ = consensus.losses.tolist()
         action = "skipped on all ranks, with its batch" if consensus.is_skipped else "kept"
         return f"step {step + 1}: {found} (text {text:.4g}, image {image:.4g}); {action}"
 

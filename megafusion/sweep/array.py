@@ -35,11 +35,7 @@ class Arrays:
         """at_once: tasks that may run at the same time; all by default."""
         self.job = job
         """Of the sweep's folder: site, size, and the submission's folder."""
-        self.tasks = {
-            number: member
-            for number, member in enumerate(members)
-            if not (member.is_trained and member.is_evaluated)
-        }
+        self.tasks = {number: member for number, member in enumerate(members) if not member.is_done}
         self.array = ",".join(map(str, self.tasks)) + (f"%{at_once}" if at_once else "")
         self.folder = job.run / "sweep.launch" / job.submission
 

@@ -109,11 +109,17 @@ def environment(slot: int, jobs: int) -> dict[str, str]:
     return found
 
 
-def run_members(members: Sequence[Member], folder: Path, jobs: int) -> dict[str, str]:
+def run_members(
+    members: Sequence[Member],
+    folder: Path,
+    jobs: int,
+    record: Callable[[dict[str, str]], object] = lambda errors: None,
+) -> dict[str, str]:
     """Train and evaluate what is not done yet, `jobs` at a time; the errors of those that failed, by name.
 
-    folder: where the configurations are frozen. One that fails does not stop the others. When this process
-    is told to stop, so are its runs, which save.
+    folder: where the configurations are frozen. record: called with the errors so far whenever a run has
+    ended. One that fails does not stop the others. When this process is told to stop, so are its runs, which
+    save.
     """
     launch, errors = f"sweep-{os.getpid()}-{int(time.time())}", {}
     waiting, running = deque(members), dict[int, Job]()
@@ -139,6 +145,7 @@ def run_members(members: Sequence[Member], folder: Path, jobs: int) -> dict[str,
                 if error:
                     errors[job.member.name] = error
                 progress.console.print(f"{job.member.name}: {error or 'done'}", markup=False, soft_wrap=True)
+                record(errors)
             time.sleep(POLL_SECONDS if running else 0)
     return errors
 

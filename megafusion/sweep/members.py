@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ from megafusion.config import dump_config, parse_config
 from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.resilience.attempts import read_attempts
+from megafusion.storage import file_sha256, folder_sha256
 from megafusion.sweep.config import ArmConfig, SweepConfig, label
 from megafusion.train.from_data import load_training_config
 from megafusion.train.inputs import missing_inputs
 from megafusion.train.run_folder import FREE_KEYS, LOCATION, run_changes
-from megafusion.yaml_values import apply_overrides
+from megafusion.yaml_values import apply_overrides, parse_yaml
 
 SEED = "seed"
 """The axis over which the runs of a group differ."""
 UNMEASURED_KEYS = tuple(set(FREE_KEYS) - {"data.validation", "sampling."})
 """Keys that change no figure that a sweep compares."""
+
+
+Point = Sequence[tuple[str, str, Any]]
+"""A place in the grid: key, the value's name, and the value, of each key."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Member:
     point: dict[str, str]
     """Its place in the grid: the name of its value, by key."""
     out: Path
+    results: Path
+    """Folder of its evaluation: one for each number of steps, suites, options, and contents of the files that
+    these name."""
     num_steps: int
     config: str
     """Its configuration in full, as YAML."""
@@ -56,13 +65,6 @@ class Member:
         return _name(self.arm, {key: value for key, value in self.point.items() if key != SEED})
 
     @property
-    def results(self) -> Path:
-        """Folder of its evaluation: one for each number of steps, suites and options."""
-        asked = {"suites": self.suites, "options": self.evaluation.model_dump(mode="json")}
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        return self.out / f"evaluation-{self.num_steps}-{digest[:8]}"
-
-    @property
     def report(self) -> Path:
         """The report that `megafusion evaluate` writes when every suite is measured."""
         return self.results / "report.json"
@@ -78,27 +80,66 @@ class Member:
         """Whether the evaluation that the sweep asks for is there."""
         return not self.suites or self.report.is_file()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is left to do."""
+        return self.is_trained and self.is_evaluated
+
 
 def expand(sweep: SweepConfig, origin: str) -> list[Member]:
     """Every run of a sweep. Raises UserError naming the file, the run and the key that is wrong."""
-    short = _short_names(list(sweep.grid))
     axes = [[(key, name, value) for name, value in _values(values)] for key, values in sweep.grid.items()]
-    members: list[Member] = []
-    for arm, config in (sweep.runs or {"": ArmConfig()}).items():
-        for point in product(*axes):
-            labels = {short[key]: name for key, name, _ in point}
-            name = _name(arm, labels)
-            try:
-                members.append(_member(sweep, config, name, arm, point, labels))
-            except UserError as error:
-                place = f"runs.{arm}" if arm else "grid"
-                raise UserError(f"{origin}: {place} ({name}): {error}") from error
-    return members
+    return [_member(sweep, origin, arm, point) for arm in _arms(sweep) for point in product(*axes)]
 
 
-def _member(
-    sweep: SweepConfig, arm: ArmConfig, name: str, arm_name: str, point: Any, labels: dict[str, str]
+def earlier_members(
+    sweep: SweepConfig, origin: str, recorded: Mapping[str, dict[str, Any]], members: Sequence[Member]
+) -> list[Member]:
+    """Runs of a sweep at other values of its grid, whose results and folders are there from earlier calls.
+
+    recorded: runs of the folder's sweep.json. Raises UserError for one that the sweep cannot have made: of no
+    arm of it, of other keys, of a value that its file does not name any more, or of another recipe.
+    """
+    short, found, names = _short_names(list(sweep.grid)), [], {member.name for member in members}
+    for name, run in recorded.items():
+        if name in names or not (sweep.out / name / "config.yaml").is_file():
+            continue
+        labels = run["point"]
+        if run["arm"] not in _arms(sweep) or labels.keys() != set(short.values()):
+            raise UserError(_strange(sweep.out, name, "no run of this sweep"))
+        point = []
+        for key, values in sweep.grid.items():
+            text = labels[short[key]]
+            if isinstance(values, dict) and text not in values:
+                raise UserError(_strange(sweep.out, name, f"of a value that grid.{key} does not have"))
+            point.append((key, text, values[text] if isinstance(values, dict) else parse_yaml(text)))
+        found.append(_member(sweep, origin, run["arm"], point))
+    return found
+
+
+def _strange(out: Path, name: str, why: str) -> str:
+    return f"{out}: holds results of {name}, {why}; choose another out, or remove {out / name}"
+
+
+def _arms(sweep: SweepConfig) -> dict[str, ArmConfig]:
+    return sweep.runs or {"": ArmConfig()}
+
+
+def _member(sweep: SweepConfig, origin: str, arm: str, point: Point) -> Member:
+    short = _short_names(list(sweep.grid))
+    labels = {short[key]: name for key, name, _ in point}
+    name = _name(arm, labels)
+    try:
+        return _checked_member(sweep, name, arm, point, labels)
+    except UserError as error:
+        place = f"runs.{arm}" if arm else "grid"
+        raise UserError(f"{origin}: {place} ({name}): {error}") from error
+
+
+def _checked_member(
+    sweep: SweepConfig, name: str, arm_name: str, point: Point, labels: dict[str, str]
 ) -> Member:
+    arm = _arms(sweep)[arm_name]
     overrides = [_filled(each, labels) for each in (*sweep.overrides, *arm.overrides)]
     if any(override.partition("=")[0] == "out" for override in overrides):
         raise UserError("override 'out': the sweep gives each run its folder; remove it")
@@ -122,6 +163,7 @@ def _member(
         arm_name,
         labels,
         out,
+        out / f"evaluation-{run.train.num_steps}-{_evaluation_sha256(suites, options)[:8]}",
         run.train.num_steps,
         dump_config(run),
         tuple(suites),
@@ -131,7 +173,7 @@ def _member(
     )
 
 
-def _refuse_undone(point: Any, overrides: list[str]) -> None:
+def _refuse_undone(point: Point, overrides: list[str]) -> None:
     """UserError if a value of the grid is replaced, by an override or by another key of the grid."""
     axes = [(key, leaf) for key, _, value in point for leaf in _leaves(value, key)]
     setters = [(f"grid.{key}", key, leaf) for key, leaf in axes]
@@ -203,7 +245,41 @@ def _filled(value: Any, labels: dict[str, str]) -> Any:
 
 
 def _missing_files(options: EvaluateConfig) -> Iterator[str]:
+    for key, path in _files(options):
+        if not path.exists():
+            yield f"evaluate.options.{key} {path}"
+
+
+def _files(options: EvaluateConfig) -> Iterator[tuple[str, Path]]:
+    """Files and folders that an evaluation reads, by key."""
     for key, value in options:
-        for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path) and not path.exists():
-                yield f"evaluate.options.{key} {path}"
+        yield from (
+            (key, each)
+            for each in (value if isinstance(value, tuple) else (value,))
+            if isinstance(each, Path)
+        )
+
+
+def _evaluation_sha256(suites: Sequence[str], options: EvaluateConfig) -> str:
+    """Hash of suites and options, with the contents of files in place of their paths.
+
+    A file that this machine does not see counts by its path, and images by the annotations that name them.
+    """
+    keys = dict(_files(options))
+    asked = options.model_dump(mode="json", exclude=set(keys) | {"image_folder"})
+    contents = [(key, _sha256(path, _stamp(path))) for key, path in _files(options) if key != "image_folder"]
+    return hashlib.sha256(json.dumps([list(suites), asked, contents], sort_keys=True).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[tuple[Path, int, int], ...]:
+    """Times and sizes of a file, or of a folder's files, which change with their contents."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())
+
+
+@cache
+def _sha256(path: Path, stamp: tuple) -> str:
+    """Hex digest of a file or a folder; the path of one that is not there. Of each stamp it is read once."""
+    if not path.exists():
+        return str(path)
+    return folder_sha256(path) if path.is_dir() else file_sha256(path)

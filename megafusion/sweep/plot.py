@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megafusion.errors import UserError
 from megafusion.sweep.fit import Law, Point, fit_arms
 from megafusion.sweep.results import FINISHED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COMPUTE = "flops"
 
@@ -38,11 +41,19 @@ def fit_metric(results: Mapping[str, Any], metric: str, baseline: str | None, ou
 
 
 def draw(arms: Mapping[str, Sequence[Point]], found: Mapping[str, Any], metric: str, path: Path) -> None:
-    """Write a plot of runs and laws against compute, both axes logarithmic where values allow it."""
+    """Write a plot of runs and laws against compute."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    draw_laws(figure.add_subplot(), arms, found, metric)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def draw_laws(
+    axes: "Axes", arms: Mapping[str, Sequence[Point]], found: Mapping[str, Any], metric: str
+) -> None:
+    """Draw runs and laws against compute, both axes logarithmic where values allow it."""
     axes.set_xscale("log")
     if all(point.value > 0 for points in arms.values() for point in points):
         axes.set_yscale("log")
@@ -58,8 +69,6 @@ def draw(arms: Mapping[str, Sequence[Point]], found: Mapping[str, Any], metric: 
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 def describe(fits: Mapping[str, Mapping[str, Any]]) -> str:

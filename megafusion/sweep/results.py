@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from megafusion.errors import UserError
 from megafusion.resilience.attempts import is_running, read_attempts
 from megafusion.storage import read_json, write_file
 from megafusion.sweep.members import Member
@@ -21,16 +20,10 @@ TRAINING = re.compile("text_loss|image_loss|seconds|flops|validation_.*")
 """Figures of a run's metrics, each of the last line that has it."""
 
 
-def claim(out: Path, members: Sequence[Member]) -> None:
-    """Raise UserError if a folder holds the results of runs that the sweep has not."""
-    if not (out / RESULTS).is_file():
-        return
-    found = read_json(out / RESULTS, "remove it").get("runs", {})
-    if strange := sorted(found.keys() - {member.name for member in members}):
-        raise UserError(
-            f"{out / RESULTS}: holds results of {', '.join(strange[:3])}, which are no runs of this sweep; "
-            "choose another out, or remove that file"
-        )
+def recorded_runs(out: Path) -> dict[str, dict[str, Any]]:
+    """The runs of a folder's sweep.json, by name; none without that file."""
+    path = out / RESULTS
+    return read_json(path, "remove it").get("runs", {}) if path.is_file() else {}
 
 
 def write_results(out: Path, members: Sequence[Member], errors: Mapping[str, str]) -> dict[str, Any]:
@@ -67,6 +60,8 @@ def _run(member: Member, error: str | None) -> dict[str, Any]:
         state = FINISHED if member.is_evaluated else "not evaluated"
     else:
         state, error = last.get("ended", "not started"), last.get("error")
+        if state == FINISHED:  # at fewer steps than the sweep asks for now, or its pipeline is gone
+            state = "not finished"
     return {
         "state": state,
         "step": last.get("step", 0),

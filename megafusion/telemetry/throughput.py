@@ -11,7 +11,9 @@ import torch.distributed as dist
 from megafusion.data.loader import packed_and_skipped
 from megafusion.engine.config import TrainConfig
 from megafusion.engine.engine import Engine
+from megafusion.model.alignment import Alignment
 from megafusion.model.config import ModelConfig
+from megafusion.objective.config import AlignmentConfig
 from megafusion.parallel.balance import layer_flops
 from megafusion.sequence.packing import PackedBatch, SequenceShape
 
@@ -53,27 +55,41 @@ class Work(NamedTuple):
 
 
 def throughput(
-    step_seconds: float, train: TrainConfig, model: ModelConfig, shape: SequenceShape, work: Work
+    step_seconds: float,
+    train: TrainConfig,
+    model: ModelConfig,
+    shape: SequenceShape,
+    work: Work,
+    alignment: AlignmentConfig | None = None,
 ) -> dict[str, float]:
-    """tokens_per_second, and mfu where the chip's peak is known."""
+    """tokens_per_second, and mfu where the chip's peak is known; see `step_flops`."""
     figures = {"tokens_per_second": train.global_batch_size * shape.length / step_seconds}
     if peak := peak_flops(train.precision):
-        flops = step_flops(train.global_batch_size, model, shape, work)
+        flops = step_flops(train.global_batch_size, model, shape, work, alignment)
         figures["mfu"] = flops / (step_seconds * peak * dist.get_world_size())
     return figures
 
 
-def step_flops(num_rows: int, model: ModelConfig, shape: SequenceShape, work: Work) -> float:
+def step_flops(
+    num_rows: int,
+    model: ModelConfig,
+    shape: SequenceShape,
+    work: Work,
+    alignment: AlignmentConfig | None = None,
+) -> float:
     """FLOPs that training needs for rows with this work, three times those of a forward pass.
 
     Forward, all matrix products: blocks at every position, the head at text targets alone (2 x vocab_size x
-    hidden_size each), attention for visible pairs alone (4 x num_heads x head_dim each, in every block), the
-    adapter for each image. Recomputation is not counted, nor masked pairs and empty image slots that are
-    computed. An integer of integers, so sums of it are exact. Frozen weights and LoRA are counted as trained.
+    hidden_size each), attention for visible pairs alone (4 x num_heads x head_dim each, in every block), for
+    each image the adapter, with clean context its first half twice, and the projection of `alignment`.
+    Recomputation is not counted, nor masked pairs and empty image slots that are computed; nor the frozen
+    encoders of pixels, because shards may hold what they give; nor validation, which trains nothing and may
+    be as frequent as one likes. An integer of integers, so sums of it are exact. Frozen weights and LoRA are
+    counted as trained.
     """
     per_pair = 4 * model.num_layers * model.num_heads * model.head_size
     dense_row = _block_flops(model, shape) - per_pair * shape.length**2
-    images = zip(work.images, _image_flops(model, shape), strict=True)
+    images = zip(work.images, _image_flops(model, shape, alignment), strict=True)
     forward = num_rows * dense_row + _head_flops(model) * work.text_targets + per_pair * work.visible_pairs
     return 3 * (forward + sum(number * flops for number, flops in images))
 
@@ -90,16 +106,26 @@ def _block_flops(model: ModelConfig, shape: SequenceShape) -> int:
 
 
 @cache
-def _image_flops(model: ModelConfig, shape: SequenceShape) -> tuple[int, ...]:
-    """Forward FLOPs of the adapter for an image of each size; 0 where images are codes."""
+def _image_flops(
+    model: ModelConfig, shape: SequenceShape, alignment: AlignmentConfig | None = None
+) -> tuple[int, ...]:
+    """Forward FLOPs of adapter and alignment for an image of each size; 0 where images are codes."""
     found = []
     for number, size in enumerate(model.image_sizes):
         one = model.model_copy(update={"image_sizes": (size,), "num_layers": 1})
         patches, sizes = shape.patches[number : number + 1], shape.sizes[number : number + 1]
         slot = replace(shape, num_images=1, patches=patches, sizes=sizes)
         stem, _, tail = layer_flops(one, slot)
-        found.append(stem + tail - _head_flops(model) * shape.length)
+        aligned = _alignment_flops(model, alignment) * patches[0] if alignment else 0
+        found.append(stem + tail - _head_flops(model) * shape.length + aligned)
     return tuple(found)
+
+
+def _alignment_flops(model: ModelConfig, alignment: AlignmentConfig) -> int:
+    """Forward FLOPs of the projection for a patch."""
+    with torch.device("meta"):
+        layers = Alignment(model.hidden_size, alignment).layers
+    return sum(2 * weight.numel() for weight in layers.parameters() if weight.ndim == 2)
 
 
 class PackingMonitor:
@@ -119,9 +145,11 @@ class PackingMonitor:
         engine: Engine,
         state: dict,
         flops: int | None,
+        alignment: AlignmentConfig | None,
     ):
         self._names, self._num_rows, self._engine = list(sources), num_rows, engine
-        self._model, self._shape, self._flops_before = model, shape, flops
+        self._model, self._shape, self._alignment = model, shape, alignment
+        self._flops_before = flops
         self._added = torch.zeros(2 + len(model.image_sizes), dtype=torch.int64)
         self._before = self._start = self._counts(state)
 
@@ -150,7 +178,8 @@ class PackingMonitor:
         if self._flops_before is None:
             return None
         _, _, work, batches = _parted(counts - self._start, len(self._names))
-        new = step_flops(self._num_rows * batches, self._model, self._shape, Work.of(work))
+        rows = self._num_rows * batches
+        new = step_flops(rows, self._model, self._shape, Work.of(work), self._alignment)
         return self._flops_before + int(new)
 
     def _counts(self, state: dict) -> torch.Tensor:

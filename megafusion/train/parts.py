@@ -10,7 +10,7 @@ from megafusion.model.config import LoraConfig
 from megafusion.model.lora import add_lora, lora_layers
 from megafusion.model.transfusion import Transfusion
 from megafusion.parallel.balance import layer_flops
-from megafusion.parallel.partition import stage_blocks
+from megafusion.parallel.partition import virtual_stage_blocks
 from megafusion.suggestions import nearest
 from megafusion.train.config import RunConfig
 
@@ -69,7 +69,7 @@ def _check_rates(rates: Iterable[str], trained: Sequence[str]) -> None:
 
 def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
     """UserError if a pipeline stage has no trained weight: DeepSpeed needs a gradient from each."""
-    train, num_stages = config.train, config.parallel.pipeline
+    train, parallel = config.train, config.parallel
     key, patterns = "train.freeze", train.freeze
     if train.lora:
         key, patterns = "train.lora.targets", train.lora.targets
@@ -78,14 +78,15 @@ def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
             f"train.freeze {list(train.freeze)}: matches every weight of the model, so nothing is left to "
             "train; leave some out"
         )
-    stages = stage_blocks(layer_flops(config.model, config.sequence_shape), num_stages)
-    for number, blocks in enumerate(stages):
-        own = [name for name in names if _is_in_stage(name, blocks, config.model.num_layers)]
+    flops = layer_flops(config.model, config.sequence_shape)
+    for number, stage in enumerate(virtual_stage_blocks(flops, parallel.pipeline, parallel.virtual_stages)):
+        num_layers = config.model.num_layers
+        own = [name for name in names if any(_is_in_stage(name, blocks, num_layers) for blocks in stage)]
         if not any(map(train.trains, own)):
+            named = " and ".join(f"{blocks.start} to {blocks.stop - 1}" for blocks in stage)
             raise UserError(
                 f"{key} {list(patterns)}: leaves nothing to train in stage {number} of parallel.pipeline "
-                f"{num_stages} (blocks {blocks.start} to {blocks.stop - 1}); use fewer stages, or tensor "
-                "parallelism"
+                f"{parallel.pipeline} (blocks {named}); use fewer stages, or tensor parallelism"
             )
 
 

@@ -284,6 +284,7 @@ class Run:
             self.engine,
             self._loader.state_dict(),
             state.get("flops") if state else 0,
+            config.objective.alignment,
         )
         self._stragglers = StragglerMonitor(
             self.engine.stage, self.engine.device, hosts, mesh.size("pipeline")
@@ -325,28 +326,25 @@ class Run:
         self._validated = self.step, figures["validation_loss"]
         return figures
 
-    def _alignment_loss(self, losses: Losses) -> dict[str, float]:
-        """1 - cosine similarity, from the total that has a share of it."""
-        objective = self._config.objective
-        if not objective.alignment:
-            return {}
-        rest = losses.total - losses.text - objective.image_weight * losses.image
-        return {"alignment_loss": rest.item() / objective.alignment.weight}
-
     def _log(self, losses: Losses, learning_rate: float) -> None:
         config = self._config
         speed, warning = self._stragglers.read()
         figures = {
             "text_loss": losses.text.item(),
             "image_loss": losses.image.item(),
-            **self._alignment_loss(losses),
+            **({"alignment_loss": losses.alignment.item()} if config.objective.alignment else {}),
             "gradient_norm": self.engine.grad_norm(),
             "learning_rate": learning_rate,
             "seconds": time.monotonic() - self._began,
         }
         figures |= self._packing.read(self._loader.state_dict()) | speed
         figures |= throughput(
-            speed["step_seconds"], config.train, config.model, config.sequence_shape, self._packing.work
+            speed["step_seconds"],
+            config.train,
+            config.model,
+            config.sequence_shape,
+            self._packing.work,
+            config.objective.alignment,
         )
         figures |= self._validate()
         with self.engine.consensus.defer_errors():

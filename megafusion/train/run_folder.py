@@ -139,7 +139,9 @@ def freeze(
     To be called under the run's lock. started_from: what `train.init_from` gave, of `check_origin`.
     """
     changed = changed_recipe(config)
-    hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config)}
+    held_out = config.data.validation.sources if config.data.validation else {}
+    hashes = {"tokenizer": tokenizer_hash, "vae": vae_hash, "shards": _shard_hashes(config.data.sources)}
+    hashes["held_out"] = _shard_hashes(held_out)
     if aligned := config.objective.alignment:
         hashes["vision_model"] = folder_sha256(aligned.model, (".json", ".safetensors"))
     path = config.out / "config.yaml"
@@ -150,14 +152,22 @@ def freeze(
             write_file(config.out / ENVIRONMENT, json.dumps(record, indent=1) + "\n")
             write_file(path, dump_config(absolute_paths(config)))
         return {}
-    _check_inputs(config, changed, hashes)
-    if any(map(LOCATION.fullmatch, changed)):  # other commands find the files by config.yaml
-        began, now = load_run_config(config.out), absolute_paths(config)
-        moved = {name: getattr(now.data, name) for name in ("tokenizer", "vae", "sources")}
-        # Of the objective nothing else may change.
-        sections = {"data": began.data.model_copy(update=moved), "objective": now.objective}
+    recorded = _check_inputs(config, changed, hashes)
+    began, now = load_run_config(config.out), absolute_paths(config)
+    names = ["tokenizer", "vae", "sources"]
+    # Validation may change otherwise, too: then config.yaml keeps what the run began with.
+    places = [key for key in changed_keys(began, now) if key.startswith("data.validation")]
+    if (
+        all(map(LOCATION.fullmatch, places))
+        and recorded.get("held_out", hashes["held_out"]) == hashes["held_out"]
+    ):
+        names.append("validation")
+    data = began.data.model_copy(update={name: getattr(now.data, name) for name in names})
+    # Of the objective nothing but a place may change.
+    moved = began.model_copy(update={"data": data, "objective": now.objective})
+    if changed_keys(began, moved):  # other commands find the files by config.yaml
         with refuse_os_errors(*unwritable):
-            write_file(path, dump_config(began.model_copy(update=sections)))
+            write_file(path, dump_config(moved))
     return changed
 
 
@@ -199,8 +209,11 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> None:
-    """Raise UserError if a resumed run would read other shards, or another of its models or tokenizer."""
+def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> dict:
+    """Raise UserError if a resumed run would read other shards, or another of its models or tokenizer.
+
+    Returns what environment.json recorded at the run's start.
+    """
     path = config.out / ENVIRONMENT
     try:
         recorded = read_json(path)
@@ -222,12 +235,13 @@ def _check_inputs(config: RunConfig, changed: dict[str, list], hashes: dict) -> 
                 f"{key}: other files than {config.out} was started with; restore those, or choose another "
                 "out= to train on these"
             )
+    return recorded
 
 
-def _shard_hashes(config: RunConfig) -> dict[str, list[str]]:
+def _shard_hashes(sources: dict[str, SourceConfig]) -> dict[str, list[str]]:
     return {
         name: [shard.sha256 for shard in load_manifest(source.path).shards]
-        for name, source in config.data.sources.items()
+        for name, source in sources.items()
     }
 
 

@@ -42,7 +42,9 @@ def test_figures_of_finished_runs_are_paired_by_seed(claims, runs):
     accuracy = found["images/held-out/both_accuracy"]
     assert (accuracy["a"], accuracy["b"]) == pytest.approx((0.45, 0.25))
     assert (accuracy["difference"], accuracy["std"]) == pytest.approx((0.2, 0.02**0.5))
-    assert "| images/held-out/both_accuracy | 0.45 | 0.25 | +0.2 ± 0.14 | 2 |" in claims.table(found)
+    assert "| images/held-out/both_accuracy | 0.45 | 0.25 | +0.2 ± 0.14 | 2 |" in claims.difference_table(
+        found
+    )
     assert "seconds" not in found
     del runs["b,seed=0"]
     assert claims.compare(runs, "a", "b")["validation_image_loss"]["difference"] == pytest.approx(-0.1)

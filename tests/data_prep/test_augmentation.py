@@ -1,10 +1,12 @@
 """Shifted and scaled copies: where they lie, what decides them, and the shards of them."""
 
+import math
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_prep.augmentation import Affine, CopiesConfig
 from megafusion.data.manifest import load_manifest
@@ -48,6 +50,47 @@ def test_the_identity_keeps_every_pixel_and_what_is_uncovered_is_white():
     moved = np.asarray(Affine(0.5, 0.25, 0.0).apply(black))
     assert (moved[:, :16] == 255).all()
     assert (moved[14:26, 24:36] == 0).all()
+
+
+def with_whole_border(affine: Affine, image: Image.Image) -> np.ndarray:
+    """The same from the image with as much white around it as the moved one shows."""
+    size, shift = np.array(image.size), np.array(affine[1:])
+    begin = size / 2 - size * (0.5 + shift) / affine.scale
+    end = begin + size / affine.scale
+    border = math.ceil(max(0, *-begin, *(end - size)))
+    around = ImageOps.expand(image, border, "white")
+    return np.asarray(
+        around.resize(image.size, Image.Resampling.LANCZOS, (*begin + border, *end + border)), int
+    )
+
+
+shifts = st.floats(-0.95, 0.95)
+
+
+@settings(max_examples=60)
+@given(st.floats(0.1, 2), shifts, shifts, st.sampled_from([(40, 30), (9, 30), (5, 4)]), st.integers(0, 99))
+def test_a_border_that_is_cut_short_changes_nothing(scale, right, down, size, seed):
+    """A level at most, because boxes have single precision."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    image, affine = Image.fromarray(pixels), Affine(scale, right, down)
+    np.testing.assert_allclose(np.asarray(affine.apply(image), int), with_whole_border(affine, image), atol=1)
+
+
+def test_the_border_of_a_small_scale_is_no_wider_than_the_image(monkeypatch):
+    sizes, expand = [], ImageOps.expand
+
+    def counted(*arguments) -> Image.Image:
+        sizes.append(expand(*arguments).size)
+        return expand(*arguments)
+
+    monkeypatch.setattr(ImageOps, "expand", counted)
+    black = Image.new("RGB", (200, 100))
+    moved = np.asarray(Affine(0.1, 0.5, 0.25).apply(black))
+    assert sizes == [(600, 500)]
+    assert (moved[72:78, 193:200] < 5).all()
+    assert (moved[:67] == 255).all()
+    assert (moved[:, :187] == 255).all()
+    assert np.asarray(Affine(0.1, 0.7, 0.0).apply(black)).min() == 255, "it lies outside"
 
 
 def test_copies_depend_on_seed_key_and_number_alone():

@@ -19,6 +19,6 @@ def test_a_cache_that_grows_gives_what_a_large_one_gives(run_config, tokenizer, 
         logits += [decoder.read_tokens(cache, torch.tensor([20 + i, 40 + i])) for i in range(30)]
         found.append(torch.stack(logits))
         assert cache.lengths.tolist() == [35, 32]
-        both = cache.concatenate(decoder.new_cache(1, 3 * size))
-        assert both.capacity == max(cache.capacity, 3 * size)
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        other = decoder.new_cache(1, 3 * size)
+        assert cache.concatenate(other).capacity == max(cache.capacity, other.capacity) >= 3 * size
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -16,6 +16,7 @@ from megafusion.sequence.document import IGNORED_LABEL, ImageSegment
 from tests.support.generation import (
     CAPTIONS,
     assert_batch_invariant,
+    assert_near,
     draw_latents,
     full_hidden,
     make_pipeline,
@@ -184,7 +185,7 @@ def test_guidance_uses_the_prediction_of_a_document_without_text(pipeline, monke
             both = model.tail.images(hidden, batch.image_start, timesteps, skips, batch.image_size)[:, 0]
         prediction = both[1] + sampling.guidance_scale * (both[0] - both[1])
         latents = sampler.step(prediction, timestep, latents).prev_sample
-    torch.testing.assert_close(found, latents, rtol=1e-3, atol=1e-3)
+    assert_near(found, latents)
 
 
 def test_images_are_normalised_when_encoded_and_denormalised_when_decoded(pipeline, codec, monkeypatch):

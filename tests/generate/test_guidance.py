@@ -8,7 +8,7 @@ from PIL import Image
 
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.objective.sampler import rescale_guidance
-from tests.support.generation import full_hidden, make_pipeline, prompt_batch
+from tests.support.generation import assert_near, full_hidden, make_pipeline, prompt_batch
 from tests.support.segments import image_of
 
 
@@ -65,7 +65,7 @@ def test_an_edit_is_guided_by_its_text_and_by_its_image(pipeline, codec, negativ
         return no_image + 1.5 * (by_text - no_image)
 
     expected = denoise(pipeline, sampling, [[given, text], without_text, [text]], combine)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert_near(found, expected)
 
 
 @pytest.mark.parametrize(("text_scale", "image_scale"), [(1.0, 1.7), (2.0, 1.0)])
@@ -80,7 +80,7 @@ def test_a_scale_of_one_turns_its_guidance_off(pipeline, codec, text_scale, imag
     expected = denoise(
         pipeline, sampling, [[given, text], other], lambda each, _: each[1] + scale * (each[0] - each[1])
     )
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert_near(found, expected)
 
 
 def test_guidance_leads_away_from_a_negative_prompt_within_its_interval(pipeline):
@@ -96,7 +96,7 @@ def test_guidance_leads_away_from_a_negative_prompt_within_its_interval(pipeline
     contexts = [[encode(pipeline, "red apple")], [encode(pipeline, "blue")]]
     expected = denoise(pipeline, sampling, contexts, combine)
     assert set(guided) == {True, False}
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert_near(found, expected)
 
 
 def test_guidance_is_rescaled_as_by_diffusers(pipeline):
@@ -110,4 +110,4 @@ def test_guidance_is_rescaled_as_by_diffusers(pipeline):
         return rescale_noise_cfg(guided[None], each[0][None], 0.7)[0]
 
     expected = denoise(pipeline, sampling, [[encode(pipeline, "red apple")], []], combine)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert_near(found, expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -68,6 +69,17 @@ def test_a_saved_pipeline_loads_and_draws_the_same(pipeline, tmp_path):
     a, b = (np.asarray(p.draw(["apple"])[0]) for p in (pipeline, loaded))
     assert np.array_equal(a, b)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_weights_are_the_same_after_a_generation(pipeline, tmp_path):
+    """Which stores them in another order."""
+    before = {name: weight.clone() for name, weight in pipeline.model.weights().items()}
+    pipeline.draw(["red apple"])
+    pipeline.save_pretrained(tmp_path / "p")
+    loaded = TransfusionPipeline.from_pretrained(tmp_path / "p")
+    for name, weight in pipeline.model.weights().items():
+        assert torch.equal(weight, before[name])
+        assert torch.equal(loaded.model.weights()[name], before[name])
 
 
 def test_an_invalid_pipeline_folder_is_named(pipeline, tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megafusion.config import parse_config
 from megafusion.errors import UserError
+from megafusion.generate.cache import KEYS_MULTIPLE
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -100,7 +101,7 @@ def test_a_row_ends_where_the_rows_of_training_end(pipeline, begin, preferred):
         parts = pipeline.model, pipeline.tokenizer, pipeline.codec
         requests = [Request(prompt, sampling, row, begin, 10**6) for row, prompt in enumerate(prompts)]
         generation = Generation(*parts, requests, length)
-        assert generation.cache.capacity == length
+        assert length <= generation.cache.capacity < length + KEYS_MULTIPLE
         generation.run()
         alone = Generation(*parts, requests[:1], length)
         alone.run()

@@ -50,7 +50,7 @@ def evaluate(model: Transfusion, values: dict) -> list[float]:
     config = parsed(values | {"parallel": {}, "out": values["out"] + "-evaluated"})
     micro_batches = build_components(config, make_mesh(config.parallel)).loader.next()
     counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
-    sums = torch.zeros(3)
+    sums = torch.zeros(4)
     for batch in micro_batches:
         batch.num_text_targets, batch.num_images = counts.unbind()
         with torch.no_grad():

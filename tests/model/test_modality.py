@@ -27,15 +27,16 @@ TEXT_KEYS = {"qk_norm": True, "attention_bias": True}
 rows = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3)
 
 
-@given(rows, st.booleans(), st.booleans())
-def test_each_position_has_the_weight_of_its_modality(is_patch, bias, is_grouped):
+@given(rows, st.sampled_from(["plain", "bias", "sorted input", "sorted output"]), st.booleans())
+def test_each_position_has_the_weight_of_its_modality(is_patch, kind, is_grouped):
     """Also as a GPU computes it, without knowing on the host how many are texts."""
     is_patch_BS = torch.tensor(is_patch)
     modality = modality_of(is_patch_BS, is_patch_BS)
     if is_grouped:
         modality = modality._replace(num_texts=None)
     torch.manual_seed(0)
-    layer = ModalityLinear(8, 16, bias, for_patches=True)
+    gives_sorted = kind == "sorted output"
+    layer = ModalityLinear(8, 16, kind == "bias", for_patches=True, gives_sorted=gives_sorted)
     for parameter in layer.parameters():
         parameter.data.normal_()
     x = torch.randn(*is_patch_BS.shape, 8, requires_grad=True)
@@ -43,7 +44,10 @@ def test_each_position_has_the_weight_of_its_modality(is_patch, bias, is_grouped
     texts = torch.nn.functional.linear(x, layer.weight, layer.bias)
     expected = torch.where(is_patch_BS[..., None], images, texts)
     wanted = (x, *layer.parameters())
-    found = layer(x, modality)
+    found = layer(modality.sort(x) if kind == "sorted input" else x, modality)
+    if gives_sorted:
+        assert torch.equal(modality.sort(is_patch_BS[..., None])[:, 0], is_patch_BS.flatten().sort()[0])
+        found = modality.unsort(found)
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(y.square().sum(), wanted) for y in (found, expected))
     for one, other in zip(*gradients, strict=True):
@@ -85,15 +89,18 @@ def test_with_equal_weights_it_is_the_plain_model(run_values, weights):
     assert inner == products
 
 
-def test_a_norm_has_the_plain_norms_bits_for_texts():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_has_the_bits_of_plain_norms(dtype):
     torch.manual_seed(0)
     norm = ModalityRMSNorm(64, eps=1e-5)
     for parameter in norm.parameters():
         parameter.data.normal_()
-    x, is_patch = torch.randn(2, 9, 64), torch.rand(2, 9, 1) < 0.5
-    plain = torch.nn.RMSNorm(64, eps=1e-5)
-    plain.weight = norm.weight
-    assert torch.equal(norm(x, is_patch)[~is_patch[..., 0]], plain(x)[~is_patch[..., 0]])
+    norm = norm.to(dtype)
+    x, is_patch = torch.randn(2, 9, 64).to(dtype), torch.rand(2, 9, 1) < 0.5
+    texts, images = (
+        torch.nn.functional.rms_norm(x, (64,), weight, 1e-5) for weight in (norm.weight, norm.image_weight)
+    )
+    assert torch.equal(norm(x, is_patch), torch.where(is_patch, images, texts))
 
 
 @pytest.fixture(scope="module")

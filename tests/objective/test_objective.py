@@ -140,7 +140,7 @@ def test_a_batch_without_targets_has_no_loss():
     head = head_of_itself(7)
     losses = Objective(ObjectiveConfig())(head, logits, prediction, targets)
     losses.total.backward()
-    assert losses == (0, 0, 0)
+    assert losses == (0, 0, 0, 0)
     assert not logits.grad.any()
     assert not head.weight.grad.any()
     assert not prediction.grad.any()

@@ -6,7 +6,6 @@ import megafusion.device  # noqa: F401 - before deepspeed
 
 import deepspeed
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megafusion.config import parse_config
@@ -16,12 +15,14 @@ from megafusion.engine.process_group import start_process_group
 from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.wrapper import canonical_name
+from megafusion.objective.losses import Losses
 from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.sharding import ShardSpec, shard_spec_of
 from megafusion.sequence.packing import PackedBatch, collate, pack_row, target_index
 from megafusion.train.build import build_components, build_engine
 from megafusion.train.config import RunConfig
 from megafusion.train.loop import train_step
+from tests.support.rows import latents_as_features
 from tests.support.weights import initialize
 
 LEARNING_RATE = 2e-3
@@ -30,7 +31,7 @@ LEARNING_RATE = 2e-3
 
 @dataclass
 class Outcome:
-    """A rank's losses (text, image, total, gradient norm) by step, and its shards of the weights."""
+    """A rank's `Losses` and gradient norm by step, and its shards of the weights."""
 
     losses: list[list[float]]
     weights: list[tuple[str, ShardSpec, Tensor]]
@@ -59,8 +60,7 @@ class Batches:
         batches = self._next()
         if self.has_features:
             for batch in batches:
-                patches = F.unfold(batch.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
-                batch.features = patches.unflatten(0, batch.t.shape)
+                batch.features = latents_as_features(batch)
         return batches
 
     def _next(self) -> list[PackedBatch]:
@@ -148,7 +148,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
         micro_batches = batches.next()
         counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0)
         optimizer.zero_grad()
-        sums = torch.zeros(3)
+        sums = torch.zeros(len(Losses._fields))
         for batch in micro_batches:
             batch.num_text_targets, batch.num_images = counts.unbind()
             found = model(batch)
@@ -162,7 +162,7 @@ def plain_steps(values: dict, num_steps: int) -> Outcome:
 
 def loss_error(outcome: Outcome, plain: Outcome) -> float:
     """Largest relative error of any loss at any step; the absolute error of a loss that is 0."""
-    found, true = torch.tensor(outcome.losses)[:, :3], torch.tensor(plain.losses)[:, :3]
+    found, true = torch.tensor(outcome.losses)[:, :-1], torch.tensor(plain.losses)[:, :-1]
     return ((found - true).abs() / torch.where(true == 0, 1, true.abs())).max().item()
 
 
@@ -171,7 +171,7 @@ def norm_error(outcome: Outcome, plain: Outcome) -> float:
 
     The absolute error of a norm that is 0, as that of image adapters is on a batch of text.
     """
-    found, true = torch.tensor(outcome.losses)[:, 3], torch.tensor(plain.losses)[:, 3]
+    found, true = torch.tensor(outcome.losses)[:, -1], torch.tensor(plain.losses)[:, -1]
     return ((found - true).abs() / torch.where(true == 0, 1, true)).max().item()
 
 

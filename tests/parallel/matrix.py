@@ -105,6 +105,15 @@ MIXED = {
     "pp4": (4, {"pipeline": 4}),
 }
 
+VIRTUAL = {
+    "pp2-v2": (2, {"pipeline": 2, "virtual_stages": 2}),
+    "pp2-v2-dp2": (4, {"pipeline": 2, "virtual_stages": 2}),
+    "tp2-pp2-v2": (4, {"tensor": 2, "pipeline": 2, "virtual_stages": 2}),
+    "tp2-sp-pp2-v2": (4, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_stages": 2}),
+    "ulysses2-pp2-v2": (4, {"ulysses": 2, "pipeline": 2, "virtual_stages": 2}),
+}
+"""Topologies of interleaved stages."""
+
 RECIPES = {
     "tp2-sp": TOPOLOGIES["tp2-sp"],
     "pp2": TOPOLOGIES["pp2"],
@@ -112,6 +121,7 @@ RECIPES = {
     "dp2-zero1": (2, {"zero_stage": 1}),
     "dp2-zero3": (2, {"zero_stage": 3}),
     "tp2-pp2": TOPOLOGIES["tp2-pp2"],
+    "pp2-v2": VIRTUAL["pp2-v2"],
 }
 """Topologies of every recipe that is not the paper's."""
 
@@ -143,6 +153,7 @@ FROZEN_TOPOLOGIES = {
     "tp2-sp": TOPOLOGIES["tp2-sp"],
     "ulysses2": TOPOLOGIES["ulysses2"],
     "pp2": TOPOLOGIES["pp2"],
+    "pp2-v2": VIRTUAL["pp2-v2"],
 }
 
 
@@ -179,6 +190,16 @@ def make_cases() -> list[Case]:
                     Case(f"{name}-zero{stage}-{adapter}", world, {**degrees, "zero_stage": stage}, adapter)
                 )
     cases += [Case(f"{name}-unet", world, degrees, "unet") for name, (world, degrees) in MIXED.items()]
+    for name, (world, degrees) in VIRTUAL.items():
+        for adapter in ("linear", "unet"):
+            cases.append(Case(f"{name}-{adapter}", world, degrees, adapter))
+    degrees = VIRTUAL["pp2-v2"][1]
+    cases.append(Case("pp2-v2-zero0", 2, degrees | {"zero_stage": 0}))
+    cases.append(Case("pp2-v2-bf16", 2, degrees, train={"precision": "bf16"}))
+    cases.append(Case("pp2-v2-recompute-full", 2, degrees, "unet", {"recompute": "full"}))
+    # All of the model's first virtual stage.
+    frozen = {"train": {"freeze": ["stem.*", "blocks.0.*"]}}
+    cases.append(Case("pp2-v2-frozen-start", 2, degrees, recipe=frozen))
     cases.append(Case("dp4", 4, {}))
     for what in ("selective", "full"):
         cases.append(Case(f"tp2-sp-recompute-{what}", 2, TOPOLOGIES["tp2-sp"][1], train={"recompute": what}))

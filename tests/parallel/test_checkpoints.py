@@ -25,6 +25,7 @@ TOPOLOGIES = {
     "tp2": (2, {"tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "pp2-v2": (2, {"pipeline": 2, "virtual_stages": 2}),
     "dp2-zero3": (2, {"zero_stage": 3}),
     "dp4": (4, {}),
 }

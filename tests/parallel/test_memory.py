@@ -19,6 +19,7 @@ CASES = {
     "one": (1, {}, "fp32"),
     "tp2": (2, {"tensor": 2}, "fp32"),
     "pp2": (2, {"pipeline": 2}, "fp32"),
+    "pp2-v2": (2, {"pipeline": 2, "virtual_stages": 2}, "fp32"),
     "dp2-zero0": (2, {"zero_stage": 0}, "fp32"),
     "dp2-zero1": (2, {"zero_stage": 1}, "fp32"),
     "dp2-zero1-bf16": (2, {"zero_stage": 1}, "bf16"),

@@ -74,6 +74,25 @@ def test_coordinates_are_those_of_deepspeed():
             2,
             r"model\.tie_embeddings: .* different stages of parallel\.pipeline 2; set it to false",
         ),
+        (
+            {"parallel": {"pipeline": 2, "virtual_stages": 2}},
+            2,
+            r"num_layers 2 is less than the 4 virtual stages of .* set virtual_stages to 1 or less",
+        ),
+        (
+            {
+                "parallel": {"pipeline": 2, "virtual_stages": 2},
+                "model": {"num_layers": 4},
+                "train": {"global_batch_size": 6},
+            },
+            2,
+            r"global_batch_size 6 / .* = 3 micro-batches, not a multiple of parallel\.pipeline 2: .* to 1",
+        ),
+        (
+            {"parallel": {"virtual_stages": 2}},
+            2,
+            r"virtual_stages 2 interleaves .* set pipeline to 2 or more",
+        ),
         ({"parallel": {"sequence": True}}, 2, r"sequence is a form of tensor parallelism"),
         ({"parallel": {"pipeline": 2, "zero_stage": 3}}, 2, r"zero_stage 3 does not work with pipeline 2"),
         (

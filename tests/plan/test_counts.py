@@ -1,7 +1,7 @@
 """Parameters, FLOPs and stages by formula are those of the real model."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from megafusion.model.lora import add_lora
 from megafusion.model.transfusion import Transfusion
 from megafusion.model.wrapper import canonical_name
 from megafusion.parallel.balance import layer_flops
-from megafusion.parallel.partition import stage_blocks
+from megafusion.parallel.partition import virtual_stage_blocks
 from megafusion.plan.adapters import adapter_layers, num_flops
 from megafusion.plan.job import matrix_weights, token_flops, whole_weights
 from megafusion.plan.rows import row_statistics
@@ -85,10 +85,11 @@ def test_flops_and_stages_are_those_that_pytorch_counts(name, overrides):
     head = 2 * length * model.vocab_size * model.hidden_size
     assert counted[0] == slots * num_flops(adapter.down) * (2 if overrides else 1)
     assert counted[-1] == head + slots * num_flops(adapter.up)
-    for pipeline in (1, 2, 4):
-        parallel = config.parallel.model_copy(update={"pipeline": pipeline})
+    for pipeline, virtual in ((1, 1), (2, 1), (4, 1), (2, 2)):
+        parallel = config.parallel.model_copy(update={"pipeline": pipeline, "virtual_stages": virtual})
         staged = config.model_copy(update={"parallel": parallel}).job(4)
-        assert staged.stages == stage_blocks(counted, pipeline)
+        assert staged.virtual_stages == virtual_stage_blocks(counted, pipeline, virtual)
+        assert [list(chain(*stage)) for stage in staged.virtual_stages] == staged.stages
 
 
 @pytest.mark.parametrize("kind", ["mixed", "pairs"])

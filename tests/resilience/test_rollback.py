@@ -51,7 +51,7 @@ def rollback(after: int) -> tuple[Rollback, SimpleNamespace]:
         is_skipped=True,
         is_finite=False,
         is_spike=False,
-        losses=torch.tensor([math.nan, 1.0, math.nan]),
+        losses=torch.tensor([math.nan, 1.0, 0.0, math.nan]),
         spikes=detector(spikes="skip"),
     )
     return Rollback(ResilienceConfig(roll_back_after=after), consensus), consensus

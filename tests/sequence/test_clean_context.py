@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interval_attention import prepare
+from megafusion.config import parse_config
 from megafusion.generate.decoder import Decoder
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
@@ -17,7 +18,9 @@ from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.document import FlatDocument, ImageSegment, cut_document, find_cut, images_between
 from megafusion.sequence.packing import PackedBatch, SequenceShape, collate, drop_unused_slots, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
+from tests.support.rows import latents_as_features
 from tests.support.segments import flat_document
+from tests.support.weights import initialize
 
 IDS = Tokenizer(Path(), "", 30, bos=1, eos=2)
 LATENTS = 1, 2, 2
@@ -119,9 +122,16 @@ def test_a_row_of_an_image_between_texts():
     assert batch.last_query[0].tolist() == [*[21] * 4, *[19] * 9, *[17] * 4, 19, 19, 21, 21, 22]
 
 
-@pytest.fixture(params=["linear", "unet"])
+ALIGNMENT = {"model": "vision", "feature_size": 8, "layer": 1}
+CHOICES = {"linear": {}, "unet": {}, "together": {"modality_weights": "all", "qk_norm": True}}
+"""Keys of the model by name; together with flow matching and alignment, too."""
+
+
+@pytest.fixture(params=CHOICES)
 def model(request) -> Transfusion:
     torch.manual_seed(0)
+    together = {"noise_process": {"kind": "flow"}, "alignment": ALIGNMENT}
+    objective = parse_config(ObjectiveConfig, together if request.param == "together" else {}, "test")
     config = ModelConfig(
         num_layers=2,
         hidden_size=32,
@@ -134,36 +144,44 @@ def model(request) -> Transfusion:
         image_sizes=((4, 4),),
         patch_size=2,
         image_rope="2d",
-        adapter=request.param,
+        adapter="unet" if request.param == "unet" else "linear",
         unet_channels=4,
+        **CHOICES[request.param],
     )
-    return Transfusion(config, ObjectiveConfig(), clean_context=True)
+    model = Transfusion(config, objective, clean_context=True)
+    initialize(model, config.num_layers, seed=0)
+    return model
 
 
 def packed(layout: list[list[int]], padding: int = 0) -> tuple[list[FlatDocument], PackedBatch]:
     documents = [document(lengths, seed, 4, (2, 4, 4)) for seed, lengths in enumerate(layout)]
-    return documents, row_of(documents, 4, padding, (2, 4, 4))
+    batch = row_of(documents, 4, padding, (2, 4, 4))
+    batch.features = latents_as_features(batch)
+    return documents, batch
 
 
 def losses_and_gradients(model: Transfusion, batch: PackedBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     model.zero_grad()
     losses = model(batch)
     losses.total.backward()
-    return torch.stack(losses).detach(), [p.grad.clone() for p in model.parameters()]
+    gradients = (torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())
+    return torch.stack(losses).detach(), list(gradients)
 
 
 def test_a_packed_row_equals_its_documents_one_by_one(model):
     documents, batch = packed([[3, 0, 2, 0], [0, GIVEN, 4], [5], [0]], padding=2)
     whole, gradients = losses_and_gradients(model, batch)
-    sums, added = torch.zeros(3), [torch.zeros_like(gradient) for gradient in gradients]
+    sums, added = torch.zeros(4), [torch.zeros_like(gradient) for gradient in gradients]
     for single in documents:
         alone = row_of([single], 4, padding=4, latents=(2, 4, 4))
+        alone.features = latents_as_features(alone)
         alone.num_text_targets, alone.num_images = batch.num_text_targets, batch.num_images
         losses, found = losses_and_gradients(model, alone)
         sums += losses
         added = [a + b for a, b in zip(added, found, strict=True)]
     torch.testing.assert_close(whole, sums, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, added, rtol=1e-5, atol=1e-5)
+    assert (whole[2] > 0) == (model.alignment is not None)
 
 
 def test_unused_slots_change_no_loss_and_no_gradient(model):
@@ -177,14 +195,12 @@ def test_unused_slots_change_no_loss_and_no_gradient(model):
 
 
 def test_nothing_but_its_own_loss_depends_on_a_noised_image(model):
-    """Gradients to the noise of each image: of the text's loss, and of each image's loss."""
+    """Gradients to the noise of each image: of the text's loss, and of each image's with it."""
     _, batch = packed([[3, 0, 2, 0, 3], [0, 4]])
     batch.noise.requires_grad_()
     for only in (None, 0, 1, 2):
         batch.has_loss = torch.arange(3)[None] == (-1 if only is None else only)
-        losses = model(batch)
-        loss = losses.text if only is None else losses.image
-        (gradient,) = torch.autograd.grad(loss, batch.noise)
+        (gradient,) = torch.autograd.grad(model(batch).total, batch.noise)
         reached = (gradient != 0).flatten(2).any(-1)[0].tolist()
         assert reached == [slot == only for slot in range(3)]
 
@@ -236,7 +252,7 @@ def _hidden(model: Transfusion, batch: PackedBatch) -> tuple[torch.Tensor, torch
             found["images"], found["logits"] = images, head(hidden_BSD)
 
     objective, model.objective = model.objective, Recorded()
-    model.objective.noise_process = objective.noise_process
+    model.objective.noise_process, model.objective.aligns = objective.noise_process, objective.aligns
     model(batch)
     model.objective = objective
     return found["images"], found["logits"]

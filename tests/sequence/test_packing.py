@@ -127,7 +127,7 @@ def test_a_packed_row_equals_its_documents_one_by_one(adapter, layout):
     packed, packed_gradients, counts = losses_and_gradients(
         net, [documents], SequenceShape(total_length + 2, num_images + 1, (NUM_PATCHES,), 2, ((4, 4),))
     )
-    summed, summed_gradients = torch.zeros(3), {n: torch.zeros_like(g) for n, g in packed_gradients.items()}
+    summed, summed_gradients = torch.zeros(4), {n: torch.zeros_like(g) for n, g in packed_gradients.items()}
     for single in documents:
         shape = SequenceShape(
             max(NUM_PATCHES, len(single)), max(1, len(single.images)), (NUM_PATCHES,), 2, ((4, 4),)
@@ -158,7 +158,7 @@ def test_a_batch_without_images_or_without_text_has_finite_losses():
     assert torch.isfinite(text_only).all()
     assert all(torch.isfinite(g).all() for g in gradients.values())
     empty, _, _ = losses_and_gradients(net, [[]], shape)
-    assert empty.tolist() == [0, 0, 0]
+    assert empty.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("adapter", ["linear", "unet"])

@@ -74,10 +74,15 @@ def run_generation(pipeline, captions, sampling, seed: int, max_images: int, beg
     return generation.outputs
 
 
+def assert_near(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal but for rounding, which is of the size of the largest number: guidance takes differences."""
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(b.abs().max()))
+
+
 def assert_batch_invariant(pipeline, outputs, sampling, seed: int, max_images: int) -> None:
     """Each caption's output in a batch equals its output in a batch of one."""
     for row, (caption, output) in enumerate(zip(CAPTIONS, outputs, strict=True)):
         (alone,) = run_generation(pipeline, [caption], sampling, seed + row, max_images)
         assert len(alone) == len(output)
         for a, b in zip(alone, output, strict=True):
-            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-3, atol=1e-3)
+            assert_near(torch.as_tensor(a), torch.as_tensor(b))

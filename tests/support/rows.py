@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
 from megafusion.data.config import DataConfig
 from megafusion.data.document_format import StoredDocument
@@ -147,3 +149,9 @@ def digest(micro_batches) -> list[str]:
                     whole.update(name.encode() + value[row].numpy().tobytes())
             rows.append(whole.hexdigest())
     return rows
+
+
+def latents_as_features(batch: PackedBatch) -> Tensor:
+    """float32 [B, N, P, F]: the latents of each patch of 2 x 2, in the place of a vision model's features."""
+    patches = F.unfold(batch.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
+    return patches.unflatten(0, batch.t.shape)

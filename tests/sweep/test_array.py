@@ -104,8 +104,10 @@ def test_a_sweep_whose_runs_are_evaluated_is_done(evaluated):
     for member in members:
         train(member)
         evaluate(member, 2.0)
-    output = sweep(evaluated, "--site", "local-test")
-    assert output == f"{members[0].out.parent}: every run is done\n"
+    for arguments in ([], ["--dry-run"], ["--dry-run", "--report"]):
+        output = sweep(evaluated, "--site", "local-test", *arguments)
+        assert output == f"{members[0].out.parent}: every run is done\n"
+    assert f"{members[0].out}: 6 steps, perplexity: done\n" in sweep(evaluated, "--dry-run")
     assert "| plain,seed=0 | finished | 6 of 6 |" in sweep(evaluated, "--report")
 
 
@@ -131,3 +133,11 @@ def test_a_job_that_may_be_queued_keeps_its_configuration(slurm, monkeypatch, tm
     with pytest.raises(RuntimeError, match=r"a greeting of the site.* the job may be queued: squeue --me"):
         submit(job, render(job), "seed: 0\n")
     assert job.config.read_text() == "seed: 0\n"
+
+
+def test_a_folder_whose_name_sbatch_would_read_is_refused(evaluated):
+    """A % in the name of a log stands for a number there; a sweep on this machine takes it."""
+    out = f"out={evaluated.parent / 'half%j'}"
+    result = CliRunner().invoke(app, ["sweep", str(evaluated), out, "--site", "local-test", "--dry-run"])
+    assert "half%j': launchers take paths of letters, digits and" in str(result.exception)
+    assert "half%j/plain,seed=0: 6 steps" in sweep(evaluated, out, "--dry-run")

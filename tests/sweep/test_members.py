@@ -1,5 +1,7 @@
 """The runs of a sweep, and what is refused before one is started."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import yaml
 
 from megafusion.errors import UserError
 from megafusion.sweep.config import load_sweep
-from megafusion.sweep.members import Member, expand
+from megafusion.sweep.members import Member, earlier_members, expand
+from megafusion.sweep.results import recorded_runs, write_results
 from tests.sweep.conftest import evaluate, train
 
 
@@ -155,3 +158,89 @@ def test_an_evaluation_is_known_by_its_suites_and_options(sweep_file):
         other = members(sweep_file, values, change)[0]
         assert not other.is_evaluated
         assert other.results.parent == first.results.parent
+
+
+def test_an_evaluation_is_known_by_what_its_files_contain(sweep_file, tmp_path):
+    """Not by where they lie, nor by an image folder, whose images the annotations name."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("water\n")
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge/model.safetensors").write_bytes(b"1")
+
+    def results(text: str, **options: str) -> str:
+        options = {"texts": [str(tmp_path / text)], "clip": str(tmp_path / "judge")} | options
+        evaluation = {"suites": ["perplexity"], "options": options}
+        return members(sweep_file, f"evaluate={json.dumps(evaluation)}")[0].results.name
+
+    first = results("a.txt")
+    assert results("b.txt") == results("b.txt", image_folder="elsewhere") == first
+    assert results("b.txt", inception=str(tmp_path / "a.txt")) != first, "another key has the content"
+    assert results("gone.txt") != first
+    (tmp_path / "b.txt").write_text("ice\n")
+    assert results("b.txt") != first
+    (tmp_path / "judge/model.safetensors").write_bytes(b"other")
+    assert results("a.txt") != first
+
+
+def grown(path: Path, *overrides: str) -> tuple[list[Member], list[Member]]:
+    """The runs of a sweep, and those that its folder has from earlier calls."""
+    sweep = load_sweep(path, overrides)
+    found = expand(sweep, str(path))
+    return found, earlier_members(sweep, str(path), recorded_runs(sweep.out), found)
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["{}", "{train.ema_decay: [0.5, 1.0e-3]}", "{model: {wide: {hidden_size: 64}}}", "{data.vae: [vae]}"],
+)
+def test_runs_of_other_values_of_the_grid_stay_in_the_results(sweep_file, more):
+    """With the configuration that they had; an earlier run that was not begun is forgotten."""
+    made, _ = grown(sweep_file, f"grid={more}", "grid.seed=[0, 1]")
+    for member in made[1:]:
+        train(member, text_loss=1.0)
+    out = made[0].out.parent
+    write_results(out, made, {})
+    asked, found = grown(sweep_file, f"grid={more}", "grid.seed=[2]")
+    assert [(each.name, each.config) for each in found] == [(each.name, each.config) for each in made[1:]]
+    assert len(asked) == len(made) / 2
+    results = write_results(out, asked + found, {})
+    assert [group["text_loss"]["runs"] for group in results["groups"].values()].count(2) == len(asked) - 1
+    assert recorded_runs(out).keys() == {each.name for each in (*asked, *made[1:])}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            "runs.plain=[optimizer.learning_rate=0.125]",
+            r"plain,seed=0.*learning_rate 0\.003 instead of 0\.125",
+        ),
+        ("grid={data.num_streams: [4]}", r"holds results of plain,seed=0, no run of this sweep"),
+        (
+            "grid={seed: {one: 1}}",
+            r"plain,seed=0, of a value that grid\.seed does not have; choose another out",
+        ),
+    ],
+)
+def test_runs_that_the_sweep_cannot_have_made_are_refused(sweep_file, change, fault):
+    made, _ = grown(sweep_file)
+    train(made[0])
+    write_results(made[0].out.parent, made, {})
+    changes = [change] if "grid" in change else [change, "grid.seed=[1]"]
+    with pytest.raises(UserError, match=fault):
+        grown(sweep_file, *changes)
+    shutil.rmtree(made[0].out)
+    assert grown(sweep_file, *changes)[1] == [], "a folder that is gone has no results"
+
+
+def test_an_arm_that_the_sweep_has_no_more_is_refused(sweep_file):
+    made, _ = grown(sweep_file)
+    train(made[1])
+    write_results(made[0].out.parent, made, {})
+    values = yaml.safe_load(sweep_file.read_text())
+    del values["runs"]["causal"]
+    sweep_file.write_text(yaml.safe_dump(values))
+    with pytest.raises(
+        UserError, match=r"holds results of causal,seed=0, no run .*or remove .*causal,seed=0$"
+    ):
+        grown(sweep_file)

@@ -1,6 +1,8 @@
 """FLOPs of training: the formula against PyTorch's counter on a real batch, and their sum over a run."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from megafusion.checkpoint.folder import _manifest, complete_checkpoints, read_m
 from megafusion.config import parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.model.alignment import PROJECTION_SIZE
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.chunked_cross_entropy import LOGITS_ALIGNMENT
+from megafusion.objective.config import AlignmentConfig
 from megafusion.parallel.mesh import make_mesh
 from megafusion.storage import file_sha256
 from megafusion.telemetry.metrics_file import read_metrics
@@ -23,7 +27,7 @@ from tests.support.quantized import quantized_run
 from tests.support.runs import start
 
 
-def assert_counted(config: RunConfig) -> Work:
+def assert_counted(config: RunConfig, alignment: AlignmentConfig | None = None) -> Work:
     """Compare the formula with PyTorch's counter on a batch of a run; the batch's work.
 
     Forward exactly: masked pairs, empty slots and the head's padding are computed, and not counted. Forward
@@ -31,8 +35,11 @@ def assert_counted(config: RunConfig) -> Work:
     """
     start_process_group()
     batch = build_components(config, make_mesh(config.parallel)).loader.next()[0]
-    shape, model = config.sequence_shape, Transfusion(config.model, config.objective)
-    rows, slots = batch.image_start.shape
+    shape, (rows, slots) = config.sequence_shape, batch.image_start.shape
+    objective = config.objective.model_copy(update={"alignment": alignment})
+    model = Transfusion(config.model, objective, shape.clean_context)
+    if alignment:
+        batch.features = torch.randn(rows, slots, shape.patches[0], alignment.feature_size)
     work = Work.of(batch.work().tolist())
     # The counter knows attention on a CPU as two products alone.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -40,23 +47,40 @@ def assert_counted(config: RunConfig) -> Work:
     forward = counter.get_total_flops()
     per_pair = 4 * config.model.num_layers * config.model.num_heads * config.model.head_size
     extra = per_pair * (rows * shape.length**2 - work.visible_pairs)
-    extra += _image_flops(config.model, shape)[0] * (rows * slots - work.images[0])
+    extra += _image_flops(config.model, shape, alignment)[0] * (rows * slots - work.images[0])
     columns = config.model.vocab_size + -config.model.vocab_size % LOGITS_ALIGNMENT
     extra += 2 * columns * config.model.hidden_size * batch.target_index.numel()
     extra -= _head_flops(config.model) * work.text_targets
-    assert 3 * forward == step_flops(rows, config.model, shape, work) + 3 * extra
+    assert 3 * forward == step_flops(rows, config.model, shape, work, alignment) + 3 * extra
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(batch).total.backward()
     assert counter.get_total_flops() == pytest.approx(3 * forward, rel=0.03)
     return work
 
 
+@pytest.mark.parametrize("clean_context", [False, True])
 @pytest.mark.parametrize("adapter", ["linear", "unet"])
-def test_the_formula_is_the_counters_less_what_nobody_needs(run_values, adapter):
+def test_the_formula_is_the_counters_less_what_nobody_needs(run_values, adapter, clean_context):
+    """With clean context, the first half of the adapter runs twice."""
     run_values["model"] |= {"adapter": adapter} | ({"unet_channels": 8} if adapter == "unet" else {})
-    work = assert_counted(parse_config(RunConfig, run_values, "test"))
+    run_values["data"]["clean_context"] = clean_context
+    config = parse_config(RunConfig, run_values, "test")
+    work = assert_counted(config)
     assert work.images[0] > 0
     assert work.text_targets > 0
+    once = replace(config.sequence_shape, clean_context=False)
+    twice = _image_flops(config.model, config.sequence_shape) > _image_flops(config.model, once)
+    assert twice == clean_context
+
+
+def test_the_projection_of_an_alignment_is_counted(run_values):
+    aligned = AlignmentConfig(model=Path("unread"), feature_size=24, layer=1)
+    config = parse_config(RunConfig, run_values, "test")
+    work = assert_counted(config, aligned)
+    shape, hidden = config.sequence_shape, config.model.hidden_size
+    more = step_flops(1, config.model, shape, work, aligned) - step_flops(1, config.model, shape, work)
+    per_patch = hidden * PROJECTION_SIZE + PROJECTION_SIZE**2 + PROJECTION_SIZE * 24
+    assert more == 3 * work.images[0] * shape.patches[0] * 2 * per_patch
 
 
 def test_the_quantized_baseline_is_counted_alike(quantized_shards, vq_folder, tmp_path):

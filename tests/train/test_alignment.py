@@ -33,7 +33,8 @@ from megafusion.train.vision_features import VisionFeatures
 from tests.data.test_pixels import write_pixels
 from tests.model.test_modality import first_batch
 from tests.support.marks import full
-from tests.support.runs import losses, parsed, start, tensors
+from tests.support.rows import latents_as_features
+from tests.support.runs import parsed, start, tensors
 from tests.support.workers import run_workers
 from tests.train.test_image_encoder import SIZES, batch
 
@@ -146,14 +147,13 @@ def test_it_is_a_share_of_the_total_and_reaches_the_blocks_up_to_its_layer(run_v
     alignment = {"model": "m", "feature_size": 16, "layer": 1, "weight": 2.0}
     config = parsed(run_values | {"objective": {"alignment": alignment}})
     packed: PackedBatch = first_batch(parsed(run_values))
-    packed.features = F.unfold(packed.latents.flatten(0, 1), 2, stride=2).transpose(1, 2)
-    packed.features = packed.features.unflatten(0, packed.t.shape)
+    packed.features = latents_as_features(packed)
     torch.manual_seed(0)
     model = Transfusion(config.model, config.objective)
     found = model(packed)
-    share = found.total - found.text - 5 * found.image
-    assert 1 < share < 3  # twice 1 - cosine of random projections
-    share.backward()
+    assert 0.5 < found.alignment < 1.5  # 1 - cosine of random projections
+    torch.testing.assert_close(found.total, found.text + 5 * found.image + 2 * found.alignment)
+    found.alignment.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert any(name.startswith("blocks.0.") for name in reached)
     assert not any(name.startswith(("blocks.1.", "tail.")) for name in reached)
@@ -163,7 +163,7 @@ def test_it_is_a_share_of_the_total_and_reaches_the_blocks_up_to_its_layer(run_v
     assert none.total == none.text
 
 
-def test_a_run_aligns_resumes_and_publishes_no_projection(aligned, tmp_path):
+def test_a_run_aligns_and_publishes_no_projection(aligned, tmp_path):
     run = start(aligned)
     found = [line["alignment_loss"] for line in read_metrics(run)]
     assert all(0 < each < 2 for each in found)
@@ -174,9 +174,6 @@ def test_a_run_aligns_resumes_and_publishes_no_projection(aligned, tmp_path):
     assert not any(name.startswith("alignment.") for name in pipeline.model.weights())
     assert pipeline.config.objective.alignment is None
     pipeline("apple", num_inference_steps=2)
-    resumed = str(tmp_path / "resumed")
-    start(aligned, stop_after=3, out=resumed)
-    assert losses(start(aligned, out=resumed)) == losses(run)
     # A run without it may start from one with it; with it, its projection is new.
     aligned["train"] = aligned["train"] | {"init_from": str(run), "num_steps": 1}
     start(aligned | {"objective": {}}, out=str(tmp_path / "without"))

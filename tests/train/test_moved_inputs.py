@@ -70,6 +70,41 @@ def test_a_move_keeps_the_recipe_that_the_run_began_with(run_values, inputs, tmp
     assert frozen["data"]["tokenizer"] == str(tmp_path / "second/data.tokenizer")
 
 
+def held_out_of(run: Path) -> tuple[int, str]:
+    """Validation of a run's config.yaml: every how many steps, and where."""
+    found = yaml.safe_load((run / "config.yaml").read_text())["data"]["validation"]
+    return found["every"], found["sources"]["held-out"]["path"]
+
+
+def test_held_out_shards_that_moved_are_known_to_other_commands(run_values, shards, tmp_path):
+    """Where they are the same and nothing else of validation changes; it may change, being free."""
+    start_process_group()
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(shards / "pairs", first)
+    validation = {"every": 3, "sources": {"held-out": {"path": str(first)}}}
+    run_values["data"]["validation"] = validation
+    config = parsed(run_values)
+    freeze(config, "a", "b")
+    assert held_out_of(config.out) == (3, str(first))
+    first.rename(second)
+    validation["sources"]["held-out"]["path"] = str(second)
+    validation["every"] = 6
+    freeze(parsed(run_values), "a", "b")
+    assert held_out_of(config.out) == (3, str(first))
+    validation["every"] = 3
+    assert freeze(parsed(run_values), "a", "b") == {}
+    assert held_out_of(config.out) == (3, str(second))
+    validation["sources"]["held-out"]["path"] = str(shards / "text")
+    freeze(parsed(run_values), "a", "b")
+    assert held_out_of(config.out) == (3, str(second)), "other shards"
+    record = config.out / "environment.json"
+    known = json.loads(record.read_text())
+    del known["held_out"]  # as of an earlier version
+    record.write_text(json.dumps(known))
+    freeze(parsed(run_values), "a", "b")
+    assert held_out_of(config.out) == (3, str(shards / "text"))
+
+
 @pytest.mark.parametrize("which", ["tokenizer", "vae"])
 @pytest.mark.parametrize("where", ["moved", "in place", "not recorded"])
 def test_other_files_are_refused_wherever_they_are(run_values, which, where):

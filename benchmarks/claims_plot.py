@@ -1,0 +1,190 @@
+"""Plots of the claims: arms side by side with a point of each seed, and figures against compute."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from textwrap import fill
+
+from claims_rows import (
+    CAPTIONS,
+    HELD_OUT,
+    SEEN,
+    TEXT,
+    Claim,
+    Measured,
+    Row,
+    Side,
+    load_runs,
+    measure,
+    rate_error,
+)
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megafusion.errors import UserError
+from megafusion.sweep.fit import Point, fit_arms
+from megafusion.sweep.plot import COMPUTE, draw_laws
+
+COLUMNS = 4
+WIDTH = 38
+"""Characters of a line of a panel's title."""
+MIN_SPAN = 0.04
+"""Least range of a loss's axis, as a share of its value."""
+SIZED = re.compile(r"(.+)-\d+x\d+")
+"""An arm of one size, as transfusion-6x192."""
+SIZES = ("concepts-128", "sizes")
+"""Sweeps of one claim at several sizes."""
+PARITY = {
+    SEEN: ".029 by FID",
+    HELD_OUT: ".029 by FID",
+    CAPTIONS[0]: ".218",
+    CAPTIONS[1]: ".218",
+    TEXT[0]: ".489",
+}
+"""Figures against compute, and the paper's parity ratio."""
+
+
+def draw_claims(claims: Sequence[Claim], results: Path, out: Path) -> list[Path]:
+    """Write a sheet of each claim, with a panel for each figure that has been measured; their paths."""
+    sheets: dict[str, list[tuple[Claim, list[Measured], dict]]] = {}
+    for claim in claims:
+        runs = load_runs(claim.sweep, results)
+        panels: dict[str, list[Measured]] = {}
+        for row in claim.rows:
+            if found := measure(row, runs):
+                panels.setdefault(row.figure, []).append(found)
+        sheets.setdefault(claim.letter, []).extend((claim, each, runs) for each in panels.values())
+    written = []
+    for letter, panels in sheets.items():
+        if panels:
+            figure, grid = _sheet(len(panels))
+            for axes, panel in zip(grid, panels, strict=False):
+                _draw_panel(axes, *panel)
+            figure.suptitle(
+                f"Claim {letter}. Points: seeds, each another fold. Black: mean and standard deviation,\n"
+                "or of one seed the 95% interval that the number of drawings leaves",
+                fontsize=11,
+            )
+            written.append(out / f"claims-{letter.strip('()')}.png")
+            figure.savefig(written[-1], dpi=100)
+    return written
+
+
+def draw_sizes(results: Path, out: Path, baseline: str = "quantized") -> list[Path]:
+    """Write the sheet of claim (a) against compute, of figures measured at two sizes of each arm."""
+    runs = {f"{sweep}/{name}": run for sweep in SIZES for name, run in load_runs(sweep, results).items()}
+    fitted = []
+    for (name, metric, _), paper in PARITY.items():
+        arms = sized_points(runs, metric)
+        if baseline not in arms or any(len({point.group for point in each}) < 2 for each in arms.values()):
+            continue
+        try:
+            fitted.append((name, paper, arms, fit_arms(arms, baseline)))
+        except UserError as error:
+            print(f"no plot of {name} against compute: {error}", file=sys.stderr)
+    if not fitted:
+        return []
+    figure, grid = _sheet(len(fitted), height=3.6)
+    for axes, (name, paper, arms, laws) in zip(grid, fitted, strict=False):
+        draw_laws(axes, arms, laws, name)
+        ratios = [each["parity"] for arm, each in laws["arms"].items() if arm != baseline]
+        said = ", ".join("never" if ratio is None else f"{ratio:.3g}" for ratio in ratios)
+        axes.set_title(f"{name}\nparity at {said} of the compute; paper: {paper}", fontsize=10)
+    figure.suptitle(
+        "Claim (a) against training compute, 128 concepts: points are runs, lines power laws", fontsize=11
+    )
+    path = out / "claims-compute.png"
+    figure.savefig(path, dpi=100)
+    return [path]
+
+
+def sized_points(runs: Mapping[str, dict], metric: str) -> dict[str, list[Point]]:
+    """By arm without its size, the finished runs that have a metric and their compute."""
+    arms: dict[str, list[Point]] = {}
+    for run in runs.values():
+        figures, arm = run["metrics"], run["arm"]
+        if run["state"] == "finished" and metric in figures and COMPUTE in figures:
+            sized = SIZED.fullmatch(arm)
+            arms.setdefault(sized[1] if sized else arm, []).append(
+                Point(arm, figures[COMPUTE], figures[metric])
+            )
+    return arms
+
+
+def _sheet(number: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels."""
+    columns = min(COLUMNS, number)
+    rows = -(-number // columns)
+    figure = Figure(figsize=(3.2 * max(columns, 2), height * rows + 0.5), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[number:]:
+        axes.set_axis_off()
+    return figure, grid
+
+
+def _draw_panel(axes: Axes, claim: Claim, found: Sequence[Measured], runs: dict[str, dict]) -> None:
+    """The sides of comparisons of one figure: a point of each seed, joined, and mean with an error bar."""
+    sides = list(dict.fromkeys([each.row.first for each in found] + [each.row.second for each in found]))
+    values = {side: values_of(side, found) for side in sides}
+    for seed in dict.fromkeys(seed for by_seed in values.values() for seed in by_seed):
+        points = [(place, values[side][seed]) for place, side in enumerate(sides) if seed in values[side]]
+        axes.plot(*zip(*points, strict=True), "-", color="0.8", linewidth=1, zorder=1)
+        axes.plot(*zip(*points, strict=True), "o", color=f"C{int(seed) % 10}", markersize=6, zorder=2)
+    for place, side in enumerate(sides):
+        seen = list(values[side].values())
+        bar = _half_bar(side, values[side], runs)
+        axes.errorbar(place + 0.15, fmean(seen), bar, fmt="_k", markersize=11, capsize=4)
+    axes.set_xticks(range(len(sides)), [side.name for side in sides], fontsize=10 if len(sides) < 4 else 7.5)
+    axes.set_xlim(-0.45, len(sides) - 0.45)
+    _set_range(axes, sides[0].metric)
+    axes.grid(axis="y", alpha=0.3)
+    heads = [f"{claim.letter} {claim.name}", found[0].row.figure, direction([each.row for each in found])]
+    axes.set_title("\n".join(fill(head.replace("`", ""), WIDTH) for head in heads), fontsize=10)
+
+
+def values_of(side: Side, found: Sequence[Measured]) -> dict[str, float]:
+    """A side's value of each seed, in any of the comparisons."""
+    return {
+        seed: pair[place]
+        for each in found
+        for place in (0, 1)
+        if each.row[1 + place] == side
+        for seed, *pair in each.pairs
+    }
+
+
+def _half_bar(side: Side, values: Mapping[str, float], runs: dict[str, dict]) -> float | None:
+    """Half the length of an error bar; None of one seed of a figure that is no share."""
+    if len(values) > 1:
+        return stdev(values.values())
+    (figures,) = (
+        run["metrics"]
+        for run in runs.values()
+        if run["arm"] == side.arm and run["point"]["seed"] in values and side.metric in run["metrics"]
+    )
+    error = rate_error(side.metric, [figures])
+    return error and 1.96 * error
+
+
+def _set_range(axes: Axes, metric: str) -> None:
+    """Let an axis begin at 0, or for a loss keep a hundredth of its value from filling the panel."""
+    axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    if "loss" in metric or "bits" in metric:
+        missing = max(0, MIN_SPAN * high - (high - low)) / 2
+        axes.set_ylim(low - missing, high + missing)
+    else:
+        high = max(1.08 * high, 0.1)
+        axes.set_ylim(-0.03 * high, high)
+
+
+def direction(rows: Sequence[Row]) -> str:
+    """The claim, as an order of the sides' values."""
+    orders: dict[tuple[int, str], list[str]] = {}
+    for row in rows:
+        if row.better:
+            orders.setdefault((row.better, row.first.name), []).append(row.second.name)
+    said = [f"{first} {'>' if sign > 0 else '<'} {', '.join(each)}" for (sign, first), each in orders.items()]
+    return f"claimed: {'; '.join(said)}" if said else "no direction claimed"

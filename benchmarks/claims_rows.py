@@ -1,0 +1,271 @@
+"""The rows of docs/results.md#claims: what each claim compares, its figures over seeds, and the verdict."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+from megafusion.storage import read_json
+
+RESULTS = Path(__file__).parent / "results" / "claims"
+RATE = re.compile(r"((captions|images)/[\w-]+)/(\w*accuracy|exact_match|nearest_seen_\w+)")
+"""Shares of drawings or captions, whose number is beside them."""
+MIN_SEEDS = 3
+"""Seeds whose spread gives an interval; of fewer, the number of drawings does."""
+
+
+class Side(NamedTuple):
+    """One side of a comparison: a metric of an arm, and its name in a plot."""
+
+    name: str
+    arm: str
+    metric: str
+
+
+class Row(NamedTuple):
+    """A comparison. better: sign of first - second that agrees with the claim; 0 where it says none."""
+
+    figure: str
+    first: Side
+    second: Side
+    better: int
+    detail: str = ""
+    """Which of several comparisons of one figure."""
+
+
+class Claim(NamedTuple):
+    """Comparisons within one sweep. compared: what with what. paper: its figures."""
+
+    letter: str
+    name: str
+    compared: str
+    paper: str
+    sweep: str
+    rows: tuple[Row, ...]
+
+
+class Measured(NamedTuple):
+    """A row's figures, paired by seed: (seed, first, second)."""
+
+    row: Row
+    pairs: tuple[tuple[str, float, float], ...]
+    interval: float | None
+    """Half the width of the difference's 95% interval: of Student's t over the seeds, or with fewer than
+    MIN_SEEDS of the drawings' number; None of a figure that has neither."""
+    flops: tuple[float | None, float | None]
+
+    @property
+    def differences(self) -> list[float]:
+        return [first - second for _, first, second in self.pairs]
+
+    @property
+    def verdict(self) -> str:
+        """Words on the difference: whether it is outside its interval, if it has one, and its sign."""
+        seeds, difference = len(self.pairs), fmean(self.differences)
+        if not self.row.better:
+            return ""
+        agrees = difference * self.row.better > 0
+        if self.interval is None:
+            said = "same sign" if agrees else "other sign"
+        elif abs(difference) <= self.interval:
+            said = "not shown at this size"
+        else:
+            said = "**agrees**" if agrees else "**does not agree**"
+        return said if seeds >= MIN_SEEDS else f"{said}, {seeds} seed{'s' * (seeds > 1)}"
+
+
+def load_runs(sweep: str, folder: Path = RESULTS) -> dict[str, dict]:
+    """The runs of a committed sweep; none where there is no file yet."""
+    path = folder / f"{sweep}.json"
+    return read_json(path, "restore it")["runs"] if path.is_file() else {}
+
+
+def measure(row: Row, runs: dict[str, dict]) -> Measured | None:
+    """A row's figures of the seeds that have both sides; None without any."""
+    found: list[dict[str, dict]] = [{}, {}]
+    for side, by_seed in zip((row.first, row.second), found, strict=True):
+        for run in runs.values():
+            if run["arm"] == side.arm and run["state"] == "finished" and side.metric in run["metrics"]:
+                by_seed[run["point"]["seed"]] = run["metrics"]
+    seeds = sorted(found[0].keys() & found[1].keys(), key=int)
+    if not seeds:
+        return None
+    pairs = tuple(
+        (seed, found[0][seed][row.first.metric], found[1][seed][row.second.metric]) for seed in seeds
+    )
+    flops = [[by_seed[seed].get("flops") for seed in seeds] for by_seed in found]
+    means = tuple(fmean(known) if (known := [f for f in each if f]) else None for each in flops)
+    if len(seeds) >= MIN_SEEDS:
+        spread = stdev(first - second for _, first, second in pairs)
+        interval: float | None = student.ppf(0.975, len(seeds) - 1) * spread / math.sqrt(len(seeds))
+    else:
+        errors = [
+            rate_error(side.metric, [by_seed[seed] for seed in seeds])
+            for side, by_seed in zip((row.first, row.second), found, strict=True)
+        ]
+        interval = None if None in errors else 1.96 * math.hypot(*errors)
+    return Measured(row, pairs, interval, means)
+
+
+def rate_error(metric: str, runs: Sequence[dict[str, float]]) -> float | None:
+    """Standard error of a share, of all drawings of some runs; 0 of what chance has, None of what is none."""
+    if metric.endswith("_chance"):
+        return 0.0
+    match = RATE.fullmatch(metric)
+    if not match or any(f"{match[1]}/images" not in run for run in runs):
+        return None
+    numbers = [run[f"{match[1]}/images"] for run in runs]
+    share = sum(run[metric] * number for run, number in zip(runs, numbers, strict=True)) / sum(numbers)
+    return math.sqrt(share * (1 - share) / sum(numbers))
+
+
+def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
+    """Markdown of all claims: a line for each figure, and one for a claim that has not been run."""
+    head = "| claim | the paper | figure | here | difference | seeds | TFLOP | verdict |"
+    lines = [head, "|---" * 8 + "|"]
+    for claim in claims:
+        runs = load_runs(claim.sweep, folder)
+        place = f"| {claim.letter} {claim.name}: {claim.compared} | {claim.paper} |"
+        found = [each for row in claim.rows if (each := measure(row, runs))]
+        if not found:
+            lines.append(f"{place} | not run yet | | | | |")
+        for each in found:
+            lines.append(f"{place} {_cells(each)} |")
+            place = "| | |"
+    return "\n".join(lines) + "\n"
+
+
+def _cells(found: Measured) -> str:
+    sides = [[pair[1] for pair in found.pairs], [pair[2] for pair in found.pairs]]
+    digits = 4 if "loss" in found.row.first.metric else 2
+    values = " against ".join(_spread(side, digits) for side in sides)
+    flops = " against ".join(dict.fromkeys(f"{each / 1e12:.1f}" for each in found.flops if each))
+    difference = _spread(found.differences, digits, "+")
+    figure = ", ".join(filter(None, (found.row.figure, found.row.detail)))
+    cells = [figure, values, difference, str(len(found.pairs)), flops, found.verdict]
+    return " | ".join(cells)
+
+
+def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean ± sample standard deviation, which one value has not."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):{sign}.{digits}f}{spread}"
+
+
+# Figures: their words, their metric, and the sign of a better one.
+SEEN = ("seen pairs drawn", "images/seen/closed_both_accuracy", 1)
+HELD_OUT = ("held-out pairs drawn", "images/held-out/closed_both_accuracy", 1)
+OPEN_SEEN = ("seen pairs drawn, or `other`", "images/seen/both_accuracy", 1)
+OPEN_HELD_OUT = ("held-out pairs drawn, or `other`", "images/held-out/both_accuracy", 1)
+CONCEPT = ("held-out pairs: concept", "images/held-out/closed_concept_accuracy", 1)
+STYLE = ("held-out pairs: style", "images/held-out/closed_style_accuracy", 1)
+IMAGES = (OPEN_HELD_OUT, OPEN_SEEN, HELD_OUT, SEEN, CONCEPT, STYLE)
+IMAGE_LOSS = ("held-out image loss", "validation_image_loss", -1)
+CAPTIONS = (
+    ("held-out CIDEr", "captions/held-out/cider", 1),
+    ("seen CIDEr", "captions/seen/cider", 1),
+    ("seen captions exact", "captions/seen/exact_match", 1),
+)
+TEXT = (("bits a byte of held-out glosses", "perplexity/all/bits_per_byte", -1),)
+
+
+def _arms(
+    first: str, second: str, *figures: tuple[str, str, int], better: int = 1, detail: str = ""
+) -> tuple[Row, ...]:
+    """Rows of two arms, of which the paper has the first better (1), worse (-1), or says nothing (0)."""
+    return tuple(
+        Row(name, Side(first, first, metric), Side(second, second, metric), sign * better, detail)
+        for name, metric, sign in figures
+    )
+
+
+def _guesses(arm: str) -> tuple[Row, ...]:
+    """Rows of an arm's held-out drawings beside what a copy of the nearest seen image and chance have."""
+    rows = []
+    for part in ("concept", "style"):
+        drawn = Side("drawn", arm, f"images/held-out/closed_{part}_accuracy")
+        for name, metric in (("nearest seen", f"nearest_seen_{part}"), ("chance", f"{part}_chance")):
+            guess = Side(name, arm, f"images/held-out/{metric}")
+            rows.append(Row(f"held-out pairs: {part}", drawn, guess, 1, f"drawn and {name}"))
+    held_out, seen = (
+        Side(group, arm, f"images/{group}/closed_both_accuracy") for group in ("held-out", "seen")
+    )
+    return (*rows, Row("pairs drawn", held_out, seen, 0, "held-out and seen"))
+
+
+def _against_tokens(size: int) -> tuple[Claim, ...]:
+    """Claim (a) of a sweep of so many concepts."""
+    values = (
+        ("images", "FID 16.8 against 29.6 (7B); parity at .029 of the compute", IMAGES),
+        ("captions", "CIDEr 27.2 against 18.0 (7B); parity at .218", CAPTIONS),
+        ("text", "C4 perplexity 7.72 against 8.41 (7B); parity at .489", TEXT),
+    )
+    return tuple(
+        Claim("(a)", f"{name}, {size} concepts", TOKENS, paper, f"concepts-{size}", _arms(*ARMS, *figures))
+        for name, paper, figures in values
+    )
+
+
+def _against_causal(name: str, sweep: str, arm: str, causal: str, paper: str) -> Claim:
+    rows = _arms(arm, causal, IMAGE_LOSS, HELD_OUT, SEEN, *CAPTIONS[:2])
+    return Claim("(b)", name, "bidirectional against causal attention in images", paper, sweep, rows)
+
+
+ARMS = ("transfusion", "quantized")
+TOKENS = "Transfusion against image tokens"
+BY_SIZE = (HELD_OUT, SEEN, *CAPTIONS[:2], *TEXT)
+BY_PATCH = (IMAGE_LOSS, HELD_OUT, SEEN, CAPTIONS[0])
+BY_LAMBDA = (IMAGE_LOSS, SEEN, *CAPTIONS[:2], *TEXT)
+LINEAR = "FID 20.3 against 61.3, CIDEr 16.0 against 12.7 (0.76B)"
+UNET = "FID 16.7 against 16.8, CIDEr 25.4 against 23.3 (0.76B)"
+CLAIMS = (
+    *_against_tokens(64),
+    *_against_tokens(128),
+    *(
+        Claim(
+            "(a)", f"{size}, 128 concepts", TOKENS, "as above", "sizes",
+            _arms(f"transfusion-{size}", f"quantized-{size}", *BY_SIZE),
+        )
+        for size in ("6x192", "8x256")
+    ),
+    _against_causal("linear", "concepts-64", "transfusion", "causal", LINEAR),
+    _against_causal("linear, 1,000 steps", "small", "transfusion", "causal", LINEAR),
+    _against_causal("U-Net", "ablations", "unet", "unet-causal", UNET),
+    Claim(
+        "(c)", "patch size", "1, 2 and 8 latents against 4 (the arm transfusion), equal compute",
+        "linear: FID 21.0, 20.3 and 43.5 against 25.6 (0.76B)", "ablations",
+        tuple(
+            row
+            for size, better in ((1, 1), (2, 1), (8, -1))
+            for row in _arms(f"patch-{size}", "transfusion", *BY_PATCH, better=better, detail=f"{size} and 4")
+        ),
+    ),
+    Claim(
+        "(d)", "adapter", "U-Net against linear, equal compute",
+        "FID 16.0 against 18.6, CIDEr 33.7 against 27.2 (7B)", "ablations",
+        _arms("unet", "transfusion", *BY_PATCH),
+    ),
+    Claim(
+        "(e)", "noise limit", "of 0.5 for images before their captions, against none",
+        "CIDEr 35.2 against 33.7 (7B)", "ablations", _arms("transfusion", "no-limit", *CAPTIONS),
+    ),
+    Claim(
+        "(f)", "lambda", "5 against 1 and 25", "5 is used", "ablations",
+        tuple(
+            row
+            for weight in (1, 25)
+            for row in _arms("transfusion", f"lambda-{weight}", *BY_LAMBDA, better=0, detail=f"of {weight}")
+        ),
+    ),
+    *(
+        Claim(
+            "(g)", f"{size} concepts", "held-out combinations against guesses", "not measured",
+            f"concepts-{size}", _guesses("transfusion"),
+        )
+        for size in (64, 128)
+    ),
+)  # fmt: skip

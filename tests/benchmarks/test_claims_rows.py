@@ -1,0 +1,139 @@
+"""The claims' table and plots: of the committed runs, and of made ones with several seeds and sizes."""
+
+import json
+import math
+import runpy
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from megafusion.errors import UserError
+from tests.support.small import ROOT
+
+SEEN, LOSS = "images/seen/closed_both_accuracy", "validation_image_loss"
+
+
+def script(monkeypatch, name: str) -> SimpleNamespace:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return SimpleNamespace(**runpy.run_path(str(ROOT / f"benchmarks/{name}.py")))
+
+
+@pytest.fixture
+def rows(monkeypatch) -> SimpleNamespace:
+    return script(monkeypatch, "claims_rows")
+
+
+def make_runs(arm: str, values: list[dict[str, float]]) -> dict[str, dict]:
+    """Finished runs of an arm, one of each seed."""
+    return {
+        f"{arm},seed={seed}": {
+            "arm": arm,
+            "state": "finished",
+            "point": {"seed": str(seed)},
+            "metrics": figures,
+        }
+        for seed, figures in enumerate(values)
+    }
+
+
+def test_the_page_has_the_table_of_the_committed_runs(monkeypatch, rows):
+    """And a missing mark is refused."""
+    claims, page = script(monkeypatch, "claims"), (ROOT / "docs/results.md").read_text()
+    table = rows.table(rows.CLAIMS)
+    assert claims.replace_table(page, table) == page, "python benchmarks/claims.py table --write"
+    assert "| 0.61 against 0.33 | +0.27 |" in table or "± " in table
+    with pytest.raises(UserError, match="are gone"):
+        claims.replace_table(page.replace(claims.END, ""), table)
+
+
+def test_arms_of_the_claims_are_arms_of_the_sweeps(rows):
+    import yaml
+
+    files = {"concepts-64": "claims", "concepts-128": "claims-128", "small": "claims-small"}
+    files |= {"sizes": "claims-sizes", "ablations": "claims-ablations"}
+    for claim in rows.CLAIMS:
+        sweep = yaml.safe_load((ROOT / f"configs/sweeps/{files[claim.sweep]}.yaml").read_text())
+        assert sweep["out"] == f"runs/claims/{claim.sweep}"
+        assert {side.arm for row in claim.rows for side in (row.first, row.second)} <= sweep["runs"].keys()
+
+
+def test_a_verdict_is_of_the_interval_over_seeds(rows):
+    """Of three paired seeds; differences -1, -2 and -3 have a half-width of 4.303 / sqrt(3)."""
+    runs = make_runs("a", [{LOSS: 1.0}, {LOSS: 1.0}, {LOSS: 1.0}])
+    runs |= make_runs("b", [{LOSS: 2.0, "flops": 3e12}, {LOSS: 3.0}, {LOSS: 4.0, "flops": 5e12}, {LOSS: 9.0}])
+    row = rows.Row("loss", rows.Side("a", "a", LOSS), rows.Side("b", "b", LOSS), -1)
+    found = rows.measure(row, runs)
+    assert found.differences == [-1.0, -2.0, -3.0]
+    assert found.interval == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert found.flops == (None, 4e12)
+    assert found.verdict == "not shown at this size"
+    runs["b,seed=0"]["metrics"][LOSS] = 2.9
+    assert rows.measure(row, runs).verdict == "**agrees**"
+    assert rows.measure(row._replace(better=1), runs).verdict == "**does not agree**"
+    assert rows.measure(row._replace(better=0), runs).verdict == ""
+    del runs["a,seed=2"]
+    assert rows.measure(row, runs).verdict == "same sign, 2 seeds"
+    runs["a,seed=0"]["state"] = runs["a,seed=1"]["state"] = "training"
+    assert rows.measure(row, runs) is None
+
+
+def test_with_few_seeds_a_verdict_is_of_the_number_of_drawings(rows):
+    sides = rows.Side("a", "a", SEEN), rows.Side("b", "b", SEEN)
+    for number, verdict in ((100, "**agrees**, 1 seed"), (20, "not shown at this size, 1 seed")):
+        runs = make_runs("a", [{SEEN: 0.5, "images/seen/images": number}])
+        runs |= make_runs("b", [{SEEN: 0.3, "images/seen/images": number}])
+        found = rows.measure(rows.Row("seen", *sides, 1), runs)
+        assert found.interval == pytest.approx(1.96 * math.sqrt((0.25 + 0.21) / number))
+        assert found.verdict == verdict
+    del runs["a,seed=0"]["metrics"]["images/seen/images"]
+    assert rows.measure(rows.Row("seen", *sides, 1), runs).interval is None
+    assert rows.rate_error("images/held-out/concept_chance", []) == 0
+
+
+def test_a_table_has_mean_deviation_and_seeds(rows, tmp_path):
+    runs = make_runs("a", [{LOSS: 1.0}, {LOSS: 2.0}]) | make_runs("b", [{LOSS: 1.5}, {LOSS: 2.25}])
+    (tmp_path / "made.json").write_text(json.dumps({"runs": runs}))
+    side = {name: rows.Side(name, name, LOSS) for name in "ab"}
+    claim = rows.Claim(
+        "(z)", "it", "a against b", "1 against 2", "made", (rows.Row("loss", *side.values(), -1),)
+    )
+    lines = rows.table([claim, claim._replace(sweep="absent")], tmp_path).splitlines()
+    figures = "1.5000 ± 0.7071 against 1.8750 ± 0.5303 | -0.3750 ± 0.1768 | 2 |  | same sign, 2 seeds"
+    assert lines[2:] == [
+        f"| (z) it: a against b | 1 against 2 | loss | {figures} |",
+        "| (z) it: a against b | 1 against 2 | | not run yet | | | | |",
+    ]
+
+
+def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatch, rows, tmp_path):
+    """Patch sizes share a panel; runs on two power laws give the parity ratio that made them."""
+    plot = script(monkeypatch, "claims_plot")
+    values = [{LOSS: 0.8 + seed / 100, SEEN: 0.3, "images/seen/images": 100} for seed in range(3)]
+    ablations = [make_runs(arm, values) for arm in ("patch-1", "patch-2", "patch-8", "transfusion")]
+    (tmp_path / "ablations.json").write_text(
+        json.dumps({"runs": {k: v for each in ablations for k, v in each.items()}})
+    )
+    sizes = {}
+    for size, flops in (("4x128", 1e12), ("6x192", 3e12), ("8x256", 8e12)):
+        for arm, cost in (("transfusion", 0.25), ("quantized", 1.0)):
+            bits = 3.0 * (flops / cost / 1e12) ** -0.1
+            sizes |= make_runs(f"{arm}-{size}", [{"perplexity/all/bits_per_byte": bits, "flops": flops}] * 2)
+    (tmp_path / "sizes.json").write_text(json.dumps({"runs": sizes}))
+    (sheet,) = plot.draw_claims([c for c in rows.CLAIMS if c.letter == "(c)"], tmp_path, tmp_path)
+    panels = 2
+    assert sheet.name == "claims-c.png"
+    assert Image.open(sheet).size == (100 * 3.2 * panels, 100 * (3.1 + 0.5))
+    points = plot.sized_points(sizes, "perplexity/all/bits_per_byte")
+    assert {arm: len(each) for arm, each in points.items()} == {"transfusion": 6, "quantized": 6}
+    laws = plot.fit_arms(points, "quantized")
+    assert laws["arms"]["transfusion"]["parity"] == pytest.approx(0.25)
+    assert [path.name for path in plot.draw_sizes(tmp_path, tmp_path)] == ["claims-compute.png"]
+
+
+def test_directions_are_those_of_the_claim(monkeypatch, rows):
+    plot = script(monkeypatch, "claims_plot")
+    (claim,) = (claim for claim in rows.CLAIMS if claim.letter == "(c)")
+    said = plot.direction([row for row in claim.rows if row.first.metric == SEEN])
+    assert said == "claimed: patch-1 > transfusion; patch-2 > transfusion; patch-8 < transfusion"
+    assert plot.direction([row._replace(better=0) for row in claim.rows]) == "no direction claimed"
