@@ -39,7 +39,7 @@ class Bucket:
 
 
 class Piece(NamedTuple):
-    """What a bucket holds of a parameter: its elements `own`, flattened, at `there` in the bucket."""
+    """A part of a parameter in a bucket: its elements `own`, flattened, at `there` in the bucket."""
 
     bucket: Bucket
     parameter: int
