@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from claims_rows import CLAIMS, RESULTS, table
+from pages import DOCS, write_table
 
 from megafusion.errors import UserError, exit_on_user_error
 from megafusion.evaluate.annotations import spread
@@ -32,9 +33,7 @@ CLAIMED = re.compile(
     r"|perplexity/.*/bits_per_byte|validation_.*"
 )
 """Figures of a run that a claim is about."""
-DOCS = Path(__file__).parents[1] / "docs"
-BEGIN, END = "<!-- table: python benchmarks/claims.py table --write -->\n", "<!-- end of table -->\n"
-"""Marks around the table in docs/results.md."""
+COMMAND = "python benchmarks/claims.py table --write"
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 
@@ -115,21 +114,12 @@ def tune_guidance(run: Path, scales: list[float], annotations: Path, judge: Path
     return found
 
 
-def replace_table(page: str, rows: str) -> str:
-    """A page with other rows between its marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"docs/results.md: the lines {BEGIN!r} and {END!r} are gone; restore them")
-    return before + begin + "\n" + rows + "\n" + end + after
-
-
 def main(arguments: argparse.Namespace) -> int:
     """Run a command; the exit status."""
     if arguments.command == "table":
-        rows, page = table(CLAIMS, arguments.results), DOCS / "results.md"
+        rows = table(CLAIMS, arguments.results)
         if arguments.write:
-            write_file(page, replace_table(page.read_text(), rows))
+            write_table(DOCS / "results.md", COMMAND, rows)
         else:
             print(rows, end="")
         return 0

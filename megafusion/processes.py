@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
@@ -31,6 +32,38 @@ def exit_on_stop_signals() -> None:
     for number in STOP_SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
+
+
+@contextmanager
+def stop_signals_wait() -> Iterator[Callable[[], bool]]:
+    """Let stop signals wait for a good moment: yields a function that says whether one has come.
+
+    After the block it has the effect that it would have had before; a second one has it at once. Ignored ones
+    stay so. Outside the main thread, which alone receives signals, nothing changes.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def record(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, record)
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])
+        raise SystemExit(ExitStatus.RETRY)  # its handler has returned, and the block is not finished
 
 
 class _LenientStream:

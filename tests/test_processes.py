@@ -1,11 +1,14 @@
-"""Which ranks a process belongs to, by an environment that is set in whole, in part or badly."""
+"""Which ranks a process belongs to, by an environment that is set in whole, in part or badly; signals."""
+
+import signal
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megafusion.errors import UserError
-from megafusion.processes import RANK_VARIABLES, world_size
+from megafusion.processes import RANK_VARIABLES, stop_signals_wait, world_size
 
 numbers = st.sampled_from(["", "0", "1", "2", "7", "00", "65536", "-1", "1.5", "x", " 1", "\u0661", "9" * 99])
 environments = st.dictionaries(st.sampled_from(RANK_VARIABLES), numbers | st.just("localhost"))
@@ -62,3 +65,48 @@ def test_a_rank_s_place_alone_is_no_world(monkeypatch, name):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, {"MASTER_ADDR": "localhost", "WORLD_SIZE": "1"}.get(name, "0"))
     assert world_size() == 1
+
+
+def block_of(*numbers: int) -> list[bool]:
+    """Raise signals within a block; before and after each, whether one had come. A list that is never whole
+    where the block was left."""
+    seen: list[bool] = []
+    BLOCKS.append(seen)
+    with stop_signals_wait() as stopped:
+        for number in numbers:
+            seen.append(stopped())
+            signal.raise_signal(number)
+        seen.append(stopped())
+    return seen
+
+
+BLOCKS: list[list[bool]] = []
+
+
+def test_a_stop_signal_waits_for_the_end_of_a_block_and_a_second_does_not():
+    with pytest.raises(KeyboardInterrupt):
+        block_of(signal.SIGINT)
+    assert BLOCKS[-1] == [False, True]
+    with pytest.raises(KeyboardInterrupt):
+        block_of(signal.SIGINT, signal.SIGINT)
+    assert BLOCKS[-1] == [False, True], "it left the block"
+    assert block_of() == [False]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_that_are_ignored_or_only_noted_and_other_threads():
+    noted: list[int] = []
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    user = signal.signal(signal.SIGUSR1, lambda number, frame: noted.append(number))
+    try:
+        assert block_of(signal.SIGHUP) == [False, False]
+        with pytest.raises(SystemExit) as ended:
+            block_of(signal.SIGUSR1)
+        assert (ended.value.code, noted) == (75, [signal.SIGUSR1])
+    finally:
+        signal.signal(signal.SIGHUP, hang_up)
+        signal.signal(signal.SIGUSR1, user)
+    thread = threading.Thread(target=block_of)
+    thread.start()
+    thread.join()
+    assert BLOCKS[-1] == [False]

@@ -33,6 +33,7 @@ from megafusion.config import changed_keys, parse_config
 from megafusion.errors import UserError
 from megafusion.images.autoencoder import Quantized, decode, encode
 from megafusion.images.codec import ImageCodec
+from megafusion.processes import stop_signals_wait
 from megafusion.progress import progress_bar
 
 NUM_STATISTICS_BATCHES = 16
@@ -144,16 +145,17 @@ class _Training:
             self.position = Position(*meta.get("position", (0, self.num_done * options.batch_size)))
 
     def run(self, batches: Iterator[tuple[Tensor, Position]], held_out: Tensor) -> None:
-        """Train until the last step; evaluate, log and checkpoint when due."""
+        """Train until the last step; evaluate, log and checkpoint when due, and at a stop signal."""
         started, options = time.perf_counter(), self._options
-        with progress_bar() as bar:
+        with stop_signals_wait() as stopped, progress_bar() as bar:
             task = bar.add_task("autoencoder", total=options.num_steps, completed=self.num_done, losses="")
             for step in range(self.num_done + 1, options.num_steps + 1):
                 images, position = next(batches)
                 terms, norm = self._step(step, images.to(self._device))
                 is_last = step == options.num_steps
                 evaluates = step % options.evaluate_every == 0 or is_last
-                saves = step % options.checkpoint_every == 0 and not is_last
+                stops = stopped()
+                saves = stops or (step % options.checkpoint_every == 0 and not is_last)
                 logs = step % LOG_EVERY == 0 or is_last
                 # NaN weights stay NaN, so checking now and then suffices, and a check synchronizes the GPU.
                 if (evaluates or saves or logs) and not torch.isfinite(norm):
@@ -178,6 +180,8 @@ class _Training:
                     meta = {"step": step, "seconds": seconds, "history": self.history, "config": values}
                     meta |= {"data_sha256": self._data_hash, "position": position}
                     save_checkpoint(self.folder, self._modules, self._optimizers, meta)
+                if stops:
+                    break
 
     def _step(self, step: int, images_N3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """One update of autoencoder, discriminator and average: the loss terms and the gradient norm."""

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from megafusion.device import default_device
 
@@ -31,7 +33,7 @@ from megafusion.parallel.parallelize import parallelize, shard_objective
 from megafusion.parallel.pipeline import ModelWithLoss, PipelineLosses, Stage
 from megafusion.resilience.config import ResilienceConfig
 from megafusion.resilience.consensus import SpikeDetector, StepConsensus
-from megafusion.sequence.packing import PackedBatch, SequenceShape, with_counts
+from megafusion.sequence.packing import Inputs, PackedBatch, SequenceShape, Targets, with_counts
 
 
 def rows_of_rank(global_batch_size: int, mesh: Mesh) -> range:
@@ -74,10 +76,11 @@ class Engine:
         counts = self.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
         batches = (with_counts(batch.to(self.device), counts) for batch in micro_batches)
         if self._interleaved:
+            self.stage.image_sizes = deque(batch.image_size for batch in micro_batches)
             self._interleaved.train(batches, len(micro_batches))
             self._deepspeed._exec_reduce_grads()
         elif isinstance(self._deepspeed, PipelineEngine):
-            self._deepspeed.train_batch((batch.inputs(), batch.targets()) for batch in batches)
+            self._run_schedule(self._deepspeed, micro_batches, batches)
         else:
             self._accumulate(batches, len(micro_batches))
 
@@ -97,16 +100,38 @@ class Engine:
             losses: Losses = self._deepspeed(batch)
             self.consensus.add_losses(losses)
             self._deepspeed.backward(losses.total * averaged_over)
+            self._update.end_micro_batch()
             self._deepspeed.step()  # counts micro-batches; the update after the last one is held back
+
+    def _run_schedule(
+        self, engine: PipelineEngine, micro_batches: list[PackedBatch], batches: Iterable[PackedBatch]
+    ) -> None:
+        """1F1B. Not train_batch, which then exchanges losses that nobody reads, and makes the host wait."""
+        engine.set_dataiterator(self._stage_batches(micro_batches, batches))
+        engine.module.train()
+        engine.total_loss, engine._compute_loss = None, True
+        engine._exec_schedule(engine._train_schedule())
+
+    def _stage_batches(
+        self, micro_batches: list[PackedBatch], batches: Iterable[PackedBatch]
+    ) -> Iterator[tuple[Inputs, Targets]]:
+        """Inputs of the first stage and targets of the last, on the device: DeepSpeed waits to send."""
+        self.stage.image_sizes = deque(batch.image_size for batch in micro_batches)
+        return (self._on_device(batch) for batch in batches)
+
+    def _on_device(self, batch: PackedBatch) -> tuple[Inputs, Targets]:
+        sent = replace(batch, image_size=batch.image_size.to(self.device, non_blocking=True))
+        return sent.inputs(), sent.targets()
 
     def evaluate(self, micro_batches: list[PackedBatch]) -> list[float]:
         """`Objective.sums` over packed rows of every data rank. Changes nothing that training reads."""
         batches = (batch.to(self.device) for batch in micro_batches)
         self._deepspeed.eval()
         if self._interleaved:
+            self.stage.image_sizes = deque(batch.image_size for batch in micro_batches)
             self._interleaved.evaluate(batches, len(micro_batches))
         elif isinstance(self._deepspeed, PipelineEngine):
-            rows = ((batch.inputs(), batch.targets()) for batch in batches)
+            rows = self._stage_batches(micro_batches, batches)
             self._deepspeed.eval_batch(rows, num_micro_batches=len(micro_batches))
         else:
             with torch.no_grad():
@@ -221,7 +246,8 @@ def _deepspeed_config(train: TrainConfig, mesh: Mesh, accumulation: int, hidden_
     parallel = mesh.config
     zero: dict[str, object] = {
         "stage": parallel.zero_stage,
-        "overlap_comm": mesh.size("pipeline") == 1,
+        # At the others DeepSpeed reduces nothing, or with offload waits for the device at each bucket.
+        "overlap_comm": parallel.zero_stage == 3,
         # ZeRO 3 keeps vectors whole on every rank: gathering them costs more than their memory.
         "param_persistence_threshold": hidden_size,
     }

@@ -1,7 +1,6 @@
 """The gradients of a step, reduced over data ranks, in the storage in which DeepSpeed keeps them."""
 
 from abc import ABC, abstractmethod
-from functools import partial
 
 import megafusion.device  # noqa: F401 - before deepspeed
 
@@ -11,9 +10,9 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
+from megafusion.engine.buckets import Buckets, Group
 from megafusion.engine.optimizer_state import OptimizerState
 
 
@@ -22,10 +21,10 @@ def make_gradients(engine: DeepSpeedEngine, state: OptimizerState) -> "Gradients
     optimizer = engine.optimizer
     if isinstance(optimizer, torch.optim.AdamW):
         return PlainGradients(engine, state)
-    if isinstance(optimizer, BF16_Optimizer):
-        return Float32Sums(engine, state)
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return ZeroGradients(engine, state)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload:
+        return OffloadedGradients(engine, state)
+    if isinstance(optimizer, (BF16_Optimizer, DeepSpeedZeroOptimizer)):
+        return ShardedGradients(engine, state)
     return Zero3Gradients(engine, state)
 
 
@@ -40,7 +39,10 @@ class Gradients(ABC):
 
     def __init__(self, engine: DeepSpeedEngine, state: OptimizerState):
         self._engine, self._optimizer, self._state = engine, engine.optimizer, state
-        self._hooks: list[RemovableHandle] = []
+
+    def end_micro_batch(self) -> None:
+        """Called after the backward pass of each micro-batch, without a pipeline."""
+        return
 
     @abstractmethod
     def take(self) -> list[Tensor | None]:
@@ -55,8 +57,7 @@ class Gradients(ABC):
 
     def close(self) -> None:
         """Remove hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        return
 
     def sync_model(self) -> None:
         """Copy the updated master weights into the model's, on every rank."""
@@ -79,83 +80,66 @@ class PlainGradients(Gradients):
         self._engine.zero_grad()
 
 
-class Float32Sums(Gradients):
-    """ZeRO 1 in bf16: float32 sums, to which each gradient is added as it comes, in one kernel.
+class ShardedGradients(Gradients):
+    """ZeRO 1 and 2: sums in float32, of which each data rank gets its share while backward still computes.
 
-    The first gradient of a step replaces the old sum, so that nothing is filled with zeros. DeepSpeed's own
-    accumulation finds no gradient and does nothing.
+    DeepSpeed's own reduction, which waits for the device at each bucket, is switched off.
     """
 
     def __init__(self, engine: DeepSpeedEngine, state: OptimizerState):
         super().__init__(engine, state)
         optimizer = engine.optimizer
         engine.enable_backward_allreduce = engine.pipeline_enable_backward_allreduce = False
-        self._sums = [
-            sums.view(parameter.shape)
-            for group, flats in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
-            for parameter, sums in zip(group, flats, strict=True)
-        ]
-        self._has_gradient = [False] * len(self._sums)
-        parameters = [parameter for group in optimizer.bf16_groups for parameter in group]
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._add, index))
-            for index, parameter in enumerate(parameters)
-        ]
-        self._group, self._rank = optimizer.dp_process_group, dist.get_rank(optimizer.dp_process_group)
-        self.model_parts = [parts[self._rank] for parts in optimizer.bf16_partitioned_groups]
-
-    def _add(self, index: int, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        if self._has_gradient[index]:
-            self._sums[index].add_(parameter.grad)
+        whole: list[Tensor] | None = None
+        if isinstance(optimizer, BF16_Optimizer):
+            parameters, self._flats = optimizer.bf16_groups, optimizer.bf16_groups_flat
+            self._partitions, whole = optimizer.bf16_partitioned_groups, optimizer.fp32_groups_gradients_flat
         else:
-            self._sums[index].copy_(parameter.grad)
-        self._has_gradient[index], parameter.grad = True, None
+            for hook in optimizer._grad_acc_hooks:
+                hook.remove()
+            parameters, self._flats = optimizer.bit16_groups, optimizer.bit16_groups_flat
+            self._partitions = optimizer.parallel_partitioned_bit16_groups
+            if not optimizer.partition_gradients or dist.get_world_size(optimizer.dp_process_group) == 1:
+                whole = [torch.zeros_like(flat, dtype=torch.float32) for flat in self._flats]
+        group = optimizer.dp_process_group
+        self.buckets = Buckets(
+            [Group(*flat_and_own) for flat_and_own in zip(self._flats, parameters, strict=True)],
+            list(engine.module.parameters()),
+            group,
+            engine.gradient_accumulation_steps(),
+            whole,
+        )
+        self.model_parts = [parts[dist.get_rank(group)] for parts in self._partitions]
+
+    def end_micro_batch(self) -> None:
+        self.buckets.end_micro_batch()
 
     def take(self) -> list[Tensor | None]:
-        stale = [s for s, has in zip(self._sums, self._has_gradient, strict=True) if not has]
-        if stale:
-            torch._foreach_zero_(stale)
-        parts = self._optimizer.fp32_groups_gradient_flat_partition
-        if (size := dist.get_world_size(self._group)) > 1:
-            for whole, part in zip(self._optimizer.fp32_groups_gradients_flat, parts, strict=True):
-                dist.reduce_scatter_tensor(part, whole, group=self._group)
-            torch._foreach_mul_(parts, 1.0 / size)
-        return parts
+        return [*self.buckets.finish()]
 
     def clear(self) -> None:
-        self._has_gradient = [False] * len(self._sums)
+        """Nothing: the first gradients of the next step replace these."""
+
+    def close(self) -> None:
+        self.buckets.close()
 
     def gather_model(self) -> None:
         optimizer = self._optimizer
         all_gather_dp_groups(
-            groups_flat=optimizer.bf16_groups_flat,
-            partitioned_param_groups=optimizer.bf16_partitioned_groups,
+            groups_flat=self._flats,
+            partitioned_param_groups=self._partitions,
             dp_process_group=optimizer.real_dp_process_group,
             start_alignment_factor=optimizer.nccl_start_alignment_factor,
             allgather_bucket_size=optimizer.allgather_bucket_size,
         )
 
 
-class ZeroGradients(Gradients):
-    """ZeRO 1 and 2: each parameter's part in this rank's share, flattened here; on the host with offload."""
+class OffloadedGradients(Gradients):
+    """ZeRO 1 and 2 with the optimizer on the host, to which DeepSpeed copies this rank's share."""
 
     def take(self) -> list[Tensor | None]:
-        optimizer = self._optimizer
-        if optimizer.cpu_offload:
-            optimizer._wait_for_offload_copies()
-            return [storage.grad for storage in optimizer.single_partition_of_fp32_groups]
-        return [self._flatten(i, storage.weight) for i, storage in enumerate(self._state.storages)]
-
-    def _flatten(self, group: int, storage: Tensor) -> Tensor:
-        flat = self._optimizer._get_preflattened_grad_partition(group)
-        if flat is not None:
-            return flat.to(storage.dtype)
-        found = self._optimizer.averaged_gradients[group]
-        if missing := storage.numel() - sum(gradient.numel() for gradient in found):
-            found = [*found, found[0].new_zeros(missing)]  # the last rank's share is padded
-        self._optimizer.averaged_gradients[group] = None
-        return self._optimizer.flatten(found).to(storage.dtype)
+        self._optimizer._wait_for_offload_copies()
+        return [storage.grad for storage in self._optimizer.single_partition_of_fp32_groups]
 
     def clear(self) -> None:
         optimizer = self._optimizer
@@ -164,9 +148,8 @@ class ZeroGradients(Gradients):
         optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
         optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
         optimizer.zero_grad()
-        if optimizer.cpu_offload:
-            optimizer._offload_accumulated_param_ids = set()
-            optimizer.reset_cpu_buffers()
+        optimizer._offload_accumulated_param_ids = set()
+        optimizer.reset_cpu_buffers()
 
 
 class Zero3Gradients(Gradients):

@@ -2,7 +2,8 @@
 
 The host reads nothing from the device. Whether the update is skipped is decided there (`StepConsensus`), and
 AdamW obeys through `found_inf`, as torch's gradient scalers make it do. DeepSpeed keeps what comes before and
-after: the layout of the storages, the reduction of gradients at ZeRO 0, 2 and 3, and the exchange of weights.
+after: the layout of the storages, the reduction of gradients at ZeRO 0, at ZeRO 3 and with offload, and the
+exchange of weights.
 """
 
 import megafusion.device  # noqa: F401 - before deepspeed
@@ -53,6 +54,10 @@ class Update:
     def close(self) -> None:
         """Remove hooks."""
         self._gradients.close()
+
+    def end_micro_batch(self) -> None:
+        """Called after the backward pass of each micro-batch, without a pipeline."""
+        self._gradients.end_micro_batch()
 
     @torch.no_grad()
     def make_or_skip(self, average: EmaUpdate | None) -> None:

@@ -5,6 +5,7 @@ integers (positions, mask and image slots). One float tensor means one backward 
 change, so that DeepSpeed allocates its buffers once. So do virtual stages (interleaved.py).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -58,6 +59,8 @@ class Stage(nn.Module):
         """Numbers in each of the two tensors that a virtual stage sends."""
         self.sequence_shard = SequenceShard(mesh.group("ulysses"))
         self.region = TensorParallelRegion(mesh) if mesh.size("tensor") > 1 else None
+        self.image_sizes: deque[Tensor] | None = None
+        """In a pipeline: image_size of the micro-batches to come, on the host, for the model's two ends."""
 
     def is_first(self, virtual_stage: int) -> bool:
         """Whether a virtual stage of this rank is the model's first."""
@@ -76,8 +79,12 @@ class Stage(nn.Module):
         """
         stem = self.stem if self.is_first(virtual_stage) else None
         tail = self.tail if self.is_last(virtual_stage) else None
+        if self.image_sizes is None:
+            sizes_BN = Inputs(*inputs).image_size
+        elif stem is not None or tail is not None:
+            sizes_BN = self.image_sizes.popleft()
         if stem is not None:
-            x_BSD, integers, skips = self._begin(stem, Inputs(*inputs))
+            x_BSD, integers, skips = self._begin(stem, Inputs(*inputs)._replace(image_size=sizes_BN))
         else:
             floats, integers = inputs
             x_BSD, skips = self._unpack(floats)
@@ -95,9 +102,7 @@ class Stage(nn.Module):
                 alignment = self._align(x_BSD, Inputs(*inputs))
         if tail is None:
             return torch.cat([x_BSD.flatten(), *(skip.flatten() for skip in skips)]), integers
-        # From the batch, where they are on the host; from the previous stage, on the device.
-        image_size_BN = slots_3BN[2] if stem is None else Inputs(*inputs).image_size
-        return *self._end(tail, x_BSD, slots_3BN, skips, image_size_BN), *alignment
+        return *self._end(tail, x_BSD, slots_3BN, skips, sizes_BN), *alignment
 
     @property
     def head(self) -> LanguageHead:
@@ -126,12 +131,12 @@ class Stage(nn.Module):
         return x_BSD, torch.cat([rows.flatten(), slots.flatten()]), skips
 
     def _end(
-        self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips, image_size_BN: Tensor
+        self, tail: Tail, x_BSD: Tensor, slots_3BN: Tensor, skips: Skips, sizes_BN: Tensor
     ) -> tuple[Tensor, Tensor]:
         image_start, t_bits, _ = slots_3BN
         hidden_BSD = self._all_positions(tail(x_BSD))
         timesteps = self.noise_process.timesteps(t_bits.view(torch.float32))
-        images = tail.images(hidden_BSD, image_start, timesteps, skips, image_size_BN)
+        images = tail.images(hidden_BSD, image_start, timesteps, skips, sizes_BN)
         return hidden_BSD, images
 
     def _align(self, x_BSD: Tensor, inputs: Inputs) -> list[Tensor]:

@@ -25,14 +25,14 @@ class Pass(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """What a rank does next: it runs a pass, or sends its result, or begins to receive its input."""
+    """A rank's next act: it runs a pass, or sends its result, or begins to receive its input."""
 
     action: Literal["run", "send", "receive"]
     work: Pass
 
 
 class Timeline(NamedTuple):
-    """What the simulated clock showed."""
+    """Figures of the simulated clock."""
 
     instructions: list[list[Instruction]]
     """By rank, in the order of the clock."""

@@ -17,6 +17,8 @@ FRAGMENTATION = 0.04
 """Of what a step allocates: an estimate, 3 to 5%."""
 MAX_LIVE_NUMBERS = 1e9
 """Weights that DeepSpeed's ZeRO 3 keeps gathered (stage3_max_live_parameters)."""
+BUCKETS, BUCKET_SIZE = 4, 2**25
+"""Buckets with memory at ZeRO 2, and float32 numbers in each: of engine/buckets.py, which imports torch."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,10 @@ def state_bytes(
 def _buffers(job: Job, software: Software, tensors: list[int]) -> float:
     """Reduce buckets that are live in backward, and what ZeRO 3 gathers."""
     zero, number = job.parallel.zero_stage, job.bytes_per_number
-    largest = max(tensors)
-    if zero == 0 or (zero == 1 and (number == 2 or job.parallel.pipeline > 1)):
-        return (number + 4.0) * largest  # a gradient before it is added to the sums
+    if job.parallel.offload_optimizer and zero < 3:
+        return number * software.bucket_numbers
     if zero < 3:
-        return 2 * number * software.bucket_numbers  # two buckets, for overlap
+        own = 4.0 * min(BUCKETS * BUCKET_SIZE, sum(tensors)) if zero == 2 and job.replicas > 1 else 0.0
+        return (number + 4.0) * max(tensors) + own  # a gradient before it is added to the sums
     gathered = number * min(sum(tensors), MAX_LIVE_NUMBERS)
     return 4.0 * software.bucket_numbers + gathered

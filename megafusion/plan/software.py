@@ -37,7 +37,7 @@ class Software:
     """Half-precision weights stay beside float32 masters, as in DeepSpeed; FSDP casts when it gathers."""
     keeps_average: bool = True
     shards_gradients_at_step: bool = False
-    """ZeRO 1 reduce-scatters gradients, as here in bf16; DeepSpeed all-reduces them."""
+    """ZeRO 1 reduces gradients to their owners, as here; DeepSpeed all-reduces them."""
     updates_in_one_pass: bool = False
     """At ZeRO 1 in half precision, gradients are added to float32 sums by one kernel each, and after the norm
     another clips, updates, averages and casts (engine/fused_update.py)."""
@@ -46,7 +46,7 @@ class Software:
     bucket_numbers: float = 5e8
     """Numbers in DeepSpeed's reduce buckets."""
     data_overlap: float = 0.0
-    """Share of backward under which data-parallel collectives hide, at ZeRO 0 and 1."""
+    """Share of backward under which data-parallel collectives hide, at ZeRO 0 and 1; not measured yet."""
     sharded_overlap: float = 0.7
     """The same at ZeRO 2 and 3, of forward and backward."""
     tensor_overlap: float = 0.0
@@ -62,7 +62,7 @@ def of_run(train: TrainConfig, attention: BackendName) -> Software:
         is_compiled=train.compile,
         rope_traffic=4.0 if train.compile else 50.0,
         updates_in_one_pass=True,
-        shards_gradients_at_step=train.precision != "fp32",
+        shards_gradients_at_step=True,
         logit_traffic=8.0 if train.compile else 64.0,
         logit_bytes=2.0 if train.compile else 10.0,
     )

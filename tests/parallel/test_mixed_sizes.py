@@ -1,14 +1,17 @@
 """With images of several sizes, every form of parallelism gives the numbers of one device."""
 
+from collections import deque
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megafusion.config import parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.model.transfusion import Transfusion
-from megafusion.parallel.mesh import make_mesh
+from megafusion.parallel.mesh import Mesh, make_mesh
 from megafusion.parallel.parallelize import parallelize, shard_objective
-from megafusion.parallel.pipeline import ModelWithLoss
+from megafusion.parallel.pipeline import ModelWithLoss, Stage
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from tests.parallel.cases import (
@@ -75,10 +78,41 @@ def test_equals_one_device(plain, paths, case):
     assert parameter_error(outcomes, true) < MAX_PARAMETER_ERROR
 
 
+META = torch.device("meta")
+
+
 def gradients_on_meta(values: dict) -> bool:
     """Whether all gradients of a micro-batch on the meta device are there."""
+    config, stage, mesh = stage_on_meta(values)
+    losses = shard_objective(config.objective, config.model, mesh).to(META)
+    batch = build_components(config, mesh).loader.next()[0]
+    ModelWithLoss(stage, losses)(batch.to(META)).total.backward()
+    return all(parameter.grad.is_meta for parameter in stage.parameters())
+
+
+def stage_gradients_on_meta(values: dict) -> bool:
+    """The same of a stage of two, whose inputs and image sizes are on the device, too."""
+    config, stage, mesh = stage_on_meta(values)
+    batch = build_components(config, mesh).loader.next()[0]
+    stage.image_sizes = deque([batch.image_size])
+    if stage.stem is not None:
+        floats, _ = stage(replace(batch, image_size=batch.image_size.to(META)).to(META).inputs())
+        floats.sum().backward()
+    else:
+        num_rows, num_slots = batch.t.shape
+        size = batch.tokens.numel() * config.model.hidden_size + sum(s.numel() for s in stage.skip_shapes)
+        floats = torch.zeros(size, device=META, requires_grad=True)
+        integers = torch.zeros(4 * batch.tokens.numel() + 3 * num_rows * num_slots, dtype=torch.int32)
+        hidden_BSD, images = stage((floats, integers.to(META)))
+        (hidden_BSD.sum() + images.sum()).backward()
+        assert floats.grad.is_meta
+        stage.head.weight.grad = torch.zeros_like(stage.head.weight)  # of the losses
+    return all(parameter.grad.is_meta for parameter in stage.parameters())
+
+
+def stage_on_meta(values: dict) -> tuple[RunConfig, Stage, Mesh]:
     start_process_group()
-    config, device = parse_config(RunConfig, values, "test"), torch.device("meta")
+    config, device = parse_config(RunConfig, values, "test"), META
     mesh = make_mesh(config.parallel)
     with device:
         model = Transfusion(config.model, config.objective)
@@ -93,13 +127,15 @@ def gradients_on_meta(values: dict) -> bool:
         seed=0,
         device=device,
     )
-    losses = shard_objective(config.objective, config.model, mesh).to(device)
-    batch = build_components(config, mesh).loader.next()[0]
-    ModelWithLoss(stage, losses)(batch.to(device)).total.backward()
-    return all(parameter.grad.is_meta for parameter in stage.parameters())
+    return config, stage, mesh
 
 
 def test_a_micro_batch_reads_nothing_from_the_device(paths):
     """Tensors of the meta device have no values: reading one raises."""
     (found,) = run_workers(gradients_on_meta, 1, values_of(Case("meta", 1, {}, "unet"), paths))
     assert found
+
+
+def test_a_pipelines_stages_read_nothing_from_the_device(paths):
+    case = Case("meta", 2, {"pipeline": 2}, "unet")
+    assert all(run_workers(stage_gradients_on_meta, 2, values_of(case, paths)))

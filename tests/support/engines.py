@@ -30,7 +30,11 @@ class Topology:
         return f"dp{self.data}-zero{self.stage}" + "-".join(["", *self.settings])
 
 
-BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+BF16 = {
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "communication_data_type": "fp32",
+}
 
 
 class Model(nn.Module):

@@ -176,8 +176,10 @@ def test_a_run_aligns_and_publishes_no_projection(aligned, tmp_path):
     pipeline("apple", num_inference_steps=2)
     # A run without it may start from one with it; with it, its projection is new.
     aligned["train"] = aligned["train"] | {"init_from": str(run), "num_steps": 1}
-    start(aligned | {"objective": {}}, out=str(tmp_path / "without"))
-    start(aligned, out=str(tmp_path / "with"))
+    without = start(aligned | {"objective": {}}, out=str(tmp_path / "without"))
+    again = start(aligned, out=str(tmp_path / "with"))
+    flops = [read_metrics(each)[-1]["flops"] for each in (without, again)]
+    assert flops[0] < flops[1], "the projection is counted"
 
 
 def test_held_out_losses_take_no_features_and_no_projection(aligned, monkeypatch):

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import signal
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from pyarrow import parquet
 
 from data_prep.vae import dataset, train
+from data_prep.vae.checkpoint import read_meta
 from data_prep.vae.config import AutoencoderConfig, ImageDataConfig
 from data_prep.vae.dataset import Position, find_images, held_out_images, is_held_out, training_batches
 from data_prep.vae.evaluation import measure
@@ -128,6 +130,7 @@ def test_the_seed_determines_the_weights_bitwise(config, tmp_path):
 
 
 def test_a_resumed_training_is_bitwise_identical(config, shard, tmp_path, monkeypatch):
+    """From the last checkpoint after a crash, and from the step that a signal let end."""
     short = {
         "loss": {
             "adversarial_weight": 0.5,
@@ -161,6 +164,19 @@ def test_a_resumed_training_is_bitwise_identical(config, shard, tmp_path, monkey
     with pytest.raises(UserError, match=r"another data\.images \(by their hash\)"):
         train_autoencoder(config(**short))
     moved.write_bytes(content)
+
+    def signal_at_8(options, step):
+        if step == 8:
+            signal.raise_signal(signal.SIGINT)
+        return learning_rate(options, step)
+
+    monkeypatch.setattr(train, "learning_rate", signal_at_8)
+    folder = tmp_path / "vae.training"
+    assert read_meta(folder)["step"] == 5
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(config(**short))
+    assert read_meta(folder)["step"] == 8
+    monkeypatch.undo()
     resumed = train_autoencoder(config(**short))
     assert resumed["codec_sha256"] == uninterrupted["codec_sha256"]
     assert resumed["history"] == uninterrupted["history"]
