@@ -92,7 +92,7 @@ def as_url(content: bytes) -> str:
         ({"background": "transparent"}, 'background="transparent" is not supported.*opaque'),
         ({"response_format": "url"}, 'response_format="url" is not supported, only "b64_json"'),
         ({"partial_images": 2}, "partial_images=2: needs stream true"),
-        ({"partial_images": 4, "stream": True}, "partial_images.*less than or equal to 3"),
+        ({"partial_images": 4, "stream": True}, "partial_images.*it must be >= 0 and <= 3"),
         ({"n": 2, "stream": True}, "n=2: the events of a stream are of one image"),
         ({"prompt": ""}, "prompt: is empty"),
         ({"prompt": " \u200b\n"}, "prompt: is empty"),
