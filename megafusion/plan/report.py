@@ -57,7 +57,8 @@ def _ranks(plan: Plan) -> str:
     degrees = {"data": plan.job.data} | {
         name: getattr(parallel, name) for name in ("pipeline", "tensor", "ulysses")
     }
-    return " x ".join(f"{name} {size}" for name, size in degrees.items() if size > 1) or "one"
+    ranks = " x ".join(f"{name} {size}" for name, size in degrees.items() if size > 1) or "one"
+    return ranks + (f", virtual stages {parallel.virtual_stages}" if parallel.virtual_stages > 1 else "")
 
 
 def _cells(plan: Plan) -> list[str]:

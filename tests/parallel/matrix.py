@@ -196,7 +196,10 @@ def make_cases() -> list[Case]:
     degrees = VIRTUAL["pp2-v2"][1]
     cases.append(Case("pp2-v2-zero0", 2, degrees | {"zero_stage": 0}))
     cases.append(Case("pp2-v2-bf16", 2, degrees, train={"precision": "bf16"}))
+    cases.append(Case("pp2-v2-unet-bf16", 2, degrees, "unet", {"precision": "bf16"}))
     cases.append(Case("pp2-v2-recompute-full", 2, degrees, "unet", {"recompute": "full"}))
+    deeper = {"model": {"num_layers": 8}}
+    cases.append(Case("pp4-v2", 4, {"pipeline": 4, "virtual_stages": 2}, recipe=deeper))
     # All of the model's first virtual stage.
     frozen = {"train": {"freeze": ["stem.*", "blocks.0.*"]}}
     cases.append(Case("pp2-v2-frozen-start", 2, degrees, recipe=frozen))

@@ -36,6 +36,7 @@ FULL = [
     "pp2-v2-bf16",
     "pp2-v2-frozen-start",
     "pp2-v2-dp2-linear",
+    "pp4-v2",
     "tp2-sp-pp2-v2-unet",
     "ulysses2-pp2-v2-linear",
     "tp2-aligned",

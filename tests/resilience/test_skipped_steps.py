@@ -83,6 +83,7 @@ def test_two_ranks_of_other_zero_stages(run_values):
 
 @pytest.mark.slow
 def test_every_engine_and_either_rank(run_values):
+    deeper = run_values | {"model": run_values["model"] | {"num_layers": 4}}
     runs = [
         *(laid_out(run_values, zero_stage=stage) for stage in range(4)),
         *(laid_out(run_values, "bf16", zero_stage=stage) for stage in (1, 2, 3)),
@@ -91,6 +92,7 @@ def test_every_engine_and_either_rank(run_values):
         *(laid_out(run_values, precision, tensor=2) for precision in ("fp32", "bf16")),
         laid_out(run_values, ulysses=2),
         laid_out(run_values, pipeline=2, zero_stage=0),
+        *(laid_out(deeper, precision, pipeline=2, virtual_stages=2) for precision in ("fp32", "bf16")),
         *(laid_out(run_values, precision, pipeline=2) for precision in ("fp32", "bf16")),
     ]
     for rank in (0, 1):

@@ -44,10 +44,15 @@ def losses(run: Path) -> list[tuple]:
 
 
 # The last of two pipeline ranks stands for the last of four ranks.
-@pytest.mark.parametrize("parallel", full({"pipeline": 2}, {"pipeline": 2, "tensor": 2}), ids=len)
-def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(run_values, tmp_path, parallel):
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    full((2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_stages": 2}), (4, {"pipeline": 2, "tensor": 2})),
+)
+def test_one_rank_of_a_pipeline_is_asked_and_all_save_after_the_next_step(
+    run_values, tmp_path, world, parallel
+):
     run_values["parallel"] = parallel
-    world = 2 ** len(parallel)
+    run_values["model"]["num_layers"] = 2 * parallel.get("virtual_stages", 1)
     whole = run_values | {"out": str(tmp_path / "whole")}
     assert run_workers(ask, world, whole, 0, None) == ["finished"] * world
     assert run_workers(ask, world, run_values, world - 1, 4) == ["preempted"] * world

@@ -119,10 +119,12 @@ def test_the_best_checkpoint_is_kept(validated, tmp_path):
             (2, {"zero_stage": 3}),
             (2, {"ulysses": 2}),
             (4, {"tensor": 2, "pipeline": 2}),
+            (2, {"pipeline": 2, "virtual_stages": 2}),
         ),
     ],
 )
 def test_any_topology_measures_and_trains_as_one_device(validated, tmp_path, world, parallel):
+    validated["model"]["num_layers"] = 2 * parallel.get("virtual_stages", 1)
     alone = start(validated, tmp_path / "alone")
     validated["parallel"] = parallel
     together = run_workers(start, world, validated, tmp_path / "together")[0]
