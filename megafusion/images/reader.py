@@ -30,6 +30,10 @@ class BadImage(UserError):
     """An image that cannot be used, and why; the caller knows where it is."""
 
 
+class TooManyPixels(BadImage):
+    """An image that is too large to be decoded."""
+
+
 def read_image(content: bytes) -> Image.Image:
     """An encoded image's first frame as upright 8-bit RGB on white. Raises BadImage."""
     return open_image(content, convert_to_rgb)
@@ -97,7 +101,7 @@ def _open(content: bytes, convert: Callable[[Image.Image], T], formats: tuple[st
                     image.info.pop("xmp", None)  # Pillow looks for the orientation in it
                 return convert(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("image has too many pixels") from error
+        raise TooManyPixels("image has too many pixels") from error
 
 
 def _without_metadata(content: bytes) -> bytes:

@@ -83,6 +83,8 @@ class DDPMConfig(Config):
 class DDPM:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, with a_t diffusers' alphas_cumprod at index t T."""
 
+    samplers = SAMPLERS
+
     def __init__(self, config: DDPMConfig):
         self.config = config
 

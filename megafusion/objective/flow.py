@@ -71,6 +71,8 @@ class FlowConfig(Config):
 class Flow:
     """x_t = (1 - t) x_0 + t noise, with the velocity noise - x_0."""
 
+    samplers = SAMPLERS
+
     def __init__(self, config: FlowConfig):
         self.config = config
 

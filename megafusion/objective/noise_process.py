@@ -5,6 +5,7 @@ Another process is one file beside ddpm.py and flow.py, and its config in `Noise
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Discriminator, Tag
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megafusion.objective.config import SamplingConfig
-    from megafusion.objective.sampler import Sampler
+    from megafusion.objective.sampler import Sampler, SamplerOptions
 
 
 def _kind(value: Any) -> str:
@@ -36,6 +37,10 @@ class NoiseProcess(Protocol):
 
     Small and picklable: workers that read data sample from it without loading diffusers.
     """
+
+    @property
+    def samplers(self) -> Mapping[str, SamplerOptions]:
+        """Those of the process, by the names of `sampling.sampler`."""
 
     def sample_t(self, generator: np.random.Generator, max_t: float) -> float:
         """A random t below max_t for one image in training."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 
 SamplerOptions = Mapping[str, Any]
 """Arguments of a diffusers scheduler; `scheduler` is its class's name without Scheduler."""
+LEFT_OUT = (
+    *("HeunDiscrete", "PNDM", "KDPM2Discrete", "KDPM2AncestralDiscrete", "SASolver", "DPMSolverSinglestep"),
+    *("LCM", "TCD", "EDMEuler", "EDMDPMSolverMultistep"),
+)
+"""diffusers' schedulers that sample no process here, for the reasons at `ddpm.SAMPLERS`."""
 MIN_SIGMA = 1e-4
 """Noise after the last step of schedulers whose arithmetic does not reach 0; it is far from visible."""
 
@@ -84,11 +90,16 @@ def end_at_data(scheduler: Any) -> None:
 
 
 def unsupported_sampler(name: str | None, samplers: Mapping[str, SamplerOptions], kind: str) -> str | None:
-    """Why a noise process has no such sampler; None where it has."""
+    """Why a noise process has no such sampler, and which it has, the nearest first; None where it has."""
     if name is None or name in samplers:
         return None
+    by_lower = {each.lower(): each for each in samplers}
+    near = difflib.get_close_matches(name.lower(), by_lower, 1, 0.6)
+    hint = f"did you mean {by_lower[near[0]]!r}? It has" if near else "use one of"
+    if name in LEFT_OUT:
+        hint = "it draws worse or is for other models (docs/python-api.md): use one of"
     return (
-        f"sampling.sampler {name} does not sample objective.noise_process.kind {kind}; use one of "
+        f"sampling.sampler {name} does not sample objective.noise_process.kind {kind}; {hint} "
         f"{', '.join(samplers)}"
     )
 

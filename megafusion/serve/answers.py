@@ -22,9 +22,10 @@ from megafusion.serve.worker import JobDone, Worker
 logger = logging.getLogger(__name__)
 
 
-def sse(data: dict | str) -> bytes:
-    """A server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
+def sse(data: dict | str, name: str | None = None) -> bytes:
+    """A server-sent event, with its name if it has one."""
+    event = f"event: {name}\n" if name else ""
+    return f"{event}data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
 
 
 async def told(worker: Worker, requests: Sequence[Request]) -> AsyncGenerator[Event | JobDone, None]:
@@ -38,17 +39,6 @@ async def told(worker: Worker, requests: Sequence[Request]) -> AsyncGenerator[Ev
     except Exception as error:
         name = type(error).__name__
         raise Refusal(500, f"generation failed with {name}; the server's log has the error") from error
-
-
-async def draw_images(worker: Worker, requests: Sequence[Request]) -> dict:
-    """The answer of /v1/images: an image for each request."""
-    images: list[str] = [""] * len(requests)
-    async with aclosing(told(worker, requests)) as events:
-        async for event in events:
-            if isinstance(event, ImageDone):
-                images[event.row] = await _base64_png(event.image)
-    data = [{"b64_json": image} for image in images]
-    return {"created": int(time.time()), "output_format": "png", "data": data}
 
 
 class Chat:
@@ -76,7 +66,9 @@ class Chat:
                     case ImageDone(row, image):
                         yield _choice(row, {"images": [await self._image(row, image)]})
                     case RowDone(row, reason):
-                        yield _choice(row, {}, "length" if reason == "length" else "stop")
+                        # An answer that is an image is complete, and has no text to go on with.
+                        is_cut = reason == "length" and self.requests[row].begin != "image"
+                        yield _choice(row, {}, "length" if is_cut else "stop")
                     case JobDone(_, num_tokens, num_prompt_tokens):
                         sampled = sum(num_tokens)
                         self.usage = {
@@ -122,7 +114,7 @@ class Chat:
     async def _image(self, row: int, image: Image.Image) -> dict:
         index = self._num_images[row]
         self._num_images[row] += 1
-        url = {"url": f"data:image/png;base64,{await _base64_png(image)}"}
+        url = {"url": f"data:image/png;base64,{await base64_png(image)}"}
         return {"type": "image_url", "image_url": url, "index": index, "offset": self._num_characters[row]}
 
 
@@ -130,5 +122,6 @@ def _choice(row: int, delta: dict, reason: str | None = None) -> dict:
     return {"index": row, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
-async def _base64_png(image: Image.Image) -> str:
+async def base64_png(image: Image.Image) -> str:
+    """An image as the base64 of a PNG."""
     return base64.b64encode(await asyncio.to_thread(encode_png, image)).decode()

@@ -3,27 +3,28 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import Send
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.serve.answers import Chat, draw_images
+from megafusion.serve.answers import Chat
 from megafusion.serve.bodies import (
     ChatBody,
     ImageBody,
     Reader,
     is_image_field,
-    read_body,
     read_form_value,
     read_json,
 )
 from megafusion.serve.config import ServeConfig
+from megafusion.serve.drawings import Drawings
 from megafusion.serve.errors import Refusal
 from megafusion.serve.gate import Gate
 from megafusion.serve.metrics import Metrics
@@ -34,7 +35,12 @@ MAX_FIELDS = 100
 
 
 class _EventStream(StreamingResponse):
-    """A stream that ends its generation when it is not sent to its end."""
+    """Server-sent events, whose generation ends when they are not sent to their end."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes]):
+        super().__init__(events, headers={"cache-control": "no-store"})
 
     async def stream_response(self, send: Send) -> None:
         async with aclosing(self.body_iterator):  # type: ignore[type-var]
@@ -65,7 +71,26 @@ def make_app(pipeline: TransfusionPipeline, config: ServeConfig, name: str, keys
     )
     _add_state_routes(app, worker, name)
     _add_generating_routes(app, worker, Reader(pipeline, config, name))
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    for path in ("/v1{rest:path}", "/health", "/metrics"):  # before a page's, which takes all others
+        app.router.routes.append(Route(path, _NoRoute(routes)))
     return app
+
+
+class _NoRoute:
+    """ASGI application that refuses what no route of the API answers: other paths, and other methods."""
+
+    def __init__(self, routes: Sequence[Route]):
+        self.routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = f"{scope['method']} {scope['path']:.80}"
+        known = [route for route in self.routes if route.path_regex.match(scope["path"])]
+        if known:
+            methods = ", ".join(sorted({method for route in known for method in route.methods or ()}))
+            raise Refusal(405, f"{asked}: this route takes {methods}", {"allow": methods})
+        found = [f"{method} {r.path}" for r in self.routes for method in sorted(r.methods or ())]
+        raise Refusal(404, f"{asked}: no such route; the routes are {', '.join(found)}")
 
 
 def _add_state_routes(app: FastAPI, worker: Worker, name: str) -> None:
@@ -94,23 +119,21 @@ def _add_state_routes(app: FastAPI, worker: Worker, name: str) -> None:
 def _add_generating_routes(app: FastAPI, worker: Worker, reader: Reader) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await asyncio.to_thread(read_body, ChatBody, await _read_json(request))
+        body = await asyncio.to_thread(reader.read, ChatBody, await _read_json(request))
         requests = await asyncio.to_thread(reader.chat, body)
         is_stream, tells_usage = body.stream, body.stream_options.get("include_usage", False)
         del body  # which may be large
         answer = Chat(worker, requests, reader.name)
         if not is_stream:
             return JSONResponse(await answer.whole())
-        chunks = answer.chunks(tells_usage)
-        return _EventStream(chunks, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return _EventStream(answer.chunks(tells_usage))
 
     @app.post("/v1/images/generations")
-    async def generations(request: Request) -> JSONResponse:
-        body = await asyncio.to_thread(read_body, ImageBody, await _read_json(request))
-        return JSONResponse(await draw_images(worker, await asyncio.to_thread(reader.draw, body, {})))
+    async def generations(request: Request) -> Response:
+        return await _draw("image_generation", await _read_json(request), {})
 
     @app.post("/v1/images/edits")
-    async def edits(request: Request) -> JSONResponse:
+    async def edits(request: Request) -> Response:
         values: dict[str, Any] = {}
         files: dict[str, bytes] = {}
         limits = {"max_files": MAX_FIELDS, "max_fields": MAX_FIELDS, "max_part_size": 2**20}
@@ -124,8 +147,12 @@ def _add_generating_routes(app: FastAPI, worker: Worker, reader: Reader) -> None
                     raise Refusal(400, f"{field}: is not taken; give the files image and the text prompt")
         if not files:
             raise Refusal(400, "image: is missing; send one as a file of a form (multipart/form-data)")
-        body = read_body(ImageBody, values)
-        return JSONResponse(await draw_images(worker, await asyncio.to_thread(reader.draw, body, files)))
+        return await _draw("image_edit", values, files)
+
+    async def _draw(kind: Literal["image_generation", "image_edit"], values: dict, files: dict) -> Response:
+        body = await asyncio.to_thread(reader.read, ImageBody, values)
+        answer = Drawings(worker, await asyncio.to_thread(reader.draw, body, files), kind)
+        return _EventStream(answer.events()) if body.stream else JSONResponse(await answer.whole())
 
 
 async def _read_json(request: Request) -> dict:

@@ -1,30 +1,35 @@
 """Bodies of requests in OpenAI's shapes, and the pipeline's requests that they ask for.
 
-Beside OpenAI's fields, each takes the keys of `sampling`.
+Beside OpenAI's fields, each takes the keys of `sampling`. `Body.unused` are those of OpenAI's without effect.
 """
 
 import json
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
 from megafusion.config import parse_config
+from megafusion.errors import UserError
 from megafusion.generate.arguments import MAX_SEED
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.row import Part, Request
 from megafusion.images.sizes import Size
 from megafusion.objective.config import SamplingConfig
+from megafusion.objective.sampler import unsupported_sampler
 from megafusion.sequence.text import clean_text
 from megafusion.serve.config import ServeConfig
 from megafusion.serve.content import Content, read_messages
 from megafusion.serve.errors import Refusal
+from megafusion.serve.unused import CHAT_FIELDS, IMAGE_FIELDS, Unused, without_unused
 
 
 class Body(SamplingConfig):
     """Fields of every request."""
+
+    unused: ClassVar[Mapping[str, Unused]] = {}
 
     model: str | None = None
     """The server's model, or none."""
@@ -35,12 +40,14 @@ class Body(SamplingConfig):
     size: str = "auto"
     """Width x height of drawn images, in pixels, as OpenAI writes them; auto lets the model choose."""
     stop: tuple[str, ...] = Field((), strict=False, max_length=16)
-    user: str | None = None
-    """Who asks; not used."""
+    stream: bool = False
+    """Answer as server-sent events, as it is made."""
 
 
 class ChatBody(Body):
     """/v1/chat/completions."""
+
+    unused = CHAT_FIELDS
 
     messages: list[Any] = Field(min_length=1)
     modalities: list[Literal["text", "image"]] = Field(["text"], min_length=1)
@@ -49,15 +56,17 @@ class ChatBody(Body):
     """Images of an answer."""
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] = Field(default_factory=dict)
 
 
 class ImageBody(Body):
     """/v1/images/generations, and /v1/images/edits beside its files."""
 
+    unused = IMAGE_FIELDS
+
     prompt: str
-    response_format: Literal["b64_json"] = "b64_json"
+    partial_images: int = Field(0, ge=0, le=3)
+    """Most previews of the image in a stream."""
 
 
 B = TypeVar("B", bound=Body)
@@ -86,19 +95,30 @@ def read_form_value(name: str, text: str) -> Any:
         return text
 
 
-def read_body(kind: type[B], values: Mapping[str, Any]) -> B:
-    """Validated fields; null is as if left out. Raises UserError naming the field and its limit."""
-    given = {name: value for name, value in values.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
-    return parse_config(kind, given, "body")
-
-
 class Reader:
     """Turns bodies into requests of a pipeline, which it has checked. Raises Refusal and UserError."""
 
     def __init__(self, pipeline: TransfusionPipeline, config: ServeConfig, name: str):
         self.pipeline, self.config, self.name = pipeline, config, name
+        self.limits = {
+            "n": (1, config.max_batch),
+            "max_images": (1, config.max_images),
+            "max_tokens": (1, config.max_tokens),
+            "max_completion_tokens": (1, config.max_tokens),
+            "max_new_tokens": (0, config.max_tokens),
+            "num_inference_steps": (1, config.max_steps),
+        }
+
+    def read(self, kind: type[B], values: Mapping[str, Any]) -> B:
+        """Validated fields; null is as if left out. The messages of errors have the field and its limit."""
+        given = without_unused({k: v for k, v in values.items() if v is not None}, kind.unused)
+        for name, (least, most) in self.limits.items():
+            if type(value := given.get(name)) is int and not least <= value <= most:
+                raise Refusal(400, f"{name}={value}: this server takes {least} to {most}")
+        check_sampler(self.pipeline, given.get("sampler"))
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]]
+        return parse_config(kind, given, "body")
 
     def chat(self, body: ChatBody) -> list[Request]:
         """The answers that a chat asks for."""
@@ -106,11 +126,9 @@ class Reader:
         document = read_messages(body.messages, content)
         if not any(clean_text(part) if isinstance(part, str) else True for part in document):
             raise Refusal(400, "messages: have no text and no image")
-        self._limit("max_images", body.max_images, self.config.max_images)
         tokens = {}
         for field in ("max_tokens", "max_completion_tokens"):
             if (value := getattr(body, field)) is not None:
-                self._limit(field, value, self.config.max_tokens)
                 tokens = {"max_new_tokens": value}
         if body.modalities == ["image"]:
             return self._requests(body, content, document, begin="image", max_new_tokens=0)
@@ -124,7 +142,14 @@ class Reader:
         images = [content.image(file, field) for field, file in files.items()]
         if not clean_text(content.text(body.prompt, "prompt")):
             raise Refusal(400, "prompt: is empty; give a text")
-        return self._requests(body, content, [*images, body.prompt], begin="image", max_new_tokens=0)
+        if body.n > 1 and body.stream:
+            raise Refusal(400, f"n={body.n}: the events of a stream are of one image; ask for each by itself")
+        if body.partial_images and not body.stream:
+            raise Refusal(400, f"partial_images={body.partial_images}: needs stream true")
+        document: list[Part] = [*images, body.prompt]
+        return self._requests(
+            body, content, document, begin="image", num_previews=body.partial_images, max_new_tokens=0
+        )
 
     def _requests(
         self,
@@ -133,6 +158,7 @@ class Reader:
         document: list[Part],
         begin: str = "free",
         max_images: int = 1,
+        num_previews: int = 0,
         **changes: Any,
     ) -> list[Request]:
         if body.model not in (None, self.name):
@@ -145,30 +171,28 @@ class Reader:
         own = self.pipeline.config.sampling
         names = body.model_fields_set & SamplingConfig.model_fields.keys()
         given = {name: getattr(body, name) for name in names}
-        for name, most in (
-            ("n", self.config.max_batch),
-            ("max_new_tokens", self.config.max_tokens),
-            ("num_inference_steps", self.config.max_steps),
-        ):
-            self._limit(name, given.get(name, body.n if name == "n" else 0), most)
         limited = {
             "max_new_tokens": min(own.max_new_tokens, self.config.max_tokens),
             "num_inference_steps": min(own.num_inference_steps, self.config.max_steps),
         }
+        sampling = own.model_copy(update={**limited, **given, **changes})
         requests = self.pipeline.requests(
             [document] * body.n,
             begin=begin,
             max_images=max_images,
             seed=secrets.randbelow(2**53) if body.seed is None else body.seed,
             size=self._size(body.size),
-            sampling=own.model_copy(update={**limited, **given, **changes}),
+            sampling=sampling,
+            preview_every=self._preview_every(num_previews, sampling),
         )
         self.pipeline.check(requests[0], "messages" if isinstance(body, ChatBody) else "prompt")
         return requests
 
-    def _limit(self, field: str, value: int, most: int) -> None:
-        if value > most:
-            raise Refusal(400, f"{field}={value} exceeds this server's limit of {most}")
+    def _preview_every(self, num_previews: int, sampling: SamplingConfig) -> int:
+        """Steps between the previews of an image, of which there are at most so many."""
+        model = self.pipeline.config.model
+        steps = max(model.patches) if model.codebook_size else sampling.num_inference_steps
+        return -(-steps // (num_previews + 1)) if num_previews else 0
 
     def _size(self, text: str) -> Size | None:
         if text == "auto":
@@ -178,6 +202,14 @@ class Reader:
             known = f"{', '.join(sizes)} (width x height, in pixels)"
             raise Refusal(400, f"size={text!r:.80}: the model has {known}; give one of these, or auto")
         return sizes[text]
+
+
+def check_sampler(pipeline: TransfusionPipeline, name: Any) -> None:
+    """Raise UserError for the name of a sampler that a pipeline's noise process does not have."""
+    if isinstance(name, str):
+        process, short = pipeline.config.objective.noise_process, name.removesuffix("Scheduler")
+        if reason := unsupported_sampler(short, process.build().samplers, process.kind):
+            raise UserError(reason)
 
 
 def is_image_field(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from megafusion.generate.row import Part
-from megafusion.images.reader import BadImage, convert_to_rgb, open_image
+from megafusion.images.reader import BadImage, TooManyPixels, convert_to_rgb, open_image
 from megafusion.serve.config import ServeConfig
 from megafusion.serve.errors import Refusal
 
@@ -70,14 +70,16 @@ class Content:
 
         def convert(image: Image.Image) -> Image.Image:
             if image.width * image.height > left:
-                raise BadImage(f"image of {image.width} x {image.height} has too many pixels")
+                raise TooManyPixels(f"image of {image.width} x {image.height} has too many pixels")
             return convert_to_rgb(image)
 
         try:
             with _decoding:
                 image = open_image(content, convert)
-        except BadImage as error:
+        except TooManyPixels as error:
             raise self._too_many_pixels(field, str(error)) from error
+        except BadImage as error:
+            raise Refusal(400, f"{field}: {error}") from error
         self.num_pixels += image.width * image.height
         return image
 

@@ -38,6 +38,8 @@ class Gate:
         if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
             try:
                 self._check_size(scope["method"], Headers(scope=scope))
+                if self.worker.is_closing and scope["path"].startswith("/v1/"):
+                    raise self._no_slot(NoSlot(True, self.worker.retry_seconds))
             except Refusal as refusal:
                 return await refusal.response()(scope, receive, send)
             return await self.app(scope, receive, send)
@@ -46,9 +48,7 @@ class Gate:
             with self.worker.slot():
                 await self._answer_in_time(answer)
         except NoSlot as error:
-            status, seconds = 503 if error.is_closing else 429, str(error.retry_seconds)
-            limit = "" if error.is_closing else f": max_requests {self.config.max_requests} are in progress"
-            await answer.refuse(Refusal(status, f"{error}{limit}; try again", {"retry-after": seconds}))
+            await answer.refuse(self._no_slot(error))
         except Exception:  # a fault of ours, which the layer above answers and logs
             answer.status, answer.is_complete = 500, True
             raise
@@ -76,6 +76,12 @@ class Gate:
             raise Refusal(411, "Content-Length is missing", {"connection": "close"})
         if exceeds(declared, most := self.config.max_body_bytes):
             raise too_large(most)
+
+    def _no_slot(self, error: NoSlot) -> Refusal:
+        """The refusal of a request for which there is no slot."""
+        status, seconds = 503 if error.is_closing else 429, str(error.retry_seconds)
+        limit = "" if error.is_closing else f": max_requests {self.config.max_requests} are in progress"
+        return Refusal(status, f"{error}{limit}; try again", {"retry-after": seconds})
 
     async def _answer_in_time(self, answer: "_Answer") -> None:
         limit = self.config.timeout_seconds

@@ -125,13 +125,18 @@ class Worker:
         """Requests that hold a slot."""
         return self._num_slots
 
+    @property
+    def retry_seconds(self) -> int:
+        """When to ask again for what is refused now."""
+        return min(MAX_RETRY_SECONDS, 1 + int(self._mean_seconds))
+
     @contextmanager
     def slot(self) -> Iterator[None]:
         """Hold one of the `max_requests` slots while a request is received and answered. Raises NoSlot."""
         start = time.monotonic()
         with self._changed:
             if self.is_closing or self._num_slots >= self.config.max_requests:
-                raise NoSlot(self.is_closing, min(MAX_RETRY_SECONDS, 1 + int(self._mean_seconds)))
+                raise NoSlot(self.is_closing, self.retry_seconds)
             self._num_slots += 1
         try:
             yield

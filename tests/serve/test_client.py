@@ -80,8 +80,9 @@ def test_images_go_in_and_come_out_and_an_answer_can_be_sent_back(client, pipeli
         {"type": "text", "text": "after"},
     ]
     question = {"role": "user", "content": parts}
-    drawn = chat(client, messages=[question], modalities=["image"], seed=3).choices[0].message
-    assert drawn.content == ""
+    (choice,) = chat(client, messages=[question], modalities=["image"], seed=3).choices
+    drawn = choice.message
+    assert (drawn.content, choice.finish_reason) == ("", "stop")
     (expected,) = pipeline.chat(["before", image, "after"], begin="image", seed=3, sampling=no_text(pipeline))
     assert np.abs(decoded(drawn.images[0]["image_url"]["url"]) - np.asarray(expected, int)).max() <= 2
 
@@ -120,6 +121,32 @@ def test_images_are_drawn_and_edited_as_the_pipeline_does(client, pipeline):
         assert np.abs(decoded(found.b64_json) - np.asarray(image, int)).max() <= 2
     several = client.images.edit(image=[io.BytesIO(png(sample_image(s))) for s in (1, 2)], prompt="mix them")
     assert decoded(several.data[0].b64_json).shape == (32, 32, 3)
+
+
+NO_OPS = {"user": "me", "safety_identifier": "x"}
+
+
+def test_fields_that_change_nothing_are_taken(client):
+    """The values that OpenAI's clients send by default; each answer is the one without them."""
+    asked = {"prompt": "pizza", "extra_body": {"seed": 5, "num_inference_steps": 3}}
+    neutral = {"quality": "standard", "style": "vivid", "output_format": "png", "output_compression": 100}
+    neutral |= {"background": "auto", "moderation": "low", "response_format": "b64_json"} | NO_OPS
+    plain = client.images.generate(**asked)
+    assert client.images.generate(**asked, **neutral).data == plain.data
+    del neutral["style"], neutral["moderation"]
+    image = png(sample_image())
+    edits = [client.images.edit(image=image, **asked, **more).data for more in ({}, neutral)]
+    assert edits[0] == edits[1]
+    neutral = {
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "logprobs": False,
+        "tools": [],
+        "store": False,
+    }
+    neutral |= {"response_format": {"type": "text"}, "tool_choice": "none", "metadata": {"a": "b"}} | NO_OPS
+    chats = [chat(client, **VARIED, **more).choices[0].message for more in ({}, neutral)]
+    assert chats[0].content == chats[1].content
 
 
 def test_an_answer_is_the_same_alone_and_among_others_in_any_order(client, address):

@@ -131,6 +131,7 @@ def test_sigterm_lets_what_was_accepted_be_answered_and_refuses_the_rest(pipelin
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for(lambda: worker.is_closing)
             found["refused"] = requests.post(address + CHAT, json=SHORT, timeout=60)
+            found["models"] = requests.get(f"{address}/v1/models", timeout=5)
             found["health"] = requests.get(f"{address}/health", timeout=5)
             found["accepted"] = [each.result() for each in accepted]
 
@@ -140,13 +141,15 @@ def test_sigterm_lets_what_was_accepted_be_answered_and_refuses_the_rest(pipelin
     serve(app, listener)
     asking.join()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert found["refused"].status_code == 503
-    assert int(found["refused"].headers["retry-after"]) >= 1
+    for name in ("refused", "models"):
+        assert found[name].status_code == 503
+        assert int(found[name].headers["retry-after"]) >= 1
+        assert found[name].json()["error"]["message"] == "the server is closing; try again"
     assert (found["health"].status_code, found["health"].json()) == (503, {"status": "closing"})
     assert [answer.status_code for answer in found["accepted"]] == [200] * 4
     assert found["accepted"][0].json()["data"][0]["b64_json"]
     for answer in found["accepted"][1:]:
-        assert '"finish_reason": "length"' in answer.text
+        assert '"finish_reason": "stop"' in answer.text
         assert answer.text.endswith("data: [DONE]\n\n")
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{address}/health", timeout=5)

@@ -17,6 +17,7 @@ from megafusion.serve.app import make_app
 from megafusion.serve.config import ServeConfig
 from megafusion.serve.page import answer
 from megafusion.serve.page.mount import POLICY, mount_page, read_captions
+from tests.serve.test_refused_requests import assert_refuses_other_routes
 from tests.support.serving import running
 
 SETTINGS = {
@@ -109,6 +110,7 @@ def test_page_stands_beside_the_routes_and_names_no_other_machine(page_address):
     assert requests.get(f"{page_address}/health", timeout=10).json() == {"status": "ok"}
     assert requests.get(f"{page_address}/v1/models", timeout=10).json()["data"][0]["id"] == "small"
     assert requests.get(page_address, timeout=10, headers={"host": "elsewhere.example"}).status_code == 403
+    assert_refuses_other_routes(page_address)
 
 
 def test_draws_what_the_pipeline_draws_and_shows_it_sharpen(page, pipeline):
@@ -179,7 +181,12 @@ def test_an_image_is_encoded_once_however_often_it_is_shown(page, monkeypatch):
         ("draw", ("apple", 1), {"guidance_scale": -1}, "guidance_scale"),
         ("draw", ("apple", 1), {"num_inference_steps": 0}, "num_inference_steps"),
         ("draw", ("apple", 1), {"num_inference_steps": 10_000}, "Steps of 10000: at most 1000"),
-        ("draw", ("apple", 1), {"sampler": "eulr"}, "eulr is unknown; did you mean"),
+        (
+            "draw",
+            ("apple", 1),
+            {"sampler": "eulr"},
+            "eulr does not sample objective.noise_process.kind ddpm; did you mean 'euler'",
+        ),
         ("draw", ("apple", 1), {"seed": -1}, "Seed -1"),
         ("draw", ("apple", 1), {"seed": None}, "Seed None"),
         ("draw", ("apple", 1), {"size": "20000x20000"}, "the model has 32x32"),

@@ -9,8 +9,8 @@ import gradio as gr
 
 from megafusion.errors import UserError
 from megafusion.images.sizes import Size, parse_size
-from megafusion.objective import ddpm, flow
 from megafusion.objective.config import SamplingConfig
+from megafusion.serve.bodies import check_sampler
 from megafusion.serve.worker import Worker
 
 ANY_SIZE = "the model's choice"
@@ -59,7 +59,8 @@ class Settings:
             0, 2, own.temperature, step=0.05, label="Temperature", info="of text; 0: the likeliest"
         )
         with gr.Accordion("More", open=False):
-            sampler = gr.Dropdown(_samplers(worker), value=own.sampler, label="Sampler")
+            samplers = list(worker.pipeline.model.objective.noise_process.samplers)
+            sampler = gr.Dropdown(samplers, value=own.sampler, label="Sampler")
             negative = gr.Textbox(
                 own.negative_prompt, label="Negative prompt", info="what guidance leads away from"
             )
@@ -86,6 +87,7 @@ class Settings:
         """Values of `inputs`, checked; where one is empty, the model's own. Raises UserError."""
         *given, size, seed, is_random = values
         changes = {key: value for key, value in zip(self.keys, given, strict=True) if value is not None}
+        check_sampler(self.worker.pipeline, changes.get("sampler"))
         sampling = self.own.model_copy(update=changes)
         limits = self.worker.config
         most = {"num_inference_steps": limits.max_steps, "max_new_tokens": limits.max_tokens}
@@ -97,10 +99,3 @@ class Settings:
         elif not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise UserError(f"Seed {seed!r:.40}: give an integer from 0 to {MAX_SEED}")
         return Options(sampling, seed, None if size == ANY_SIZE else parse_size(str(size), "Size"))
-
-
-def _samplers(worker: Worker) -> list[str]:
-    """Names of the samplers that the model's noise process has."""
-    process, own = worker.pipeline.model.objective.noise_process, worker.pipeline.config.sampling
-    names = dict.fromkeys([*ddpm.SAMPLERS, *flow.SAMPLERS])
-    return [n for n in names if not process.unsupported_reason(own.model_copy(update={"sampler": n}))]
