@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -43,8 +43,8 @@ class DenoisingStep:
     step: int
     num_steps: int
     timestep: Tensor
-    latents: Tensor
-    clean: Callable[[], Tensor]
+    latents: Tensor = field(repr=False)
+    clean: Callable[[], Tensor] = field(repr=False)
 
 
 class Decoder:

@@ -147,7 +147,7 @@ def test_any_key_of_sampling_is_an_option(folder, tmp_path):
     assert contents(outs[0])["0-x.png"] != contents(outs[1])["0-x.png"]
     for option, message in (
         ("temprature=1", r"unknown key 'temprature'; did you mean 'temperature'"),
-        ("top_p=2", r"'top_p': .*less than or equal to 1"),
+        ("top_p=2", r"'top_p': it must be > 0 and <= 1 \(got 2\)"),
         ("top_p", r"not of the form key.path=value"),
     ):
         with pytest.raises(UserError, match=message):
