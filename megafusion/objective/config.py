@@ -106,7 +106,6 @@ class SamplingConfig(Config):
     def _named(cls, name: str | None) -> str | None:
         if name is None:
             return None
-        known = [*ddpm.SAMPLERS, *flow.SAMPLERS]
         kinds = {"ddpm": ddpm.SAMPLERS, "flow": flow.SAMPLERS}
         short = name.removesuffix("Scheduler")
         kind_of = {each: kind for kind, samplers in reversed(kinds.items()) for each in samplers}
