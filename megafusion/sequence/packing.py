@@ -160,7 +160,7 @@ def in_one_storage(tensors: dict[str, Tensor], pin_memory: bool = False) -> dict
 
 
 def send_storages(tensors: dict[str, Tensor], send: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What `send` makes of each tensor; those that share a storage are sent in one piece.
+    """Send each tensor by `send`; those that share a storage are sent in one piece.
 
     send: called with a tensor, or with a whole storage as bytes, and gives one of the same shape.
     """
