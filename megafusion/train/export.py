@@ -103,8 +103,9 @@ def _facts(config: RunConfig, run: Path) -> list[str]:
     figures = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
     figures = dict(_flat(figures | report))
     manifests = {name: load_manifest(source.path) for name, source in config.data.sources.items()}
+    weights = {name: source.weight for name, source in config.data.sources.items()}
     sources = {
-        name: f"{found.kind}, weight {config.data.sources[name].weight:g}: {found.num_documents:,} documents, "
+        name: f"{found.kind}, weight {weights[name]:g}: {found.num_documents:,} documents, "
         f"{found.num_tokens:,} tokens, {found.num_images:,} images"
         for name, found in manifests.items()
     }
