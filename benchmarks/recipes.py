@@ -4,7 +4,8 @@
 
 A round makes a step of each arm, in an order that turns; a figure is the median over rounds of a step's
 seconds over the first arm's in the same round. Seconds are the processor's own, so that other work does not
-count; those by the clock are beside. Rows are the run's own data, of the first point of the sweep's grid.
+count (nor a loader's worker processes); those by the clock are beside. Rows are the run's own data, of the
+first point of the sweep's grid.
 Memory: by how much a process of its own grows at its peak, from before the model is made.
 recipes_table.py makes the table of docs/recipe.md of this and of the sweep's results.
 """
@@ -12,6 +13,7 @@ recipes_table.py makes the table of docs/recipe.md of this and of the sweep's re
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from peers import resident
 from train import Step
 
 from megafusion.config import parse_config
+from megafusion.errors import UserError, exit_on_user_error
 from megafusion.sweep.config import load_sweep
 from megafusion.sweep.members import expand
 from megafusion.train.config import RunConfig
@@ -38,11 +41,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rows", choices=("data", "mixed", "pairs"), default="data")
-    parser.add_argument("--memory", help="print the peak memory of one arm, in bytes")
+    parser.add_argument("--memory", metavar="ARM", help="print the peak memory of one arm, in bytes")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     configs = first_runs(arguments.sweep, arguments.overrides)
     if arguments.memory:
+        if arguments.memory not in configs:
+            raise UserError(
+                f"--memory {arguments.memory}: no arm of {arguments.sweep}, which has {', '.join(configs)}"
+            )
         print(peak_memory(configs[arguments.memory], arguments.rows))
         return
     names = list(configs)
@@ -69,6 +76,7 @@ def main() -> None:
             }
             for name in names
         },
+        "device": platform.machine(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "torch": version("torch"),
@@ -118,9 +126,10 @@ def peak_memory_apart(name: str, arguments: argparse.Namespace) -> int:
     """The same in a process of its own."""
     command = [sys.executable, __file__, str(arguments.sweep), *arguments.overrides]
     command += ["--rows", arguments.rows, "--memory", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

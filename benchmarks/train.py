@@ -66,7 +66,7 @@ class Rows:
             collate([rows.next() for _ in range(size)]) for _ in range(config.train.global_batch_size // size)
         ]
         if torch.cuda.is_available():
-            batches = [PackedBatch(**{n: t.pin_memory() for n, t in vars(b).items()}) for b in batches]
+            batches = [batch.pinned() for batch in batches]
         return batches
 
 
@@ -98,6 +98,8 @@ def measure(config: RunConfig, rows: str, num_steps: int, num_warmup_steps: int)
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if step.on_gpu else None,
         "losses": step.losses,
     }
+    if step.on_gpu:
+        figures["copy_seconds"] = step.copy_seconds()
     phases = [step.phases() for _ in range(num_steps)]
     figures |= {name: statistics.median(each[name] for each in phases) for name in PHASES}
     return figures, step
@@ -179,6 +181,17 @@ class Step:
         engine.clip_and_step(RATE, self._ema.after(self._number))
         lap("optimizer")
         return spent
+
+    def copy_seconds(self) -> float:
+        """Seconds to copy a step's micro-batches to the GPU, which a step does beside its work."""
+        batches = self._rows.next()
+        self.finish()
+        begin = self._mark()
+        for batch in batches:
+            batch.to(self.engine.device)
+        end = self._mark()
+        self.finish()
+        return begin.elapsed_time(end) / 1e3
 
     def finish(self) -> None:
         """Wait for the device."""

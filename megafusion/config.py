@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
@@ -14,13 +15,28 @@ from megafusion.storage import expand_path
 from megafusion.suggestions import suggest
 from megafusion.yaml_values import dump_yaml, load_values
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
 REQUIRED, FROM_DATA = "required", "from the data"
 
 
-class Config(BaseModel):
+class _RefusingConstructor(ModelMetaclass):
+    """Constructors of configurations that raise UserError, as those from files do."""
+
+    if not TYPE_CHECKING:  # which reads the constructor's parameters off the fields
+
+        def __call__(cls, *args: Any, **values: Any) -> Any:
+            with _refused(cls, cls.__name__):
+                return super().__call__(*args, **values)
+
+
+class Config(BaseModel, metaclass=_RefusingConstructor):
     """Base of every component's configuration: immutable, strict in types, closed to unknown keys.
 
-    In paths, ~ and $NAME are expanded.
+    In paths, ~ and $NAME are expanded. The constructor raises UserError for what is not valid.
     """
 
     model_config = ConfigDict(
@@ -57,10 +73,8 @@ class Config(BaseModel):
         """A copy with changes, validated, as pydantic's is not. Raises UserError."""
         copied = super().model_copy(deep=deep)
         kept = {name: getattr(copied, name) for name in self.model_fields_set}
-        try:
+        with _refused(type(self), type(self).__name__):
             return type(self).model_validate(kept | dict(update or {}))
-        except ValidationError as error:
-            raise _refusal(type(self), error, type(self).__name__) from error
 
     copy = model_copy  # type: ignore[assignment, pydantic-field]  # its old name
 
@@ -81,12 +95,12 @@ def parse_config(cls: type[C], values: Any, origin: str) -> C:
     if not isinstance(values, dict):
         raise UserError(f"{origin}: expected a mapping of keys, found {type(values).__name__}")
     try:
-        # JSON mode: strict about types, yet a path may be written as a string and a tuple as a list.
-        return cls.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise _refusal(cls, error, origin) from error
-    except (TypeError, ValueError) as error:  # of json.dumps: a date, a value that holds itself
+        text = json.dumps(values)
+    except (TypeError, ValueError) as error:  # a date, a value that holds itself
         raise UserError(f"{origin}: {error}") from error
+    with _refused(cls, origin):
+        # JSON mode: strict about types, yet a path may be written as a string and a tuple as a list.
+        return cls.model_validate_json(text)
 
 
 def dump_config(config: Config, exclude: set[str] | None = None) -> str:
@@ -143,6 +157,15 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, list]]:
         yield path, [old, new]
 
 
+@contextmanager
+def _refused(cls: type[Config], origin: str) -> Iterator[None]:
+    """Raise a ValidationError of the block as a UserError."""
+    try:
+        yield
+    except ValidationError as error:
+        raise _refusal(cls, error, origin) from error
+
+
 def _refusal(cls: type[Config], error: ValidationError, origin: str) -> UserError:
     """A line for each value that is not valid."""
     details = error.errors()
@@ -184,11 +207,13 @@ def _describe(cls: type[Config], detail: ErrorDetails) -> str:
             return f"key {path!r} is a list: write [{detail['input']}]"
         case _:
             where = f"key {path!r}: " if path else ""
+            if " and " in (limits := _exceeded_limits(cls, detail)):
+                return f"{where}it must be {limits} (got {value!r})"
             return f"{where}{detail['msg']} (got {detail['input']!r}){_way_out(cls, detail)}"
 
 
 def _way_out(cls: type[Config], detail: ErrorDetails) -> str:
-    """Advice for a value that YAML read as another type, or that is out of its range."""
+    """Advice for a value that YAML read as another type, or that another kind has."""
     value, kind = detail["input"], detail["type"]
     if kind in ("string_type", "path_type") and isinstance(value, int | float):
         return "; put a text that looks like a number in quotes"
@@ -199,10 +224,14 @@ def _way_out(cls: type[Config], detail: ErrorDetails) -> str:
         has_value = (k for k, each in others.items() if value in _choices(each, detail["loc"][-1]))
         if other := next(has_value, None):
             return f" with {path} {own}; {value} is one of {path} {other}"
-    if kind.startswith(("greater_than", "less_than")):
-        limits = _limits(_resolve(cls, detail["loc"][:-1])[0], detail["loc"][-1])
-        return f"; it must be {limits}" if " and " in limits else ""
     return ""
+
+
+def _exceeded_limits(cls: type[Config], detail: ErrorDetails) -> str:
+    """The limits of a number that is out of them; empty for another fault."""
+    if not detail["type"].startswith(("greater_than", "less_than")):
+        return ""
+    return _limits(_resolve(cls, detail["loc"][:-1])[0], detail["loc"][-1])
 
 
 def _other_kinds(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from megafusion.config import changed_keys
+from megafusion.config import Config, changed_keys
 from megafusion.errors import UserError
 from megafusion.generate.events import ImageStep
 from megafusion.objective.config import ObjectiveConfig, SamplingConfig
@@ -17,7 +17,10 @@ SAMPLING = SamplingConfig(sampler="dpm++", num_inference_steps=20)
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        ({"sampler": "eular"}, r"sampler: eular is unknown; did you mean 'euler'\? The samplers are ddim, "),
+        (
+            {"sampler": "eular"},
+            r"sampler: eular is unknown; did you mean 'euler' \(kind ddpm\)\? The samplers are ddim, ",
+        ),
         ({"smapler": "ddim"}, r"unknown key 'smapler'; did you mean 'sampler'"),
         ({"num_steps": 5}, r"'num_steps' was renamed: it is 'num_inference_steps' now"),
         ({"num_inference_steps": 0}, r"num_inference_steps"),
@@ -29,6 +32,31 @@ SAMPLING = SamplingConfig(sampler="dpm++", num_inference_steps=20)
 def test_a_copy_with_a_value_that_is_not_valid_is_refused(method, update, message):
     with pytest.raises(UserError, match=message):
         method(SAMPLING, update=update)
+
+
+def every_config() -> list[type[Config]]:
+    def below(cls: type[Config]) -> list[type[Config]]:
+        return [cls, *(each for child in cls.__subclasses__() for each in below(child))]
+
+    return [each for each in below(Config) if each.__module__.startswith(("megafusion", "data_prep"))]
+
+
+@pytest.mark.parametrize("cls", every_config(), ids=lambda cls: cls.__name__)
+def test_every_constructor_refuses_as_a_file_is_refused(cls):
+    with pytest.raises(UserError, match=rf"(?s)^{cls.__name__}: .*unknown key 'no_such_key'"):
+        cls(no_such_key=1)
+
+
+def test_a_constructor_names_the_key_and_keeps_what_is_within():
+    with pytest.raises(
+        UserError, match=r"^SamplingConfig: sampler: eular is unknown; did you mean 'euler' \(kind ddpm\)\?"
+    ):
+        SamplingConfig(sampler="eular")
+    with pytest.raises(
+        UserError, match=r"^ObjectiveConfig: key 'noise_process\.num_train_timesteps': it must"
+    ):
+        ObjectiveConfig(noise_process={"num_train_timesteps": 0})
+    assert ObjectiveConfig(noise_process={"num_train_timesteps": 5}).noise_process.num_train_timesteps == 5
 
 
 def test_a_copy_within_a_copy_is_validated_and_checked_as_a_whole(run_config):

@@ -7,7 +7,9 @@ import typer
 from megafusion.config import FROM_DATA, REQUIRED, Config, Key, keys_of, renamed_keys_of
 from megafusion.errors import UserError
 
-Command = Literal["train", "preprocess", "train-tokenizer", "train-vae", "serve", "evaluate", "sweep"]
+Command = Literal[
+    "train", "preprocess", "train-tokenizer", "train-vae", "generate", "serve", "evaluate", "sweep"
+]
 REGENERATE = "python -m megafusion.commands.keys > docs/configuration.md"
 
 
@@ -32,7 +34,8 @@ def reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key of the configuration files. NAME is a name of your choice.",
+        "Every key of the configuration files, and of `megafusion generate --option`.",
+        "NAME is a name of your choice.",
         "Values after the file override it: `megafusion train configs/quickstart.yaml train.num_steps=50`.",
         "Keys are text, each once; `true` and `false` alone are booleans; `yes`, `010` and `12:30` are text.",
         "In paths, `~` and `$NAME` are expanded.",
@@ -73,6 +76,10 @@ def _config_class(command: str) -> type[Config]:
         from data_prep.tokenizer.config import TokenizerConfig
 
         return TokenizerConfig
+    if command == "generate":
+        from megafusion.objective.config import SamplingConfig
+
+        return SamplingConfig
     if command == "serve":
         from megafusion.serve.config import ServeConfig
 

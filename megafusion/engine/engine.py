@@ -18,6 +18,7 @@ from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from megafusion.engine.config import OptimizerConfig, TrainConfig
+from megafusion.engine.copies import CopyAhead
 from megafusion.engine.ema import EmaUpdate
 from megafusion.engine.optimizer import make_optimizer, set_learning_rate
 from megafusion.engine.optimizer_state import OptimizerState
@@ -63,6 +64,7 @@ class Engine:
         self._interleaved = interleaved
         self.stage, self.mesh, self.consensus = stage, mesh, consensus
         self.device: torch.device = engine.device
+        self._copies = CopyAhead(self.device)
         self.optimizer_state = OptimizerState(engine.optimizer, stage.named_parameters())
         sharded = {n for n, p in stage.named_parameters() if getattr(p, "tensor_model_parallel", False)}
         clip = gradient_clip or math.inf
@@ -74,7 +76,7 @@ class Engine:
         UserError on every rank, before anything is computed, if a rank deferred one; that rank may pass [].
         """
         counts = self.consensus.reduce_counts(sum(batch.counts() for batch in micro_batches))
-        batches = (with_counts(batch.to(self.device), counts) for batch in micro_batches)
+        batches = (with_counts(batch, counts) for batch in self._copies(micro_batches))
         if self._interleaved:
             self.stage.image_sizes = deque(batch.image_size for batch in micro_batches)
             self._interleaved.train(batches, len(micro_batches))
@@ -125,7 +127,7 @@ class Engine:
 
     def evaluate(self, micro_batches: list[PackedBatch]) -> list[float]:
         """`Objective.sums` over packed rows of every data rank. Changes nothing that training reads."""
-        batches = (batch.to(self.device) for batch in micro_batches)
+        batches = self._copies(micro_batches)
         self._deepspeed.eval()
         if self._interleaved:
             self.stage.image_sizes = deque(batch.image_size for batch in micro_batches)

@@ -15,6 +15,8 @@ from megafusion.images.reader import read_image
 from megafusion.storage import expand_path
 
 MAX_SEED = 2**63 - 1
+IMAGE_KINDS = (Image.Image, str, Path)
+PART_KINDS = (str, Path, Image.Image)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,6 +27,11 @@ def as_list(given: Any, kinds: tuple[type, ...], call: str) -> list:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise UserError(f"expected a list of {names}, got {given!r:.80}; call it as {call}")
     return parts
+
+
+def one_or_list(given: Any, kinds: tuple[type, ...], call: str) -> list:
+    """The parts of a list, or one part alone. Raises UserError for others."""
+    return [given] if isinstance(given, kinds) else as_list(given, kinds, call)
 
 
 def as_integer(name: str, value: Any, least: int, most: int) -> int:
@@ -83,9 +90,9 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def as_documents(prompts: Any, call: str) -> list[list[Part]]:
-    """Documents of texts and images; a Path is an image's."""
-    kinds = (str, Path, Image.Image)
-    documents = [as_list(prompt, kinds, call) for prompt in as_list(prompts, (list, tuple), call)]
+    """Documents of texts and images, or one part as a document of its own; a Path is an image's."""
+    prompts = [[prompts]] if isinstance(prompts, PART_KINDS) else prompts
+    documents = [as_list(prompt, PART_KINDS, call) for prompt in as_list(prompts, (list, tuple), call)]
     return [
         [part if isinstance(part, str) else as_image(part) for part in document] for document in documents
     ]

@@ -1,6 +1,6 @@
 """Rows that are decoded together until each has ended, as a stream of events."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -54,7 +54,7 @@ class Generation:
         streams_text: bool = True,
     ):
         self.config, self.tokenizer, self.codec = model.config, tokenizer, codec
-        self.decoder, self.streams_text = Decoder(model), streams_text
+        self.decoder, self.streams_text, self.is_interrupted = Decoder(model), streams_text, False
         self.device = model.tail.head.weight.device
         config = self.config
         self.boi_ids = [tokenizer.boi_of_size(index) for index in range(len(config.image_sizes))]
@@ -86,6 +86,10 @@ class Generation:
         """End a row before its next step; the images of its batch are denoised to their end."""
         self.rows[row].is_cancelled = True
 
+    def interrupt(self) -> None:
+        """End every row at its next step, with the images of the begin as far as they are denoised then."""
+        self.is_interrupted = True
+
     def answers(self) -> list[list[Part]]:
         """Of each row, texts and images so far."""
         return [row.parts(self.tokenizer) for row in self.rows]
@@ -96,7 +100,7 @@ class Generation:
             pass
         return self.answers()
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Generator[Event]:
         """Decode step by step until every row has ended. Between two events nothing is computed."""
         begun = {i: row for i, row in enumerate(self.live) if row.request.begin == "image"}
         sizes = self.logits[:, self.boi_ids].argmax(-1).tolist()
@@ -120,7 +124,7 @@ class Generation:
         self._keep([index for index, reason in enumerate(reasons) if not reason])
 
     def _reason(self, row: Row, length: int) -> Any:
-        if row.is_cancelled:
+        if row.is_cancelled or self.is_interrupted:
             return "cancelled"
         if row.text.is_stopped:
             return "stop"
@@ -212,12 +216,15 @@ class Generation:
             latents = state.latents
             if all(row.is_cancelled for row in rows):
                 return
+            if self.is_interrupted:
+                break
             shown = [i for i, row in enumerate(rows) if _is_shown(row, state)]
             if shown:
                 for i, image in zip(shown, self.codec.decode_images(state.clean()[shown]), strict=True):
                     yield ImagePreview(rows[i].number, image, state.step, state.num_steps)
-        self.cache.assign(index, cache)
-        self._read([self.tokenizer.eoi] * len(self.live), chosen)
+        if not self.is_interrupted:  # else nothing follows the image
+            self.cache.assign(index, cache)
+            self._read([self.tokenizer.eoi] * len(self.live), chosen)
         for row, image, own in zip(rows, self.codec.decode_images(latents), latents, strict=True):
             row.add_image(image, own.cpu().numpy(), size)
             yield ImageDone(row.number, image)
@@ -235,7 +242,7 @@ class Generation:
                 self.decoder, cache, guides, logits_BV, grid, first_code, sampling, generators
             )
         shape = (self.config.latent_channels, *self.config.latent_sizes[size])
-        noise = torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])
+        noise = torch.stack([row.draw_noise(shape) for row in rows])
         return self.decoder.denoise(cache, guides, noise.to(self.device), sampling, generators)
 
     def _guides(self, cache: KVCache, rows: list[Row], size: int) -> list[Guide]:

@@ -1,11 +1,9 @@
 """TransfusionPipeline: captions to images, images to captions, and texts and images in any order."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -13,7 +11,17 @@ from torch import Tensor, nn
 
 from megafusion.errors import UserError
 from megafusion.generate import arguments as given
-from megafusion.generate.events import Event, ImageStep
+from megafusion.generate.call import (
+    CALLBACK_TENSOR_INPUTS,
+    OutputType,
+    TransfusionPipelineOutput,
+    as_images,
+    call_requests,
+    check_output_type,
+    check_tensor_inputs,
+    run_steps,
+)
+from megafusion.generate.events import Event
 from megafusion.generate.folder import (
     CONFIG,
     WEIGHTS,
@@ -26,6 +34,7 @@ from megafusion.generate.generation import Generation, check_request
 from megafusion.generate.lora import LoraPipeline
 from megafusion.generate.openers import openers
 from megafusion.generate.row import Begin, Part, Request
+from megafusion.generate.stream import Stream
 from megafusion.images.codec import ImageCodec
 from megafusion.images.sizes import Size, format_sizes
 from megafusion.model.transfusion import Transfusion
@@ -34,16 +43,7 @@ from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import expand_path, new_folder
 
 ImageInput = Image.Image | str | Path
-OutputType = Literal["pil", "np", "pt", "latent"]
-MAX_IMAGES_PER_PROMPT = 1024
-
-
-@dataclass(frozen=True)
-class TransfusionPipelineOutput:
-    """images: a list of PIL images; or, by output_type: np, float32 [N, H, W, 3] in [0, 1]; pt, the same as a
-    tensor [N, 3, H, W]; latent, normalized latents [N, C, h, w]. Those need images of one size."""
-
-    images: Any
+Samplings = SamplingConfig | Sequence[SamplingConfig] | None
 
 
 class TransfusionPipeline(LoraPipeline):
@@ -56,6 +56,7 @@ class TransfusionPipeline(LoraPipeline):
 
     def __init__(self, model: Transfusion, tokenizer: Tokenizer, codec: ImageCodec, config: PipelineConfig):
         self.model, self.tokenizer, self.codec, self.config = model.eval(), tokenizer, codec, config
+        self._interrupt = False
         check_components(config.model, tokenizer, codec)
 
     @property
@@ -135,92 +136,60 @@ class TransfusionPipeline(LoraPipeline):
         output_type: OutputType = "pil",
         callback_on_step_end: Callable[..., dict | None] | None = None,
         *,
+        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSOR_INPUTS,
+        latents: Tensor | None = None,
+        return_dict: bool = True,
         image_guidance_scale: float | None = None,
-        sampling: SamplingConfig | None = None,
-    ) -> TransfusionPipelineOutput:
+        sampling: Samplings = None,
+    ) -> Any:
         """Draw images as a diffusers pipeline does: one prompt or several, each with a number of images.
 
-        image: one for each prompt, or one for all, that the prompt tells how to edit. height, width: one of
-        `sizes`, in pixels; by default the model chooses. generator: of the noise, one, which the images take
-        in order, or one for each image; by default seeds from PyTorch's global generator.
+        image: one for each prompt, or one for all, that the prompt tells how to edit. height, width: of one
+        of `sizes`, in pixels, or either where that names one; by default the model chooses. generator: of the
+        noise, one, which the images take in order, or one for each image; by default seeds from PyTorch's
+        global generator. latents: float32 [N, C, h, w], unit normal noise to begin with in its place.
         callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may return other latents in the same
-        form.
-        The other options replace those of `sampling`. Raises UserError for a value that cannot be used.
+        form, or set `pipeline._interrupt` to end with the images as they are.
+        The other options replace those of `sampling`. Gives a TransfusionPipelineOutput, or without
+        return_dict a tuple of its images.
+        Raises UserError for a value that cannot be used.
         """
-        call = 'pipeline("a prompt"), or pipeline.generate([["text", image, ...]]) for answers of any kind'
-        prompts = given.as_list([prompt] if isinstance(prompt, str) else prompt, (str,), call)
-        if empty := [number for number, text in enumerate(prompts) if not text.strip()]:
-            raise UserError(f"prompt {empty[0]} is empty; give a text, or call draw to draw without one")
-        if output_type not in get_args(OutputType):
-            raise UserError(f"output_type={output_type!r}: give one of {', '.join(get_args(OutputType))}")
-        if (height is None) != (width is None):
-            raise UserError(f"height={height!r} and width={width!r}: give both or neither")
-        copies = given.as_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
-        images = (
-            given.one_or_each("image", image, (Image.Image, str, Path), len(prompts))
-            if image is not None
-            else ()
-        )
-        documents: list[list[Part]] = [[text] for text in prompts]
-        for document, each in zip(documents, images, strict=False):
-            document.insert(0, given.as_image(each))
+        self._interrupt = False
+        check_output_type(output_type)
+        check_tensor_inputs(callback_on_step_end_tensor_inputs)
         changes = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "image_guidance_scale": image_guidance_scale,
         }
-        sampling = self._sampling(sampling, max_new_tokens=0, **changes)
-        samplings = [sampling] * len(prompts)
-        if negative_prompt is not None:
-            texts = given.one_or_each("negative_prompt", negative_prompt, str, len(prompts))
-            samplings = [sampling.model_copy(update={"negative_prompt": text}) for text in texts]
-        num = len(prompts) * copies
-        noise: Sequence[Any] = [None] * num
-        if generator is not None:
-            noise = given.one_or_each("generator", generator, torch.Generator, num)
-        seeds = torch.randint(given.MAX_SEED, (num,)).tolist() if generator is None else [0] * num
-        size = None if height is None else self.size_index((height, width))
-        requests = [
-            Request(documents[i // copies], samplings[i // copies], seeds[i], "image", 1, size, noise[i])
-            for i in range(num)
-        ]
-        if not requests:
-            return TransfusionPipelineOutput([])
-        generation = self.generation(requests, streams_text=False)
-        latents: dict[int, Tensor] = {}
-        for event in generation:
-            if isinstance(event, ImageStep):
-                if callback_on_step_end:
-                    now = {"latents": event.state.latents}
-                    changed = callback_on_step_end(self, event.state.step - 1, event.state.timestep, now)
-                    event.state.latents = given.as_latents(changed, now["latents"])
-                latents.update(zip(event.rows, event.state.latents, strict=True))
-        if output_type == "pil":
-            return TransfusionPipelineOutput([image for (image,) in generation.outputs])
-        return TransfusionPipelineOutput(self._tensors([latents[row] for row in range(num)], output_type))
+        size, noise = (height, width), (generator, latents)
+        requests = call_requests(
+            self, prompt, image, size, num_images_per_prompt, *noise, negative_prompt, sampling, changes
+        )
+        images: Any = []
+        if requests:
+            generation = self.generation(requests, streams_text=False)
+            last = run_steps(self, generation, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            drawn = [image for (image,) in generation.outputs]
+            images = as_images(self, drawn, [last[row] for row in range(len(requests))], output_type)
+        return TransfusionPipelineOutput(images) if return_dict else (images,)
 
-    def _tensors(self, latents: list[Tensor], output_type: OutputType) -> Tensor | np.ndarray:
-        if len({each.shape for each in latents}) > 1:
-            raise UserError(
-                f"output_type={output_type}: the images have several sizes; give height and width"
-            )
-        stacked = torch.stack(latents)
-        if output_type == "latent":
-            return stacked
-        pixels = self.codec.decode(self.codec.denormalize(stacked)).float() / 2 + 0.5
-        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).cpu().numpy()
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`, as in diffusers: the call ends with that step."""
+        return self._interrupt
 
     def draw(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         *,
         seed: int | Sequence[int] = 0,
         size: Size | None = None,
-        sampling: SamplingConfig | None = None,
+        sampling: Samplings = None,
         callback: Callable[[Event], Any] | None = None,
     ) -> list[Image.Image]:
-        """Draw one image per caption; the r-th starts from the noise of seed + r. Others: see `generate`."""
-        prompts = [[caption] for caption in given.as_list(captions, (str,), 'draw(["a caption", ...])')]
+        """Draw an image a caption; the r-th starts from the noise of seed + r. Others: see `generate`."""
+        prompts = [[caption] for caption in given.one_or_list(captions, (str,), 'draw(["a caption", ...])')]
         return self._draw(prompts, seed, size, sampling, callback)
 
     def edit(
@@ -230,7 +199,7 @@ class TransfusionPipeline(LoraPipeline):
         *,
         seed: int = 0,
         size: Size | None = None,
-        sampling: SamplingConfig | None = None,
+        sampling: Samplings = None,
         callback: Callable[[Event], Any] | None = None,
     ) -> Image.Image:
         """Draw an image anew as an instruction tells, from the document that edits are trained on.
@@ -245,51 +214,54 @@ class TransfusionPipeline(LoraPipeline):
         self, prompts: Sequence, seed: Any, size: Any, sampling: Any, callback: Any
     ) -> list[Image.Image]:
         options = {"begin": "image", "seed": seed, "size": size, "callback": callback}
-        image_only = self._sampling(sampling, max_new_tokens=0)
+        image_only = self.samplings(sampling, len(prompts), max_new_tokens=0)
         outputs: list[list[Any]] = self.generate(prompts, sampling=image_only, **options)
         return [image for (image,) in outputs]
 
     def describe(
         self,
-        images: Sequence[ImageInput],
+        images: ImageInput | Sequence[ImageInput],
         *,
         seed: int | Sequence[int] = 0,
-        sampling: SamplingConfig | None = None,
+        sampling: Samplings = None,
     ) -> list[str]:
         """Caption each image (PIL or the path of one) with at least one token; greedily by default."""
-        kinds = (Image.Image, str, Path)
-        checked = given.as_list(images, kinds, "describe([image, ...])")
+        checked = given.one_or_list(images, given.IMAGE_KINDS, "describe([image, ...])")
         prompts = [[given.as_image(image)] for image in checked]
         outputs: list[list[Any]] = self.generate(
             prompts, begin="text", max_images=0, seed=seed, sampling=sampling
         )
         return [" ".join(output).strip() for output in outputs]
 
-    def chat(self, document: str | Sequence[Part | Path], **options: Any) -> list[Part]:
+    def chat(self, document: Part | Path | Sequence[Part | Path], **options: Any) -> list[Part]:
         """Answer one document of texts and images (a Path is an image's); options: of `generate`."""
-        (answer,) = self.generate([[document] if isinstance(document, str) else document], **options)
+        (answer,) = self.generate(
+            document if isinstance(document, given.PART_KINDS) else [document], **options
+        )
         return answer
 
     def generate(
         self,
-        prompts: Sequence[Sequence[Part | Path]],
+        prompts: Part | Path | Sequence[Sequence[Part | Path]],
         *,
         begin: Begin = "free",
         max_images: int = 1,
         seed: int | Sequence[int] = 0,
         size: Size | None = None,
-        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        sampling: Samplings = None,
         callback: Callable[[Event], Any] | None = None,
     ) -> list[list[Part]]:
         """Continue prompts of texts and images in any order with texts and images.
 
+        prompts: several documents, each a list of texts, images and Paths of images; or a single part.
         Texts are cleaned as captions were. A prompt and its answer end at the model's sequence_length.
         begin: "image" draws first; "text" writes at least one token (without it the model may end at once,
         because captions were dropped in training); "free" leaves the first token to the model.
         max_images: limit of images per output. seed: of each prompt; an integer is that of the first, and the
         r-th has seed + r. A prompt's answer depends on its own seed alone, whatever is beside it.
         size: height and width in pixels of drawn images, one of `sizes`; None lets the model choose by its
-        begin-of-image token. sampling: of all, or one for each prompt. callback: takes each event.
+        begin-of-image token. sampling: of all, or one for each prompt; what it does not set is as the
+        pipeline's own. callback: takes each event.
         Raises UserError for a prompt that is too long, or an argument that is not one of these.
         """
         requests = self.requests(
@@ -305,19 +277,19 @@ class TransfusionPipeline(LoraPipeline):
 
     def stream(
         self,
-        prompts: Sequence[Sequence[Part | Path]],
+        prompts: Part | Path | Sequence[Sequence[Part | Path]],
         *,
         preview_every: int = 0,
         begin: Begin = "free",
         max_images: int = 1,
         seed: int | Sequence[int] = 0,
         size: Size | None = None,
-        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
-    ) -> Generation:
+        sampling: Samplings = None,
+    ) -> Stream:
         """Generate as `generate` does, event by event: iterate to go on, stop iterating to cancel.
 
         preview_every: denoising steps between previews of images; 0 for none. Its `cancel(row)` ends one row,
-        and `answers()` has what there is so far.
+        `close()` all, and `answers()` has what there is so far.
         """
         requests = self.requests(
             prompts,
@@ -330,7 +302,7 @@ class TransfusionPipeline(LoraPipeline):
         )
         if not requests:
             raise UserError("prompts is empty; give at least one")
-        return self.generation(requests)
+        return Stream(self.generation(requests))
 
     def requests(
         self,
@@ -349,12 +321,7 @@ class TransfusionPipeline(LoraPipeline):
         begin, seeds = given.as_begin(begin), given.as_seeds(seed, len(rows))
         max_images = given.as_integer("max_images", max_images, 1 if begin == "image" else 0, 2**31 - 1)
         index = None if size is None else self.size_index(size)
-        if not isinstance(sampling, list | tuple):
-            samplings = [self._sampling(sampling)] * len(rows) if rows else []
-        elif len(sampling) == len(rows):
-            samplings = [self._sampling(each) for each in sampling]
-        else:
-            raise UserError(f"sampling has {len(sampling)} values for {len(rows)} prompts; give one each")
+        samplings = self.samplings(sampling, len(rows))
         return [
             Request(row, own, row_seed, begin, max_images, index, preview_every=every)
             for row, own, row_seed in zip(rows, samplings, seeds, strict=True)
@@ -383,15 +350,24 @@ class TransfusionPipeline(LoraPipeline):
             )
         return self.sizes.index((size[0], size[1]))
 
-    def _sampling(self, sampling: SamplingConfig | None, **changes: Any) -> SamplingConfig:
-        """The options of a call, by default the model's, with changes that are not None, validated.
+    def samplings(self, sampling: Any, num: int, **changes: Any) -> list[SamplingConfig]:
+        """The options of so many prompts: of one SamplingConfig for all, or a list of one each.
 
-        Raises UserError for those that cannot be used.
+        What it does not set is as the pipeline's own; changes that are not None replace it. Raises UserError
+        for options that cannot be used.
         """
-        sampling = self.config.sampling if sampling is None else sampling
-        if not isinstance(sampling, SamplingConfig):
+        if not isinstance(sampling, list | tuple):
+            return [self._sampling(sampling, changes)] * num if num else []
+        if len(sampling) != num:
+            raise UserError(f"sampling has {len(sampling)} values for {num} prompts; give one each")
+        return [self._sampling(each, changes) for each in sampling]
+
+    def _sampling(self, sampling: Any, changes: dict[str, Any]) -> SamplingConfig:
+        if not isinstance(sampling, SamplingConfig | None):
             raise UserError(f"sampling={sampling!r:.80}: give a SamplingConfig, as pipeline.config.sampling")
-        sampling = sampling.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        if reason := self.model.objective.noise_process.unsupported_reason(sampling):
+        own = sampling and {name: getattr(sampling, name) for name in sampling.model_fields_set}
+        changed = (own or {}) | {name: value for name, value in changes.items() if value is not None}
+        merged = self.config.sampling.model_copy(update=changed)
+        if reason := self.model.objective.noise_process.unsupported_reason(merged):
             raise UserError(reason)
-        return sampling
+        return merged

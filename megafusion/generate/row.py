@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from megafusion.generate.text import TextStream, cut_at_stop, uniform_source
 from megafusion.images.codec import ImageCodec
@@ -29,7 +30,8 @@ class Request:
 
     prompt: texts, which are cleaned, images, and segments of tokens, which are taken as they are.
     begin, max_images: as in `TransfusionPipeline.generate`. seed: of the row's noise and tokens, whatever its
-    batch; noise: a generator of the noise in place of the seed's. size: index of the size of drawn images;
+    batch; noise: a generator of the noise in place of the seed's; start: float32 [C, h, w], the noise itself.
+    size: index of the size of drawn images;
     None lets the model choose by its begin-of-image (boi) token. preview_every: denoising steps between
     previews of its images; 0 for none.
     """
@@ -41,6 +43,7 @@ class Request:
     max_images: int = 1
     size: int | None = None
     noise: torch.Generator | None = None
+    start: Tensor | None = None
     preview_every: int = 0
 
 
@@ -87,6 +90,12 @@ class Row:
     def texts(self) -> list[Segment]:
         """The texts of prompt and answer."""
         return [segment for segment in self.segments if not isinstance(segment, ImageSegment)]
+
+    def draw_noise(self, shape: Sequence[int]) -> Tensor:
+        """Unit normal noise [C, h, w] that the next image begins with, on the host."""
+        if self.request.start is not None:
+            return self.request.start
+        return torch.randn(shape, generator=self.generator, device=self.generator.device).cpu()
 
     def begins_with(self, segments: list[Segment]) -> bool:
         """Whether prompt and answer begin with these segments."""

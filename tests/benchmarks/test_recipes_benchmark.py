@@ -24,7 +24,7 @@ def test_arms_beside_the_first(run_values, tmp_path, monkeypatch, capsys):
     benchmark.main()
     plain, modality = json.loads(capsys.readouterr().out)["arms"].values()
     assert plain["over_first"] == plain["over_first_by_clock"] == plain["peak_bytes_over_first"] == 1
-    assert modality["seconds"] == pytest.approx(plain["seconds"] * modality["over_first"], rel=0.9)
+    assert modality["quartiles"][0] <= modality["over_first"] <= modality["quartiles"][1]
     assert modality["parameters"] > plain["parameters"]
     assert modality["peak_bytes"] > 0
     assert not (tmp_path / "out").exists()

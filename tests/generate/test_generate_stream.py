@@ -76,7 +76,9 @@ def test_latents_alone_are_those_among_eight_others_within_rounding(pipeline):
 
     def latents(order):
         prompts, seeds, samplings = zip(*(rows[row] for row in order), strict=True)
-        generation = pipeline.stream(prompts, seed=seeds, sampling=samplings, begin="image")
+        generation = pipeline.generation(
+            pipeline.requests(prompts, seed=seeds, sampling=samplings, begin="image")
+        )
         generation.run()
         images = [row.images for row in generation.rows]
         return {row: image.latents for row, (image,) in zip(order, images, strict=True)}
@@ -199,6 +201,23 @@ def test_a_cancelled_image_is_not_denoised_to_its_end(pipeline):
     assert steps == [1]
     assert event == RowDone(0, "cancelled")
     assert stream.answers() == [[]]
+
+
+def test_a_stream_is_an_iterator_that_can_be_closed(pipeline):
+    stream = pipeline.stream([["x"]], begin="image")
+    assert [next(stream).state.step for _ in range(2)] == [1, 2]
+    assert next(iter(stream)).state.step == 3
+    assert len(repr(ImageStep((0,), next(pipeline.stream([["x"]], begin="image")).state))) < 200
+    for row in (1, -1, "0"):
+        with pytest.raises(UserError, match=rf"row={row!r}: give an integer from 0 to 0"):
+            stream.cancel(row)
+    rest = list(stream)
+    assert [type(event) for event in rest[:2]] == [ImageStep, ImageDone]
+    assert next(stream, None) is None
+    with pipeline.stream([["x"]], begin="image") as closed:
+        next(closed)
+    assert list(closed) == []
+    assert closed.answers() == [[]]
 
 
 def test_a_callback_sees_the_events_and_may_end_the_call(pipeline):

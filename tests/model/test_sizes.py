@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
+from megafusion.errors import UserError
 from megafusion.images.sizes import nearest_size
 from megafusion.model.adapters import SizeGroups, adapter_module
 from megafusion.model.config import ModelConfig
@@ -263,5 +263,5 @@ def test_latents_outside_an_image_do_not_change_it():
     ],
 )
 def test_impossible_sizes_are_refused(changes, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(UserError, match=message):
         ModelConfig(**MODEL | changes)

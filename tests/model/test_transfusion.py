@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from megafusion.config import load_config
+from megafusion.errors import UserError
 from megafusion.model.adapters import adapter_module
 from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig, RopeScaling
@@ -220,9 +220,7 @@ def test_rope_scaling_leaves_fast_frequencies_and_divides_slow_ones():
     angles *= torch.tensor([1.0, kept + (1 - kept) / 4, 0.25, 0.25])
     rope = rope_at(torch.tensor([[1]]), 8, 10_000.0, scaling)
     torch.testing.assert_close(rope.sin[0, 0, 0], angles.sin())
-    with pytest.raises(
-        ValidationError, match=r"low_freq_factor 4\.0 must be less than high_freq_factor 4\.0"
-    ):
+    with pytest.raises(UserError, match=r"low_freq_factor 4\.0 must be less than high_freq_factor 4\.0"):
         RopeScaling(low_freq_factor=4.0)
 
 
@@ -256,7 +254,7 @@ def test_residual_outputs_are_initialized_smaller_by_the_root_of_twice_the_layer
     ],
 )
 def test_impossible_sizes_are_refused(changes, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(UserError, match=message):
         ModelConfig(**SMALL | changes)
 
 

@@ -70,7 +70,7 @@ def as_url(content: bytes) -> str:
     ("change", "message"),
     [
         ({"seed": -1}, "seed.*it must be >= 0 and <= 9223372036854775807"),
-        ({"seed": 2**63}, "seed.*less than or equal to 9223372036854775807"),
+        ({"seed": 2**63}, "seed.*it must be >= 0 and <= 9223372036854775807"),
         ({"guidance_scale": float("nan")}, "guidance_scale.*finite number"),
         ({"guidance_scale": float("inf")}, "guidance_scale.*finite number"),
         ({"guidance_scale": "high"}, "guidance_scale.*valid number"),
@@ -92,7 +92,7 @@ def as_url(content: bytes) -> str:
         ({"background": "transparent"}, 'background="transparent" is not supported.*opaque'),
         ({"response_format": "url"}, 'response_format="url" is not supported, only "b64_json"'),
         ({"partial_images": 2}, "partial_images=2: needs stream true"),
-        ({"partial_images": 4, "stream": True}, "partial_images.*less than or equal to 3"),
+        ({"partial_images": 4, "stream": True}, "partial_images.*it must be >= 0 and <= 3"),
         ({"n": 2, "stream": True}, "n=2: the events of a stream are of one image"),
         ({"prompt": ""}, "prompt: is empty"),
         ({"prompt": " \u200b\n"}, "prompt: is empty"),
