@@ -121,7 +121,7 @@ def _origin(path: Path) -> str:
 
 
 def _provenance(source: str, provenance: dict[str, str]) -> Iterator[str]:
-    """What a source's shards were made from: a table of what is short, and blocks of what has lines."""
+    """The inputs of a source's shards: a table of what is short, and blocks of what has lines."""
     if short := {key: value for key, value in provenance.items() if "\n" not in value.strip()}:
         yield f"Made from, `{source}`:"
         yield _table(short)
