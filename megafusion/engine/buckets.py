@@ -65,7 +65,7 @@ class Buckets:
         whole: list[Tensor] | None,
     ):
         """order: all parameters in the order in which forward uses them, or near it: a bucket waits for those
-        that are expected before it, and keeps its memory meanwhile. A U-Net's own are in its modules' order."""
+        that are expected before it, and keeps its memory meanwhile. A U-Net's are in its modules' order."""
         self._process_group = process_group
         self._rank, self._num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
         self._gradients_a_round = num_micro_batches if whole else 1

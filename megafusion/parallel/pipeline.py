@@ -111,14 +111,14 @@ class Stage(nn.Module):
         return self.tail.head
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters with their canonical names, which checkpoints use, in the order of their use in forward."""
+        """Parameters with their canonical names, which checkpoints use, in the order of their first use."""
         order = {id(parameter): place for place, parameter in enumerate(self._parameters_as_used())}
         found = super().named_parameters(*args, **kwargs)
         for name, parameter in sorted(found, key=lambda pair: order[id(pair[1])]):
             yield canonical_name(name), parameter
 
     def _parameters_as_used(self) -> Iterable[nn.Parameter]:
-        """Each once, though a tied head has the embedding's: backward comes last to where it is used first."""
+        """All parameters in the order in which forward first uses them: a tied head's is the embedding's."""
         modules = [self.stem]
         for index, block in self.blocks.items():
             modules += [block, self.alignment if self.aligns(int(index) + 1) else None]

@@ -143,6 +143,7 @@ FORMS = [
 SHARDED = [
     *(("fp32", {"pipeline": 2, "zero_stage": stage}) for stage in (0, 1)),
     ("bf16", {"pipeline": 2}),
+    ("bf16", {"pipeline": 2, "virtual_stages": 2}),
     ("fp32", {"tensor": 2, "sequence": True}),
     ("fp32", {"ulysses": 2, "zero_stage": 2}),
 ]
