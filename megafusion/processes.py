@@ -39,8 +39,8 @@ def stop_signals_wait() -> Iterator[Callable[[], bool]]:
     """Let stop signals wait for a good moment: yields a function that says whether one has come.
 
     After the block it has the effect that it would have had before; a second one has it at once. If the block
-    raises, its error goes on and the signal is dropped. Ignored ones stay so; those handled in C, which Python
-    could not restore, do not wait. Outside the main thread, which alone receives signals, nothing changes.
+    raises, its error goes on and the signal is dropped. Ignored ones stay so, and those handled in C, which
+    Python could not restore. Outside the main thread, which alone receives signals, nothing changes.
     """
     came: list[int] = []
     before: dict[int, Any] = {}

@@ -19,8 +19,8 @@ from megafusion.parallel.schedule import Instruction, Pass, evaluation_timeline,
 from megafusion.sequence.packing import PackedBatch
 
 MAX_SENDS = 4
-"""Sends in flight at most. Two ranks list their transfers in one order (`simulate`), so waiting for the oldest
-cannot deadlock."""
+"""Sends in flight at most. Two ranks list their transfers in one order (`simulate`), so that waiting for the
+oldest cannot deadlock."""
 
 
 class Transfer(NamedTuple):

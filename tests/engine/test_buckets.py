@@ -40,6 +40,7 @@ def differences(cases: list[tuple[int, bool, torch.dtype, bool]]) -> list[float]
     module.BUCKET_SIZE = 7
     worst = []
     for seed, keeps_whole, dtype, has_all in cases:
+        module.SMALL_SHARE = seed % 2 * 9
         rng = random.Random(seed)
         groups = [make_group(rng, num_ranks, dtype) for _ in range(rng.randint(1, 3))]
         parameters = [parameter for group in groups for parameter in group.parameters]
@@ -104,7 +105,7 @@ def test_each_rank_gets_its_share_of_the_mean(num_ranks):
 def peaks(values: dict, objectives: list[dict]) -> list[tuple[int, int]]:
     """For each objective: float32 numbers in memory at once, at most, in the buckets of a step's passes; and
     those of the largest parameter, whose gradient comes at once."""
-    module.BUCKET_SIZE, alignment_module.PROJECTION_SIZE = 2**10, 64
+    module.BUCKET_SIZE, module.SMALL_SHARE, alignment_module.PROJECTION_SIZE = 2**10, 2**10, 64
     plain, found = parse_config(RunConfig, values, "test"), []
     mesh = make_mesh(plain.parallel)
     batches = build_components(plain, mesh).loader.next()
