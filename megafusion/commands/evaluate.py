@@ -38,13 +38,12 @@ def evaluate(
     judge=judge.safetensors
     """
     known = get_args(SuiteName)
-    if unknown := [name for name in suite or [""] if name not in known]:
-        hint = (
-            f"{unknown[0]} is unknown; did you mean {nearest(unknown[0], known, 1)}? Name"
-            if suite
-            else "name"
-        )
-        raise UserError(f"--suite: {hint} one of {', '.join(known)}; repeat it for several")
+    among = f"one of {', '.join(known)}; repeat it for several"
+    if not suite:
+        raise UserError(f"--suite: name {among}")
+    if unknown := [name for name in suite if name not in known]:
+        hint = nearest(unknown[0], known, 1)
+        raise UserError(f"--suite: {unknown[0]} is unknown; did you mean {hint}? Name {among}")
     values = load_values(config, overrides or []) if config else apply_overrides({}, overrides or [])
     parsed = parse_config(EvaluateConfig, values, str(config or "evaluate"))
     from megafusion.evaluate.run import evaluate as run

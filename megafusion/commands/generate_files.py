@@ -1,4 +1,4 @@
-"""What `megafusion generate` reads and writes: prompts, parts of an interleaved one, images, answers."""
+"""Inputs and outputs of `megafusion generate`: prompts, parts of an interleaved one, images, answers."""
 
 import re
 from collections.abc import Sequence

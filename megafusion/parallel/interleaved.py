@@ -19,12 +19,12 @@ from megafusion.parallel.schedule import Instruction, Pass, evaluation_timeline,
 from megafusion.sequence.packing import PackedBatch
 
 MAX_SENDS = 4
-"""Sends that have begun and are not waited for. A rank then waits for the oldest, which its receiver begins
-to receive before whatever the schedule has later (`simulate`), so ranks never wait for each other."""
+"""Sends in flight at most. Two ranks list their transfers in one order (`simulate`), so that waiting for the
+oldest cannot deadlock."""
 
 
 class Transfer(NamedTuple):
-    """Tensors on their way between two ranks, which stay in memory until they have arrived."""
+    """Tensors in flight between two ranks, which stay in memory until they have arrived."""
 
     tensors: list[Tensor]
     works: list[dist.Work | None]
