@@ -1,33 +1,45 @@
-"""Plots of the claims: arms side by side with a point of each seed, and figures against compute."""
+"""Plots of the claims: arms side by side with a point of each seed, and figures against compute.
+
+A plot's PNG has the hashes of the results that it was drawn from, as text under SOURCES.
+"""
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from textwrap import fill
 
 from claims_rows import (
     CAPTIONS,
     HELD_OUT,
+    MIN_SEEDS,
+    NORMAL,
     SEEN,
     TEXT,
     Claim,
     Measured,
     Row,
     Side,
+    half_width,
     load_runs,
     measure,
-    rate_error,
+    rate,
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from megafusion.errors import UserError
+from megafusion.storage import file_sha256
 from megafusion.sweep.fit import Point, fit_arms
 from megafusion.sweep.plot import COMPUTE, draw_laws
 
+SOURCES = "Results"
+"""Key of a PNG's text: a line with name and SHA-256 of each file of results."""
 COLUMNS = 4
+PANEL_WIDTH = 3.4
+"""Inches."""
 WIDTH = 38
 """Characters of a line of a panel's title."""
 MIN_SPAN = 0.04
@@ -47,29 +59,51 @@ PARITY = {
 
 
 def draw_claims(claims: Sequence[Claim], results: Path, out: Path) -> list[Path]:
-    """Write a sheet of each claim, with a panel for each figure that has been measured; their paths."""
-    sheets: dict[str, list[tuple[Claim, list[Measured], dict]]] = {}
+    """Write a sheet of each claim and sweep, with a panel for each figure that is measured; their paths."""
+    sheets: dict[tuple[str, str], list[tuple[Claim, list[Measured], dict]]] = {}
     for claim in claims:
         runs = load_runs(claim.sweep, results)
         panels: dict[str, list[Measured]] = {}
         for row in claim.rows:
             if found := measure(row, runs):
                 panels.setdefault(row.figure, []).append(found)
-        sheets.setdefault(claim.letter, []).extend((claim, each, runs) for each in panels.values())
-    written = []
-    for letter, panels in sheets.items():
         if panels:
-            figure, grid = _sheet(len(panels))
-            for axes, panel in zip(grid, panels, strict=False):
-                _draw_panel(axes, *panel)
-            figure.suptitle(
-                f"Claim {letter}. Points: seeds, each another fold. Black: mean and standard deviation,\n"
-                "or of one seed the 95% interval that the number of drawings leaves",
-                fontsize=11,
-            )
-            written.append(out / f"claims-{letter.strip('()')}.png")
-            figure.savefig(written[-1], dpi=100)
+            sheet = sheets.setdefault((claim.letter, claim.sweep), [])
+            sheet += [(claim, each, runs) for each in panels.values()]
+    written = []
+    for (letter, sweep), panels in sheets.items():
+        figure, grid = _sheet(len(panels))
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, *panel)
+        figure.suptitle(
+            f"Claim {letter}, {sweep}. Colored: seeds, each another fold. Black: mean and 95% interval,\n"
+            f"over {MIN_SEEDS} seeds or more, or of the number of drawings; none where neither gives one",
+            fontsize=11,
+        )
+        pairs = [pair for _, found, _ in panels for each in found for pair in each.pairs]
+        _add_seeds(figure, {seed for seed, *_ in pairs})
+        written.append(out / f"claims-{letter.strip('()')}-{sweep}.png")
+        _save(figure, written[-1], [results / f"{sweep}.json"])
     return written
+
+
+def _add_seeds(figure: Figure, seeds: Iterable[str]) -> None:
+    """Add a legend of the seeds' colors."""
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=_color(seed), label=f"seed {seed}")
+        for seed in sorted(seeds, key=int)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+
+
+def _color(seed: str) -> str:
+    return f"C{int(seed) % 10}"
+
+
+def _save(figure: Figure, path: Path, sources: Iterable[Path]) -> None:
+    """Write a PNG that knows the results that it shows."""
+    lines = [f"{source.name} {file_sha256(source)}" for source in sources if source.is_file()]
+    figure.savefig(path, dpi=100, metadata={SOURCES: "\n".join(lines)})
 
 
 def draw_sizes(results: Path, out: Path, baseline: str = "quantized") -> list[Path]:
@@ -77,8 +111,13 @@ def draw_sizes(results: Path, out: Path, baseline: str = "quantized") -> list[Pa
     runs = {f"{sweep}/{name}": run for sweep in SIZES for name, run in load_runs(sweep, results).items()}
     fitted = []
     for (name, metric, _), paper in PARITY.items():
-        arms = sized_points(runs, metric)
-        if baseline not in arms or any(len({point.group for point in each}) < 2 for each in arms.values()):
+        every = sized_points(runs, metric)
+        arms = {arm: each for arm, each in every.items() if len({point.group for point in each}) > 1}
+        if skipped := sorted({baseline, *every} - arms.keys()):
+            said = f"{name} against compute: without {', '.join(skipped)}, not measured at two sizes"
+            print(said, file=sys.stderr)
+        if baseline not in arms or len(arms) < 2:
+            print(f"no plot of {name} against compute: needs {baseline} and another arm", file=sys.stderr)
             continue
         try:
             fitted.append((name, paper, arms, fit_arms(arms, baseline)))
@@ -96,7 +135,7 @@ def draw_sizes(results: Path, out: Path, baseline: str = "quantized") -> list[Pa
         "Claim (a) against training compute, 128 concepts: points are runs, lines power laws", fontsize=11
     )
     path = out / "claims-compute.png"
-    figure.savefig(path, dpi=100)
+    _save(figure, path, [results / f"{sweep}.json" for sweep in SIZES])
     return [path]
 
 
@@ -117,7 +156,7 @@ def _sheet(number: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels."""
     columns = min(COLUMNS, number)
     rows = -(-number // columns)
-    figure = Figure(figsize=(3.2 * max(columns, 2), height * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(PANEL_WIDTH * max(columns, 2), height * rows + 0.5), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[number:]:
         axes.set_axis_off()
@@ -131,11 +170,12 @@ def _draw_panel(axes: Axes, claim: Claim, found: Sequence[Measured], runs: dict[
     for seed in dict.fromkeys(seed for by_seed in values.values() for seed in by_seed):
         points = [(place, values[side][seed]) for place, side in enumerate(sides) if seed in values[side]]
         axes.plot(*zip(*points, strict=True), "-", color="0.8", linewidth=1, zorder=1)
-        axes.plot(*zip(*points, strict=True), "o", color=f"C{int(seed) % 10}", markersize=6, zorder=2)
+        axes.plot(*zip(*points, strict=True), "o", color=_color(seed), markersize=6, zorder=2)
     for place, side in enumerate(sides):
         seen = list(values[side].values())
-        bar = _half_bar(side, values[side], runs)
-        axes.errorbar(place + 0.15, fmean(seen), bar, fmt="_k", markersize=11, capsize=4)
+        mean, interval = fmean(seen), interval_of(side, values[side], runs)
+        bar = interval and [[max(0.0, mean - interval[0])], [max(0.0, interval[1] - mean)]]
+        axes.errorbar(place + 0.15, mean, bar, fmt="_k", markersize=11, capsize=4)
     axes.set_xticks(range(len(sides)), [side.name for side in sides], fontsize=10 if len(sides) < 4 else 7.5)
     axes.set_xlim(-0.45, len(sides) - 0.45)
     _set_range(axes, sides[0].metric)
@@ -155,21 +195,26 @@ def values_of(side: Side, found: Sequence[Measured]) -> dict[str, float]:
     }
 
 
-def _half_bar(side: Side, values: Mapping[str, float], runs: dict[str, dict]) -> float | None:
-    """Half the length of an error bar; None of one seed of a figure that is no share."""
-    if len(values) > 1:
-        return stdev(values.values())
-    (figures,) = (
+def interval_of(
+    side: Side, values: Mapping[str, float], runs: Mapping[str, dict]
+) -> tuple[float, float] | None:
+    """The 95% interval of a side's mean, of its values by seed; None where a difference would have none."""
+    if len(values) >= MIN_SEEDS:
+        mean, half = fmean(values.values()), half_width(list(values.values()))
+        return mean - half, mean + half
+    measured = [
         run["metrics"]
         for run in runs.values()
         if run["arm"] == side.arm and run["point"]["seed"] in values and side.metric in run["metrics"]
-    )
-    error = rate_error(side.metric, [figures])
-    return error and 1.96 * error
+    ]
+    if (found := rate(side.metric, measured, added=2)) is None:
+        return None
+    share, error = found
+    return max(0.0, share - NORMAL * error), min(1.0, share + NORMAL * error)
 
 
 def _set_range(axes: Axes, metric: str) -> None:
-    """Let an axis begin at 0, or for a loss keep a hundredth of its value from filling the panel."""
+    """Begin an axis at 0; for a loss, show at least MIN_SPAN of its value, so that noise looks like noise."""
     axes.margins(y=0.15)
     low, high = axes.get_ylim()
     if "loss" in metric or "bits" in metric:

@@ -16,6 +16,8 @@ RATE = re.compile(r"((captions|images)/[\w-]+)/(\w*accuracy|exact_match|nearest_
 """Shares of drawings or captions, whose number is beside them."""
 MIN_SEEDS = 3
 """Seeds whose spread gives an interval; of fewer, the number of drawings does."""
+NORMAL = 1.96
+"""Standard errors in half of a 95% interval."""
 
 
 class Side(NamedTuple):
@@ -55,7 +57,7 @@ class Measured(NamedTuple):
     pairs: tuple[tuple[str, float, float], ...]
     interval: float | None
     """Half the width of the difference's 95% interval: of Student's t over the seeds, or with fewer than
-    MIN_SEEDS of the drawings' number; None of a figure that has neither."""
+    MIN_SEEDS of the number of drawings; None for a figure that has neither."""
     flops: tuple[float | None, float | None]
 
     @property
@@ -64,13 +66,13 @@ class Measured(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Words on the difference: whether it is outside its interval, if it has one, and its sign."""
+        """Words on the difference: whether its interval, if it has one, excludes 0, and its sign."""
         seeds, difference = len(self.pairs), fmean(self.differences)
         if not self.row.better:
             return ""
         agrees = difference * self.row.better > 0
         if self.interval is None:
-            said = "same sign" if agrees else "other sign"
+            said = "same sign" if agrees else "other sign" if difference else "no difference"
         elif abs(difference) <= self.interval:
             said = "not shown at this size"
         else:
@@ -99,28 +101,53 @@ def measure(row: Row, runs: dict[str, dict]) -> Measured | None:
     )
     flops = [[by_seed[seed].get("flops") for seed in seeds] for by_seed in found]
     means = tuple(fmean(known) if (known := [f for f in each if f]) else None for each in flops)
+    differences = [first - second for _, first, second in pairs]
     if len(seeds) >= MIN_SEEDS:
-        spread = stdev(first - second for _, first, second in pairs)
-        interval: float | None = student.ppf(0.975, len(seeds) - 1) * spread / math.sqrt(len(seeds))
+        interval: float | None = half_width(differences)
     else:
-        errors = [
-            rate_error(side.metric, [by_seed[seed] for seed in seeds])
-            for side, by_seed in zip((row.first, row.second), found, strict=True)
-        ]
-        interval = None if None in errors else 1.96 * math.hypot(*errors)
+        sides = ((row.first.metric, found[0]), (row.second.metric, found[1]))
+        runs_of = [(metric, [by_seed[seed] for seed in seeds]) for metric, by_seed in sides]
+        interval = rates_half_width(fmean(differences), *runs_of)
     return Measured(row, pairs, interval, means)
 
 
-def rate_error(metric: str, runs: Sequence[dict[str, float]]) -> float | None:
-    """Standard error of a share, of all drawings of some runs; 0 of what chance has, None of what is none."""
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of a mean's 95% interval, of Student's t."""
+    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def rates_half_width(difference: float, *sides: tuple[str, Sequence[dict[str, float]]]) -> float | None:
+    """Half the width of a 95% interval about the difference of two shares that holds Agresti and Caffo's.
+
+    Theirs, which adds a success and a failure to each side, lies about a smaller difference. Against chance,
+    which has no error, it is Agresti and Coull's of one share, which adds two of each. sides: metric and runs
+    of both; None if one is no share.
+    """
+    added = 2 if any(metric.endswith("_chance") for metric, _ in sides) else 1
+    rates = [rate(metric, runs, added) for metric, runs in sides]
+    if None in rates:
+        return None
+    (first, first_error), (second, second_error) = rates
+    return NORMAL * math.hypot(first_error, second_error) + abs(difference - (first - second))
+
+
+def rate(metric: str, runs: Sequence[dict[str, float]], added: int) -> tuple[float, float] | None:
+    """A share of the drawings or captions of some runs, and its standard error.
+
+    added: successes, and as many failures, that are counted beside the observed ones, so that shares near 0
+    and 1 have an error. The error of chance is 0. None for a figure that is no share, or whose number is not
+    recorded.
+    """
     if metric.endswith("_chance"):
-        return 0.0
+        return fmean(run[metric] for run in runs), 0.0
     match = RATE.fullmatch(metric)
     if not match or any(f"{match[1]}/images" not in run for run in runs):
         return None
     numbers = [run[f"{match[1]}/images"] for run in runs]
-    share = sum(run[metric] * number for run, number in zip(runs, numbers, strict=True)) / sum(numbers)
-    return math.sqrt(share * (1 - share) / sum(numbers))
+    successes = sum(run[metric] * number for run, number in zip(runs, numbers, strict=True))
+    total = sum(numbers) + 2 * added
+    share = (successes + added) / total
+    return share, math.sqrt(share * (1 - share) / total)
 
 
 def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
@@ -140,37 +167,43 @@ def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
 
 
 def _cells(found: Measured) -> str:
-    sides = [[pair[1] for pair in found.pairs], [pair[2] for pair in found.pairs]]
     digits = 4 if "loss" in found.row.first.metric else 2
-    values = " against ".join(_spread(side, digits) for side in sides)
-    flops = " against ".join(dict.fromkeys(f"{each / 1e12:.1f}" for each in found.flops if each))
-    difference = _spread(found.differences, digits, "+")
+    values = " against ".join(_spread([pair[place] for pair in found.pairs], digits) for place in (1, 2))
+    difference = f"{fmean(found.differences):+.{digits}f}"
+    if found.interval is not None:
+        difference += f" ± {found.interval:.{digits}f}"
     figure = ", ".join(filter(None, (found.row.figure, found.row.detail)))
-    cells = [figure, values, difference, str(len(found.pairs)), flops, found.verdict]
+    cells = [figure, values, difference, str(len(found.pairs)), _flops(found.flops), found.verdict]
     return " | ".join(cells)
 
 
-def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Mean ± sample standard deviation, which one value has not."""
+def _flops(sides: Sequence[float | None]) -> str:
+    """TFLOP of both sides, once if they are equal; empty if neither is known."""
+    said = dict.fromkeys(f"{each / 1e12:.1f}" if each else "-" for each in sides)
+    return " against ".join(said) if any(sides) else ""
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation; of a single value, the value."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):{sign}.{digits}f}{spread}"
+    return f"{fmean(values):.{digits}f}{spread}"
 
 
 # Figures: their words, their metric, and the sign of a better one.
-SEEN = ("seen pairs drawn", "images/seen/closed_both_accuracy", 1)
-HELD_OUT = ("held-out pairs drawn", "images/held-out/closed_both_accuracy", 1)
-OPEN_SEEN = ("seen pairs drawn, or `other`", "images/seen/both_accuracy", 1)
-OPEN_HELD_OUT = ("held-out pairs drawn, or `other`", "images/held-out/both_accuracy", 1)
-CONCEPT = ("held-out pairs: concept", "images/held-out/closed_concept_accuracy", 1)
-STYLE = ("held-out pairs: style", "images/held-out/closed_style_accuracy", 1)
+SEEN = ("seen: closed-set accuracy", "images/seen/closed_both_accuracy", 1)
+HELD_OUT = ("held-out: closed-set accuracy", "images/held-out/closed_both_accuracy", 1)
+OPEN_SEEN = ("seen: open-set accuracy", "images/seen/both_accuracy", 1)
+OPEN_HELD_OUT = ("held-out: open-set accuracy", "images/held-out/both_accuracy", 1)
+CONCEPT = ("held-out: closed-set accuracy, concept", "images/held-out/closed_concept_accuracy", 1)
+STYLE = ("held-out: closed-set accuracy, style", "images/held-out/closed_style_accuracy", 1)
 IMAGES = (OPEN_HELD_OUT, OPEN_SEEN, HELD_OUT, SEEN, CONCEPT, STYLE)
-IMAGE_LOSS = ("held-out image loss", "validation_image_loss", -1)
+IMAGE_LOSS = ("held-out: image loss", "validation_image_loss", -1)
 CAPTIONS = (
-    ("held-out CIDEr", "captions/held-out/cider", 1),
-    ("seen CIDEr", "captions/seen/cider", 1),
-    ("seen captions exact", "captions/seen/exact_match", 1),
+    ("held-out: CIDEr", "captions/held-out/cider", 1),
+    ("seen: CIDEr", "captions/seen/cider", 1),
+    ("seen: exact match", "captions/seen/exact_match", 1),
 )
-TEXT = (("bits a byte of held-out glosses", "perplexity/all/bits_per_byte", -1),)
+TEXT = (("held-out glosses: bits per byte", "perplexity/all/bits_per_byte", -1),)
 
 
 def _arms(
@@ -190,11 +223,11 @@ def _guesses(arm: str) -> tuple[Row, ...]:
         drawn = Side("drawn", arm, f"images/held-out/closed_{part}_accuracy")
         for name, metric in (("nearest seen", f"nearest_seen_{part}"), ("chance", f"{part}_chance")):
             guess = Side(name, arm, f"images/held-out/{metric}")
-            rows.append(Row(f"held-out pairs: {part}", drawn, guess, 1, f"drawn and {name}"))
+            rows.append(Row(f"held-out: closed-set accuracy, {part}", drawn, guess, 1, f"drawn and {name}"))
     held_out, seen = (
         Side(group, arm, f"images/{group}/closed_both_accuracy") for group in ("held-out", "seen")
     )
-    return (*rows, Row("pairs drawn", held_out, seen, 0, "held-out and seen"))
+    return (*rows, Row("closed-set accuracy", held_out, seen, 0, "held-out and seen"))
 
 
 def _against_tokens(size: int) -> tuple[Claim, ...]:

@@ -12,9 +12,16 @@ from rich.progress import (
 )
 
 
+class _Progress(Progress):
+    def stop(self) -> None:
+        """Stop as rich does, but without its empty line where nothing was started."""
+        if self.live.is_started:
+            super().stop()
+
+
 def progress_bar(disable: bool = False) -> Progress:
     """A rich progress bar on stderr: description, count, time left, and the task's `losses` text."""
-    return Progress(
+    return _Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+import typer
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -46,6 +49,37 @@ def test_help_is_complete(command):
     for line in text.splitlines():
         if line.startswith("│ --") and "--help" not in line:
             assert len(line.strip("│ ").split("  ")) > 1, line
+
+
+def commands(group: typer.core.TyperGroup, *names: str) -> Iterator[tuple[list[str], click.Command]]:
+    """Every command with the words that call it."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, *names, name)
+        else:
+            yield [*names, name], command
+
+
+def test_no_help_loses_what_stands_in_brackets(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    found = 0
+    for names, command in commands(typer.main.get_command(app)):
+        helps = [command.help, *(getattr(each, "help", None) for each in command.params)]
+        words = [word.replace("\\[", "[") for text in helps for word in (text or "").split() if "[" in word]
+        shown = run(*names, "--help")[1]
+        assert all(word in shown for word in words), (names, words)
+        found += len(words)
+    assert found
+
+
+def test_an_unknown_suite_is_refused_with_the_nearest():
+    known = "perplexity, captions, images, reconstruction, geneval, lm; repeat it for several"
+    status, text = run("evaluate", "no-run", "--suite", "captions", "--suite", "perplexty")
+    assert (status, text) == (
+        2,
+        f"--suite: perplexty is unknown; did you mean perplexity? Name one of {known}",
+    )
+    assert run("evaluate", "no-run") == (2, f"--suite: name one of {known}")
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "export"])
@@ -225,7 +259,10 @@ def test_generate_refuses_what_it_cannot_use(run_values, tmp_path):
     assert "sampler heun does not sample" in text
     status, text = run("generate", run_values["out"], "--prompt", "x", "--sampler", "eular")
     assert status == 2
-    assert "sampler: eular is unknown; did you mean 'euler'? The samplers are ddim, dpm++, euler," in text
+    assert (
+        "sampler: eular is unknown; did you mean 'euler' (kind ddpm)? The samplers are ddim, dpm++, euler,"
+        in text
+    )
     assert TransfusionPipeline.from_pretrained(run_values["out"]).sizes == [(32, 32)]
 
 

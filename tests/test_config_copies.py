@@ -17,7 +17,10 @@ SAMPLING = SamplingConfig(sampler="dpm++", num_inference_steps=20)
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        ({"sampler": "eular"}, r"sampler: eular is unknown; did you mean 'euler'\? The samplers are ddim, "),
+        (
+            {"sampler": "eular"},
+            r"sampler: eular is unknown; did you mean 'euler' \(kind ddpm\)\? The samplers are ddim, ",
+        ),
         ({"smapler": "ddim"}, r"unknown key 'smapler'; did you mean 'sampler'"),
         ({"num_steps": 5}, r"'num_steps' was renamed: it is 'num_inference_steps' now"),
         ({"num_inference_steps": 0}, r"num_inference_steps"),
@@ -46,7 +49,7 @@ def test_every_constructor_refuses_as_a_file_is_refused(cls):
 
 def test_a_constructor_names_the_key_and_keeps_what_is_within():
     with pytest.raises(
-        UserError, match=r"^SamplingConfig: sampler: eular is unknown; did you mean 'euler'\?"
+        UserError, match=r"^SamplingConfig: sampler: eular is unknown; did you mean 'euler' \(kind ddpm\)\?"
     ):
         SamplingConfig(sampler="eular")
     with pytest.raises(

@@ -28,4 +28,5 @@ def expand_paths(command: Callable[..., None]) -> Callable[..., None]:
     def run(**arguments: Any) -> None:
         command(**{name: expanded(value) for name, value in arguments.items()})
 
+    run.__doc__ = (command.__doc__ or "").replace("[", r"\[")  # which the help would take for markup
     return run

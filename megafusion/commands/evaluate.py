@@ -9,6 +9,7 @@ from megafusion.commands.arguments import Overrides
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig, SuiteName
+from megafusion.suggestions import nearest
 from megafusion.yaml_values import apply_overrides, load_values
 
 
@@ -37,8 +38,12 @@ def evaluate(
     judge=judge.safetensors
     """
     known = get_args(SuiteName)
-    if not suite or set(suite) - set(known):
-        raise UserError(f"--suite: name one of {', '.join(known)}; repeat it for several")
+    among = f"one of {', '.join(known)}; repeat it for several"
+    if not suite:
+        raise UserError(f"--suite: name {among}")
+    if unknown := [name for name in suite if name not in known]:
+        hint = nearest(unknown[0], known, 1)
+        raise UserError(f"--suite: {unknown[0]} is unknown; did you mean {hint}? Name {among}")
     values = load_values(config, overrides or []) if config else apply_overrides({}, overrides or [])
     parsed = parse_config(EvaluateConfig, values, str(config or "evaluate"))
     from megafusion.evaluate.run import evaluate as run

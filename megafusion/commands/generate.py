@@ -1,15 +1,16 @@
 """`megafusion generate`."""
 
-import re
-from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from megafusion.commands.generate_files import file_name, parse_part, read_prompts, save_image, write_answer
+from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.images.sizes import parse_size
+from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.text import clean_text
 from megafusion.storage import write_file
 from megafusion.yaml_values import apply_overrides
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from megafusion.generate.events import Event
-    from megafusion.generate.row import Part
 
+Begin = Literal["free", "text", "image"]
 BATCH_SIZE = 16
 """Prompts of a file that are drawn together."""
 
@@ -36,7 +37,14 @@ def generate(
         typer.Option("--prompts", help="File of texts to draw, one a line.", metavar="FILE"),
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Image to describe; repeat for several.", metavar="PATH")
+        list[Path] | None,
+        typer.Option(help="Image to describe, or with --edit to change; repeat for several.", metavar="PATH"),
+    ] = None,
+    edit: Annotated[
+        str | None,
+        typer.Option(
+            help="How to change each --image, by a model that was trained on edits.", metavar="INSTRUCTION"
+        ),
     ] = None,
     interleave: Annotated[
         list[str] | None,
@@ -46,9 +54,18 @@ def generate(
             metavar="PART",
         ),
     ] = None,
+    begin: Annotated[
+        Begin | None,
+        typer.Option(
+            help="What the answer to --interleave begins with; free, the default: as the model likes."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the images and captions.txt; by default a new one, generated-N."),
+        typer.Option(
+            help="Folder for the images and captions.txt; by default a new one, generated-N, if any image is "
+            "drawn."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of an earlier call in --out.")
@@ -64,7 +81,7 @@ def generate(
     option: Annotated[
         list[str] | None,
         typer.Option(
-            help="Any key of `sampling`, as temperature=0.8 or negative_prompt=grey; repeat for several.",
+            help="Any key of `megafusion keys generate`, as temperature=0.8; repeat for several.",
             metavar="KEY=VALUE",
         ),
     ] = None,
@@ -77,7 +94,7 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Draw prompts, describe images, or continue an interleaved prompt of both.
+    """Draw prompts, describe or edit images, or continue an interleaved prompt of both.
 
     Examples:
 
@@ -86,29 +103,47 @@ def generate(
     megafusion generate runs/quickstart --image apples/0-red-apple-3d-style.png
 
     megafusion generate runs/quickstart --interleave "pizza, 3d style"
+
+    megafusion generate runs/edits --image apples/0-red-apple-3d-style.png --edit "make it blue"
     """
     prompts, paths, parts = prompt or [], image or [], interleave or []
     prompts += read_prompts(prompts_file) if prompts_file else []
     if not all(map(clean_text, prompts)):
         raise UserError("--prompt: is empty or blank; give a text to draw")
     if not (prompts or paths or parts):
-        raise UserError("nothing to generate: give --prompt, --image or --interleave")
-    if size and not (prompts or parts):
-        raise UserError("--size is for drawn images, and none is drawn: give --prompt or --interleave")
-    out = out or next(path for n in count(1) if not (path := Path(f"generated-{n}")).exists())
+        raise UserError("nothing to generate: give --prompt, --prompts, --image or --interleave")
+    if edit is not None and not (paths and clean_text(edit)):
+        raise UserError("--edit: give an --image to change, and a text that tells how")
+    if begin and not parts:
+        raise UserError("--begin is for the answer to --interleave, which is not given")
+    edited = paths if edit is not None else []
+    if size and not (prompts or parts or edited):
+        raise UserError(
+            "--size is for drawn images, and none is drawn: give --prompt, --edit or --interleave"
+        )
+    given_out, out = out, out or next(path for n in count(1) if not (path := Path(f"generated-{n}")).exists())
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
     captions = out / "captions.txt"
-    drawn_paths = [out / f"{number}-{_slug(text)}.png" for number, text in enumerate(prompts)]
+    drawn_paths = [out / f"{number}-{file_name(text)}.png" for number, text in enumerate(prompts)]
+    edited_paths = [out / f"edit-{number}-{file_name(path.stem)}.png" for number, path in enumerate(edited)]
     answers = out.glob("answer-*.png") if parts else ()
-    if not overwrite and (old := [path for path in (captions, *drawn_paths, *answers) if path.exists()]):
+    written = (captions, *drawn_paths, *edited_paths, *answers)
+    if not overwrite and (old := [path for path in written if path.exists()]):
         raise UserError(
             f"{old[0]}: of an earlier call; choose another --out, or add --overwrite to replace it"
         )
+    options = {
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+        "sampler": sampler,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    sampling = parse_config(SamplingConfig, apply_overrides(options, option or []), "generate")
     from megafusion.generate.arguments import load_image
 
     images = [load_image(path) for path in paths]
-    mixed = [_parse_part(part) for part in parts]
+    mixed = [parse_part(part) for part in parts]
 
     from megafusion.device import default_device
 
@@ -117,76 +152,37 @@ def generate(
     from megafusion.progress import progress_bar
 
     pipeline = TransfusionPipeline.from_pretrained(checkpoint).to(default_device())
-    options = {
-        "guidance_scale": guidance_scale,
-        "num_inference_steps": num_inference_steps,
-        "sampler": sampler,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    given = apply_overrides(given, option or [])
-    sampling = pipeline.config.sampling.model_copy(update=given)
     height_and_width = parse_size(size) if size else None
     if height_and_width:
         pipeline.size_index(height_and_width)
-    lines = []
-    with progress_bar() as progress:
-        task = progress.add_task("denoising", total=sampling.num_inference_steps, losses="", visible=False)
+    progress = progress_bar()  # shown from the first step on: a refusal begins no bar
+    task = progress.add_task("denoising", total=None, losses="")
 
-        def report(event: "Event") -> None:
-            if isinstance(event, ImageStep):
-                progress.update(task, completed=event.state.step, total=event.state.num_steps, visible=True)
+    def report(event: "Event") -> None:
+        if isinstance(event, ImageStep):
+            progress.start()
+            progress.update(task, completed=event.state.step, total=event.state.num_steps)
 
-        call: Any = {"size": height_and_width, "sampling": sampling, "callback": report}
-        drawn: list[Image.Image] = []
+    call: Any = {"size": height_and_width, "sampling": sampling, "callback": report}
+    drawn: list[Image.Image] = []
+    described: list[str] = []
+    try:
         for first in range(0, len(prompts), BATCH_SIZE):
             drawn += pipeline.draw(prompts[first : first + BATCH_SIZE], seed=seed + first, **call)
-        described = pipeline.describe(images, seed=seed, sampling=sampling)
-        answer = pipeline.chat(mixed, seed=seed, **call) if mixed else []
-    for path, image_drawn, text in zip(drawn_paths, drawn, prompts, strict=True):
-        lines.append(f"{_save(image_drawn, path)}: drawn from {text!r}")
-    lines += [f"{path}: {caption}" for path, caption in zip(paths, described, strict=True)]
-    if mixed:
-        lines += _write_answer(answer, out)
-    write_file(captions, "\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def _parse_part(part: str) -> "Part":
-    """A part of --interleave: a text, or an image where it begins with one @."""
-    if part.startswith("@@"):
-        return part[1:]
-    if not part.startswith("@"):
-        return part
-    from megafusion.generate.arguments import load_image
-
-    return load_image(part[1:])
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: not a readable text file ({error})") from error
-    if not (prompts := [line for line in lines if line.strip()]):
-        raise UserError(f"--prompts {path}: has no prompts; write one a line")
-    return prompts
-
-
-def _write_answer(answer: "Sequence[Part]", out: Path) -> list[str]:
+        if edit is None:
+            described = pipeline.describe(images, seed=seed, sampling=sampling)
+        else:
+            drawn += [pipeline.edit(each, edit, seed=seed + n, **call) for n, each in enumerate(images)]
+        answer = pipeline.chat(mixed, seed=seed, begin=begin or "free", **call) if mixed else []
+    finally:
+        progress.stop()
     lines = []
-    for number, part in enumerate(answer):
-        text = part if isinstance(part, str) else _save(part, out / f"answer-{number}.png")
-        lines.append(f"answer {number}: {text}")
-    return lines or ["answer: nothing (the model ended at once)"]
-
-
-def _save(image: "Image.Image", path: Path) -> Path:
-    from megafusion.images.grid import encode_png
-
-    write_file(path, encode_png(image))
-    return path
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"
+    origins = [*map(repr, prompts), *(f"{path}, edited: {edit!r}" for path in edited)]
+    for path, image_drawn, origin in zip([*drawn_paths, *edited_paths], drawn, origins, strict=True):
+        lines.append(f"{save_image(image_drawn, path)}: drawn from {origin}")
+    lines += [f"{path}: {caption}" for path, caption in zip(paths, described, strict=edit is None)]
+    if mixed:
+        lines += write_answer(answer, out)
+    if given_out or out.exists():
+        write_file(captions, "\n".join(lines) + "\n")
+    print("\n".join(lines))

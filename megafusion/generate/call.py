@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 CALLBACK_TENSOR_INPUTS = ("latents",)
-"""What callback_on_step_end can ask for."""
+"""Tensors that callback_on_step_end can ask for."""
 MAX_IMAGES_PER_PROMPT = 1024
 
 

@@ -1,4 +1,4 @@
-"""What `TransfusionPipeline.stream` gives: the events of a call, one after another."""
+"""The result of `TransfusionPipeline.stream`: the events of a call, one after another."""
 
 from types import TracebackType
 from typing import Self

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from megafusion.config import Config
 from megafusion.objective import ddpm, flow
 from megafusion.objective.noise_process import DDPMConfig, NoiseProcessConfig
+from megafusion.objective.sampler import LEFT_OUT
 
 LOGITS_BYTES = 2**27
 """Of the logits that are there at once: 2,048 positions of 32,000 tokens in bf16, 1,024 in float32."""
@@ -105,14 +106,21 @@ class SamplingConfig(Config):
     def _named(cls, name: str | None) -> str | None:
         if name is None:
             return None
-        known = [*ddpm.SAMPLERS, *flow.SAMPLERS]
+        kinds = {"ddpm": ddpm.SAMPLERS, "flow": flow.SAMPLERS}
         short = name.removesuffix("Scheduler")
-        if short not in known:
-            by_lower = {each.lower(): each for each in known}
-            near = difflib.get_close_matches(short.lower(), by_lower, 1, 0.5)
-            hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
-            raise ValueError(f"{name} is unknown; {hint}The samplers are {', '.join(dict.fromkeys(known))}")
-        return short
+        kind_of = {each: kind for kind, samplers in reversed(kinds.items()) for each in samplers}
+        if short in kind_of:
+            return short
+        by_lower = {each.lower(): each for each in kind_of}
+        if short in LEFT_OUT:
+            reason = "draws worse or is for other models (docs/python-api.md)"
+        elif near := difflib.get_close_matches(short.lower(), by_lower, 1, 0.5):
+            found = by_lower[near[0]]
+            reason = f"is unknown; did you mean {found!r} (kind {kind_of[found]})?"
+        else:
+            reason = "is unknown"
+        listed = " and ".join(f"{', '.join(samplers)} (kind {kind})" for kind, samplers in kinds.items())
+        raise ValueError(f"{name} {reason}{'' if reason[-1] == '?' else '.'} The samplers are {listed}")
 
     @model_validator(mode="after")
     def _consistent(self) -> "SamplingConfig":

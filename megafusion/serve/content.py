@@ -113,7 +113,7 @@ def _read_message(message: Any, field: str, content: Content) -> Iterator[Part]:
     values.pop("name", None)
     if role not in ROLES:
         raise Refusal(400, f"{field}.role={role!r:.80}: give one of {', '.join(ROLES)}")
-    if values:
+    if values := {key: value for key, value in values.items() if value != []}:  # as of no tool calls
         raise Refusal(400, f"{field}: unknown key {next(iter(values))!r:.80}; give role and content")
     if isinstance(body, list):
         for number, part in enumerate(body):

@@ -83,9 +83,9 @@ def step_flops(
     hidden_size each), attention for visible pairs alone (4 x num_heads x head_dim each, in every block), for
     each image the adapter, with clean context its first half twice, and the projection of `alignment`.
     Recomputation is not counted, nor masked pairs and empty image slots that are computed; nor the frozen
-    encoders of pixels, because shards may hold what they give; nor validation, which trains nothing and may
-    be as frequent as one likes. An integer of integers, so sums of it are exact. Frozen weights and LoRA are
-    counted as trained.
+    encoders of pixels, because shards may hold what they give; nor validation, which
+    trains nothing and is as frequent as `data.validation` says. An integer of integers, so sums of it are
+    exact. Frozen weights and LoRA are counted as trained.
     """
     per_pair = 4 * model.num_layers * model.num_heads * model.head_size
     dense_row = _block_flops(model, shape) - per_pair * shape.length**2

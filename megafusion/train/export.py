@@ -1,6 +1,6 @@
 """`megafusion export`: a model's text path as transformers loads it, with a card from its run folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,7 +61,11 @@ def export_text(
     dtype = dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if dtype not in get_args(Dtype):
         raise UserError(f"the text model that {model} began as has weights of {dtype}; give --dtype")
-    export_text_model(pipeline, out, base, model_card(out.name, run, license), dtype)
+    export_text_model(pipeline, out, base, model_card(_title(out, run), run, license), dtype)
+
+
+def _title(out: Path, run: Path | None) -> str:
+    return f"Text path of {run.name}" if run else out.absolute().name
 
 
 def model_card(name: str, run: Path | None, license: str | None) -> str:
@@ -97,9 +101,17 @@ def _facts(config: RunConfig, run: Path) -> list[str]:
     }
     training = {key: value for key, value in training.items() if value != ""}
     figures = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
-    figures |= report
-    sources = {name: _source(source.path, source.weight) for name, source in config.data.sources.items()}
-    return ["## Training", _table(training), "## Data", _table(sources), "## Figures", _table(figures)]
+    figures = dict(_flat(figures | report))
+    manifests = {name: load_manifest(source.path) for name, source in config.data.sources.items()}
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    sources = {
+        name: f"{found.kind}, weight {weights[name]:g}: {found.num_documents:,} documents, "
+        f"{found.num_tokens:,} tokens, {found.num_images:,} images"
+        for name, found in manifests.items()
+    }
+    made_from = [text for name, found in manifests.items() for text in _provenance(name, found.provenance)]
+    parts = ["## Training", _table(training), "## Data", _table(sources), *made_from]
+    return [*parts, *(["## Figures", _table(figures)] if figures else [])]
 
 
 def _origin(path: Path) -> str:
@@ -108,15 +120,27 @@ def _origin(path: Path) -> str:
     return f"{path} (licence {license})" if license else str(path)
 
 
-def _source(path: str, weight: float) -> str:
-    manifest = load_manifest(path)
-    made_from = "; ".join(f"{key} {value}" for key, value in manifest.provenance.items())
-    return (
-        f"{manifest.kind}, weight {weight:g}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} "
-        f"tokens, {manifest.num_images:,} images; {made_from}"
-    )
+def _provenance(source: str, provenance: dict[str, str]) -> Iterator[str]:
+    """The inputs of a source's shards: a table of what is short, and blocks of what has lines."""
+    if short := {key: value for key, value in provenance.items() if "\n" not in value.strip()}:
+        yield f"Made from, `{source}`:"
+        yield _table(short)
+    for key, value in provenance.items():
+        if key not in short:
+            yield f"`{source}`, {key}:\n\n```\n{value.strip()}\n```"
+
+
+def _flat(values: dict[str, Any], parent: str = "") -> Iterator[tuple[str, str]]:
+    """Figures and those within figures, by dotted name, to four digits."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{parent}{key}.")
+        else:
+            number = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else None
+            yield f"{parent}{key}", number or (f"{value:,.0f}" if isinstance(value, float) else str(value))
 
 
 def _table(rows: dict[str, Any]) -> str:
-    cells = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    texts = {key: " ".join(str(value).split()).replace("|", r"\|") for key, value in rows.items()}
+    cells = [f"| {key} | {text} |" for key, text in texts.items()]
     return "\n".join(["| | |", "|---|---|", *cells])

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from megafusion.errors import UserError
+from megafusion.storage import file_sha256
 from tests.support.small import ROOT
 
 SEEN, LOSS = "images/seen/closed_both_accuracy", "validation_image_loss"
@@ -42,7 +43,6 @@ def test_the_page_has_the_table_of_the_committed_runs(monkeypatch, rows):
     pages, page = script(monkeypatch, "pages"), (ROOT / "docs/results.md").read_text()
     table, command = rows.table(rows.CLAIMS), "python benchmarks/claims.py table --write"
     assert pages.replace_table(page, command, table) == page, command
-    assert "| 0.61 against 0.33 | +0.27 |" in table or "± " in table
     with pytest.raises(UserError, match="are gone"):
         pages.replace_table(page.replace(pages.END, ""), command, table)
 
@@ -105,29 +105,59 @@ def test_with_few_seeds_a_verdict_is_of_the_number_of_drawings(rows):
         runs = make_runs("a", [{SEEN: 0.5, "images/seen/images": number}])
         runs |= make_runs("b", [{SEEN: 0.3, "images/seen/images": number}])
         found = rows.measure(rows.Row("seen", *sides, 1), runs)
-        assert found.interval == pytest.approx(1.96 * math.sqrt((0.25 + 0.21) / number))
+        first, second = ((share * number + 1) / (number + 2) for share in (0.5, 0.3))
+        error = math.sqrt((first * (1 - first) + second * (1 - second)) / (number + 2))
+        assert first - second - 1.96 * error == pytest.approx(0.2 - found.interval), "Agresti and Caffo's end"
         assert found.verdict == verdict
     del runs["a,seed=0"]["metrics"]["images/seen/images"]
     assert rows.measure(rows.Row("seen", *sides, 1), runs).interval is None
-    assert rows.rate_error("images/held-out/concept_chance", []) == 0
+
+
+def test_a_few_drawings_against_none_show_nothing(rows):
+    """4 of 102 against 0 of 102: Fisher's p is 0.12. 9 against 0 has 0.003."""
+    row = rows.Row("seen", rows.Side("a", "a", SEEN), rows.Side("b", "b", SEEN), 1)
+    for number, verdict in ((4, "not shown at this size, 1 seed"), (9, "**agrees**, 1 seed")):
+        for few, many in ((0, number), (102 - number, 102)):
+            runs = make_runs("a", [{SEEN: many / 102, "images/seen/images": 102}])
+            runs |= make_runs("b", [{SEEN: few / 102, "images/seen/images": 102}])
+            assert rows.measure(row, runs).verdict == verdict, (few, many)
+
+
+def test_against_chance_the_interval_is_of_one_share(rows):
+    """0 of 20 against a chance of 0.1: (0 + 2) / (20 + 4) = 0.083, and no less than 20 drawings leave."""
+    chance = "images/seen/concept_chance"
+    runs = make_runs("a", [{SEEN: 0.0, "images/seen/images": 20, chance: 0.1}])
+    found = rows.measure(rows.Row("it", rows.Side("a", "a", SEEN), rows.Side("c", "a", chance), 1), runs)
+    share = 2 / 24
+    half = 1.96 * math.sqrt(share * (1 - share) / 24)
+    assert found.interval == pytest.approx(half + share)
+    assert found.verdict == "not shown at this size, 1 seed"
+
+
+def test_no_difference_has_no_sign(rows):
+    row = rows.Row("loss", rows.Side("a", "a", LOSS), rows.Side("b", "b", LOSS), -1)
+    runs = make_runs("a", [{LOSS: 1.0}]) | make_runs("b", [{LOSS: 1.0}])
+    assert rows.measure(row, runs).verdict == "no difference, 1 seed"
 
 
 def test_a_table_has_mean_deviation_and_seeds(rows, tmp_path):
-    runs = make_runs("a", [{LOSS: 1.0}, {LOSS: 2.0}]) | make_runs("b", [{LOSS: 1.5}, {LOSS: 2.25}])
+    """And beside the difference the interval, of differences -0.5, -0.25 and 0: 4.303 x 0.25 / sqrt(3)."""
+    runs = make_runs("a", [{LOSS: 1.0}, {LOSS: 2.0}, {LOSS: 3.0}])
+    runs |= make_runs("b", [{LOSS: 1.5, "flops": 3e12}, {LOSS: 2.25}, {LOSS: 3.0}])
     (tmp_path / "made.json").write_text(json.dumps({"runs": runs}))
     side = {name: rows.Side(name, name, LOSS) for name in "ab"}
     claim = rows.Claim(
         "(z)", "it", "a against b", "1 against 2", "made", (rows.Row("loss", *side.values(), -1),)
     )
     lines = rows.table([claim, claim._replace(sweep="absent")], tmp_path).splitlines()
-    figures = "1.5000 ± 0.7071 against 1.8750 ± 0.5303 | -0.3750 ± 0.1768 | 2 |  | same sign, 2 seeds"
+    figures = "2.0000 ± 1.0000 against 2.2500 ± 0.7500 | -0.2500 ± 0.6210 | 3 | - against 3.0"
     assert lines[2:] == [
-        f"| (z) it: a against b | 1 against 2 | loss | {figures} |",
+        f"| (z) it: a against b | 1 against 2 | loss | {figures} | not shown at this size |",
         "| (z) it: a against b | 1 against 2 | | not run yet | | | | |",
     ]
 
 
-def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatch, rows, tmp_path):
+def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatch, rows, tmp_path, capsys):
     """Patch sizes share a panel; runs on two power laws give the parity ratio that made them."""
     plot = script(monkeypatch, "claims_plot")
     values = [{LOSS: 0.8 + seed / 100, SEEN: 0.3, "images/seen/images": 100} for seed in range(3)]
@@ -143,13 +173,52 @@ def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatc
     (tmp_path / "sizes.json").write_text(json.dumps({"runs": sizes}))
     (sheet,) = plot.draw_claims([c for c in rows.CLAIMS if c.letter == "(c)"], tmp_path, tmp_path)
     panels = 2
-    assert sheet.name == "claims-c.png"
-    assert Image.open(sheet).size == (100 * 3.2 * panels, 100 * (3.1 + 0.5))
+    assert sheet.name == "claims-c-ablations.png"
+    image = Image.open(sheet)
+    assert image.size == (100 * 3.4 * panels, 100 * (3.1 + 0.5))
+    assert image.text["Results"] == f"ablations.json {file_sha256(tmp_path / 'ablations.json')}"
     points = plot.sized_points(sizes, "perplexity/all/bits_per_byte")
     assert {arm: len(each) for arm, each in points.items()} == {"transfusion": 6, "quantized": 6}
     laws = plot.fit_arms(points, "quantized")
     assert laws["arms"]["transfusion"]["parity"] == pytest.approx(0.25)
     assert [path.name for path in plot.draw_sizes(tmp_path, tmp_path)] == ["claims-compute.png"]
+    capsys.readouterr()
+    one_size = make_runs("causal", [{"perplexity/all/bits_per_byte": 2.0, "flops": 1e12}])
+    (tmp_path / "concepts-128.json").write_text(json.dumps({"runs": one_size}))
+    assert [path.name for path in plot.draw_sizes(tmp_path, tmp_path)] == ["claims-compute.png"]
+    assert "bits per byte against compute: without causal, not measured" in capsys.readouterr().err
+    (tmp_path / "sizes.json").unlink()
+    assert plot.draw_sizes(tmp_path, tmp_path) == []
+    assert "no plot of seen: CIDEr against compute: needs quantized" in capsys.readouterr().err
+
+
+def test_the_committed_plots_are_of_the_committed_results(rows):
+    """By the hash that each has of them; and every sweep of a claim with results has a plot."""
+    found = set()
+    for path in (ROOT / "docs").glob("claims-*.png"):
+        sources = Image.open(path).text["Results"].splitlines()
+        for name, sha256 in map(str.split, sources):
+            command = "python benchmarks/claims.py plot"
+            assert file_sha256(rows.RESULTS / name) == sha256, f"{path.name}: {name} has changed: {command}"
+        found.add(path.name)
+    measured = {f"claims-{c.letter[1]}-{c.sweep}.png" for c in rows.CLAIMS if rows.load_runs(c.sweep)}
+    assert found - {"claims-compute.png"} == measured
+    page = (ROOT / "docs/results.md").read_text()
+    assert all(f"({name})" in page for name in found)
+
+
+def test_a_bar_is_the_interval_and_none_where_there_is_none(monkeypatch, rows):
+    """Two equal seeds have an interval, of their drawings; one of three is Student's."""
+    plot = script(monkeypatch, "claims_plot")
+    runs = make_runs("a", [{SEEN: 0.0, LOSS: 1.0, "images/seen/images": 46}] * 2)
+    side = rows.Side("a", "a", SEEN)
+    low, high = plot.interval_of(side, {"0": 0.0, "1": 0.0}, runs)
+    share = 2 / 96
+    assert (low, high) == (0, pytest.approx(share + 1.96 * math.sqrt(share * (1 - share) / 96)))
+    assert plot.interval_of(side._replace(metric=LOSS), {"0": 1.0, "1": 1.0}, runs) is None
+    half = 4.302653 / math.sqrt(3)
+    found = plot.interval_of(side, {"0": 1.0, "1": 2.0, "2": 3.0}, runs)
+    assert found == pytest.approx((2 - half, 2 + half), rel=1e-6)
 
 
 def test_directions_are_those_of_the_claim(monkeypatch, rows):

@@ -71,6 +71,80 @@ def test_an_image_that_would_be_lost_is_named(folder, tmp_path):
     assert Image.open(out / "0-x.png").size == (4, 4)
 
 
+def test_no_folder_is_made_where_nothing_is_drawn(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    before = sorted(tmp_path.iterdir())
+    assert generate(folder, "--image", "a.png").startswith("a.png: ")
+    assert generate(
+        folder, "--interleave", "x", "--begin", "text", "--option", "max_new_tokens=0"
+    ).startswith("answer: nothing")
+    assert sorted(tmp_path.iterdir()) == before
+    generate(folder, "--image", "a.png", "--out", "out")
+    assert contents(tmp_path / "out").keys() == {"captions.txt"}
+
+
+def test_images_are_edited_as_an_instruction_tells(folder, tmp_path):
+    pipeline = TransfusionPipeline.from_pretrained(folder)
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    paths = [tmp_path / name for name in ("a b.png", "c.png")]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    out = tmp_path / "out"
+    given = (
+        "--image",
+        paths[0],
+        "--image",
+        paths[1],
+        "--edit",
+        "make it blue",
+        "--seed",
+        5,
+        "--size",
+        "32x32",
+    )
+    said = generate(folder, *given, "--out", out)
+    assert f"{out}/edit-0-a-b.png: drawn from {paths[0]}, edited: 'make it blue'\n" in said
+    assert contents(out).keys() == {"captions.txt", "edit-0-a-b.png", "edit-1-c.png"}
+    for number, name in enumerate(("edit-0-a-b.png", "edit-1-c.png")):
+        expected = pipeline.edit(images[number], "make it blue", seed=5 + number)
+        assert np.array_equal(np.asarray(Image.open(out / name)), np.asarray(expected))
+    with pytest.raises(UserError, match=r"edit-0-a-b\.png: of an earlier call|captions\.txt: of an earlier"):
+        generate(folder, *given, "--out", out)
+    for arguments in (("--edit", "x"), ("--image", paths[0], "--edit", " ")):
+        with pytest.raises(UserError, match=r"--edit: give an --image to change|nothing to generate"):
+            generate(folder, *arguments, "--out", tmp_path / "none")
+
+
+def test_an_answer_begins_as_told(folder, tmp_path):
+    out = tmp_path / "out"
+    assert "answer-0.png" in generate(folder, "--interleave", "x", "--begin", "image", "--out", out)
+    (expected,) = TransfusionPipeline.from_pretrained(folder).generate([["x"]], begin="image")
+    assert np.array_equal(np.asarray(Image.open(out / "answer-0.png")), np.asarray(expected[0]))
+    with pytest.raises(UserError, match="--begin is for the answer to --interleave"):
+        generate(folder, "--prompt", "x", "--begin", "image")
+
+
+def test_a_refusal_is_all_that_is_printed(folder, tmp_path):
+    """Also where it comes after the model is loaded: no empty line of a progress bar."""
+    for options in (("--seed", "-1"), ("--num-inference-steps", "5000")):
+        done = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "x", *options])
+        assert isinstance(done.exception, UserError)
+        assert done.output == ""
+
+
+def test_wrong_options_are_refused_before_the_model_is_opened(tmp_path):
+    for options, message in (
+        (("--option", "temprature=1"), r"^generate: unknown key 'temprature'"),
+        (("--sampler", "PNDM"), r"^generate: sampler: PNDM draws worse or is for other models"),
+        (("--num-inference-steps", "2000000"), r"^generate: key 'num_inference_steps': it must be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(tmp_path / "none", "--prompt", "x", *options)
+    with pytest.raises(UserError, match=r"nothing to generate: give --prompt, --prompts, --image or"):
+        generate(tmp_path / "none")
+
+
 @pytest.mark.parametrize("prompt", ["", " \t", "\u200b"])
 def test_a_blank_prompt_is_refused(folder, tmp_path, prompt):
     with pytest.raises(UserError, match=r"--prompt: is empty or blank"):

@@ -1,6 +1,7 @@
 """A text model comes out as it went in; one of our own comes out as transformers loads it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,14 @@ def run_folder(shards, vae_folder, tmp_path_factory) -> Path:
     return start(values)
 
 
+def assert_tables_are_whole(text: str) -> None:
+    """Of two columns, each row on a line of its own."""
+    row = re.compile(r"\|[^|]*\|([^|]|\\\|)*\|")
+    for block in re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).strip().split("\n\n"):
+        if "|" in block:
+            assert all(map(row.fullmatch, block.split("\n"))), block
+
+
 @torch.no_grad()
 def test_a_model_of_our_own_is_exported_with_tokenizer_and_card(run_folder, tmp_path, tokenizer):
     out = tmp_path / "exported"
@@ -155,6 +164,10 @@ def test_a_model_of_our_own_is_exported_with_tokenizer_and_card(run_folder, tmp_
         "text_loss",
     ):
         assert fact in card.text, fact
+    assert f"# Text path of {run_folder.name}\n" in card.text
+    assert_tables_are_whole(card.text)
+    assert re.search(r"^\| text_loss \| \d\.\d{1,3} \|$", card.text, re.MULTILINE)
+    assert "config:\n\n```\n" in card.text  # of the shards' preprocessing, as a block of its own
     # Again to the same place, and nowhere that holds anything else.
     again = ["--to", "hf", "--overwrite"]
     run("export", str(run_folder), str(out), *again, "--dtype", "bfloat16")

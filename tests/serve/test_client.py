@@ -145,6 +145,7 @@ def test_fields_that_change_nothing_are_taken(client):
         "store": False,
     }
     neutral |= {"response_format": {"type": "text"}, "tool_choice": "none", "metadata": {"a": "b"}} | NO_OPS
+    neutral["messages"] = [MESSAGES[0] | {"name": "me", "tool_calls": [], "refusal": None}]
     chats = [chat(client, **VARIED, **more).choices[0].message for more in ({}, neutral)]
     assert chats[0].content == chats[1].content
 

@@ -1,5 +1,6 @@
 """Streams of images in OpenAI's shapes, read by its client."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 from megafusion.config import parse_config
 from megafusion.generate.events import ImagePreview
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.images.codec import ImageCodec
 from megafusion.objective.config import SamplingConfig
+from megafusion.serve.app import make_app
+from megafusion.serve.config import ServeConfig
 from megafusion.train.config import RunConfig
 from tests.support.generation import make_pipeline
-from tests.support.serving import decoded, png, sample_image
+from tests.support.serving import decoded, png, running, sample_image
 from tests.support.small import small_run
 
 
@@ -64,3 +68,26 @@ def test_what_ends_a_stream_is_told_in_it(client, pipeline, monkeypatch):
     stream = client.images.generate(prompt="x", stream=True, extra_body={"num_inference_steps": 2})
     with pytest.raises(openai.APIError, match="generation failed with RuntimeError"):
         list(stream)
+
+
+def test_an_image_of_codes_is_streamed_with_as_many_previews(quantized_values, tokenizer, vq_folder):
+    """A step is a code there, of which there are 16, whatever num_inference_steps is."""
+    codec = ImageCodec.from_pretrained(vq_folder)
+    pipeline = make_pipeline(parse_config(RunConfig, quantized_values, "test"), tokenizer, codec, num_steps=4)
+    with running(make_app(pipeline, ServeConfig(), "codes", [])) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        events = list(client.images.generate(prompt="x", stream=True, partial_images=3))
+    assert [getattr(event, "partial_image_index", "done") for event in events] == [0, 1, 2, "done"]
+
+
+def test_previews_come_while_the_image_is_drawn_and_leaving_ends_it(app, client):
+    worker, name = app.state.worker, "megafusion_denoising_steps_total"
+    before = worker.metrics.registry.get_sample_value(name)
+    options = {"extra_body": {"num_inference_steps": 1000}, "partial_images": 3, "stream": True}
+    with client.images.generate(prompt="x", **options) as stream:
+        assert next(iter(stream)).type == "image_generation.partial_image"
+    end = time.monotonic() + 30
+    while worker.num_slots or worker._batches:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert 250 <= worker.metrics.registry.get_sample_value(name) - before < 900

@@ -124,7 +124,7 @@ def test_wrong_fields_of_images(address, change, message):
         ({"messages": [{"role": "user", "content": ""}]}, "have no text and no image"),
         ({"messages": [{"role": "user"}, {"role": "user", "content": []}]}, "have no text and no image"),
         ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\].content=5: is not a text"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "unknown key 'tool_calls'"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "unknown key 'tool_calls'"),
         ({"messages": [{"role": "user", "content": "apple " * 99}]}, r"messages takes \d+ positions.*of 96"),
         ({"max_tokens": 5000}, "max_tokens=5000: this server takes 1 to 4096"),
         ({"max_completion_tokens": 0}, "^max_completion_tokens=0: this server takes 1 to 4096"),
