@@ -7,7 +7,7 @@ from megafusion.engine.config import TrainConfig
 from megafusion.model.config import BackendName
 
 BUCKET_SIZE, SMALL_SHARE = 2**25, 2**20
-"""Float32 numbers in a bucket at most, and in a data rank's share of a group that has more than one bucket: of
+"""Float32 numbers in a bucket at most, and in a rank's share of a group that has more than one bucket: of
 engine/buckets.py, which imports torch."""
 
 
