@@ -170,8 +170,9 @@ def in_flight(rank: int, num_ranks: int, num_virtual: int, num_micro_batches: in
     if num_virtual > 1:
         return frozenset(_held(_timeline(num_ranks, num_virtual, few).instructions[rank], rank, num_ranks))
     runs = [Instruction("run", work) for work in training_passes(rank, num_ranks, 1, few)]
-    # DeepSpeed's engine has one buffer for inputs and one for gradients.
-    num_buffers = (rank > 0) + (rank < num_ranks - 1)
+    # DeepSpeed's engine has a buffer for inputs and one for gradients. The last stage keeps its outputs,
+    # whose graphs hold the input of the micro-batch before and its gradient.
+    num_buffers = (rank > 0) + (rank < num_ranks - 1) + 2 * (0 < rank == num_ranks - 1)
     return frozenset(held._replace(transfers=num_buffers) for held in _held(runs, rank, num_ranks))
 
 

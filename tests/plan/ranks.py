@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megafusion.config import parse_config
 from megafusion.engine.ema import Ema
+from megafusion.engine.gradients import ShardedGradients
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
@@ -92,11 +93,11 @@ def held(values: dict) -> Held:
     peak = Peak(measure)
     with torch.autograd.graph.saved_tensors_hooks(peak.pack, lambda saved: saved.tensor):
         engine.forward_backward(rows[1])
-    gradients = engine._update._gradients
-    taken = gradients.take()
+    gradients, num_reductions = engine._update._gradients, 0
+    if isinstance(gradients, ShardedGradients):
+        gradients.take()
+        num_reductions = len(gradients.buckets._buckets)
     gc.collect()
     state = measure()
     assert ema.fragments
-    assert taken
-    num_reductions = len(gradients.buckets._buckets) if hasattr(gradients, "buckets") else 0
     return Held(state, peak.bytes - state, num_reductions)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megafusion.config import parse_config
-from megafusion.plan.communication import has_buckets
+from megafusion.plan.communication import has_buckets, num_sent
 from megafusion.plan.communication import num_reductions as planned_reductions
 from megafusion.plan.memory import stage_memory
 from megafusion.plan.software import of_run
@@ -52,11 +52,14 @@ def test_a_rank_holds_what_is_planned(shards, vae_folder, tmp_path, name):
         stage = rank * job.parallel.pipeline // world
         plan = stage_memory(job, software, stage)
         size, has_head = job.model.hidden_size, plan.logits > 0
-        # Two buffers of hidden states in DeepSpeed's pipeline.
-        has_outputs = has_head and job.parallel.pipeline > 1 == job.parallel.virtual_stages
-        planned_state = plan.state + 4 * job.tokens * size * has_outputs
+        planned_state, stays = plan.state, 0.0
+        if job.parallel.pipeline > 1 == job.parallel.virtual_stages:
+            # Buffers of DeepSpeed's pipeline: of inputs and of gradients; in the last stage two of hidden
+            # states, whose graphs hold two inputs and their gradients.
+            stays = job.bytes_per_number * num_sent(job) * (5 if has_head else 1 + (stage > 0))
+            planned_state += stays + 4 * job.tokens * size * has_head
         # Of the loss's peak, the gradient of the head's weight is saved.
-        planned_passes = plan.activations + plan.adapters
+        planned_passes = plan.activations - stays + plan.adapters
         planned_passes += 4 * job.model.vocab_size / job.parallel.tensor * size * has_head
         if job.parallel.zero_stage == 2:
             planned_passes += 4 * job.num_trained(stage)  # of the backward pass before, in flight
