@@ -38,8 +38,9 @@ def exit_on_stop_signals() -> None:
 def stop_signals_wait() -> Iterator[Callable[[], bool]]:
     """Let stop signals wait for a good moment: yields a function that says whether one has come.
 
-    After the block it has the effect that it would have had before; a second one has it at once. Ignored ones
-    stay so. Outside the main thread, which alone receives signals, nothing changes.
+    After the block it has the effect that it would have had before; a second one has it at once. If the block
+    raises, its error goes on and the signal is dropped. Ignored ones stay so, and those handled in C, which
+    Python could not restore. Outside the main thread, which alone receives signals, nothing changes.
     """
     came: list[int] = []
     before: dict[int, Any] = {}
@@ -55,7 +56,7 @@ def stop_signals_wait() -> Iterator[Callable[[], bool]]:
 
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, record)
     try:
         yield lambda: bool(came)

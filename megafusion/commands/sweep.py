@@ -47,14 +47,18 @@ def sweep(
     Example: megafusion sweep sweep.yaml --jobs 2
     """
     from megafusion.sweep.config import load_sweep
-    from megafusion.sweep.members import earlier_members, expand
-    from megafusion.sweep.results import recorded_runs, write_files, write_results
+    from megafusion.sweep.members import earlier_members, expand, left_nothing
+    from megafusion.sweep.results import gather, locked, recorded_runs, write_files, write_results
 
     if fit and not report:
         raise UserError("--fit reads the results that are there: add --report")
     values = load_sweep(config, overrides or [])
     members = expand(values, str(config))
-    every = members + earlier_members(values, str(config), recorded_runs(values.out), members)
+    recorded = recorded_runs(values.out)
+    others = (
+        earlier_members(values, str(config), recorded, members),
+        left_nothing(values, recorded, members),
+    )
     if site:
         from megafusion.sweep.array import make_arrays
 
@@ -70,6 +74,7 @@ def sweep(
             return
         if not report:
             typer.echo(arrays.submit())
+            write_results(values.out, members, {}, *others)  # so that later calls know of these runs
             return
     if dry_run:
         for member in members:
@@ -88,14 +93,16 @@ def sweep(
             members,
             values.out / "sweep.launch/local",
             jobs or 1,
-            lambda failed: write_results(values.out, every, failed),
+            lambda failed: write_results(values.out, members, failed, *others),
         )
-    results = write_results(values.out, every, errors)
-    if fit:
-        from megafusion.sweep.plot import describe, fit_metric
+    with locked(values.out):
+        results = gather(values.out, members, errors, *others)
+        write_files(values.out, results)
+        if fit:
+            from megafusion.sweep.plot import describe, fit_metric
 
-        results["fits"] = {name: fit_metric(results, name, baseline, values.out) for name in fit}
-        write_files(values.out, results, describe(results["fits"]))
+            results["fits"] = {name: fit_metric(results, name, baseline, values.out) for name in fit}
+            write_files(values.out, results, describe(results["fits"]))
     typer.echo((values.out / "sweep.md").read_text(), nl=False)
     if errors:
         raise typer.Exit(ExitStatus.FAILED)

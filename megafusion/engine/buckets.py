@@ -2,7 +2,8 @@
 
 As in DeepSpeed, a group's parameters are flattened behind each other, and data rank r owns the r-th share of
 the elements. A bucket is a part of one share, which is reduced to its owner; together they are a
-reduce-scatter. All ranks reduce the buckets in one order, that in which backward completes them.
+reduce-scatter. Where shares are small, a group is one bucket. All ranks reduce the buckets in one order, near
+that in which backward completes them.
 """
 
 from collections import deque
@@ -15,7 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_SIZE = 2**25
-"""Numbers in a bucket at most, 128 MiB: enough for the full speed of links."""
+"""Numbers of a share's bucket at most, 128 MiB: enough for the full speed of links, if a share has so many.
+"""
+SMALL_SHARE = 2**20
+"""Numbers. A group of smaller shares is one bucket, reduced and scattered at once when backward has ended: a
+reduction for each rank, one after the other, would be latency alone. So ZeRO 2 keeps it whole until then."""
 MAX_IN_FLIGHT = 2
 """Buckets at once that have memory of their own, beside those that are being filled."""
 
@@ -28,9 +33,9 @@ class Group(NamedTuple):
 
 
 class Bucket:
-    """Elements [start, stop) of a group's flattened gradients, in the share of one rank."""
+    """Elements [start, stop) of a group's flattened gradients: in the share of `owner`, or in all if None."""
 
-    def __init__(self, group: int, start: int, stop: int, owner: int):
+    def __init__(self, group: int, start: int, stop: int, owner: int | None):
         self.group, self.start, self.stop, self.owner = group, start, stop, owner
         self.pieces: list[Piece] = []
         self.num_missing = 0
@@ -64,7 +69,8 @@ class Buckets:
         num_micro_batches: int,
         whole: list[Tensor] | None,
     ):
-        """order: all parameters in the order in which forward uses them."""
+        """order: all parameters in the order in which forward uses them, or near it: a bucket waits for those
+        that are expected before it, and keeps its memory meanwhile. A U-Net's are in its modules' order."""
         self._process_group = process_group
         self._rank, self._num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
         self._gradients_a_round = num_micro_batches if whole else 1
@@ -178,7 +184,11 @@ class Buckets:
         if self._num_ranks == 1:
             return
         sums, group = self._memory(bucket), self._process_group
-        work = dist.reduce(sums, group=group, group_dst=bucket.owner, async_op=True)
+        if bucket.owner is None:
+            whole, sums = sums, sums.chunk(self._num_ranks)[self._rank]
+            work = dist.reduce_scatter_tensor(sums, whole, group=group, async_op=True)
+        else:
+            work = dist.reduce(sums, group=group, group_dst=bucket.owner, async_op=True)
         assert work is not None
         self._in_flight.append((bucket, sums, work))
         if not self._keeps_whole:
@@ -190,14 +200,17 @@ class Buckets:
         while len(self._in_flight) > max_in_flight:
             bucket, sums, work = self._in_flight.popleft()
             work.wait()
-            if not self._keeps_whole and bucket.owner == self._rank:
-                first = self._first[bucket.group]
-                part = self.parts[bucket.group][bucket.start - first : bucket.stop - first]
+            if not self._keeps_whole and bucket.owner in (self._rank, None):
+                start = max(0, bucket.start - self._first[bucket.group])
+                part = self.parts[bucket.group][start : start + len(sums)]
                 (part.add_ if id(bucket) in self._has_sums else part.copy_)(sums)
                 self._has_sums.add(id(bucket))
 
 
 def _buckets(group: int, share: int, num_ranks: int) -> Iterator[Bucket]:
+    if share < SMALL_SHARE:
+        yield Bucket(group, 0, share * num_ranks, None)
+        return
     for owner in range(num_ranks):
         for start in range(owner * share, (owner + 1) * share, BUCKET_SIZE):
             yield Bucket(group, start, min(start + BUCKET_SIZE, (owner + 1) * share), owner)

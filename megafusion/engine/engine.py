@@ -248,7 +248,8 @@ def _deepspeed_config(train: TrainConfig, mesh: Mesh, accumulation: int, hidden_
     parallel = mesh.config
     zero: dict[str, object] = {
         "stage": parallel.zero_stage,
-        # At the others DeepSpeed reduces nothing, or with offload waits for the device at each bucket.
+        # ZeRO 0 has no such setting, engine/buckets.py reduces at 1 and 2, and with offload DeepSpeed waits
+        # for the device at each bucket.
         "overlap_comm": parallel.zero_stage == 3,
         # ZeRO 3 keeps vectors whole on every rank: gathering them costs more than their memory.
         "param_persistence_threshold": hidden_size,

@@ -104,7 +104,7 @@ class ShardedGradients(Gradients):
         group = optimizer.dp_process_group
         self.buckets = Buckets(
             [Group(*flat_and_own) for flat_and_own in zip(self._flats, parameters, strict=True)],
-            list(engine.module.parameters()),
+            state.parameters,
             group,
             engine.gradient_accumulation_steps(),
             whole,

@@ -68,7 +68,8 @@ class OptimizerState:
     """The optimizer shards of this rank and what it holds of frozen parameters, made without communication.
 
     Supports ZeRO 0 in float32, and ZeRO 1, 2 and 3 in any precision, with the optimizer on the device or
-    offloaded to the host. named_parameters: by canonical name; those without requires_grad are frozen.
+    offloaded to the host. named_parameters: by canonical name, in the order
+    in which forward uses them; those without requires_grad are frozen.
     """
 
     def __init__(self, optimizer: DeepSpeedOptimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]):
@@ -79,12 +80,16 @@ class OptimizerState:
             Storage(storage, **_moments(self._adamw, storage), group=group)
             for storage, group in _storages(optimizer, self._adamw)
         ]
+        self.parameters: list[nn.Parameter] = []
+        """Those that are trained, in their order."""
         self.shards: list[OptimizerShard] = []
         self.frozen: list[FrozenShard] = []
         for name, parameter in named_parameters:
             if not parameter.requires_grad:
                 self.frozen.append(_frozen_shard(name, parameter))
-            elif shard := self._shard(name, parameter):
+                continue
+            self.parameters.append(parameter)
+            if shard := self._shard(name, parameter):
                 self.shards.append(shard)
 
     def _shard(self, name: str, parameter: nn.Parameter) -> OptimizerShard | None:

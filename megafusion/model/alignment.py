@@ -20,13 +20,10 @@ class Alignment(nn.Module):
 
     def __init__(self, hidden_size: int, config: AlignmentConfig):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(hidden_size, PROJECTION_SIZE),
-            nn.SiLU(),
-            nn.Linear(PROJECTION_SIZE, PROJECTION_SIZE),
-            nn.SiLU(),
-            nn.Linear(PROJECTION_SIZE, config.feature_size),
-        )
+        size = PROJECTION_SIZE
+        first, second = nn.Linear(hidden_size, size), nn.Linear(size, size)
+        last = nn.Linear(size, config.feature_size)
+        self.layers = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
 
     def forward(self, hidden_NPD: Tensor, features_NPF: Tensor) -> Tensor:
         """1 less the mean cosine similarity over an image's patches, float32 [N].

@@ -79,16 +79,12 @@ class ModalityLinear(nn.Linear):
         out_features: int,
         bias: bool = False,
         for_patches: bool = False,
-        device: torch.device | None = None,
         gives_sorted: bool = False,
     ):
-        super().__init__(in_features, out_features, bias, device=device)
+        super().__init__(in_features, out_features, bias)
         assert not (bias and gives_sorted), "a bias is added to positions in their own order"
-        copies = {
-            f"image_{name}": nn.Parameter(torch.empty_like(own)) for name, own in self.named_parameters()
-        }
-        self.image_weight = copies["image_weight"] if for_patches else None
-        self.image_bias = copies.get("image_bias") if for_patches else None
+        self.image_weight = nn.Parameter(torch.empty_like(self.weight)) if for_patches else None
+        self.image_bias = nn.Parameter(torch.empty_like(self.bias)) if for_patches and bias else None
         self.gives_sorted = gives_sorted
 
     def forward(self, x: Tensor, *modality: Modality) -> Tensor:

@@ -60,15 +60,8 @@ class LayerCache(Protocol):
 class FusedLinear(ModalityLinear):
     """Several linear layers of one input as one matrix product."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        sizes: tuple[int, ...],
-        bias: bool = False,
-        for_patches: bool = False,
-        gives_sorted: bool = False,
-    ):
-        super().__init__(hidden_size, sum(sizes), bias, for_patches, gives_sorted=gives_sorted)
+    def __init__(self, hidden_size: int, sizes: tuple[int, ...], **options: bool):
+        super().__init__(hidden_size, sum(sizes), **options)
         self.sizes = sizes
 
     def forward(self, x: Tensor, *modality: Modality) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -84,11 +77,12 @@ class SelfAttention(nn.Module):
         self.head_dim = config.head_size
         q_size, kv_size = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
         sizes, for_patches = (q_size, kv_size, kv_size), config.modality_weights == "all"
-        qkv = FusedLinear(config.hidden_size, sizes, config.attention_bias, for_patches)
+        qkv = FusedLinear(config.hidden_size, sizes, bias=config.attention_bias, for_patches=for_patches)
         self.qkv = declare(qkv, "column")
         self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
-        out = ModalityLinear(q_size, config.hidden_size, for_patches=for_patches)
-        self.out = declare(out, "row", init="residual")
+        self.out = declare(
+            ModalityLinear(q_size, config.hidden_size, for_patches=for_patches), "row", "residual"
+        )
         self.attend = attention_backend(config.attention).attend
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
@@ -129,8 +123,7 @@ class FeedForward(nn.Module):
         for_patches = config.modality_weights != "none"
         gate_up = FusedLinear(size, (ffn_size, ffn_size), for_patches=for_patches, gives_sorted=True)
         self.gate_up = declare(gate_up, "column")
-        down = ModalityLinear(ffn_size, size, for_patches=for_patches)
-        self.down = declare(down, "row", init="residual")
+        self.down = declare(ModalityLinear(ffn_size, size, for_patches=for_patches), "row", "residual")
 
     def forward(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
         gate, up = self.gate_up(x_BSD, *context.modality)

@@ -111,9 +111,19 @@ class Stage(nn.Module):
         return self.tail.head
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters with their canonical names, which checkpoints use."""
-        for name, parameter in super().named_parameters(*args, **kwargs):
+        """Parameters with their canonical names, which checkpoints use, in the order of their first use."""
+        order = {id(parameter): place for place, parameter in enumerate(self._parameters_as_used())}
+        found = super().named_parameters(*args, **kwargs)
+        for name, parameter in sorted(found, key=lambda pair: order[id(pair[1])]):
             yield canonical_name(name), parameter
+
+    def _parameters_as_used(self) -> Iterable[nn.Parameter]:
+        """All parameters in the order in which forward first uses them: a tied head's is the embedding's."""
+        modules = [self.stem]
+        for index, block in self.blocks.items():
+            modules += [block, self.alignment if self.aligns(int(index) + 1) else None]
+        modules.append(self.tail)
+        return dict.fromkeys(p for module in modules if module for p in module.parameters())
 
     def _begin(self, stem: Stem, inputs: Inputs) -> tuple[Tensor, Tensor, Skips]:
         noised = self.noise_process.add_noise(inputs.latents, inputs.noise, inputs.t)

@@ -17,8 +17,8 @@ COSTS: dict[Direction, float] = {"forward": 1.0, "backward": 2.0}
 """Time of a pass, relative to a forward pass."""
 
 MAX_SENDS = 4
-"""Sends in flight at most. Both ranks list transfers in one order, so waiting for the oldest cannot deadlock.
-"""
+"""Sends in flight at most. Two ranks list their transfers in one order (`simulate`), so that waiting for the
+oldest cannot deadlock."""
 
 
 class Pass(NamedTuple):

@@ -53,9 +53,9 @@ class ColumnParallelLinear(FusedLinear):
 
     def __init__(self, linear: FusedLinear, region: TensorParallelRegion):
         sizes = tuple(size // region.num_ranks for size in linear.sizes)
-        for_patches = linear.image_weight is not None
-        has_bias = linear.bias is not None
-        super().__init__(linear.in_features, sizes, has_bias, for_patches, linear.gives_sorted)
+        for_patches, has_bias = linear.image_weight is not None, linear.bias is not None
+        options = {"bias": has_bias, "for_patches": for_patches, "gives_sorted": linear.gives_sorted}
+        super().__init__(linear.in_features, sizes, **options)
         self.to(linear.weight.device)
         self.region: TensorParallelRegion = region
         spans, local, whole = [], 0, 0

@@ -72,7 +72,7 @@ class Attempts:
         with refuse_os_errors(f"{self._folder}: cannot be written", "; free space or choose another out="):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._step_file = os.open(self._folder / STEP, os.O_WRONLY | os.O_CREAT, 0o644)
-            if not _lock(self._step_file):
+            if not lock(self._step_file):
                 self._wait_for_lock(self._step_file)
         self._attempts = read_attempts(self._folder)
         for attempt in self._attempts:
@@ -87,7 +87,7 @@ class Attempts:
         seconds = WAIT_SECONDS if is_local else WAIT_SECONDS_REMOTE
         waits = f"waiting up to {seconds:.0f} s for it to exit"
         print(f"{self._folder}: locked by {holder}; {waits}", file=sys.stderr)
-        if not _lock(step_file, seconds):
+        if not lock(step_file, seconds):
             self._release()
             raise UserError(
                 f"{self._folder}: {holder} trains in this folder; wait, stop it, or choose another out=",
@@ -159,12 +159,12 @@ def is_running(folder: Path) -> bool:
     """Whether a process trains in a run folder, by its lock."""
     try:
         with (folder / STEP).open() as file:
-            return not _lock(file.fileno(), kind=fcntl.LOCK_SH)
+            return not lock(file.fileno(), kind=fcntl.LOCK_SH)
     except OSError:
         return False
 
 
-def _lock(file: int, seconds: float = 0, kind: int = fcntl.LOCK_EX) -> bool:
+def lock(file: int, seconds: float = 0, kind: int = fcntl.LOCK_EX) -> bool:
     """Acquire a lock within a time; True as well on a disk without locks, with a warning."""
     deadline = time.monotonic() + seconds
     while True:

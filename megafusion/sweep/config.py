@@ -97,4 +97,4 @@ def label(value: Any) -> str:
     """A value of the grid as part of a run's name."""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value)
+    return "null" if value is None else str(value)

@@ -119,7 +119,7 @@ def run_members(
 
     folder: where the configurations are frozen. record: called with the errors so far whenever a run has
     ended. One that fails does not stop the others. When this process is told to stop, so are its runs, which
-    save.
+    save. What `record` raises is printed: the runs go on.
     """
     launch, errors = f"sweep-{os.getpid()}-{int(time.time())}", {}
     waiting, running = deque(members), dict[int, Job]()
@@ -133,9 +133,15 @@ def run_members(
                     errors[member.name] = "another process trains it; run the sweep again when that has ended"
                     progress.advance(total)
                     continue
+                try:
+                    config = freeze(member, folder)
+                except OSError as error:
+                    errors[member.name] = f"its configuration cannot be written: {error}"
+                    progress.advance(total)
+                    continue
                 slot = min(set(range(jobs)) - set(running))
                 task = progress.add_task(member.name, total=member.num_steps, losses="", visible=False)
-                running[slot] = Job(member, slot, freeze(member, folder), f"{launch}-{member.name}", task)
+                running[slot] = Job(member, slot, config, f"{launch}-{member.name}", task)
             for slot, job in list(running.items()):
                 if (error := _advance(job, jobs, progress)) is None:
                     continue
@@ -145,7 +151,11 @@ def run_members(
                 if error:
                     errors[job.member.name] = error
                 progress.console.print(f"{job.member.name}: {error or 'done'}", markup=False, soft_wrap=True)
-                record(errors)
+                try:
+                    record(errors)
+                except Exception as fault:  # of another run's files, or the disk: no reason to stop this one
+                    said = f"warning: the results are not written: {fault or type(fault).__name__}"
+                    progress.console.print(said, markup=False, soft_wrap=True)
             time.sleep(POLL_SECONDS if running else 0)
     return errors
 
@@ -171,7 +181,10 @@ def _advance(job: Job, jobs: int, progress: Progress) -> str | None:
         return ""
     if status == 0 and stage == job.stage:
         return f"{stage}: ended without being finished; see {job.log}"
-    job.start(stage, jobs)
+    try:
+        job.start(stage, jobs)
+    except OSError as fault:
+        return f"{stage}: cannot be started: {fault}"
     return None
 
 

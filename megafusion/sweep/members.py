@@ -14,13 +14,15 @@ from megafusion.config import dump_config, parse_config
 from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.resilience.attempts import read_attempts
-from megafusion.storage import file_sha256, folder_sha256
+from megafusion.storage import file_sha256, folder_sha256, read_json
 from megafusion.sweep.config import ArmConfig, SweepConfig, label
 from megafusion.train.from_data import load_training_config
 from megafusion.train.inputs import missing_inputs
 from megafusion.train.run_folder import FREE_KEYS, LOCATION, run_changes
-from megafusion.yaml_values import apply_overrides, parse_yaml
+from megafusion.yaml_values import apply_overrides, load_values, parse_yaml
 
+RESULTS = "sweep.json"
+"""Figures of every run of a sweep, in its folder."""
 SEED = "seed"
 """The axis over which the runs of a group differ."""
 UNMEASURED_KEYS = tuple(set(FREE_KEYS) - {"data.validation", "sampling."})
@@ -100,6 +102,7 @@ def earlier_members(
     recorded: runs of the folder's sweep.json. Raises UserError for one that the sweep cannot have made: of no
     arm of it, of other keys, of a value that its file does not name any more, or of another recipe.
     """
+    path = sweep.out / RESULTS
     short, found, names = _short_names(list(sweep.grid)), [], {member.name for member in members}
     for name, run in recorded.items():
         if name in names or not (sweep.out / name / "config.yaml").is_file():
@@ -112,13 +115,46 @@ def earlier_members(
             text = labels[short[key]]
             if isinstance(values, dict) and text not in values:
                 raise UserError(_strange(sweep.out, name, f"of a value that grid.{key} does not have"))
-            point.append((key, text, values[text] if isinstance(values, dict) else parse_yaml(text)))
-        found.append(_member(sweep, origin, run["arm"], point))
+            own = values[text] if isinstance(values, dict) else _own_value(sweep.out / name, key, text)
+            point.append((key, text, own))
+        try:
+            found.append(_member(sweep, origin, run["arm"], point))
+        except UserError as error:
+            raise UserError(
+                f"{path} has {name} of an earlier call: {error}; or remove its entry there, and its folder"
+            ) from error
     return found
 
 
+def left_nothing(
+    sweep: SweepConfig, recorded: Mapping[str, dict[str, Any]], members: Sequence[Member]
+) -> dict[str, dict[str, Any]]:
+    """Recorded runs of earlier calls without figures that have no folder, or whose arm is no more."""
+    asked, arms = {member.name for member in members}, _arms(sweep)
+    return {
+        name: run
+        for name, run in recorded.items()
+        if name not in asked
+        and not run["metrics"]
+        and not (run["arm"] in arms and (sweep.out / name).is_dir())
+    }
+
+
+def _own_value(run: Path, key: str, text: str) -> Any:
+    """The value of a run that has a label, by the run's configuration: labels of 1 and "1" are the same."""
+    value: Any = load_values(run / "config.yaml")
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return parse_yaml(text)
+        value = value[part]
+    return text if isinstance(value, str) else value  # a path is absolute there
+
+
 def _strange(out: Path, name: str, why: str) -> str:
-    return f"{out}: holds results of {name}, {why}; choose another out, or remove {out / name}"
+    return (
+        f"{out / RESULTS}: holds results of {name}, {why}; choose another out, or remove {out / name} "
+        "and its entry there"
+    )
 
 
 def _arms(sweep: SweepConfig) -> dict[str, ArmConfig]:
@@ -258,16 +294,30 @@ def _files(options: EvaluateConfig) -> Iterator[tuple[str, Path]]:
             for each in (value if isinstance(value, tuple) else (value,))
             if isinstance(each, Path)
         )
+    if (detector := options.detector) and (Path(detector).is_dir() or ":" not in detector):
+        yield "detector", Path(detector)
+
+
+def _images(options: EvaluateConfig) -> Iterator[tuple[str, Path]]:
+    """Images that the annotations name, and where they are; none of a file that is not there."""
+    if not (path := options.annotations) or not path.is_file():
+        return
+    images = read_json(path, "give COCO's annotation file for captions").get("images")
+    for image in images if isinstance(images, list) else []:
+        if isinstance(image, dict) and isinstance(name := image.get("file_name"), str):
+            yield name, (options.image_folder or path.parent) / name
 
 
 def _evaluation_sha256(suites: Sequence[str], options: EvaluateConfig) -> str:
     """Hash of suites and options, with the contents of files in place of their paths.
 
-    A file that this machine does not see counts by its path, and images by the annotations that name them.
+    A file that this machine does not see counts by its path. Of an image folder, the images that the
+    annotations name count.
     """
     keys = dict(_files(options))
     asked = options.model_dump(mode="json", exclude=set(keys) | {"image_folder"})
-    contents = [(key, _sha256(path, _stamp(path))) for key, path in _files(options) if key != "image_folder"]
+    files = [(key, path) for key, path in _files(options) if key != "image_folder"]
+    contents = [(name, _sha256(path, _stamp(path))) for name, path in (*files, *_images(options))]
     return hashlib.sha256(json.dumps([list(suites), asked, contents], sort_keys=True).encode()).hexdigest()
 
 
@@ -279,7 +329,8 @@ def _stamp(path: Path) -> tuple[tuple[Path, int, int], ...]:
 
 @cache
 def _sha256(path: Path, stamp: tuple) -> str:
-    """Hex digest of a file or a folder; the path of one that is not there. Of each stamp it is read once."""
+    """Hex digest of a file or a folder; the path of one that is not there. It is read again when
+    its stamp changes."""
     if not path.exists():
         return str(path)
     return folder_sha256(path) if path.is_dir() else file_sha256(path)

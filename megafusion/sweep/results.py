@@ -3,17 +3,31 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from megafusion.resilience.attempts import is_running, read_attempts
+from megafusion.errors import UserError
+from megafusion.resilience.attempts import is_running, lock, read_attempts
 from megafusion.storage import read_json, write_file
-from megafusion.sweep.members import Member
+from megafusion.sweep.members import RESULTS, Member
 from megafusion.telemetry.metrics_file import METRICS, read_metrics
 
-RESULTS, TABLE = "sweep.json", "sweep.md"
+TABLE, LOCK = "sweep.md", "sweep.lock"
+LOCK_SECONDS = 300.0
+ENTRY = {
+    "state": str,
+    "step": int,
+    "num_steps": int,
+    "arm": str,
+    "group": str,
+    "point": dict,
+    "metrics": dict,
+}
+"""Types of a run's entry in sweep.json; `error` is text or null."""
+FAILED = "failed"
 FINISHED = "finished"
 """State of a run that is trained, and evaluated where the sweep evaluates."""
 TRAINING = re.compile("text_loss|image_loss|seconds|flops|validation_.*")
@@ -21,25 +35,78 @@ TRAINING = re.compile("text_loss|image_loss|seconds|flops|validation_.*")
 
 
 def recorded_runs(out: Path) -> dict[str, dict[str, Any]]:
-    """The runs of a folder's sweep.json, by name; none without that file."""
-    path = out / RESULTS
-    return read_json(path, "remove it").get("runs", {}) if path.is_file() else {}
+    """The runs of a folder's sweep.json, by name; none without that file. UserError for a malformed one."""
+    path, way_out = out / RESULTS, "restore it, or remove it to gather the run folders anew"
+    if not path.is_file():
+        return {}
+    runs = read_json(path, way_out).get("runs")
+    if not isinstance(runs, dict):
+        raise UserError(f"{path}: has no mapping of runs; {way_out}")
+    for name, run in runs.items():
+        if not isinstance(run, dict) or any(
+            not isinstance(run.get(key), kind) for key, kind in ENTRY.items()
+        ):
+            raise UserError(f"{path}: runs.{name} is not a run of a sweep; {way_out}")
+    return runs
 
 
-def write_results(out: Path, members: Sequence[Member], errors: Mapping[str, str]) -> dict[str, Any]:
-    """Gather the figures of every run from its folder, and write them; returns what sweep.json holds.
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the lock on a sweep's results, which several calls may write. UserError if it is not released."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as file:
+        if not lock(file.fileno(), LOCK_SECONDS):
+            raise UserError(
+                f"{out / LOCK}: locked for {LOCK_SECONDS:.0f} s by another call; run this one again"
+            )
+        yield
 
-    Groups are of finished runs alone: the figures of others are not yet what their recipe leads to.
-    errors: what members have just failed with, by name.
-    """
-    runs = {member.name: _run(member, errors.get(member.name)) for member in members}
-    groups: dict[str, list[dict]] = {}
-    for member in members:
-        if runs[member.name]["state"] == FINISHED:
-            groups.setdefault(member.group, []).append(runs[member.name]["metrics"])
-    results = {"runs": runs, "groups": {name: _spread(each) for name, each in groups.items()}}
-    write_files(out, results)
+
+def write_results(
+    out: Path,
+    members: Sequence[Member],
+    errors: Mapping[str, str],
+    earlier: Sequence[Member] = (),
+    forgotten: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Gather the results under their lock, as `gather`, and write them; returns what sweep.json holds."""
+    with locked(out):
+        results = gather(out, members, errors, earlier, forgotten)
+        write_files(out, results)
     return results
+
+
+def gather(
+    out: Path,
+    members: Sequence[Member],
+    errors: Mapping[str, str],
+    earlier: Sequence[Member] = (),
+    forgotten: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The figures of every run from its folder, and the entries of sweep.json of all other runs as they are.
+
+    Those are runs of other calls, which may be running, and of folders that are gone. Groups are of finished
+    runs alone: the figures of others are not yet what their recipe leads to. errors: what members have just
+    failed with, by name. earlier: members of earlier calls. forgotten: entries that are left out unless they
+    have changed.
+    """
+    recorded = recorded_runs(out)
+    runs = {member.name: _run(member, errors.get(member.name)) for member in members}
+    runs |= {member.name: _run(member, _kept_error(member, recorded)) for member in earlier}
+    left_out = forgotten or {}
+    runs |= {name: run for name, run in recorded.items() if name not in runs and run != left_out.get(name)}
+    groups: dict[str, list[dict]] = {}
+    for run in runs.values():
+        if run["state"] == FINISHED:
+            groups.setdefault(run["group"], []).append(run["metrics"])
+    return {"runs": runs, "groups": {name: _spread(each) for name, each in groups.items()}}
+
+
+def _kept_error(member: Member, recorded: Mapping[str, dict[str, Any]]) -> str | None:
+    """The failure that the member's own call has recorded, unless it runs again or is done."""
+    run = recorded.get(member.name, {})
+    failed = run.get("state") == FAILED and not member.is_done and not is_running(member.out)
+    return run.get("error") if failed else None
 
 
 def write_files(out: Path, results: dict[str, Any], more: str = "") -> None:
@@ -53,7 +120,7 @@ def _run(member: Member, error: str | None) -> dict[str, Any]:
     attempts = read_attempts(member.out)
     last = attempts[-1] if attempts else {}
     if error:
-        state = "failed"
+        state = FAILED
     elif is_running(member.out):
         state = "training"
     elif member.is_trained:
@@ -80,10 +147,13 @@ def _metrics(member: Member) -> dict[str, float]:
     lines = read_metrics(member.out) if (member.out / METRICS).is_file() else []
     for line in lines:
         found |= {key: value for key, value in line.items() if TRAINING.fullmatch(key) and value is not None}
-    suites = read_json(member.report, "delete it")["suites"] if member.report.is_file() else {}
-    for suite, result in suites.items():
-        for group, figures in result["metrics"].items():
-            found |= {f"{suite}/{group}/{name}": value for name, value in figures.items()}
+    report = read_json(member.report, "delete it") if member.report.is_file() else {"suites": {}}
+    try:
+        for suite, result in report["suites"].items():
+            for group, figures in result["metrics"].items():
+                found |= {f"{suite}/{group}/{name}": value for name, value in figures.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{member.report}: is not a report of `megafusion evaluate`; delete it") from error
     return found
 
 
@@ -101,7 +171,7 @@ def markdown(results: dict[str, Any]) -> str:
     """A table of the runs, and one with a line for each metric and a column for each group."""
     lines = ["# Sweep", "", "| run | state | step |", "|---|---|---|"]
     for name, run in results["runs"].items():
-        error = f": {' '.join(run['error'].split())}" if run["error"] else ""
+        error = f": {' '.join(run['error'].split())}" if run.get("error") else ""
         state = f"{run['state']}{error}".replace("|", "\\|")
         lines.append(f"| {name} | {state} | {run['step']:,} of {run['num_steps']:,} |")
     groups = results["groups"]

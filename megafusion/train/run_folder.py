@@ -156,11 +156,14 @@ def freeze(
     began, now = load_run_config(config.out), absolute_paths(config)
     names = ["tokenizer", "vae", "sources"]
     # Validation may change otherwise, too: then config.yaml keeps what the run began with.
-    places = [key for key in changed_keys(began, now) if key.startswith("data.validation")]
-    if (
-        all(map(LOCATION.fullmatch, places))
-        and recorded.get("held_out", hashes["held_out"]) == hashes["held_out"]
-    ):
+    places = {
+        key: old for key, (old, _) in changed_keys(began, now).items() if key.startswith("data.validation")
+    }
+    if "held_out" in recorded:
+        are_same = recorded["held_out"] == hashes["held_out"]
+    else:  # earlier versions recorded none: what is still at the old place has not moved
+        are_same = not any(is_remote(str(old)) or Path(str(old)).exists() for old in places.values())
+    if are_same and all(map(LOCATION.fullmatch, places)):
         names.append("validation")
     data = began.data.model_copy(update={name: getattr(now.data, name) for name in names})
     # Of the objective nothing but a place may change.

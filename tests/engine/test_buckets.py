@@ -1,6 +1,8 @@
 """Gradients in buckets: each rank gets its share of the mean, whatever the layout and what is missing."""
 
 import random
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,9 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import megafusion.engine.buckets as module
-from megafusion.engine.buckets import Buckets, Group
+import megafusion.model.alignment as alignment_module
+from megafusion.config import parse_config
+from megafusion.engine.buckets import Bucket, Buckets, Group
 from megafusion.engine.process_group import start_process_group
+from megafusion.parallel.mesh import make_mesh
+from megafusion.train.build import build_components, build_engine
+from megafusion.train.config import RunConfig
 from tests.support.marks import full
+from tests.support.rows import latents_as_features
 from tests.support.workers import run_workers
 
 
@@ -32,6 +40,7 @@ def differences(cases: list[tuple[int, bool, torch.dtype, bool]]) -> list[float]
     module.BUCKET_SIZE = 7
     worst = []
     for seed, keeps_whole, dtype, has_all in cases:
+        module.SMALL_SHARE = seed % 2 * 9
         rng = random.Random(seed)
         groups = [make_group(rng, num_ranks, dtype) for _ in range(rng.randint(1, 3))]
         parameters = [parameter for group in groups for parameter in group.parameters]
@@ -91,3 +100,40 @@ def test_each_rank_gets_its_share_of_the_mean(num_ranks):
     kinds = list(product(range(4), keeps_whole, [torch.float32, torch.bfloat16], [True, False]))
     for found in run_workers(differences, num_ranks, kinds):
         assert found == pytest.approx([0.0] * len(kinds), abs=4e-6)
+
+
+def peaks(values: dict, objectives: list[dict]) -> list[tuple[int, int]]:
+    """For each objective: float32 numbers in memory at once, at most, in the buckets of a step's passes; and
+    those of the largest parameter, whose gradient comes at once."""
+    module.BUCKET_SIZE, module.SMALL_SHARE, alignment_module.PROJECTION_SIZE = 2**10, 2**10, 64
+    plain, found = parse_config(RunConfig, values, "test"), []
+    mesh = make_mesh(plain.parallel)
+    batches = build_components(plain, mesh).loader.next()
+    for batch in batches:
+        batch.features = latents_as_features(batch)
+    for objective in objectives:
+        engine = build_engine(parse_config(RunConfig, values | {"objective": objective}, "test"), mesh)
+        seen: list[int] = []
+        buckets = engine._update._gradients.buckets
+        buckets._memory = partial(noted, buckets, buckets._memory, seen)
+        engine.forward_backward(batches)
+        found.append((max(seen), max(p.numel() for p in engine.stage.parameters())))
+    return found
+
+
+def noted(buckets: Buckets, make: Callable[[Bucket], Tensor], seen: list[int], bucket: Bucket) -> Tensor:
+    """Memory of a bucket; notes how many numbers all have then."""
+    sums = make(bucket)
+    filled = [b.sums for b in buckets._buckets if b.sums is not None]
+    seen.append(sum(len(s) for s in filled + [in_flight for _, in_flight, _ in buckets._in_flight]))
+    return sums
+
+
+def test_few_buckets_are_in_memory_at_once(run_values):
+    """In a model of many blocks, also where a projection's gradients come when backward is half done."""
+    run_values["model"] |= {"num_layers": 8}
+    run_values["parallel"] = {"zero_stage": 2}
+    alignment = {"model": "m", "feature_size": 16, "layer": 3}
+    for found in run_workers(peaks, 2, run_values, [{}, {"alignment": alignment}]):
+        for peak, largest in found:
+            assert peak < largest + 8 * 2**10

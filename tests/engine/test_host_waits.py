@@ -119,7 +119,8 @@ def host_waits(runs: list[dict]) -> list[tuple[set[str], set[str]]]:
 
 def laid_out(values: dict, precision: str, parallel: dict) -> dict:
     train = {**values["train"], "precision": precision, "micro_batch_size": 1}
-    return {**values, "train": train, "parallel": parallel}
+    model = {**values["model"], "num_layers": 2 * parallel.get("virtual_stages", 1)}
+    return {**values, "model": model, "train": train, "parallel": parallel}
 
 
 ON_THE_HOST = {
@@ -143,6 +144,7 @@ FORMS = [
 SHARDED = [
     *(("fp32", {"pipeline": 2, "zero_stage": stage}) for stage in (0, 1)),
     ("bf16", {"pipeline": 2}),
+    ("bf16", {"pipeline": 2, "virtual_stages": 2}),
     ("fp32", {"tensor": 2, "sequence": True}),
     ("fp32", {"ulysses": 2, "zero_stage": 2}),
 ]

@@ -225,7 +225,16 @@ def test_bytes_a_parameter(run_values):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "layout", [("bf16", {}), ("bf16", {"pipeline": 2}), ("bf16", {"tensor": 2}), ("fp32", {"zero_stage": 3})]
+    "layout",
+    [
+        ("bf16", {}),
+        ("bf16", {"pipeline": 2}),
+        ("bf16", {"tensor": 2}),
+        ("bf16", {"zero_stage": 2}),
+        ("fp32", {"zero_stage": 1}),
+        ("fp32", {"zero_stage": 2}),
+        ("fp32", {"zero_stage": 3}),
+    ],
 )
 def test_one_kernel_in_an_engine(run_values, layout):
     precision, degrees = layout

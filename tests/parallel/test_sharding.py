@@ -24,7 +24,7 @@ from tests.support.weights import initialize
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.booleans())
 def test_column_parallel_shards_each_fused_layer(units, num_ranks, bias):
-    linear = FusedLinear(3, tuple(unit * 4 for unit in units), bias)
+    linear = FusedLinear(3, tuple(unit * 4 for unit in units), bias=bias)
     x = torch.randn(2, 3)
     outputs = []
     for rank in range(num_ranks):

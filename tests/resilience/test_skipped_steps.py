@@ -63,6 +63,7 @@ def laid_out(values: dict, precision: str = "fp32", **parallel) -> dict:
 def test_two_ranks(run_values):
     runs = [
         laid_out(run_values, zero_stage=3),
+        laid_out(run_values, "bf16", zero_stage=2),
         laid_out(run_values, "bf16", zero_stage=2, offload_optimizer=True),
         laid_out(run_values, tensor=2),
         laid_out(run_values, "bf16", pipeline=2),

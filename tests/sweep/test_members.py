@@ -9,7 +9,7 @@ import yaml
 
 from megafusion.errors import UserError
 from megafusion.sweep.config import load_sweep
-from megafusion.sweep.members import Member, earlier_members, expand
+from megafusion.sweep.members import Member, earlier_members, expand, left_nothing
 from megafusion.sweep.results import recorded_runs, write_results
 from tests.sweep.conftest import evaluate, train
 
@@ -161,7 +161,7 @@ def test_an_evaluation_is_known_by_its_suites_and_options(sweep_file):
 
 
 def test_an_evaluation_is_known_by_what_its_files_contain(sweep_file, tmp_path):
-    """Not by where they lie, nor by an image folder, whose images the annotations name."""
+    """Not by where they lie, nor by an image folder that no annotations name images of."""
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("water\n")
     (tmp_path / "judge").mkdir()
@@ -182,6 +182,47 @@ def test_an_evaluation_is_known_by_what_its_files_contain(sweep_file, tmp_path):
     assert results("a.txt") != first
 
 
+def test_an_evaluation_is_known_by_its_images_and_its_detector(sweep_file, tmp_path):
+    """Of the images those that the annotations name, wherever they lie."""
+    named = {"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "deep/b.png"}]}
+    for place in ("here", "there"):
+        (tmp_path / place / "deep").mkdir(parents=True)
+        (tmp_path / place / "captions.json").write_text(json.dumps(named))
+        for name in ("a.png", "deep/b.png"):
+            (tmp_path / place / name).write_bytes(b"same")
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector/config.json").write_text("{}")
+
+    def results(**options: str) -> str:
+        options = {"annotations": str(tmp_path / "here/captions.json")} | options
+        evaluation = {"suites": ["captions"], "options": options}
+        return members(sweep_file, f"evaluate={json.dumps(evaluation)}")[0].results.name
+
+    first = results()
+    assert results(annotations=str(tmp_path / "there/captions.json")) == first
+    assert results(image_folder=str(tmp_path / "there")) == first
+    (tmp_path / "there/other.png").write_bytes(b"not named")
+    assert results(image_folder=str(tmp_path / "there")) == first
+    (tmp_path / "there/deep/b.png").write_bytes(b"else")
+    assert results(image_folder=str(tmp_path / "there")) != first
+    folder = results(detector=str(tmp_path / "detector"))
+    (tmp_path / "detector").rename(tmp_path / "moved")
+    assert results(detector=str(tmp_path / "moved")) == folder
+    (tmp_path / "moved/config.json").write_text("{ }")
+    assert results(detector=str(tmp_path / "moved")) != folder
+    assert results(detector="mine:detect") != results(detector="mine:other")
+    (tmp_path / "here/captions.json").write_text("[")
+    with pytest.raises(UserError, match=r"captions\.json: cannot be read as JSON"):
+        results()
+
+
+def test_a_detector_that_is_not_there_is_named(sweep_file):
+    change = "evaluate={suites: [geneval], options: {detector: no/detr}}"
+    assert members(sweep_file, change)[0].missing == ("evaluate.options.detector no/detr",)
+    change = "evaluate={suites: [geneval], options: {detector: 'module:function'}}"
+    assert members(sweep_file, change)[0].missing == ()
+
+
 def grown(path: Path, *overrides: str) -> tuple[list[Member], list[Member]]:
     """The runs of a sweep, and those that its folder has from earlier calls."""
     sweep = load_sweep(path, overrides)
@@ -191,7 +232,14 @@ def grown(path: Path, *overrides: str) -> tuple[list[Member], list[Member]]:
 
 @pytest.mark.parametrize(
     "more",
-    ["{}", "{train.ema_decay: [0.5, 1.0e-3]}", "{model: {wide: {hidden_size: 64}}}", "{data.vae: [vae]}"],
+    [
+        "{}",
+        "{train.ema_decay: [0.5, 1.0e-3]}",
+        "{model: {wide: {hidden_size: 64}}}",
+        "{data.vae: [vae]}",
+        "{data.vae: ['7']}",
+        "{model.head_dim: [null]}",
+    ],
 )
 def test_runs_of_other_values_of_the_grid_stay_in_the_results(sweep_file, more):
     """With the configuration that they had; an earlier run that was not begun is forgotten."""
@@ -203,7 +251,11 @@ def test_runs_of_other_values_of_the_grid_stay_in_the_results(sweep_file, more):
     asked, found = grown(sweep_file, f"grid={more}", "grid.seed=[2]")
     assert [(each.name, each.config) for each in found] == [(each.name, each.config) for each in made[1:]]
     assert len(asked) == len(made) / 2
-    results = write_results(out, asked + found, {})
+    forgotten = left_nothing(
+        load_sweep(sweep_file, [f"grid={more}", "grid.seed=[2]"]), recorded_runs(out), asked
+    )
+    assert list(forgotten) == [made[0].name]
+    results = write_results(out, asked, {}, found, forgotten)
     assert [group["text_loss"]["runs"] for group in results["groups"].values()].count(2) == len(asked) - 1
     assert recorded_runs(out).keys() == {each.name for each in (*asked, *made[1:])}
 
@@ -227,8 +279,9 @@ def test_runs_that_the_sweep_cannot_have_made_are_refused(sweep_file, change, fa
     train(made[0])
     write_results(made[0].out.parent, made, {})
     changes = [change] if "grid" in change else [change, "grid.seed=[1]"]
-    with pytest.raises(UserError, match=fault):
+    with pytest.raises(UserError, match=fault) as refused:
         grown(sweep_file, *changes)
+    assert str(made[0].out.parent / "sweep.json") in str(refused.value)
     shutil.rmtree(made[0].out)
     assert grown(sweep_file, *changes)[1] == [], "a folder that is gone has no results"
 
@@ -241,6 +294,24 @@ def test_an_arm_that_the_sweep_has_no_more_is_refused(sweep_file):
     del values["runs"]["causal"]
     sweep_file.write_text(yaml.safe_dump(values))
     with pytest.raises(
-        UserError, match=r"holds results of causal,seed=0, no run .*or remove .*causal,seed=0$"
+        UserError,
+        match=r"holds results of causal,seed=0, no run .*or remove .*causal,seed=0 and its entry there$",
     ):
+        grown(sweep_file)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"runs": []}', "has no mapping of runs"),
+        ("[]", "is not a JSON object"),
+        ('{"runs": {"plain,seed=0": {"arm": "plain"}}}', r"runs\.plain,seed=0 is not a run of a sweep"),
+        ('{"runs": {"plain,seed=0": 3}}', r"runs\.plain,seed=0 is not a run of a sweep"),
+    ],
+)
+def test_a_malformed_record_is_refused_with_its_path(sweep_file, text, fault):
+    path = sweep_file.parent / "sweep/sweep.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"sweep/sweep\.json: {fault}.*; restore it, or remove it"):
         grown(sweep_file)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megafusion.errors import UserError
 from megafusion.resilience.attempts import read_attempts
+from megafusion.sweep import results
 from megafusion.sweep.config import load_sweep
 from megafusion.sweep.local import environment, run_members
 from megafusion.sweep.members import expand
@@ -157,22 +160,118 @@ def test_results_are_there_whenever_a_run_has_ended(sweep_file, monkeypatch, tmp
 
 @pytest.mark.full
 def test_a_sweep_that_is_killed_has_written_the_runs_that_had_ended(sweep_file):
-    """The second run is held in its training by a step that does not come."""
+    """The second run is held in its training by a step that does not come; it is an orphan then."""
     process = sweep(sweep_file, "runs.causal=[train.num_steps=100000]")
-    results = sweep_file.parent / "sweep/sweep.json"
+    second = sweep_file.parent / "sweep/causal,seed=0"
     try:
         deadline = time.monotonic() + 200
-        while not results.is_file():
+        while not read_attempts(second):
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
-        found = json.loads(results.read_text())
-        assert [run["state"] for run in found["runs"].values()] == ["finished", "not started"]
-        assert "plain" in found["groups"]
-        process.send_signal(signal.SIGTERM)
+        process.kill()
         process.communicate(timeout=100)
     finally:
         process.kill()
+        for attempt in read_attempts(second):
+            os.kill(attempt["pid"], signal.SIGKILL)
+    found = json.loads((sweep_file.parent / "sweep/sweep.json").read_text())
+    assert [run["state"] for run in found["runs"].values()] == ["finished", "not started"]
+    assert "plain" in found["groups"]
+
+
+def test_a_fault_while_recording_stops_no_run_and_is_told(sweep_file, monkeypatch, tmp_path, capfd):
+    """A damaged report of a run of an earlier call; the results then cannot be gathered."""
+    program(tmp_path / "python", STAND_IN)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    values = "evaluate={suites: [perplexity], options: {texts: [a.txt]}}"
+    damaged = expand(load_sweep(sweep_file, [values, "runs.old=[]"]), "sweep.yaml")[-1]
+    train(damaged)
+    evaluate(damaged, 2.0)
+    damaged.report.write_text('{"suites": [1]}')
+    members = expand(load_sweep(sweep_file, ["runs.other=[]"]), "sweep.yaml")[::2]
+    out = members[0].out.parent
+    with pytest.raises(UserError, match=r"report\.json: is not a report of `megafusion evaluate`; delete it"):
+        write_results(out, members, {}, [damaged])
+    errors = run_members(
+        members, tmp_path / "frozen", 1, lambda failed: write_results(out, members, failed, [damaged])
+    )
+    assert errors == {}
+    assert all(member.is_trained for member in members)
+    said = "".join(capfd.readouterr())
+    assert said.count("warning: the results are not written: ") == 2
+    assert not (out / "sweep.json").exists()
+
+
+def test_a_run_that_cannot_be_started_does_not_stop_the_others(sweep_file, monkeypatch, tmp_path):
+    """Files stand where one run's configuration and another's log would be."""
+    program(tmp_path / "python", STAND_IN)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    members = expand(load_sweep(sweep_file, ["runs={logs: [], plainer: []}"]), "sweep.yaml")
+    (tmp_path / "frozen").mkdir()
+    (tmp_path / "frozen/causal,seed=0").write_text("")
+    members[2].out.mkdir(parents=True)
+    (members[2].out / "logs").write_text("")
+    errors = run_members(members, tmp_path / "frozen", 1)
+    assert errors["causal,seed=0"].startswith("its configuration cannot be written: ")
+    assert errors["logs,seed=0"].startswith("train: cannot be started: ")
+    assert len(errors) == 2
+    assert members[3].is_trained
+
+
+def runs_of(out: Path) -> dict[str, dict]:
+    return json.loads((out / "sweep.json").read_text())["runs"]
+
+
+def test_calls_at_other_seeds_at_a_time_keep_each_others_results(sweep_file):
+    """Neither knows of the other at its start; what the other's run failed with stays, until it is done."""
+    first, second = (expand(load_sweep(sweep_file, [f"grid.seed=[{seed}]"]), "s")[:1] for seed in (0, 1))
+    out = first[0].out.parent
+    train(first[0], text_loss=1.0)
+    write_results(out, first, {})
+    write_results(out, second, {second[0].name: "train: exit status 2: no"})
+    assert {name: run["state"] for name, run in runs_of(out).items()} == {
+        "plain,seed=0": "finished",
+        "plain,seed=1": "failed",
+    }
+    write_results(out, first, {}, second)
+    assert runs_of(out)["plain,seed=1"]["error"] == "train: exit status 2: no"
+    train(second[0], text_loss=3.0)
+    found = write_results(out, first, {}, second)
+    assert found["groups"]["plain"]["text_loss"] == {"mean": 2.0, "std": pytest.approx(2**0.5), "runs": 2}
+
+
+def test_results_are_written_under_a_lock(sweep_file, monkeypatch):
+    """Another process that holds it has a while to release it."""
+    members = expand(load_sweep(sweep_file), "s")
+    out = members[0].out.parent
+    out.mkdir()
+    holder = ["flock", "--exclusive", str(out / "sweep.lock"), "sh", "-c", "echo held; read line"]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        monkeypatch.setattr(results, "LOCK_SECONDS", 0.1)
+        with pytest.raises(UserError, match=r"sweep\.lock: locked for 0 s by another call"):
+            write_results(out, members, {})
+        assert not (out / "sweep.json").exists()
+        process.communicate(b"\n")
+    write_results(out, members, {})
+    assert len(runs_of(out)) == 2
+
+
+def test_the_figures_of_a_run_whose_folder_is_gone_stay(sweep_file):
+    """In the table and in its group, whatever it is that later calls ask for."""
+    members = expand(load_sweep(sweep_file, ["grid.seed=[0, 1]"]), "s")
+    for member in members:
+        train(member, text_loss=1.0)
+    out = members[0].out.parent
+    before = write_results(out, members, {})["runs"]
+    shutil.rmtree(members[0].out)
+    process = sweep(sweep_file, "--report", "grid.seed=[2]")
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert runs_of(out).items() >= before.items()
+    assert "| plain,seed=0 | finished | 6 of 6 |" in output
+    assert "| text_loss | 1 ± 0 (2) | 1 ± 0 (2) |" in output
 
 
 def test_groups_have_mean_and_spread_over_the_seeds_that_are_finished(sweep_file):

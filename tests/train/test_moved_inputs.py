@@ -102,7 +102,10 @@ def test_held_out_shards_that_moved_are_known_to_other_commands(run_values, shar
     del known["held_out"]  # as of an earlier version
     record.write_text(json.dumps(known))
     freeze(parsed(run_values), "a", "b")
-    assert held_out_of(config.out) == (3, str(shards / "text"))
+    assert held_out_of(config.out) == (3, str(second)), "it is still there, so this is no move"
+    validation["sources"]["held-out"]["path"] = str(second.rename(tmp_path / "third"))
+    freeze(parsed(run_values), "a", "b")
+    assert held_out_of(config.out) == (3, str(tmp_path / "third"))
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "vae"])
