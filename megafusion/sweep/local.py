@@ -135,8 +135,8 @@ def run_members(
                     continue
                 try:
                     config = freeze(member, folder)
-                except OSError as error:
-                    errors[member.name] = f"its configuration cannot be written: {error}"
+                except OSError as fault:
+                    errors[member.name] = f"its configuration cannot be written: {fault}"
                     progress.advance(total)
                     continue
                 slot = min(set(range(jobs)) - set(running))
