@@ -235,7 +235,7 @@ def _update(job: Job, chip: Chip, software: Software, weights: int) -> float:
     if software.updates_in_one_pass:
         # The norm reads gradients; the kernel reads those, weights, moments and average, and writes all but
         # gradients, and the model's weights. ZeRO 3 flattens gradients before and casts after.
-        moved = 4 + 36 + number
+        moved = 4.0 + 36 + number
         moved += 12 if zero == 3 else 8 * (job.replicas > 1)  # the mean over data ranks
         return moved * share / chip.memory_bandwidth
     moved = 24 * weights + 46 * share if zero == 1 else 70 * share
