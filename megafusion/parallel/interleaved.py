@@ -1,7 +1,7 @@
 """Interleaved 1F1B: the passes of a pipeline rank with several virtual stages, and its transfers.
 
 DeepSpeed's pipeline engine knows one stage a rank. It keeps the optimizer and the reduction of gradients;
-this takes the place of its `train_batch` and `eval_batch` (engine/engine.py).
+this makes the passes in place of its schedules (engine/engine.py).
 """
 
 from collections import deque
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from megafusion.parallel.mesh import Mesh
 from megafusion.parallel.pipeline import PipelineLosses, Stage
-from megafusion.parallel.schedule import Instruction, Pass, evaluation_timeline, training_timeline
+from megafusion.parallel.schedule import (
+    MAX_SENDS,
+    Instruction,
+    Pass,
+    evaluation_timeline,
+    training_timeline,
+)
 from megafusion.sequence.packing import PackedBatch
-
-MAX_SENDS = 4
-"""Sends in flight at most. Two ranks list their transfers in one order (`simulate`), so that waiting for the
-oldest cannot deadlock."""
 
 
 class Transfer(NamedTuple):

@@ -17,6 +17,9 @@ def stage_blocks(flops: Sequence[int], num_stages: int) -> list[range]:
 def virtual_stage_blocks(flops: Sequence[int], num_stages: int, num_virtual: int) -> list[list[range]]:
     """Indices of the blocks of each stage's virtual stages, which take turns: stage r has the r-th of every
     `num_stages`.
+
+    The slowest virtual stage is as fast as possible. A stage may then be slower than with one virtual stage,
+    where a part that cannot be divided takes longer than others.
     """
     blocks = stage_blocks(flops, num_stages * num_virtual)
     return [blocks[stage::num_stages] for stage in range(num_stages)]

@@ -6,6 +6,7 @@ Micro-batches pass in groups of `num_ranks`: a group passes through one virtual 
 the next. With one virtual stage a rank it is 1F1B.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
@@ -14,6 +15,10 @@ Direction = Literal["forward", "backward"]
 
 COSTS: dict[Direction, float] = {"forward": 1.0, "backward": 2.0}
 """Time of a pass, relative to a forward pass."""
+
+MAX_SENDS = 4
+"""Sends in flight at most. Two ranks list their transfers in one order (`simulate`), so that waiting for the
+oldest cannot deadlock."""
 
 
 class Pass(NamedTuple):
@@ -29,6 +34,15 @@ class Instruction(NamedTuple):
 
     action: Literal["run", "send", "receive"]
     work: Pass
+
+
+class InFlight(NamedTuple):
+    """What a rank holds at a moment of a training step."""
+
+    passes: tuple[int, ...]
+    """Micro-batches whose activations it holds, by virtual stage."""
+    transfers: int
+    """Tensors beside them: inputs and gradients that wait for their passes, and gradients that are sent."""
 
 
 class Timeline(NamedTuple):
@@ -149,17 +163,36 @@ def bubble(num_ranks: int, num_virtual: int) -> float:
 
 
 @cache
-def in_flight(
-    rank: int, num_ranks: int, num_virtual: int, num_micro_batches: int
-) -> frozenset[tuple[int, ...]]:
-    """Micro-batches whose activations a rank holds, by virtual stage, at every moment of a training step."""
+def in_flight(rank: int, num_ranks: int, num_virtual: int, num_micro_batches: int) -> frozenset[InFlight]:
+    """What a rank holds at every moment of a training step."""
     # It repeats after two groups.
     few = min(num_micro_batches, 3 * num_ranks)
-    return frozenset(_counts(training_passes(rank, num_ranks, num_virtual, few), num_virtual))
+    if num_virtual > 1:
+        return frozenset(_held(_timeline(num_ranks, num_virtual, few).instructions[rank], rank, num_ranks))
+    runs = [Instruction("run", work) for work in training_passes(rank, num_ranks, 1, few)]
+    # DeepSpeed's engine has a buffer for inputs and one for gradients. The last stage keeps its outputs,
+    # whose graphs hold the input of the micro-batch before and its gradient.
+    num_buffers = (rank > 0) + (rank < num_ranks - 1) + 2 * (0 < rank == num_ranks - 1)
+    return frozenset(held._replace(transfers=num_buffers) for held in _held(runs, rank, num_ranks))
 
 
-def _counts(passes: list[Pass], num_virtual: int) -> Iterator[tuple[int, ...]]:
-    counts = [0] * num_virtual
-    for direction, virtual_stage, _ in passes:
-        counts[virtual_stage] += 1 if direction == "forward" else -1
-        yield tuple(counts)
+_timeline = cache(training_timeline)
+
+
+def _held(instructions: list[Instruction], rank: int, num_ranks: int) -> Iterator[InFlight]:
+    """What a rank holds after each of its instructions, as interleaved.py follows them."""
+    num_virtual = 1 + max(work.virtual_stage for _, work in instructions)
+    counts, received, last = [0] * num_virtual, 0, num_ranks * num_virtual - 1
+    sends: deque[bool] = deque()
+    for action, (direction, virtual_stage, _) in instructions:
+        if action == "receive":
+            received += 1
+        elif action == "send":
+            sends.append(direction == "backward")  # the others are kept with their passes
+        else:
+            stage = virtual_stage * num_ranks + rank
+            received -= stage > 0 if direction == "forward" else stage < last
+            counts[virtual_stage] += 1 if direction == "forward" else -1
+        if len(sends) > MAX_SENDS:
+            sends.popleft()
+        yield InFlight(tuple(counts), received + sum(sends))

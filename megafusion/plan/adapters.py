@@ -23,6 +23,8 @@ class Adapter(NamedTuple):
 
     down: tuple[Layer, ...]
     up: tuple[Layer, ...]
+    skips: int = 0
+    """Numbers of an image's features that pipeline stages send from one half to the other."""
 
 
 def num_weights(layers: tuple[Layer, ...]) -> int:
@@ -50,11 +52,16 @@ def _linear(inputs: int, outputs: int, positions: int) -> Layer:
 
 def _conv(inputs: int, outputs: int, pixels: int, side: int = 3) -> Layer:
     weights = side * side * inputs * outputs
-    return Layer((weights, outputs), 2 * weights * pixels, outputs * pixels)
+    is_shortcut = side == 1  # whose output is only added
+    return Layer((weights, outputs), 2 * weights * pixels, 0 if is_shortcut else outputs * pixels)
 
 
 def _norm(channels: int, pixels: int) -> Layer:
-    return Layer((channels, channels), 0, 2 * channels * pixels)  # its output, and SiLU's
+    return Layer((channels, channels), 0, 3 * channels * pixels)  # normalized, scaled, and SiLU's output
+
+
+def _features(numbers: int) -> Layer:
+    return Layer((), 0, numbers)
 
 
 def _timestep(size: int) -> list[Layer]:
@@ -94,11 +101,18 @@ def _unet_adapter(model: ModelConfig) -> Adapter:
     for number, (size, pixels) in enumerate(reversed(levels)):
         if number:
             up.append(_conv(channels, channels, pixels))
-        up += [*_residual(channels + size, size, embedding, pixels)]
-        up += [*_residual(2 * size, size, embedding, pixels)]
+        for inputs in (channels + size, 2 * size):
+            # With the skip; what is concatenated is not saved itself.
+            up += [_features((inputs - size) * pixels), *_residual(inputs, size, embedding, pixels)]
         channels = size
-    up += [_norm(channels, height * width), _conv(channels, model.latent_channels, height * width)]
-    return Adapter(tuple(down), tuple(up))
+    up += [
+        _features(channels * height * width),
+        _norm(channels, height * width),
+        _conv(channels, model.latent_channels, height * width),
+    ]
+    largest = max(rows * columns for rows, columns in model.latent_sizes)  # the others' are padded
+    skips = sum(2 * size * (largest >> 2 * level) for level, (size, _) in enumerate(levels))
+    return Adapter(tuple(down), tuple(up), skips)
 
 
 _LAYERS = {"linear": _linear_adapter, "unet": _unet_adapter}

@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 from megafusion.plan.chip import Chip
 from megafusion.plan.job import Job
-from megafusion.plan.software import Software
+from megafusion.plan.software import BUCKET_SIZE, SMALL_SHARE, Software
+
+NUM_GROUPS = 2
+"""Of parameters that are flattened together: matrices and vectors (engine/optimizer.py)."""
 
 
 class Traffic(NamedTuple):
@@ -41,16 +44,34 @@ def ulysses_traffic(job: Job, chip: Chip, num_blocks: int, passes: float) -> Tra
 
 
 def pipeline_traffic(job: Job, chip: Chip) -> Traffic:
-    """The residual stream to the next virtual stage and its gradient back, of one micro-batch."""
+    """What `num_sent` counts to the next virtual stage and its gradient back, of one micro-batch."""
     parallel = job.parallel
     if parallel.pipeline == 1:
         return Traffic("pipeline", 0, "node", 0)
     num = 2 * parallel.virtual_stages
-    sent = num * job.tokens * job.model.hidden_size * job.bytes_per_number
-    sent /= parallel.tensor if parallel.sequence else 1
+    sent = num * num_sent(job) * job.bytes_per_number
     is_near = job.world_size <= chip.node_gpus
     seconds = sent / (chip.node_bandwidth if is_near else chip.card_bandwidth) + num * chip.latency
     return Traffic("pipeline", sent, "node" if is_near else "network", seconds)
+
+
+def num_sent(job: Job) -> float:
+    """Numbers that a virtual stage sends of a micro-batch: the residual stream and the adapter's skips."""
+    ranks = job.parallel.tensor if job.parallel.sequence else 1
+    return job.tokens * job.model.hidden_size / ranks + job.local_slots * job.adapter.skips
+
+
+def has_buckets(job: Job, software: Software) -> bool:
+    """Whether gradients are reduced by engine/buckets.py."""
+    parallel = job.parallel
+    return software.updates_in_one_pass and parallel.zero_stage in (1, 2) and not parallel.offload_optimizer
+
+
+def num_reductions(trained: int, ranks: int) -> int:
+    """Collectives that reduce the gradients of matrices and of vectors once, as engine/buckets.py does."""
+    share = trained / ranks
+    vectors = 1  # whose shares are small
+    return vectors + (1 if share < SMALL_SHARE else ranks * math.ceil(share / BUCKET_SIZE))
 
 
 def data_traffic(
@@ -70,11 +91,15 @@ def data_traffic(
         3: (2 * gathered + reduced, 0.0),
     }
     every, once = by_stage[zero]
-    # A collective for each tensor or bucket: of a block with ZeRO 3, of half a billion numbers else.
+    # A collective for each tensor of a block with ZeRO 3, for each bucket else.
     calls = 3 * len(max(job.stages, key=len)) if zero == 3 else math.ceil(weights / software.bucket_numbers)
+    calls_every, calls_once = calls, calls
+    if has_buckets(job, software):
+        calls_every = num_reductions(trained, ranks)
+        calls_once = NUM_GROUPS + (calls_every if zero == 1 else 0)
     return (
-        _on_links(job, chip, "data, a micro-batch", every, ranks, stride, calls),
-        _on_links(job, chip, "data, a step", once, ranks, stride, calls),
+        _on_links(job, chip, "data, a micro-batch", every, ranks, stride, calls_every),
+        _on_links(job, chip, "data, a step", once, ranks, stride, calls_once),
     )
 
 

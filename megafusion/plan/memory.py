@@ -8,8 +8,9 @@ from megafusion.objective.config import LOGITS_ALIGNMENT, positions_in_chunk
 from megafusion.parallel.schedule import in_flight
 from megafusion.plan.activations import backward_of_block, saved_by_block, saved_by_tail, saved_once
 from megafusion.plan.adapters import num_features
+from megafusion.plan.communication import num_sent
 from megafusion.plan.job import Job
-from megafusion.plan.software import Software
+from megafusion.plan.software import BUCKET_SIZE, SMALL_SHARE, Software
 
 CONTEXT_BYTES = 2.0 * 2**30
 """CUDA's context, NCCL's buffers and libraries' work space: an estimate, 1.5 to 2.5 GiB."""
@@ -17,8 +18,8 @@ FRAGMENTATION = 0.04
 """Of what a step allocates: an estimate, 3 to 5%."""
 MAX_LIVE_NUMBERS = 1e9
 """Weights that DeepSpeed's ZeRO 3 keeps gathered (stage3_max_live_parameters)."""
-BUCKETS, BUCKET_SIZE = 4, 2**25
-"""Buckets with memory at ZeRO 2, and float32 numbers in each: of engine/buckets.py, which imports torch."""
+BUCKETS = 6
+"""Buckets with memory at ZeRO 2: those that backward fills and those in flight (engine/buckets.py)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Memory:
     """Master weights and both moments."""
     average: float
     activations: float
-    """Saved by blocks and tail, of all micro-batches in flight."""
+    """Saved by blocks and tail, and sent or received, of all micro-batches in flight."""
     backward: float
     """One block's backward pass, beyond what the loss needs before it."""
     adapters: float
@@ -76,8 +77,12 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
     by_all = [*by_blocks[:-1], by_blocks[-1] + up]
     by_all[0] += down
     sizes = len(job.stages), parallel.virtual_stages, job.micro_batches
-    held = max(in_flight(stage, *sizes), key=lambda counts: _weighted(counts, by_all))
+    sent = number * num_sent(job)
+    held, transfers = max(
+        in_flight(stage, *sizes), key=lambda found: _weighted(found.passes, by_all) + found.transfers * sent
+    )
     saved = _weighted(held, by_blocks) + number * saved_by_tail(job, software) * is_last
+    saved += transfers * sent
     adapters = held[0] * down + held[-1] * up
     logits = _loss_peak(job, software) if is_last else 0.0
     # Backward of a block comes after that of the loss.
@@ -90,11 +95,14 @@ def stage_memory(job: Job, software: Software, stage: int) -> Memory:
 
 def _saved_by(job: Job, software: Software, blocks: range) -> float:
     """Bytes that a micro-batch's pass through a virtual stage's blocks keeps until its backward pass."""
-    per_token = len(blocks) * saved_by_block(job, software)
+    numbers = job.tokens * len(blocks) * saved_by_block(job, software)
+    sent = num_sent(job)
     if blocks.stop < job.model.num_layers:
-        ranks = job.parallel.tensor if job.parallel.sequence else 1
-        per_token += job.model.hidden_size / ranks  # what is sent
-    return job.bytes_per_number * job.tokens * per_token + saved_once(job, software)
+        numbers += sent
+    if blocks.start > 0:
+        # The first block saves the residual stream that was received. DeepSpeed's engine keeps a copy of all.
+        numbers += job.local_slots * job.adapter.skips + (sent if job.parallel.virtual_stages == 1 else 0)
+    return job.bytes_per_number * numbers + saved_once(job, software)
 
 
 def _weighted(counts: Sequence[int], sizes: Sequence[float]) -> float:
@@ -144,7 +152,10 @@ def _buffers(job: Job, software: Software, tensors: list[int]) -> float:
     if job.parallel.offload_optimizer and zero < 3:
         return number * software.bucket_numbers
     if zero < 3:
-        own = 4.0 * min(BUCKETS * BUCKET_SIZE, sum(tensors)) if zero == 2 and job.replicas > 1 else 0.0
+        own, total = 0.0, sum(tensors)
+        if zero == 2 and job.replicas > 1:
+            # A group of small shares is one bucket.
+            own = 4.0 * (total if total < job.replicas * SMALL_SHARE else min(BUCKETS * BUCKET_SIZE, total))
         return (number + 4.0) * max(tensors) + own  # a gradient before it is added to the sums
     gathered = number * min(sum(tensors), MAX_LIVE_NUMBERS)
     return 4.0 * software.bucket_numbers + gathered

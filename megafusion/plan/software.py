@@ -6,6 +6,10 @@ from typing import Literal
 from megafusion.engine.config import TrainConfig
 from megafusion.model.config import BackendName
 
+BUCKET_SIZE, SMALL_SHARE = 2**25, 2**20
+"""Float32 numbers in a bucket at most, and in a rank's share of a group that has more than one bucket: of
+engine/buckets.py, which imports torch."""
+
 
 @dataclass(frozen=True)
 class Software:
@@ -39,8 +43,9 @@ class Software:
     shards_gradients_at_step: bool = False
     """ZeRO 1 reduces gradients to their owners, as here; DeepSpeed all-reduces them."""
     updates_in_one_pass: bool = False
-    """At ZeRO 1 in half precision, gradients are added to float32 sums by one kernel each, and after the norm
-    another clips, updates, averages and casts (engine/fused_update.py)."""
+    """Without offload: at ZeRO 1 and 2, one kernel adds each gradient to float32 sums, which are reduced in
+    buckets (engine/buckets.py); at ZeRO 1 to 3, one kernel after the norm clips, updates and averages
+    (engine/fused_update.py)."""
     reduced_bytes: int = 4
     """Of a gradient on the wire."""
     bucket_numbers: float = 5e8

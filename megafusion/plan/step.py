@@ -10,6 +10,7 @@ from megafusion.plan.chip import Chip
 from megafusion.plan.communication import (
     Traffic,
     data_traffic,
+    has_buckets,
     pipeline_traffic,
     tensor_traffic,
     ulysses_traffic,
@@ -108,7 +109,7 @@ def _passes(job: Job) -> float:
 
 def _micro_batch(job: Job, chip: Chip, software: Software, stage: int) -> dict[str, float]:
     """Seconds of a micro-batch's forward and backward on a stage, by part."""
-    num, number = len(job.stages[stage]), job.bytes_per_number
+    num = len(job.stages[stage])
     is_first, is_last = stage == 0, stage == len(job.stages) - 1
     recompute = job.train.recompute
     # Forward is a third of products and of other traffic, and two sevenths of attention.
@@ -119,14 +120,11 @@ def _micro_batch(job: Job, chip: Chip, software: Software, stage: int) -> dict[s
     saves_attention = recompute == "none" or (recompute == "selective" and software.selective == "alternate")
     attention *= 1 if saves_attention else 9 / 7
     traffic = num * _elementwise(job, software) * (1 if recompute == "none" else 4 / 3)
-    gradient = 18.0 if number == 2 and job.parallel.zero_stage < 2 else 16.0 if number == 2 else 12.0
-    if _is_one_pass(job, software):
-        gradient = 10.0
     parts = {
         "products": products,
         "attention": attention,
         "elementwise": traffic / chip.memory_bandwidth,
-        "gradient sums": gradient * job.num_trained(stage) / chip.memory_bandwidth,
+        "gradient sums": _gradient_bytes(job, software) * job.num_trained(stage) / chip.memory_bandwidth,
         "head and loss": _head(job, chip, software) if is_last else 0.0,
     }
     flops = job.down_passes * num_flops(job.adapter.down) * is_first + num_flops(job.adapter.up) * is_last
@@ -216,24 +214,29 @@ def _head(job: Job, chip: Chip, software: Software) -> float:
     return products + software.logit_traffic * tokens * columns / chip.memory_bandwidth
 
 
-def _is_one_pass(job: Job, software: Software) -> bool:
-    is_offloaded = job.parallel.offload_optimizer
-    return (
-        software.updates_in_one_pass
-        and job.parallel.zero_stage == 1
-        and job.bytes_per_number == 2
-        and not is_offloaded
-    )
+def _gradient_bytes(job: Job, software: Software) -> float:
+    """Read and written for the gradient of each trained number in a micro-batch, until it is summed."""
+    number, zero, replicas = job.bytes_per_number, job.parallel.zero_stage, job.replicas
+    if has_buckets(job, software):
+        # ZeRO 2 copies each to a bucket, and adds this rank's share of the reduced ones to its sums.
+        return number + (4 + 12 / replicas if zero == 2 and replicas > 1 else 8)
+    if number == 4:
+        return 12.0
+    return 18.0 if zero < 2 else 16.0
 
 
 def _update(job: Job, chip: Chip, software: Software, weights: int) -> float:
-    """Norm, clipping, AdamW, casts and average; at ZeRO 0 and 1 partly over all weights."""
-    zero, share = job.parallel.zero_stage, weights / job.replicas
+    """Norm, clipping, AdamW, casts and average; at ZeRO 0, and in DeepSpeed's 1, partly over all weights."""
+    zero, share, number = job.parallel.zero_stage, weights / job.replicas, job.bytes_per_number
     if job.parallel.offload_optimizer:
-        return 24 * share / 100e9 + (4 + job.bytes_per_number) * share / chip.host_bandwidth
-    if _is_one_pass(job, software):
-        return 42 * share / chip.memory_bandwidth
+        return 24 * share / 100e9 + (4 + number) * share / chip.host_bandwidth
     if zero == 0:
         return 60 * weights / chip.memory_bandwidth
+    if software.updates_in_one_pass:
+        # The norm reads gradients; the kernel reads those, weights, moments and average, and writes all but
+        # gradients, and the model's weights. ZeRO 3 flattens gradients before and casts after.
+        moved = 4.0 + 36 + number
+        moved += 12 if zero == 3 else 8 * (job.replicas > 1)  # the mean over data ranks
+        return moved * share / chip.memory_bandwidth
     moved = 24 * weights + 46 * share if zero == 1 else 70 * share
     return moved / chip.memory_bandwidth

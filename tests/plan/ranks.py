@@ -1,13 +1,15 @@
 """The tensors that a rank of this repository holds in a step, found by looking for them."""
 
 import gc
-from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megafusion.config import parse_config
 from megafusion.engine.ema import Ema
+from megafusion.engine.gradients import ShardedGradients
 from megafusion.parallel.mesh import make_mesh
 from megafusion.train.build import build_engine
 from megafusion.train.config import RunConfig
@@ -15,41 +17,37 @@ from megafusion.train.loop import train_step
 from tests.parallel.cases import Batches
 
 BUCKET_NUMBERS = 500_000_000
-"""Of DeepSpeed's reduce buckets, which on a CPU are address space alone."""
+"""Of DeepSpeed's buckets at ZeRO 3, which on a CPU are address space alone."""
 
 
-class SavedBytes:
-    """Bytes of the storages that autograd keeps for backward, now and at most, but not the parameters'."""
+class Peak:
+    """Most bytes that are held when a backward pass begins; `measure` counts them.
 
-    def __init__(self, parameters: set[int]):
-        self._parameters, self._users = parameters, Counter()
-        self.now = self.peak = 0
+    Saved tensors pass through Python here, where `storages` finds them.
+    """
 
-    def pack(self, tensor: Tensor) -> "Kept":
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._parameters:
-            self._users[key] += 1
-            if self._users[key] == 1:
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-        return Kept(self, tensor, key, storage.nbytes())
+    def __init__(self, measure: Callable[[], int]):
+        self._measure, self._is_forward, self.bytes = measure, False, 0
 
-    def drop(self, key: int, size: int) -> None:
-        if key not in self._parameters:
-            self._users[key] -= 1
-            if not self._users[key]:
-                self.now -= size
+    def pack(self, tensor: Tensor) -> "Saved":
+        self._is_forward = True
+        return Saved(self, tensor)
+
+    def drop(self) -> None:
+        """Called when a saved tensor is dropped: the first after a forward pass begins a backward pass."""
+        if self._is_forward:
+            self.bytes = max(self.bytes, self._measure())
+        self._is_forward = False
 
 
-class Kept:
+class Saved:
     """A tensor that autograd saved."""
 
-    def __init__(self, counter: SavedBytes, tensor: Tensor, key: int, size: int):
-        self._counter, self.tensor, self._key, self._size = counter, tensor, key, size
+    def __init__(self, peak: Peak, tensor: Tensor):
+        self._peak, self.tensor = peak, tensor
 
     def __del__(self):
-        self._counter.drop(self._key, self._size)
+        self._peak.drop()
 
 
 def storages(parameters: list) -> dict[int, int]:
@@ -65,8 +63,19 @@ def storages(parameters: list) -> dict[int, int]:
     return found
 
 
-def held(values: dict) -> tuple[int, int]:
-    """Bytes of this rank's state after its second step's backward pass, and what autograd kept at most."""
+class Held(NamedTuple):
+    """What a rank holds in its second step."""
+
+    state: int
+    """Bytes after its backward passes, when no bucket is in flight."""
+    passes: int
+    """Bytes beyond those when a backward pass begins, at most: saved, sent and received."""
+    num_reductions: int
+    """Collectives of engine/buckets.py that reduce the gradients once."""
+
+
+def held(values: dict) -> Held:
+    """Run two steps, and measure in the second."""
     config = parse_config(RunConfig, values, "test")
     mesh = make_mesh(config.parallel)
     batches = Batches(values, mesh)
@@ -77,10 +86,18 @@ def held(values: dict) -> tuple[int, int]:
     ema = Ema(engine.optimizer_state.shards, 0.9)
     train_step(engine, rows[0], 1e-3)
     parameters = list(engine.stage.parameters())
-    saved = SavedBytes({p.untyped_storage()._cdata for p in parameters})
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+
+    def measure() -> int:
+        return sum(size for address, size in storages(parameters).items() if address not in before)
+
+    peak = Peak(measure)
+    with torch.autograd.graph.saved_tensors_hooks(peak.pack, lambda saved: saved.tensor):
         engine.forward_backward(rows[1])
+    gradients, num_reductions = engine._update._gradients, 0
+    if isinstance(gradients, ShardedGradients):
+        gradients.take()
+        num_reductions = len(gradients.buckets._buckets)
     gc.collect()
-    state = sum(size for address, size in storages(parameters).items() if address not in before)
+    state = measure()
     assert ema.fragments
-    return state, saved.peak
+    return Held(state, peak.bytes - state, num_reductions)

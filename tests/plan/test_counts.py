@@ -1,5 +1,6 @@
 """Parameters, FLOPs and stages by formula are those of the real model."""
 
+import math
 from dataclasses import replace
 from itertools import chain, product
 
@@ -12,7 +13,7 @@ from megafusion.model.transfusion import Transfusion
 from megafusion.model.wrapper import canonical_name
 from megafusion.parallel.balance import layer_flops
 from megafusion.parallel.partition import virtual_stage_blocks
-from megafusion.plan.adapters import adapter_layers, num_flops
+from megafusion.plan.adapters import adapter_layers, num_features, num_flops
 from megafusion.plan.job import matrix_weights, token_flops, whole_weights
 from megafusion.plan.rows import row_statistics
 from megafusion.train.config import RunConfig
@@ -90,6 +91,37 @@ def test_flops_and_stages_are_those_that_pytorch_counts(name, overrides):
         staged = config.model_copy(update={"parallel": parallel}).job(4)
         assert staged.virtual_stages == virtual_stage_blocks(counted, pipeline, virtual)
         assert [list(chain(*stage)) for stage in staged.virtual_stages] == staged.stages
+
+
+def saved_numbers(function, *arguments):
+    """The result of an adapter's half, and the numbers that it saves for backward beside its weights."""
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function(*arguments)
+    weights = {parameter.untyped_storage()._cdata for parameter in function.parameters()}
+    return result, sum(s.untyped_storage().nbytes() // 4 for key, s in saved.items() if key not in weights)
+
+
+def test_the_unet_saves_and_sends_what_is_counted():
+    config = configuration("baselines/7b-unet-8x8.yaml", "model.num_layers=1", "model.hidden_size=64",
+                           "model.num_heads=4", "model.unet_channels=32")  # fmt: skip
+    model, adapter = Transfusion(config.model, config.objective), adapter_layers(config.model)
+    latents, zeros = torch.randn(2, 8, 32, 32), torch.zeros(2, dtype=torch.int64)
+    (patches, skips), down = saved_numbers(model.stem.adapter, latents, zeros, zeros)
+    _, up = saved_numbers(model.tail.adapter, patches.detach(), zeros, skips, zeros)
+    assert num_features(adapter.down) == pytest.approx(down / 2, rel=0.01)
+    assert num_features(adapter.up) == pytest.approx(up / 2, rel=0.01)
+    assert adapter.skips == sum(skip.numel() for skip in skips) / 2
+    assert [skip.numel() for skip in skips] == list(map(math.prod, model.tail.adapter.skip_shapes(2)))
+    sizes = configuration("baselines/7b-unet-8x8.yaml", "model.image_sizes=[[256,256],[128,384]]").model
+    with torch.device("meta"):
+        shapes = Transfusion(sizes, config.objective).tail.adapter.skip_shapes(1)
+    assert adapter_layers(sizes).skips == sum(map(math.prod, shapes))
 
 
 @pytest.mark.parametrize("kind", ["mixed", "pairs"])
