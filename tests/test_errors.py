@@ -10,7 +10,7 @@ from megafusion.checkpoint.manager import SaveFailed
 from megafusion.data.cache import CacheFull
 from megafusion.data.document_format import BadDocument
 from megafusion.errors import ExitStatus, UserError
-from megafusion.images.reader import BadImage
+from megafusion.images.reader import BadImage, TooManyPixels
 
 ERRORS = [
     UserError("a message", on_every_rank=True, exit_status=ExitStatus.RETRY),
@@ -20,6 +20,7 @@ ERRORS = [
     CacheFull("full"),
     DamagedCheckpoint("damaged"),
     SaveFailed("not saved"),
+    TooManyPixels("too large"),
 ]
 
 

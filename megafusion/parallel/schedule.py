@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """What a rank holds at a moment of a training step."""
+    """Passes and transfers that a rank holds at a moment of a training step."""
 
     passes: tuple[int, ...]
     """Micro-batches whose activations it holds, by virtual stage."""
@@ -164,7 +164,7 @@ def bubble(num_ranks: int, num_virtual: int) -> float:
 
 @cache
 def in_flight(rank: int, num_ranks: int, num_virtual: int, num_micro_batches: int) -> frozenset[InFlight]:
-    """What a rank holds at every moment of a training step."""
+    """Passes and transfers that a rank holds at every moment of a training step."""
     # It repeats after two groups.
     few = min(num_micro_batches, 3 * num_ranks)
     if num_virtual > 1:
@@ -180,7 +180,7 @@ _timeline = cache(training_timeline)
 
 
 def _held(instructions: list[Instruction], rank: int, num_ranks: int) -> Iterator[InFlight]:
-    """What a rank holds after each of its instructions, as interleaved.py follows them."""
+    """Passes and transfers that a rank holds after each instruction, as interleaved.py follows them."""
     num_virtual = 1 + max(work.virtual_stage for _, work in instructions)
     counts, received, last = [0] * num_virtual, 0, num_ranks * num_virtual - 1
     sends: deque[bool] = deque()

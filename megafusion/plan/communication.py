@@ -44,7 +44,7 @@ def ulysses_traffic(job: Job, chip: Chip, num_blocks: int, passes: float) -> Tra
 
 
 def pipeline_traffic(job: Job, chip: Chip) -> Traffic:
-    """What `num_sent` counts to the next virtual stage and its gradient back, of one micro-batch."""
+    """Bytes of `num_sent` to the next virtual stage and of its gradient back, of one micro-batch."""
     parallel = job.parallel
     if parallel.pipeline == 1:
         return Traffic("pipeline", 0, "node", 0)

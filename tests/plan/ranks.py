@@ -64,7 +64,7 @@ def storages(parameters: list) -> dict[int, int]:
 
 
 class Held(NamedTuple):
-    """What a rank holds in its second step."""
+    """Memory that a rank holds in its second step."""
 
     state: int
     """Bytes after its backward passes, when no bucket is in flight."""
