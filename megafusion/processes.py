@@ -26,8 +26,8 @@ def exit_on_stop_signals() -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if frame and frame.f_code.co_name == "_call_with_frames_removed":
-            # An import compiles a module or loads a library. Python's compiler drops exceptions where it folds
-            # a constant, as 2**63: so a moment later.
+            # An import compiles a module or loads a library. Python's compiler drops exceptions where it
+            # folds a constant, as 2**63: so a moment later.
             signal.signal(signal.SIGALRM, lambda _, later: stop(number, later))
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             return
