@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from memory import peak_growth
 from rich.console import Console
 from rich.table import Table
 from synthetic import SyntheticRows
@@ -352,30 +353,17 @@ def compare(size: Size, num_rounds: int) -> tuple[dict[str, dict], dict[str, str
     return found, reasons
 
 
-def resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
-
-
 def peak_memory(name: str, size: Size) -> int:
     """Bytes by which this process grows at the most."""
     small = SIZES["192x5"]._replace(num_layers=1, is_compiled=size.is_compiled)
     PEERS[name](small).step()  # imports and libraries' own buffers
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    peer = PEERS[name](size)
-    for _ in range(3):
-        peer.step()
-    finish()
-    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident("VmHWM")
-    return peak - before
+
+    def steps() -> None:
+        peer = PEERS[name](size)
+        for _ in range(3):
+            peer.step()
+
+    return peak_growth(steps)
 
 
 def peak_memory_apart(name: str, size: str, peers: Path, is_compiled: bool) -> int:

@@ -5,8 +5,8 @@
 A round makes a step of each arm, in an order that turns; a figure is the median over rounds of a step's
 seconds over the first arm's in the same round. Seconds are the processor's own, so that other work does not
 count (nor a loader's worker processes); those by the clock are beside. Rows are the run's own data, of the
-first point of the sweep's grid.
-Memory: by how much a process of its own grows at its peak, from before the model is made.
+first point of the sweep's grid. Memory: by how much a process of its own grows at its peak, from before the
+model is made; on a GPU, what it allocates.
 recipes_table.py makes the table of docs/recipe.md of this and of the sweep's results.
 """
 
@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peers import resident
+from memory import peak_growth
 from train import Step
 
 from megafusion.config import parse_config
@@ -115,11 +115,7 @@ def over_first(rounds: list[dict[str, tuple[float, float]]], name: str, first: s
 def peak_memory(config: RunConfig, rows: str) -> int:
     """Bytes by which this process grows at the most in three steps."""
     Step(config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 1})}), rows).run(1)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    step = Step(config, rows)
-    step.run(3)
-    return resident("VmHWM") - before
+    return peak_growth(lambda: Step(config, rows).run(3))
 
 
 def peak_memory_apart(name: str, arguments: argparse.Namespace) -> int:

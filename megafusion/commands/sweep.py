@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ def sweep(
     """
     from megafusion.sweep.config import load_sweep
     from megafusion.sweep.members import earlier_members, expand, left_nothing
-    from megafusion.sweep.results import gather, locked, recorded_runs, write_files, write_results
+    from megafusion.sweep.results import recorded_runs, write_results
 
     if fit and not report:
         raise UserError("--fit reads the results that are there: add --report")
@@ -95,14 +95,14 @@ def sweep(
             jobs or 1,
             lambda failed: write_results(values.out, members, failed, *others),
         )
-    with locked(values.out):
-        results = gather(values.out, members, errors, *others)
-        write_files(values.out, results)
-        if fit:
-            from megafusion.sweep.plot import describe, fit_metric
 
-            results["fits"] = {name: fit_metric(results, name, baseline, values.out) for name in fit}
-            write_files(values.out, results, describe(results["fits"]))
+    def add_fits(results: dict[str, Any]) -> str:
+        from megafusion.sweep.plot import describe, fit_metric
+
+        results["fits"] = {name: fit_metric(results, name, baseline, values.out) for name in fit or ()}
+        return describe(results["fits"])
+
+    write_results(values.out, members, errors, *others, add_fits if fit else None)
     typer.echo((values.out / "sweep.md").read_text(), nl=False)
     if errors:
         raise typer.Exit(ExitStatus.FAILED)

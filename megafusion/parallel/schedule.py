@@ -66,11 +66,11 @@ def training_passes(rank: int, num_ranks: int, num_virtual: int, num_micro_batch
 
     With several virtual stages, `num_micro_batches` must be a multiple of `num_ranks`.
     """
+    forward = forward_passes(num_ranks, num_virtual, num_micro_batches)
     backward = [
         Pass("backward", num_virtual - 1 - virtual_stage, micro_batch)
-        for _, virtual_stage, micro_batch in forward_passes(num_ranks, num_virtual, num_micro_batches)
+        for _, virtual_stage, micro_batch in forward
     ]
-    forward = forward_passes(num_ranks, num_virtual, num_micro_batches)
     warmup = min(num_warmup(rank, num_ranks, num_virtual), len(forward))
     both = [each for pair in zip(forward[warmup:], backward, strict=False) for each in pair]
     return [*forward[:warmup], *both, *backward[len(forward) - warmup :]]

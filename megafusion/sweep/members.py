@@ -314,9 +314,8 @@ def _evaluation_sha256(suites: Sequence[str], options: EvaluateConfig) -> str:
     A file that this machine does not see counts by its path. Of an image folder, the images that the
     annotations name count.
     """
-    keys = dict(_files(options))
-    asked = options.model_dump(mode="json", exclude=set(keys) | {"image_folder"})
     files = [(key, path) for key, path in _files(options) if key != "image_folder"]
+    asked = options.model_dump(mode="json", exclude={key for key, _ in files} | {"image_folder"})
     contents = [(name, _sha256(path, _stamp(path))) for name, path in (*files, *_images(options))]
     return hashlib.sha256(json.dumps([list(suites), asked, contents], sort_keys=True).encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, stdev
@@ -51,7 +51,7 @@ def recorded_runs(out: Path) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> Iterator[None]:
     """Hold the lock on a sweep's results, which several calls may write. UserError if it is not released."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("w") as file:
@@ -68,33 +68,36 @@ def write_results(
     errors: Mapping[str, str],
     earlier: Sequence[Member] = (),
     forgotten: Mapping[str, dict[str, Any]] | None = None,
+    add: Callable[[dict[str, Any]], str] | None = None,
 ) -> dict[str, Any]:
-    """Gather the results under their lock, as `gather`, and write them; returns what sweep.json holds."""
-    with locked(out):
-        results = gather(out, members, errors, earlier, forgotten)
-        write_files(out, results)
+    """Write sweep.json and sweep.md, and return what sweep.json holds.
+
+    It has the figures of every run from its folder, and the entries of sweep.json of all other runs as they
+    are. Those are runs of other calls, which may be running, and of folders that are gone. Groups are of
+    finished runs alone: the figures of others are not yet what their recipe leads to. errors: what members
+    have just failed with, by name. earlier: members of earlier calls. forgotten: entries that are left out
+    unless they have changed. add: adds to what is written already, and returns Markdown for the end of
+    sweep.md.
+    """
+    with _locked(out):
+        results = _gather(out, members, errors, earlier, forgotten or {})
+        _write_files(out, results)
+        if add:
+            _write_files(out, results, add(results))
     return results
 
 
-def gather(
+def _gather(
     out: Path,
     members: Sequence[Member],
     errors: Mapping[str, str],
-    earlier: Sequence[Member] = (),
-    forgotten: Mapping[str, dict[str, Any]] | None = None,
+    earlier: Sequence[Member],
+    forgotten: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """The figures of every run from its folder, and the entries of sweep.json of all other runs as they are.
-
-    Those are runs of other calls, which may be running, and of folders that are gone. Groups are of finished
-    runs alone: the figures of others are not yet what their recipe leads to. errors: what members have just
-    failed with, by name. earlier: members of earlier calls. forgotten: entries that are left out unless they
-    have changed.
-    """
     recorded = recorded_runs(out)
     runs = {member.name: _run(member, errors.get(member.name)) for member in members}
     runs |= {member.name: _run(member, _kept_error(member, recorded)) for member in earlier}
-    left_out = forgotten or {}
-    runs |= {name: run for name, run in recorded.items() if name not in runs and run != left_out.get(name)}
+    runs |= {name: run for name, run in recorded.items() if name not in runs and run != forgotten.get(name)}
     groups: dict[str, list[dict]] = {}
     for run in runs.values():
         if run["state"] == FINISHED:
@@ -109,7 +112,7 @@ def _kept_error(member: Member, recorded: Mapping[str, dict[str, Any]]) -> str |
     return run.get("error") if failed else None
 
 
-def write_files(out: Path, results: dict[str, Any], more: str = "") -> None:
+def _write_files(out: Path, results: dict[str, Any], more: str = "") -> None:
     """Write sweep.json, and sweep.md with more Markdown at its end."""
     write_file(out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_file(out / TABLE, markdown(results) + more)
