@@ -5,9 +5,9 @@
 Text: `decode` greedily continues prompts of 16 random tokens by so many, without ending at eos, beside
 transformers' `generate` on the model that `megafusion export --to hf` writes of the same pipeline, in
 alternate runs of one process; the tokens must be equal. `generate` is all that a call of the pipeline does,
-of as many tokens. `no cache` is one forward pass over the whole row for each token. Images: draws of the
-pipeline's sampler with guidance. Medians of --runs rounds after one to warm up; a ratio is the median of the
-rounds' ratios, so that other load on the machine affects both alike. With --peers, a folder as
+for as many tokens, never eos. `no cache` is one forward pass over the whole row for each token. Images: draws
+of the pipeline's sampler with guidance. Medians of --runs rounds after one to warm up; a ratio is the median
+of the rounds' ratios, so that other load on the machine affects both alike. With --peers, a folder as
 benchmarks/peers.py takes it, images beside transfusion-pytorch's `sample_many` as well: see sample_many.py.
 """
 
@@ -104,6 +104,7 @@ def text_row(pipeline, theirs, batch: int, arguments: argparse.Namespace) -> dic
     }
     rounds, outputs = timed(runs, arguments.runs)
     assert torch.equal(outputs["decode"].cpu(), outputs["transformers"].cpu()), "tokens differ"
+    assert outputs["generate"].shape == outputs["decode"].shape
     rates = {name: batch * num_new / median(rounds, name) for name in runs}
     return {
         "kind": "text",
@@ -121,8 +122,8 @@ def text_row(pipeline, theirs, batch: int, arguments: argparse.Namespace) -> dic
     }
 
 
-def generate(pipeline: TransfusionPipeline, ids: torch.Tensor, num_new: int) -> int:
-    """As many tokens by all that a call of the pipeline does; eos is never chosen."""
+def generate(pipeline: TransfusionPipeline, ids: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Greedy tokens by all that a call of the pipeline does; eos is never chosen."""
 
     def without_eos(_head, _inputs, logits: torch.Tensor) -> torch.Tensor:
         logits[..., pipeline.tokenizer.eos] = -torch.inf
@@ -130,13 +131,12 @@ def generate(pipeline: TransfusionPipeline, ids: torch.Tensor, num_new: int) -> 
 
     hook = pipeline.model.tail.head.register_forward_hook(without_eos)
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": num_new})
-    texts = [[pipeline.tokenizer.decode(row[1:].tolist())] for row in ids]
-    requests = [Request(text, sampling, begin="text", max_images=0) for text in texts]
+    prompts = [[Segment("tokens", row[1:].tolist())] for row in ids]
+    requests = [Request(prompt, sampling, begin="text", max_images=0) for prompt in prompts]
     generation = Generation(pipeline.model, pipeline.tokenizer, pipeline.codec, requests, streams_text=False)
     generation.run()
     hook.remove()
-    assert all(len(output) == num_new for output in generation.outputs)
-    return num_new
+    return torch.tensor(generation.outputs)
 
 
 @torch.no_grad()

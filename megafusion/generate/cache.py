@@ -40,8 +40,8 @@ class _Layer:
     num_keys: int = 0
 
     def update(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys.view(-1, *self.keys.shape[2:]).index_copy_(0, self.slots, k_BSGK.flatten(0, 1))
-        self.values.view(-1, *self.values.shape[2:]).index_copy_(0, self.slots, v_BSGK.flatten(0, 1))
+        self.keys.flatten(0, 1).index_copy_(0, self.slots, k_BSGK.flatten(0, 1))
+        self.values.flatten(0, 1).index_copy_(0, self.slots, v_BSGK.flatten(0, 1))
         return self.keys[:, : self.num_keys], self.values[:, : self.num_keys]
 
 
@@ -67,26 +67,27 @@ class KVCache:
         ]
         return cls(capacity, torch.zeros(num_rows, dtype=torch.int64, device=like.device), layers)
 
-    def allocate(self, row_end_BS: Tensor) -> tuple[Tensor, Intervals]:
+    def allocate(self, row_end_BS: Tensor, may_be_empty: bool) -> tuple[Tensor, Intervals]:
         """Allocate S slots per row behind its length, for the next pass.
 
         row_end_BS: exclusive end of each new position's visible keys, counted from the row's length (i + 1
-        for the i-th text position; P for an image's patches; 0 for padding). Returns positions [B, S] and
-        intervals.
+        for the i-th text position; P for an image's patches). may_be_empty: whether it may be 0, for padding.
+        Returns positions [B, S] and intervals.
         """
         own = torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
-        positions = self.lengths[:, None] + own
-        needed = int((self.lengths[:, None] + row_end_BS).max()) + 1
+        positions, end = self.lengths[:, None] + own, self.lengths[:, None] + row_end_BS
+        needed = int(end.max()) + 1
         if needed > self.capacity:  # as many slots again, so that it happens seldom
             self._resize(_round_up(max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH))))
-        end = torch.where(row_end_BS > 0, self.lengths[:, None] + row_end_BS, 0).int()
+        if may_be_empty:
+            end = torch.where(row_end_BS > 0, end, 0)
         # Padding may reach past the capacity; it is written to the last slot, which no row uses.
         rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
         slots = (rows * self.capacity + positions.clamp(max=self.capacity - 1)).flatten()
         num_keys = _round_up(needed)
         for layer in self.layers:
             layer.slots, layer.num_keys = slots, num_keys
-        return positions, Intervals(end, None, num_keys, may_be_empty=True)
+        return positions, Intervals(end.int(), None, num_keys, may_be_empty)
 
     def _resize(self, capacity: int) -> None:
         """Add slots until there are `capacity`."""

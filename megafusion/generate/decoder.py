@@ -71,7 +71,7 @@ class Decoder:
         x_BSD, _ = self.model.stem(
             batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
         )
-        context = self._context(cache, row_end, batch.patch_index, batch.image_size)
+        context = self._context(cache, row_end, batch.patch_index, batch.image_size, may_be_empty=True)
         hidden_BSD = self._run(cache, x_BSD, context)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])
@@ -83,9 +83,10 @@ class Decoder:
 
         is_read_B: bool, false for rows that are left as they are, whose logits mean nothing.
         """
-        counts = torch.ones_like(tokens_B) if is_read_B is None else is_read_B.to(tokens_B.dtype)
+        ones = torch.ones_like(tokens_B)
+        counts = ones if is_read_B is None else is_read_B.to(tokens_B.dtype)
         x_BSD = self.model.stem.embedding(tokens_B[:, None])
-        context = self._context(cache, counts[:, None], -torch.ones_like(tokens_B)[:, None])
+        context = self._context(cache, counts[:, None], -ones[:, None], may_be_empty=is_read_B is not None)
         hidden_BSD = self._run(cache, x_BSD, context)
         cache.advance(counts)
         return self.model.tail.head(hidden_BSD)[:, 0]
@@ -168,10 +169,11 @@ class Decoder:
         row_end_BS: Tensor,
         patch_index_BS: Tensor,
         image_size_BN: Tensor | None = None,
+        may_be_empty: bool = False,
     ) -> BlockContext:
         """The context of new positions; without sizes of images they are text."""
         config, dtype = self.model.config, self.model.tail.head.weight.dtype
-        positions, intervals = cache.allocate(row_end_BS)
+        positions, intervals = cache.allocate(row_end_BS, may_be_empty)
         if image_size_BN is not None:
             positions = rope_positions(config, positions, patch_index_BS, image_size_BN)
         return block_context(config, intervals, positions, dtype, patch_index_BS >= 0)

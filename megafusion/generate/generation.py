@@ -76,6 +76,7 @@ class Generation:
         # A document ends in eos; a prompt does not.
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
         self.logits = self._prefill(self.cache, documents, lengths)
+        self._last_banned: tuple[tuple[tuple[int, ...], ...], Tensor] = ((), self.logits)
 
     @property
     def outputs(self) -> list[list[Any]]:
@@ -126,9 +127,9 @@ class Generation:
     def _reason(self, row: Row, length: int) -> Any:
         if row.is_cancelled or self.is_interrupted:
             return "cancelled"
-        if row.text.is_stopped:
-            return "stop"
-        return "length" if row.steps >= row.request.sampling.max_new_tokens or length >= self.limit else None
+        if row.text_is_complete:
+            return "stop" if row.text.is_stopped else "length"
+        return "length" if length >= self.limit else None
 
     def _keep(self, indices: list[int]) -> None:
         if len(indices) < len(self.live):
@@ -139,15 +140,17 @@ class Generation:
     def _step(self) -> Iterator[Event]:
         """Decode one token for each live row, with an image after a boi."""
         tokens = self._choose()
-        is_text = [t != self.tokenizer.eos and t not in self.boi_ids for t in tokens]
-        for row, token, appends in zip(self.live, tokens, is_text, strict=True):
+        is_read = []
+        for row, token in zip(self.live, tokens, strict=True):
             row.steps += 1
-            if appends:
+            is_text = token != self.tokenizer.eos and token not in self.boi_ids
+            if is_text:
                 row.add_token(token)
                 if (self.streams_text or row.request.sampling.stop) and (text := row.text.push(token)):
                     yield TextDelta(row.number, text)
-        if any(is_text):
-            self._read(tokens, is_text)
+            is_read.append(is_text and not row.text_is_complete)
+        if any(is_read):
+            self._read(tokens, is_read)
         yield from self._draw({i: self.boi_ids.index(t) for i, t in enumerate(tokens) if t in self.boi_ids})
         ended = [row for row, token in zip(self.live, tokens, strict=True) if token == self.tokenizer.eos]
         for row in ended:
@@ -157,31 +160,17 @@ class Generation:
 
     def _choose(self) -> list[int]:
         """The next token of each live row."""
-        logits, tokenizer = self.logits.to(torch.float32, copy=True), self.tokenizer
-        logits[:, tokenizer.eoi] = -torch.inf
-        logits[:, tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # rows of a padded vocabulary
-        lengths = self.cache.lengths.tolist()
-        banned: list[tuple[int, int]] = []
+        logits = self.logits.to(torch.float32, copy=True)
         groups: dict[SamplingConfig, list[int]] = {}
         for index, row in enumerate(self.live):
             groups.setdefault(row.request.sampling, []).append(index)
-            size = row.request.size
-            if size is not None:  # a boi of any size counts as one of the requested size
+            if (size := row.request.size) is not None:  # a boi of any size counts as one of this size
                 logits[index, self.boi_ids[size]] = logits[index, self.boi_ids].amax()
-            has_room = row.images_left > 0 and self.limit - lengths[index] >= self.image_positions
-            allowed = range(len(self.boi_ids)) if size is None else (size,)
-            banned += [
-                (index, token)
-                for other, token in enumerate(self.boi_ids)
-                if not has_room or other not in allowed
-            ]
-            if row.request.begin == "text" and not row.output:
-                banned.append((index, tokenizer.eos))
-        if banned:
-            logits[tuple(zip(*banned, strict=True))] = -torch.inf
+        logits.masked_fill_(self._banned(), -torch.inf)
         tokens = [0] * len(self.live)
         for sampling, group in groups.items():
-            rows, own = [self.live[index] for index in group], logits[group]
+            rows = [self.live[index] for index in group]
+            own = logits if len(groups) == 1 else logits[group]
             seen = None
             if sampling.repetition_penalty != 1:
                 seen = torch.zeros_like(own, dtype=torch.bool)
@@ -192,6 +181,30 @@ class Generation:
             for index, token in zip(group, chosen.tolist(), strict=True):
                 tokens[index] = token
         return tokens
+
+    def _banned(self) -> Tensor:
+        """bool [B, V], the tokens that live rows cannot have next; the last step's where nothing changed."""
+        lengths = self.cache.lengths.tolist()
+        ids = tuple(self._banned_ids(row, length) for row, length in zip(self.live, lengths, strict=True))
+        if ids != self._last_banned[0]:
+            banned_BV = torch.zeros_like(self.logits, dtype=torch.bool)
+            banned_BV[:, self.tokenizer.eoi] = True
+            banned_BV[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = True  # rows of a padded vocabulary
+            for index, own in enumerate(ids):
+                banned_BV[index, list(own)] = True
+            self._last_banned = ids, banned_BV
+        return self._last_banned[1]
+
+    def _banned_ids(self, row: Row, length: int) -> tuple[int, ...]:
+        """Of eos and the boi tokens, those that a row of a length cannot have next."""
+        banned = (self.tokenizer.eos,) if row.request.begin == "text" and not row.output else ()
+        has_room = row.images_left > 0 and self.limit - length >= self.image_positions
+        size = row.request.size
+        return banned + tuple(
+            token
+            for index, token in enumerate(self.boi_ids)
+            if not has_room or (size is not None and index != size)
+        )
 
     def _draw(self, sizes: dict[int, int]) -> Iterator[Event]:
         """Append boi, an image and eoi to some live rows; sizes: the index of its size, by index."""
@@ -291,8 +304,12 @@ class Generation:
 
     def _read(self, tokens: list[int], is_read: list[bool]) -> None:
         """Append a token to some live rows, and update their logits."""
+        tokens_B = torch.tensor(tokens, device=self.device)
+        if all(is_read):
+            self.logits = self.decoder.read_tokens(self.cache, tokens_B)
+            return
         mask = torch.tensor(is_read, device=self.device)
-        logits = self.decoder.read_tokens(self.cache, torch.tensor(tokens, device=self.device), mask)
+        logits = self.decoder.read_tokens(self.cache, tokens_B, mask)
         self.logits = torch.where(mask[:, None], logits, self.logits)
 
     def _flush(self, row: Row) -> Iterator[Event]:

@@ -91,6 +91,11 @@ class Row:
         """The texts of prompt and answer."""
         return [segment for segment in self.segments if not isinstance(segment, ImageSegment)]
 
+    @property
+    def text_is_complete(self) -> bool:
+        """Whether the answer has as many tokens as were asked for, or a stop text."""
+        return self.steps >= self.request.sampling.max_new_tokens or self.text.is_stopped
+
     def draw_noise(self, shape: Sequence[int]) -> Tensor:
         """Unit normal noise [C, h, w] that the next image begins with, on the host."""
         if self.request.start is not None:

@@ -21,9 +21,8 @@ class Alignment(nn.Module):
     def __init__(self, hidden_size: int, config: AlignmentConfig):
         super().__init__()
         size = PROJECTION_SIZE
-        first, second = nn.Linear(hidden_size, size), nn.Linear(size, size)
-        last = nn.Linear(size, config.feature_size)
-        self.layers = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+        hidden = nn.Linear(hidden_size, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU()
+        self.layers = nn.Sequential(*hidden, nn.Linear(size, config.feature_size))
 
     def forward(self, hidden_NPD: Tensor, features_NPF: Tensor) -> Tensor:
         """1 less the mean cosine similarity over an image's patches, float32 [N].

@@ -23,11 +23,9 @@ def hub_names(names: Iterable[str]) -> dict[str, list[str]]:
     found = {}
     for name in names:
         module, _, key = name.rpartition(".")
-        if key.startswith(IMAGES):
-            continue
         if name in _ENDS:
             found[name] = [f"{_ENDS[name]}.{key}"]
-        elif module.startswith("blocks."):
+        elif module.startswith("blocks.") and not key.startswith(IMAGES):
             _, index, inner = module.split(".", 2)
             found[name] = [f"model.layers.{index}.{part}.{key}" for part in _BLOCK[inner]]
     return found

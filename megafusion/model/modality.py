@@ -89,8 +89,10 @@ class ModalityLinear(nn.Linear):
 
     def forward(self, x: Tensor, *modality: Modality) -> Tensor:
         if self.image_weight is None:
-            # In two dimensions, where a bias is part of the product. In three, DeepSpeed's linear function
-            # (ZeRO 3) adds it in place to the product, which selective recomputation has saved: twice.
+            if self.bias is None:
+                return super().forward(x)
+            # In two dimensions: in three, DeepSpeed's linear function (ZeRO 3) adds the bias in place to the
+            # product, which selective recomputation has saved: twice.
             return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         (each,) = modality
         y_TD = each.linear(x if x.ndim == 2 else each.sort(x), self.weight, self.image_weight)

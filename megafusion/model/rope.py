@@ -10,16 +10,16 @@ from megafusion.model.config import ModelConfig, RopeScaling
 
 
 class Rope(NamedTuple):
-    """Rotary position embedding (Su et al., arXiv 2104.09864): cosines and sines, float32 [B, S, 1, K/2]."""
+    """Cosines and sines of a head's angles, float32 [B, S, 1, K]: of K/2 negative ones, then of positive."""
 
     cos: Tensor
     sin: Tensor
 
     def rotate(self, x_BSHK: Tensor) -> Tensor:
         """Rotate each pair (x_i, x_{i + K/2}), as Llama pairs them, by its position's angle."""
-        first, second = x_BSHK.float().chunk(2, dim=-1)
-        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat(rotated, dim=-1).to(x_BSHK.dtype)
+        x = x_BSHK.float()
+        first, second = x.chunk(2, dim=-1)
+        return (x * self.cos + torch.cat([second, first], dim=-1) * self.sin).to(x_BSHK.dtype)
 
 
 def rope_at(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
@@ -35,8 +35,9 @@ def rope_at(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling
         positions = positions[..., torch.arange(head_dim // 2, device=positions.device) % positions.shape[2]]
     else:
         positions = positions[..., None]
-    angles = positions.float() * frequencies
-    return Rope(angles.cos()[:, :, None], angles.sin()[:, :, None])
+    angles = (positions.float() * frequencies)[:, :, None]
+    angles = torch.cat([-angles, angles], dim=-1)
+    return Rope(angles.cos(), angles.sin())
 
 
 def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

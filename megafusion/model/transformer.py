@@ -66,7 +66,7 @@ class FusedLinear(ModalityLinear):
 
     def forward(self, x: Tensor, *modality: Modality) -> tuple[Tensor, ...]:  # type: ignore[override]
         """[..., hidden_size] -> one tensor [..., size] for each of the sizes."""
-        return super().forward(x, *modality).split(self.sizes, dim=-1)
+        return torch.split_with_sizes(super().forward(x, *modality), self.sizes, dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
         modality = context.modality
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BSD, *modality))
+        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in self.qkv(x_BSD, *modality))
         q, k = normed(self.q_norm, q, context), normed(self.k_norm, k, context)
         q, k = context.rope.rotate(q), context.rope.rotate(k)
         if cache is not None:

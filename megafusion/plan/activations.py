@@ -53,7 +53,7 @@ def saved_by_tail(job: Job, software: Software) -> float:
 
 def saved_once(job: Job, software: Software) -> float:
     """Bytes that all blocks of a stage share in a micro-batch: rotations, and a dense mask."""
-    rotations = 4 * job.tokens * job.model.head_size
+    rotations = 8 * job.tokens * job.model.head_size
     mask = job.train.micro_batch_size * job.sequence_length**2 * job.bytes_per_number
     return rotations + (mask if software.attention_is_dense else 0)
 

@@ -199,6 +199,14 @@ def test_rope_depends_on_distance_alone():
     assert not torch.isclose(score(7, 3), score(7, 4))
 
 
+def test_rotation_turns_each_pair_by_its_angle_bit_for_bit():
+    positions, x = torch.arange(50)[None], torch.randn(1, 50, 2, 16)
+    angles = (positions[..., None].float() * 100.0 ** -(torch.arange(0, 16, 2) / 16))[:, :, None]
+    first, second = x.chunk(2, -1)
+    expected = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
+    assert torch.equal(rope_at(positions, 16, 100.0).rotate(x), torch.cat(expected, -1))
+
+
 @pytest.mark.parametrize("theta", [100.0, 500_000.0])
 def test_rope_uses_the_theta_of_the_configuration(theta):
     positions = torch.tensor([[0, 1, 7]], dtype=torch.int32)
@@ -208,8 +216,8 @@ def test_rope_uses_the_theta_of_the_configuration(theta):
     ).rope
     frequencies = torch.tensor([1.0, theta**-0.25, theta**-0.5, theta**-0.75])  # heads of 8
     angles = positions[0, :, None] * frequencies
-    torch.testing.assert_close(rope.cos[0, :, 0], angles.cos())
-    torch.testing.assert_close(rope.sin[0, :, 0], angles.sin())
+    torch.testing.assert_close(rope.cos[0, :, 0], angles.cos().repeat(1, 2))
+    torch.testing.assert_close(rope.sin[0, :, 0], torch.cat([-angles.sin(), angles.sin()], -1))
 
 
 def test_rope_scaling_leaves_fast_frequencies_and_divides_slow_ones():
@@ -219,7 +227,7 @@ def test_rope_scaling_leaves_fast_frequencies_and_divides_slow_ones():
     kept = (6.4 / (2 * torch.pi) - 0.5) / 3.5
     angles *= torch.tensor([1.0, kept + (1 - kept) / 4, 0.25, 0.25])
     rope = rope_at(torch.tensor([[1]]), 8, 10_000.0, scaling)
-    torch.testing.assert_close(rope.sin[0, 0, 0], angles.sin())
+    torch.testing.assert_close(rope.sin[0, 0, 0, 4:], angles.sin())
     with pytest.raises(UserError, match=r"low_freq_factor 4\.0 must be less than high_freq_factor 4\.0"):
         RopeScaling(low_freq_factor=4.0)
 

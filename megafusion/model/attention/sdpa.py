@@ -17,11 +17,12 @@ def prepare(intervals: Intervals, dtype: torch.dtype, head_dim: int) -> Mask:
     """Additive mask [B, 1, S, T], 0 where visible, else -inf; and bool [B, S, 1, 1], False for a fully masked
     query, or None if there is none. The additive mask of such a query is 0: of -inf, softmax would make NaN.
     """
-    not_empty = intervals.not_empty[..., None, None]
-    hidden = ~intervals.dense_mask & not_empty.transpose(1, 2)
+    hidden, not_empty = ~intervals.dense_mask, None
+    if intervals.may_be_empty:
+        not_empty = intervals.not_empty[..., None, None]
+        hidden &= not_empty.transpose(1, 2)
     additive = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    additive.masked_fill_(hidden, float("-inf"))
-    return additive, not_empty if intervals.may_be_empty else None
+    return additive.masked_fill_(hidden, float("-inf")), not_empty
 
 
 def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Mask) -> Tensor:
