@@ -30,7 +30,7 @@ from megafusion.generate.decoder import Decoder
 from megafusion.generate.events import ImagePreview, TextDelta
 from megafusion.generate.generation import Generation
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.generate.row import Request
+from megafusion.generate.row import Request, Row
 from megafusion.sequence.document import Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.train.export import export_text
@@ -122,20 +122,21 @@ def text_row(pipeline, theirs, batch: int, arguments: argparse.Namespace) -> dic
     }
 
 
+class WithoutEos(Generation):
+    """Rows that never choose eos."""
+
+    def _banned_ids(self, row: Row, length: int) -> tuple[int, ...]:
+        return self.tokenizer.eos, *super()._banned_ids(row, length)
+
+
 def generate(pipeline: TransfusionPipeline, ids: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Greedy tokens by all that a call of the pipeline does; eos is never chosen."""
-
-    def without_eos(_head, _inputs, logits: torch.Tensor) -> torch.Tensor:
-        logits[..., pipeline.tokenizer.eos] = -torch.inf
-        return logits
-
-    hook = pipeline.model.tail.head.register_forward_hook(without_eos)
+    """Greedy tokens by all that a call of the pipeline does."""
     sampling = pipeline.config.sampling.model_copy(update={"max_new_tokens": num_new})
     prompts = [[Segment("tokens", row[1:].tolist())] for row in ids]
     requests = [Request(prompt, sampling, begin="text", max_images=0) for prompt in prompts]
-    generation = Generation(pipeline.model, pipeline.tokenizer, pipeline.codec, requests, streams_text=False)
+    parts = pipeline.model, pipeline.tokenizer, pipeline.codec
+    generation = WithoutEos(*parts, requests, streams_text=False)
     generation.run()
-    hook.remove()
     return torch.tensor(generation.outputs)
 
 

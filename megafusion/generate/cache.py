@@ -74,16 +74,18 @@ class KVCache:
         for the i-th text position; P for an image's patches). may_be_empty: whether it may be 0, for padding.
         Returns positions [B, S] and intervals.
         """
-        own = torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
-        positions, end = self.lengths[:, None] + own, self.lengths[:, None] + row_end_BS
+        length_B1, num_rows = self.lengths[:, None], len(self.lengths)
+        positions = length_B1 + torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
+        end = length_B1 + row_end_BS
         needed = int(end.max()) + 1
         if needed > self.capacity:  # as many slots again, so that it happens seldom
             self._resize(_round_up(max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH))))
         if may_be_empty:
             end = torch.where(row_end_BS > 0, end, 0)
         # Padding may reach past the capacity; it is written to the last slot, which no row uses.
-        rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
-        slots = (rows * self.capacity + positions.clamp(max=self.capacity - 1)).flatten()
+        own = positions.clamp(max=self.capacity - 1) if may_be_empty else positions
+        first = torch.arange(0, num_rows * self.capacity, self.capacity, device=end.device)
+        slots = (first[:, None] + own).flatten()
         num_keys = _round_up(needed)
         for layer in self.layers:
             layer.slots, layer.num_keys = slots, num_keys

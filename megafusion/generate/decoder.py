@@ -65,13 +65,14 @@ class Decoder:
         The batch holds one document per row from position 0; lengths_B int64 [B] are their lengths. Images
         have t = 0.
         """
-        own = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        row_end = torch.where(own < lengths_B[:, None], batch.row_end, 0)
-        timesteps = self.model.objective.noise_process.timesteps(batch.t)
-        x_BSD, _ = self.model.stem(
-            batch.tokens, batch.patch_index, batch.latents, timesteps, batch.image_size
+        own = torch.arange(int(lengths_B.max()), device=batch.tokens.device)
+        tokens, patch_index, row_end = (
+            each[:, : len(own)] for each in (batch.tokens, batch.patch_index, batch.row_end)
         )
-        context = self._context(cache, row_end, batch.patch_index, batch.image_size, may_be_empty=True)
+        row_end = torch.where(own < lengths_B[:, None], row_end, 0)
+        timesteps = self.model.objective.noise_process.timesteps(batch.t)
+        x_BSD, _ = self.model.stem(tokens, patch_index, batch.latents, timesteps, batch.image_size)
+        context = self._context(cache, row_end, patch_index, batch.image_size, may_be_empty=True)
         hidden_BSD = self._run(cache, x_BSD, context)
         cache.advance(lengths_B)
         last = (lengths_B - 1)[:, None, None].expand(-1, 1, hidden_BSD.shape[-1])

@@ -160,13 +160,14 @@ class Generation:
 
     def _choose(self) -> list[int]:
         """The next token of each live row."""
-        logits = self.logits.to(torch.float32, copy=True)
+        banned = self._banned()
+        logits = self.logits.float() + banned
         groups: dict[SamplingConfig, list[int]] = {}
         for index, row in enumerate(self.live):
             groups.setdefault(row.request.sampling, []).append(index)
-            if (size := row.request.size) is not None:  # a boi of any size counts as one of this size
-                logits[index, self.boi_ids[size]] = logits[index, self.boi_ids].amax()
-        logits.masked_fill_(self._banned(), -torch.inf)
+            if row.request.size is not None:  # a boi of any size counts as one of this size
+                boi = self.boi_ids[row.request.size]
+                logits[index, boi] = self.logits[index, self.boi_ids].amax() + banned[index, boi]
         tokens = [0] * len(self.live)
         for sampling, group in groups.items():
             rows = [self.live[index] for index in group]
@@ -183,15 +184,15 @@ class Generation:
         return tokens
 
     def _banned(self) -> Tensor:
-        """bool [B, V], the tokens that live rows cannot have next; the last step's where nothing changed."""
+        """float32 [B, V], -inf for tokens that live rows cannot have next, else 0."""
         lengths = self.cache.lengths.tolist()
         ids = tuple(self._banned_ids(row, length) for row, length in zip(self.live, lengths, strict=True))
         if ids != self._last_banned[0]:
-            banned_BV = torch.zeros_like(self.logits, dtype=torch.bool)
-            banned_BV[:, self.tokenizer.eoi] = True
-            banned_BV[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = True  # rows of a padded vocabulary
+            banned_BV = torch.zeros_like(self.logits, dtype=torch.float32)
+            banned_BV[:, self.tokenizer.eoi] = -torch.inf
+            banned_BV[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # of a padded vocabulary
             for index, own in enumerate(ids):
-                banned_BV[index, list(own)] = True
+                banned_BV[index, list(own)] = -torch.inf
             self._last_banned = ids, banned_BV
         return self._last_banned[1]
 
