@@ -20,7 +20,7 @@ from megafusion import TransfusionPipeline, __version__
 from megafusion.cli import app, main
 from megafusion.config import load_config
 from megafusion.errors import UserError
-from megafusion.generate.arguments import load_image
+from megafusion.images.reader import load_image
 from megafusion.train.config import RunConfig
 from tests.faults.job import Job
 from tests.support.marks import full

@@ -7,13 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
+from megafusion.errors import UserError
 from megafusion.storage import expand_path
 
+TrainedModel = Annotated[
+    Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")
+]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; examples are in configs/.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Values that override the file's, as dotted.key=value.", metavar="[KEY=VALUE]..."),
 ]
+
+
+def check_trained_model(path: Path) -> None:
+    """Raise UserError for a path without a model, before torch is imported to open it."""
+    from megafusion.checkpoint.folder import checkpoint_at
+
+    has_pipeline = any((folder / "config.json").is_file() for folder in (path, path / "pipeline"))
+    if not has_pipeline and not checkpoint_at(path):
+        raise UserError(f"{path}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
 
 
 def expand_paths(command: Callable[..., None]) -> Callable[..., None]:

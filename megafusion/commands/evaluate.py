@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from megafusion.commands.arguments import Overrides
+from megafusion.commands.arguments import Overrides, TrainedModel, check_trained_model
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig, SuiteName
@@ -14,9 +14,7 @@ from megafusion.yaml_values import apply_overrides, load_values
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")
-    ],
+    checkpoint: TrainedModel,
     overrides: Overrides = None,
     suite: Annotated[list[str] | None, typer.Option(help="What to measure; repeat for several.")] = None,
     out: Annotated[
@@ -46,6 +44,7 @@ def evaluate(
         raise UserError(f"--suite: {unknown[0]} is unknown; did you mean {hint}? Name {among}")
     values = load_values(config, overrides or []) if config else apply_overrides({}, overrides or [])
     parsed = parse_config(EvaluateConfig, values, str(config or "evaluate"))
+    check_trained_model(checkpoint)
     from megafusion.evaluate.run import evaluate as run
 
     if run(checkpoint, suite, parsed, out) is None:

@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from megafusion.commands.arguments import TrainedModel, check_trained_model
+
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")],
+    model: TrainedModel,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
         Literal["hf", "peft", "pipeline"],
@@ -37,6 +39,7 @@ def export(
     from megafusion.storage import refuse_existing
 
     refuse_existing(out, overwrite)
+    check_trained_model(model)
     from megafusion.train.export import export_adapter, export_pipeline, export_text
 
     adapters = list(merge or ())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from megafusion.commands.arguments import TrainedModel, check_trained_model
 from megafusion.commands.generate_files import file_name, parse_part, read_prompts, save_image, write_answer
 from megafusion.config import parse_config
 from megafusion.errors import UserError
@@ -26,9 +27,7 @@ BATCH_SIZE = 16
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")
-    ],
+    checkpoint: TrainedModel,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to draw; repeat for several prompts.", metavar="TEXT")
     ] = None,
@@ -140,10 +139,11 @@ def generate(
     }
     options = {name: value for name, value in options.items() if value is not None}
     sampling = parse_config(SamplingConfig, apply_overrides(options, option or []), "generate")
-    from megafusion.generate.arguments import load_image
+    from megafusion.images.reader import load_image
 
     images = [load_image(path) for path in paths]
     mixed = [parse_part(part) for part in parts]
+    check_trained_model(checkpoint)
 
     from megafusion.device import default_device
 

@@ -20,7 +20,7 @@ def parse_part(part: str) -> "Part":
         return part[1:]
     if not part.startswith("@"):
         return part
-    from megafusion.generate.arguments import load_image
+    from megafusion.images.reader import load_image
 
     return load_image(part[1:])
 

@@ -4,21 +4,18 @@ import os
 import sys
 import webbrowser
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megafusion.commands.arguments import Overrides
+from megafusion.commands.arguments import Overrides, TrainedModel, check_trained_model
 from megafusion.config import parse_config
 from megafusion.errors import UserError
 from megafusion.yaml_values import apply_overrides
 
 
 def serve(
-    pipeline: Annotated[
-        Path, typer.Argument(help="Pipeline folder, run folder, or one checkpoint of a run.")
-    ],
+    pipeline: TrainedModel,
     overrides: Overrides = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Others than this machine's need MEGAFUSION_API_KEYS.")
@@ -39,13 +36,10 @@ def serve(
 
     Example: megafusion serve runs/quickstart --page max_batch=16
     """
-    from megafusion.checkpoint.folder import checkpoint_at
     from megafusion.serve.config import ServeConfig
 
     config = parse_config(ServeConfig, apply_overrides({}, overrides or []), "serve")
-    folders = (pipeline, pipeline / "pipeline")
-    if not any((folder / "config.json").is_file() for folder in folders) and not checkpoint_at(pipeline):
-        raise UserError(f"{pipeline}: neither a pipeline folder, a run folder nor a checkpoint (step-*)")
+    check_trained_model(pipeline)
     page = page or open_page
     packages = ["fastapi", "prometheus_client", "python_multipart", "uvicorn", *(["gradio"] if page else [])]
     if missing := [name for name in packages if not find_spec(name)]:

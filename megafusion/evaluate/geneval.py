@@ -20,8 +20,8 @@ from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.detector import Found, load_detector
 from megafusion.evaluate.groups import draw
 from megafusion.evaluate.suite import Metrics, model_sha256
-from megafusion.generate.arguments import load_image
 from megafusion.generate.pipeline import TransfusionPipeline
+from megafusion.images.reader import load_image
 from megafusion.storage import file_sha256, read_lines
 
 MIN_SCORE, MIN_SCORE_COUNTING = 0.3, 0.9

@@ -20,10 +20,10 @@ from megafusion.evaluate.groups import annotated_images, by_group, draw
 from megafusion.evaluate.inception import load_inception
 from megafusion.evaluate.judge import prove, split_key
 from megafusion.evaluate.suite import Metrics
-from megafusion.generate.arguments import load_image
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.images.processor import preprocess_images, resize_and_crop
+from megafusion.images.reader import load_image
 from megafusion.storage import write_file
 
 MAX_SHOWN = 48

@@ -10,10 +10,10 @@ from megafusion.evaluate.annotations import AnnotatedImage
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.groups import annotated_images, by_group
 from megafusion.evaluate.suite import Metrics
-from megafusion.generate.arguments import load_image
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.grid import encode_png, make_image_grid
 from megafusion.images.processor import postprocess_images, preprocess_images
+from megafusion.images.reader import load_image
 from megafusion.images.reconstruction import reconstruct, reconstruction_metrics
 from megafusion.images.sizes import nearest_size
 from megafusion.storage import write_file

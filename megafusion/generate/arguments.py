@@ -11,8 +11,7 @@ from torch import Tensor
 
 from megafusion.errors import UserError
 from megafusion.generate.row import Begin, Part
-from megafusion.images.reader import read_image
-from megafusion.storage import expand_path
+from megafusion.images.reader import load_image
 
 MAX_SEED = 2**63 - 1
 IMAGE_KINDS = (Image.Image, str, Path)
@@ -75,18 +74,6 @@ def as_image(image: Any, name: str = "image") -> Image.Image:
             f"{name} of {image.height} x {image.width} pixels: give 1 to {most} pixels; resize it"
         )
     return image
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Decode an image as preprocessing does. UserError naming the file if that fails."""
-    if str(path).startswith(("http:", "https:", "data:")):
-        raise UserError(f"{path!s:.80}: addresses are not fetched; give a path, or a PIL image")
-    try:
-        return read_image(Path(expand_path(path)).read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such image") from error
-    except (OSError, ValueError) as error:  # BadImage is a ValueError
-        raise UserError(f"{path}: not an image that can be used ({error})") from error
 
 
 def as_documents(prompts: Any, call: str) -> list[list[Part]]:

@@ -3,12 +3,14 @@
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from megafusion.errors import UserError
+from megafusion.storage import expand_path
 
 T = TypeVar("T")
 # Pillow would open many more, some of which run other programs.
@@ -37,6 +39,18 @@ class TooManyPixels(BadImage):
 def read_image(content: bytes) -> Image.Image:
     """An encoded image's first frame as upright 8-bit RGB on white. Raises BadImage."""
     return open_image(content, convert_to_rgb)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode an image as preprocessing does. UserError naming the file if that fails."""
+    if str(path).startswith(("http:", "https:", "data:")):
+        raise UserError(f"{path!s:.80}: addresses are not fetched; give a path, or a PIL image")
+    try:
+        return read_image(Path(expand_path(path)).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such image") from error
+    except (OSError, ValueError) as error:  # BadImage is a ValueError
+        raise UserError(f"{path}: not an image that can be used ({error})") from error
 
 
 def check_image(content: bytes) -> tuple[int, int]:
