@@ -29,6 +29,7 @@ import torch
 from megafusion.generate.decoder import Decoder
 from megafusion.generate.events import ImagePreview, TextDelta
 from megafusion.generate.generation import Generation
+from megafusion.generate.next_tokens import NextTokens
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.generate.row import Request, Row
 from megafusion.sequence.document import Segment, flatten
@@ -122,11 +123,11 @@ def text_row(pipeline, theirs, batch: int, arguments: argparse.Namespace) -> dic
     }
 
 
-class WithoutEos(Generation):
-    """Rows that never choose eos."""
+class WithoutEos(NextTokens):
+    """Tokens of which none is eos."""
 
-    def _banned_ids(self, row: Row, length: int) -> tuple[int, ...]:
-        return self.tokenizer.eos, *super()._banned_ids(row, length)
+    def banned(self, row: Row, length: int) -> tuple[int, ...]:
+        return self.tokenizer.eos, *super().banned(row, length)
 
 
 def generate(pipeline: TransfusionPipeline, ids: torch.Tensor, num_new: int) -> torch.Tensor:
@@ -135,7 +136,9 @@ def generate(pipeline: TransfusionPipeline, ids: torch.Tensor, num_new: int) -> 
     prompts = [[Segment("tokens", row[1:].tolist())] for row in ids]
     requests = [Request(prompt, sampling, begin="text", max_images=0) for prompt in prompts]
     parts = pipeline.model, pipeline.tokenizer, pipeline.codec
-    generation = WithoutEos(*parts, requests, streams_text=False)
+    generation = Generation(*parts, requests, streams_text=False)
+    own = generation.next_tokens
+    generation.next_tokens = WithoutEos(own.tokenizer, own.boi_ids, own.max_length)
     generation.run()
     return torch.tensor(generation.outputs)
 

@@ -12,12 +12,12 @@ from megafusion.generate.cache import KVCache
 from megafusion.generate.codes import sample_codes
 from megafusion.generate.decoder import Decoder, DenoisingStep, Guide
 from megafusion.generate.events import Event, ImageDone, ImagePreview, ImageStep, RowDone, TextDelta
+from megafusion.generate.next_tokens import NextTokens
 from megafusion.generate.row import Part, Request, Row, count_positions, read_image, text_segments
-from megafusion.generate.text import TextStream, choose_tokens, process_logits
+from megafusion.generate.text import TextStream
 from megafusion.images.codec import ImageCodec
 from megafusion.model.config import ModelConfig
 from megafusion.model.transfusion import Transfusion
-from megafusion.objective.config import SamplingConfig
 from megafusion.sequence.document import FlatDocument, Segment, flatten
 from megafusion.sequence.packing import SequenceShape, collate, pack_row
 from megafusion.sequence.tokenizer import Tokenizer
@@ -61,6 +61,7 @@ class Generation:
         self.image_positions = max(config.patches) + 2
         self.limit = (sequence_length or UNKNOWN_LENGTH) - 1
         """Positions of a row before its eos."""
+        self.next_tokens = NextTokens(tokenizer, self.boi_ids, self.limit - self.image_positions)
         for number, request in enumerate(requests):
             check_request(request, f"prompt {number}", tokenizer, config, sequence_length)
         self.rows = [self._row(number, request) for number, request in enumerate(requests)]
@@ -76,7 +77,6 @@ class Generation:
         # A document ends in eos; a prompt does not.
         lengths = torch.tensor([len(document) - 1 for document in documents], device=self.device)
         self.logits = self._prefill(self.cache, documents, lengths)
-        self._last_banned: tuple[tuple[tuple[int, ...], ...], Tensor] = ((), self.logits)
 
     @property
     def outputs(self) -> list[list[Any]]:
@@ -139,7 +139,7 @@ class Generation:
 
     def _step(self) -> Iterator[Event]:
         """Decode one token for each live row, with an image after a boi."""
-        tokens = self._choose()
+        tokens = self.next_tokens.choose(self.live, self.logits, self.cache.lengths.tolist())
         is_read = []
         for row, token in zip(self.live, tokens, strict=True):
             row.steps += 1
@@ -157,55 +157,6 @@ class Generation:
             yield from self._flush(row)
             yield RowDone(row.number, "eos")
         self._keep([index for index, row in enumerate(self.live) if row not in ended])
-
-    def _choose(self) -> list[int]:
-        """The next token of each live row."""
-        banned = self._banned()
-        logits = self.logits.float() + banned
-        groups: dict[SamplingConfig, list[int]] = {}
-        for index, row in enumerate(self.live):
-            groups.setdefault(row.request.sampling, []).append(index)
-            if row.request.size is not None:  # a boi of any size counts as one of this size
-                boi = self.boi_ids[row.request.size]
-                logits[index, boi] = self.logits[index, self.boi_ids].amax() + banned[index, boi]
-        tokens = [0] * len(self.live)
-        for sampling, group in groups.items():
-            rows = [self.live[index] for index in group]
-            own = logits if len(groups) == 1 else logits[group]
-            seen = None
-            if sampling.repetition_penalty != 1:
-                seen = torch.zeros_like(own, dtype=torch.bool)
-                for index, row in enumerate(rows):
-                    seen[index, [token for text in row.texts for token in text.data]] = True
-            uniform = [row.uniform.random() for row in rows]
-            chosen = choose_tokens(process_logits(own, sampling, seen), sampling.temperature, uniform)
-            for index, token in zip(group, chosen.tolist(), strict=True):
-                tokens[index] = token
-        return tokens
-
-    def _banned(self) -> Tensor:
-        """float32 [B, V], -inf for tokens that live rows cannot have next, else 0."""
-        lengths = self.cache.lengths.tolist()
-        ids = tuple(self._banned_ids(row, length) for row, length in zip(self.live, lengths, strict=True))
-        if ids != self._last_banned[0]:
-            banned_BV = torch.zeros_like(self.logits, dtype=torch.float32)
-            banned_BV[:, self.tokenizer.eoi] = -torch.inf
-            banned_BV[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # of a padded vocabulary
-            for index, own in enumerate(ids):
-                banned_BV[index, list(own)] = -torch.inf
-            self._last_banned = ids, banned_BV
-        return self._last_banned[1]
-
-    def _banned_ids(self, row: Row, length: int) -> tuple[int, ...]:
-        """Of eos and the boi tokens, those that a row of a length cannot have next."""
-        banned = (self.tokenizer.eos,) if row.request.begin == "text" and not row.output else ()
-        has_room = row.images_left > 0 and self.limit - length >= self.image_positions
-        size = row.request.size
-        return banned + tuple(
-            token
-            for index, token in enumerate(self.boi_ids)
-            if not has_room or (size is not None and index != size)
-        )
 
     def _draw(self, sizes: dict[int, int]) -> Iterator[Event]:
         """Append boi, an image and eoi to some live rows; sizes: the index of its size, by index."""

@@ -95,7 +95,9 @@ def test_an_evaluation_with_an_unknown_key_or_no_suite_is_refused_before_anythin
     assert heavy_imports("evaluate", "no-run", status=2) == set()
 
 
-@pytest.mark.parametrize("given", [["--image", "no.png"], ["--interleave", "@no.png"], ["--prompt", " "], ["--prompt", "x"]])
+@pytest.mark.parametrize(
+    "given", [["--image", "no.png"], ["--interleave", "@no.png"], ["--prompt", " "], ["--prompt", "x"]]
+)
 def test_a_missing_image_model_or_prompt_is_refused_before_anything_heavy_is_imported(given):
     assert heavy_imports("generate", "no-run", *given, status=2) == set()
 
