@@ -124,11 +124,11 @@ def main(arguments: argparse.Namespace) -> int:
             print(rows, end="")
         return 0
     if arguments.command == "plot":
-        from claims_plot import draw_claims, draw_sizes
+        from claims_plot import draw_claims, draw_computes
 
         arguments.out.mkdir(parents=True, exist_ok=True)
         sheets = draw_claims(CLAIMS, arguments.results, arguments.out)
-        print(*sheets, *draw_sizes(arguments.results, arguments.out), sep="\n")
+        print(*sheets, *draw_computes(arguments.results, arguments.out), sep="\n")
         return 0
     if arguments.command == "guidance":
         found = tune_guidance(arguments.run, arguments.scales, arguments.annotations, arguments.judge)

@@ -46,8 +46,11 @@ MIN_SPAN = 0.04
 """Least range of a loss's axis, as a share of its value."""
 SIZED = re.compile(r"(.+)-\d+x\d+")
 """An arm of one size, as transfusion-6x192."""
-SIZES = ("concepts-128", "sizes")
-"""Sweeps of one claim at several sizes."""
+COMPUTES = {
+    "claims-compute-64.png": ("64 concepts, 1,000 and 2,400 steps", ("small", "concepts-64")),
+    "claims-compute-128.png": ("128 concepts, three sizes", ("concepts-128", "sizes")),
+}
+"""Sheets of claim (a) against compute: of which runs, and their sweeps."""
 PARITY = {
     SEEN: ".029 by FID",
     HELD_OUT: ".029 by FID",
@@ -106,49 +109,52 @@ def _save(figure: Figure, path: Path, sources: Iterable[Path]) -> None:
     figure.savefig(path, dpi=100, metadata={SOURCES: "\n".join(lines)})
 
 
-def draw_sizes(results: Path, out: Path, baseline: str = "quantized") -> list[Path]:
-    """Write the sheet of claim (a) against compute, of figures measured at two sizes of each arm."""
-    runs = {f"{sweep}/{name}": run for sweep in SIZES for name, run in load_runs(sweep, results).items()}
+def draw_computes(results: Path, out: Path) -> list[Path]:
+    """Write the sheets of claim (a) against compute that have figures at two computes of both arms."""
+    sheets = [_draw_compute(out / name, title, sweeps, results) for name, (title, sweeps) in COMPUTES.items()]
+    return [sheet for sheet in sheets if sheet]
+
+
+def _draw_compute(path: Path, title: str, sweeps: Sequence[str], results: Path) -> Path | None:
+    """Write a sheet; None where no figure is measured."""
+    ours, baseline = "transfusion", "quantized"
     fitted = []
     for (name, metric, _), paper in PARITY.items():
-        every = sized_points(runs, metric)
-        arms = {arm: each for arm, each in every.items() if len({point.group for point in each}) > 1}
-        if skipped := sorted({baseline, *every} - arms.keys()):
-            said = f"{name} against compute: without {', '.join(skipped)}, not measured at two sizes"
-            print(said, file=sys.stderr)
-        if baseline not in arms or len(arms) < 2:
-            print(f"no plot of {name} against compute: needs {baseline} and another arm", file=sys.stderr)
+        every = compute_points({sweep: load_runs(sweep, results) for sweep in sweeps}, metric)
+        arms = {arm: every[arm] for arm in (ours, baseline) if len({p.group for p in every.get(arm, ())}) > 1}
+        if len(arms) < 2:
+            print(f"{title}: no plot of {name}: not measured at two computes of both arms", file=sys.stderr)
             continue
         try:
             fitted.append((name, paper, arms, fit_arms(arms, baseline)))
         except UserError as error:
-            print(f"no plot of {name} against compute: {error}", file=sys.stderr)
+            print(f"{title}: no plot of {name}: {error}", file=sys.stderr)
     if not fitted:
-        return []
+        return None
     figure, grid = _sheet(len(fitted), height=3.6)
     for axes, (name, paper, arms, laws) in zip(grid, fitted, strict=False):
         draw_laws(axes, arms, laws, name)
-        ratios = [each["parity"] for arm, each in laws["arms"].items() if arm != baseline]
-        said = ", ".join("never" if ratio is None else f"{ratio:.3g}" for ratio in ratios)
-        axes.set_title(f"{name}\nparity at {said} of the compute; paper: {paper}", fontsize=10)
+        ratio, interval = (laws["arms"][ours][key] for key in ("parity", "parity_interval"))
+        said = "never" if ratio is None else f"{ratio:.3g}"
+        said += f" ({interval[0]:.2g} to {interval[1]:.2g})" if interval else ""
+        axes.set_title(f"{name}\nparity at {said} of the compute; paper: {paper}", fontsize=9)
     figure.suptitle(
-        "Claim (a) against training compute, 128 concepts: points are runs, lines power laws", fontsize=11
+        f"Claim (a) against training compute, {title}: points are runs, lines power laws", fontsize=11
     )
-    path = out / "claims-compute.png"
-    _save(figure, path, [results / f"{sweep}.json" for sweep in SIZES])
-    return [path]
+    _save(figure, path, [results / f"{sweep}.json" for sweep in sweeps])
+    return path
 
 
-def sized_points(runs: Mapping[str, dict], metric: str) -> dict[str, list[Point]]:
-    """By arm without its size, the finished runs that have a metric and their compute."""
+def compute_points(sweeps: Mapping[str, Mapping[str, dict]], metric: str) -> dict[str, list[Point]]:
+    """By arm without its size, the finished runs of some sweeps that have a metric and their compute."""
     arms: dict[str, list[Point]] = {}
-    for run in runs.values():
-        figures, arm = run["metrics"], run["arm"]
-        if run["state"] == "finished" and metric in figures and COMPUTE in figures:
-            sized = SIZED.fullmatch(arm)
-            arms.setdefault(sized[1] if sized else arm, []).append(
-                Point(arm, figures[COMPUTE], figures[metric])
-            )
+    for sweep, runs in sweeps.items():
+        for run in runs.values():
+            figures, arm = run["metrics"], run["arm"]
+            if run["state"] == "finished" and metric in figures and COMPUTE in figures:
+                sized = SIZED.fullmatch(arm)
+                point = Point(f"{sweep}/{arm}", figures[COMPUTE], figures[metric])
+                arms.setdefault(sized[1] if sized else arm, []).append(point)
     return arms
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/samplers.py runs/quickstart [--names NAME ...] [--steps 50 ...] [--json FILE]
 
-`concept_top1` as in the quickstart's report, of evenly spaced captions, with the pipeline's guidance. Without
-names: all schedulers of diffusers that the process takes, after its default sampler at 250 steps. `default`
-names the pipeline's own sampler.
+`concept_top1` as in the quickstart's report, of evenly spaced captions, with the pipeline's guidance; and the
+mean PSNR in dB against the image that the model was trained on under the caption, as it is decoded from its
+latents. Without names: all schedulers of diffusers that the process takes, after its default sampler at 250
+steps. `default` names the pipeline's own sampler.
 """
 
 import argparse
@@ -12,8 +13,12 @@ import json
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 import megafusion.device
+
+import numpy as np
+from PIL import Image
 
 from data_prep.emoji.report import training_pairs
 from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
@@ -23,6 +28,12 @@ from megafusion.objective import ddpm, flow
 from megafusion.train.run_folder import load_run_config
 
 EMOJI = Path(__file__).parents[1] / "data_prep/emoji"
+
+
+def peak_signal_to_noise(one: Image.Image, other: Image.Image) -> float:
+    """dB between two images of one size."""
+    difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
+    return float(20 * np.log10(255) - 10 * np.log10((difference**2).mean()))
 
 
 def main() -> None:
@@ -42,6 +53,8 @@ def main() -> None:
     kind = pipeline.config.objective.noise_process.kind
     known = {"ddpm": ddpm.SAMPLERS, "flow": flow.SAMPLERS}[kind]
     names = arguments.names or [name for name in known if name[0].isupper()]
+    size = pipeline.sizes[0]
+    trained_on = pipeline.codec.decode_images(pipeline.codec.encode_images([p.image for p in chosen], size))
     first = [] if arguments.names else [(None, 250)]
     rows = []
     for name, steps in first + [(name, steps) for name in names for steps in arguments.steps]:
@@ -51,9 +64,11 @@ def main() -> None:
         start = time.perf_counter()
         drawn = pipeline.draw([pair.caption for pair in chosen], sampling=sampling)
         seconds = time.perf_counter() - start
+        psnr = [peak_signal_to_noise(*pair) for pair in zip(drawn, trained_on, strict=True)]
         found = classifier.classify(preprocess_images(drawn, IMAGE_SIZE, IMAGE_SIZE) / 2 + 0.5)
         top1 = sum(key == pair.key for key, pair in zip(found, chosen, strict=True)) / len(chosen)
-        rows.append({"sampler": name, "steps": steps, "concept_top1": top1, "seconds": round(seconds)})
+        row = {"sampler": name, "steps": steps, "concept_top1": top1, "psnr": round(fmean(psnr), 2)}
+        rows.append(row | {"seconds": round(seconds)})
         print(json.dumps(rows[-1]), flush=True)
     report = {
         "kind": kind,

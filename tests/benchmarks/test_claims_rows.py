@@ -177,19 +177,24 @@ def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatc
     image = Image.open(sheet)
     assert image.size == (100 * 3.4 * panels, 100 * (3.1 + 0.5))
     assert image.text["Results"] == f"ablations.json {file_sha256(tmp_path / 'ablations.json')}"
-    points = plot.sized_points(sizes, "perplexity/all/bits_per_byte")
+    points = plot.compute_points({"sizes": sizes}, "perplexity/all/bits_per_byte")
     assert {arm: len(each) for arm, each in points.items()} == {"transfusion": 6, "quantized": 6}
     laws = plot.fit_arms(points, "quantized")
     assert laws["arms"]["transfusion"]["parity"] == pytest.approx(0.25)
-    assert [path.name for path in plot.draw_sizes(tmp_path, tmp_path)] == ["claims-compute.png"]
-    capsys.readouterr()
-    one_size = make_runs("causal", [{"perplexity/all/bits_per_byte": 2.0, "flops": 1e12}])
-    (tmp_path / "concepts-128.json").write_text(json.dumps({"runs": one_size}))
-    assert [path.name for path in plot.draw_sizes(tmp_path, tmp_path)] == ["claims-compute.png"]
-    assert "bits per byte against compute: without causal, not measured" in capsys.readouterr().err
+    assert [path.name for path in plot.draw_computes(tmp_path, tmp_path)] == ["claims-compute-128.png"]
+    assert "no plot of seen: CIDEr: not measured at two computes" in capsys.readouterr().err
+    steps = {key.replace("-4x128", ""): run for key, run in sizes.items() if "4x128" in key}
+    for run in steps.values():
+        run["arm"] = run["arm"].removesuffix("-4x128")
+    more = {k: r | {"metrics": {n: 0.8 * v for n, v in r["metrics"].items()}} for k, r in steps.items()}
+    for run in more.values():
+        run["metrics"]["flops"] *= 4
+    for name, runs in (("small", steps), ("concepts-64", more)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
+    points = plot.compute_points({"small": steps, "concepts-64": more}, "perplexity/all/bits_per_byte")
+    assert {point.group for point in points["quantized"]} == {"small/quantized", "concepts-64/quantized"}
     (tmp_path / "sizes.json").unlink()
-    assert plot.draw_sizes(tmp_path, tmp_path) == []
-    assert "no plot of seen: CIDEr against compute: needs quantized" in capsys.readouterr().err
+    assert [path.name for path in plot.draw_computes(tmp_path, tmp_path)] == ["claims-compute-64.png"]
 
 
 def test_the_committed_plots_are_of_the_committed_results(rows):
@@ -202,7 +207,7 @@ def test_the_committed_plots_are_of_the_committed_results(rows):
             assert file_sha256(rows.RESULTS / name) == sha256, f"{path.name}: {name} has changed: {command}"
         found.add(path.name)
     measured = {f"claims-{c.letter[1]}-{c.sweep}.png" for c in rows.CLAIMS if rows.load_runs(c.sweep)}
-    assert found - {"claims-compute.png"} == measured
+    assert {name for name in found if "compute" not in name} == measured
     page = (ROOT / "docs/results.md").read_text()
     assert all(f"({name})" in page for name in found)
 
