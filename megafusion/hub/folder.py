@@ -45,6 +45,9 @@ def import_config(folder: Path, out: Path, sizes: list[Size], vae: Path, patch_s
         "model": keys,
         "train": {"init_from": str(folder), "init_new": ["*.adapter.*", EMBEDDING, *head]},
     }
+    if not codec.codebook_size:  # flow measured better than the paper's process: docs/recipe.md
+        section["objective"] = {"noise_process": {"kind": "flow", "prediction_type": "velocity"}}
+        section["sampling"] = {"sampler": "euler", "num_inference_steps": 25}
     write_file(out, dump_yaml(section))
     window = sliding_window(values)
     return (

@@ -232,7 +232,10 @@ def test_an_imported_configuration_trains_and_is_exported(run_values, tmp_path, 
     assert "exists already; name another --out" in run(*arguments)
     written = yaml.safe_load(config.read_text())
     assert written["model"] == IMAGES | written["model"]
-    rest = {**run_values, "train": run_values["train"] | written["train"], "model": written["model"]}
+    assert written["objective"]["noise_process"]["kind"] == "flow"
+    assert written["sampling"]["sampler"] == "euler"
+    own = {key: written[key] for key in ("model", "objective", "sampling")}
+    rest = {**run_values, **own, "train": run_values["train"] | written["train"]}
     rest["data"] = run_values["data"] | written["data"]
     config.write_text(yaml.safe_dump(rest))
     train(load_config(RunConfig, config, ["train.num_steps=1"]))
