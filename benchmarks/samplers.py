@@ -13,27 +13,31 @@ import json
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 
 import megafusion.device
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data_prep.emoji.report import training_pairs
 from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
 from megafusion.generate.pipeline import TransfusionPipeline
 from megafusion.images.processor import preprocess_images
+from megafusion.images.reconstruction import reconstruction_metrics
 from megafusion.objective import ddpm, flow
 from megafusion.train.run_folder import load_run_config
 
 EMOJI = Path(__file__).parents[1] / "data_prep/emoji"
 
 
-def peak_signal_to_noise(one: Image.Image, other: Image.Image) -> float:
-    """dB between two images of one size."""
-    difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
-    return float(20 * np.log10(255) - 10 * np.log10((difference**2).mean()))
+def psnr(images: list[Image.Image], others: list[Image.Image]) -> float:
+    """Mean dB between images of one size."""
+    pairs = [
+        [np.asarray(image, np.float64) / 255 for image in pair] for pair in zip(images, others, strict=True)
+    ]
+    squared = torch.tensor([((one - other) ** 2).mean() for one, other in pairs])
+    return round(reconstruction_metrics(squared, squared)["psnr"], 2)
 
 
 def main() -> None:
@@ -62,12 +66,11 @@ def main() -> None:
         update = {"sampler": sampler, "num_inference_steps": steps}
         sampling = pipeline.config.sampling.model_copy(update=update)
         start = time.perf_counter()
-        drawn = pipeline.draw([pair.caption for pair in chosen], sampling=sampling)
+        drawn = pipeline.draw([pair.caption for pair in chosen], sampling=sampling, size=size)
         seconds = time.perf_counter() - start
-        psnr = [peak_signal_to_noise(*pair) for pair in zip(drawn, trained_on, strict=True)]
         found = classifier.classify(preprocess_images(drawn, IMAGE_SIZE, IMAGE_SIZE) / 2 + 0.5)
         top1 = sum(key == pair.key for key, pair in zip(found, chosen, strict=True)) / len(chosen)
-        row = {"sampler": name, "steps": steps, "concept_top1": top1, "psnr": round(fmean(psnr), 2)}
+        row = {"sampler": name, "steps": steps, "concept_top1": top1, "psnr": psnr(drawn, trained_on)}
         rows.append(row | {"seconds": round(seconds)})
         print(json.dumps(rows[-1]), flush=True)
     report = {

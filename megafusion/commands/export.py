@@ -39,6 +39,10 @@ def export(
     from megafusion.storage import refuse_existing
 
     refuse_existing(out, overwrite)
+    if to != "hf" and (dtype or license):
+        raise UserError(f"--dtype and --license are of --to hf; leave them out with --to {to}")
+    if to == "peft" and merge:
+        raise UserError("--merge is of --to hf and --to pipeline; leave it out with --to peft")
     check_trained_model(model)
     from megafusion.train.export import export_adapter, export_pipeline, export_text
 
@@ -47,13 +51,9 @@ def export(
         export_text(model, out, dtype, license, adapters)
         typer.echo(f"{out}: AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
         return
-    if dtype or license:
-        raise UserError(f"--dtype and --license are of --to hf; leave them out with --to {to}")
     if to == "pipeline":
         export_pipeline(model, out, adapters)
         typer.echo(f"{out}: a pipeline folder; megafusion generate {out} --prompt TEXT")
         return
-    if adapters:
-        raise UserError("--merge is of --to hf and --to pipeline; leave it out with --to peft")
     export_adapter(model, out)
     typer.echo(f"{out}: PeftModel.from_pretrained(model, {str(out)!r}) loads it")

@@ -139,6 +139,7 @@ def generate(
     }
     options = {name: value for name, value in options.items() if value is not None}
     sampling = parse_config(SamplingConfig, apply_overrides(options, option or []), "generate")
+    height_and_width = parse_size(size) if size else None
     from megafusion.images.reader import load_image
 
     images = [load_image(path) for path in paths]
@@ -152,7 +153,6 @@ def generate(
     from megafusion.progress import progress_bar
 
     pipeline = TransfusionPipeline.from_pretrained(checkpoint).to(default_device())
-    height_and_width = parse_size(size) if size else None
     if height_and_width:
         pipeline.size_index(height_and_width)
     progress = progress_bar()  # shown from the first step on: a refusal begins no bar

@@ -40,8 +40,8 @@ class _Layer:
     num_keys: int = 0
 
     def update(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys.flatten(0, 1).index_copy_(0, self.slots, k_BSGK.flatten(0, 1))
-        self.values.flatten(0, 1).index_copy_(0, self.slots, v_BSGK.flatten(0, 1))
+        self.keys.view(-1, *self.keys.shape[2:]).index_copy_(0, self.slots, k_BSGK.flatten(0, 1))
+        self.values.view(-1, *self.values.shape[2:]).index_copy_(0, self.slots, v_BSGK.flatten(0, 1))
         return self.keys[:, : self.num_keys], self.values[:, : self.num_keys]
 
 
@@ -77,15 +77,13 @@ class KVCache:
         length_B1, num_rows = self.lengths[:, None], len(self.lengths)
         positions = length_B1 + torch.arange(row_end_BS.shape[1], device=row_end_BS.device)
         end = length_B1 + row_end_BS
-        needed = int(end.max()) + 1
+        needed = int(end.max()) + 1  # one more is for a row that is not read: it is written to, and not seen
         if needed > self.capacity:  # as many slots again, so that it happens seldom
             self._resize(_round_up(max(needed, min(2 * self.capacity, self.capacity + MAX_GROWTH))))
         if may_be_empty:
             end = torch.where(row_end_BS > 0, end, 0)
-        # Padding may reach past the capacity; it is written to the last slot, which no row uses.
-        own = positions.clamp(max=self.capacity - 1) if may_be_empty else positions
         first = torch.arange(0, num_rows * self.capacity, self.capacity, device=end.device)
-        slots = (first[:, None] + own).flatten()
+        slots = (first[:, None] + positions).flatten()
         num_keys = _round_up(needed)
         for layer in self.layers:
             layer.slots, layer.num_keys = slots, num_keys

@@ -146,7 +146,7 @@ class Decoder:
             end = torch.arange(1, num + 1, device=end.device).expand_as(end)
         index_BP = torch.arange(num, device=end.device).expand_as(end)
         size_B1 = torch.full_like(end[:, :1], config.grids.index(grid))
-        return self._context(cache, end, index_BP, size_B1)
+        return self._context(cache, end, index_BP, size_B1, may_be_empty=False)
 
     def _predict(
         self, cache: KVCache, context: BlockContext, latents_BCHW: Tensor, timestep: Tensor
@@ -170,7 +170,8 @@ class Decoder:
         row_end_BS: Tensor,
         patch_index_BS: Tensor,
         image_size_BN: Tensor | None = None,
-        may_be_empty: bool = False,
+        *,
+        may_be_empty: bool,
     ) -> BlockContext:
         """The context of new positions; without sizes of images they are text."""
         config, dtype = self.model.config, self.model.tail.head.weight.dtype

@@ -127,9 +127,9 @@ class Generation:
     def _reason(self, row: Row, length: int) -> Any:
         if row.is_cancelled or self.is_interrupted:
             return "cancelled"
-        if row.text_is_complete:
-            return "stop" if row.text.is_stopped else "length"
-        return "length" if length >= self.limit else None
+        if row.text.is_stopped:
+            return "stop"
+        return "length" if row.is_over or length >= self.limit else None
 
     def _keep(self, indices: list[int]) -> None:
         if len(indices) < len(self.live):
@@ -139,16 +139,18 @@ class Generation:
 
     def _step(self) -> Iterator[Event]:
         """Decode one token for each live row, with an image after a boi."""
-        tokens = self.next_tokens.choose(self.live, self.logits, self.cache.lengths.tolist())
+        lengths = self.cache.lengths.tolist()
+        tokens = self.next_tokens.choose(self.live, self.logits, lengths)
         is_read = []
-        for row, token in zip(self.live, tokens, strict=True):
+        for row, token, length in zip(self.live, tokens, lengths, strict=True):
             row.steps += 1
             is_text = token != self.tokenizer.eos and token not in self.boi_ids
             if is_text:
                 row.add_token(token)
+                row.is_full = length + 1 >= self.limit
                 if (self.streams_text or row.request.sampling.stop) and (text := row.text.push(token)):
                     yield TextDelta(row.number, text)
-            is_read.append(is_text and not row.text_is_complete)
+            is_read.append(is_text and not row.is_over)
         if any(is_read):
             self._read(tokens, is_read)
         yield from self._draw({i: self.boi_ids.index(t) for i, t in enumerate(tokens) if t in self.boi_ids})
@@ -176,6 +178,7 @@ class Generation:
         self._read([self.boi_ids[size]] * len(self.live), chosen)
         index = torch.tensor(indices, device=self.device)
         cache = self.cache.select(index)
+        is_last = all(row.is_over for row in rows)  # nothing follows the image: it is not read
         for state in self._image_steps(cache, rows, self.logits[index], size):
             yield ImageStep(tuple(row.number for row in rows), state)
             latents = state.latents
@@ -187,7 +190,9 @@ class Generation:
             if shown:
                 for i, image in zip(shown, self.codec.decode_images(state.clean()[shown]), strict=True):
                     yield ImagePreview(rows[i].number, image, state.step, state.num_steps)
-        if not self.is_interrupted:  # else nothing follows the image
+            if is_last and state.step == state.num_steps:
+                break
+        if not (is_last or self.is_interrupted):
             self.cache.assign(index, cache)
             self._read([self.tokenizer.eoi] * len(self.live), chosen)
         for row, image, own in zip(rows, self.codec.decode_images(latents), latents, strict=True):

@@ -14,27 +14,29 @@ from megafusion.sequence.tokenizer import Tokenizer
 class NextTokens:
     """Chooses the next tokens of rows.
 
-    boi_ids: the begin-of-image token of each size. max_length: positions of a row that has room for an image.
+    boi_ids: the begin-of-image token of each size. last_image_start: positions before an image that still
+    fits, at most.
     """
 
-    def __init__(self, tokenizer: Tokenizer, boi_ids: Sequence[int], max_length: int):
-        self.tokenizer, self.boi_ids, self.max_length = tokenizer, list(boi_ids), max_length
-        self._bans: tuple[list[tuple[int, ...]], Tensor | None] = [], None
+    def __init__(self, tokenizer: Tokenizer, boi_ids: Sequence[int], last_image_start: int):
+        self.tokenizer, self.boi_ids, self.last_image_start = tokenizer, list(boi_ids), last_image_start
+        self._known: tuple[list[tuple[int, ...]], Tensor | None] = [], None
+        """Bans, and their mask."""
 
     def choose(self, rows: Sequence[Row], logits_BV: Tensor, lengths: Sequence[int]) -> list[int]:
         """A token for each row. lengths: positions that the rows have so far."""
-        added_BV = self._added(rows, logits_BV, lengths)
-        logits_BV, given_BV = logits_BV.float() + added_BV, logits_BV
+        bans = [self.banned(row, length) for row, length in zip(rows, lengths, strict=True)]
+        allowed_BV = torch.where(self._mask(bans, logits_BV), -torch.inf, logits_BV.float())
         groups: dict[SamplingConfig, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(row.request.sampling, []).append(index)
-            if row.request.size is not None:  # a boi of any size counts as one of this size
-                boi = self.boi_ids[row.request.size]
-                logits_BV[index, boi] = given_BV[index, self.boi_ids].amax() + added_BV[index, boi]
+            boi = None if row.request.size is None else self.boi_ids[row.request.size]
+            if boi is not None and boi not in bans[index]:  # a boi of any size counts as one of this size
+                allowed_BV[index, boi] = logits_BV[index, self.boi_ids].amax()
         tokens = [0] * len(rows)
         for sampling, group in groups.items():
             alike = [rows[index] for index in group]
-            own = logits_BV if len(groups) == 1 else logits_BV[group]
+            own = allowed_BV if len(groups) == 1 else allowed_BV[group]
             uniform = [row.uniform.random() for row in alike]
             processed = process_logits(own, sampling, _seen(alike, own, sampling))
             chosen = choose_tokens(processed, sampling.temperature, uniform)
@@ -45,7 +47,7 @@ class NextTokens:
     def banned(self, row: Row, length: int) -> tuple[int, ...]:
         """Of eos and the boi tokens, those that a row of so many positions cannot have next."""
         eos = (self.tokenizer.eos,) if row.request.begin == "text" and not row.output else ()
-        has_room = row.images_left > 0 and length <= self.max_length
+        has_room = row.images_left > 0 and length <= self.last_image_start
         size = row.request.size
         return eos + tuple(
             token
@@ -53,18 +55,17 @@ class NextTokens:
             if not has_room or (size is not None and index != size)
         )
 
-    def _added(self, rows: Sequence[Row], logits_BV: Tensor, lengths: Sequence[int]) -> Tensor:
-        """float32 [B, V]: -inf for tokens that a row cannot have next, else 0; made where a row changes."""
-        bans = [self.banned(row, length) for row, length in zip(rows, lengths, strict=True)]
-        known, added_BV = self._bans
-        if added_BV is None or bans != known:
-            added_BV = torch.zeros_like(logits_BV, dtype=torch.float32)
-            added_BV[:, self.tokenizer.eoi] = -torch.inf
-            added_BV[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = -torch.inf  # of a padded vocabulary
+    def _mask(self, bans: list[tuple[int, ...]], logits_BV: Tensor) -> Tensor:
+        """bool [B, V], the tokens that rows cannot have next; remade where the bans are not the last ones."""
+        known, mask_BV = self._known
+        if mask_BV is None or bans != known:
+            mask_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+            mask_BV[:, self.tokenizer.eoi] = True
+            mask_BV[:, self.tokenizer.num_ids(len(self.boi_ids)) :] = True  # rows of a padded vocabulary
             for index, own in enumerate(bans):
-                added_BV[index, list(own)] = -torch.inf
-            self._bans = bans, added_BV
-        return added_BV
+                mask_BV[index, list(own)] = True
+            self._known = bans, mask_BV
+        return mask_BV
 
 
 def _seen(rows: Sequence[Row], logits_BV: Tensor, sampling: SamplingConfig) -> Tensor | None:

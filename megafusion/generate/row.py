@@ -54,6 +54,7 @@ class Row:
     segments: its prompt and answer, as documents have them. generator: of its noise; one for each row, so
     that it does not depend on the others. uniform: random numbers of its tokens. output: images, and token
     ids that are not decoded to text yet. num_prompt_tokens: positions of the prompt, from bos to eos.
+    is_full: whether its last token took the last position of a row.
     """
 
     number: int
@@ -66,6 +67,7 @@ class Row:
     num_prompt_tokens: int = 0
     output: list[Any] = field(default_factory=list)
     steps: int = 0
+    is_full: bool = False
     is_cancelled: bool = False
 
     @classmethod
@@ -92,9 +94,10 @@ class Row:
         return [segment for segment in self.segments if not isinstance(segment, ImageSegment)]
 
     @property
-    def text_is_complete(self) -> bool:
-        """Whether the answer has as many tokens as were asked for, or a stop text."""
-        return self.steps >= self.request.sampling.max_new_tokens or self.text.is_stopped
+    def is_over(self) -> bool:
+        """Whether no token can follow: there is room for none, none is asked for, or there is a stop text."""
+        is_complete = self.steps >= self.request.sampling.max_new_tokens
+        return self.is_full or is_complete or self.text.is_stopped
 
     def draw_noise(self, shape: Sequence[int]) -> Tensor:
         """Unit normal noise [C, h, w] that the next image begins with, on the host."""

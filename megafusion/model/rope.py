@@ -10,7 +10,7 @@ from megafusion.model.config import ModelConfig, RopeScaling
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of a head's angles, float32 [B, S, 1, K]: of K/2 negative ones, then of positive."""
+    """Of a head's K/2 angles, float32 [B, S, 1, K]: cosines twice; sines negated, then as they are."""
 
     cos: Tensor
     sin: Tensor
@@ -36,8 +36,8 @@ def rope_at(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling
     else:
         positions = positions[..., None]
     angles = (positions.float() * frequencies)[:, :, None]
-    angles = torch.cat([-angles, angles], dim=-1)
-    return Rope(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rope(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -109,7 +109,7 @@ def _norm(size: int, config: ModelConfig, for_patches: bool) -> nn.RMSNorm:
 def normed(norm: nn.Module, x: Tensor, context: BlockContext) -> Tensor:
     """A norm of the residual stream [B, S, D], or of heads [B, S, H, K], whatever weights it has."""
     if not isinstance(norm, ModalityRMSNorm):
-        return x if isinstance(norm, nn.Identity) else norm(x)
+        return norm(x)
     (modality,) = context.modality
     return norm(x, modality.is_patch_residual if x.ndim == 3 else modality.is_patch[..., None])
 

@@ -17,9 +17,9 @@ class Intervals:
 
     row_end int32 [B, S], last_query int32 [B, T]: the query at [b, i] sees key j where j < row_end[b, i] and
     i < last_query[b, j]; last_query is None where it hides no key, as in generation. num_keys: number T of
-    key positions; S in training, the cache's capacity in generation. may_be_empty: whether row_end may be 0,
-    that of a fully masked query; never so in packed rows, which saves a multiplication per layer. has_holes:
-    whether last_query may fall within a document, so that a query's keys are two intervals.
+    key positions; S in training, slots of the cache in generation. may_be_empty: whether row_end may be 0,
+    that of a fully masked query, as padding in generation; without it a layer saves a multiplication.
+    has_holes: whether last_query may fall within a document, so that a query's keys are two intervals.
     """
 
     row_end: Tensor

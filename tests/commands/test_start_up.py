@@ -96,10 +96,26 @@ def test_an_evaluation_with_an_unknown_key_or_no_suite_is_refused_before_anythin
 
 
 @pytest.mark.parametrize(
-    "given", [["--image", "no.png"], ["--interleave", "@no.png"], ["--prompt", " "], ["--prompt", "x"]]
+    "given",
+    [["--image", "no.png"], ["--interleave", "@no.png"], ["--prompt", " "], ["--prompt=x", "--size=6"]],
 )
-def test_a_missing_image_model_or_prompt_is_refused_before_anything_heavy_is_imported(given):
+def test_what_cannot_be_generated_is_refused_before_anything_heavy_is_imported(given):
     assert heavy_imports("generate", "no-run", *given, status=2) == set()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "no-run", "--prompt", "x"],
+        ["evaluate", "no-run", "--suite", "captions"],
+        ["export", "no-run", "no-out", "--to", "hf"],
+        ["export", "no-run", "no-out", "--to", "pipeline", "--dtype", "float16"],
+        ["serve", "no-run"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_without_a_model_is_refused_before_anything_heavy_is_imported(command):
+    assert heavy_imports(*command, status=2) == set()
 
 
 def test_a_sweep_is_checked_before_anything_heavy_is_imported(tmp_path):

@@ -239,6 +239,27 @@ def test_the_mask_of_an_image_is_made_once_for_all_steps(pipeline, monkeypatch):
     assert counts[0] == counts[1] > 2
 
 
+def test_no_pass_follows_a_rows_last_token_or_an_image_that_ends_it(pipeline, monkeypatch):
+    passes = []
+    run = Decoder._run
+    monkeypatch.setattr(Decoder, "_run", lambda *given: passes.append(1) or run(*given))
+
+    always_prefer(pipeline, 100)
+    prompt = 1 + len(pipeline.tokenizer.encode("red"))
+    for sequence_length, max_new_tokens, num_tokens in ((None, 4, 4), (12, 50, 11 - prompt)):
+        sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+        pipeline.config = pipeline.config.model_copy(update={"sequence_length": sequence_length})
+        passes.clear()
+        (output,) = pipeline.generate([["red"]], begin="text", max_images=0, sampling=sampling)
+        assert len(passes) == num_tokens
+        assert output == [pipeline.tokenizer.decode([100] * num_tokens)]
+    pipeline.config = pipeline.config.model_copy(update={"sequence_length": None})
+    passes.clear()
+    sampling = SamplingConfig(num_inference_steps=3, guidance_scale=1.0, max_new_tokens=0)
+    pipeline.draw(["red"], sampling=sampling)
+    assert len(passes) == 2 + 3  # prompt, boi, steps
+
+
 def test_guidance_of_one_is_the_conditional_prediction_alone(pipeline):
     one = pipeline.config.sampling.model_copy(update={"guidance_scale": 1.0})
     nearly = pipeline.config.sampling.model_copy(update={"guidance_scale": 1.0 + 1e-7})
@@ -294,10 +315,15 @@ def test_eoi_is_never_chosen_as_text(pipeline, begin):
         assert pipeline.tokenizer.eoi not in output
 
 
-def test_rows_of_a_padded_vocabulary_are_never_chosen(run_config, tokenizer, codec):
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("logit", [1e4, np.inf, np.nan])
+def test_rows_of_a_padded_vocabulary_are_never_chosen(run_config, tokenizer, codec, logit, temperature):
     pipeline = make_pipeline(run_config, tokenizer, codec, num_steps=2, vocab_size=2100)
-    always_prefer(pipeline, 2099)
-    for output in run_generation(pipeline, ["apple", "x"], pipeline.config.sampling, 0, 1, "text"):
+    pipeline.model.tail.head.register_forward_hook(
+        lambda *given: given[2].index_fill(-1, torch.tensor([2099]), logit)
+    )
+    sampling = pipeline.config.sampling.model_copy(update={"temperature": temperature})
+    for output in run_generation(pipeline, ["apple", "x"], sampling, 0, 1, "text"):
         assert output
         assert all(isinstance(part, Image.Image) or part < 2048 for part in output)
 
