@@ -77,6 +77,7 @@ class ModalityLinear(nn.Linear):
         self,
         in_features: int,
         out_features: int,
+        *,
         bias: bool = False,
         for_patches: bool = False,
         gives_sorted: bool = False,

@@ -71,7 +71,5 @@ def rope_positions(
     slot, patch = index_BS // max_patches, index_BS % max_patches
     columns_BS = num_columns[image_size_BN.gather(1, slot)]
     places = torch.stack([patch // columns_BS, patch % columns_BS], dim=-1)
-    first_patch_BS = positions_BS - patch
-    return torch.where(
-        patch_index_BS[..., None] >= 0, first_patch_BS[..., None] + places, positions_BS[..., None]
-    )
+    of_patches = (positions_BS - patch)[..., None] + places
+    return torch.where(patch_index_BS[..., None] >= 0, of_patches, positions_BS[..., None])

@@ -76,7 +76,8 @@ class RowParallelLinear(ModalityLinear):
         assert linear.bias is None, "a bias would be added once by every rank"
         size = linear.in_features // region.num_ranks
         for_patches = getattr(linear, "image_weight", None) is not None
-        super().__init__(size, linear.out_features, False, for_patches, linear.weight.device)
+        super().__init__(size, linear.out_features, for_patches=for_patches)
+        self.to(linear.weight.device)
         self.region: TensorParallelRegion = region
         span = ShardSpan(0, region.rank * size, size)
         for name, parameter in linear.named_parameters():
