@@ -137,7 +137,9 @@ def _draw_compute(path: Path, title: str, sweeps: Sequence[str], results: Path) 
         ratio, interval = (laws["arms"][ours][key] for key in ("parity", "parity_interval"))
         said = "never" if ratio is None else f"{ratio:.3g}"
         said += f" ({interval[0]:.2g} to {interval[1]:.2g})" if interval else ""
-        axes.set_title(f"{name}\nparity at {said} of the compute; paper: {paper}", fontsize=9)
+        heads = f"parity at {said} of the compute", f"paper: {paper}"
+        axes.set_title("\n".join([name, *heads]), fontsize=8)
+        axes.legend(fontsize=7)
     figure.suptitle(
         f"Claim (a) against training compute, {title}: points are runs, lines power laws", fontsize=11
     )
