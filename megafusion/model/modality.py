@@ -86,11 +86,11 @@ class ModalityLinear(nn.Linear):
         assert not (bias and gives_sorted), "a bias is added to positions in their own order"
         self.image_weight = nn.Parameter(torch.empty_like(self.weight)) if for_patches else None
         self.image_bias = nn.Parameter(torch.empty_like(self.bias)) if for_patches and bias else None
-        self.gives_sorted = gives_sorted
+        self.gives_sorted, self.has_bias = gives_sorted, bias
 
     def forward(self, x: Tensor, *modality: Modality) -> Tensor:
         if self.image_weight is None:
-            if self.bias is None:
+            if not self.has_bias:
                 return super().forward(x)
             # In two dimensions: in three, DeepSpeed's linear function (ZeRO 3) adds the bias in place to the
             # product, which selective recomputation has saved: twice.

@@ -73,7 +73,7 @@ class RowParallelLinear(ModalityLinear):
     """This rank's slice of the inputs; the region's reduction sums the partial outputs."""
 
     def __init__(self, linear: nn.Linear, region: TensorParallelRegion):
-        assert linear.bias is None, "a bias would be added once by every rank"
+        assert "bias" not in dict(linear.named_parameters()), "a bias would be added once by every rank"
         size = linear.in_features // region.num_ranks
         for_patches = getattr(linear, "image_weight", None) is not None
         super().__init__(size, linear.out_features, for_patches=for_patches)

@@ -36,7 +36,7 @@ def test_each_position_has_the_weight_of_its_modality(is_patch, kind, is_grouped
         modality = modality._replace(num_texts=None)
     torch.manual_seed(0)
     gives_sorted = kind == "sorted output"
-    layer = ModalityLinear(8, 16, kind == "bias", for_patches=True, gives_sorted=gives_sorted)
+    layer = ModalityLinear(8, 16, bias=kind == "bias", for_patches=True, gives_sorted=gives_sorted)
     for parameter in layer.parameters():
         parameter.data.normal_()
     x = torch.randn(*is_patch_BS.shape, 8, requires_grad=True)
