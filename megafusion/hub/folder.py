@@ -14,6 +14,15 @@ from megafusion.sequence.tokenizer import FILE_NAMES, Tokenizer
 from megafusion.storage import write_file
 from megafusion.yaml_values import dump_yaml
 
+NOISE_PROCESS = {
+    "kind": "flow",
+    "prediction_type": "velocity",
+    "t_distribution": "logit_normal",
+    "logit_mean": 0.8,
+    "logit_std": 0.8,
+}
+"""Of a new run: flow with JiT's times measured best of all (docs/recipe.md)."""
+
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer's files in a folder, the one that transformers prefers first. UserError without any."""
@@ -45,8 +54,8 @@ def import_config(folder: Path, out: Path, sizes: list[Size], vae: Path, patch_s
         "model": keys,
         "train": {"init_from": str(folder), "init_new": ["*.adapter.*", EMBEDDING, *head]},
     }
-    if not codec.codebook_size:  # flow measured better than the paper's process: docs/recipe.md
-        section["objective"] = {"noise_process": {"kind": "flow", "prediction_type": "velocity"}}
+    if not codec.codebook_size:
+        section["objective"] = {"noise_process": NOISE_PROCESS}
         section["sampling"] = {"sampler": "euler", "num_inference_steps": 25}
     write_file(out, dump_yaml(section))
     window = sliding_window(values)

@@ -52,12 +52,13 @@ class FlowConfig(Config):
     """Rectified flow: x_t = (1 - t) x_0 + t noise."""
     prediction_type: Literal["velocity", "epsilon", "sample"] = "velocity"
     """The model's prediction: velocity, noise - x_0; epsilon, the noise; sample, x_0 (JiT, arXiv 2511.13720).
-    The loss is the velocity's squared error for each. With sample it weighs 1 / t^2, so take JiT's times:
-    logit_normal with a mean of 0.8 and a deviation of 0.8. Uniform ones did not learn (docs/recipe.md)."""
+    The loss is the velocity's squared error for each: with sample an error weighs 1 / t^2, and uniform times
+    did not learn (docs/recipe.md)."""
     t_distribution: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of t in training, before the shift; logit_normal as in arXiv 2403.03206."""
     logit_mean: float = 0.0
-    """Mean of logit(t) with logit_normal; negative for more of the low noise."""
+    """Mean of logit(t) with logit_normal; negative for more of the low noise. A mean and a deviation of 0.8,
+    as JiT's, measured best here."""
     logit_std: float = Field(1.0, gt=0)
     """Standard deviation of logit(t) with logit_normal."""
     shift: float = Field(1.0, gt=0)
