@@ -1,10 +1,14 @@
 """Shared fixtures: a tokenizer, a small autoencoder, shards made from a few real pairs, a small run."""
 
 import os
+import signal
 from pathlib import Path
 
 # One thread a test process: the suite runs on two cores beside whatever else does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts the suite in the background has it ignore Ctrl-C, which tests raise.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
