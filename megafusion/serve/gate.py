@@ -17,6 +17,8 @@ from megafusion.serve.metrics import Metrics
 from megafusion.serve.worker import NoSlot, Worker
 
 ROUTES = ("/v1/chat/completions", "/v1/images/generations", "/v1/images/edits")
+LINGER_SECONDS, LINGER_BYTES = 5.0, 40_000_000
+"""Limits of what is read of a request that is refused already."""
 CLIENT_LEFT = 499
 """Status in the metrics, as nginx's, of a request whose client left."""
 
@@ -34,14 +36,14 @@ class Gate:
         try:
             self._check_sender(scope["path"], Headers(scope=scope))
         except Refusal as refusal:
-            return await refusal.response()(scope, receive, send)
+            return await refuse_unread(refusal, scope, receive, send)
         if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
             try:
                 self._check_size(scope["method"], Headers(scope=scope))
                 if self.worker.is_closing and scope["path"].startswith("/v1/"):
                     raise self._no_slot(NoSlot(True, self.worker.retry_seconds))
             except Refusal as refusal:
-                return await refusal.response()(scope, receive, send)
+                return await refuse_unread(refusal, scope, receive, send)
             return await self.app(scope, receive, send)
         answer = _Answer(scope, receive, send, self.worker.metrics)
         try:
@@ -97,6 +99,32 @@ class Gate:
             await answer.refuse(refusal)
 
 
+async def refuse_unread(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with a refusal, and read the rest of the request before the answer ends.
+
+    A server that closes while the client still sends has it reset, and the answer may be lost with that.
+    """
+
+    async def send_and_read(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await send({**message, "more_body": True})
+            await _skip_body(receive)
+            message = {"type": "http.response.body", "body": b""}
+        await send(message)
+
+    await refusal.response()(scope, receive, send_and_read)
+
+
+async def _skip_body(receive: Receive) -> None:
+    """Read what is left of a request, up to the limits."""
+    size, more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while more and size < LINGER_BYTES:
+                message = await receive()
+                size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+
+
 def exceeds(declared: str, most: int) -> bool:
     """Whether a declared size, in decimal digits, is larger; of very many digits, it is."""
     return len(declared) > 18 or int(declared) > most
@@ -122,7 +150,7 @@ class _Answer:
         self.scope, self._receive, self._send, self.metrics = scope, receive, send, metrics
         self.start_time = time.monotonic()
         self.status: int | None = None
-        self.is_stream = self.is_complete = False
+        self.is_read = self.is_stream = self.is_complete = False
         self._body: list[Message] = []
 
     async def read_body(self, most: int) -> None:
@@ -134,11 +162,13 @@ class _Answer:
         while more:
             message = await self._receive()
             if message["type"] == "http.disconnect":
+                self.is_read = True  # there is no more
                 raise Refusal(CLIENT_LEFT, "the client left")
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > most:
                 raise too_large(most)
+        self.is_read = True
         self._body = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
     async def run(self, app: ASGIApp) -> None:
@@ -178,7 +208,10 @@ class _Answer:
         """Answer with a refusal; in an answer that has begun, as an event, if it is a stream of them."""
         if self.status is None:
             self.status = refusal.status
-            await refusal.response()(self.scope, self._receive, self._send)
+            if self.is_read:
+                await refusal.response()(self.scope, self._receive, self._send)
+            else:
+                await refuse_unread(refusal, self.scope, self._receive, self._send)
             self.is_complete = True
         elif self.is_stream and not self.is_complete:
             self.status = refusal.status

@@ -1,6 +1,7 @@
 """Requests that are refused, each with a status, the field and its limit. The server goes on answering."""
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -246,7 +247,7 @@ def test_an_edit_that_is_no_form(address):
     assert answer.status_code == 400
 
 
-def test_a_body_that_is_too_large_is_not_read(address, client):
+def test_of_a_body_that_is_too_large_a_part_is_read(address, client):
     """100 MB of JSON, by each of two clients, and by one that does not say beforehand how much."""
     prompt = "x" * 100_000_000
     with pytest.raises(openai.APIStatusError, match="body exceeds max_body_bytes 33554432") as raised:
@@ -267,7 +268,23 @@ def test_a_body_that_is_too_large_is_not_read(address, client):
         except OSError:
             pass
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
-    assert sent < 64_000_000
+    assert sent < 90_000_000
+
+
+def test_a_refusal_of_a_body_reaches_a_client_that_is_still_sending(address):
+    """The server reads on: closing with data unread would reset the connection, and the answer with it."""
+    where = urlsplit(address)
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+    for _ in range(5):
+        with socket.create_connection((where.hostname, where.port), timeout=30) as connection:
+            connection.sendall(f"{head}Content-Length: {2**25 + 1}\r\n\r\n".encode())
+            for _ in range(2**5):
+                connection.sendall(b" " * 2**20)
+            connection.sendall(b" ")
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert answer.status == 413
+            assert "body exceeds max_body_bytes" in json.loads(answer.read())["error"]["message"]
 
 
 def test_other_routes_and_methods(address):
