@@ -87,6 +87,15 @@ def test_a_model_has_the_name_of_its_run():
     assert model_name(Path("runs/quickstart")) == model_name(Path("runs/quickstart/pipeline")) == "quickstart"
 
 
+def denoises_with_all_accepted(address: str, num_requests: int) -> bool:
+    text = requests.get(f"{address}/metrics", timeout=30).text
+    waiting, begun, steps = (
+        sum(map(float, re.findall(rf"^megafusion_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)))
+        for name in ("waiting", "batch_rows_sum", "denoising_steps_total")
+    )
+    return waiting + begun == num_requests and steps > 0
+
+
 @pytest.mark.full
 def test_a_server_from_its_start_to_its_end(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "small")
@@ -100,7 +109,7 @@ def test_a_server_from_its_start_to_its_end(pipeline, tmp_path):
     asking = [threading.Thread(target=ask) for _ in range(4)]
     for thread in asking:
         thread.start()
-    while "megafusion_denoising_steps_total 0.0" in requests.get(f"{address}/metrics", timeout=30).text:
+    while not denoises_with_all_accepted(address, len(asking)):
         pass
     server.send_signal(signal.SIGTERM)
     for thread in asking:
