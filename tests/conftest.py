@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 from megafusion.config import parse_config
 from megafusion.images.codec import ImageCodec
+from megafusion.processes import STOP_SIGNALS
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.train.config import RunConfig
 from tests.support.quantized import make_vq, quantized_run
@@ -30,6 +31,17 @@ from tests.support.small import TOKENIZER, make_shards, make_vae, small_run
 # A busy machine makes no test fail: how long things take is for the benchmarks.
 settings.register_profile("ours", deadline=None)
 settings.load_profile("ours")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signal_handlers():
+    """As before, after each file: a command that a test runs in its process leaves its own."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    wakeup = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 LONG = ("faults", "parallel", "train")
