@@ -118,9 +118,10 @@ def draw_computes(results: Path, out: Path) -> list[Path]:
 def _draw_compute(path: Path, title: str, sweeps: Sequence[str], results: Path) -> Path | None:
     """Write a sheet; None where no figure is measured."""
     ours, baseline = "transfusion", "quantized"
+    runs = {sweep: load_runs(sweep, results) for sweep in sweeps}
     fitted = []
     for (name, metric, _), paper in PARITY.items():
-        every = compute_points({sweep: load_runs(sweep, results) for sweep in sweeps}, metric)
+        every = compute_points(runs, metric)
         arms = {arm: every[arm] for arm in (ours, baseline) if len({p.group for p in every.get(arm, ())}) > 1}
         if len(arms) < 2:
             print(f"{title}: no plot of {name}: not measured at two computes of both arms", file=sys.stderr)

@@ -92,6 +92,7 @@ class Gate:
                 await answer.read_body(self.config.max_body_bytes)
                 await answer.run(self.app)
         except TimeoutError:
+            answer.is_read = True  # for a body that has not come by now nobody waits
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):  # the client may not read
                     await answer.refuse(Refusal(504, f"not answered within timeout_seconds {limit:g}"))

@@ -93,6 +93,8 @@ def test_a_request_has_its_time(pipeline):
             head = f"POST {CHAT} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
             slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())  # and nothing more
             assert slow.recv(1000).startswith(b"HTTP/1.1 504")
+            counted = 'requests_total{path="/v1/chat/completions",status="504"} 2.0'  # while it stays
+            wait_for(lambda: counted in requests.get(f"{address}/metrics", timeout=5).text)
         wait_for(lambda: worker.num_slots == 0 and not worker._batches)
         assert num_steps(worker) < 1500
 
