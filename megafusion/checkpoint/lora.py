@@ -7,9 +7,9 @@ import torch
 
 from megafusion.checkpoint.chunks import Chunks
 from megafusion.checkpoint.reader import CheckpointWeights, TensorSource, read_tensors
-from megafusion.model.alignment import ALIGNMENT
 from megafusion.model.config import LoraConfig, is_lora_weight
 from megafusion.model.lora import lora_update
+from megafusion.objective.alignment import ALIGNMENT
 
 
 class MergedLora:

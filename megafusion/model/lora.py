@@ -4,7 +4,7 @@ A layer's weight W becomes W + scale B A with A [rank, inputs] and B [outputs, r
 and a B for each of its parts, as in PEFT, where they are layers of their own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +32,14 @@ class LoraLinear(Wrapper):
             b = [declare(FusedLinear(rank, (each,)), "column", init="zeros") for each in linear.sizes]
         else:
             a = declare(nn.Linear(size, rank, bias=False), "row", init="conv")
-            b = [declare(FusedLinear(rank, (linear.out_features,)), Replicated("positions"), init="zeros")]
+            up = nn.Linear(rank, linear.out_features, bias=False)
+            b = [declare(up, Replicated("positions"), init="zeros")]
         self.lora_a, self.lora_b = a, nn.ModuleList(b)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        found, hidden = self._wrapped_module(x), self.lora_a(self.dropout(x))
-        if isinstance(found, Tensor):
-            (update,) = self._updates(hidden)
-            return found + update
-        return tuple(part + update for part, update in zip(found, self._updates(hidden), strict=True))
-
-    def _updates(self, hidden: Tensor | tuple[Tensor, ...]) -> Iterator[Tensor]:
-        parts = (hidden,) if isinstance(hidden, Tensor) else hidden
-        for part, b in zip(parts, self.lora_b, strict=True):
-            (update,) = b(part)
-            yield self.scale * update
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.lora_a(self.dropout(x)).chunk(len(self.lora_b), dim=-1)
+        updates = [b(part) for part, b in zip(parts, self.lora_b, strict=True)]
+        return self._wrapped_module(x) + self.scale * torch.cat(updates, dim=-1)
 
 
 def lora_layers(model: Transfusion) -> dict[str, nn.Linear]:

@@ -58,15 +58,11 @@ class LayerCache(Protocol):
 
 
 class FusedLinear(ModalityLinear):
-    """Several linear layers of one input as one matrix product."""
+    """Several linear layers of one input as one matrix product, their outputs side by side."""
 
     def __init__(self, hidden_size: int, sizes: tuple[int, ...], **options: bool):
         super().__init__(hidden_size, sum(sizes), **options)
         self.sizes = sizes
-
-    def forward(self, x: Tensor, *modality: Modality) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """[..., hidden_size] -> one tensor [..., size] for each of the sizes."""
-        return torch.split_with_sizes(super().forward(x, *modality), self.sizes, dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -74,20 +70,22 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_size
-        q_size, kv_size = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
-        sizes, for_patches = (q_size, kv_size, kv_size), config.modality_weights == "all"
+        self.head_dim, for_patches = config.head_size, config.modality_weights == "all"
+        self.num_heads = config.num_heads, config.kv_heads, config.kv_heads
+        sizes = tuple(number * self.head_dim for number in self.num_heads)
         qkv = FusedLinear(config.hidden_size, sizes, bias=config.attention_bias, for_patches=for_patches)
         self.qkv = declare(qkv, "column")
         self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
         self.out = declare(
-            ModalityLinear(q_size, config.hidden_size, for_patches=for_patches), "row", "residual"
+            ModalityLinear(sizes[0], config.hidden_size, for_patches=for_patches), "row", "residual"
         )
         self.attend = attention_backend(config.attention).attend
 
     def forward(self, x_BSD: Tensor, context: BlockContext, cache: LayerCache | None = None) -> Tensor:
         modality = context.modality
-        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in self.qkv(x_BSD, *modality))
+        heads = self.qkv(x_BSD, *modality).unflatten(-1, (-1, self.head_dim))
+        # A rank of tensor parallelism has a share of each.
+        q, k, v = heads.split([heads.shape[2] * n // sum(self.num_heads) for n in self.num_heads], dim=2)
         q, k = normed(self.q_norm, q, context), normed(self.k_norm, k, context)
         q, k = context.rope.rotate(q), context.rope.rotate(k)
         if cache is not None:
@@ -114,6 +112,34 @@ def normed(norm: nn.Module, x: Tensor, context: BlockContext) -> Tensor:
     return norm(x, modality.is_patch_residual if x.ndim == 3 else modality.is_patch[..., None])
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. It keeps its input alone, and writes both gradients into one tensor."""
+
+    @staticmethod
+    def forward(context, gate_up: Tensor) -> Tensor:  # type: ignore[override]
+        context.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (gate_up,) = context.saved_tensors
+        gradients = torch.empty_like(gate_up)
+        (gate, up), (of_gate, of_up) = gate_up.chunk(2, dim=-1), gradients.chunk(2, dim=-1)
+        torch.mul(gradient, up, out=of_gate)
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        torch.ops.aten.silu.out(gate, out=of_up).mul_(gradient)
+        return gradients
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, [..., F], of both in one tensor, [..., 2 F]."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)  # torch.compile fuses these, and does not take the out= of the other
+    return F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
@@ -126,8 +152,7 @@ class FeedForward(nn.Module):
         self.down = declare(ModalityLinear(ffn_size, size, for_patches=for_patches), "row", "residual")
 
     def forward(self, x_BSD: Tensor, context: BlockContext) -> Tensor:
-        gate, up = self.gate_up(x_BSD, *context.modality)
-        return self.down(F.silu(gate) * up, *context.modality)
+        return self.down(swiglu(self.gate_up(x_BSD, *context.modality)), *context.modality)
 
 
 class Block(nn.Module):

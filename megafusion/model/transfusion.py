@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from megafusion.model.adapters import Skips, adapter_module
-from megafusion.model.alignment import Alignment
 from megafusion.model.attention import check_backend
 from megafusion.model.config import ModelConfig
 from megafusion.model.rope import rope_positions
 from megafusion.model.transformer import Block, block_context
 from megafusion.model.weights import Replicated, declare
 from megafusion.model.wrapper import canonical_name
+from megafusion.objective.alignment import Alignment
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.objective.head import LanguageHead
 from megafusion.objective.losses import Losses, Objective

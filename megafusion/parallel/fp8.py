@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megafusion.errors import UserError
-from megafusion.model.transformer import Block, FusedLinear
+from megafusion.model.transformer import Block
 from megafusion.model.weights import declare
 from megafusion.model.wrapper import Wrapper
 from megafusion.parallel.sharding import set_shard_spec, shard_spec_of
@@ -65,8 +65,6 @@ def _in_fp8(linear: nn.Linear) -> nn.Module:
         set_shard_spec(getattr(layer, name), shard_spec_of(parameter))
     if isinstance(linear, ColumnParallelLinear):
         layer.register_forward_pre_hook(lambda _, inputs: linear.region.gather_or_copy(*inputs))
-    if isinstance(linear, FusedLinear):
-        layer.register_forward_hook(lambda _, inputs, output: output.split(linear.sizes, dim=-1))
     if isinstance(linear, RowParallelLinear):
         layer.register_forward_hook(lambda _, inputs, output: linear.region.reduce_or_scatter(output))
     return declare(layer, linear.weight_spec.sharding, linear.weight_spec.init)

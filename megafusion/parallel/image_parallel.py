@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megafusion.model.adapters import DownAdapter, Skips, UpAdapter
-from megafusion.model.alignment import Alignment
 from megafusion.model.wrapper import Wrapper
+from megafusion.objective.alignment import Alignment
 from megafusion.parallel import collectives
 
 

@@ -65,7 +65,7 @@ class ColumnParallelLinear(FusedLinear):
         for name, parameter in linear.named_parameters():
             set_shard_spec(getattr(self, name), ShardSpec(parameter.shape, 0, tuple(spans)))
 
-    def forward(self, x_BSD: Tensor, *modality: Modality) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, x_BSD: Tensor, *modality: Modality) -> Tensor:
         return super().forward(self.region.gather_or_copy(x_BSD), *modality)
 
 

@@ -1,8 +1,8 @@
 """Numbers that forward saves for backward, a position and block, in closed form.
 
 With D the residual stream, H K the queries, G K the keys and F the feed-forward's hidden layer of a rank:
-4 D + 3 H K + 3 G K + 4 F (20 D + 8 F bytes in bf16 without grouped keys), with 3 F where blocks are compiled;
-with selective recompute 3 D + H K + 2 G K + 2 F, with full D. tests/plan/ holds it against real ranks.
+4 D + 3 H K + 3 G K + 3 F (20 D + 6 F bytes in bf16 without grouped keys); with selective recompute
+3 D + H K + 2 G K + 2 F, with full D. tests/plan/ holds it against real ranks.
 """
 
 from megafusion.parallel.config import Recompute
@@ -36,9 +36,8 @@ def saved_by_block(job: Job, software: Software, recompute: Recompute | None = N
     normed = 2 * stream  # gathered, with sequence parallelism
     if model.qk_norm:
         normed += queries + keys
-    if software.is_compiled:  # torch's partitioner computes the activation again, and nothing else
-        return 2 * local + normed + attention + 3 * hidden
-    return 2 * _norm(job, software) + normed + attention + 4 * hidden
+    norms = 2 * local if software.is_compiled else 2 * _norm(job, software)
+    return norms + normed + attention + (4 if software.keeps_silu else 3) * hidden
 
 
 def saved_by_tail(job: Job, software: Software) -> float:

@@ -24,7 +24,9 @@ class Software:
     attention_is_dense: bool = False
     """Attention computes masked pairs too, at the chip's `sdpa_flops`."""
     is_compiled: bool = False
-    """Norms, rope and activations are fused, and backward computes the activation again."""
+    """Norms, rope and activations are fused."""
+    keeps_silu: bool = True
+    """SwiGLU keeps silu(gate) for backward, as autograd would; else backward computes it again."""
     fuses_norms: bool = True
     """RMSNorm saves its input alone; on CPUs PyTorch saves the normalized input as well."""
     rope_traffic: float = 50.0
@@ -65,6 +67,7 @@ def of_run(train: TrainConfig, attention: BackendName) -> Software:
     return Software(
         attention_is_dense=attention == "sdpa" or train.precision == "fp32",
         is_compiled=train.compile,
+        keeps_silu=False,
         rope_traffic=4.0 if train.compile else 50.0,
         updates_in_one_pass=True,
         shards_gradients_at_step=True,

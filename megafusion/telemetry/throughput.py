@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megafusion.data.loader import packed_and_skipped
 from megafusion.engine.config import TrainConfig
 from megafusion.engine.engine import Engine
-from megafusion.model.alignment import Alignment
 from megafusion.model.config import ModelConfig
+from megafusion.objective.alignment import Alignment
 from megafusion.objective.config import AlignmentConfig
 from megafusion.parallel.balance import layer_flops
 from megafusion.sequence.packing import PackedBatch, SequenceShape

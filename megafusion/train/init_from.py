@@ -18,9 +18,9 @@ from megafusion.generate.folder import read_pipeline_config
 from megafusion.hub.config import model_keys, read_hub_config, sliding_window
 from megafusion.hub.folder import tokenizer_files
 from megafusion.hub.weights import open_hub_weights
-from megafusion.model.alignment import ALIGNMENT
 from megafusion.model.config import ModelConfig
 from megafusion.model.hub_names import EMBEDDING, HEAD, IMAGES
+from megafusion.objective.alignment import ALIGNMENT
 from megafusion.sequence.tokenizer import Tokenizer
 from megafusion.storage import file_sha256, read_json
 from megafusion.train.config import RunConfig

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import megafusion.engine.buckets as module
-import megafusion.model.alignment as alignment_module
+import megafusion.objective.alignment as alignment_module
 from megafusion.config import parse_config
 from megafusion.engine.buckets import Bucket, Buckets, Group
 from megafusion.engine.process_group import start_process_group

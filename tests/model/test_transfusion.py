@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megafusion.config import load_config
 from megafusion.errors import UserError
@@ -13,7 +14,7 @@ from megafusion.model.adapters import adapter_module
 from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig, RopeScaling
 from megafusion.model.rope import rope_at
-from megafusion.model.transformer import block_context
+from megafusion.model.transformer import block_context, swiglu
 from megafusion.model.transfusion import Transfusion
 from megafusion.objective.config import ObjectiveConfig
 from megafusion.sequence.intervals import Intervals
@@ -205,6 +206,21 @@ def test_rotation_turns_each_pair_by_its_angle_bit_for_bit():
     first, second = x.chunk(2, -1)
     expected = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
     assert torch.equal(rope_at(positions, 16, 100.0).rotate(x), torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_is_silu_of_the_gate_times_up_bit_for_bit_and_keeps_its_input_alone(dtype):
+    gate_up = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+    gate, up = gate_up.chunk(2, -1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = swiglu(gate_up)
+    assert [x.data_ptr() for x in kept] == [gate_up.data_ptr()]
+    expected, gradient = F.silu(gate) * up, torch.randn(3, 5, 12, dtype=dtype)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y, gate_up, gradient)[0] for y in (found, expected)))
+    with torch.no_grad():
+        assert torch.equal(swiglu(gate_up), expected)
 
 
 @pytest.mark.parametrize("theta", [100.0, 500_000.0])

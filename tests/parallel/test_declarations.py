@@ -31,11 +31,11 @@ class AdaptedQKV(nn.Module):
         self.lora_b = declare(FusedLinear(3, base.sizes, bias=True), "column", init="residual")
         self.qk_norm = declare(nn.RMSNorm(HEAD_DIM), Replicated("heads"))
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
-        pairs = zip(self.base(x_BSD), self.lora_b(self.lora_a(x_BSD)), strict=True)
-        q, k, v = (base + update for base, update in pairs)
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        adapted = self.base(x_BSD) + self.lora_b(self.lora_a(x_BSD))
+        q, k, v = adapted.split(self.base.sizes, dim=-1)
         q, k = (self.qk_norm(part.unflatten(-1, (-1, HEAD_DIM))).flatten(-2) for part in (q, k))
-        return q, k, v
+        return torch.cat([q, k, v], dim=-1)
 
 
 def block_gradients(values: dict) -> dict[str, tuple[ShardSpec, Tensor, Tensor]]:

@@ -32,8 +32,8 @@ def test_column_parallel_shards_each_fused_layer(units, num_ranks, bias):
         sharded = ColumnParallelLinear(linear, region)
         for name, parameter in sharded.named_parameters():
             parameter.data = shard_spec_of(parameter).shard(getattr(linear, name).data)
-        outputs.append(sharded(x))
-    for whole, *shards in zip(linear(x), *outputs, strict=True):
+        outputs.append(sharded(x).split(sharded.sizes, -1))
+    for whole, *shards in zip(linear(x).split(linear.sizes, -1), *outputs, strict=True):
         torch.testing.assert_close(torch.cat(shards, -1), whole)
 
 

@@ -13,8 +13,8 @@ from megafusion.checkpoint.folder import _manifest, complete_checkpoints, read_m
 from megafusion.config import parse_config
 from megafusion.engine.process_group import start_process_group
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.model.alignment import PROJECTION_SIZE
 from megafusion.model.transfusion import Transfusion
+from megafusion.objective.alignment import PROJECTION_SIZE
 from megafusion.objective.chunked_cross_entropy import LOGITS_ALIGNMENT
 from megafusion.objective.config import AlignmentConfig
 from megafusion.parallel.mesh import make_mesh

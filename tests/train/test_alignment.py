@@ -23,8 +23,8 @@ from transformers import (
 from megafusion.checkpoint.folder import complete_checkpoints
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
-from megafusion.model.alignment import Alignment
 from megafusion.model.transfusion import Transfusion
+from megafusion.objective.alignment import Alignment
 from megafusion.objective.config import AlignmentConfig
 from megafusion.sequence.packing import PackedBatch
 from megafusion.telemetry.metrics_file import read_metrics
