@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
 
-from claims_rows import CLAIMS, RESULTS, table
+from claims_rows import CLAIMS, RESULTS, read_runs, table
 from pages import DOCS, write_table
 
 from megafusion.errors import UserError, exit_on_user_error
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> int:
         found = tune_guidance(arguments.run, arguments.scales, arguments.annotations, arguments.judge)
         print(json.dumps(found, indent=1))
         return 0
-    runs = read_json(arguments.json, "megafusion sweep writes it")["runs"]
+    runs = read_runs(arguments.json, "megafusion sweep writes it")
     found = compare(runs, arguments.first, arguments.second)
     print(difference_table(found))
     if not arguments.signs:

@@ -48,7 +48,7 @@ SIZED = re.compile(r"(.+)-\d+x\d+")
 """An arm of one size, as transfusion-6x192."""
 COMPUTES = {
     "claims-compute-64.png": ("64 concepts, 1,000 and 2,400 steps", ("small", "concepts-64")),
-    "claims-compute-128.png": ("128 concepts, three sizes", ("concepts-128", "sizes")),
+    "claims-compute-sizes.png": ("64 concepts, three sizes, 1,000 steps", ("small", "sizes")),
 }
 """Sheets of claim (a) against compute: of which runs, and their sweeps."""
 PARITY = {

@@ -72,10 +72,26 @@ def test_a_difference_of_the_other_sign_is_named(claims, runs):
     ]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results/claims").glob("signs-*.json")))
-def test_committed_signs_are_of_committed_figures(claims, path):
-    runs = json.loads((path.parent / "small.json").read_text())["runs"]
-    assert (
-        claims.check_signs(claims.compare(runs, "transfusion", "quantized"), json.loads(path.read_text()))
-        == []
+@pytest.mark.parametrize(
+    ("name", "arms"), [("signs-a", ("transfusion", "quantized")), ("signs-b", ("patch-2", "patch-2-causal"))]
+)
+def test_committed_signs_are_of_committed_figures_of_every_seed(claims, name, arms):
+    folder = ROOT / "benchmarks/results/claims"
+    runs, signs = (
+        claims.read_runs(folder / "small.json", ""),
+        json.loads((folder / f"{name}.json").read_text()),
     )
+    seeds = {run["point"]["seed"] for run in runs.values()}
+    assert len(seeds) > 1
+    for seed in seeds:
+        of_seed = {key: run for key, run in runs.items() if run["point"]["seed"] == seed}
+        assert claims.check_signs(claims.compare(of_seed, *arms), signs) == []
+
+
+def test_the_less_noised_half_is_the_mean_of_its_five_ranges(claims, tmp_path):
+    metrics = {f"validation_image_loss_t{bucket}": 2.0**bucket for bucket in range(10)}
+    runs = {"a": {"metrics": metrics}, "b": {"metrics": {"validation_image_loss_t0": 1.0}}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
+    found = claims.read_runs(tmp_path / "sweep.json", "")
+    assert found["a"]["metrics"]["validation_image_loss_less_noised"] == 31 / 5
+    assert found["b"] == runs["b"]

@@ -181,7 +181,7 @@ def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatc
     assert {arm: len(each) for arm, each in points.items()} == {"transfusion": 6, "quantized": 6}
     laws = plot.fit_arms(points, "quantized")
     assert laws["arms"]["transfusion"]["parity"] == pytest.approx(0.25)
-    assert [path.name for path in plot.draw_computes(tmp_path, tmp_path)] == ["claims-compute-128.png"]
+    assert [path.name for path in plot.draw_computes(tmp_path, tmp_path)] == ["claims-compute-sizes.png"]
     assert "no plot of seen: CIDEr: not measured at two computes" in capsys.readouterr().err
     steps = {key.replace("-4x128", ""): run for key, run in sizes.items() if "4x128" in key}
     for run in steps.values():
