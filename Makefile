@@ -71,7 +71,7 @@ benchmark: $(INSTALLED)  ## Time a training step of the quickstart model.
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/train.py
 
 reproduce-small: $(INSTALLED)  ## Claims (a) and (b) of the paper, small and from nothing: differences and their signs.
-	@$(MAKE) --no-print-directory -j 2 claims-inputs
+	@$(MAKE) --no-print-directory -j 2 claims-inputs VAE_STEPS=1000
 	OMP_NUM_THREADS=1 $(BIN)/megafusion sweep configs/sweeps/claims-small.yaml --jobs 2
 	$(BIN)/python benchmarks/claims.py compare runs/claims/small/sweep.json transfusion quantized \
 	  --signs benchmarks/results/claims/signs-a.json
@@ -87,7 +87,7 @@ data/styles/fold-0/captions.json: | $(INSTALLED)
 $(FOLD)/captions.json: | $(INSTALLED)
 	$(BIN)/python -m data_prep.emoji.styles split --fold 0 --num-concepts 64 --out $(FOLD)
 runs/vae-%/config.json: | data/styles/fold-0/captions.json
-	$(BIN)/megafusion train-vae configs/vae/$*.yaml
+	$(BIN)/megafusion train-vae configs/vae/$*.yaml $(if $(VAE_STEPS),optimization.num_steps=$(VAE_STEPS))
 data/claims-64/fold-0/held-out/pairs/manifest.json: | runs/vae-styles/config.json
 data/claims-64-quantized/fold-0/held-out/pairs/manifest.json: | runs/vae-quantized-styles/config.json
 $(CLAIMS_SHARDS): data/claims-64%/fold-0/held-out/pairs/manifest.json: | $(FOLD)/captions.json
