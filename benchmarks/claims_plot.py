@@ -47,10 +47,13 @@ MIN_SPAN = 0.04
 SIZED = re.compile(r"(.+)-\d+x\d+")
 """An arm of one size, as transfusion-6x192."""
 COMPUTES = {
-    "claims-compute-64.png": ("64 concepts, 1,000 and 2,400 steps", ("small", "concepts-64")),
-    "claims-compute-sizes.png": ("64 concepts, three sizes, 1,000 steps", ("small", "sizes")),
+    "claims-compute-steps.png": (
+        "4 x 128, 1,000 and 2,400 steps",
+        {"sizes": "transfusion-4x128|quantized-4x128", "concepts-64": "transfusion|quantized"},
+    ),
+    "claims-compute-sizes.png": ("three sizes, 1,000 steps", {"sizes": "(transfusion|quantized)-.*"}),
 }
-"""Sheets of claim (a) against compute: of which runs, and their sweeps."""
+"""Sheets of claim (a) against compute: what differs between computes, and patterns of arms by sweep."""
 PARITY = {
     SEEN: ".029 by FID",
     HELD_OUT: ".029 by FID",
@@ -111,14 +114,17 @@ def _save(figure: Figure, path: Path, sources: Iterable[Path]) -> None:
 
 def draw_computes(results: Path, out: Path) -> list[Path]:
     """Write the sheets of claim (a) against compute that have figures at two computes of both arms."""
-    sheets = [_draw_compute(out / name, title, sweeps, results) for name, (title, sweeps) in COMPUTES.items()]
+    sheets = [_draw_compute(out / name, title, arms, results) for name, (title, arms) in COMPUTES.items()]
     return [sheet for sheet in sheets if sheet]
 
 
-def _draw_compute(path: Path, title: str, sweeps: Sequence[str], results: Path) -> Path | None:
+def _draw_compute(path: Path, title: str, wanted: Mapping[str, str], results: Path) -> Path | None:
     """Write a sheet; None where no figure is measured."""
     ours, baseline = "transfusion", "quantized"
-    runs = {sweep: load_runs(sweep, results) for sweep in sweeps}
+    runs = {
+        sweep: {k: run for k, run in load_runs(sweep, results).items() if re.fullmatch(arms, run["arm"])}
+        for sweep, arms in wanted.items()
+    }
     fitted = []
     for (name, metric, _), paper in PARITY.items():
         every = compute_points(runs, metric)
@@ -140,11 +146,11 @@ def _draw_compute(path: Path, title: str, sweeps: Sequence[str], results: Path) 
         said += f" ({interval[0]:.2g} to {interval[1]:.2g})" if interval else ""
         heads = f"parity at {said} of the compute", f"paper: {paper}"
         axes.set_title("\n".join([name, *heads]), fontsize=8)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, framealpha=0.5)
     figure.suptitle(
         f"Claim (a) against training compute, {title}: points are runs, lines power laws", fontsize=11
     )
-    _save(figure, path, [results / f"{sweep}.json" for sweep in sweeps])
+    _save(figure, path, [results / f"{sweep}.json" for sweep in wanted])
     return path
 
 

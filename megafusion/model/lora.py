@@ -39,7 +39,8 @@ class LoraLinear(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         parts = self.lora_a(self.dropout(x)).chunk(len(self.lora_b), dim=-1)
         updates = [b(part) for part, b in zip(parts, self.lora_b, strict=True)]
-        return self._wrapped_module(x) + self.scale * torch.cat(updates, dim=-1)
+        update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1)
+        return self._wrapped_module(x) + self.scale * update
 
 
 def lora_layers(model: Transfusion) -> dict[str, nn.Linear]:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megafusion.model.attention import attention_backend
 from megafusion.model.config import ModelConfig
@@ -122,6 +123,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(context, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (gate_up,) = context.saved_tensors
         gradients = torch.empty_like(gate_up)
@@ -136,7 +138,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, [..., F], of both in one tensor, [..., 2 F]."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _SwiGLU.apply(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)  # torch.compile fuses these, and does not take the out= of the other
+    # torch.compile fuses these, and does not take the other's out=; a decoder's few rows are done sooner.
+    gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 

@@ -26,7 +26,7 @@ class Software:
     is_compiled: bool = False
     """Norms, rope and activations are fused."""
     keeps_silu: bool = True
-    """SwiGLU keeps silu(gate) for backward, as autograd would; else backward computes it again."""
+    """Not compiled, SwiGLU keeps silu(gate) for backward, as autograd would; else it is computed again."""
     fuses_norms: bool = True
     """RMSNorm saves its input alone; on CPUs PyTorch saves the normalized input as well."""
     rope_traffic: float = 50.0

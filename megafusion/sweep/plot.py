@@ -62,13 +62,14 @@ def draw_laws(
         law = Law(fit["unit"], fit["floor"], fit["scale"], fit["exponent"])
         compute = [point.compute for point in points]
         line = np.geomspace(min(compute), max(compute), 100)
-        label = f"{name or 'runs'}: exponent {fit['exponent']:.3f}"
+        floor = "floor + " if law.floor else ""
+        label = f"{name or 'runs'}: {floor}compute^{-fit['exponent']:.3g}"
         axes.plot(compute, [point.value for point in points], "o", color=color, markersize=4)
         axes.plot(line, law.at(line), "-", color=color, label=label)
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(framealpha=0.5)
 
 
 def describe(fits: Mapping[str, Mapping[str, Any]]) -> str:

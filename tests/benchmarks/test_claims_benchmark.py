@@ -88,10 +88,11 @@ def test_committed_signs_are_of_committed_figures_of_every_seed(claims, name, ar
         assert claims.check_signs(claims.compare(of_seed, *arms), signs) == []
 
 
-def test_the_less_noised_half_is_the_mean_of_its_five_ranges(claims, tmp_path):
+def test_the_halves_of_a_loss_are_means_of_their_five_ranges(claims, tmp_path):
     metrics = {f"validation_image_loss_t{bucket}": 2.0**bucket for bucket in range(10)}
     runs = {"a": {"metrics": metrics}, "b": {"metrics": {"validation_image_loss_t0": 1.0}}}
     (tmp_path / "sweep.json").write_text(json.dumps({"runs": runs}))
     found = claims.read_runs(tmp_path / "sweep.json", "")
     assert found["a"]["metrics"]["validation_image_loss_less_noised"] == 31 / 5
+    assert found["a"]["metrics"]["validation_image_loss_more_noised"] == 31 * 32 / 5
     assert found["b"] == runs["b"]

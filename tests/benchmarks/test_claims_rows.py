@@ -93,6 +93,7 @@ def test_a_verdict_is_of_the_interval_over_seeds(rows):
     assert rows.measure(row, runs).verdict == "**agrees**"
     assert rows.measure(row._replace(better=1), runs).verdict == "**does not agree**"
     assert rows.measure(row._replace(better=0), runs).verdict == ""
+    assert rows.measure(row._replace(figure=f"loss{rows.EXPLORATORY}"), runs).verdict == "agrees"
     del runs["a,seed=2"]
     assert rows.measure(row, runs).verdict == "same sign, 2 seeds"
     runs["a,seed=0"]["state"] = runs["a,seed=1"]["state"] = "training"
@@ -183,18 +184,15 @@ def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatc
     assert laws["arms"]["transfusion"]["parity"] == pytest.approx(0.25)
     assert [path.name for path in plot.draw_computes(tmp_path, tmp_path)] == ["claims-compute-sizes.png"]
     assert "no plot of seen: CIDEr: not measured at two computes" in capsys.readouterr().err
-    steps = {key.replace("-4x128", ""): run for key, run in sizes.items() if "4x128" in key}
-    for run in steps.values():
-        run["arm"] = run["arm"].removesuffix("-4x128")
-    more = {k: r | {"metrics": {n: 0.8 * v for n, v in r["metrics"].items()}} for k, r in steps.items()}
-    for run in more.values():
-        run["metrics"]["flops"] *= 4
-    for name, runs in (("small", steps), ("concepts-64", more)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"runs": runs}))
-    points = plot.compute_points({"small": steps, "concepts-64": more}, "perplexity/all/bits_per_byte")
-    assert {point.group for point in points["quantized"]} == {"small/quantized", "concepts-64/quantized"}
-    (tmp_path / "sizes.json").unlink()
-    assert [path.name for path in plot.draw_computes(tmp_path, tmp_path)] == ["claims-compute-64.png"]
+    more = {}
+    for key, run in sizes.items():
+        if "4x128" in key:
+            figures = {name: 0.8 * value for name, value in run["metrics"].items()} | {"flops": 4e12}
+            more[key.replace("-4x128", "")] = run | {"arm": run["arm"][:-6], "metrics": figures}
+    (tmp_path / "concepts-64.json").write_text(json.dumps({"runs": more}))
+    assert [path.name for path in plot.draw_computes(tmp_path, tmp_path)] == list(plot.COMPUTES)
+    sources = Image.open(tmp_path / "claims-compute-steps.png").text["Results"]
+    assert [line.split()[0] for line in sources.splitlines()] == ["sizes.json", "concepts-64.json"]
 
 
 def test_the_committed_plots_are_of_the_committed_results(rows):

@@ -209,14 +209,16 @@ def test_rotation_turns_each_pair_by_its_angle_bit_for_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_is_silu_of_the_gate_times_up_bit_for_bit_and_keeps_its_input_alone(dtype):
-    gate_up = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+@pytest.mark.parametrize("shape", [(3, 5), (15,)])
+def test_swiglu_is_silu_of_the_gate_times_up_bit_for_bit_and_keeps_its_input_alone(dtype, shape):
+    """Positions in rows, or sorted; more numbers than a processor's vector has, and some of another."""
+    gate_up = torch.randn(*shape, 2 * 171, dtype=dtype, requires_grad=True)
     gate, up = gate_up.chunk(2, -1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         found = swiglu(gate_up)
     assert [x.data_ptr() for x in kept] == [gate_up.data_ptr()]
-    expected, gradient = F.silu(gate) * up, torch.randn(3, 5, 12, dtype=dtype)
+    expected, gradient = F.silu(gate) * up, torch.randn(*shape, 171, dtype=dtype)
     assert torch.equal(found, expected)
     assert torch.equal(*(torch.autograd.grad(y, gate_up, gradient)[0] for y in (found, expected)))
     with torch.no_grad():

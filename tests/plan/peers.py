@@ -200,8 +200,7 @@ def job_of_row(row: Row) -> Job:
 
 def plan_row(row: Row, product_rate: float = 1.0) -> Plan:
     software, chip = PROJECTS[row.project]
-    compiled = row.compiled or software.is_compiled
-    software = replace(software, product_rate=product_rate, is_compiled=compiled, keeps_silu=not compiled)
+    software = replace(software, product_rate=product_rate, is_compiled=row.compiled or software.is_compiled)
     software = replace(software, **dict(row.traits))
     return plan_job(job_of_row(row), card(chip), software)
 
