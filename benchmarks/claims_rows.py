@@ -286,11 +286,11 @@ CLAIMS = (
         )
         for size in SIZES
     ),
+    Claim("(a)", "4x128, reproduce-small", TOKENS, "as above", "small", _arms(*ARMS, *BY_SIZE)),
     _against_causal("linear, 16 patches", "concepts-64", "transfusion", "causal", LINEAR),
     _against_causal("linear, 16 patches, 1,000 steps", "sizes", "transfusion-4x128", "causal-4x128", LINEAR),
     _against_causal("linear, 64 patches", "ablations", "patch-2", "patch-2-causal", LINEAR),
     _against_causal("linear, 64 patches, 600 steps", "small", "patch-2", "patch-2-causal", LINEAR),
-    Claim("(a)", "4x128, reproduce-small", TOKENS, "as above", "small", _arms(*ARMS, *BY_SIZE)),
     _against_causal("U-Net", "ablations", "unet", "unet-causal", UNET),
     Claim(
         "(c)", "patch size", "1, 2 and 8 latents against 4 (the arm transfusion), equal compute",

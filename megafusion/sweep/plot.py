@@ -55,6 +55,7 @@ def draw_laws(
 ) -> None:
     """Draw runs and laws against compute, both axes logarithmic where values allow it."""
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("")  # within a power of ten their words would overlap
     if all(point.value > 0 for points in arms.values() for point in points):
         axes.set_yscale("log")
     for number, (name, points) in enumerate(arms.items()):
