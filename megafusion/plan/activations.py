@@ -37,9 +37,8 @@ def saved_by_block(job: Job, software: Software, recompute: Recompute | None = N
     if model.qk_norm:
         normed += queries + keys
     norms = 2 * local if software.is_compiled else 2 * _norm(job, software)
-    return (
-        norms + normed + attention + (4 if software.keeps_silu and not software.is_compiled else 3) * hidden
-    )
+    feed_forward = (4 if software.saves_silu else 3) * hidden
+    return norms + normed + attention + feed_forward
 
 
 def saved_by_tail(job: Job, software: Software) -> float:

@@ -26,7 +26,7 @@ class Software:
     is_compiled: bool = False
     """Norms, rope and activations are fused."""
     keeps_silu: bool = True
-    """Not compiled, SwiGLU keeps silu(gate) for backward, as autograd would; else it is computed again."""
+    """SwiGLU keeps silu(gate) for backward, as autograd would, where it is not compiled."""
     fuses_norms: bool = True
     """RMSNorm saves its input alone; on CPUs PyTorch saves the normalized input as well."""
     rope_traffic: float = 50.0
@@ -60,6 +60,11 @@ class Software:
     """Share of tensor-parallel communication that hides under products."""
     host_seconds: float = 3e-3
     """Of a step in which the device waits for the host."""
+
+    @property
+    def saves_silu(self) -> bool:
+        """Whether silu(gate) stays until backward, which else computes it again."""
+        return self.keeps_silu and not self.is_compiled
 
 
 def of_run(train: TrainConfig, attention: BackendName) -> Software:

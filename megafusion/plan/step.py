@@ -193,7 +193,7 @@ def _elementwise(job: Job, software: Software) -> float:
     rotated = job.tokens * (model.num_heads + model.kv_heads) * model.head_size * number / ranks
     hidden = job.tokens * model.ffn_size * number / ranks
     traffic = 14 * local + software.rope_traffic * rotated + 6 * stream / ranks
-    traffic += (12 if software.is_compiled else 18 if software.keeps_silu else 16) * hidden
+    traffic += (12 if software.is_compiled else 18 if software.saves_silu else 16) * hidden
     traffic += 0 if software.is_compiled else 12 * local
     # collectives.py copies a gathered row of positions: x.chunk and cat.
     return traffic + (16 * stream if job.parallel.sequence and job.train.micro_batch_size > 1 else 0)
