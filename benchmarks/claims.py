@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
 
-from claims_rows import CLAIMS, RESULTS, read_runs, table
+from claims_rows import CLAIMS, RESULTS, of_arm, read_runs, table
 from pages import DOCS, write_table
 
 from megafusion.errors import UserError, exit_on_user_error
@@ -44,11 +44,8 @@ def compare(runs: dict[str, dict], first: str, second: str) -> dict[str, dict]:
     runs: those of a sweep.json. Losses of validation are left out where one arm predicts codes, because they
     are among its text targets.
     """
-    arms: dict[str, dict[str, dict]] = {first: {}, second: {}}
-    for run in runs.values():
-        if run["arm"] in arms and run["state"] == "finished":
-            arms[run["arm"]][run["point"]["seed"]] = run["metrics"]
-    seeds = sorted(arms[first].keys() & arms[second].keys())
+    arms = {arm: of_arm(runs, arm) for arm in (first, second)}
+    seeds = sorted(arms[first].keys() & arms[second].keys(), key=int)
     if not seeds:
         raise UserError(f"no seed has finished runs of both {first} and {second}")
     found = {}

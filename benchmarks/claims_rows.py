@@ -102,13 +102,21 @@ def read_runs(path: Path, way_out: str) -> dict[str, dict]:
     return runs
 
 
+def of_arm(runs: dict[str, dict], arm: str) -> dict[str, dict[str, float]]:
+    """The figures of an arm's finished runs, by seed."""
+    return {
+        run["point"]["seed"]: run["metrics"]
+        for run in runs.values()
+        if run["arm"] == arm and run["state"] == "finished"
+    }
+
+
 def measure(row: Row, runs: dict[str, dict]) -> Measured | None:
     """A row's figures of the seeds that have both sides; None without any."""
-    found: list[dict[str, dict]] = [{}, {}]
-    for side, by_seed in zip((row.first, row.second), found, strict=True):
-        for run in runs.values():
-            if run["arm"] == side.arm and run["state"] == "finished" and side.metric in run["metrics"]:
-                by_seed[run["point"]["seed"]] = run["metrics"]
+    found = [
+        {seed: metrics for seed, metrics in of_arm(runs, side.arm).items() if side.metric in metrics}
+        for side in (row.first, row.second)
+    ]
     seeds = sorted(found[0].keys() & found[1].keys(), key=int)
     if not seeds:
         return None

@@ -109,8 +109,9 @@ class OptimizationConfig(Config):
     """Maximum gradient norm."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights, which are the ones saved; 0 saves the last weights."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast precision of training; weights, averages and evaluation stay fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Autocast precision of training; weights, averages and evaluation stay fp32. auto: bf16 on a GPU and on
+    a CPU that has instructions for it, else fp32."""
     evaluate_every: int = Field(500, gt=0)
     """Steps between evaluations on the held-out images."""
     checkpoint_every: int = Field(1000, gt=0)

@@ -4,12 +4,13 @@ import copy
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from megafusion.device import default_device
+from megafusion.device import default_device, multiplies_bf16
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -56,6 +57,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = _device(config.device)
+    config = _with_precision(config, device)
     torch.manual_seed(config.seed)
     model = build_model(config.network).to(device)
     latent_shape = ImageCodec.of(model).latent_shape(config.data.image_size, config.data.image_size)
@@ -229,6 +231,21 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=default_device() if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r}: not available here ({error})") from error
+
+
+def _with_precision(config: AutoencoderConfig, device: torch.device) -> AutoencoderConfig:
+    """The configuration with the precision that `auto` is on the device, which the recipe then records."""
+    options, is_fast = config.optimization, multiplies_bf16(device)
+    if options.precision == "bf16" and not is_fast:
+        print(
+            "warning: optimization.precision bf16 is about 20 times as slow as fp32 on this CPU, which has "
+            "no instructions for it; set it to auto or fp32",
+            file=sys.stderr,
+        )
+    if options.precision != "auto":
+        return config
+    options = options.model_copy(update={"precision": "bf16" if is_fast else "fp32"})
+    return config.model_copy(update={"optimization": options})
 
 
 def _check_same_training(config: AutoencoderConfig, meta: dict, data_hash: str, folder: Path) -> None:

@@ -281,6 +281,14 @@ def test_what_leaves_a_gpu_idle_is_told_and_the_papers_sizes_do_not(run_config):
         assert idle_gpu(load_config(RunConfig, path)) == [], path
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_on_a_cpu_without_it_is_warned_of(run_values, monkeypatch, capsys, has_bf16):
+    monkeypatch.setattr("megafusion.train.build.multiplies_bf16", lambda device: has_bf16)
+    run_values["train"]["precision"] = "bf16"
+    start(run_values, stop_after=1)
+    assert ("precision bf16 is about 20 times as slow" in capsys.readouterr().err) != has_bf16
+
+
 def test_values_that_cannot_do_what_they_say_are_warned_of_at_the_start(run_values, capsys):
     start(run_values, stop_after=1)
     assert "warning" not in capsys.readouterr().err

@@ -188,6 +188,23 @@ def test_bf16_learns_too(config):
     assert last["reconstruction"] < first["reconstruction"]
 
 
+@pytest.mark.parametrize(("has_bf16", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_the_device_multiplies_it(config, tmp_path, monkeypatch, capsys, has_bf16, chosen):
+    """The recipe and the checkpoints record which; bf16 without instructions for it is warned of."""
+    monkeypatch.setattr(train, "multiplies_bf16", lambda device: has_bf16)
+    reports = {
+        precision: train_autoencoder(
+            config(out=str(tmp_path / precision), optimization={"num_steps": 2, "precision": precision})
+        )
+        for precision in ("auto", "fp32", "bf16")
+    }
+    assert reports["auto"]["codec_sha256"] == reports[chosen]["codec_sha256"]
+    assert reports["fp32"]["codec_sha256"] != reports["bf16"]["codec_sha256"]
+    assert load_config(AutoencoderConfig, tmp_path / "auto/recipe.yaml").optimization.precision == chosen
+    said = capsys.readouterr().err.count("optimization.precision bf16 is about 20 times as slow")
+    assert said == (0 if has_bf16 else 1)
+
+
 def test_both_styles_of_a_concept_are_held_out_together():
     for number in range(200):
         styles = ("3d", "flat", "200D-2642-3d")
@@ -374,7 +391,8 @@ def test_the_committed_autoencoder_matches_its_report():
     folder = ROOT / "data_prep/vae"
     report = json.loads((folder / "report.json").read_text())
     recipe = load_config(AutoencoderConfig, folder / "recipe.yaml")
-    assert recipe == load_config(AutoencoderConfig, ROOT / "configs/vae/emoji.yaml")
+    on_bf16 = ["optimization.precision=bf16"]  # what `auto` was on the CPU that trained it
+    assert recipe == load_config(AutoencoderConfig, ROOT / "configs/vae/emoji.yaml", on_bf16)
     codec = ImageCodec.from_pretrained(folder)
     assert codec.hash == report["codec_sha256"]
     images = find_images(ImageDataConfig(images=(ROOT / "data_prep/emoji/emoji-000000.tar",)))
