@@ -17,9 +17,10 @@ import yaml
 
 from megafusion.checkpoint.folder import complete_checkpoints
 from tests.support.runs import tensors
+from tests.support.workers import PRELOAD
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megafusion.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer"])
+_CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 class Job:

@@ -18,8 +18,13 @@ import torch.distributed as dist
 import megafusion.data.workers  # noqa: F401  names what the same server loads: to be named anew after it
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The second is what DeepSpeed imports late, and most of torch's compiler with it: seconds for each rank.
-_CONTEXT.set_forkserver_preload(["megafusion.train.loop", "deepspeed.runtime.zero.muon.muon_optimizer"])
+PRELOAD = [
+    "megafusion.train.loop",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.schedulers.scheduling_ddpm",
+]
+"""The trainer, and what DeepSpeed and the noise process import late: seconds for each rank."""
+_CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 class WorkersFailed(AssertionError):
