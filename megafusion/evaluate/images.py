@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megafusion.errors import UserError
-from megafusion.evaluate.annotations import AnnotatedImage
+from megafusion.evaluate.annotations import AnnotatedImage, read_annotations
 from megafusion.evaluate.classifier import IMAGE_SIZE, ImageClassifier
 from megafusion.evaluate.clip import Clip
 from megafusion.evaluate.config import EvaluateConfig
@@ -51,6 +51,9 @@ class Images:
         groups = by_group(self.items)
         if config.inception and (alone := [name for name, chosen in groups.items() if len(chosen) < 2]):
             raise UserError(f"inception: group {alone[0]!r} has one image; FID needs 2 or more of each group")
+        assert config.annotations
+        named = read_annotations(config.annotations, config.image_folder)
+        self._seen = [image for image in named if image.group == SEEN]  # more than `max_items` of them
         self._judge, self.proof = self._open_judge()
         self._inception = load_inception(config.inception) if config.inception else None
         self._clip = Clip(config.clip) if config.clip else None
@@ -86,7 +89,7 @@ class Images:
         path = self._config.judge
         if path is None:
             return None, {}
-        if unnamed := [item.path for item in self.items if not item.key]:
+        if unnamed := [item.path for item in (*self.items, *self._seen) if not item.key]:
             raise UserError(f"judge: {self._config.annotations} has no `key` for {unnamed[0].name}; add them")
         judge = ImageClassifier.load(path)
         keys = [str(item.key) for item in self.items]
@@ -98,8 +101,8 @@ class Images:
         """Add the judge's figures; returns its verdict on each drawn image.
 
         Closed figures are of the key of all items that is nearest, where verdicts may be `other`.
-        A drawn image is also compared with the real images of the group `seen`: nearest_seen_concept and
-        _style are the shares that a copy of the nearest of these would have right.
+        A drawn image is also compared with all images of the group `seen` in the annotation file, evaluated
+        or not: nearest_seen_concept and _style are the shares that a copy of the nearest would have right.
         """
         judge = self._judge
         assert judge
@@ -109,17 +112,20 @@ class Images:
         closed = [split_key(key) for key in judge.nearest(fake, keys)]
         wanted = [split_key(str(item.key)) for item in self.items]
         found = [split_key(verdict) for verdict in verdicts]
-        seen = torch.tensor([index for index, item in enumerate(self.items) if item.group == SEEN])
-        nearest = seen[(fake @ real[seen].T).argmax(-1)].tolist() if len(seen) else []
+        copied: list[tuple[str, str]] = []
+        if self._seen:
+            seen = features_of(judge.embed, _for_judge([image.path for image in self._seen]))
+            copied = [split_key(str(self._seen[index].key)) for index in (fake @ seen.T).argmax(-1).tolist()]
         for group, chosen in groups.items():
             figures = metrics[group]
             for part, name in enumerate(("concept", "style")):
                 figures[f"{name}_accuracy"] = fmean(found[i][part] == wanted[i][part] for i in chosen)
                 figures[f"closed_{name}_accuracy"] = fmean(closed[i][part] == wanted[i][part] for i in chosen)
                 figures[f"{name}_chance"] = 1 / len({pair[part] for pair in wanted})
-                if nearest:
-                    copied = (wanted[nearest[i]][part] == wanted[i][part] for i in chosen)
-                    figures[f"nearest_seen_{name}"] = fmean(copied)
+                if copied:
+                    figures[f"nearest_seen_{name}"] = fmean(
+                        copied[i][part] == wanted[i][part] for i in chosen
+                    )
             figures["both_accuracy"] = fmean(found[i] == wanted[i] for i in chosen)
             figures["closed_both_accuracy"] = fmean(closed[i] == wanted[i] for i in chosen)
             if len(chosen) > 1:

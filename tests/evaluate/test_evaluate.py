@@ -14,7 +14,8 @@ import torch
 from megafusion.errors import UserError
 from megafusion.evaluate.classifier import ImageClassifier
 from megafusion.evaluate.config import EvaluateConfig
-from megafusion.evaluate.judge import prove, retrieval
+from megafusion.evaluate.images import Images
+from megafusion.evaluate.judge import prove, retrieval, split_key
 from megafusion.evaluate.report import check_finite
 from megafusion.evaluate.run import evaluate
 from megafusion.images.processor import preprocess_images
@@ -153,8 +154,6 @@ def test_drawn_images_are_judged_by_group_with_what_chance_and_a_copy_would_have
 def test_a_model_that_copies_the_real_images_is_judged_right_and_at_distance_zero(
     saved, config, annotations, tmp_path
 ):
-    from megafusion.evaluate.images import Images
-
     suite = Images(config, tmp_path)
     records = []
     for number, item in enumerate(suite.items):
@@ -166,6 +165,26 @@ def test_a_model_that_copies_the_real_images_is_judged_right_and_at_distance_zer
     assert metrics["all"]["judge_frechet_distance"] == pytest.approx(0, abs=1e-4)
     assert metrics["seen"]["nearest_seen_concept"] == metrics["seen"]["nearest_seen_style"] == 1
     assert metrics["held-out"]["nearest_seen_concept"] == 0, "the held-out concept is not among the seen here"
+
+
+def test_a_copy_of_a_seen_image_is_found_though_it_is_not_evaluated(saved, config, annotations, tmp_path):
+    """max_items leaves every other seen image out: drawings are copies of these."""
+    suite = Images(config.model_copy(update={"max_items": 3}), tmp_path)
+    evaluated = [item.key for item in suite.items if item.group == "seen"]
+    left_out = [key for key in KEYS[:6] if key not in evaluated]
+    assert len(evaluated) == len(left_out) == 3
+    records = []
+    for number, item in enumerate(suite.items):
+        copied = left_out[number % 3]
+        (tmp_path / f"{number}.png").write_bytes((annotations.parent / f"{copied}.webp").read_bytes())
+        records.append({"image_id": item.id, "file": f"{number}.png"})
+    seen = suite.summarize(records)["seen"]
+    for part, name in enumerate(("concept", "style")):
+        pairs = [
+            (split_key(copied)[part], split_key(key)[part])
+            for copied, key in zip(left_out, evaluated, strict=True)
+        ]
+        assert seen[f"nearest_seen_{name}"] == pytest.approx(sum(a == b for a, b in pairs) / 3)
 
 
 @pytest.mark.parametrize(
