@@ -44,6 +44,7 @@ def evaluate(
         raise UserError(f"--suite: {unknown[0]} is unknown; did you mean {hint}? Name {among}")
     values = load_values(config, overrides or []) if config else apply_overrides({}, overrides or [])
     parsed = parse_config(EvaluateConfig, values, str(config or "evaluate"))
+    parsed.check_suites(suite)
     check_trained_model(checkpoint)
     from megafusion.evaluate.run import evaluate as run
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megafusion.errors import UserError
+from megafusion.sequence.text import clean_text
 from megafusion.storage import write_file
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: not a readable text file ({error})") from error
-    if not (prompts := [line for line in lines if line.strip()]):
+    if not (prompts := [line for line in lines if clean_text(line)]):
         raise UserError(f"--prompts {path}: has no prompts; write one a line")
     return prompts
 

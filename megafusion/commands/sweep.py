@@ -52,6 +52,10 @@ def sweep(
 
     if fit and not report:
         raise UserError("--fit reads the results that are there: add --report")
+    if baseline and not fit:
+        raise UserError("--baseline is the measure of a fit, and none is asked for: add --fit")
+    if not site and (nodes != 1 or time_limit or launcher):
+        raise UserError("--nodes, --time and --launcher are for a cluster's array: add --site")
     values = load_sweep(config, overrides or [])
     members = expand(values, str(config))
     recorded = recorded_runs(values.out)

@@ -22,7 +22,7 @@ class Captions:
 
     def __init__(self, config: EvaluateConfig):
         self.items: Sequence[AnnotatedImage]
-        self.items, self.recipe = annotated_images(config, self.name)
+        self.items, self.recipe = annotated_images(config)
         self._config = config
         import_cider()
         if config.words == "ptb" and not shutil.which("java"):

@@ -1,13 +1,31 @@
 """Configuration of an evaluation: what is measured on, and by what. Imports no torch."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from megafusion.config import Config
+from megafusion.config import Config, parse_config
+from megafusion.errors import UserError
+from megafusion.objective.config import SamplingConfig
 
 SuiteName = Literal["perplexity", "captions", "images", "reconstruction", "geneval", "lm"]
+
+ANNOTATIONS = "give it annotations=FILE, COCO's annotation file for captions"
+GENEVAL = "give it prompts=FILE, GenEval's evaluation_metadata.jsonl, and detector=FOLDER or MODULE:FUNCTION"
+JUDGED = "nothing would measure the drawn images; give judge=FILE, inception=FILE, clip=FOLDER or several"
+NEEDS = (
+    ("perplexity", ("texts",), "give it texts=[FILE], text files with one document per line"),
+    ("captions", ("annotations",), ANNOTATIONS),
+    ("images", ("annotations",), ANNOTATIONS),
+    ("images", ("judge", "inception", "clip"), JUDGED),
+    ("reconstruction", ("annotations",), ANNOTATIONS),
+    ("geneval", ("prompts",), GENEVAL),
+    ("geneval", ("detector",), GENEVAL),
+    ("lm", ("task_folder",), "give it task_folder=FOLDER, of lm-evaluation-harness's task files"),
+)
+"""Suite, the keys of which it needs one, and the way out without."""
 
 
 class EvaluateConfig(Config):
@@ -59,3 +77,19 @@ class EvaluateConfig(Config):
     """images: images in each subset of KID; fewer where there are fewer."""
     kid_subsets: int = Field(100, gt=0)
     """images: subsets that KID is averaged over."""
+
+    @field_validator("sampling")
+    @classmethod
+    def _of_sampling(cls, values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            parse_config(SamplingConfig, values, "sampling")
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("sampling: ")) from error
+        return values
+
+    def check_suites(self, names: Iterable[str]) -> None:
+        """Raise UserError for a suite without what it measures on or by."""
+        wanted = set(names)
+        for suite, keys, way_out in NEEDS:
+            if suite in wanted and not any(getattr(self, key) for key in keys):
+                raise UserError(f"{suite}: {way_out}")

@@ -40,11 +40,8 @@ class GenEval:
 
     def __init__(self, config: EvaluateConfig, folder: Path):
         self._config, self._folder = config, folder
-        if config.prompts is None or config.detector is None:
-            raise UserError(
-                "geneval: give it prompts=FILE, GenEval's evaluation_metadata.jsonl, and detector=FOLDER or "
-                "MODULE:FUNCTION"
-            )
+        assert config.prompts
+        assert config.detector
         prompts, detector = read_prompts(config.prompts), Path(config.detector)
         self._detect = load_detector(config.detector)
         self._clip = Clip(config.clip) if config.clip else None

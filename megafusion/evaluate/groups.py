@@ -6,7 +6,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from megafusion.errors import UserError
 from megafusion.evaluate.annotations import ALL, AnnotatedImage, read_annotations, spread
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -15,10 +14,9 @@ from megafusion.objective.config import SamplingConfig
 from megafusion.storage import file_sha256, write_file
 
 
-def annotated_images(config: EvaluateConfig, suite: str) -> tuple[list[AnnotatedImage], dict[str, Any]]:
+def annotated_images(config: EvaluateConfig) -> tuple[list[AnnotatedImage], dict[str, Any]]:
     """The images of a suite, at most `max_items` of each group, and what its recipe says of them."""
-    if config.annotations is None:
-        raise UserError(f"{suite}: give it annotations=FILE, COCO's annotation file for captions")
+    assert config.annotations
     found = read_annotations(config.annotations, config.image_folder)
     groups = dict.fromkeys(image.group for image in found)
     kept = [

@@ -41,17 +41,12 @@ class Images:
 
     def __init__(self, config: EvaluateConfig, folder: Path):
         self._config, self._folder = config, folder
-        if not (config.judge or config.inception or config.clip):
-            raise UserError(
-                "images: nothing would measure the drawn images; give judge=FILE, inception=FILE, "
-                "clip=FOLDER or several"
-            )
+        assert config.annotations
         self.items: Sequence[AnnotatedImage]
-        self.items, self.recipe = annotated_images(config, self.name)
+        self.items, self.recipe = annotated_images(config)
         groups = by_group(self.items)
         if config.inception and (alone := [name for name, chosen in groups.items() if len(chosen) < 2]):
             raise UserError(f"inception: group {alone[0]!r} has one image; FID needs 2 or more of each group")
-        assert config.annotations
         named = read_annotations(config.annotations, config.image_folder)
         self._seen = [image for image in named if image.group == SEEN]  # more than `max_items` of them
         self._judge, self.proof = self._open_judge()

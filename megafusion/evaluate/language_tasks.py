@@ -28,8 +28,7 @@ class LanguageTasks:
     name = "lm"
 
     def __init__(self, config: EvaluateConfig):
-        if config.task_folder is None:
-            raise UserError("lm: give it task_folder=FOLDER, of lm-evaluation-harness's task files")
+        assert config.task_folder
         self._config = config
         self._loaded = load_tasks(config.task_folder, config.tasks)
         self._chosen = {name: self._documents(name) for name in self._loaded["tasks"]}

@@ -31,8 +31,6 @@ class Perplexity:
     name = "perplexity"
 
     def __init__(self, config: EvaluateConfig):
-        if not config.texts:
-            raise UserError("perplexity: give it texts=[FILE], text files with one document per line")
         if wrong := [path for path in config.texts if path.suffix != ".txt"]:
             raise UserError(f"texts: {wrong[0]} is not a .txt file; write one document per line")
         texts = [text for path in config.texts for line in read_lines(path) if (text := clean_text(line))]

@@ -28,7 +28,7 @@ class Reconstruction:
 
     def __init__(self, config: EvaluateConfig, folder: Path):
         self.items: Sequence[AnnotatedImage]
-        self.items, self.recipe = annotated_images(config, self.name)
+        self.items, self.recipe = annotated_images(config)
         self._folder = folder
 
     def measure(

@@ -18,7 +18,14 @@ from megafusion.evaluate.language_tasks import LanguageTasks
 from megafusion.evaluate.perplexity import Perplexity
 from megafusion.evaluate.reconstruction import Reconstruction
 from megafusion.evaluate.report import check_finite, write_report, write_suite
-from megafusion.evaluate.suite import Suite, claim_folder, model_sha256, run_batches
+from megafusion.evaluate.suite import (
+    Metrics,
+    Suite,
+    claim_folder,
+    model_sha256,
+    refuse_other_model,
+    run_batches,
+)
 from megafusion.generate.pipeline import TransfusionPipeline
 
 SUITES: dict[str, Callable[[EvaluateConfig, Path], Suite]] = {
@@ -45,44 +52,55 @@ def evaluate(
 
     Every input is checked before the first image is drawn. A second call measures what is missing.
     """
+    config.check_suites(names)
     suites = {name: SUITES[name](config, out / name) for name in dict.fromkeys(names)}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     pipeline = TransfusionPipeline.from_pretrained(checkpoint)
     model = describe_model(pipeline)
     pipeline = pipeline.to(default_device())
+    refuse_other_model(out, model)
     for name, suite in suites.items():
         claim_folder(out / name, {"model": model, "batch_size": config.batch_size} | suite.recipe)
-    done = True
-    for name, suite in suites.items():
-        records = run_batches(suite, pipeline, config.batch_size, out / name)
-        if records is None:
-            done = False
-            continue
-        metrics = suite.summarize(records, pipeline.device)
-        check_finite(name, metrics)
-        options = config.model_dump(mode="json", include=OPTIONS.get(name, set()))
-        for judge in JUDGES.get(name, ()):
-            path: Path | None = getattr(config, judge)
-            options[judge] = path and model_sha256(path)
-        result = {"metrics": metrics, "recipe": suite.recipe, "options": options}
-        if proof := getattr(suite, "proof", None):
-            result["judge"] = proof
-        write_suite(out / name, result)
+
+    def measured(suite: Suite) -> bool:
+        records = run_batches(suite, pipeline, config.batch_size, out / suite.name)
+        if records is not None:
+            metrics = suite.summarize(records, pipeline.device)
+            check_finite(suite.name, metrics)
+            write_suite(out / suite.name, _result(suite, metrics, config))
+        return records is not None
+
+    waiting = [suite for suite in suites.values() if not measured(suite)]
+    # Others may have ended these since: the last process to end a batch finds all of them.
+    if waiting := [suite for suite in waiting if not measured(suite)]:
+        return None
     # Beside the hashes, because records do not depend on it.
-    compute = {"training_flops": pipeline.config.training_flops}
-    return write_report(out, model | compute) if done else None
+    return write_report(out, model | {"training_flops": pipeline.config.training_flops})
+
+
+def _result(suite: Suite, metrics: dict[str, Metrics], config: EvaluateConfig) -> dict[str, Any]:
+    """What a suite's metrics file holds."""
+    options = config.model_dump(mode="json", include=OPTIONS.get(suite.name, set()))
+    for judge in JUDGES.get(suite.name, ()):
+        path: Path | None = getattr(config, judge)
+        options[judge] = path and model_sha256(path)
+    result = {"metrics": metrics, "recipe": suite.recipe, "options": options}
+    proof = getattr(suite, "proof", None)
+    return result | {"judge": proof} if proof else result
 
 
 def describe_model(pipeline: TransfusionPipeline) -> dict[str, Any]:
-    """Hashes that identify a model with its tokenizer and autoencoder, and its number of parameters."""
+    """Hashes that identify a model, with its configuration, tokenizer and autoencoder, and its size."""
     digest = sha256()
     weights = pipeline.model.weights()
+    config = pipeline.config.model_dump_json(exclude={"training_flops"})
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {
         "weights": digest.hexdigest(),
+        "config": sha256(config.encode()).hexdigest(),
         "tokenizer": pipeline.tokenizer.hash,
         "autoencoder": pipeline.codec.hash,
         "parameters": sum(weight.numel() for weight in weights.values()),

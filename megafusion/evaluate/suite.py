@@ -58,6 +58,15 @@ def run_batches(
     return [record for path in paths for record in read_json(path, "delete it")["records"]]
 
 
+def refuse_other_model(out: Path, model: dict[str, Any]) -> None:
+    """UserError if a suite in the folder is of another model: the report would mix their figures."""
+    for path in sorted(out.glob(f"*/{RECIPE}")):
+        if read_json(path, "choose another --out").get("model") != model:
+            raise UserError(
+                f"{path.parent}: holds results of another model (see {path}); choose another --out"
+            )
+
+
 def claim_folder(folder: Path, recipe: dict[str, Any]) -> None:
     """Write a recipe into a folder, or raise UserError if the folder holds records of another recipe."""
     path, recipe = folder / RECIPE, json.loads(json.dumps(recipe))

@@ -191,6 +191,7 @@ def _checked_member(
         values = apply_overrides(sweep.evaluate.options, arm.evaluate)
         filled = {key: _filled(value, labels) for key, value in values.items()}
         suites, options = sweep.evaluate.suites, parse_config(EvaluateConfig, filled, "evaluate.options")
+        options.check_suites(suites)
     elif arm.evaluate:
         raise UserError("has an evaluate of its own, but the sweep has none; add evaluate.suites")
     missing = [*missing_inputs(run), *_missing_files(options)]

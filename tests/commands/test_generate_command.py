@@ -188,7 +188,7 @@ def test_a_seed_out_of_range_is_refused_with_the_range(folder, tmp_path, seed):
 def test_prompts_of_a_file_are_drawn_as_if_given_one_by_one(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("megafusion.commands.generate.BATCH_SIZE", 2)
     path = tmp_path / "prompts.txt"
-    path.write_text("red apple\n\npizza, 3d style\r\n  \ncat\n")
+    path.write_text("red apple\n\npizza, 3d style\r\n  \n\u200b\ncat\n", "utf-8")
     given = ("--prompt", "red apple", "--prompt", "pizza, 3d style", "--prompt", "cat", "--seed", 3)
     generate(folder, *given, "--out", tmp_path / "given")
     generate(folder, "--prompts", path, "--seed", 3, "--out", tmp_path / "read")

@@ -16,6 +16,7 @@ from megafusion.evaluate.classifier import ImageClassifier
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.evaluate.images import Images
 from megafusion.evaluate.judge import prove, retrieval, split_key
+from megafusion.evaluate.perplexity import Perplexity
 from megafusion.evaluate.report import check_finite
 from megafusion.evaluate.run import evaluate
 from megafusion.images.processor import preprocess_images
@@ -66,6 +67,48 @@ def test_two_processes_and_one_that_resumes_give_the_report_of_one(saved, config
     (tmp_path / "other/perplexity/thesis.tex").touch()
     with pytest.raises(UserError, match="holds other files"):
         evaluate(saved, ["perplexity"], config, tmp_path / "other")
+
+
+def test_the_last_process_writes_the_report_when_each_was_last_with_another_suite(
+    saved, config, tmp_path, monkeypatch
+):
+    """Rank 0 ends captions first and perplexity last: rank 1 begins and ends in between."""
+    measure, found = Perplexity.measure, {}
+
+    def start(rank: int) -> dict | None:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        return evaluate(saved, ["captions", "perplexity"], config, tmp_path / "out")
+
+    def measure_after_rank_1(*arguments):
+        monkeypatch.setattr(Perplexity, "measure", measure)
+        found[1] = start(1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(Perplexity, "measure", measure_after_rank_1)
+    found[0] = start(0)
+    assert found[1] is None
+    assert found[0]["suites"].keys() == {"captions", "perplexity"}
+    assert (tmp_path / "out/report.md").is_file()
+
+
+def test_one_report_is_of_one_model(saved, pipeline, config, tmp_path):
+    """Neither other weights nor, of the same weights, other defaults of sampling."""
+    evaluate(saved, ["perplexity"], config, tmp_path / "out")
+    before = files(tmp_path / "out")
+    settings = json.loads((saved / "config.json").read_text())
+    settings["sampling"]["guidance_scale"] = 1.5
+    (saved / "config.json").write_text(json.dumps(settings))
+    with torch.no_grad():
+        next(iter(pipeline.model.weights().values())).mul_(2)
+    pipeline.save_pretrained(tmp_path / "other")
+    for model in (saved, tmp_path / "other"):
+        with pytest.raises(
+            UserError, match=r"out/perplexity: holds results of another model .*choose another"
+        ):
+            evaluate(model, ["captions"], config, tmp_path / "out")
+    assert files(tmp_path / "out") == before
 
 
 @pytest.mark.full
@@ -256,7 +299,7 @@ def test_a_metric_that_is_nan_is_named_and_no_report_is_written(pipeline, config
 def test_max_items_are_of_each_group(config):
     from megafusion.evaluate.groups import annotated_images
 
-    few, recipe = annotated_images(config.model_copy(update={"max_items": 2}), "captions")
+    few, recipe = annotated_images(config.model_copy(update={"max_items": 2}))
     assert [item.group for item in few] == ["seen", "seen", "held-out", "held-out"]
     assert recipe["items"] == 4
     assert isinstance(config, EvaluateConfig)

@@ -88,6 +88,19 @@ def test_what_cannot_be_fitted_is_named():
         fit_law(law_points(0.3, scale=-1.0)[:2])
 
 
+def test_options_that_would_have_no_effect_are_refused(sweep_file):
+    for options, way_out in (
+        (["--fit", "text_loss"], "add --report"),
+        (["--report", "--baseline", "plain"], "add --fit"),
+        (["--nodes", "2"], "add --site"),
+        (["--time", "1:00:00"], "add --site"),
+        (["--launcher", "srun"], "add --site"),
+    ):
+        result = CliRunner().invoke(app, ["sweep", str(sweep_file), *options])
+        assert str(result.exception).endswith(way_out), options
+    assert not (sweep_file.parent / "sweep").exists()
+
+
 def test_the_command_fits_plots_and_writes_the_ratio(sweep_file, tmp_path):
     changes = ["grid={seed: [0, 1], train.num_steps: [10, 20, 40]}", "--report"]
     result = CliRunner().invoke(app, ["sweep", str(sweep_file), *changes, "--fit", "text_loss"])

@@ -76,6 +76,11 @@ def test_a_sweep_without_arms_or_without_a_grid(sweep_file):
         ("evaluate={suites: []}", "evaluate.suites"),
         ("evaluate={suites: [nonsense]}", "evaluate.suites.0.*perplexity"),
         ("evaluate={suites: [perplexity], options: {text: []}}", "unknown key 'text'; did you mean 'texts'"),
+        ("evaluate={suites: [perplexity]}", r"runs\.plain .*perplexity: give it texts=\[FILE\]"),
+        (
+            "evaluate={suites: [lm], options: {task_folder: ., sampling: {guidance_scal: 3}}}",
+            "evaluate.options: sampling: unknown key 'guidance_scal'; did you mean 'guidance_scale'",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_the_run_and_the_key(sweep_file, change, fault):
@@ -149,12 +154,12 @@ def test_a_run_that_became_longer_has_no_figures_of_the_shorter_one(sweep_file):
 
 
 def test_an_evaluation_is_known_by_its_suites_and_options(sweep_file):
-    values = "evaluate={suites: [perplexity], options: {texts: [a.txt], max_items: 2}}"
+    values = "evaluate={suites: [perplexity], options: {texts: [a.txt], max_items: 2, task_folder: .}}"
     first = members(sweep_file, values)[0]
     evaluate(first, 2.0)
     assert first.is_evaluated
     assert members(sweep_file, values)[0].results == first.results
-    for change in ("evaluate.options.max_items=1", "evaluate.suites=[perplexity, captions]"):
+    for change in ("evaluate.options.max_items=1", "evaluate.suites=[perplexity, lm]"):
         other = members(sweep_file, values, change)[0]
         assert not other.is_evaluated
         assert other.results.parent == first.results.parent
@@ -217,10 +222,10 @@ def test_an_evaluation_is_known_by_its_images_and_its_detector(sweep_file, tmp_p
 
 
 def test_a_detector_that_is_not_there_is_named(sweep_file):
-    change = "evaluate={suites: [geneval], options: {detector: no/detr}}"
-    assert members(sweep_file, change)[0].missing == ("evaluate.options.detector no/detr",)
-    change = "evaluate={suites: [geneval], options: {detector: 'module:function'}}"
-    assert members(sweep_file, change)[0].missing == ()
+    change = "evaluate={suites: [geneval], options: {prompts: sweep.yaml, detector: no/detr}}"
+    assert "evaluate.options.detector no/detr" in members(sweep_file, change)[0].missing
+    change = "evaluate={suites: [geneval], options: {prompts: sweep.yaml, detector: 'module:function'}}"
+    assert members(sweep_file, change)[0].missing == ("evaluate.options.prompts sweep.yaml",)
 
 
 def grown(path: Path, *overrides: str) -> tuple[list[Member], list[Member]]:
