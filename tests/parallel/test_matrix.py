@@ -1,7 +1,11 @@
 """Every form of parallelism gives the numbers of one device; `make test-parallel` runs the whole matrix."""
 
+from pathlib import Path
+
 import pytest
 
+from megafusion.config import parse_config
+from megafusion.train.config import RunConfig
 from tests.parallel.cases import parallel_steps
 from tests.parallel.matrix import CASES, Case, OneDevice
 from tests.support.marks import full
@@ -107,6 +111,12 @@ def one_device(shards, vae_folder, quantized_shards, vq_folder, tmp_path_factory
     """Ten steps, two of each kind of batch; `make test-parallel` makes twenty."""
     quantized = quantized_shards, vq_folder
     return OneDevice((shards, vae_folder), quantized, tmp_path_factory.mktemp("matrix"), num_steps=10)
+
+
+def test_every_case_of_the_matrix_is_a_run_of_its_ranks():
+    for case in CASES.values():
+        values = case.values(Path("shards"), Path("vae"), Path("run"))
+        parse_config(RunConfig, values, case.name).check_degrees(case.world)
 
 
 @pytest.mark.parametrize("name", [*QUICK, *full(*FULL)])
