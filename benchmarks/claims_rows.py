@@ -16,6 +16,8 @@ RATE = re.compile(r"((captions|images)/[\w-]+)/(\w*accuracy|exact_match|nearest_
 """Shares of drawings or captions, whose number is beside them."""
 HALVES = {"validation_image_loss_less_noised": range(5), "validation_image_loss_more_noised": range(5, 10)}
 """Held-out image loss at t < 0.5 and above: the mean of five of its ten ranges of t."""
+RANGES = {"validation_image_loss_by_range": range(10), **HALVES}
+"""Means over ranges of t, which do not depend on how many images of each range were drawn."""
 EXPLORATORY = " (exploratory)"
 """Ends a figure that was chosen when runs had been seen (docs/claims.md)."""
 MIN_SEEDS = 3
@@ -92,13 +94,13 @@ def load_runs(sweep: str, folder: Path = RESULTS) -> dict[str, dict]:
 
 
 def read_runs(path: Path, way_out: str) -> dict[str, dict]:
-    """The runs of a sweep.json, with HALVES where the ranges of t were measured."""
+    """The runs of a sweep.json, with RANGES where the ranges of t were measured."""
     runs = read_json(path, way_out)["runs"]
     for metrics in (run["metrics"] for run in runs.values()):
-        for half, buckets in HALVES.items():
+        for name, buckets in RANGES.items():
             losses = [metrics.get(f"validation_image_loss_t{bucket}") for bucket in buckets]
             if None not in losses:
-                metrics[half] = fmean(losses)
+                metrics[name] = fmean(losses)
     return runs
 
 
@@ -175,9 +177,10 @@ def rate(metric: str, runs: Sequence[dict[str, float]], added: int) -> tuple[flo
 
 
 def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
-    """Markdown of all claims: a line for each figure, and one for a claim that has not been run."""
+    """Markdown of all claims: a line for each figure, one for a claim that has not been run, and how many
+    verdicts chance alone makes false."""
     head = "| claim | the paper | figure | here | difference | seeds | TFLOP | verdict |"
-    lines = [head, "|---" * 8 + "|"]
+    lines, compared = [head, "|---" * 8 + "|"], 0
     for claim in claims:
         runs = load_runs(claim.sweep, folder)
         place = f"| {claim.letter} {claim.name}: {claim.compared} | {claim.paper} |"
@@ -187,7 +190,9 @@ def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
         for each in found:
             lines.append(f"{place} {_cells(each)} |")
             place = "| | |"
-    return "\n".join(lines) + "\n"
+            compared += bool(each.row.better and each.interval is not None)
+    false = f"chance alone would make {compared / 20:.0f} of their verdicts false"
+    return "\n".join([*lines, "", f"{compared} rows have an interval, of 95%: {false}."]) + "\n"
 
 
 def _cells(found: Measured) -> str:
@@ -226,6 +231,7 @@ LOSS_BY_HALF = tuple(
     (f"held-out: image loss, t {where} 0.5{EXPLORATORY}", metric, -1)
     for where, metric in zip(("<", ">="), HALVES, strict=True)
 )
+LOSS_BY_RANGE = ("held-out: image loss, mean of ten ranges of t", "validation_image_loss_by_range", -1)
 CAPTIONS = (
     ("held-out: CIDEr", "captions/held-out/cider", 1),
     ("seen: CIDEr", "captions/seen/cider", 1),
@@ -280,7 +286,8 @@ ARMS = ("transfusion", "quantized")
 TOKENS = "Transfusion against image tokens"
 SIZES = ("4x128", "6x192", "8x256")
 BY_SIZE = (HELD_OUT, SEEN, *CAPTIONS[:2], *TEXT)
-BY_PATCH = (IMAGE_LOSS, HELD_OUT, SEEN, CAPTIONS[0])
+BY_PATCH = (LOSS_BY_RANGE, HELD_OUT, SEEN, CAPTIONS[0])
+BY_ADAPTER = (IMAGE_LOSS, HELD_OUT, SEEN, CAPTIONS[0])
 BY_LAMBDA = (IMAGE_LOSS, SEEN, *CAPTIONS[:2], *TEXT)
 LINEAR = "FID 20.3 against 61.3, CIDEr 16.0 against 12.7 (0.76B)"
 UNET = "FID 16.7 against 16.8, CIDEr 25.4 against 23.3 (0.76B)"
@@ -312,7 +319,7 @@ CLAIMS = (
     Claim(
         "(d)", "adapter", "U-Net against linear, equal compute",
         "FID 16.0 against 18.6, CIDEr 33.7 against 27.2 (7B)", "ablations",
-        _arms("unet", "transfusion", *BY_PATCH),
+        _arms("unet", "transfusion", *BY_ADAPTER),
     ),
     Claim(
         "(e)", "noise limit", "of 0.5 for images before their captions, against none",

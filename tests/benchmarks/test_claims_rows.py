@@ -155,7 +155,18 @@ def test_a_table_has_mean_deviation_and_seeds(rows, tmp_path):
     assert lines[2:] == [
         f"| (z) it: a against b | 1 against 2 | loss | {figures} | not shown at this size |",
         "| (z) it: a against b | 1 against 2 | | not run yet | | | | |",
+        "",
+        "1 rows have an interval, of 95%: chance alone would make 0 of their verdicts false.",
     ]
+
+
+def test_losses_of_unequal_numbers_of_images_are_compared_by_range(rows, tmp_path):
+    metrics = {f"validation_image_loss_t{bucket}": float(bucket) for bucket in range(10)}
+    runs = make_runs("a", [{LOSS: 9.0, **metrics}])
+    (tmp_path / "made.json").write_text(json.dumps({"runs": runs}))
+    (found,) = rows.load_runs("made", tmp_path).values()
+    by_range = {name: found["metrics"][name] for name in rows.RANGES}
+    assert list(by_range.values()) == [4.5, 2.0, 7.0]
 
 
 def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatch, rows, tmp_path, capsys):
