@@ -214,6 +214,7 @@ class _Job:
         """Rename the finished folder into place. After a kill in between, the next command completes this."""
         old = self.folder.with_name(f"{self.folder.name}.old.partial")
         if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)  # what a killed command has not deleted
             self.folder.rename(old)
         self._partial.rename(self.folder)
         for stale in self.folder.parent.glob(f"{self.folder.name}.*.partial"):

@@ -112,17 +112,23 @@ def new_folder(folder: Path, marker: str) -> Iterator[Path]:
     Raises UserError where it holds anything else, or when the disk is full.
     """
     refuse_foreign(folder, marker)
-    partial = folder.with_name(folder.name + ".partial")
+    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old.partial"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with refuse_os_errors(f"{folder}: cannot be written", "; free space or choose another folder"):
             partial.mkdir(parents=True)
             yield partial
+            # Renamed, not deleted: what a kill leaves of it would be taken for another's.
             if folder.exists():
-                shutil.rmtree(folder)
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(folder)
 
 
 def refuse_foreign(folder: Path, marker: str, beside: tuple[str, ...] = ()) -> None:

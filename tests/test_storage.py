@@ -1,12 +1,14 @@
 """Folders and files appear whole, and what is not ours is never deleted."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from megafusion import storage
 from megafusion.errors import UserError
 from megafusion.storage import expand_path, new_folder, write_file
 
@@ -49,6 +51,34 @@ def test_a_failure_leaves_the_old_and_nothing_half_made(tmp_path):
     with pytest.raises(UserError, match=r"a: cannot be written \(No space left"):
         fail()
     assert (tmp_path / "a/marker").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("when", ["deleting the old", "between the renames"])
+def test_a_kill_while_a_folder_is_replaced_leaves_one_that_can_be_replaced(tmp_path, when):
+    fill(tmp_path / "a", "old")
+    (tmp_path / "a/second").touch()
+
+    def die(*_arguments, **_options):
+        os._exit(9)
+
+    def delete_some(path, **options):
+        if path.exists():
+            (path / "marker").unlink()
+            die()
+
+    if (child := os.fork()) == 0:
+        with new_folder(tmp_path / "a", "marker") as partial:
+            (partial / "marker").write_text("new")
+            if when == "deleting the old":
+                storage.shutil.rmtree = delete_some
+            else:
+                real = Path.rename
+                Path.rename = lambda path, to: real(path, to) if path == tmp_path / "a" else die()
+        die()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    fill(tmp_path / "a", "newer")
+    assert (tmp_path / "a/marker").read_text() == "newer"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

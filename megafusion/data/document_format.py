@@ -35,6 +35,8 @@ ARRAYS: dict[str, Any] = {
     "codes": (np.dtype("<i4"), 2),
 }
 """By kind of segment: type and number of axes, where it is an array."""
+MAX_HEADER_BYTES = 1024
+"""Of an array in a shard. numpy writes 128."""
 NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 AFTER_TEXT = "after_text"
 """Key of a document's metadata: it continues another document, which has text."""
@@ -140,7 +142,7 @@ def parse_document(
 def _metadata(data: bytes) -> dict:
     try:
         metadata = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptBytes("its .json member is not valid JSON") from error
     if not isinstance(metadata, dict):
         raise CorruptBytes("its .json member is not a mapping")
@@ -183,10 +185,20 @@ def _array(
 @lru_cache(4096)
 def _npy_header(text: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     """Type and shape of an array. Cached, because few headers differ."""
+    if len(text) > MAX_HEADER_BYTES:  # a long one may be nested too deeply for Python's parser
+        raise CorruptBytes("a member is not an npy file")
     try:
         header = ast.literal_eval(text.decode("latin1"))
         dtype, shape = np.dtype(header["descr"]), tuple(int(n) for n in header["shape"])
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
+    except (
+        ValueError,
+        SyntaxError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise CorruptBytes("a member is not an npy file") from error
     if header.get("fortran_order") or dtype.hasobject or min(shape, default=0) < 0:
         raise CorruptBytes("an array of an unsupported layout")

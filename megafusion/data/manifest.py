@@ -143,6 +143,6 @@ def load_manifest(folder: Path | str) -> Manifest:
         raise UserError(f"{folder}: not a folder of shards (no {MANIFEST}); {way_out}")
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); preprocess again") from error
     return parse_config(Manifest, values, where)

@@ -54,7 +54,7 @@ class ImageClassifier(nn.Module):
                 stored = json.loads(file.metadata()[METADATA_KEY])
                 classifier = cls(stored["keys"], stored["figures"])
                 classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{path}: not classifier weights: {error}; "
                 "make them with python -m data_prep.emoji.train_classifier train"

@@ -151,7 +151,7 @@ def read_prompts(path: Path) -> list[dict]:
         try:
             prompt = json.loads(line)
             _check_prompt(prompt)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}, prompt {number}: {error!r:.100} in {line:.80}; a line has tag, prompt, include "
                 "(class, count, and perhaps color, position) and perhaps exclude, as in GenEval's "

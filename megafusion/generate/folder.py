@@ -69,7 +69,7 @@ def read_pipeline_config(folder: Path) -> PipelineConfig:
     """config.json of a pipeline folder."""
     try:
         values = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: not a readable pipeline folder ({error})") from error
     return parse_config(PipelineConfig, values, str(folder / CONFIG))
 

@@ -55,6 +55,7 @@ BAD = {
     "missing member": ([GOOD[0], GOOD[2]], "members missing"),
     "no json": (GOOD[1:], "no .json member"),
     "bad json": ([("k.json", b"{"), *GOOD[1:]], "is not valid JSON"),
+    "deep json": ([("k.json", b'{"a":' + b"[" * 100_000), *GOOD[1:]], "is not valid JSON"),
     "json list": ([("k.json", b"[]"), *GOOD[1:]], "not a mapping"),
     "unknown member": ([*GOOD, ("k.2.jpg", b"x")], "unknown kind"),
     "no npy": ([GOOD[0], ("k.0.tokens.npy", b"x" * 90)], "not an npy file"),
@@ -64,6 +65,14 @@ BAD = {
     ),
     "header that is code": (
         [GOOD[0], ("k.0.tokens.npy", TOKENS.replace(b"{'descr': '<i4'", b"exit() #scr': "))],
+        "not an npy file",
+    ),
+    "endless axis": (
+        [GOOD[0], ("k.0.tokens.npy", TOKENS.replace(b"(5,), }    ", b"(1e999,), }"))],
+        "not an npy file",
+    ),
+    "deep header": (
+        [GOOD[0], ("k.0.tokens.npy", TOKENS[:8] + (60_000).to_bytes(2, "little") + b"-" * 60_000)],
         "not an npy file",
     ),
     "cut array": ([GOOD[0], ("k.0.tokens.npy", TOKENS[:-4])], "bytes does not match its shape"),

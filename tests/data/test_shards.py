@@ -104,6 +104,7 @@ def test_wrong_latent_shape(folder):
     [
         (None, "no manifest.json"),
         ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"kind": "pair"}', "'num_tokens' is required"),
     ],
 )

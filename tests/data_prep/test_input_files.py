@@ -490,5 +490,9 @@ def test_shards_of_another_recipe_are_replaced_only_where_that_is_said(make, tmp
         UserError, match=r"out/text: holds 1 documents made with other values of text_column;"
     ):
         make(texts=(tmp_path / "t.txt",))
+    killed = tmp_path / "out/pairs.old.partial"  # what an earlier command had not deleted
+    killed.mkdir()
+    (killed / "shard-000000.tar").touch()
     make(images=(images,), image_sizes=((16, 16),), overwrite=True)
     assert shard.stat().st_ino != written
+    assert not killed.exists()
