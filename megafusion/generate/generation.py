@@ -316,18 +316,16 @@ def check_request(
     """
     most = sequence_length or UNKNOWN_LENGTH
     drawn = max(model.patches) + 2 if request.begin == "image" else 0
-    beside = f" and {drawn} of the image to draw" if drawn else ""
-    lengths = {
-        name: count_positions(request.prompt, tokenizer, model),
-        "negative_prompt": count_positions([request.sampling.negative_prompt], tokenizer, model),
-    }
-    for what, length in lengths.items():
-        if length + drawn > most:
+    answer = f"{drawn} of the image to draw" if drawn else "1 of the answer"
+    length = count_positions(request.prompt, tokenizer, model)
+    negative = count_positions([request.sampling.negative_prompt], tokenizer, model)
+    for what, taken in ((name, length), ("negative_prompt", negative)):
+        if taken + (drawn or 1) > most:
             raise UserError(
-                f"{what} takes {length} positions{beside}, but the model was trained on sequences of {most}; "
-                "shorten it"
+                f"{what} takes {taken} positions and {answer}, but the model was trained on sequences of "
+                f"{most}; shorten it"
             )
-    return lengths[name]
+    return length
 
 
 def image_options(request: Request) -> str:

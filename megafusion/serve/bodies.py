@@ -171,11 +171,7 @@ class Reader:
         own = self.pipeline.config.sampling
         names = body.model_fields_set & SamplingConfig.model_fields.keys()
         given = {name: getattr(body, name) for name in names}
-        limited = {
-            "max_new_tokens": min(own.max_new_tokens, self.config.max_tokens),
-            "num_inference_steps": min(own.num_inference_steps, self.config.max_steps),
-        }
-        sampling = own.model_copy(update={**limited, **given, **changes})
+        sampling = limited(own, self.config).model_copy(update={**given, **changes})
         requests = self.pipeline.requests(
             [document] * body.n,
             begin=begin,
@@ -202,6 +198,16 @@ class Reader:
             known = f"{', '.join(sizes)} (width x height, in pixels)"
             raise Refusal(400, f"size={text!r:.80}: the model has {known}; give one of these, or auto")
         return sizes[text]
+
+
+def limited(sampling: SamplingConfig, config: ServeConfig) -> SamplingConfig:
+    """A model's own sampling within the limits of a server."""
+    return sampling.model_copy(
+        update={
+            "max_new_tokens": min(sampling.max_new_tokens, config.max_tokens),
+            "num_inference_steps": min(sampling.num_inference_steps, config.max_steps),
+        }
+    )
 
 
 def check_sampler(pipeline: TransfusionPipeline, name: Any) -> None:

@@ -75,10 +75,10 @@ def test_a_prompt_longer_than_the_rows_of_training_is_refused_with_the_limit(pip
     words = "apple " * 30
     positions = len(pipeline.tokenizer.encode(words.strip())) + 2
     for call, needed in (
-        (lambda p: p.generate([["x"], [words]]), positions),
+        (lambda p: p.generate([["x"], [words]]), positions + 1),
         (lambda p: p.draw(["x", words]), positions + POSITIONS),
     ):
-        call(limited(pipeline, needed))
+        assert call(limited(pipeline, needed))[1] != []
         call(limited(pipeline, None))
         with pytest.raises(
             UserError, match=rf"prompt 1 takes {positions} .*sequences of {needed - 1}; shorten"

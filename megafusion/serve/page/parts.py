@@ -50,9 +50,10 @@ class Page:
     ) -> AsyncIterator[list[Answer]]:
         """The answers to prompts, as `follow` gives them; closing the iterator ends them.
 
-        Raises UserError for a prompt that cannot be answered, and NoSlot.
+        Raises UserError for a prompt that cannot be answered or an answer that takes too long, and NoSlot.
         """
-        pipeline = self.worker.pipeline
+        pipeline, seconds = self.worker.pipeline, self.worker.config.timeout_seconds
+        deadline = asyncio.get_running_loop().time() + seconds
         with self.worker.slot():
             requests = pipeline.requests(
                 prompts,
@@ -65,7 +66,15 @@ class Page:
             )
             await asyncio.to_thread(pipeline.check, requests[0], "What you wrote")
             async with aclosing(self.worker.stream(requests)) as events:
-                async for answers in follow(events, len(requests)):
+                shown = follow(events, len(requests))
+                while True:
+                    try:
+                        async with asyncio.timeout_at(deadline):
+                            answers = await anext(shown)
+                    except StopAsyncIteration:
+                        return
+                    except TimeoutError:
+                        raise UserError(f"Not answered within timeout_seconds {seconds:g}") from None
                     yield answers
 
     async def load(self, file: Any, content: Content) -> Image.Image:

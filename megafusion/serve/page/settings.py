@@ -10,7 +10,7 @@ import gradio as gr
 from megafusion.errors import UserError
 from megafusion.images.sizes import Size, parse_size
 from megafusion.objective.config import SamplingConfig
-from megafusion.serve.bodies import check_sampler
+from megafusion.serve.bodies import check_sampler, limited
 from megafusion.serve.worker import Worker
 
 ANY_SIZE = "the model's choice"
@@ -39,8 +39,8 @@ class Settings:
     """The components, laid out in the layout that is open. inputs: in the order that `read` takes."""
 
     def __init__(self, worker: Worker):
-        self.worker, self.own = worker, worker.pipeline.config.sampling
-        own, limits = self.own, worker.config
+        self.worker, limits = worker, worker.config
+        self.own = own = limited(worker.pipeline.config.sampling, limits)
         most_steps = max(own.num_inference_steps, min(limits.max_steps, 100))
         sizes = [f"{height}x{width}" for height, width in worker.pipeline.sizes]
         guidance = gr.Slider(0, 15, own.guidance_scale, step=0.1, label="Guidance", info="1 turns it off")
