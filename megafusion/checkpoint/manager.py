@@ -80,12 +80,15 @@ class CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the running save; raise its failure unless another error is being raised."""
+        """Finish the running save; raise its failure unless another error is being raised.
+
+        At a KeyboardInterrupt the save is left unfinished: the next start deletes what there is of it.
+        """
         try:
             if kind is None:
                 self.wait()
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=kind is not KeyboardInterrupt)
 
     def save(self, state: dict, stream_state: dict) -> None:
         """Begin to write `folder`/step-N; once it is complete, delete the checkpoints not to be kept.

@@ -18,7 +18,8 @@ from megafusion.processes import world_size
 def start_process_group(timeout_seconds: float = 600.0) -> None:
     """Join the launcher's process group, or form one of this single process; select this rank's GPU.
 
-    timeout_seconds: how long a collective waits. UserError for an incomplete environment of ranks.
+    timeout_seconds: how long a collective of any group waits. UserError for an incomplete environment of
+    ranks.
     """
     if dist.is_initialized():
         return
@@ -31,6 +32,9 @@ def start_process_group(timeout_seconds: float = 600.0) -> None:
         torch.cuda.set_device(local_rank)
     backend = "nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    # Of the groups within it, whose makers here and in DeepSpeed name none: torch has no other way.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     if world == 1:
         # Single-process runs use an in-process HashStore and open no port.
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})

@@ -24,6 +24,7 @@ class Job:
     world_size: int
     rows: RowKind = "mixed"
     clean_context: bool = False
+    has_alignment: bool = False
 
     @property
     def data(self) -> int:

@@ -98,7 +98,8 @@ def plan_run(
         kept = goodput(
             job.world_size,
             plan.step.total,
-            state / plan.job.replicas,
+            # At ZeRO 0 every rank copies all of it to its host.
+            state / (plan.job.replicas if plan.job.parallel.zero_stage else 1),
             failures=failures,
             restart=restart,
         )

@@ -57,7 +57,7 @@ def plan_job(job: Job, chip: Chip, software: Software | None = None) -> Plan:
 
 
 def check_job(job: Job) -> None:
-    """Raise UserError if the degrees do not divide what they shard."""
+    """Raise UserError if the degrees do not divide what they shard, or a pipeline does not serve the run."""
     check_degrees(
         job.model,
         job.parallel,
@@ -66,6 +66,13 @@ def check_job(job: Job) -> None:
         micro_batch_size=job.train.micro_batch_size,
         world_size=job.world_size,
     )
+    if (depth := job.parallel.pipeline) == 1:
+        return
+    if job.has_alignment:
+        raise UserError(f"objective.alignment is not supported with parallel.pipeline {depth}; set it to 1")
+    partial = job.train.freeze or job.train.lora
+    if partial and not all(job.num_trained(stage) for stage in range(len(job.stages))):
+        raise UserError(f"a stage of parallel.pipeline {depth} has nothing to train; use fewer stages")
 
 
 def layouts(

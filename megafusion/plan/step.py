@@ -98,7 +98,7 @@ def step(job: Job, chip: Chip, software: Software) -> Step:
         tuple(found for found in [*traffic, once] if found.bytes),
         job.tokens_per_step,
         sum(token_flops(job).values()) * job.tokens_per_step,
-        chip.peak_flops * job.world_size,
+        chip.peak_flops * job.world_size * (2 if job.train.precision == "fp8" else 1),
     )
 
 

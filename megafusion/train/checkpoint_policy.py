@@ -75,7 +75,7 @@ class CheckpointPolicy:
         self._manager.save(state, stream_state)
         self._saved = now
 
-    def wait(self, must_succeed: bool = False) -> None:
+    def wait(self, must_succeed: bool = False, then: str = "training continues") -> None:
         """Wait for the running save. SaveFailed if it failed, unless the run continues then."""
         try:
             self._manager.wait()
@@ -84,7 +84,7 @@ class CheckpointPolicy:
             self.counts["save_errors"] += 1
             if must_succeed or not self._continues:
                 raise
-            self._say(f"warning: {error}; training continues (checkpoint.on_save_error)")
+            self._say(f"warning: {error}; {then} (checkpoint.on_save_error)")
 
     def _is_any_saving(self) -> bool:
         """Whether any rank is still writing: ranks finish at different times, and all must decide alike."""

@@ -194,6 +194,7 @@ class RunConfig(Config):
             world_size,
             rows,
             data.clean_context,
+            self.objective.alignment is not None,
         )
 
     @property

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from megafusion.checkpoint.folder import checkpoint_at
+from megafusion.checkpoint.folder import checkpoint_at, step_of
 from megafusion.data.manifest import load_manifest
 from megafusion.errors import UserError
 from megafusion.generate.pipeline import TransfusionPipeline
@@ -61,15 +61,19 @@ def export_text(
     dtype = dtype or base.get("dtype") or base.get("torch_dtype") or "float32"
     if dtype not in get_args(Dtype):
         raise UserError(f"the text model that {model} began as has weights of {dtype}; give --dtype")
-    export_text_model(pipeline, out, base, model_card(_title(out, run), run, license), dtype)
+    step = step_of(checkpoint) if (checkpoint := checkpoint_at(model)) else None
+    export_text_model(pipeline, out, base, model_card(_title(out, run), run, license, step), dtype)
 
 
 def _title(out: Path, run: Path | None) -> str:
     return f"Text path of {run.name}" if run else out.absolute().name
 
 
-def model_card(name: str, run: Path | None, license: str | None) -> str:
-    """README.md: what the model is, its licence, and how a run trained it, on what, with which figures."""
+def model_card(name: str, run: Path | None, license: str | None, step: int | None = None) -> str:
+    """README.md: what the model is, its licence, and how a run trained it, on what, with which figures.
+
+    step: of the weights, where they are not the run's last.
+    """
     data = ModelCardData(license=license, library_name="transformers", pipeline_tag="text-generation")
     lines = [
         f"---\n{data.to_yaml()}\n---",
@@ -78,17 +82,20 @@ def model_card(name: str, run: Path | None, license: str | None) -> str:
         "read and draw images are not in it.",
         f"Licence: {license or 'not stated; those of its data and of its origin apply'}.",
     ]
-    return "\n\n".join(lines + (_facts(latest_config(run), run) if run else [])) + "\n"
+    return "\n\n".join(lines + (_facts(latest_config(run), run, step) if run else [])) + "\n"
 
 
-def _facts(config: RunConfig, run: Path) -> list[str]:
+def _facts(config: RunConfig, run: Path, step: int | None) -> list[str]:
     train, optimizer, length = config.train, config.optimizer, config.data.sequence_length
     files = (run / ENVIRONMENT, run / "report.json")
     environment, report = (read_json(path) if path.is_file() else {} for path in files)
-    last = read_metrics(run)[-1] if (run / METRICS).is_file() else {}
+    metrics = read_metrics(run) if (run / METRICS).is_file() else []
+    last: dict = metrics[-1] if metrics else {}
+    if step is not None and step < last.get("step", 0):
+        last, report = next((line for line in reversed(metrics) if line["step"] <= step), {}), {}
     training = {
         "began as": _origin(train.init_from) if train.init_from else "random weights",
-        "steps": f"{last.get('step', 0)} of {train.num_steps}",
+        "steps": f"{last.get('step', 0) if step is None else step} of {train.num_steps}",
         "batch": f"{train.global_batch_size} rows of {length} positions",
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.num_warmup_steps} warm-up steps, "
         f"{optimizer.schedule}",
@@ -100,7 +107,7 @@ def _facts(config: RunConfig, run: Path) -> list[str]:
         "software": ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items()),
     }
     training = {key: value for key, value in training.items() if value != ""}
-    figures = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
+    figures: dict[str, Any] = {key: last[key] for key in ("text_loss", "image_loss") if key in last}
     figures = dict(_flat(figures | report))
     manifests = {name: load_manifest(source.path) for name, source in config.data.sources.items()}
     weights = {name: source.weight for name, source in config.data.sources.items()}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megafusion.checkpoint.folder import newest_step
 from megafusion.data.manifest import MANIFEST
 from megafusion.train.config import RunConfig
 
@@ -21,7 +22,7 @@ def missing_inputs(config: RunConfig) -> Iterator[str]:
         yield f"data.tokenizer {data.tokenizer}"
     if not data.vae.is_dir():
         yield f"data.vae {data.vae}"
-    if init_from and not init_from.is_dir():
+    if init_from and not init_from.is_dir() and not newest_step(config.out):
         yield f"train.init_from {init_from}"
     if aligned and not aligned.model.is_dir():
         yield f"objective.alignment.model {aligned.model}"

@@ -155,7 +155,8 @@ class Run:
         if self._rollback.is_due:
             self._watchdog.beat(self.step, "roll back")
             self._checkpoints.wait()
-            self.step = self._rollback.roll_back(self._checkpoints.load_latest())
+            state = self._checkpoints.load_latest()
+            self.step, self._validated = self._rollback.roll_back(state), _validation_of(state)
             with self.engine.consensus.defer_errors():
                 self._metrics.rewind(self.step)
         self._begin_step()
@@ -261,6 +262,7 @@ class Run:
             self._manager.initialize(origin.source, origin.names)
         if state is not None:
             self.step = state["step"]
+            self._validated = _validation_of(state)
             self._loader.load_state_dict(state["data"])
             self._rollback.load_state_dict(state.get("health", {}))
             self._began -= state["seconds"]
@@ -371,9 +373,10 @@ class Run:
         if not self._sampler:
             return
         self._watchdog.beat(self.step, "samples")
-        if checkpoint := self._manager.latest_complete():
-            with self.engine.consensus.defer_errors(), self._metrics.handle_write_errors("samples"):
-                self._metrics.log_samples(*self._sampler.show(checkpoint))
+        with self._stragglers.paused():
+            if checkpoint := self._manager.latest_complete():
+                with self.engine.consensus.defer_errors(), self._metrics.handle_write_errors("samples"):
+                    self._metrics.log_samples(*self._sampler.show(checkpoint))
 
     def _finish(self) -> None:
         """Save if steps are left, and wait for the last checkpoint."""
@@ -383,7 +386,7 @@ class Run:
                 f"asked to stop: a checkpoint of step {self.step}, then exit status {ExitStatus.RETRY}"
             )
             self._save(is_last=True)
-        self._checkpoints.wait(must_succeed=self.step == self._last_step)
+        self._checkpoints.wait(not is_unfinished, then="the steps since its last checkpoint are lost")
         self.engine.consensus.raise_deferred()
         self._watchdog.beat(self.step, "end")
         if not is_unfinished:
@@ -414,3 +417,10 @@ class Run:
         held = state_bytes(self.engine.stage, self._mesh, 4 if self._config.train.precision == "fp32" else 2)
         parts = ", ".join(f"{name} {decimal(size)}" for name, size in held._asdict().items())
         return f"{dist.get_world_size()} ranks: {axes}; rank 0 holds {parts}"
+
+
+def _validation_of(state: dict | None) -> tuple[int, float] | None:
+    """Step and loss of the validation that a checkpoint was saved behind, if it was."""
+    if state is None or "validation_loss" not in state:
+        return None
+    return state["step"], state["validation_loss"]

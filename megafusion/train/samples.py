@@ -93,8 +93,11 @@ class SampleSheets:
     def show(self, checkpoint: Path) -> tuple[int, Image.Image, str]:
         """Draw, describe and write the sheet; returns the checkpoint's step, the sheet, the captions."""
         pipeline = self.load(checkpoint).to(self._device)
-        captions, images = self._pairs
-        drawn, described = pipeline.draw(captions), pipeline.describe(images)
+        try:
+            captions, images = self._pairs
+            drawn, described = pipeline.draw(captions), pipeline.describe(images)
+        finally:
+            pipeline.to("cpu")
         sheet = make_image_grid(list(zip(captions, images, drawn, strict=True)), ("real", "drawn"))
         lines = "\n".join(f"- {true} -> {found}" for true, found in zip(captions, described, strict=True))
         step = step_of(checkpoint)

@@ -217,6 +217,21 @@ def save_while_writing_is_held(folder: Path) -> list[float]:
     return expected, later
 
 
+def interrupt_while_writing_is_held(folder: Path) -> bool:
+    run, released = make_run(Topology(1, 1)), threading.Event()
+    manager_module._Writer.write_data = lambda *_: released.wait(60)
+    manager = manager_of(run, folder)
+    save(manager, 3)
+    manager.__exit__(KeyboardInterrupt)
+    was_waited_for = not manager.is_saving
+    released.set()
+    return was_waited_for
+
+
+def test_an_interrupt_waits_for_no_save(tmp_path):
+    assert run_workers(interrupt_while_writing_is_held, 1, tmp_path) == [False]
+
+
 def test_training_continues_while_a_thread_writes_the_state_at_the_save(tmp_path):
     expected, later = run_workers(save_while_writing_is_held, 2, tmp_path)[0]
     for step, contents_then in ((3, expected), (4, later)):

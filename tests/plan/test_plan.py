@@ -54,6 +54,15 @@ def test_each_layout_fills_its_ranks_and_divides_the_batch(world):
     assert bool(found) == is_possible
 
 
+def test_layouts_that_a_run_refuses_are_not_recommended():
+    """No pipeline with alignment, nor one with a stage that trains nothing."""
+    depths = {each.parallel.pipeline for each in layouts(job(), H100)}
+    assert max(depths) > 1
+    assert {each.parallel.pipeline for each in layouts(replace(job(), has_alignment=True), H100)} == {1}
+    frozen = job(freeze=("stem.*", "blocks.*"))  # the tail alone is trained
+    assert {each.parallel.pipeline for each in layouts(frozen, H100)} == {1}
+
+
 degrees = st.sampled_from([1, 2, 4, 8])
 
 

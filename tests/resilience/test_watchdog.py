@@ -78,6 +78,19 @@ def hold_the_gil(rank: int, watchdog: Watchdog, culprit: int) -> None:
     join_collective(rank, watchdog)
 
 
+def stop_together(rank: int, watchdog: Watchdog, folder: Path, seconds: float) -> None:
+    """All ranks stop, as at Ctrl-Z, and continue together."""
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    join_collective(rank, watchdog)
+    if rank == 0 and os.fork() == 0:
+        time.sleep(seconds)
+        for path in folder.glob("pid-*"):
+            os.kill(int(path.read_text()), signal.SIGCONT)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    join_collective(rank, watchdog)
+
+
 def end_one_after_another(rank: int, watchdog: Watchdog, mark: Path) -> None:
     """Rank 0 ends first; the others end later, and only when its process has."""
     if rank == 0:
@@ -175,7 +188,10 @@ WAITS = r"step \d, train, in all_gather called from megafusion/parallel/errors\.
 @pytest.mark.parametrize(("culprit", "others"), [(0, "ranks 1-2"), *full((1, "ranks 0, 2"))])
 @pytest.mark.parametrize(
     ("number", "state", "statuses"),
-    [(signal.SIGSTOP, "stopped", (ExitStatus.RETRY, 1)), (signal.SIGKILL, "gone", (-signal.SIGKILL,))],
+    [
+        (signal.SIGSTOP, "stopped", (ExitStatus.RETRY, -signal.SIGALRM)),
+        (signal.SIGKILL, "gone", (-signal.SIGKILL,)),
+    ],
 )
 def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path, culprit, others, number, state, statuses):
     # After a failed collective processes are checked, so that no silence needs to pass.
@@ -226,9 +242,14 @@ def test_the_wait_for_an_asynchronous_collective_is_located(tmp_path):
     assert re.search(r"^  rank 1: in no collective while others wait", ranks.report, re.M), ranks.report
 
 
+def test_ranks_that_were_all_stopped_for_long_end_with_a_status_that_restarts(tmp_path):
+    ranks = Ranks(tmp_path, 2, stop_together, tmp_path, 4 * SILENCE_SECONDS)
+    assert set(ranks.statuses) <= {0, ExitStatus.RETRY, -signal.SIGALRM}, ranks.errors
+
+
 def test_a_rank_that_holds_the_gil_exits(tmp_path):
     ranks = Ranks(tmp_path, 2, hold_the_gil, 1, silence_seconds=2.0)
-    assert ranks.statuses == [ExitStatus.RETRY, 1], ranks.errors
+    assert ranks.statuses == [ExitStatus.RETRY, -signal.SIGALRM], ranks.errors
     assert "megafusion: rank 1 does not answer" in ranks.errors[0]
     assert "hold_the_gil" in ranks.errors[1]
 

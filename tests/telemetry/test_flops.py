@@ -20,11 +20,27 @@ from megafusion.objective.config import AlignmentConfig
 from megafusion.parallel.mesh import make_mesh
 from megafusion.storage import file_sha256
 from megafusion.telemetry.metrics_file import read_metrics
-from megafusion.telemetry.throughput import Work, _head_flops, _image_flops, step_flops
+from megafusion.telemetry.throughput import Work, _head_flops, _image_flops, peak_flops, step_flops
 from megafusion.train.build import build_components
 from megafusion.train.config import RunConfig
 from tests.support.quantized import quantized_run
 from tests.support.runs import start
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+    ],
+)
+def test_a_chip_has_the_peak_of_its_own_data_sheet(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops("bf16") == peak
 
 
 def assert_counted(config: RunConfig, alignment: AlignmentConfig | None = None) -> Work:

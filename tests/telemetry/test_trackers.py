@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megafusion.errors import UserError
 from megafusion.telemetry.metrics_file import read_metrics
-from megafusion.telemetry.trackers import prometheus_text
+from megafusion.telemetry.trackers import TensorBoard, prometheus_text
 from tests.support.runs import start
 
 
@@ -26,6 +27,22 @@ def test_prometheus_has_the_last_line_and_tensorboard_is_off_unless_configured(r
     assert float(values["share_pairs"]) == last["share/pairs"]
     assert float(values["skipped_steps"]) == 0
     assert not (run / "tensorboard").exists()
+
+
+def test_tensorboard_keeps_the_step_that_a_run_resumes_after(tmp_path):
+    for first_step, steps in ((0, (10, 20, 30)), (20, (30, 40))):
+        tracker = TensorBoard(tmp_path, first_step)
+        for step in steps:
+            tracker.log(step, {"loss": step + first_step})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(each.step, each.value) for each in events.Scalars("loss")] == [
+        (10, 10),
+        (20, 20),
+        (30, 50),
+        (40, 60),
+    ]
 
 
 def test_a_name_in_a_label_is_escaped():

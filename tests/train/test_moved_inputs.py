@@ -161,6 +161,15 @@ def test_a_vision_model_may_move_and_may_not_change(run_values, shards, tmp_path
     assert list(missing_inputs(parsed(run_values))) == [f"{key} {tmp_path}/gone"]
 
 
+def test_a_run_with_a_checkpoint_needs_what_it_began_from_no_more(run_values, tmp_path):
+    run_values["train"]["init_from"] = str(tmp_path / "gone")
+    assert list(missing_inputs(parsed(run_values))) == [f"train.init_from {tmp_path}/gone"]
+    del run_values["train"]["init_from"]
+    start(run_values, stop_after=1)
+    run_values["train"]["init_from"] = str(tmp_path / "gone")
+    assert list(missing_inputs(parsed(run_values))) == []
+
+
 def test_another_source_or_another_order_is_another_recipe(run_values):
     start(run_values, stop_after=1)
     sources = run_values["data"]["sources"]

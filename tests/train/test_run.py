@@ -238,6 +238,10 @@ def test_a_longer_cosine_says_how_the_rate_goes_on(run_values, capsys):
     assert f"step {2 * steps} of {2 * steps}" in console.export_text()
     card = model_card("model", run, None)
     assert f"| steps | {2 * steps} of {2 * steps} |" in card
+    earlier = model_card("model", run, None, steps - 1)
+    assert f"| steps | {steps - 1} of {2 * steps} |" in earlier
+    (shown,) = re.findall(r"\| text_loss \| (\S+) \|", earlier)
+    assert float(shown) == pytest.approx(read_metrics(run)[steps - 2]["text_loss"], rel=1e-4)
     assert "| learning rate | 0.001, 0 warm-up steps, cosine |" in card
 
 

@@ -9,7 +9,9 @@ import torch
 from rich.console import Console
 
 from megafusion.config import parse_config
+from megafusion.engine.engine import Engine
 from megafusion.errors import UserError
+from megafusion.resilience.signals import StopSignals
 from megafusion.telemetry.metrics_file import read_metrics
 from megafusion.telemetry.status import show_status
 from megafusion.train.config import RunConfig
@@ -108,6 +110,28 @@ def test_the_best_checkpoint_is_kept(validated, tmp_path):
     assert kept == [f"step-{best:08d}", "step-00000006"]
     states = [json.loads((run / "checkpoints" / name / "state.json").read_text()) for name in kept]
     assert [state["validation_loss"] for state in states] == [measured[best], measured[6]]
+
+
+def test_a_step_that_is_saved_again_keeps_its_validation(validated, tmp_path, monkeypatch):
+    """A resumed run, asked to stop after a bad step, saves the step of its checkpoint with more data read."""
+    validated["checkpoint"] = {"every": 2, "keep_best": True}
+    run, step, signals = tmp_path / "run", Engine.forward_backward, StopSignals()
+    start(validated, run, stop_after=2)
+    (before,) = [path / "state.json" for path in (run / "checkpoints").iterdir()]
+    state = json.loads(before.read_text())
+
+    def bad_step(engine: Engine, *arguments) -> object:
+        hook = next(engine.stage.parameters()).register_hook(lambda g: g * float("nan"))
+        signals.requested = True
+        losses = step(engine, *arguments)
+        hook.remove()
+        return losses
+
+    monkeypatch.setattr(Engine, "forward_backward", bad_step)
+    assert train(parse_config(RunConfig, validated | {"out": str(run)}, "test"), None, signals) == "preempted"
+    again = json.loads(before.read_text())
+    assert (again["step"], again["validation_loss"]) == (2, state["validation_loss"])
+    assert again["data"]["batch_number"] > state["data"]["batch_number"]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ class Watchdog:
         self._local.beat, self._local.beat_at = (step, phase), self._local.now
 
     def __enter__(self) -> "Watchdog":
+        if self._local.world_size > 1:
+            faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)  # type: ignore[arg-type]
         self._thread.start()
         return self
 
@@ -62,7 +64,8 @@ class Watchdog:
         self._wake.set()
         self._thread.join(self._local.silence)
         if not is_alone:
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.unregister(signal.SIGALRM)
             self._peers.leave()
 
     def _watch(self) -> None:
@@ -80,8 +83,9 @@ class Watchdog:
         local.now += min(now - self._checked_at, 2 * local.interval)
         self._checked_at = now
         if local.world_size > 1:
-            # If a call keeps the GIL, this thread cannot run; a timer in C exits the process then.
-            faulthandler.dump_traceback_later(3 * local.silence, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
+            # If a call keeps the GIL, this thread cannot run: a signal ends the process, and a handler in C
+            # writes its stacks. So does it end one that was stopped for so long. Launchers restart both.
+            signal.setitimer(signal.ITIMER_REAL, 3 * local.silence)
             if reason := self._peers.check():
                 return reason
         if local.now - local.beat_at > self._timeout:
