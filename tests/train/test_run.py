@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
