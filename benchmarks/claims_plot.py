@@ -33,7 +33,7 @@ from matplotlib.lines import Line2D
 from megafusion.errors import UserError
 from megafusion.storage import file_sha256
 from megafusion.sweep.fit import Point, fit_arms
-from megafusion.sweep.plot import COMPUTE, draw_laws
+from megafusion.sweep.plot import COMPUTE, draw_laws, parity
 
 SOURCES = "Results"
 """Key of a PNG's text: a line with name and SHA-256 of each file of results."""
@@ -141,10 +141,7 @@ def _draw_compute(path: Path, title: str, wanted: Mapping[str, str], results: Pa
     figure, grid = _sheet(len(fitted), height=3.6)
     for axes, (name, paper, arms, laws) in zip(grid, fitted, strict=False):
         draw_laws(axes, arms, laws, name)
-        ratio, interval = (laws["arms"][ours][key] for key in ("parity", "parity_interval"))
-        said = "never" if ratio is None else f"{ratio:.3g}"
-        said += f" ({interval[0]:.2g} to {interval[1]:.2g})" if interval else ""
-        heads = f"parity at {said} of the compute", f"paper: {paper}"
+        heads = f"parity at {parity(laws['arms'][ours])}", f"of the compute; paper: {paper}"
         axes.set_title("\n".join([name, *heads]), fontsize=8)
         axes.legend(fontsize=7, framealpha=0.5)
     figure.suptitle(

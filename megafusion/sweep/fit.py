@@ -43,9 +43,15 @@ class Law:
         return self.floor + self.scale * (np.asarray(compute) / self.unit) ** -self.exponent
 
     def compute_for(self, value: float) -> float:
-        """The compute at which the law reaches a value; infinite for one that it never reaches."""
+        """The compute at which the law reaches a value; infinite for one that it never reaches, or at no
+        compute that is a number."""
         share = (value - self.floor) / self.scale
-        return self.unit * share ** (-1 / self.exponent) if share > 0 and self.exponent else math.inf
+        if share <= 0 or not self.exponent:
+            return math.inf
+        try:
+            return self.unit * share ** (-1 / self.exponent)
+        except OverflowError:  # a law that is nearly flat
+            return math.inf
 
 
 def fit_law(points: Sequence[Point]) -> Law:

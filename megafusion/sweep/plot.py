@@ -80,12 +80,15 @@ def describe(fits: Mapping[str, Mapping[str, Any]]) -> str:
     for metric, found in fits.items():
         for name, fit in found["arms"].items():
             exponent = f"{fit['exponent']:.3g}{_bounds(fit['exponent_interval'])}"
-            ratio = "baseline"
-            if name != found["baseline"]:
-                value = "never" if fit["parity"] is None else f"{fit['parity']:.3g}"
-                ratio = f"{value}{_bounds(fit['parity_interval'])}"
+            ratio = "baseline" if name == found["baseline"] else parity(fit)
             lines.append(f"| {metric} | {name or 'all'} | {exponent} | {ratio} | {fit['runs']} |")
     return "\n".join(lines) + "\n"
+
+
+def parity(fit: Mapping[str, Any]) -> str:
+    """An arm's parity ratio, and its interval where there is one."""
+    value = "never" if fit["parity"] is None else f"{fit['parity']:.3g}"
+    return f"{value}{_bounds(fit['parity_interval'])}"
 
 
 def _bounds(interval: Sequence[float | None] | None) -> str:

@@ -1,6 +1,7 @@
 """Fits of metrics against compute, on laws whose exponent and ratio are known."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from megafusion.cli import app
 from megafusion.errors import UserError
 from megafusion.sweep.config import load_sweep
-from megafusion.sweep.fit import Point, fit_arms, fit_law
+from megafusion.sweep.fit import Law, Point, fit_arms, fit_law
 from megafusion.sweep.members import expand
 from tests.sweep.conftest import train
 
@@ -86,6 +87,11 @@ def test_what_cannot_be_fitted_is_named():
         fit_arms({"a": law_points(0.3, scale=-1.0)[:2]}, "a")
     with pytest.raises(ValueError, match="above 0"):
         fit_law(law_points(0.3, scale=-1.0)[:2])
+
+
+def test_a_law_that_is_nearly_flat_reaches_another_value_at_no_compute():
+    assert Law(1.0, 0.0, 1.0, 1e-4).compute_for(0.5) == math.inf
+    assert Law(1.0, 0.0, 1.0, 0.5).compute_for(0.5) == pytest.approx(4.0)
 
 
 def test_options_that_would_have_no_effect_are_refused(sweep_file):
