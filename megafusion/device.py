@@ -21,7 +21,9 @@ def multiplies_bf16(device: torch.device) -> bool:
 
     A CPU without them is about 20 times as slow in bf16 as in float32.
     """
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_memory_bytes() -> int:
