@@ -80,7 +80,7 @@ def evaluate(
 
 
 def _result(suite: Suite, metrics: dict[str, Metrics], config: EvaluateConfig) -> dict[str, Any]:
-    """What a suite's metrics file holds."""
+    """Content of a suite's metrics file."""
     options = config.model_dump(mode="json", include=OPTIONS.get(suite.name, set()))
     for judge in JUDGES.get(suite.name, ()):
         path: Path | None = getattr(config, judge)

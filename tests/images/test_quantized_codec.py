@@ -24,7 +24,9 @@ def test_codes_are_the_nearest_vectors(codec):
     codes = codec.encode(PIXELS)
     latents = encode(codec.model, PIXELS).latents
     distances = (latents[:, None] - codec.model.quantize.embedding.weight[:, :, None, None]).square().sum(2)
-    torch.testing.assert_close(codes, distances.argmin(1))
+    # By their distances: of two that are nearly as near, rounding chooses, and differs from CPU to CPU.
+    chosen = distances.gather(1, codes[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distances.amin(1), rtol=1e-4, atol=1e-6)
     assert codes.shape == (6, 4, 4)
     assert len(codes.unique()) > CODEBOOK_SIZE // 4
     assert (codec.codebook_size, codec.latent_channels, codec.downsampling) == (CODEBOOK_SIZE, 0, 8)
