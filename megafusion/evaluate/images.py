@@ -41,14 +41,11 @@ class Images:
 
     def __init__(self, config: EvaluateConfig, folder: Path):
         self._config, self._folder = config, folder
-        assert config.annotations
         self.items: Sequence[AnnotatedImage]
         self.items, self.recipe = annotated_images(config)
         groups = by_group(self.items)
         if config.inception and (alone := [name for name, chosen in groups.items() if len(chosen) < 2]):
             raise UserError(f"inception: group {alone[0]!r} has one image; FID needs 2 or more of each group")
-        named = read_annotations(config.annotations, config.image_folder)
-        self._seen = [image for image in named if image.group == SEEN]  # more than `max_items` of them
         self._judge, self.proof = self._open_judge()
         self._inception = load_inception(config.inception) if config.inception else None
         self._clip = Clip(config.clip) if config.clip else None
@@ -84,6 +81,9 @@ class Images:
         path = self._config.judge
         if path is None:
             return None, {}
+        assert self._config.annotations
+        named = read_annotations(self._config.annotations, self._config.image_folder)
+        self._seen = [image for image in named if image.group == SEEN]  # more than `max_items` of them
         if unnamed := [item.path for item in (*self.items, *self._seen) if not item.key]:
             raise UserError(f"judge: {self._config.annotations} has no `key` for {unnamed[0].name}; add them")
         judge = ImageClassifier.load(path)

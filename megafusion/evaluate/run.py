@@ -73,7 +73,8 @@ def evaluate(
 
     waiting = [suite for suite in suites.values() if not measured(suite)]
     # Others may have ended these since: the last process to end a batch finds all of them.
-    if waiting := [suite for suite in waiting if not measured(suite)]:
+    waiting = [suite for suite in waiting if not measured(suite)]
+    if waiting:
         return None
     # Beside the hashes, because records do not depend on it.
     return write_report(out, model | {"training_flops": pipeline.config.training_flops})
