@@ -6,12 +6,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from importlib import import_module
 
 from megafusion.device import default_device
 
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime import compiler
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from deepspeed.utils import set_z3_leaf_module
@@ -190,6 +192,7 @@ def make_engine(
     if train.compile and mesh.config.zero_stage == 3:
         for block in stage.blocks.values():
             _gather_whole(block)
+    _import_muon()
     losses = shard_objective(objective, model, mesh).to(device)
     consensus = StepConsensus(mesh, device, SpikeDetector(resilience))
     accumulation = train.global_batch_size // (train.micro_batch_size * mesh.size("data"))
@@ -215,6 +218,19 @@ def make_engine(
             mpu=grid,
         )
     return Engine(engine, stage, mesh, consensus, optimizer.gradient_clip, interleaved)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer without compiling it, which would import Inductor at every start.
+
+    DeepSpeed's ZeRO optimizers import it to ask whether they wrap it. Here they wrap another.
+    """
+    compile = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile
 
 
 def _gather_whole(block: nn.Module) -> None:
