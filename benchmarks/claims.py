@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
 
-from claims_rows import CLAIMS, RESULTS, of_arm, read_runs, table
+from claims_list import CLAIMS
+from claims_rows import RESULTS, of_arm, read_runs, table
 from pages import DOCS, write_table
 
 from megafusion.errors import UserError, exit_on_user_error

@@ -10,13 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 
+from claims_list import CAPTIONS, HELD_OUT, SEEN, TEXT
 from claims_rows import (
-    CAPTIONS,
-    HELD_OUT,
     MIN_SEEDS,
     NORMAL,
-    SEEN,
-    TEXT,
     Claim,
     Measured,
     Row,

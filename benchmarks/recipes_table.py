@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from claims_rows import CAPTIONS, HELD_OUT, SEEN, Measured, Row, Side, load_runs, measure
+from claims_list import CAPTIONS, HELD_OUT, SEEN
+from claims_rows import Measured, Row, Side, load_runs, measure
 from pages import DOCS, write_table
 
 from megafusion.errors import exit_on_user_error

@@ -1,11 +1,9 @@
 """The runs of a sweep, each checked before the first is started. Imports no torch."""
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from megafusion.config import dump_config, parse_config
 from megafusion.errors import UserError
 from megafusion.evaluate.config import EvaluateConfig
 from megafusion.resilience.attempts import read_attempts
-from megafusion.storage import file_sha256, folder_sha256, read_json
 from megafusion.sweep.config import ArmConfig, SweepConfig, label
+from megafusion.sweep.evaluation_files import evaluation_sha256, missing_files
 from megafusion.train.from_data import load_training_config
 from megafusion.train.inputs import missing_inputs
 from megafusion.train.run_folder import FREE_KEYS, LOCATION, run_changes
@@ -194,13 +192,13 @@ def _checked_member(
         options.check_suites(suites)
     elif arm.evaluate:
         raise UserError("has an evaluate of its own, but the sweep has none; add evaluate.suites")
-    missing = [*missing_inputs(run), *_missing_files(options)]
+    missing = [*missing_inputs(run), *missing_files(options)]
     return Member(
         name,
         arm_name,
         labels,
         out,
-        out / f"evaluation-{run.train.num_steps}-{_evaluation_sha256(suites, options)[:8]}",
+        out / f"evaluation-{run.train.num_steps}-{evaluation_sha256(suites, options)[:8]}",
         run.train.num_steps,
         dump_config(run),
         tuple(suites),
@@ -279,58 +277,3 @@ def _filled(value: Any, labels: dict[str, str]) -> Any:
         return labels[match[1]]
 
     return re.sub(r"\{([\w.]+)\}", replace, value)
-
-
-def _missing_files(options: EvaluateConfig) -> Iterator[str]:
-    for key, path in _files(options):
-        if not path.exists():
-            yield f"evaluate.options.{key} {path}"
-
-
-def _files(options: EvaluateConfig) -> Iterator[tuple[str, Path]]:
-    """Files and folders that an evaluation reads, by key."""
-    for key, value in options:
-        yield from (
-            (key, each)
-            for each in (value if isinstance(value, tuple) else (value,))
-            if isinstance(each, Path)
-        )
-    if (detector := options.detector) and (Path(detector).is_dir() or ":" not in detector):
-        yield "detector", Path(detector)
-
-
-def _images(options: EvaluateConfig) -> Iterator[tuple[str, Path]]:
-    """Images that the annotations name, and where they are; none of a file that is not there."""
-    if not (path := options.annotations) or not path.is_file():
-        return
-    images = read_json(path, "give COCO's annotation file for captions").get("images")
-    for image in images if isinstance(images, list) else []:
-        if isinstance(image, dict) and isinstance(name := image.get("file_name"), str):
-            yield name, (options.image_folder or path.parent) / name
-
-
-def _evaluation_sha256(suites: Sequence[str], options: EvaluateConfig) -> str:
-    """Hash of suites and options, with the contents of files in place of their paths.
-
-    A file that this machine does not see counts by its path. Of an image folder, the images that the
-    annotations name count.
-    """
-    files = [(key, path) for key, path in _files(options) if key != "image_folder"]
-    asked = options.model_dump(mode="json", exclude={key for key, _ in files} | {"image_folder"})
-    contents = [(name, _sha256(path, _stamp(path))) for name, path in (*files, *_images(options))]
-    return hashlib.sha256(json.dumps([list(suites), asked, contents], sort_keys=True).encode()).hexdigest()
-
-
-def _stamp(path: Path) -> tuple[tuple[Path, int, int], ...]:
-    """Times and sizes of a file, or of a folder's files, which change with their contents."""
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    return tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())
-
-
-@cache
-def _sha256(path: Path, stamp: tuple) -> str:
-    """Hex digest of a file or a folder; the path of one that is not there. It is read again when
-    its stamp changes."""
-    if not path.exists():
-        return str(path)
-    return folder_sha256(path) if path.is_dir() else file_sha256(path)

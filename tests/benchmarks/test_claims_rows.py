@@ -25,6 +25,11 @@ def rows(monkeypatch) -> SimpleNamespace:
     return script(monkeypatch, "claims_rows")
 
 
+@pytest.fixture
+def claims(monkeypatch) -> tuple:
+    return script(monkeypatch, "claims_list").CLAIMS
+
+
 def make_runs(arm: str, values: list[dict[str, float]]) -> dict[str, dict]:
     """Finished runs of an arm, one of each seed."""
     return {
@@ -38,10 +43,10 @@ def make_runs(arm: str, values: list[dict[str, float]]) -> dict[str, dict]:
     }
 
 
-def test_the_page_has_the_table_of_the_committed_runs(monkeypatch, rows):
+def test_the_page_has_the_table_of_the_committed_runs(monkeypatch, rows, claims):
     """And a missing mark is refused."""
     pages, page = script(monkeypatch, "pages"), (ROOT / "docs/results.md").read_text()
-    table, command = rows.table(rows.CLAIMS), "python benchmarks/claims.py table --write"
+    table, command = rows.table(claims), "python benchmarks/claims.py table --write"
     assert pages.replace_table(page, command, table) == page, command
     with pytest.raises(UserError, match="are gone"):
         pages.replace_table(page.replace(pages.END, ""), command, table)
@@ -68,12 +73,12 @@ def test_a_recipe_beside_the_plain_one(monkeypatch, tmp_path):
     ]
 
 
-def test_arms_of_the_claims_are_arms_of_the_sweeps(rows):
+def test_arms_of_the_claims_are_arms_of_the_sweeps(rows, claims):
     import yaml
 
     files = {"concepts-64": "claims", "concepts-128": "claims-128", "small": "claims-small"}
     files |= {"sizes": "claims-sizes", "ablations": "claims-ablations"}
-    for claim in rows.CLAIMS:
+    for claim in claims:
         sweep = yaml.safe_load((ROOT / f"configs/sweeps/{files[claim.sweep]}.yaml").read_text())
         assert sweep["out"] == f"runs/claims/{claim.sweep}"
         assert {side.arm for row in claim.rows for side in (row.first, row.second)} <= sweep["runs"].keys()
@@ -169,7 +174,7 @@ def test_losses_of_unequal_numbers_of_images_are_compared_by_range(rows, tmp_pat
     assert list(by_range.values()) == [4.5, 2.0, 7.0]
 
 
-def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatch, rows, tmp_path, capsys):
+def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatch, claims, tmp_path, capsys):
     """Patch sizes share a panel; runs on two power laws give the parity ratio that made them."""
     plot = script(monkeypatch, "claims_plot")
     values = [{LOSS: 0.8 + seed / 100, SEEN: 0.3, "images/seen/images": 100} for seed in range(3)]
@@ -183,7 +188,7 @@ def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatc
             bits = 3.0 * (flops / cost / 1e12) ** -0.1
             sizes |= make_runs(f"{arm}-{size}", [{"perplexity/all/bits_per_byte": bits, "flops": flops}] * 2)
     (tmp_path / "sizes.json").write_text(json.dumps({"runs": sizes}))
-    (sheet,) = plot.draw_claims([c for c in rows.CLAIMS if c.letter == "(c)"], tmp_path, tmp_path)
+    (sheet,) = plot.draw_claims([c for c in claims if c.letter == "(c)"], tmp_path, tmp_path)
     panels = 2
     assert sheet.name == "claims-c-ablations.png"
     image = Image.open(sheet)
@@ -206,7 +211,7 @@ def test_a_sheet_is_drawn_of_each_claim_that_is_measured_and_of_sizes(monkeypatc
     assert [line.split()[0] for line in sources.splitlines()] == ["sizes.json", "concepts-64.json"]
 
 
-def test_the_committed_plots_are_of_the_committed_results(rows):
+def test_the_committed_plots_are_of_the_committed_results(rows, claims):
     """By the hash that each has of them; and every sweep of a claim with results has a plot."""
     found = set()
     for path in (ROOT / "docs").glob("claims-*.png"):
@@ -215,7 +220,7 @@ def test_the_committed_plots_are_of_the_committed_results(rows):
             command = "python benchmarks/claims.py plot"
             assert file_sha256(rows.RESULTS / name) == sha256, f"{path.name}: {name} has changed: {command}"
         found.add(path.name)
-    measured = {f"claims-{c.letter[1]}-{c.sweep}.png" for c in rows.CLAIMS if rows.load_runs(c.sweep)}
+    measured = {f"claims-{c.letter[1]}-{c.sweep}.png" for c in claims if rows.load_runs(c.sweep)}
     assert {name for name in found if "compute" not in name} == measured
     page = (ROOT / "docs/results.md").read_text()
     assert all(f"({name})" in page for name in found)
@@ -235,9 +240,9 @@ def test_a_bar_is_the_interval_and_none_where_there_is_none(monkeypatch, rows):
     assert found == pytest.approx((2 - half, 2 + half), rel=1e-6)
 
 
-def test_directions_are_those_of_the_claim(monkeypatch, rows):
+def test_directions_are_those_of_the_claim(monkeypatch, rows, claims):
     plot = script(monkeypatch, "claims_plot")
-    (claim,) = (claim for claim in rows.CLAIMS if claim.letter == "(c)")
+    (claim,) = (claim for claim in claims if claim.letter == "(c)")
     said = plot.direction([row for row in claim.rows if row.first.metric == SEEN])
     assert said == "claimed: patch-1 > transfusion; patch-2 > transfusion; patch-8 < transfusion"
     assert plot.direction([row._replace(better=0) for row in claim.rows]) == "no direction claimed"
