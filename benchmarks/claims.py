@@ -1,6 +1,6 @@
 """The small claims: their table and plots, two arms of a sweep, and guidance tuned for an arm.
 
-    python benchmarks/claims.py table --write       # docs/results.md#claims, of benchmarks/results/claims/
+    python benchmarks/claims.py table --write       # in docs/results.md and docs/claims.md
     python benchmarks/claims.py plot                # docs/claims-*.png, of the same files
     python benchmarks/claims.py compare runs/claims/concepts-64/sweep.json transfusion quantized
     python benchmarks/claims.py guidance "runs/claims/concepts-64/transfusion,seed=0" \
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from claims_list import CLAIMS
-from claims_rows import RESULTS, of_arm, read_runs, table
+from claims_rows import RESULTS, main_claims, of_arm, read_runs, table
 from pages import DOCS, write_table
 
 from megafusion.errors import UserError, exit_on_user_error
@@ -35,6 +35,8 @@ CLAIMED = re.compile(
 )
 """Figures of a run that a claim is about."""
 COMMAND = "python benchmarks/claims.py table --write"
+PAGES = {"results.md": main_claims(CLAIMS), "claims.md": CLAIMS}
+"""What each page's table is of."""
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 
@@ -115,11 +117,12 @@ def tune_guidance(run: Path, scales: list[float], annotations: Path, judge: Path
 def main(arguments: argparse.Namespace) -> int:
     """Run a command; the exit status."""
     if arguments.command == "table":
-        rows = table(CLAIMS, arguments.results)
-        if arguments.write:
-            write_table(DOCS / "results.md", COMMAND, rows)
-        else:
-            print(rows, end="")
+        for page, claims in PAGES.items():
+            rows = table(claims, arguments.results)
+            if arguments.write:
+                write_table(DOCS / page, COMMAND, rows)
+            else:
+                print(rows)
         return 0
     if arguments.command == "plot":
         from claims_plot import draw_claims, draw_computes
@@ -154,7 +157,7 @@ def parse() -> argparse.Namespace:
     of_table, of_plot = commands.add_parser("table"), commands.add_parser("plot")
     for each in (of_table, of_plot):
         each.add_argument("--results", type=Path, default=RESULTS, help="folder of the sweeps' sweep.json")
-    of_table.add_argument("--write", action="store_true", help="into docs/results.md; printed by default")
+    of_table.add_argument("--write", action="store_true", help="into docs/; printed by default")
     of_plot.add_argument("--out", type=Path, default=DOCS)
     of_arms = commands.add_parser("compare")
     of_arms.add_argument("json", type=Path, help="sweep.json")

@@ -1,4 +1,4 @@
-"""The claims of docs/results.md#claims: which arms and figures each compares, beside the paper's figures."""
+"""The paper's claims (docs/claims.md): which arms and figures each compares, beside the paper's figures."""
 
 from claims_rows import EXPLORATORY, HALVES, Claim, Row, Side
 
@@ -51,22 +51,29 @@ def _guesses(arm: str) -> tuple[Row, ...]:
 def _against_tokens(size: int) -> tuple[Claim, ...]:
     """Claim (a) of a sweep of so many concepts."""
     values = (
-        ("images", "FID 16.8 against 29.6 (7B); parity at .029 of the compute", IMAGES),
-        ("captions", "CIDEr 27.2 against 18.0 (7B); parity at .218", CAPTIONS),
-        ("text", "C4 perplexity 7.72 against 8.41 (7B); parity at .489", TEXT),
+        ("images", "FID 16.8 against 29.6 (7B); parity at .029 of the compute", IMAGES, DRAWN),
+        ("captions", "CIDEr 27.2 against 18.0 (7B); parity at .218", CAPTIONS, DESCRIBED),
+        ("text", "C4 perplexity 7.72 against 8.41 (7B); parity at .489", TEXT, (TEXT[0][0],)),
     )
     return tuple(
-        Claim("(a)", f"{name}, {size} concepts", TOKENS, paper, f"concepts-{size}", _arms(*ARMS, *figures))
-        for name, paper, figures in values
-    )
+        Claim(
+            "(a)", f"{name}, {size} concepts", TOKENS, paper, f"concepts-{size}", _arms(*ARMS, *figures),
+            main if size == 64 else (),
+        )
+        for name, paper, figures, main in values
+    )  # fmt: skip
 
 
-def _against_causal(name: str, sweep: str, arm: str, causal: str, paper: str) -> Claim:
+def _against_causal(
+    name: str, sweep: str, arm: str, causal: str, paper: str, main: tuple[str, ...] = ()
+) -> Claim:
     rows = _arms(arm, causal, IMAGE_LOSS, *LOSS_BY_HALF, HELD_OUT, SEEN, *CAPTIONS[:2])
-    return Claim("(b)", name, "bidirectional against causal attention in images", paper, sweep, rows)
+    return Claim("(b)", name, "bidirectional against causal attention in images", paper, sweep, rows, main)
 
 
 ARMS = ("transfusion", "quantized")
+DRAWN, DESCRIBED = (SEEN[0], HELD_OUT[0]), (CAPTIONS[1][0],)
+LOSS_AND_SEEN = (IMAGE_LOSS[0], SEEN[0])
 TOKENS = "Transfusion against image tokens"
 SIZES = ("4x128", "6x192", "8x256")
 BY_SIZE = (HELD_OUT, SEEN, *CAPTIONS[:2], *TEXT)
@@ -81,16 +88,16 @@ CLAIMS = (
     *(
         Claim(
             "(a)", f"{size}, 1,000 steps", TOKENS, "as above", "sizes",
-            _arms(f"transfusion-{size}", f"quantized-{size}", *BY_SIZE),
+            _arms(f"transfusion-{size}", f"quantized-{size}", *BY_SIZE), DRAWN,
         )
         for size in SIZES
     ),
     Claim("(a)", "4x128, reproduce-small", TOKENS, "as above", "small", _arms(*ARMS, *BY_SIZE)),
-    _against_causal("linear, 16 patches", "concepts-64", "transfusion", "causal", LINEAR),
+    _against_causal("linear, 16 patches", "concepts-64", "transfusion", "causal", LINEAR, LOSS_AND_SEEN),
     _against_causal("linear, 16 patches, 1,000 steps", "sizes", "transfusion-4x128", "causal-4x128", LINEAR),
-    _against_causal("linear, 64 patches", "ablations", "patch-2", "patch-2-causal", LINEAR),
+    _against_causal("linear, 64 patches", "ablations", "patch-2", "patch-2-causal", LINEAR, LOSS_AND_SEEN),
     _against_causal("linear, 64 patches, 600 steps", "small", "patch-2", "patch-2-causal", LINEAR),
-    _against_causal("U-Net", "ablations", "unet", "unet-causal", UNET),
+    _against_causal("U-Net", "ablations", "unet", "unet-causal", UNET, LOSS_AND_SEEN),
     Claim(
         "(c)", "patch size", "1, 2 and 8 latents against 4 (the arm transfusion), equal compute",
         "linear: FID 21.0, 20.3 and 43.5 against 25.6 (0.76B)", "ablations",
@@ -99,15 +106,17 @@ CLAIMS = (
             for size, better in ((1, 1), (2, 1), (8, -1))
             for row in _arms(f"patch-{size}", "transfusion", *BY_PATCH, better=better, detail=f"{size} and 4")
         ),
+        (SEEN[0],),
     ),
     Claim(
         "(d)", "adapter", "U-Net against linear, equal compute",
         "FID 16.0 against 18.6, CIDEr 33.7 against 27.2 (7B)", "ablations",
-        _arms("unet", "transfusion", *BY_ADAPTER),
+        _arms("unet", "transfusion", *BY_ADAPTER), LOSS_AND_SEEN,
     ),
     Claim(
         "(e)", "noise limit", "of 0.5 for images before their captions, against none",
         "CIDEr 35.2 against 33.7 (7B)", "ablations", _arms("transfusion", "no-limit", *CAPTIONS),
+        DESCRIBED,
     ),
     Claim(
         "(f)", "lambda", "5 against 1 and 25", "5 is used", "ablations",
@@ -116,6 +125,7 @@ CLAIMS = (
             for weight in (1, 25)
             for row in _arms("transfusion", f"lambda-{weight}", *BY_LAMBDA, better=0, detail=f"of {weight}")
         ),
+        (SEEN[0], *DESCRIBED),
     ),
     *(
         Claim(
@@ -127,7 +137,7 @@ CLAIMS = (
     *(
         Claim(
             "(g)", f"{size}, 1,000 steps", "held-out combinations against guesses", "not measured", "sizes",
-            _guesses(f"transfusion-{size}"),
+            _guesses(f"transfusion-{size}"), (f"{HELD_OUT[0]}, concept",),
         )
         for size in SIZES
     ),

@@ -1,4 +1,4 @@
-"""A row of docs/results.md#claims: the figures of two arms over seeds, their interval, and the verdict."""
+"""A row of a table of claims: the figures of two arms over seeds, their interval, and the verdict."""
 
 import math
 import re
@@ -46,7 +46,8 @@ class Row(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Comparisons within one sweep. compared: what with what. paper: its figures."""
+    """Comparisons within one sweep. compared: what with what. paper: its figures. main: figures of the short
+    table."""
 
     letter: str
     name: str
@@ -54,6 +55,7 @@ class Claim(NamedTuple):
     paper: str
     sweep: str
     rows: tuple[Row, ...]
+    main: tuple[str, ...] = ()
 
 
 class Measured(NamedTuple):
@@ -193,6 +195,15 @@ def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
             compared += bool(each.row.better and each.interval is not None)
     false = f"chance alone would make {compared / 20:.0f} of their verdicts false"
     return "\n".join([*lines, "", f"{compared} rows have an interval, of 95%: {false}."]) + "\n"
+
+
+def main_claims(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims of the short table, each with its main rows alone."""
+    return [
+        claim._replace(rows=tuple(row for row in claim.rows if row.figure in claim.main))
+        for claim in claims
+        if claim.main
+    ]
 
 
 def _cells(found: Measured) -> str:
