@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_prep.config import PreprocessConfig
 from data_prep.worker import Worker, WorkerSettings
 from megafusion.errors import UserError
 from megafusion.processes import STOP_SIGNALS, end_with_parent
@@ -28,7 +29,7 @@ class Pool:
     def __init__(self, settings: WorkerSettings, num_workers: int):
         self._settings, self._executor = settings, None
         if num_workers > 1:
-            _CONTEXT.set_forkserver_preload(["data_prep.worker"])
+            _CONTEXT.set_forkserver_preload(_preload(settings.config))
             self._counter, next_index = _CONTEXT.Value("q", 0), _CONTEXT.Value("i", 0)
             before = set(multiprocessing.active_children())
             self._executor = ProcessPoolExecutor(
@@ -81,6 +82,19 @@ class Pool:
     def _count(self, number: int) -> None:
         self._num_done += number
         self._report(self._num_done)
+
+
+def _preload(config: PreprocessConfig) -> list[str]:
+    """Modules that the workers are forked with, of every kind of input: the server starts once.
+
+    diffusers' autoencoders take 6 s. With GPUs each worker imports them: they may ask for a device there, and
+    no process that is forked afterwards could use one.
+    """
+    encodes = config.image_storage == "latents" and (config.images or config.documents)
+    modules = ["data_prep.worker"]
+    if encodes and not torch.cuda.device_count():
+        modules.append("diffusers.models.autoencoders")
+    return modules
 
 
 def _start_worker(settings: WorkerSettings, counter: Any, next_index: Any) -> None:

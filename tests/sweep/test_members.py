@@ -154,7 +154,7 @@ def test_a_run_that_became_longer_has_no_figures_of_the_shorter_one(sweep_file):
 
 
 def test_an_evaluation_is_known_by_its_suites_and_options(sweep_file):
-    values = "evaluate={suites: [perplexity], options: {texts: [a.txt], max_items: 2, task_folder: .}}"
+    values = "evaluate={suites: [perplexity], options: {texts: [a.txt], max_items: 2, task_folder: configs}}"
     first = members(sweep_file, values)[0]
     evaluate(first, 2.0)
     assert first.is_evaluated
