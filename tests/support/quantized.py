@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from diffusers import VQModel
 
 from megafusion.images.autoencoder import encode
 from tests.support.small import small_run
@@ -23,6 +22,8 @@ QUANTIZED_MODEL = {
 
 def make_vq(folder: Path) -> Path:
     """A random VQModel with 4 x 4 codes of a codebook of 40 for images of 32 pixels."""
+    from diffusers import VQModel
+
     torch.manual_seed(0)
     model = VQModel(
         in_channels=192,

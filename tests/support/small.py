@@ -1,12 +1,11 @@
-"""A small autoencoder, shards of a few real pairs, and a small run of them: what most tests start from."""
+"""A small autoencoder, shards of a few real pairs, and a small run of them: what most tests start from.
+
+Ranks import this too, so what makes files is imported where it is used: diffusers' models take seconds.
+"""
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-
-from data_prep.config import PreprocessConfig
-from data_prep.preprocess import preprocess
 
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / "data_prep/emoji/emoji-000000.tar"
@@ -16,6 +15,8 @@ GLOSSES = ROOT / "data_prep/text/glosses.txt"
 
 def make_vae(folder: Path) -> Path:
     """A random autoencoder with 4 x 8 x 8 latents for images of 32 pixels."""
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
     model = AutoencoderKL(
         in_channels=48,
@@ -36,6 +37,9 @@ def make_vae(folder: Path) -> Path:
 
 def make_shards(folder: Path, vae: Path) -> Path:
     """pairs/ with 22 pairs in 3 shards and text/ with 40 glosses in 5."""
+    from data_prep.config import PreprocessConfig
+    from data_prep.preprocess import preprocess
+
     folder.mkdir(exist_ok=True)
     keys = folder / "keys.txt"
     starter = (ROOT / "data_prep/emoji/starter.txt").read_text().split()

@@ -20,10 +20,10 @@ import megafusion.data.workers  # noqa: F401  names what the same server loads: 
 _CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "megafusion.train.loop",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._dynamo",
     "diffusers.schedulers.scheduling_ddpm",
 ]
-"""The trainer, and what DeepSpeed and the noise process import late: seconds for each rank."""
+"""The trainer, and what optimizers and the noise process import late: seconds for each rank."""
 _CONTEXT.set_forkserver_preload(PRELOAD)
 
 
