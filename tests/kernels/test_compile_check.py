@@ -84,6 +84,7 @@ def test_variants_of_rows_with_holes():
         check(usage)
 
 
+@pytest.mark.full
 def test_loops_with_tma_descriptors_use_fewer_registers():
     tma, pointers = (
         {u["kernel"]: u for u in compiled("--architectures", "90", "--head-dims", "128", loads)}
