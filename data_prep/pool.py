@@ -87,8 +87,8 @@ class Pool:
 def _preload(config: PreprocessConfig) -> list[str]:
     """Modules that the workers are forked with, of every kind of input: the server starts once.
 
-    diffusers' autoencoders take 6 s. With GPUs each worker imports them: they may ask for a device there, and
-    no process that is forked afterwards could use one.
+    diffusers' autoencoders take 6 s of processor time, once instead of in each worker. With GPUs each worker
+    imports them: they may ask for a device there, and no process that is forked afterwards could use one.
     """
     encodes = config.image_storage == "latents" and (config.images or config.documents)
     modules = ["data_prep.worker"]

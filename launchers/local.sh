@@ -7,16 +7,17 @@
 # the last checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) are forwarded to every rank; then it exits
 # with 75, after which the same command resumes, or with the trainer's other status. MEGAFUSION_SITE may name a site.
 set -eu
-stopped='' interrupted='' ranks=() follower='' start=0
+unset MEGAFUSION_STOPPED
+stopped='' interrupted='' ranks=() follower=''
 trap 'stop TERM' INT TERM HUP
 trap 'stop USR1' USR1
-trap '[ -z "$follower" ] || kill "$follower" 2> /dev/null || true' EXIT
+trap 'rm -f "${MEGAFUSION_STOPPED:-}"; [ -z "$follower" ] || kill "$follower" 2> /dev/null || true' EXIT
 
 # stop SIGNAL: signals the ranks. One that is starting does not handle signals yet, and finds a file instead.
 stop() {
     stopped=$1 interrupted=yes
     local pid
-    [ "$start" -eq 0 ] || : > "$run/launch/stopped-$launch-$start" # as rank.sh names it
+    [ -z "${MEGAFUSION_STOPPED:-}" ] || { : > "$MEGAFUSION_STOPPED"; } 2> /dev/null || true
     for pid in "${ranks[@]}"; do kill "-$1" "$pid" 2> /dev/null || true; done
 }
 
@@ -32,7 +33,7 @@ shift
 MEGAFUSION_ROOT=${here%/*}
 read_site
 run=$(run_of "$@")
-launch=$(date +%s)-$$
+launch=$(date +%s)-$$ start=0
 
 start_ranks() {
     local rank port
@@ -46,6 +47,7 @@ start_ranks() {
 }
 
 mkdir -p "$run/logs" "$run/launch"
+export MEGAFUSION_STOPPED="$run/launch/stopped-$launch"
 touch "$run/logs/rank-00000.log"
 tail -n 0 -F "$run/logs/rank-00000.log" 2> /dev/null &
 follower=$!

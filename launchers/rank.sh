@@ -13,8 +13,6 @@ if [ -z "${RANK:-}" ]; then
 fi
 # shellcheck source=launchers/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-# Exists if this start was asked to stop before the trainer had recorded it.
-[ -z "${MEGAFUSION_START:-}" ] || export MEGAFUSION_STOPPED="$run/launch/stopped-${MEGAFUSION_START/:/-}"
 mkdir -p "$run/logs"
 exec >> "$run/logs/$(printf 'rank-%05d.log' "$RANK")" 2>&1
 echo "== $(date +%Y-%m-%dT%H:%M:%S%z) rank $RANK of $WORLD_SIZE, local $LOCAL_RANK, on $(hostname -s)"

@@ -10,7 +10,7 @@ import typer
 from megafusion.commands.arguments import ConfigFile, Overrides
 from megafusion.errors import ExitStatus, UserError
 from megafusion.processes import world_size
-from megafusion.resilience.signals import STOPPED, StopSignals
+from megafusion.resilience.signals import StopSignals
 
 stop_signals = StopSignals()
 
@@ -18,7 +18,7 @@ stop_signals = StopSignals()
 def listen_for_signals() -> None:
     """Handle stop signals from now on: to be called before torch is imported, which takes seconds."""
     stop_signals.listen()
-    if (stopped := os.environ.get(STOPPED)) and Path(stopped).is_file():
+    if (stopped := os.environ.get("MEGAFUSION_STOPPED")) and Path(stopped).is_file():
         sys.exit(ExitStatus.RETRY)  # local.sh or node.sh was signalled before this process listened
 
 

@@ -223,14 +223,15 @@ def make_engine(
 def _import_muon() -> None:
     """Import DeepSpeed's Muon optimizer without compiling it, which would import Inductor at every start.
 
-    DeepSpeed's ZeRO optimizers import it to ask whether they wrap it. Here they wrap another.
+    DeepSpeed's ZeRO optimizers import it to ask whether they wrap it. Here they wrap another. Muon stays
+    uncompiled in this process.
     """
-    compile = compiler.compile
+    decorator = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:
         import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
-        compiler.compile = compile
+        compiler.compile = decorator
 
 
 def _gather_whole(block: nn.Module) -> None:

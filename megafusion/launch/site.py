@@ -28,7 +28,7 @@ _OPTION_VALUE = re.compile(r"[\w@%+=:,./\[\]-]+")
 # A whole word of the name must match: NCCL_IB_PKEY and TOKENIZERS_PARALLELISM do not.
 _SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD)S?(_|$)", re.IGNORECASE)
 # Set by the job for every process.
-_RESERVED = (*RANK_VARIABLES, "MEGAFUSION_RUN", "MEGAFUSION_ROOT", "MEGAFUSION_START", "MEGAFUSION_STOPPED")
+_RESERVED = (*RANK_VARIABLES, "MEGAFUSION_RUN", "MEGAFUSION_ROOT", "MEGAFUSION_START")
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,14 @@ def refuse_crash_loop(folder: Path, newest_step: int, max_crashes: int) -> None:
     """Raise UserError (FAILED) if the last `max_crashes` attempts crashed without a new checkpoint.
 
     newest_step: of the newest checkpoint; 0 without one. max_crashes: 0 for no limit. Launchers number their
-    starts (MEGAFUSION_START), so a start that died before it was recorded counts as well, unless it was asked
-    to stop (MEGAFUSION_STOPPED), and a new launch counts anew. Every rank calls this before the ranks connect
-    and decides alike, because the record does not change until all have connected.
+    starts (MEGAFUSION_START), so a start that died before it was recorded counts as well, and a new launch
+    counts anew. Every rank calls this before the ranks connect and decides alike, because the record does not
+    change until all have connected.
     """
     attempts = read_attempts(folder)
     launch, number = _launch(os.environ.get(START, ""))
     ours = [attempt for attempt in attempts if _launch(attempt.get("start", ""))[0] == launch]
-    last_recorded = _launch(ours[-1]["start"])[1] if launch and ours else 0
-    unrecorded = range(last_recorded + 1, number)
-    num_crashes = sum(not (folder / f"launch/stopped-{launch}-{each}").exists() for each in unrecorded)
+    num_crashes = max(0, number - 1 - (_launch(ours[-1]["start"])[1] if launch and ours else 0))
     for attempt in reversed(attempts):
         if attempt not in ours or attempt["ended"] != CRASHED or attempt["resumed_at"] != newest_step:
             break

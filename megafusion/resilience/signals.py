@@ -3,14 +3,11 @@
 import os
 import signal
 import threading
-from contextlib import suppress
 from types import FrameType
 
 from megafusion.errors import ExitStatus
 from megafusion.processes import STOP_SIGNALS
 
-STOPPED = "MEGAFUSION_STOPPED"
-"""Variable of our launchers: a file that exists if this start was asked to stop before it was recorded."""
 MESSAGE = b"\nmegafusion: saves a checkpoint after this step and exits; Ctrl-C again exits now, without one\n"
 
 
@@ -18,8 +15,7 @@ class StopSignals:
     """Records that this process was asked to stop. All ranks agree on the stop at the end of the step.
 
     Further signals have no effect, because queues repeat them; but a second SIGINT raises KeyboardInterrupt.
-    Until `begin` there is nothing to save, so the process exits at once with RETRY, and leaves the launcher's
-    file, by which the start does not count as a crash.
+    Until `begin` there is nothing to save, so the process exits at once with RETRY.
     """
 
     def __init__(self):
@@ -58,6 +54,4 @@ class StopSignals:
     def _exit_before_begin(self, pipe: int) -> None:
         while numbers := os.read(pipe, 64):
             if not self._has_begun and any(number in STOP_SIGNALS for number in numbers):
-                with suppress(KeyError, OSError):
-                    os.close(os.open(os.environ[STOPPED], os.O_WRONLY | os.O_CREAT, 0o644))
                 os._exit(ExitStatus.RETRY)

@@ -124,8 +124,7 @@ def node_environment(folder: Path) -> dict[str, str]:
     (folder / "hosts").write_text("localhost slots=1\n")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    names |= {"MEGAFUSION_START": "7:1", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    names = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return ENVIRONMENT | names | {"MEGAFUSION_HOSTFILE": str(folder / "hosts"), "GLOO_SOCKET_IFNAME": "lo"}
 
 

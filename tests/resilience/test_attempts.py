@@ -124,10 +124,6 @@ def test_starts_that_died_before_they_were_recorded_count(tmp_path, monkeypatch)
     crash(tmp_path, 0, 5)
     assert [start(number) for number in (4, 5, 6)] == [False, False, True]
     assert not start(1, launch="8")
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/stopped-7-5").touch()  # a start that was asked to stop
-    assert not start(6)
-    assert start(7)
     monkeypatch.delenv(START)
     assert not is_refused(tmp_path, 0)
 
