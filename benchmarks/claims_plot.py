@@ -80,7 +80,7 @@ def draw_claims(claims: Sequence[Claim], results: Path, out: Path) -> list[Path]
             _draw_panel(axes, *panel)
         figure.suptitle(
             f"Claim {letter}, {sweep}. Colored: seeds, each another fold. Black: mean and 95% interval,\n"
-            f"over {MIN_SEEDS} seeds or more, or of the number of drawings; none where neither gives one",
+            f"of {MIN_SEEDS} seeds or more, or of the drawings, the wider; none where neither gives one",
             fontsize=11,
         )
         pairs = [pair for _, found, _ in panels for each in found for pair in each.pairs]
@@ -207,19 +207,20 @@ def values_of(side: Side, found: Sequence[Measured]) -> dict[str, float]:
 def interval_of(
     side: Side, values: Mapping[str, float], runs: Mapping[str, dict]
 ) -> tuple[float, float] | None:
-    """The 95% interval of a side's mean, of its values by seed; None where a difference would have none."""
+    """The 95% interval of a side's mean, the wider as of a difference; None where that would have none."""
+    found = []
     if len(values) >= MIN_SEEDS:
         mean, half = fmean(values.values()), half_width(list(values.values()))
-        return mean - half, mean + half
+        found.append((mean - half, mean + half))
     measured = [
         run["metrics"]
         for run in runs.values()
         if run["arm"] == side.arm and run["point"]["seed"] in values and side.metric in run["metrics"]
     ]
-    if (found := rate(side.metric, measured, added=2)) is None:
-        return None
-    share, error = found
-    return max(0.0, share - NORMAL * error), min(1.0, share + NORMAL * error)
+    if of_drawings := rate(side.metric, measured, added=2):
+        share, error = of_drawings
+        found.append((max(0.0, share - NORMAL * error), min(1.0, share + NORMAL * error)))
+    return max(found, key=lambda ends: ends[1] - ends[0], default=None)
 
 
 def _set_range(axes: Axes, metric: str) -> None:

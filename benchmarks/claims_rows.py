@@ -64,8 +64,8 @@ class Measured(NamedTuple):
     row: Row
     pairs: tuple[tuple[str, float, float], ...]
     interval: float | None
-    """Half the width of the difference's 95% interval: of Student's t over the seeds, or with fewer than
-    MIN_SEEDS of the number of drawings; None for a figure that has neither."""
+    """Half the width of the difference's 95% interval: the wider of Student's t over MIN_SEEDS or more and of
+    that of the number of drawings; None for a figure that has neither."""
     flops: tuple[float | None, float | None]
 
     @property
@@ -85,7 +85,8 @@ class Measured(NamedTuple):
             said = "not shown at this size"
         else:
             said = "agrees" if agrees else "does not agree"
-            said = said if self.row.figure.endswith(EXPLORATORY) else f"**{said}**"
+            is_bold = seeds >= MIN_SEEDS and not self.row.figure.endswith(EXPLORATORY)
+            said = f"**{said}**" if is_bold else said
         return said if seeds >= MIN_SEEDS else f"{said}, {seeds} seed{'s' * (seeds > 1)}"
 
 
@@ -130,12 +131,12 @@ def measure(row: Row, runs: dict[str, dict]) -> Measured | None:
     flops = [[by_seed[seed].get("flops") for seed in seeds] for by_seed in found]
     means = tuple(fmean(known) if (known := [f for f in each if f]) else None for each in flops)
     differences = [first - second for _, first, second in pairs]
+    sides = ((row.first.metric, found[0]), (row.second.metric, found[1]))
+    runs_of = [(metric, [by_seed[seed] for seed in seeds]) for metric, by_seed in sides]
+    intervals = [rates_half_width(fmean(differences), *runs_of)]
     if len(seeds) >= MIN_SEEDS:
-        interval: float | None = half_width(differences)
-    else:
-        sides = ((row.first.metric, found[0]), (row.second.metric, found[1]))
-        runs_of = [(metric, [by_seed[seed] for seed in seeds]) for metric, by_seed in sides]
-        interval = rates_half_width(fmean(differences), *runs_of)
+        intervals.append(half_width(differences))
+    interval = max((each for each in intervals if each is not None), default=None)
     return Measured(row, pairs, interval, means)
 
 
@@ -180,7 +181,7 @@ def rate(metric: str, runs: Sequence[dict[str, float]], added: int) -> tuple[flo
 
 def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
     """Markdown of all claims: a line for each figure, one for a claim that has not been run, and how many
-    verdicts chance alone makes false."""
+    intervals exclude 0 by chance alone."""
     head = "| claim | the paper | figure | here | difference | seeds | TFLOP | verdict |"
     lines, compared = [head, "|---" * 8 + "|"], 0
     for claim in claims:
@@ -193,8 +194,8 @@ def table(claims: Sequence[Claim], folder: Path = RESULTS) -> str:
             lines.append(f"{place} {_cells(each)} |")
             place = "| | |"
             compared += bool(each.row.better and each.interval is not None)
-    false = f"chance alone would make {compared / 20:.0f} of their verdicts false"
-    return "\n".join([*lines, "", f"{compared} rows have an interval, of 95%: {false}."]) + "\n"
+    chance = f"if no difference were real, about {compared / 20:.0f} of them would exclude 0 by chance"
+    return "\n".join([*lines, "", f"{compared} rows have an interval, of 95%: {chance}."]) + "\n"
 
 
 def main_claims(claims: Sequence[Claim]) -> list[Claim]:
@@ -208,7 +209,7 @@ def main_claims(claims: Sequence[Claim]) -> list[Claim]:
 
 def _cells(found: Measured) -> str:
     digits = 4 if "loss" in found.row.first.metric else 2
-    values = " against ".join(_spread([pair[place] for pair in found.pairs], digits) for place in (1, 2))
+    values = " vs ".join(_spread([pair[place] for pair in found.pairs], digits) for place in (1, 2))
     difference = f"{fmean(found.differences):+.{digits}f}"
     if found.interval is not None:
         difference += f" ± {found.interval:.{digits}f}"
@@ -220,7 +221,7 @@ def _cells(found: Measured) -> str:
 def _flops(sides: Sequence[float | None]) -> str:
     """TFLOP of both sides, once if they are equal; empty if neither is known."""
     said = dict.fromkeys(f"{each / 1e12:.1f}" if each else "-" for each in sides)
-    return " against ".join(said) if any(sides) else ""
+    return " vs ".join(said) if any(sides) else ""
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

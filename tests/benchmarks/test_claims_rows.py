@@ -45,13 +45,13 @@ def make_runs(arm: str, values: list[dict[str, float]]) -> dict[str, dict]:
 
 def test_pages_have_the_tables_of_the_committed_runs(monkeypatch, rows):
     """And a missing mark is refused. The short table has rows of every claim's letter."""
-    pages, script_of = script(monkeypatch, "pages"), script(monkeypatch, "claims")
-    for name, claims in script_of.PAGES.items():
+    pages, command = script(monkeypatch, "pages"), script(monkeypatch, "claims")
+    for name, claims in command.PAGES.items():
         page, table = (ROOT / "docs" / name).read_text(), rows.table(claims)
-        assert pages.replace_table(page, script_of.COMMAND, table) == page, script_of.COMMAND
+        assert pages.replace_table(page, command.COMMAND, table) == page, command.COMMAND
         assert {f"({letter})" for letter in "abcdefg"} == {claim.letter for claim in claims if claim.rows}
     with pytest.raises(UserError, match="are gone"):
-        pages.replace_table(page.replace(pages.END, ""), script_of.COMMAND, table)
+        pages.replace_table(page.replace(pages.END, ""), command.COMMAND, table)
 
 
 def test_the_page_of_recipes_has_the_table_of_the_committed_runs(monkeypatch):
@@ -110,7 +110,7 @@ def test_a_verdict_is_of_the_interval_over_seeds(rows):
 
 def test_with_few_seeds_a_verdict_is_of_the_number_of_drawings(rows):
     sides = rows.Side("a", "a", SEEN), rows.Side("b", "b", SEEN)
-    for number, verdict in ((100, "**agrees**, 1 seed"), (20, "not shown at this size, 1 seed")):
+    for number, verdict in ((100, "agrees, 1 seed"), (20, "not shown at this size, 1 seed")):
         runs = make_runs("a", [{SEEN: 0.5, "images/seen/images": number}])
         runs |= make_runs("b", [{SEEN: 0.3, "images/seen/images": number}])
         found = rows.measure(rows.Row("seen", *sides, 1), runs)
@@ -122,10 +122,19 @@ def test_with_few_seeds_a_verdict_is_of_the_number_of_drawings(rows):
     assert rows.measure(rows.Row("seen", *sides, 1), runs).interval is None
 
 
+def test_the_wider_interval_counts(rows):
+    """Of three seeds that agree by chance to a hundredth, each of 100 drawings."""
+    runs = make_runs("a", [{SEEN: 0.30, "images/seen/images": 100}] * 3)
+    runs |= make_runs("b", [{SEEN: 0.25 + seed / 1000, "images/seen/images": 100} for seed in range(3)])
+    found = rows.measure(rows.Row("seen", rows.Side("a", "a", SEEN), rows.Side("b", "b", SEEN), 1), runs)
+    assert 0.07 < found.interval < 0.08
+    assert found.verdict == "not shown at this size"
+
+
 def test_a_few_drawings_against_none_show_nothing(rows):
     """4 of 102 against 0 of 102: Fisher's p is 0.12. 9 against 0 has 0.003."""
     row = rows.Row("seen", rows.Side("a", "a", SEEN), rows.Side("b", "b", SEEN), 1)
-    for number, verdict in ((4, "not shown at this size, 1 seed"), (9, "**agrees**, 1 seed")):
+    for number, verdict in ((4, "not shown at this size, 1 seed"), (9, "agrees, 1 seed")):
         for few, many in ((0, number), (102 - number, 102)):
             runs = make_runs("a", [{SEEN: many / 102, "images/seen/images": 102}])
             runs |= make_runs("b", [{SEEN: few / 102, "images/seen/images": 102}])
@@ -159,12 +168,13 @@ def test_a_table_has_mean_deviation_and_seeds(rows, tmp_path):
         "(z)", "it", "a against b", "1 against 2", "made", (rows.Row("loss", *side.values(), -1),)
     )
     lines = rows.table([claim, claim._replace(sweep="absent")], tmp_path).splitlines()
-    figures = "2.0000 ± 1.0000 against 2.2500 ± 0.7500 | -0.2500 ± 0.6210 | 3 | - against 3.0"
+    figures = "2.0000 ± 1.0000 vs 2.2500 ± 0.7500 | -0.2500 ± 0.6210 | 3 | - vs 3.0"
     assert lines[2:] == [
         f"| (z) it: a against b | 1 against 2 | loss | {figures} | not shown at this size |",
         "| (z) it: a against b | 1 against 2 | | not run yet | | | | |",
         "",
-        "1 rows have an interval, of 95%: chance alone would make 0 of their verdicts false.",
+        "1 rows have an interval, of 95%: if no difference were real, about 0 of them would exclude 0 by "
+        "chance.",
     ]
 
 
@@ -230,7 +240,7 @@ def test_the_committed_plots_are_of_the_committed_results(rows, claims):
 
 
 def test_a_bar_is_the_interval_and_none_where_there_is_none(monkeypatch, rows):
-    """Two equal seeds have an interval, of their drawings; one of three is Student's."""
+    """Two equal seeds have an interval, of their drawings; that of three is Student's where it is wider."""
     plot = script(monkeypatch, "claims_plot")
     runs = make_runs("a", [{SEEN: 0.0, LOSS: 1.0, "images/seen/images": 46}] * 2)
     side = rows.Side("a", "a", SEEN)
@@ -247,5 +257,5 @@ def test_directions_are_those_of_the_claim(monkeypatch, rows, claims):
     plot = script(monkeypatch, "claims_plot")
     (claim,) = (claim for claim in claims if claim.letter == "(c)")
     said = plot.direction([row for row in claim.rows if row.first.metric == SEEN])
-    assert said == "claimed: patch-1 > transfusion; patch-2 > transfusion; patch-8 < transfusion"
+    assert said == "claimed: patch-1 > patch-4; patch-2 > patch-4; patch-8 < patch-4"
     assert plot.direction([row._replace(better=0) for row in claim.rows]) == "no direction claimed"
