@@ -36,7 +36,7 @@ CLAIMED = re.compile(
 """Figures of a run that a claim is about."""
 COMMAND = "python benchmarks/claims.py table --write"
 PAGES = {"results.md": main_claims(CLAIMS), "claims.md": CLAIMS}
-"""What each page's table is of."""
+"""By page, the claims of its table."""
 NUM_EVALUATED, NUM_TUNED = 102, 128
 """Seen captions that a run is evaluated on, and others that guidance is tuned on."""
 
