@@ -43,6 +43,8 @@ MIN_SPAN = 0.04
 """Least range of a loss's axis, as a share of its value."""
 SIZED = re.compile(r"(.+)-\d+x\d+")
 """An arm of one size, as transfusion-6x192."""
+NUMBERED = re.compile(r"\D+-(\d+)")
+"""A side that a number tells from others, as patch-4: they stand in their order."""
 COMPUTES = {
     "claims-compute-steps.png": (
         "4 x 128, 1,000 and 2,400 steps",
@@ -175,6 +177,8 @@ def _sheet(number: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
 def _draw_panel(axes: Axes, claim: Claim, found: Sequence[Measured], runs: dict[str, dict]) -> None:
     """The sides of comparisons of one figure: a point of each seed, joined, and mean with an error bar."""
     sides = list(dict.fromkeys([each.row.first for each in found] + [each.row.second for each in found]))
+    if all(NUMBERED.fullmatch(side.name) for side in sides):
+        sides.sort(key=lambda side: int(NUMBERED.fullmatch(side.name)[1]))
     values = {side: values_of(side, found) for side in sides}
     for seed in dict.fromkeys(seed for by_seed in values.values() for seed in by_seed):
         points = [(place, values[side][seed]) for place, side in enumerate(sides) if seed in values[side]]
