@@ -131,7 +131,7 @@ def measure(row: Row, runs: dict[str, dict]) -> Measured | None:
     flops = [[by_seed[seed].get("flops") for seed in seeds] for by_seed in found]
     means = tuple(fmean(known) if (known := [f for f in each if f]) else None for each in flops)
     differences = [first - second for _, first, second in pairs]
-    sides = ((row.first.metric, found[0]), (row.second.metric, found[1]))
+    sides = zip((row.first.metric, row.second.metric), found, strict=True)
     runs_of = [(metric, [by_seed[seed] for seed in seeds]) for metric, by_seed in sides]
     intervals = [rates_half_width(fmean(differences), *runs_of)]
     if len(seeds) >= MIN_SEEDS:

@@ -76,17 +76,6 @@ def test_a_finished_run_is_left_as_it_is(run_values, tmp_path):
     assert losses(run) == before
 
 
-def test_a_start_does_not_import_inductor(run_values, tmp_path):
-    """Which costs 1.3 s of processor time, and which DeepSpeed's Muon imports."""
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(run_values))
-    command = [sys.executable, "-X", "importtime", "-m", "megafusion.cli", "train", str(config)]
-    done = subprocess.run([*command, "--stop-after", "1"], capture_output=True, text=True, check=True)
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "deepspeed.runtime.zero.stage_1_and_2" in imported
-    assert "torch._inductor.compile_fx" not in imported
-
-
 # test_lost_rank.py kills a rank of a smaller run.
 @pytest.mark.full
 def test_a_killed_run_goes_on_where_its_last_checkpoint_stands(long_values, tmp_path):
